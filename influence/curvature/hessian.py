@@ -1,0 +1,68 @@
+"""The Hessian of the training objective: exact, matrix-free, possibly indefinite.
+
+    H v = sum_i w_i (d^2 l_i / d theta^2) v            (backward over backward: Pearlmutter 1994)
+
+Damping rules are relative to the GGN's spectrum, because a Hessian's trace may be negative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence.curvature.ggn import GGNOperator
+from influence.curvature.objective import Objective
+from influence.loss import Supervised, token_losses
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Description of the exact Hessian; sampled labels estimate the GGN's trace, its damping scale."""
+
+    name: str = "hessian"
+
+
+def hessian_products(part: Supervised, weights: Tensor, parameters: list[torch.nn.Parameter], v: list[Tensor]) -> list[Tensor]:
+    """Hessian of `sum_i w_i l_i` of one batch times each row of `v` (leaves `[K, ...]`): backward over backward."""
+    sums = part.per_example(token_losses(part.logits, part.targets))
+    first = torch.autograd.grad((weights.to(sums) * sums).sum(), parameters, create_graph=True, materialize_grads=True)
+    out = [torch.zeros_like(column) for column in v]
+    for k in range(len(v[0])):
+        second = torch.autograd.grad(
+            first, parameters, [column[k] for column in v], retain_graph=True, materialize_grads=True
+        )
+        for total, term in zip(out, second, strict=True):
+            total[k] = term
+    return out
+
+
+@dataclass(frozen=True)
+class HessianOperator:
+    """The Hessian of J as an operator (a fitted curvature); damping is relative to the GGN's spectrum."""
+
+    objective: Objective
+    name: str = "hessian"
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.objective.size
+
+    @property
+    def blocks(self) -> tuple[slice, ...]:
+        """The leaves."""
+        return self.objective.blocks
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """`H v` for every row of `v` [K, P]; one forward and backward per batch, one more per batch and column."""
+        return self.objective.product(v, hessian_products)
+
+    def mean_eigenvalues(self) -> Tensor:
+        """The GGN's, `[leaves]`."""
+        return self.objective.mean_eigenvalues()
+
+    def top_eigenvalues(self) -> Tensor:
+        """The GGN's, `[leaves]`."""
+        return GGNOperator(self.objective).top_eigenvalues()

@@ -1,0 +1,265 @@
+"""K-FAC for LoRA leaves (Martens & Grosse 2015, arXiv 1503.05671; expand setting of Eschenhagen et al. 2023).
+
+A leaf with input x_t and output gradient g_t (labels sampled from the model) at token t has the gradient
+`G_i = sum_t g_t x_t^T` and the Fisher block `sum_i w_i vec(G_i) vec(G_i)^T`. K-FAC takes tokens as independent
+and inputs as independent of output gradients:
+
+    C  ~  S (x) A,     S = sum_i w_i sum_t g_t g_t^T,     A = sum_i w_i sum_t x_t x_t^T / sum_i w_i T_i
+
+(T_i counts all positions of example i, prompt included). With `S = Q_S diag(s) Q_S^T`, `A = Q_A diag(a) Q_A^T`:
+
+    (C + lambda I)^-1 V = Q_S [ (Q_S^T V Q_A) / (s a^T + lambda) ] Q_A^T
+
+One internal shape: every leaf block is seen as `[r, d]`, its *narrow* side r and its *wide* side d. For A
+(`[r, d_in]`) the narrow side is the output gradient and the wide side the input; for B (`[d_out, r]`, seen
+transposed) the narrow side is the input A x and the wide side the output gradient. Layers that read the same
+tensor (q/k/v, gate/up) share one wide factor.
+
+A wide side of more than `max_width` never gets a `d x d` matrix. Its second moment is sketched in one pass
+(randomised Nystroem, Tropp et al. 2017, arXiv 1706.05736, algorithm 3), which keeps `rank` eigenvectors; the
+complement of their span is treated as isotropic, with its own mean eigenvalue per narrow direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence.adapter import Leaf, ParamSpace
+from influence.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class KFAC:
+    """K-FAC with labels sampled from the model.
+
+    `samples` label draws per training example; wide factors above `max_width` are sketched with `rank` directions.
+    """
+
+    samples: int = 1
+    max_width: int = 2048
+    rank: int = 256
+    name: str = "kfac"
+
+
+# ---- second moments ------------------------------------------------------------------------------------------
+
+
+class DenseMoment:
+    """`sum_n x_n x_n^T` as a `[d, d]` matrix."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.state = torch.zeros(width, width, dtype=dtype, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add the rows of `x` [N, d]."""
+        self.state.addmm_(x.T, x)
+
+    def eigen(self) -> tuple[Tensor, Tensor, float]:
+        """Eigenvectors `[d, d]`, eigenvalues `[d]` (clipped at 0), and the mean eigenvalue of the complement, 0."""
+        matrix = self.state.double()
+        if not bool(torch.isfinite(matrix).all()):
+            raise NumericalError("a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64")
+        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        return vectors, values.clamp(min=0), 0.0
+
+
+class SketchedMoment:
+    """`sum_n x_n x_n^T` through its product with a random `[d, k]` matrix, and its trace."""
+
+    def __init__(self, width: int, rank: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        test = torch.randn(width, rank, generator=generator, dtype=torch.float64)
+        self.test = torch.linalg.qr(test).Q.to(device, dtype)
+        # the last row holds the trace, so that the state is one tensor
+        self.state = torch.zeros(width + 1, rank, dtype=dtype, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add the rows of `x` [N, d]."""
+        self.state[:-1].addmm_(x.T, x @ self.test)
+        self.state[-1, 0] += x.square().sum()
+
+    def eigen(self) -> tuple[Tensor, Tensor, float]:
+        """Leading eigenvectors `[d, k]`, eigenvalues `[k]`, and the mean eigenvalue of the complement."""
+        sketch, trace = self.state[:-1].double(), float(self.state[-1, 0])
+        width, rank = sketch.shape
+        shift = torch.finfo(self.state.dtype).eps * float(torch.linalg.matrix_norm(sketch))
+        if not shift >= 0:
+            raise NumericalError("a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64")
+        test = self.test.double()
+        shifted = sketch + shift * test
+        core = test.T @ shifted
+        core_values, core_vectors = torch.linalg.eigh((core + core.T) / 2)
+        # square-root pseudo-inverse of the core: rounding may leave it slightly indefinite
+        scale = torch.where(core_values > shift / 2, core_values.clamp(min=1e-300).rsqrt(), 0.0)
+        half = shifted @ (core_vectors * scale)
+        vectors, values, _ = torch.linalg.svd(half, full_matrices=False)
+        values = (values.square() - shift).clamp(min=0)
+        return vectors, values, max(0.0, (trace - float(values.sum())) / (width - rank))
+
+
+class Moments:
+    """Both second moments of every leaf, accumulated over batches.
+
+    `wide_of[leaf]` names the leaf whose wide moment a leaf uses (its own, unless it shares its input).
+    """
+
+    def __init__(
+        self, space: ParamSpace, wide_of: list[int], options: KFAC, seed: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.space, self.wide_of = space, wide_of
+        self.narrow = [DenseMoment(min(leaf.shape), dtype, device) for leaf in space.leaves]
+        self.wide: dict[int, DenseMoment | SketchedMoment] = {}
+        for number in sorted(set(wide_of)):
+            width = wide_side(space.leaves[number])
+            if width <= options.max_width or width <= options.rank:
+                self.wide[number] = DenseMoment(width, dtype, device)
+            else:
+                self.wide[number] = SketchedMoment(width, options.rank, seed + number, dtype, device)
+        self.mass = torch.zeros(len(space.leaves), dtype=torch.float64)
+
+    def add(self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, weights: Tensor | None, *, inputs: bool = True) -> None:
+        """Add a batch of one leaf: `x` [b, T, d_in], `g` [b, T, d_out], `valid` [b, T], relative weights [b].
+
+        Output gradients vanish where nothing is predicted; inputs do not, and are cut to the valid tokens.
+        `inputs=False` leaves them out (further label draws of a batch whose inputs were added).
+        """
+        if inputs and (not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf):
+            rows = x[valid] if not bool(valid.all()) else x.flatten(0, 1)
+            if weights is not None:
+                rows = rows * weights.sqrt().to(x)[:, None].expand(valid.shape)[valid][:, None]
+            self._input_moment(leaf).add(rows)
+        if weights is not None:
+            g = g * weights.sqrt().to(g)[:, None, None]
+        self._output_moment(leaf).add(g.flatten(0, 1))
+        if inputs:
+            mass = valid.sum(1).double() * (1 if weights is None else weights.double())
+            self.mass[leaf] += float(mass.sum())
+
+    def _input_moment(self, leaf: int) -> DenseMoment | SketchedMoment:
+        return self.wide[self.wide_of[leaf]] if self.space.leaves[leaf].is_A else self.narrow[leaf]
+
+    def _output_moment(self, leaf: int) -> DenseMoment | SketchedMoment:
+        return self.narrow[leaf] if self.space.leaves[leaf].is_A else self.wide[leaf]
+
+    def state(self) -> dict[str, Tensor]:
+        """Every running sum, by name; `load` takes it back."""
+        tensors = {f"narrow/{i}": moment.state for i, moment in enumerate(self.narrow)}
+        tensors |= {f"wide/{i}": moment.state for i, moment in self.wide.items()}
+        return {**tensors, "mass": self.mass}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    def kronecker(self, weight: float, samples: int, name: str = "kfac") -> Kronecker:
+        """Eigendecompose. `weight` is the unit of the relative weights; output moments are means over `samples`."""
+        wide = {number: moment.eigen() for number, moment in self.wide.items()}
+        blocks = []
+        for number, leaf in enumerate(self.space.leaves):
+            narrow_vectors, narrow_values, _ = self.narrow[number].eigen()
+            wide_vectors, wide_values, rest = wide[self.wide_of[number]]
+            # inputs are normalised by the mass of their tokens, output gradients weighted and averaged over draws
+            factor = weight / samples / max(float(self.mass[number]), 1.0)
+            eigenvalues = factor * narrow_values[:, None] * wide_values[None, :]
+            blocks.append(
+                KroneckerBlock(leaf, narrow_vectors, wide_vectors, eigenvalues, factor * narrow_values * rest)
+            )
+        return Kronecker(self.space, tuple(blocks), name)
+
+
+def wide_side(leaf: Leaf) -> int:
+    """Width d of a leaf's wide side: d_in of an A, d_out of a B."""
+    return leaf.shape[1] if leaf.is_A else leaf.shape[0]
+
+
+# ---- the fitted curvature ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KroneckerBlock:
+    """Eigenbasis and eigenvalues of one leaf, seen as `[r, d]`.
+
+    `narrow` [r, r], `wide` [d, k] (k = d unless sketched), `eigenvalues` [r, k], and `rest` [r], the eigenvalue
+    of each narrow direction on the complement of `wide` (unused when k = d).
+    """
+
+    leaf: Leaf
+    narrow: Tensor
+    wide: Tensor
+    eigenvalues: Tensor
+    rest: Tensor
+
+    @property
+    def complete(self) -> bool:
+        """Whether the wide basis spans everything."""
+        return self.wide.shape[1] == wide_side(self.leaf)
+
+    def rotate(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Coordinates `[K, r, k]` of flat leaf vectors `[K, r*d]`, and what lies off the wide basis `[K, r, d]`."""
+        matrix = v.unflatten(-1, self.leaf.shape)
+        matrix = self.narrow.T.to(v) @ (matrix if self.leaf.is_A else matrix.mT)
+        wide = self.wide.to(v)
+        coordinates = matrix @ wide
+        return coordinates, None if self.complete else matrix - coordinates @ wide.T
+
+    def unrotate(self, coordinates: Tensor, off: Tensor | None) -> Tensor:
+        """Inverse of `rotate`."""
+        matrix = coordinates @ self.wide.T.to(coordinates)
+        if off is not None:
+            matrix = matrix + off
+        matrix = self.narrow.to(coordinates) @ matrix
+        return (matrix if self.leaf.is_A else matrix.mT).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """A fitted K-FAC or EK-FAC: one eigenbasis and one table of eigenvalues per leaf; one damping block per leaf."""
+
+    space: ParamSpace
+    leaf_blocks: tuple[KroneckerBlock, ...]
+    name: str = "kfac"
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.space.size
+
+    @property
+    def blocks(self) -> tuple[slice, ...]:
+        """The leaves."""
+        return tuple(leaf.slice for leaf in self.space.leaves)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """`C v` for every row of `v` [K, P]."""
+        return self._apply(v, ((block.eigenvalues, block.rest) for block in self.leaf_blocks))
+
+    def solve(self, v: Tensor, lam: Tensor) -> Tensor:
+        """`(C + lambda I)^-1 v` for every row of `v` [K, P]; `lam` [leaves]."""
+        damped = zip(self.leaf_blocks, lam.tolist(), strict=True)
+        return self._apply(v, ((1 / (block.eigenvalues + x), 1 / (block.rest + x)) for block, x in damped))
+
+    def _apply(self, v: Tensor, spectra: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        out = torch.empty_like(v)
+        for block, (inside, outside) in zip(self.leaf_blocks, spectra, strict=True):
+            coordinates, off = block.rotate(v[:, block.leaf.slice])
+            scaled = coordinates * inside.to(v)
+            out[:, block.leaf.slice] = block.unrotate(scaled, None if off is None else off * outside.to(v)[:, None])
+        return out
+
+    def mean_eigenvalues(self) -> Tensor:
+        """Trace over size of each leaf, `[leaves]`."""
+        traces = [
+            block.eigenvalues.sum() + block.rest.sum() * (wide_side(block.leaf) - block.wide.shape[1])
+            for block in self.leaf_blocks
+        ]
+        sizes = torch.tensor([block.leaf.stop - block.leaf.start for block in self.leaf_blocks])
+        return torch.stack(traces).double().cpu() / sizes
+
+    def top_eigenvalues(self) -> Tensor:
+        """Largest eigenvalue of each leaf, `[leaves]`."""
+        return torch.stack([block.eigenvalues.max() for block in self.leaf_blocks]).double().cpu()

@@ -1,0 +1,95 @@
+"""The training objective, differentiable twice: what the exact curvatures multiply with, batch by batch.
+
+Products with second derivatives differentiate a backward pass, so attention runs on its unfused (math) kernel
+here, and only here. One forward per batch serves every column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from influence.adapter import AdaptedModel
+from influence.data import Batch, TokenizedExamples, collate, plan_batches
+from influence.errors import AdapterError, NumericalError
+from influence.loss import Supervised, supervised_logits
+
+#: (batch, weights [b], parameters, v as leaves [K, rows, cols]) -> products as leaves [K, rows, cols]
+Products = Callable[[Supervised, Tensor, list[torch.nn.Parameter], list[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The training objective J at the adapter, differentiable twice: model, rows, weights `w` [n].
+
+    `trace` [leaves] is the trace of the GGN on each leaf, estimated from sampled labels in `fit`'s pass.
+    """
+
+    model: AdaptedModel
+    tokens: TokenizedExamples
+    weights: np.ndarray
+    trace: Tensor
+    token_budget: int = 2048
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.model.space.size
+
+    @property
+    def blocks(self) -> tuple[slice, ...]:
+        """The leaves."""
+        return tuple(leaf.slice for leaf in self.model.space.leaves)
+
+    def batches(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches with their rows' weights `[b]`."""
+        for rows in plan_batches(self.tokens, self.token_budget):
+            batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
+            yield batch, torch.from_numpy(self.weights[rows]).to(self.model.device)
+
+    def mean_eigenvalues(self) -> Tensor:
+        """The GGN's trace over size of each leaf, `[leaves]`."""
+        return self.trace / torch.tensor([leaf.stop - leaf.start for leaf in self.model.space.leaves])
+
+    def product(self, v: Tensor, products: Products) -> Tensor:
+        """Sum over the batches of a second-derivative product with every row of `v` [K, P]."""
+        out = torch.zeros_like(v)
+        space = self.model.space
+        columns = space.split(v.to(self.model.dtype))
+        with _twice_differentiable(self.model) as parameters:
+            for batch, weights in self.batches():
+                part = supervised_logits(self.model, batch)
+                out += space.flatten(products(part, weights, parameters, columns)).to(v)
+        if not bool(torch.isfinite(out).all()):
+            raise NumericalError("a curvature product is NaN or infinite: load the model in float32 or float64")
+        return out
+
+
+
+@contextmanager
+def _twice_differentiable(model: AdaptedModel) -> Iterator[list[torch.nn.Parameter]]:
+    """LoRA parameters require gradients, nothing else does, attention has a double backward; all restored."""
+    own = model.parameters
+    before = [(p, p.requires_grad) for p in model.model.parameters()]
+    implementation = getattr(model.model.get_base_model().config, "_attn_implementation", "sdpa")
+    if implementation not in ("sdpa", "eager"):
+        raise AdapterError(
+            f"attention {implementation!r} has no second derivative; load the base with attn_implementation='sdpa' "
+            "for Hessian and GGN products"
+        )
+    for parameter, _ in before:
+        parameter.requires_grad_(False)
+    for parameter in own:
+        parameter.requires_grad_(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            yield own
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)

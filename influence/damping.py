@@ -1,0 +1,83 @@
+"""Damping rules, as values: how large lambda is in `C + lambda I`, block by block.
+
+lambda is a positive constant on each block of the curvature (one block or many), the same for every solver,
+and recorded with the scores. Rules relative to a spectrum use the block's own; for a Hessian, whose trace may
+be negative, the GGN's.
+
+`lambda > 0` is always required: (A, B) -> (R A, B R^-1) leaves the model unchanged, so every LoRA curvature
+has at least r^2 null directions per site and `lambda = 0` has no answer.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence.curvature.base import Curvature
+from influence.errors import InputError, NumericalError
+
+#: A block whose relative lambda falls below this share of the largest block's gets that share instead.
+FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Damping:
+    """`value` times the block's mean eigenvalue (`mean`), its top eigenvalue (`top`), or as it is (`abs`)."""
+
+    rule: str = "mean"
+    value: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("mean", "top", "abs"):
+            raise InputError(f"damping rule {self.rule!r} was given; expected mean:X, top:X or abs:X, as in mean:0.1")
+        if not (math.isfinite(self.value) and self.value > 0):
+            raise InputError(
+                f"damping {self} was given; lambda must be positive: a LoRA curvature has at least r^2 exact null "
+                "directions per site, so C + 0 I cannot be inverted. Give a small positive value, as in mean:0.001"
+            )
+
+    def __str__(self) -> str:
+        """The rule as the command line writes it."""
+        return f"{self.rule}:{self.value:g}"
+
+    @classmethod
+    def parse(cls, text: str | Damping) -> Damping:
+        """Read `mean:0.1`, `top:0.01` or `abs:1e-3`."""
+        if isinstance(text, Damping):
+            return text
+        rule, _, value = str(text).partition(":")
+        try:
+            number = float(value)
+        except ValueError:
+            raise InputError(f"damping {text!r} was given; expected mean:X, top:X or abs:X, as in mean:0.1") from None
+        return cls(rule, number)
+
+    def resolve(self, curvature: Curvature) -> Tensor:
+        """lambda of each block of a fitted curvature, `[blocks]` float64, all positive.
+
+        A block without curvature (every A of a fresh adapter: B = 0) has no scale to be relative to; it gets
+        `FLOOR` times the largest block's lambda, with a warning.
+        """
+        count = len(curvature.blocks)
+        if self.rule == "abs":
+            return torch.full((count,), self.value, dtype=torch.float64)
+        scale = curvature.mean_eigenvalues() if self.rule == "mean" else curvature.top_eigenvalues()
+        lam = self.value * scale.double().cpu()
+        largest = float(lam.max())
+        if not math.isfinite(largest) or largest <= 0:
+            raise NumericalError(
+                f"damping {self} is relative to the curvature, and the curvature is {largest:g}: every gradient "
+                "vanished or is not finite. Use an absolute rule (abs:1e-6) if that is expected"
+            )
+        floor = largest * FLOOR
+        if bool((lam < floor).any()):
+            warnings.warn(
+                f"{int((lam < floor).sum())} of {count} curvature blocks are (nearly) zero; their lambda is set to "
+                f"{floor:.1e} instead of {self}",
+                stacklevel=2,
+            )
+        return lam.clamp(min=floor)

@@ -1,0 +1,298 @@
+"""Per-example gradients of the LoRA parameters, streamed.
+
+At a site `y = W x + s B A x` with input x_t and output gradient d_t at token t, and `G = sum_t d_t x_t^T`:
+
+    grad_A = s B^T G = sum_t (s B^T d_t) x_t^T        [r, d_in]
+    grad_B = s G A^T = sum_t (s d_t) (A x_t)^T        [d_out, r]
+
+Both are a leaf's *output gradient* times its *input*, summed over the tokens of one example, and the backward
+pass computes both factors anyway. So each leaf (`lora_A`, `lora_B`) is run through a tap, an autograd function
+that hands `(input, output gradient)` to a sink in the backward pass and asks for no weight gradient. G itself
+is never formed; base weights get no gradient; the backward stops at the lowest adapted layer; merged
+projections, Conv1D and quantised bases need no case of their own, and neither does gradient checkpointing,
+because the backward runs once whatever was recomputed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from influence.adapter import AdaptedModel, ParamSpace
+from influence.data import Batch, Examples, TokenizedExamples, collate, plan_batches, tokenize
+from influence.errors import AdapterError, NumericalError
+from influence.loss import (
+    MeanLoss,
+    Measurement,
+    Supervised,
+    loss_gradient,
+    probabilities,
+    sample_labels,
+    supervised_logits,
+    token_losses,
+)
+
+#: What a tap hands over: leaf number, inputs [b, T, d_in], output gradients [b, T, d_out], valid tokens [b, T].
+Sink = Callable[[int, Tensor, Tensor, Tensor], None]
+
+#: Rows of a batch are limited so that their gradients take at most this many bytes.
+GRADIENT_BYTES = 1 << 30
+
+
+def per_example_gradient(x: Tensor, g: Tensor) -> Tensor:
+    """Gradient of one linear leaf for each example: `x` [b, T, d_in], `g` [b, T, d_out] to [b, d_out, d_in]."""
+    return torch.bmm(g.mT, x)
+
+
+class GradientSink:
+    """Collects the per-example gradients of one batch as flat rows, `.rows` [b, P]."""
+
+    def __init__(self, space: ParamSpace, size: int, like: Tensor, dtype: torch.dtype) -> None:
+        self.space = space
+        self.rows = torch.zeros(size, space.size, dtype=dtype, device=like.device)
+
+    def __call__(self, leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
+        """Add one leaf's gradients (a leaf used twice in a forward is summed)."""
+        place = self.space.leaves[leaf]
+        self.rows[:, place.slice] += per_example_gradient(x, g).flatten(1)
+
+
+class _Tap(torch.autograd.Function):
+    """`y = x W^T` whose backward shows (x, grad y) to the tape instead of forming a weight gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, tape: Tape, leaf: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tape, ctx.leaf = tape, leaf
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        ctx.tape.show(ctx.leaf, x, grads[0])
+        return (grads[0] @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+class Tape:
+    """The taps of one model: run a batch forward once, then backward as often as there are losses."""
+
+    def __init__(self, model: AdaptedModel) -> None:
+        self.model = model
+        self.anchor = torch.zeros((), device=model.device, requires_grad=True)
+        self.sink: Sink | None = None
+        self.valid = torch.empty(0)
+        self.counts: list[int] = []
+
+    def forward(self, batch: Batch) -> Supervised:
+        """Supervised logits of a batch, with the taps in the graph."""
+        real = batch.attention_mask.bool()
+        # A position is valid if a token follows it: the last token of a row is an input in some batches and
+        # cut off in others, and must count in none.
+        self.valid = real[:, :-1] & real[:, 1:]
+        with torch.enable_grad():
+            part = supervised_logits(self.model, batch)
+        self.counts = part.counts
+        if not bool(torch.isfinite(part.logits.detach()).all()):
+            raise NumericalError(
+                "the model gives NaN or infinite logits on the training or query rows; load it with another "
+                "--dtype, or check it on the rows' text"
+            )
+        return part
+
+    def backward(self, logits: Tensor, gradient: Tensor, sink: Sink, *, last: bool = True) -> None:
+        """Send `gradient` [N, V] back from the logits, showing every leaf's (input, output gradient) to `sink`."""
+        self.sink = sink
+        torch.autograd.grad(
+            logits, self.anchor, gradient.to(logits.dtype), retain_graph=not last, allow_unused=True
+        )
+        self.sink = None
+
+    def gradients(self, part: Supervised, gradient: Tensor, *, last: bool = True) -> Tensor:
+        """Per-example gradients `[b, P]` for an output gradient `[N, V]`."""
+        sink = GradientSink(self.model.space, len(self.counts), part.logits, self.model.dtype)
+        self.backward(part.logits, gradient, sink, last=last)
+        return sink.rows
+
+    def show(self, leaf: int, x: Tensor, g: Tensor) -> None:
+        """Bring one leaf's tensors into the shape `[b, T, d]` and hand them to the sink."""
+        assert self.sink is not None
+        b, T = self.valid.shape
+        valid = self.valid
+        if x.dim() == 2 and x.shape[0] == b * T:  # some decoders flatten their tokens
+            x, g = x.unflatten(0, (b, T)), g.unflatten(0, (b, T))
+        elif x.shape[0] == 1 and x.shape[1] == sum(self.counts) and (b, T) != x.shape[:2]:
+            # an adapted LM head sees supervised positions only, one example after the other
+            x, g = (nn.utils.rnn.pad_sequence(t[0].split(self.counts), batch_first=True) for t in (x, g))
+            valid = torch.arange(x.shape[1], device=x.device) < torch.tensor(self.counts, device=x.device)[:, None]
+        if x.shape[:2] != valid.shape:
+            raise AdapterError(
+                f"{self.model.space.leaves[leaf].name} sees tokens of shape {tuple(x.shape)} where "
+                f"{tuple(valid.shape)} + (width,) was expected: routed experts mix the tokens of different "
+                "examples, so their per-example gradients are not supported; adapt attention and shared layers only"
+            )
+        self.sink(leaf, x, g, valid)
+
+
+@contextmanager
+def tape(model: AdaptedModel) -> Iterator[Tape]:
+    """Put the taps in, switch every weight gradient and dropout off; put everything back afterwards."""
+    recorder = Tape(model)
+    leaves = [leaf for site in model.sites for leaf in (site.A, site.B)]
+    trainable = [p for p in model.model.parameters() if p.requires_grad]
+    training = [module for module in model.model.modules() if module.training]
+    model.model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    for number, leaf in enumerate(leaves):
+        leaf.forward = _tapped_forward(leaf, recorder, number)  # type: ignore[method-assign]
+    try:
+        yield recorder
+    finally:
+        for leaf in leaves:
+            del leaf.forward
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def _tapped_forward(leaf: nn.Linear, recorder: Tape, number: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: _Tap.apply(x, leaf.weight, recorder.anchor, recorder, number)  # type: ignore[no-any-return]
+
+
+def max_rows(space: ParamSpace) -> int:
+    """Rows per batch such that their gradients take at most `GRADIENT_BYTES`."""
+    return max(1, GRADIENT_BYTES // (4 * space.size))
+
+
+def stream_gradients(
+    model: AdaptedModel,
+    tokens: TokenizedExamples,
+    *,
+    measurement: Measurement | None = None,
+    token_budget: int = 4096,
+    batches: Sequence[np.ndarray] | None = None,
+    padding: str = "right",
+) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
+    """Yield `(indices [b], gradients [b, P], values [b])`, batch after batch.
+
+    Without `measurement`: the gradient and value of `l_i`, the **summed** cross-entropy in nats. With one: of
+    m(q), its mean over the supervised tokens. Gradients have the LoRA parameters' type. One example's gradient
+    does not depend on its batch, its padding or the order.
+
+    `batches` overrides the length-bucketed plan; `padding` is `right` or `left`.
+    """
+    if batches is None:
+        batches = plan_batches(tokens, token_budget, max_rows=max_rows(model.space))
+    with tape(model) as recorder:
+        for rows in batches:
+            batch = collate(tokens, rows, pad_id=model.pad_id, padding=padding, device=model.device)  # type: ignore[arg-type]
+            part = recorder.forward(batch)
+            values, gradient = output_gradient(part, measurement)
+            yield rows, recorder.gradients(part, gradient), values.double().cpu().numpy()
+
+
+def output_gradient(part: Supervised, measurement: Measurement | None) -> tuple[Tensor, Tensor]:
+    """Value `[b]` and gradient by the logits `[N, V]` of the summed loss (None) or of a mean measurement."""
+    if measurement is None:
+        sums = part.per_example(token_losses(part.logits.detach(), part.targets))
+        return sums, loss_gradient(probabilities(part.logits), part.targets)
+    counts = torch.tensor(part.counts, device=part.logits.device)
+    share = torch.repeat_interleave(1.0 / counts, counts).to(part.logits.dtype)
+    if isinstance(measurement, MeanLoss):
+        sums, gradient = output_gradient(part, None)
+        return sums / counts, gradient * share.to(gradient)[:, None]
+    logits = part.logits.detach().requires_grad_(True)
+    with torch.enable_grad():
+        values = measurement.token_values(logits, part.targets)
+        (gradient,) = torch.autograd.grad((values * share.to(values)).sum(), logits)
+    return part.per_example(values.detach()) / counts, gradient
+
+
+def sampled_gradient(part: Supervised, probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Gradient by the logits `[N, V]` of the summed cross-entropy of labels drawn from the model."""
+    return loss_gradient(probs, sample_labels(probs, uniforms.to(probs.device)))
+
+
+def label_uniforms(seed: int, draw: int, id: str, count: int) -> np.ndarray:
+    """The uniforms `[count]` that draw example `id`'s labels: a stream keyed by seed, draw and example alone."""
+    key = hashlib.sha256(f"{seed}/{draw}/{id}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little"))).random(count)
+
+
+# ---- the public self-check -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """Result of `check_gradients`: the largest relative error of each leaf, and whether all are within tolerance."""
+
+    errors: dict[str, float]
+    tolerance: float
+    examples: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether every leaf's error is within the tolerance."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+    def __str__(self) -> str:
+        """One sentence, with the worst leaf."""
+        worst = max(self.errors, key=lambda name: self.errors[name])
+        verdict = "agree" if self.ok else "DISAGREE"
+        return (
+            f"streamed and one-example gradients {verdict} on {self.examples} examples: worst relative error "
+            f"{self.errors[worst]:.1e} at {worst} (tolerance {self.tolerance:.0e})"
+        )
+
+
+def check_gradients(
+    model: AdaptedModel, examples: Examples, *, max_length: int | None = None, tolerance: float | None = None
+) -> GradientCheck:
+    """Compare the streamed gradients of *your* model with a plain one-example autograd loop.
+
+    The loop runs each example alone, without taps, with the full logits, and differentiates the summed
+    cross-entropy by the LoRA parameters. The error of a leaf is `max_i |g_i - loop_i| / max_i |loop_i|`
+    (Euclidean norms). Default tolerance: 1e-10 in float64, 1e-4 in float32 and 5e-2 under a bfloat16 base.
+    """
+    tokens = tokenize(examples, model.tokenizer, max_length=max_length)
+    streamed = torch.empty(len(tokens), model.space.size, dtype=model.dtype, device=model.device)
+    for rows, gradients, _ in stream_gradients(model, tokens):
+        streamed[torch.from_numpy(rows)] = gradients
+    loop = torch.stack([_loop_gradient(model, tokens, i) for i in range(len(tokens))])
+    errors = {}
+    for leaf in model.space.leaves:
+        difference = (streamed - loop)[:, leaf.slice].norm(dim=1).max()
+        errors[leaf.name] = float(difference / loop[:, leaf.slice].norm(dim=1).max().clamp(min=1e-30))
+    if tolerance is None:
+        base_dtype = next(model.model.parameters()).dtype
+        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(base_dtype, 5e-2)
+    return GradientCheck(errors, tolerance, len(tokens))
+
+
+def _loop_gradient(model: AdaptedModel, tokens: TokenizedExamples, index: int) -> Tensor:
+    ids = torch.from_numpy(tokens[index].input_ids).to(model.device)
+    targets = torch.where(torch.from_numpy(tokens[index].supervised).to(model.device), ids, -100)
+    before = [(p, p.requires_grad) for p in model.model.parameters()]
+    own = {id(p) for p in model.parameters}
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in own)
+        with torch.enable_grad():
+            logits = model.model(input_ids=ids[None]).logits[0, :-1]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            loss = nn.functional.cross_entropy(logits, targets[1:], ignore_index=-100, reduction="sum")
+            parts = torch.autograd.grad(loss, model.parameters, allow_unused=True)
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+    return model.space.flatten(
+        [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters, parts, strict=True)]
+    )

@@ -1,0 +1,170 @@
+"""From token ids to supervised logits and losses: the only place that shifts and masks.
+
+Token t is predicted from the tokens before it, so the logits of position t - 1 are matched with token t, and
+only positions whose *next* token is supervised reach the LM head. All results are flat over supervised
+positions, example after example: N of them in a batch of b examples, `counts[i]` of them in example i.
+
+Losses are cross-entropies in nats. `l_i` is the **sum** over example i's supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence.adapter import AdaptedModel, accepts
+from influence.data import Batch, TokenizedExamples, collate, plan_batches
+from influence.errors import InputError, NumericalError
+
+REDUCTIONS = ("token", "example")
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The supervised positions of a batch.
+
+    `logits` [N, V] (attached to the graph), `targets` [N], `counts` [b] (sum N), in example order.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    counts: list[int]
+
+    def per_example(self, values: Tensor) -> Tensor:
+        """Sum token values `[N]` over each example: `[b]`."""
+        return torch.stack([part.sum() for part in values.split(self.counts)])
+
+
+def supervised_logits(model: AdaptedModel, batch: Batch) -> Supervised:
+    """Run the model on a batch and return the logits that predict its supervised tokens.
+
+    Right padding needs no attention mask in a causal model (no real token sees it); left padding gets its mask
+    and positions. Raises `NumericalError` if a logit is NaN.
+    """
+    inputs = {"input_ids": batch.input_ids[:, :-1]}
+    if not bool(batch.attention_mask[:, 0].all()):
+        inputs["attention_mask"] = batch.attention_mask[:, :-1]
+        if accepts(model.model, "position_ids"):
+            inputs["position_ids"] = batch.position_ids[:, :-1]
+    mask = batch.supervised[:, 1:]
+    if accepts(model.model, "use_cache"):
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    with _only_supervised_reach_head(model, mask) as selected:
+        logits = model.model.get_base_model()(**inputs).logits
+    logits = logits.flatten(0, -2) if selected else logits[mask]
+    return Supervised(logits, batch.input_ids[:, 1:][mask], mask.sum(1).tolist())
+
+
+@contextmanager
+def _only_supervised_reach_head(model: AdaptedModel, mask: Tensor) -> Iterator[bool]:
+    """Hand the LM head only the hidden states `[b, T, d]` under `mask` `[b, T]`, as `[1, N, d]`.
+
+    What follows the head (soft-capping, scaling) acts element by element and is unchanged by this.
+    """
+    head = model.model.get_output_embeddings()
+    if head is None:
+        yield False
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][mask].unsqueeze(0), *args[1:]))
+    try:
+        yield True
+    finally:
+        handle.remove()
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each supervised token, `-log softmax(logits)[target]`, `[N]`, nats, at least float32."""
+    return torch.nn.functional.cross_entropy(_accurate(logits), targets, reduction="none")
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """`softmax(logits)` detached, `[N, V]`, at least float32."""
+    return _accurate(logits.detach()).softmax(-1)
+
+
+def loss_gradient(probs: Tensor, targets: Tensor) -> Tensor:
+    """Gradient of the summed cross-entropy by the logits, `p - onehot(target)`, `[N, V]`."""
+    gradient = probs.clone()
+    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return gradient
+
+
+def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one label per position from the model's own distribution by inverting its cumulative sum.
+
+    `probs` [N, V], `uniforms` [N] in [0, 1): label = the first v with cdf[v] > u. Returns `[N]`.
+    """
+    cdf = probs.cumsum(-1)
+    return torch.searchsorted(cdf, (uniforms.to(cdf) * cdf[:, -1]).unsqueeze(-1), right=True).squeeze(-1).clamp_(
+        max=probs.shape[-1] - 1
+    )
+
+
+def weights(counts: np.ndarray, reduction: str) -> np.ndarray:
+    """The training objective's weights `w_i`, `[n]` float64, from the supervised token counts T_i.
+
+    `J = sum_i w_i l_i`: `token` gives `1 / N_tok` (what Hugging Face trainers minimise), `example` gives
+    `1 / (n T_i)`.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    if reduction == "token":
+        return np.full(len(counts), 1.0 / counts.sum())
+    if reduction == "example":
+        return 1.0 / (len(counts) * counts)
+    raise InputError(f"reduction {reduction!r} was given; expected token or example")
+
+
+def mean_losses(model: AdaptedModel, tokens: TokenizedExamples, *, token_budget: int = 4096) -> np.ndarray:
+    """Mean cross-entropy per supervised token of every example, `[n]` float64, nats."""
+    out = np.empty(len(tokens))
+    with torch.no_grad():
+        for rows in plan_batches(tokens, token_budget):
+            part = supervised_logits(model, collate(tokens, rows, pad_id=model.pad_id, device=model.device))
+            sums = part.per_example(token_losses(part.logits, part.targets).double())
+            out[rows] = sums.cpu().numpy() / tokens.counts[rows]
+    if not np.isfinite(out).all():
+        raise NumericalError(f"the loss of {int((~np.isfinite(out)).sum())} rows is NaN or infinite")
+    return out
+
+
+# ---- measurements --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """The default measurement m(q): mean cross-entropy over the query's completion tokens, nats."""
+
+    name: str = "loss"
+    unit: str = "nats per token"
+
+    def token_values(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Value of each supervised token, `[N]`; m(q) is their mean over the query's tokens."""
+        return token_losses(logits, targets)
+
+
+@dataclass(frozen=True)
+class MeanMargin:
+    """Mean correct-class log-odds `log p / (1 - p)` over the completion tokens (Park et al. 2023, TRAK)."""
+
+    name: str = "margin"
+    unit: str = "log-odds per token"
+
+    def token_values(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Value of each supervised token, `[N]`."""
+        logits = _accurate(logits)
+        correct = logits.gather(-1, targets.unsqueeze(-1))
+        others = logits.scatter(-1, targets.unsqueeze(-1), -torch.inf).logsumexp(-1)
+        return correct.squeeze(-1) - others
+
+
+Measurement = MeanLoss | MeanMargin
+MEASUREMENTS: dict[str, Measurement] = {"loss": MeanLoss(), "margin": MeanMargin()}
+
+
+def _accurate(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

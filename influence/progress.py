@@ -1,0 +1,49 @@
+"""Progress on standard error: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+T = TypeVar("T")
+
+#: Seconds between plain lines when standard error is not a terminal.
+INTERVAL = 10.0
+
+
+def track(items: Iterable[T], label: str, *, total: int | None = None, done: int = 0) -> Iterator[T]:
+    """Yield `items` while showing how far along they are; `done` items were done before (a resumed run)."""
+    if total is None:
+        total = (len(items) if isinstance(items, Sized) else 0) + done
+    if sys.stderr.isatty():
+        yield from _bar(items, label, total, done)
+        return
+    start = last = time.monotonic()
+    count = done
+    for item in items:
+        yield item
+        count += 1
+        now = time.monotonic()
+        if now - last > INTERVAL:
+            last = now
+            left = (now - start) / (count - done) * (total - count)
+            print(f"{label}: {count}/{total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+def say(message: str) -> None:
+    """One plain line on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _bar(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=total, completed=done)
+        for item in items:
+            yield item
+            progress.advance(task)

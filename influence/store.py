@@ -1,0 +1,131 @@
+"""HDF5 files that survive a kill at any moment.
+
+Two ways of writing, both plain HDF5 to every reader:
+
+* *Whole files* (factors, checkpoints) are written beside their final name and renamed, so a name always
+  holds a complete file.
+* *Row files* (gradients, scores) are laid out once, contiguously and at full size, closed, and renamed into
+  place; rows are then written through a memory map at the dataset's offset. HDF5's own metadata never changes
+  again, so a process killed half-way leaves a valid file whose `/done` tells which rows count.
+
+Every file carries the digest of the run it belongs to; a foreign, damaged or truncated file is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from influence.errors import MismatchError, StoreError
+
+
+def write_file(
+    path: Path,
+    arrays: Mapping[str, np.ndarray] | None = None,
+    *,
+    attrs: Mapping[str, Any] | None = None,
+    rows: Mapping[str, tuple[tuple[int, ...], Any]] | None = None,
+    strings: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Write a whole HDF5 file and move it into place atomically.
+
+    `arrays` are stored as they are, `strings` as UTF-8, `rows` (`name: (shape, dtype)`) are laid out
+    contiguously at full size for `open_rows`, reading as zeros until written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    needed = sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in (rows or {}).values())
+    needed += sum(array.nbytes for array in (arrays or {}).values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise StoreError(
+            f"{path} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on its disk: free some space, choose "
+            "another directory, or use --store never"
+        )
+    try:
+        with h5py.File(partial, "w", libver=("earliest", "v110")) as file:
+            for name, array in (arrays or {}).items():
+                file.create_dataset(name, data=array)
+            for name, values in (strings or {}).items():
+                file.create_dataset(name, data=list(values), dtype=h5py.string_dtype("utf-8"), shape=(len(values),))
+            for name, (shape, dtype) in (rows or {}).items():
+                _create_contiguous(file, name, shape, dtype)
+            file.attrs.update(dict(attrs or {}))
+        with open(partial, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(f"{path} could not be written: {error}") from error
+
+
+def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_layout(h5py.h5d.CONTIGUOUS)
+    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # the file is extended sparsely, which reads as zeros
+    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape), plist)
+
+
+def open_rows(path: Path, name: str, *, write: bool = False) -> np.ndarray:
+    """Map a dataset laid out by `write_file(rows=...)` into memory, shape and type as stored."""
+    with open_file(path) as file:
+        dataset = file[name]
+        shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
+    if 0 in shape:
+        return np.zeros(shape, dtype)
+    if offset is None:
+        raise StoreError(f"{path}: {name} is not stored contiguously, so it was not written by this toolkit")
+    return np.memmap(path, dtype=dtype, mode="r+" if write else "r", offset=offset, shape=shape)
+
+
+@contextmanager
+def open_file(path: Path, *, run_digest: str | None = None):  # noqa: ANN201
+    """Open an HDF5 file for reading; optionally insist that it belongs to the run with this digest."""
+    try:
+        file = h5py.File(path, "r")
+    except FileNotFoundError:
+        raise StoreError(f"{path} does not exist") from None
+    except OSError as error:
+        raise StoreError(
+            f"{path} is damaged, truncated, or not an HDF5 file ({error}); move it away and run the command again"
+        ) from error
+    with file:
+        if run_digest is not None:
+            found = file.attrs.get("run_digest")
+            if found != run_digest:
+                raise MismatchError(
+                    f"{path} belongs to another run (digest {str(found)[:12]}, this run has {run_digest[:12]}): give "
+                    "the file of this run, or move the foreign one away and run the command again"
+                )
+        yield file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a damaged file is a `StoreError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise StoreError(f"{path} holds no JSON object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, readable by people."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=2, ensure_ascii=False)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path)
