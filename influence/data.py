@@ -581,15 +581,16 @@ def _render(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[_Ren
 
 def _render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> _Rendered:
     """Render a conversation and find where its last answer starts."""
+    program = _without_clock(cast(str, tokenizer.get_chat_template()))
 
     def template(turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         return cast(
             str,
             tokenizer.apply_chat_template(
                 cast(list[dict[str, str]], [dict(turn) for turn in turns]),
+                chat_template=program,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                strftime_now=datetime(2024, 7, 26).strftime,  # what a template is given hides its clock
             ),
         )
 
@@ -618,6 +619,19 @@ def _render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTok
     if boundary < 0:
         raise _UnusableError("the chat template does not print the last message, so its tokens are unknown")
     return _Rendered(whole, boundary, chat=True)
+
+
+def _without_clock(program: str) -> str:
+    """Give a chat template a fixed day: a macro of its own hides the clock that transformers lends it.
+
+    The line break after the macro is eaten by the block before it, so a template renders as it did.
+    """
+    if "strftime_now" not in program:
+        return program
+    day = datetime(2024, 7, 26)
+    replaced = "".join(f" | replace('%{d}', '{day.strftime('%' + d)}')" for d in "aAbBdeFHIjmMpSTyY")
+    replaced += " | replace('%-d', '26') | replace('%-m', '7')"
+    return "{%- macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}\n" + program
 
 
 def _encode(rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], int]]:

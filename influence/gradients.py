@@ -204,16 +204,17 @@ def output_gradient(part: Supervised, measurement: Measurement | None) -> tuple[
     if measurement is None:
         sums = part.per_example(token_losses(part.logits.detach(), part.targets))
         return sums, loss_gradient(probabilities(part.logits), part.targets)
-    counts = torch.tensor(part.counts, device=part.logits.device)
-    share = torch.repeat_interleave(1.0 / counts, counts).to(part.logits.dtype)
+    lengths = torch.tensor(part.counts, device=part.logits.device)
+    counts = lengths.double()
+    share = torch.repeat_interleave(1 / counts, lengths)
     if isinstance(measurement, MeanLoss):
         sums, gradient = output_gradient(part, None)
-        return sums / counts, gradient * share.to(gradient)[:, None]
+        return sums / counts.to(sums), gradient * share.to(gradient)[:, None]
     logits = part.logits.detach().requires_grad_(True)
     with torch.enable_grad():
         values = measurement.token_values(logits, part.targets)
         (gradient,) = torch.autograd.grad((values * share.to(values)).sum(), logits)
-    return part.per_example(values.detach()) / counts, gradient
+    return part.per_example(values.detach()) / counts.to(values), gradient
 
 
 def sampled_gradient(part: Supervised, probs: Tensor, uniforms: Tensor) -> Tensor:

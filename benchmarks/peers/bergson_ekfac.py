@@ -1,0 +1,268 @@
+"""EK-FAC influence scores of a LoRA adapter with bergson, timed.
+
+Runs in an environment of its own (see README.md beside this file) and imports nothing of this project.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import logging
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bergson.build
+import bergson.hessians.hessian_approximations
+import bergson.hessians.pipeline
+import bergson.score.score
+import numpy as np
+import psutil
+import torch
+from bergson.cli.commands import Ekfac
+from bergson.config.config import (
+    DataConfig,
+    DistributedConfig,
+    HessianConfig,
+    HessianPipelineConfig,
+    IndexConfig,
+    InversionConfig,
+    PreprocessConfig,
+    QuerySetConfig,
+    ScoreConfig,
+)
+from bergson.data import load_scores
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoTokenizer
+
+
+class Stopwatch:
+    """Time spent in functions of a library, by label.
+
+    Attributes
+    ----------
+    seconds
+        Seconds so far, by label.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._running: list[str] = []
+
+    def watch(self, module: Any, name: str, label: str) -> None:
+        """Replace ``module.name`` by a version that adds its time to ``label``.
+
+        Inside another watched function the label is followed by "/" and that function's label.
+        """
+        function: Callable[..., Any] = getattr(module, name)
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._running.insert(0, label)
+            key = "/".join(self._running)
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+                self._running.pop(0)
+
+        setattr(module, name, timed)
+
+
+def write_rows(source: Path, tokenizer: Any, target: Path) -> None:
+    """Tokenize a JSON lines file into a folder that bergson reads as it is.
+
+    Rows that already have ``input_ids`` and ``labels`` are not put through a chat template, so the model sees
+    prompt + completion + end of sequence as in training, and only the last two count.
+
+    Parameters
+    ----------
+    source
+        File whose rows have a ``prompt`` and a ``completion``.
+    tokenizer
+        Fast tokenizer of the base model.
+    target
+        Folder to write.
+    """
+    rows = []
+    for line in source.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        encoded = tokenizer(
+            row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True
+        )
+        ids = [*encoded["input_ids"], tokenizer.eos_token_id]
+        ends = [end for _, end in encoded["offset_mapping"]]
+        supervised = [*(end > len(row["prompt"]) for end in ends), True]
+        labels = [token if keep else -100 for token, keep in zip(ids, supervised, strict=True)]
+        rows.append({"input_ids": ids, "labels": labels, "length": len(ids)})
+    Dataset.from_list(rows).save_to_disk(str(target))
+
+
+def copy_adapter(adapter: Path, model: Path, target: Path) -> None:
+    """Link an adapter's files into a folder, with the base model's path in the configuration.
+
+    Parameters
+    ----------
+    adapter
+        Folder of the PEFT adapter.
+    model
+        Folder of the base model: bergson takes it from the adapter's configuration only.
+    target
+        Folder to make.
+    """
+    target.mkdir()
+    for file in adapter.iterdir():
+        if file.name != "adapter_config.json":
+            (target / file.name).symlink_to(file.resolve())
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = str(model.resolve())
+    (target / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def pipeline(folder: Path, run: str, tokenizer: Path, args: argparse.Namespace) -> Ekfac:
+    """Build what the command ``bergson ekfac`` builds from the options that `command` gives it."""
+    return Ekfac(
+        IndexConfig(
+            str(folder / run),
+            model=str(folder / "adapter"),
+            tokenizer=str(tokenizer),
+            precision="fp32",
+            token_batch_size=args.token_batch,
+            distributed=DistributedConfig(nproc_per_node=1),
+            data=DataConfig(dataset=str(folder / "train")),
+        ),
+        HessianConfig(method="kfac", ev_correction=True),
+        ScoreConfig(score="individual"),
+        PreprocessConfig(),
+        HessianPipelineConfig(
+            query=QuerySetConfig(dataset=str(folder / "queries"), aggregation="none"),
+            inversion_cfg=InversionConfig(apply_batch_size=args.apply_batch),
+        ),
+    )
+
+
+def command(folder: Path, run: str, tokenizer: Path, args: argparse.Namespace) -> list[str]:
+    """Command line of the same run."""
+    options = {
+        "--model": folder / "adapter",
+        "--tokenizer": tokenizer,
+        "--index_cfg.precision": "fp32",
+        "--token_batch_size": args.token_batch,
+        "--nproc_per_node": 1,
+        "--data.dataset": folder / "train",
+        "--method": "kfac",
+        "--hessian_cfg.ev_correction": True,
+        "--score": "individual",
+        "--query.dataset": folder / "queries",
+        "--query.aggregation": "none",
+        "--hessian_pipeline_cfg.inversion_cfg.apply_batch_size": args.apply_batch,
+    }
+    flat = [str(part) for option in options.items() for part in option]
+    return [sys.executable, "-m", "bergson", "ekfac", str(folder / run), *flat]
+
+
+def read_scores(path: Path) -> np.ndarray:
+    """Scores of a finished run, [query, train]."""
+    return np.ascontiguousarray(load_scores(path)[:].T, dtype=np.float32)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of the PEFT LoRA adapter")
+    parser.add_argument("--train", type=Path, required=True, help="training rows, JSON lines")
+    parser.add_argument("--queries", type=Path, required=True, help="query rows, JSON lines")
+    parser.add_argument("--out", type=Path, required=True, help="NumPy .npz file to write")
+    parser.add_argument("--repeat", type=int, default=1, help="runs; run r has seed SEED + r")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--token-batch", type=int, default=512, help="tokens per batch, padding included")
+    parser.add_argument("--apply-batch", type=int, default=40, help="query gradients inverted at a time")
+    parser.add_argument("--command", action="store_true", help="also time the command line, once per repeat")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the pipeline, and write scores and timings."""
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    disable_progress_bars()
+    logging.disable(logging.INFO)  # bergson logs to stdout
+    modules = (bergson.build, bergson.hessians.hessian_approximations, bergson.score.score)
+
+    all_scores, times = [], []
+    command_seconds, command_rss = [], 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        write_rows(args.train, tokenizer, folder / "train")
+        write_rows(args.queries, tokenizer, folder / "queries")
+        copy_adapter(args.adapter, args.model, folder / "adapter")
+
+        watch = Stopwatch()
+        watch.watch(bergson.hessians.pipeline, "approximate_hessians", "fit")
+        for module in modules:
+            watch.watch(module, "setup_model_and_peft", "load")
+            watch.watch(module, "setup_data_pipeline", "load")
+
+        rss_before = psutil.Process().memory_info().rss
+        for run in range(args.repeat):
+            torch.manual_seed(args.seed + run)
+            watch.seconds.clear()
+            started, started_cpu = time.perf_counter(), time.process_time()
+            with contextlib.redirect_stdout(sys.stderr):
+                pipeline(folder, f"run{run}", args.model, args).execute()
+            all_scores.append(read_scores(folder / f"run{run}" / "scores"))
+            total = time.perf_counter() - started
+            cpu = time.process_time() - started_cpu
+            fit = watch.seconds["fit"] - watch.seconds["load/fit"]
+            load = watch.seconds["load/fit"] + watch.seconds["load"]
+            times.append((fit, total - fit - load, cpu, load))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+        for run in range(args.repeat if args.command else 0):
+            started = time.perf_counter()
+            line = command(folder, f"command{run}", args.model, args)
+            subprocess.run(line, check=True, stdout=sys.stderr)
+            command_seconds.append(time.perf_counter() - started)
+            command_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+    fit_seconds, score_seconds, cpu_seconds, load_seconds = np.array(times).T
+    np.savez(
+        args.out,
+        scores=all_scores[0],
+        scores_per_run=np.stack(all_scores),
+        fit_seconds=fit_seconds,
+        score_seconds=score_seconds,
+        cpu_seconds=cpu_seconds,
+        load_seconds=load_seconds,
+        command_seconds=command_seconds,
+        peak_rss_bytes=peak,
+        rss_before_bytes=rss_before,
+        command_peak_rss_bytes=command_rss,
+    )
+    report = {
+        "fit_seconds": round(float(np.median(fit_seconds)), 3),
+        "score_seconds": round(float(np.median(score_seconds)), 3),
+        "cpu_seconds": round(float(np.median(cpu_seconds)), 3),
+        "load_seconds": round(float(np.median(load_seconds)), 3),
+        "peak_rss_bytes": peak,
+        "rss_before_bytes": rss_before,
+        "threads": torch.get_num_threads(),
+    }
+    if args.command:
+        report["command_seconds"] = round(float(np.median(command_seconds)), 3)
+        report["command_peak_rss_bytes"] = command_rss
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What the three command lines share: exit statuses, error texts, JSON output, quiet libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from influence.errors import ToolkitError
+
+
+def app(help: str) -> typer.Typer:
+    """A command group with plain help and no shell-completion options."""
+    return typer.Typer(
+        help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+
+
+def main(application: typer.Typer) -> Callable[[], None]:
+    """The entry point of a command group: exit status 0, 1 (the work failed) or 2 (the call was wrong)."""
+
+    def run() -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.showwarning = _one_line_warning
+        try:
+            application()
+        except ToolkitError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_status)
+        except KeyboardInterrupt:
+            print("interrupted; the same command resumes", file=sys.stderr)
+            sys.exit(1)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if os.environ.get("LORA_INFLUENCE_DEBUG"):
+                raise
+            print(f"error: {type(error).__name__}: {error}\n(LORA_INFLUENCE_DEBUG=1 shows where)", file=sys.stderr)
+            sys.exit(1)
+
+    return run
+
+
+def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print a result: one JSON object for a program, or text for a person."""
+    print(json.dumps(result, ensure_ascii=False, default=_plain) if as_json else text)
+
+
+def quiet_transformers() -> None:
+    """Switch transformers' own progress bars off; ours say what is going on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def printable(text: str) -> str:
+    """Text of a training row for a terminal: control characters, which could move the cursor, become spaces."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _one_line_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    if issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
+        return
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,114 @@
+"""Tiny models built here: six architectures of a few thousand weights, a real tokenizer, real PEFT adapters."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import influence
+from influence.data import tokenize
+
+WORDS = "the red fox runs over a lazy dog and old cats sleep in warm sun while birds sing loud songs at dawn".split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+def build_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+
+
+def build_base(kind: str = "llama", *, layers: int = 2, seed: int = 0, tie: bool = False, dtype=torch.float64):
+    """A causal language model of a few thousand weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto import CONFIG_MAPPING
+
+    common = {"vocab_size": 25, "hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 4}
+    common |= {"intermediate_size": 20, "max_position_embeddings": 64, "tie_word_embeddings": tie}
+    common |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    special = {
+        "llama": {"num_key_value_heads": 2},
+        "qwen2": {"num_key_value_heads": 2},
+        "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
+        "gemma": {"num_key_value_heads": 1, "head_dim": 4},
+        "phi": {"partial_rotary_factor": 0.5, "resid_pdrop": 0.2},
+        "gpt2": {},
+    }[kind]
+    config = CONFIG_MAPPING[kind](**(common | special))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():  # larger than the usual initialisation, so that nothing is near linear
+        parameter.data.mul_(4 if parameter.dim() > 1 else 1)
+    return model.eval()
+
+
+def add_lora(base, *, seed: int = 0, r: int = 2, std: float = 0.3, **options):
+    """A trained-looking LoRA adapter: both A and B random."""
+    from peft import LoraConfig, get_peft_model
+
+    options = {"target_modules": "all-linear", "lora_alpha": 3, "lora_dropout": 0.25} | options
+    torch.manual_seed(seed + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, LoraConfig(r=r, task_type="CAUSAL_LM", **options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def build_model(kind: str = "llama", *, layers: int = 2, tie: bool = False, dtype=torch.float64, seed: int = 0, **lora):
+    """An `AdaptedModel` around a tiny base and adapter."""
+    model = add_lora(build_base(kind, layers=layers, tie=tie, dtype=dtype, seed=seed), seed=seed, **lora)
+    if dtype == torch.float64:
+        model.double()
+    return influence.from_peft(model, build_tokenizer())
+
+
+def rows(n: int, seed: int = 0) -> list[dict[str, str]]:
+    """Prompt-completion rows of mixed lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(low: int, high: int) -> str:
+        count = int(torch.randint(low, high, (1,), generator=generator))
+        return " ".join(WORDS[int(i)] for i in torch.randint(0, len(WORDS), (count,), generator=generator))
+
+    return [{"id": f"r{seed}-{i}", "prompt": words(1, 7), "completion": " " + words(1, 6)} for i in range(n)]
+
+
+def examples(n: int, seed: int = 0):
+    return influence.examples_from_rows(rows(n, seed))
+
+
+def tokens_of(model, data, **options):
+    return tokenize(data, model.tokenizer, **options)
+
+
+@pytest.fixture
+def tiny():
+    """A one-layer Llama with LoRA on q and v: small enough for dense P x P oracles."""
+    return build_model("llama", layers=1, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.fixture(scope="session")
+def testbed() -> Path:
+    """Folder of the tofu-tiny testbed (base, adapter, rows, truth); tests that need it skip without it."""
+    folder = os.environ.get("LORA_INFLUENCE_TESTBED")
+    if not folder:
+        pytest.skip("set LORA_INFLUENCE_TESTBED to the folder of the tofu-tiny testbed")
+    return Path(folder)
