@@ -794,7 +794,7 @@ def _print_check(console: Console, result: Mapping[str, Any], seed: int) -> None
 def verdict(result: Mapping[str, Any]) -> str:
     """One paragraph that says how far prediction and measurement are apart."""
     predicted, measured = result["predicted"], result["measured"]
-    place = f"The question is number {result['place']} of {result['questions']} by measured change."
+    place = f"Of the {result['questions']} questions it is number {result['place']} by measured rise."
     if measured == 0:
         return f"The removal changed nothing that can be measured; {predicted:+.3f} was predicted. {place}"
     factor = abs(predicted / measured)

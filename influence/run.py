@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -462,7 +463,14 @@ def row_blocks(path: Path, name: str, device: torch.device) -> Iterator[Tensor]:
     rows = open_rows(path, name)
     step = max(1, BLOCK_BYTES // (rows.shape[1] * rows.itemsize))
     for start in range(0, len(rows), step):
-        yield torch.from_numpy(np.array(rows[start : start + step])).to(device)
+        yield as_tensor(rows[start : start + step], device)
+
+
+def as_tensor(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Mapped rows as a tensor: on the CPU without a copy, to be read only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of memory it may not write to
+        return torch.from_numpy(np.asarray(rows)).to(device)
 
 
 def _kronecker_arrays(kfac: Kronecker, fitted: Kronecker, wide_of: list[int]) -> dict[str, np.ndarray]:
@@ -646,7 +654,7 @@ class Run:
             for start in range(0, len(rows), step):
                 indices = np.arange(start, min(start + step, len(rows)))
                 if not skip[indices].all():
-                    yield indices, torch.from_numpy(np.array(rows[start : start + step])).to(self.model.device)
+                    yield indices, as_tensor(rows[start : start + step], self.model.device)
             return
         plan = plan_batches(self.tokens, self.manifest["token_budget"], max_rows=max_rows(self.model.space))
         left = [rows for rows in plan if not skip[rows].all()]

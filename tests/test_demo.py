@@ -53,7 +53,7 @@ def corpus():
 @pytest.fixture(scope="module")
 def tiny_base(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "base"
-    train_base(corpus.base_texts[:80], folder, 0, width=16, layers=1, vocabulary=300, epochs=1)
+    train_base(corpus.base_texts[:200], folder, 0, width=32, layers=1, vocabulary=400, epochs=6, lr=1e-2)
     return folder
 
 
@@ -148,7 +148,7 @@ def test_rows_all_absent_leave_the_base(corpus, tiny_base, tmp_path):
 
 def test_training_lowers_the_loss_and_the_toolkit_reads_the_adapter(corpus, tiny_base, tmp_path):
     rows = corpus.train[:20]
-    train_adapter(tiny_base, rows, tmp_path / "adapter", 0, epochs=8, rank=2, lr=5e-2)
+    train_adapter(tiny_base, rows, tmp_path / "adapter", 0, epochs=15, rank=2, lr=2e-2)
     before = mean_losses(tiny_base, None, rows)
     after = mean_losses(tiny_base, tmp_path / "adapter", rows)
     assert np.mean(after) < np.mean(before) - 0.1

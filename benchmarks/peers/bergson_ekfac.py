@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -41,17 +42,22 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 
 
+def now() -> np.ndarray:
+    """Wall and CPU seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 class Stopwatch:
     """Time spent in functions of a library, by label.
 
     Attributes
     ----------
     seconds
-        Seconds so far, by label.
+        Wall and CPU seconds so far, by label.
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, np.ndarray] = {}
         self._running: list[str] = []
 
     def watch(self, module: Any, name: str, label: str) -> None:
@@ -65,11 +71,11 @@ class Stopwatch:
         def timed(*args: Any, **kwargs: Any) -> Any:
             self._running.insert(0, label)
             key = "/".join(self._running)
-            started = time.perf_counter()
+            started = now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+                self.seconds[key] = self.seconds.get(key, 0.0) + now() - started
                 self._running.pop(0)
 
         setattr(module, name, timed)
@@ -198,8 +204,7 @@ def main() -> None:
     logging.disable(logging.INFO)  # bergson logs to stdout
     modules = (bergson.build, bergson.hessians.hessian_approximations, bergson.score.score)
 
-    all_scores, times = [], []
-    command_seconds, command_rss = [], 0
+    all_scores, times, command_seconds = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -217,42 +222,42 @@ def main() -> None:
         for run in range(args.repeat):
             torch.manual_seed(args.seed + run)
             watch.seconds.clear()
-            started, started_cpu = time.perf_counter(), time.process_time()
+            started = now()
             with contextlib.redirect_stdout(sys.stderr):
                 pipeline(folder, f"run{run}", args.model, args).execute()
             all_scores.append(read_scores(folder / f"run{run}" / "scores"))
-            total = time.perf_counter() - started
-            cpu = time.process_time() - started_cpu
+            total = now() - started
             fit = watch.seconds["fit"] - watch.seconds["load/fit"]
             load = watch.seconds["load/fit"] + watch.seconds["load"]
-            times.append((fit, total - fit - load, cpu, load))
+            times.append((fit, total - fit - load, load))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         for run in range(args.repeat if args.command else 0):
             started = time.perf_counter()
             line = command(folder, f"command{run}", args.model, args)
-            subprocess.run(line, check=True, stdout=sys.stderr)
+            subprocess.run(line, check=True, stdout=sys.stderr, env=environment)
             command_seconds.append(time.perf_counter() - started)
-            command_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
-    fit_seconds, score_seconds, cpu_seconds, load_seconds = np.array(times).T
+    (fit_seconds, score_seconds, load_seconds), (fit_cpu, score_cpu, _) = np.array(times).T
     np.savez(
         args.out,
         scores=all_scores[0],
         scores_per_run=np.stack(all_scores),
         fit_seconds=fit_seconds,
         score_seconds=score_seconds,
-        cpu_seconds=cpu_seconds,
+        fit_cpu_seconds=fit_cpu,
+        score_cpu_seconds=score_cpu,
         load_seconds=load_seconds,
         command_seconds=command_seconds,
         peak_rss_bytes=peak,
         rss_before_bytes=rss_before,
-        command_peak_rss_bytes=command_rss,
     )
     report = {
         "fit_seconds": round(float(np.median(fit_seconds)), 3),
         "score_seconds": round(float(np.median(score_seconds)), 3),
-        "cpu_seconds": round(float(np.median(cpu_seconds)), 3),
+        "fit_cpu_seconds": round(float(np.median(fit_cpu)), 3),
+        "score_cpu_seconds": round(float(np.median(score_cpu)), 3),
         "load_seconds": round(float(np.median(load_seconds)), 3),
         "peak_rss_bytes": peak,
         "rss_before_bytes": rss_before,
@@ -260,7 +265,6 @@ def main() -> None:
     }
     if args.command:
         report["command_seconds"] = round(float(np.median(command_seconds)), 3)
-        report["command_peak_rss_bytes"] = command_rss
     print(json.dumps(report))
 
 

@@ -23,6 +23,7 @@ complement of their span is treated as isotropic, with its own mean eigenvalue p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -49,21 +50,26 @@ class KFAC:
 
 
 class DenseMoment:
-    """`sum_n x_n x_n^T` as a `[d, d]` matrix."""
+    """`sum_n x_n x_n^T` as a `[d, d]` matrix, of which the lower triangle counts."""
+
+    STRIPS = 4  # the upper triangle is not computed: 4 strips of rows save 3/8 of the products
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.state = torch.zeros(width, width, dtype=dtype, device=device)
 
     def add(self, x: Tensor) -> None:
         """Add the rows of `x` [N, d]."""
-        self.state.addmm_(x.T, x)
+        step = max(32, -(-x.shape[1] // self.STRIPS))
+        for start in range(0, x.shape[1], step):
+            stop = min(start + step, x.shape[1])
+            self.state[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
     def eigen(self) -> tuple[Tensor, Tensor, float]:
         """Eigenvectors `[d, d]`, eigenvalues `[d]` (clipped at 0), and the mean eigenvalue of the complement, 0."""
         matrix = self.state.double()
         if not bool(torch.isfinite(matrix).all()):
             raise NumericalError("a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64")
-        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        values, vectors = torch.linalg.eigh(matrix, UPLO="L")
         return vectors, values.clamp(min=0), 0.0
 
 
@@ -158,7 +164,8 @@ class Moments:
 
     def kronecker(self, weight: float, samples: int, name: str = "kfac") -> Kronecker:
         """Eigendecompose. `weight` is the unit of the relative weights; output moments are means over `samples`."""
-        wide = {number: moment.eigen() for number, moment in self.wide.items()}
+        with ThreadPoolExecutor() as pool:  # LAPACK runs without the interpreter's lock
+            wide = dict(zip(self.wide, pool.map(lambda moment: moment.eigen(), self.wide.values()), strict=True))
         blocks = []
         for number, leaf in enumerate(self.space.leaves):
             narrow_vectors, narrow_values, _ = self.narrow[number].eigen()

@@ -1,0 +1,32 @@
+# Everything runs in a virtual environment made here; `make demo` and `make test` need nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test lint types slow bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]" -c constraints.txt
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/analysis demo --out $(DEMO) --overwrite
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
