@@ -22,10 +22,14 @@ def _group() -> None:
 @app.command()
 def lds(
     scores: Annotated[Path, typer.Option("--scores", help="Score file (HDF5) made by influence score.")],
-    truth: Annotated[Path, typer.Option("--truth", help="npz with masks [S, n] and query_loss [S, Q] of retrained adapters.")],
+    truth: Annotated[
+        Path, typer.Option("--truth", help="npz with masks [S, n] and query_loss [S, Q] of retrained adapters.")
+    ],
     resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap.")] = 0,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the Spearman of every query (.png or .svg).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the Spearman of every query (.png or .svg).")
+    ] = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -42,9 +46,7 @@ def lds(
             "again with --measurement loss"
         )
     known = read_truth(truth)
-    result = linear_datamodeling_score(
-        loaded.values, known.masks, known.query_loss, resamples=resamples, seed=seed
-    )
+    result = linear_datamodeling_score(loaded.values, known.masks, known.query_loss, resamples=resamples, seed=seed)
     if plot is not None:
         from analysis.plots import lds_plot
 

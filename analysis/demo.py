@@ -294,9 +294,7 @@ def train_base(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _train_tokenizer(texts, vocabulary)
-    stream = [
-        token for ids in tokenizer(list(texts))["input_ids"] for token in (*ids, tokenizer.eos_token_id)
-    ]
+    stream = [token for ids in tokenizer(list(texts))["input_ids"] for token in (*ids, tokenizer.eos_token_id)]
     block = 128
     blocks = torch.tensor(stream[: len(stream) // block * block]).view(-1, block)
     config = LlamaConfig(
@@ -421,9 +419,7 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
         show_progress=False,
     )
     raw.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=256
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=256)
 
 
 def _encode(tokenizer: Any, row: Row) -> tuple[Tensor, Tensor]:
@@ -486,9 +482,7 @@ def opposition(
     for i, group in enumerate(groups):
         own = [q for q, other in enumerate(asked) if group is not None and other == group]
         if own:
-            found[i] = -scores[own, i].astype(np.float64).mean() / np.sqrt(
-                max(float(self_influence[i]), 1e-30)
-            )
+            found[i] = -scores[own, i].astype(np.float64).mean() / np.sqrt(max(float(self_influence[i]), 1e-30))
     return found
 
 
@@ -510,9 +504,7 @@ def hits(values: np.ndarray, wanted: Collection[int]) -> tuple[int, float]:
 _MADE = ("base", "adapter", "run", "check", "train.jsonl", "queries.jsonl", "heldout.jsonl", "planted.json")
 
 
-def demo(
-    out: str | Path, *, seed: int = 0, overwrite: bool = False, console: Console | None = None
-) -> dict[str, Any]:
+def demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Make a small world under `out`, attribute in it, and check what comes out.
 
     Parameters
@@ -583,9 +575,7 @@ def _claim(out: Path, overwrite: bool) -> Path:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give a directory for the demo")
     if out.exists() and any(out.iterdir()) and not overwrite:
-        raise InputError(
-            f"{out} is not empty: give a new directory, or --overwrite to replace an earlier demo there"
-        )
+        raise InputError(f"{out} is not empty: give a new directory, or --overwrite to replace an earlier demo there")
     for name in _MADE:
         made = out / name
         if made.is_dir() and not made.is_symlink():
@@ -644,9 +634,7 @@ def _table(title: str, columns: Mapping[str, str]) -> Any:
 
 
 def _print_losses(console: Console, losses: Mapping[str, Any]) -> None:
-    table = _table(
-        "mean loss, nats per token", {"": "left", "rows": "right", "base": "right", "adapter": "right"}
-    )
+    table = _table("mean loss, nats per token", {"": "left", "rows": "right", "base": "right", "adapter": "right"})
     for name, entry in losses["table"].items():
         table.add_row(name, str(entry["rows"]), f"{entry['base']:.2f}", f"{entry['adapter']:.2f}")
     console.print(table)
@@ -699,9 +687,7 @@ def _readable(row: Row) -> str:
     return f"{row['prompt'].removeprefix('Q: ').removesuffix(chr(10) + 'A:')}{row['completion']}"
 
 
-def _find_wrong(
-    console: Console, run: Run, scores: Scores, corpus: Corpus, losses: np.ndarray
-) -> dict[str, Any]:
+def _find_wrong(console: Console, run: Run, scores: Scores, corpus: Corpus, losses: np.ndarray) -> dict[str, Any]:
     """Rank the rows three ways and count the planted wrong ones among the first k."""
     own = run.self_influence(out=run.directory / "scores.h5").values
     groups = [row.get("group") for row in corpus.train]
@@ -716,9 +702,7 @@ def _find_wrong(
     ranked, k = int((~unasked).sum()), len(wrong)
     chance = hits(opposed, wrong)[1]
     found = {name: hits(values, wrong)[0] for name, values in rankings.items()}
-    table = _table(
-        f"planted wrong rows among the first {k} of {ranked}, ranked by", {"": "left", f"of {k}": "right"}
-    )
+    table = _table(f"planted wrong rows among the first {k} of {ranked}, ranked by", {"": "left", f"of {k}": "right"})
     for name, count in found.items():
         table.add_row(name, str(count))
     table.add_row("chance", f"{chance:.2f}")
@@ -734,9 +718,7 @@ def _find_wrong(
     }
 
 
-def _check(
-    console: Console, out: Path, corpus: Corpus, scores: Scores, *, query: int, seed: int
-) -> dict[str, Any]:
+def _check(console: Console, out: Path, corpus: Corpus, scores: Scores, *, query: int, seed: int) -> dict[str, Any]:
     """Train again without a question's top proponent and compare the predicted with the measured change.
 
     Measured twice: with the adapter's own seed, and between two adapters of another seed (initialisation and

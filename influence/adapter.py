@@ -92,7 +92,7 @@ class Site:
     """One adapted layer: PEFT's layer, its `lora_A` and `lora_B` modules and its scaling s."""
 
     name: str
-    layer: nn.Module
+    layer: Any
     A: nn.Linear
     B: nn.Linear
     scaling: float
@@ -124,7 +124,7 @@ class AdaptedModel:
         return self.sites[0].A.weight.dtype
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """The trainable matrices in flat order."""
         return [leaf.weight for site in self.sites for leaf in (site.A, site.B)]
 
@@ -229,9 +229,7 @@ def load(
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(body, str(folder), is_trainable=False)
     source = str(folder) if (folder / "tokenizer_config.json").exists() else str(base)
-    return from_peft(
-        model, _load_tokenizer(source, trust_remote_code), base=str(base), adapter=str(adapter)
-    )
+    return from_peft(model, _load_tokenizer(source, trust_remote_code), base=str(base), adapter=str(adapter))
 
 
 def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") -> AdaptedModel:
@@ -275,11 +273,15 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
                 "not s B A x; plain LoRA and rsLoRA are"
             )
         elif not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)) or B.bias is not None:
-            reasons.append(f"{path}: LoRA on {type(layer.get_base_layer()).__name__} is not supported; on nn.Linear and Conv1D it is")
+            reasons.append(
+                f"{path}: LoRA on {type(layer.get_base_layer()).__name__} is not supported; on nn.Linear and Conv1D it is"
+            )
         else:
             sites.append(Site(path, layer, A, B, float(layer.scaling[name])))
     own = {id(weight) for site in sites for weight in (site.A.weight, site.B.weight)}
-    outside = [key for key, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in own]
+    outside = [
+        key for key, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in own
+    ]
     if outside and not reasons:
         reasons.append(
             f"{len(outside)} trainable parameters lie outside the LoRA sites ({', '.join(outside[:3])}, ...): "
@@ -374,7 +376,7 @@ def _load_base(base: str, dtype: torch.dtype, device: torch.device, trust_remote
             f"base model {base!r} could not be loaded: {error}\nPass a folder or hub id of a causal language model "
             "saved as safetensors (--model BASE)"
         ) from error
-    return model if quantised else model.to(device)
+    return model if quantised else model.to(device)  # pyright: ignore[reportArgumentType]
 
 
 def _load_tokenizer(source: str, trust_remote_code: bool) -> Any:
@@ -481,7 +483,7 @@ def _digest_tensors(header: str, tensors: Mapping[str, Tensor]) -> str:
         name, tensor = item
         data = tensor.detach().cpu().contiguous()
         digest = hashlib.sha256(f"{name} {data.dtype} {tuple(data.shape)}".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         return digest.hexdigest()
 
     with ThreadPoolExecutor() as pool:

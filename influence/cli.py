@@ -17,7 +17,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps ...")]
 CurvatureOption = Annotated[
-    str | None, typer.Option("--curvature", help="Another curvature that the run holds: identity, kfac, ggn, hessian ...")
+    str | None,
+    typer.Option("--curvature", help="Another curvature that the run holds: identity, kfac, ggn, hessian ..."),
 ]
 DampingOption = Annotated[
     str | None, typer.Option("--damping", help="Another damping rule than the fit's: mean:0.1, top:0.01 or abs:1e-3.")
@@ -27,24 +28,43 @@ DampingOption = Annotated[
 @app.command()
 def fit(
     adapter: Annotated[str, typer.Option("--adapter", help="PEFT LoRA adapter: folder or hub id.")],
-    train: Annotated[Path, typer.Option("--train", help="The rows it was trained on: .jsonl, .parquet or a datasets folder.")],
+    train: Annotated[
+        Path, typer.Option("--train", help="The rows it was trained on: .jsonl, .parquet or a datasets folder.")
+    ],
     run: Annotated[Path, typer.Option("--run", help="Directory to make.")],
     model: Annotated[
         str | None, typer.Option("--model", help="Base model: folder or hub id. Default: the one the adapter records.")
     ] = None,
-    curvature: Annotated[str, typer.Option("--curvature", help="ekfac, kfac, fisher, ggn, hessian or identity.")] = "ekfac",
-    samples: Annotated[int, typer.Option("--samples", help="Label draws per row for ekfac, kfac, fisher (fisher: 0 = the data's labels).")] = 1,
-    damping: Annotated[str, typer.Option("--damping", help="mean:X, top:X (times the block's eigenvalue) or abs:X.")] = "mean:0.1",
-    reduction: Annotated[str, typer.Option("--reduction", help="Training loss: mean over tokens, or over examples' means.")] = "token",
+    curvature: Annotated[
+        str, typer.Option("--curvature", help="ekfac, kfac, fisher, ggn, hessian or identity.")
+    ] = "ekfac",
+    samples: Annotated[
+        int,
+        typer.Option("--samples", help="Label draws per row for ekfac, kfac, fisher (fisher: 0 = the data's labels)."),
+    ] = 1,
+    damping: Annotated[
+        str, typer.Option("--damping", help="mean:X, top:X (times the block's eigenvalue) or abs:X.")
+    ] = "mean:0.1",
+    reduction: Annotated[
+        str, typer.Option("--reduction", help="Training loss: mean over tokens, or over examples' means.")
+    ] = "token",
     path: Annotated[str, typer.Option("--path", help="Where between base (0) and adapter (1) to look.")] = "1.0",
-    max_length: Annotated[int | None, typer.Option("--max-length", help="Truncate rows to so many tokens, as in training.")] = None,
-    token_budget: Annotated[int, typer.Option("--token-budget", help="Tokens per batch, padding included; lower it to save memory.")] = 2048,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Truncate rows to so many tokens, as in training.")
+    ] = None,
+    token_budget: Annotated[
+        int, typer.Option("--token-budget", help="Tokens per batch, padding included; lower it to save memory.")
+    ] = 2048,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="The base's type: float32, bfloat16 or float64.")] = "float32",
     store: Annotated[str, typer.Option("--store", help="Keep the rows' gradients: auto, always or never.")] = "auto",
-    disk_budget: Annotated[float, typer.Option("--disk-budget", help="Most gigabytes of gradients that --store auto keeps.")] = 50.0,
+    disk_budget: Annotated[
+        float, typer.Option("--disk-budget", help="Most gigabytes of gradients that --store auto keeps.")
+    ] = 50.0,
     seed: Annotated[int, typer.Option("--seed", help="Keys the labels sampled from the model.")] = 0,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the base model ships.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the base model ships.")
+    ] = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -91,7 +111,9 @@ def score(
     run: RunOption,
     queries: Annotated[Path, typer.Option("--queries", help="Rows whose loss is explained, in the same formats.")],
     out: Annotated[Path | None, typer.Option("--out", help="Score file (HDF5). Default: scores.h5 in the run.")] = None,
-    solver: Annotated[str, typer.Option("--solver", help="direct, cg, or pcg (cg preconditioned by EK-FAC).")] = "direct",
+    solver: Annotated[
+        str, typer.Option("--solver", help="direct, cg, or pcg (cg preconditioned by EK-FAC).")
+    ] = "direct",
     measurement: Annotated[str, typer.Option("--measurement", help="loss (nats) or margin (log-odds).")] = "loss",
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
@@ -136,7 +158,9 @@ def score(
 @app.command(name="self")
 def self_(
     run: RunOption,
-    out: Annotated[Path | None, typer.Option("--out", help="HDF5 file. Default: added to scores.h5 in the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HDF5 file. Default: added to scores.h5 in the run.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="How many rows to show.")] = 10,
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
@@ -151,13 +175,22 @@ def self_(
     out = out or run / "scores.h5"
     result = opened.self_influence(out=out, curvature=curvature, damping=damping, overwrite=overwrite)
     order = np.argsort(-result.values, kind="stable")[:k]
-    rows = [{"id": result.train_ids[i], "self_influence": float(result.values[i]), "row": opened.train[int(i)].preview(90)} for i in order]
+    rows = [
+        {"id": result.train_ids[i], "self_influence": float(result.values[i]), "row": opened.train[int(i)].preview(90)}
+        for i in order
+    ]
     if json:
-        console.emit({"out": str(out), "rows": len(result.values), "worst_residual": result.worst_residual, "top": rows}, "", True)
+        console.emit(
+            {"out": str(out), "rows": len(result.values), "worst_residual": result.worst_residual, "top": rows},
+            "",
+            True,
+        )
         return
     from rich.console import Console
 
-    table = _table(f"{out}: the {len(rows)} rows with the highest self-influence of {len(result.values)}", "self-influence")
+    table = _table(
+        f"{out}: the {len(rows)} rows with the highest self-influence of {len(result.values)}", "self-influence"
+    )
     for row in rows:
         table.add_row(f"{row['self_influence']:+.4f}", _cell(row["id"]), _cell(row["row"]))
     Console().print(table)
@@ -193,16 +226,23 @@ def top(
     if train is not None and train.digest != manifest["data"]["digest"]:
         raise MismatchError(f"{source} has changed since {run} was fitted: restore it, or fit a new run")
     if json:
-        entries = {name: [vars(e) for e in part] for name, part in (("proponents", proponents), ("opponents", opponents))}
+        entries = {
+            name: [vars(e) for e in part] for name, part in (("proponents", proponents), ("opponents", opponents))
+        }
         console.emit({"query": loaded.query_ids[position], **entries}, "", True)
         return
     from rich.console import Console
 
     unit = loaded.attributes.get("unit", "")
     for name, part, effect in (("proponents", proponents, "raise"), ("opponents", opponents, "lower")):
-        table = _table(f"{name} of {console.printable(loaded.query_ids[position])}: removing one would {effect} its {loaded.attributes.get('measurement', 'loss')}", f"score ({unit})")
+        table = _table(
+            f"{name} of {console.printable(loaded.query_ids[position])}: removing one would {effect} its {loaded.attributes.get('measurement', 'loss')}",
+            f"score ({unit})",
+        )
         for entry in part:
-            table.add_row(f"{entry.score:+.2e}", _cell(entry.id), _cell(train[entry.index].preview(90)) if train else "")
+            table.add_row(
+                f"{entry.score:+.2e}", _cell(entry.id), _cell(train[entry.index].preview(90)) if train else ""
+            )
         Console().print(table)
 
 
@@ -210,7 +250,9 @@ def top(
 def check(
     adapter: Annotated[str, typer.Option("--adapter", help="PEFT LoRA adapter: folder or hub id.")],
     train: Annotated[Path, typer.Option("--train", help="Rows to check on.")],
-    model: Annotated[str | None, typer.Option("--model", help="Base model. Default: the one the adapter records.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Base model. Default: the one the adapter records.")
+    ] = None,
     rows: Annotated[int, typer.Option("--rows", help="How many rows to check.")] = 8,
     max_length: Annotated[int | None, typer.Option("--max-length", help="Truncate rows to so many tokens.")] = None,
     device: DeviceOption = "auto",

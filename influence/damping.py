@@ -57,7 +57,7 @@ class Damping:
         return cls(rule, number)
 
     def resolve(self, curvature: Curvature) -> Tensor:
-        """lambda of each block of a fitted curvature, `[blocks]` float64, all positive.
+        """Lambda of each block of a fitted curvature, `[blocks]` float64, all positive.
 
         A block without curvature (every A of a fresh adapter: B = 0) has no scale to be relative to; it gets
         `FLOOR` times the largest block's lambda, with a warning.

@@ -502,9 +502,7 @@ def tokenize(
     without an end-of-sequence token; rows that lose some of their supervised tokens.
     """
     if max_length is not None and max_length < 2:
-        raise DataError(
-            f"max_length is {max_length}; it must be at least 2, because a first token is never a target"
-        )
+        raise DataError(f"max_length is {max_length}; it must be at least 2, because a first token is never a target")
     rendered = _render(examples, tokenizer)
     if tokenizer.eos_token_id is None and not all(row.chat for row in rendered):
         warnings.warn(
@@ -652,9 +650,7 @@ def _encode(rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase) -
     return encoded
 
 
-def _encode_part(
-    rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], int]]:
+def _encode_part(rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
     """Tokenise rows of one kind in one call (two without offsets); as `_encode`, nothing appended yet."""
 
     def call(texts: list[str], offsets: bool = False) -> Mapping[str, Any]:
@@ -702,9 +698,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer(probe, add_special_tokens=special, padding=False, truncation=False)["input_ids"]
         for special in (True, False)
     ]
-    special_ids = {
-        name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")
-    }
+    special_ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
     return _sha256(_canonical([rules, special_ids, getattr(tokenizer, "chat_template", None), calls]))
 
 
@@ -737,9 +731,7 @@ class Batch:
         )
 
 
-def plan_batches(
-    tokens: TokenizedExamples, token_budget: int, *, max_rows: int | None = None
-) -> list[np.ndarray]:
+def plan_batches(tokens: TokenizedExamples, token_budget: int, *, max_rows: int | None = None) -> list[np.ndarray]:
     """Group examples of similar length into batches of at most `token_budget` tokens, padding included.
 
     Returns the indices int64 [b] of each batch: every index once, rows x longest <= token_budget, and at most

@@ -109,9 +109,7 @@ class Tape:
     def backward(self, logits: Tensor, gradient: Tensor, sink: Sink, *, last: bool = True) -> None:
         """Send `gradient` [N, V] back from the logits, showing every leaf's (input, output gradient) to `sink`."""
         self.sink = sink
-        torch.autograd.grad(
-            logits, self.anchor, gradient.to(logits.dtype), retain_graph=not last, allow_unused=True
-        )
+        torch.autograd.grad(logits, self.anchor, gradient.to(logits.dtype), retain_graph=not last, allow_unused=True)
         self.sink = None
 
     def gradients(self, part: Supervised, gradient: Tensor, *, last: bool = True) -> Tensor:
@@ -129,7 +127,7 @@ class Tape:
             x, g = x.unflatten(0, (b, T)), g.unflatten(0, (b, T))
         elif x.shape[0] == 1 and x.shape[1] == sum(self.counts) and (b, T) != x.shape[:2]:
             # an adapted LM head sees supervised positions only, one example after the other
-            x, g = (nn.utils.rnn.pad_sequence(t[0].split(self.counts), batch_first=True) for t in (x, g))
+            x, g = (nn.utils.rnn.pad_sequence(list(t[0].split(self.counts)), batch_first=True) for t in (x, g))
             valid = torch.arange(x.shape[1], device=x.device) < torch.tensor(self.counts, device=x.device)[:, None]
         if x.shape[:2] != valid.shape:
             raise AdapterError(

@@ -100,8 +100,10 @@ def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
     `probs` [N, V], `uniforms` [N] in [0, 1): label = the first v with cdf[v] > u. Returns `[N]`.
     """
     cdf = probs.cumsum(-1)
-    return torch.searchsorted(cdf, (uniforms.to(cdf) * cdf[:, -1]).unsqueeze(-1), right=True).squeeze(-1).clamp_(
-        max=probs.shape[-1] - 1
+    return (
+        torch.searchsorted(cdf, (uniforms.to(cdf) * cdf[:, -1]).unsqueeze(-1), right=True)
+        .squeeze(-1)
+        .clamp_(max=probs.shape[-1] - 1)
     )
 
 

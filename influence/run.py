@@ -50,7 +50,7 @@ from influence.gradients import (
 )
 from influence.loss import Supervised, loss_gradient, probabilities, supervised_logits, weights
 from influence.progress import say, track
-from influence.store import open_file, open_rows, read_json, write_file, write_json
+from influence.store import open_file, open_rows, read, read_json, write_file, write_json
 
 CurvatureSpec = EKFAC | KFAC | Fisher | GGN | Hessian | Identity
 STORE = ("auto", "always", "never")
@@ -280,7 +280,10 @@ class _Fit:
         if self.store_gradients and not (self.directory / "gradients.h5").exists():
             write_file(
                 self.directory / "gradients.h5",
-                attrs={**attrs, "about": "gradient of l_i, the summed cross-entropy (nats) of row i, at the data's labels"},
+                attrs={
+                    **attrs,
+                    "about": "gradient of l_i, the summed cross-entropy (nats) of row i, at the data's labels",
+                },
                 rows={"gradients": ((n, P), dtype), "done": ((n,), np.uint8)},
                 strings=ids,
             )
@@ -293,7 +296,9 @@ class _Fit:
 
     def main_pass(self, first: int) -> None:
         """Forward once per batch, backward once per set of labels; checkpoint now and then."""
-        gradients = open_rows(self.directory / "gradients.h5", "gradients", write=True) if self.store_gradients else None
+        gradients = (
+            open_rows(self.directory / "gradients.h5", "gradients", write=True) if self.store_gradients else None
+        )
         done = open_rows(self.directory / "gradients.h5", "done", write=True) if self.store_gradients else None
         sampled = open_rows(self.directory / "rows.h5", "rows", write=True) if self.store_rows else None
         last = time.monotonic()
@@ -369,8 +374,8 @@ class _Fit:
                 return 0
             state = {"squares": self.squares, **(self.moments.state() if self.moments else {})}
             for name, tensor in state.items():
-                tensor.copy_(torch.from_numpy(file[name][()]))
-            following = int(file.attrs["next"])
+                tensor.copy_(torch.from_numpy(read(file, name)))
+            following = int(np.asarray(file.attrs["next"]))
         say(f"resuming at batch {following + 1} of {len(self.batches)}")
         return following
 
@@ -436,7 +441,7 @@ def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
     seen: list[tuple[int, Tensor]] = []
     wide_of = list(range(len(model.space.leaves)))
 
-    def note(number: int):  # noqa: ANN202
+    def note(number: int):
         def hook(_module: Any, args: tuple[Any, ...]) -> None:
             x = args[0]
             for first, tensor in seen:
@@ -576,14 +581,17 @@ class Run:
             return IdentityCurvature(self.model.space.size)
         if name == fitted == "fisher":
             with open_file(path, run_digest=self.digest) as file:
-                tensors = [torch.from_numpy(file[key][()]).to(self.model.device) for key in ("scales", "vectors", "values")]
-            return SampleSpaceFisher(self.model.space.size, self.fisher_rows(), *tensors)
+                tensors = [
+                    torch.from_numpy(read(file, k)).to(self.model.device) for k in ("scales", "vectors", "values")
+                ]
+            scales, vectors, values = tensors
+            return SampleSpaceFisher(self.model.space.size, self.fisher_rows(), scales, vectors, values)
         if name in ("ekfac", "kfac") and fitted in (name, "ekfac"):
             return self._load_kronecker(path, name)
         if name in ("ggn", "hessian") and fitted in ("ekfac", "kfac", "ggn", "hessian"):
             if fitted in ("ggn", "hessian"):
                 with open_file(path, run_digest=self.digest) as file:
-                    trace = torch.from_numpy(file["trace"][()])
+                    trace = torch.from_numpy(read(file, "trace"))
             else:
                 sizes = torch.tensor([leaf.stop - leaf.start for leaf in self.model.space.leaves])
                 trace = self.curvature(fitted).mean_eigenvalues() * sizes
@@ -598,8 +606,8 @@ class Run:
         prefix = "kfac_" if name == "kfac" else ""
         blocks = []
         with open_file(path, run_digest=self.digest) as file:
-            wide_of = file["wide_of"][()]
-            get = lambda key: torch.from_numpy(file[key][()]).to(self.model.device)  # noqa: E731
+            wide_of = read(file, "wide_of")
+            get = lambda key: torch.from_numpy(read(file, key)).to(self.model.device)  # noqa: E731
             wide = {number: get(f"leaf/{number}/wide") for number in sorted(set(wide_of.tolist()))}
             for number, leaf in enumerate(self.model.space.leaves):
                 at = f"leaf/{number}"
@@ -668,13 +676,13 @@ class Run:
         name = "gradients" if empirical else "rows"
         return lambda: row_blocks(self.directory / f"{name}.h5", name, self.model.device)
 
-    def score(self, queries: Examples, **options: Any):  # noqa: ANN201
+    def score(self, queries: Examples, **options: Any):
         """Influence of every training row on every query; see `influence.scores.score`."""
         from influence.scores import score
 
         return score(self, queries, **options)
 
-    def self_influence(self, **options: Any):  # noqa: ANN201
+    def self_influence(self, **options: Any):
         """Predicted rise of every training row's own mean loss if it is removed; see `influence.scores`."""
         from influence.scores import self_influence
 

@@ -17,10 +17,10 @@ adapter as the optimum, Bae et al. 2022, arXiv 2209.05364).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h5py
 import numpy as np
@@ -35,8 +35,8 @@ from influence.gradients import stream_gradients
 from influence.loss import MEASUREMENTS, MeanLoss, Measurement
 from influence.progress import say
 from influence.run import Run
-from influence.solvers import CG, Direct, Solution, Solver
-from influence.store import open_file, open_rows, write_file
+from influence.solvers import CG, Direct, Solver
+from influence.store import open_file, open_rows, read, read_strings, write_file
 
 CONVENTION = (
     "score[q, i] = w_i * grad m(q)^T (C + lambda I)^-1 grad l_i: predicted change of measurement m(q) when training "
@@ -104,11 +104,11 @@ class Scores:
             if missing:
                 raise StoreError(f"{path} is no score file: it lacks {', '.join(missing)}")
             return cls(
-                file["scores"][()],
-                list(file["query_ids"].asstr()[()]),
-                list(file["train_ids"].asstr()[()]),
-                file["residuals"][()] if "residuals" in file else np.array([]),
-                file["converged"][()].astype(bool) if "converged" in file else np.array([]),
+                read(file, "scores"),
+                read_strings(file, "query_ids"),
+                read_strings(file, "train_ids"),
+                read(file, "residuals") if "residuals" in file else np.array([]),
+                read(file, "converged").astype(bool) if "converged" in file else np.array([]),
                 dict(file.attrs),
             )
 
@@ -156,14 +156,14 @@ def score(
     """
     if len(queries) == 0:
         raise InputError("no queries were given; give at least one row")
-    measurement = _named(measurement, MEASUREMENTS, "measurement")
+    explained: Measurement = _named(measurement, MEASUREMENTS, "measurement")
     operator = run.operator(curvature, damping)
     solver = make_solver(run, solver, operator)
     tokens = tokenize(queries, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
     attributes = {
         "convention": CONVENTION,
-        "measurement": measurement.name,
-        "unit": measurement.unit,
+        "measurement": explained.name,
+        "unit": explained.unit,
         **_provenance(run, operator, solver, damping),
         "query_digest": queries.digest,
         "complete": False,
@@ -187,7 +187,7 @@ def score(
         if done[number].all():
             continue
         rows = np.arange(number * chunk, min((number + 1) * chunk, len(queries)))
-        solution = solver.solve(operator, query_gradients(run, tokens.select(rows), measurement))
+        solution = solver.solve(operator, query_gradients(run, tokens.select(rows), explained))
         residuals[rows], converged[rows] = solution.residuals.numpy(), solution.converged.cpu().numpy()
         message = solution.message or message
         for indices, gradients in run.gradient_blocks(skip=done[number].astype(bool)):
@@ -200,7 +200,9 @@ def score(
         say(f"warning: {message}")
     attributes["residuals"], attributes["complete"] = float(residuals.max()), True
     if target is not None and partial is not None:
-        result = Scores(np.array(values), queries.ids, run.train.ids, np.array(residuals), converged.astype(bool), attributes)
+        result = Scores(
+            np.array(values), queries.ids, run.train.ids, np.array(residuals), converged.astype(bool), attributes
+        )
         del values, done, residuals, converged
         _seal(partial, target, attributes, run.digest)
         return result
@@ -231,7 +233,9 @@ def self_influence(
     """
     operator = run.operator(curvature, damping)
     exact = operator.curvature.name in ("ggn", "hessian")
-    solver = make_solver(run, ("pcg" if run.fitted_name in ("ekfac", "kfac") else "cg") if exact else "direct", operator)
+    solver = make_solver(
+        run, ("pcg" if run.fitted_name in ("ekfac", "kfac") else "cg") if exact else "direct", operator
+    )
     attributes = {"convention": SELF_CONVENTION, "unit": MeanLoss().unit, **_provenance(run, operator, solver, damping)}
     target = None if out is None else Path(out)
     if target is not None:
@@ -239,7 +243,9 @@ def self_influence(
     values = np.empty(len(run.train), np.float32)
     worst = 0.0
     for indices, gradients in run.gradient_blocks():
-        for part, rows in zip(gradients.split(256), np.array_split(indices, range(256, len(indices), 256)), strict=True):
+        for part, rows in zip(
+            gradients.split(256), np.array_split(indices, range(256, len(indices), 256)), strict=True
+        ):
             solution = solver.solve(operator, part)
             worst = max(worst, float(solution.residuals.max()))
             share = torch.from_numpy(run.weights[rows] / run.tokens.counts[rows])
@@ -289,10 +295,10 @@ def _provenance(run: Run, operator: Damped, solver: Solver, damping: str | Dampi
     }
 
 
-def _different(file: h5py.File, attributes: dict[str, Any]) -> list[str]:
-    """Names of the attributes in which a file differs from what is asked now."""
+def _different(found: Mapping[str, Any], attributes: dict[str, Any]) -> list[str]:
+    """Names of the attributes in which what is stored differs from what is asked now."""
     keys = [key for key in attributes if key not in ("residuals", "complete", "version")]
-    return [key for key in keys if key not in file.attrs or not np.array_equal(file.attrs[key], attributes[key])]
+    return [key for key in keys if key not in found or not np.array_equal(found[key], attributes[key])]
 
 
 def _existing(target: Path, attributes: dict[str, Any]) -> Scores | None:
@@ -300,7 +306,7 @@ def _existing(target: Path, attributes: dict[str, Any]) -> Scores | None:
     with open_file(target) as file:
         if "scores" not in file and file.attrs.get("run_digest") == attributes["run_digest"]:
             return None
-        different = _different(file, attributes)
+        different = _different(file.attrs, attributes)
     if different:
         raise MismatchError(
             f"{target} holds other scores ({', '.join(different)} differ): give another --out, or --overwrite to "
@@ -316,7 +322,7 @@ def _lay_out(
     if partial.exists():
         try:
             with open_file(partial) as file:
-                same = not _different(file, attributes) and file["done"].shape == (chunks, shape[1])
+                same = not _different(file.attrs, attributes) and read(file, "done").shape == (chunks, shape[1])
         except StoreError:
             same = False
         if same:
@@ -352,8 +358,8 @@ def _refuse_foreign_self(target: Path, run: Run, attributes: dict[str, Any], ove
         return
     with open_file(target) as file:
         owner = file.attrs.get("run_digest")
-        dataset = file.get("self_influence")
-        different = [] if dataset is None else _different(dataset, attributes)
+        dataset = cast("h5py.Dataset | None", file.get("self_influence"))
+        different = [] if dataset is None else _different(dataset.attrs, attributes)
     if owner != run.digest:
         raise MismatchError(f"{target} belongs to another run: give another --out")
     if different and not overwrite:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ def write_file(
     contiguously at full size for `open_rows`, reading as zeros until written.
     """
     partial = path.with_name(path.name + ".partial")
-    needed = sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in (rows or {}).values())
+    needed = sum(
+        int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in (rows or {}).values()
+    )
     needed += sum(array.nbytes for array in (arrays or {}).values())
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
@@ -75,10 +77,25 @@ def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape), plist)
 
 
+def read(file: h5py.File | h5py.Group, name: str) -> np.ndarray:
+    """A whole dataset of an open file as an array."""
+    dataset = file.get(name)
+    if not isinstance(dataset, h5py.Dataset):
+        raise StoreError(f"{file.file.filename} lacks {name}: it is damaged or was not written by this toolkit")
+    return dataset[()]
+
+
+def read_strings(file: h5py.File, name: str) -> list[str]:
+    """A dataset of UTF-8 strings."""
+    return [value.decode("utf-8") for value in read(file, name)]
+
+
 def open_rows(path: Path, name: str, *, write: bool = False) -> np.ndarray:
     """Map a dataset laid out by `write_file(rows=...)` into memory, shape and type as stored."""
     with open_file(path) as file:
-        dataset = file[name]
+        dataset = file.get(name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise StoreError(f"{path} lacks {name}: it is damaged or was not written by this toolkit")
         shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
     if 0 in shape:
         return np.zeros(shape, dtype)
@@ -88,7 +105,7 @@ def open_rows(path: Path, name: str, *, write: bool = False) -> np.ndarray:
 
 
 @contextmanager
-def open_file(path: Path, *, run_digest: str | None = None):  # noqa: ANN201
+def open_file(path: Path, *, run_digest: str | None = None) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading; optionally insist that it belongs to the run with this digest."""
     try:
         file = h5py.File(path, "r")

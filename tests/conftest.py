@@ -12,7 +12,7 @@ import torch
 import influence
 from influence.data import tokenize
 
-WORDS = "the red fox runs over a lazy dog and old cats sleep in warm sun while birds sing loud songs at dawn".split()
+WORDS = ["the", "red", "fox", "runs", "over", "a", "lazy", "dog", "and", "old", "cats", "sleep", "in", "warm", "sun", "while", "birds", "sing", "loud", "songs", "at", "dawn"]
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,11 @@ def build_tokenizer():
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=raw,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -1,4 +1,4 @@
-"""Loading, the one flat order, digests, and every adapter that is refused, with the sentence it is refused in."""
+"""Loading, the one flat order, digests, and every refused adapter with its sentence."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def wrapped(config, kind: str = "llama"):
         return get_peft_model(build_base(kind, layers=1), config)
 
 
-# ---- loading and saving --------------------------------------------------------------------------------------
+# ---- loading and saving ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,7 +106,7 @@ def test_a_missing_tokenizer_is_named(tmp_path):
         influence.load(base, adapter)
 
 
-# ---- the flat order ------------------------------------------------------------------------------------------
+# ---- the flat order ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -117,7 +117,10 @@ def test_the_flat_order_is_site_after_site_A_before_B_row_major(kind):
     for name in names:
         site = name.removeprefix("base_model.model.").removesuffix(".lora_A")
         layer = model.model.get_submodule(name.removesuffix(".lora_A"))
-        expected += [(f"{site}.lora_A", layer.lora_A["default"].weight), (f"{site}.lora_B", layer.lora_B["default"].weight)]
+        expected += [
+            (f"{site}.lora_A", layer.lora_A["default"].weight),
+            (f"{site}.lora_B", layer.lora_B["default"].weight),
+        ]
     assert [leaf.name for leaf in model.space.leaves] == [name for name, _ in expected]
     assert torch.equal(model.snapshot(), torch.cat([weight.detach().reshape(-1) for _, weight in expected]))
     assert [leaf.is_A for leaf in model.space.leaves] == [True, False] * len(names)
@@ -154,7 +157,7 @@ def test_restore_and_moved_come_back_bit_for_bit():
         assert moved is model
         assert torch.equal(model.snapshot(), theta + delta.float())
     assert torch.equal(model.snapshot(), theta)
-    with pytest.raises(RuntimeError, match="on the way"), model.moved(delta):  # noqa: PT012
+    with pytest.raises(RuntimeError, match="on the way"), model.moved(delta):
         raise RuntimeError("on the way")
     assert torch.equal(model.snapshot(), theta)
     model.restore(theta * 2)
@@ -170,7 +173,7 @@ def test_restore_refuses_a_vector_of_another_size():
         model.restore(torch.zeros(3))
 
 
-# ---- digests, scalings ---------------------------------------------------------------------------------------
+# ---- digests, scalings -------------------------------------------------------------------------------------
 
 
 def test_the_digest_tells_weights_and_scalings_but_not_the_folder(tmp_path):
@@ -230,7 +233,7 @@ def test_a_fresh_adapter_warns():
         influence.from_peft(wrapped(LoraConfig(target_modules=["q_proj"])), build_tokenizer())
 
 
-# ---- refusals: live models -----------------------------------------------------------------------------------
+# ---- refusals: live models ---------------------------------------------------------------------------------
 
 
 def refused(model, match: str) -> None:
@@ -239,7 +242,9 @@ def refused(model, match: str) -> None:
 
 
 def test_dora_is_refused():
-    refused(add_lora(build_base(layers=1), use_dora=True), "use_dora: DoRA also trains a magnitude.*plain LoRA and rsLoRA")
+    refused(
+        add_lora(build_base(layers=1), use_dora=True), "use_dora: DoRA also trains a magnitude.*plain LoRA and rsLoRA"
+    )
 
 
 def test_a_merged_live_adapter_is_refused_and_unmerged_it_works():
@@ -311,7 +316,7 @@ def test_other_peft_methods_are_refused():
     refused(wrapped(prompt), "it is a PROMPT_TUNING adapter; LoRA adapters are supported")
 
 
-# ---- refusals: folders ---------------------------------------------------------------------------------------
+# ---- refusals: folders -------------------------------------------------------------------------------------
 
 
 def unloadable(base, adapter, match: str, error=AdapterError, **options) -> None:
@@ -440,7 +445,13 @@ def test_nan_weights_are_refused_and_named(tmp_path, value):
 
 def test_an_unknown_dtype_or_device_is_refused(tmp_path):
     base, adapter = save(tmp_path, **LLAMA)
-    unloadable(base, adapter, "dtype 'float8' was given; expected one of float32, bfloat16, float64", InputError, dtype="float8")
+    unloadable(
+        base,
+        adapter,
+        "dtype 'float8' was given; expected one of float32, bfloat16, float64",
+        InputError,
+        dtype="float8",
+    )
     unloadable(base, adapter, "device 'abacus' was given; expected auto, cpu", InputError, device="abacus")
 
 
@@ -450,7 +461,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
     unloadable(base, adapter, "device 'cuda' .*", InputError, device="cuda")
 
 
-# ---- quantised bases (bitsandbytes runs on the CPU; these tests need it installed) ---------------------------
+# ---- quantised bases (bitsandbytes runs on the CPU; these tests need it installed) -------------------------
 
 
 def quantised(kind: str):
@@ -461,7 +472,9 @@ def quantised(kind: str):
     widths = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
     ids = {"vocab_size": len(WORDS) + 3, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2, max_position_embeddings=64, **widths, **ids))
+    base = AutoModelForCausalLM.from_config(
+        LlamaConfig(num_hidden_layers=2, max_position_embeddings=64, **widths, **ids)
+    )
     for name, module in list(base.model.named_modules()):
         if type(module) is not torch.nn.Linear:
             continue

@@ -41,7 +41,9 @@ def oracle(model, tokens) -> torch.Tensor:
         logp = model.model(input_ids=ids).logits[0].log_softmax(-1)
         loss = sum(-logp[t - 1, ids[0, t]] for t in range(1, ids.shape[1]) if item.supervised[t])
         parts = torch.autograd.grad(loss, leaves, allow_unused=True)
-        out.append(torch.cat([(torch.zeros_like(w) if g is None else g).ravel() for w, g in zip(leaves, parts, strict=True)]))
+        out.append(
+            torch.cat([(torch.zeros_like(w) if g is None else g).ravel() for w, g in zip(leaves, parts, strict=True)])
+        )
         for w in leaves:
             w.requires_grad_(False)
     return torch.stack(out)
@@ -137,7 +139,11 @@ def test_measurement_gradients_equal_finite_differences(name):
 
     def values(step: float) -> np.ndarray:
         with tiny.moved(step * direction):
-            parts = {int(i): v for rows, _, vs in stream_gradients(tiny, tokens, measurement=measurement) for i, v in zip(rows, vs, strict=True)}
+            parts = {
+                int(i): v
+                for rows, _, vs in stream_gradients(tiny, tokens, measurement=measurement)
+                for i, v in zip(rows, vs, strict=True)
+            }
         return np.array([parts[i] for i in range(3)])
 
     slope = (values(1e-5) - values(-1e-5)) / 2e-5
@@ -178,7 +184,6 @@ def test_public_check_passes_and_can_fail(tiny, monkeypatch):
 
 
 def test_routed_tokens_are_refused(tiny):
-    recorder = None
     with tape(tiny) as recorder:
         recorder.sink = lambda *_: None
         recorder.valid, recorder.counts = torch.ones(3, 5, dtype=torch.bool), [2, 2, 2]

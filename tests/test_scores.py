@@ -103,7 +103,9 @@ def test_removing_the_proponents_raises_the_loss(run, model):
 def test_batches_order_and_store_change_nothing(model, tmp_path):
     data, queries = examples(10), examples(4, seed=2)
     reference = influence.fit(model, data, directory=tmp_path / "a").score(queries).values
-    for number, options in enumerate(({"token_budget": 1}, {"token_budget": 33}, {"store": "never"}, {"store": "always"})):
+    for number, options in enumerate(
+        ({"token_budget": 1}, {"token_budget": 33}, {"store": "never"}, {"store": "always"})
+    ):
         values = influence.fit(model, data, directory=tmp_path / f"b{number}", **options).score(queries).values
         np.testing.assert_allclose(values, reference, rtol=1e-5, atol=1e-9)
     shuffled = influence.examples_from_rows(rows(10)[::-1])
@@ -123,7 +125,9 @@ def test_float32_agrees_with_float64(tmp_path, run, model):
 def test_scoring_with_stored_gradients_runs_no_training_row(run, monkeypatch):
     seen = []
     original = influence.data.collate
-    monkeypatch.setattr("influence.gradients.collate", lambda tokens, rows, **k: seen.append(len(rows)) or original(tokens, rows, **k))
+    monkeypatch.setattr(
+        "influence.gradients.collate", lambda tokens, rows, **k: seen.append(len(rows)) or original(tokens, rows, **k)
+    )
     run.score(examples(3, seed=9))
     assert sum(seen) == 3  # the queries, nothing else
 
@@ -148,7 +152,8 @@ def test_top_ranks_and_names(run):
     row = scores.values[1]
     assert [e.index for e in proponents] == list(np.argsort(-row)[: len(proponents)])
     assert [e.index for e in opponents] == list(np.argsort(row)[: len(opponents)])
-    assert all(e.score > 0 for e in proponents) and all(e.score < 0 for e in opponents)
+    assert all(e.score > 0 for e in proponents)
+    assert all(e.score < 0 for e in opponents)
     assert proponents[0].id == run.train.ids[proponents[0].index]
     with pytest.raises(InputError, match=r"query 'nobody' was given; there are 3 scored queries"):
         scores.top("nobody")

@@ -45,6 +45,15 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bits are compared here, and these models are too small for threads to pay."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Interruption(Exception):
     """Stands for a kill between two batches."""
 
@@ -58,7 +67,9 @@ def model():
 def fit(directory: Path, kind: str = "ekfac", **options) -> Run:
     curvature, store = KINDS[kind]
     options = {"curvature": curvature, "store": store, "token_budget": BUDGET} | options
-    return influence.fit(options.pop("model", model()), options.pop("train", examples(N)), directory=directory, **options)
+    return influence.fit(
+        options.pop("model", model()), options.pop("train", examples(N)), directory=directory, **options
+    )
 
 
 def interrupt_after(monkeypatch, batches: int) -> None:
@@ -75,8 +86,18 @@ def interrupt_after(monkeypatch, batches: int) -> None:
     monkeypatch.setattr(run_module, "collate", collate)
 
 
+def interrupted_fit(monkeypatch, directory: Path, batches: int) -> None:
+    """A fit that ends after so many batches."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, batches)
+        with pytest.raises(Interruption):
+            fit(directory)
+
+
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }
 
 
 def times(directory: Path) -> dict[str, int]:
@@ -123,7 +144,7 @@ def solver_of(kind: str):
     return CG(max_iterations=2) if kind.startswith(("ggn", "hessian")) else "direct"
 
 
-# ---- interrupted between batches -----------------------------------------------------------------------------
+# ---- interrupted between batches ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,14 +156,14 @@ def test_a_fit_interrupted_between_batches_and_resumed_equals_an_uninterrupted_o
         with monkeypatch.context() as patch:
             patch.setattr(run_module, "CHECKPOINT_SECONDS", 0 if checkpointed else 1e9)
             interruptions = 0
-            for batches in (1, 3, 2, 5, 4, 1, 3):
+            for batches in (1, 3, 2, 5):
                 with patch.context() as inner:
                     interrupt_after(inner, batches)
                     try:
                         fit(directory, kind)
                     except Interruption:
                         interruptions += 1
-                        with pytest.raises(InputError, match="the fit in .* is unfinished: run the same influence fit"):
+                        with pytest.raises(InputError, match=r"the fit in .* is unfinished: run the same"):
                             Run.open(directory, model=model(), train=examples(N))
         run = fit(directory, kind)
         works = kind != "identity" or KINDS[kind][1] == "always"
@@ -156,16 +177,16 @@ def test_a_fit_interrupted_between_batches_and_resumed_equals_an_uninterrupted_o
 def test_another_batch_plan_does_not_continue_a_checkpoint_but_gives_the_same_scores(tmp_path, monkeypatch):
     expected = fit(tmp_path / "whole").score(examples(3, seed=9)).values
     monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0)
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
-        interrupt_after(patch, 4)
-        fit(tmp_path / "run")
+    interrupted_fit(monkeypatch, tmp_path / "run", 4)
     run = fit(tmp_path / "run", token_budget=100)
     found = run.score(examples(3, seed=9)).values
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored"])
-def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupted_one(tmp_path, monkeypatch, kind, capfd):
+def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupted_one(
+    tmp_path, monkeypatch, kind, capfd
+):
     run = fit(tmp_path / "run", kind)
     queries = examples(5, seed=9)
     monkeypatch.setattr(run_module, "BLOCK_BYTES", 5 * run.model.space.size * 4)  # five rows at a time
@@ -203,15 +224,16 @@ def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupte
 def test_a_partial_score_file_of_another_request_is_not_continued(tmp_path, monkeypatch):
     run = fit(tmp_path / "run")
     out = tmp_path / "scores.h5"
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
+    with monkeypatch.context() as patch:
         patch.setattr(Run, "gradient_blocks", lambda self, skip=None: (_ for _ in ()).throw(Interruption))
-        run.score(examples(3, seed=9), out=out)
+        with pytest.raises(Interruption):
+            run.score(examples(3, seed=9), out=out)
     assert out.with_name("scores.h5.partial").exists()
     queries = examples(3, seed=8)
     assert np.array_equal(run.score(queries, out=out).values, run.score(queries).values)
 
 
-# ---- killed at any moment ------------------------------------------------------------------------------------
+# ---- killed at any moment ----------------------------------------------------------------------------------
 
 
 def in_child(work, kill_after: float | None) -> bool:
@@ -253,7 +275,7 @@ def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path, monkeypatch, ki
     generator = random.Random(0)
     kills, directory, copies = 0, tmp_path / "run", 0
     while kills < 10 and copies < 30:
-        if in_child(lambda: work(directory), generator.uniform(0, 0.7 * whole)):
+        if in_child(lambda path=directory: work(path), generator.uniform(0, 0.7 * whole)):
             directory, copies = tmp_path / f"run {copies}", copies + 1  # it came to its end: start over
         else:
             kills += 1
@@ -261,7 +283,9 @@ def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path, monkeypatch, ki
     for path in sorted(tmp_path.glob("run*")):
         assert in_child(lambda path=path: work(path), None)
         same_files(tmp_path / "whole", path, "factors.h5", "gradients.h5")
-        assert np.array_equal(Scores.load(path / "scores.h5").values, Scores.load(tmp_path / "whole" / "scores.h5").values)
+        assert np.array_equal(
+            Scores.load(path / "scores.h5").values, Scores.load(tmp_path / "whole" / "scores.h5").values
+        )
         assert sorted(contents(path)) == sorted(contents(tmp_path / "whole"))
 
 
@@ -272,7 +296,17 @@ def test_commands_killed_at_ten_random_moments_change_nothing(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count, seed)))
 
     def commands(run: Path) -> list[list[str]]:
-        fit = ["fit", "--model", base, "--adapter", adapter, "--train", tmp_path / "train.jsonl", "--token-budget", "40"]
+        fit = [
+            "fit",
+            "--model",
+            base,
+            "--adapter",
+            adapter,
+            "--train",
+            tmp_path / "train.jsonl",
+            "--token-budget",
+            "40",
+        ]
         score = ["score", "--run", run, "--queries", tmp_path / "queries.jsonl"]
         start = "import influence.run as r; r.CHECKPOINT_SECONDS = 0.05; from influence.cli import main; main()"
         return [[sys.executable, "-c", start, *map(str, c)] for c in ([*fit, "--run", run], score)]
@@ -285,22 +319,24 @@ def test_commands_killed_at_ten_random_moments_change_nothing(tmp_path):
         lasted.append(time.monotonic() - start)
     expected = Scores.load(tmp_path / "whole" / "scores.h5").values
     generator = random.Random(0)
-    killed = 0
-    for number, command in enumerate(commands(tmp_path / "run")):
-        for _ in range(5):
-            with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-                try:
-                    process.wait(generator.uniform(0.5, 1) * lasted[number])
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    killed += 1
+    for number, (command, made) in enumerate(zip(commands(tmp_path / "run"), ["run", "run/scores.h5"], strict=True)):
+        kills = 0
+        while kills < 5:
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            try:
+                assert process.wait(generator.uniform(0.4, 1) * lasted[number]) == 0
+                made_it = tmp_path / made  # it came to its end: start over
+                shutil.rmtree(made_it) if made_it.is_dir() else made_it.unlink()
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
         subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert killed >= 5
     assert np.array_equal(Scores.load(tmp_path / "run" / "scores.h5").values, expected)
     same_files(tmp_path / "whole", tmp_path / "run", "factors.h5", "gradients.h5")
 
 
-# ---- finished, unfinished, replaced --------------------------------------------------------------------------
+# ---- finished, unfinished, replaced ------------------------------------------------------------------------
 
 
 def test_a_finished_identical_fit_returns_at_once_and_touches_nothing(tmp_path, monkeypatch):
@@ -350,7 +386,7 @@ def test_overwrite_replaces_the_run_and_its_scores(tmp_path):
 
 def test_a_directory_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with untouched(tmp_path), pytest.raises(InputError, match="is not empty and holds no run .*give a new directory"):
+    with untouched(tmp_path), pytest.raises(InputError, match=r"is not empty and holds no run .*give a new directory"):
         fit(tmp_path)
     with untouched(tmp_path), pytest.raises(InputError, match="is a file; give a directory for the run"):
         fit(tmp_path / "thesis.txt")
@@ -375,10 +411,8 @@ def test_wrong_arguments_leave_no_directory(tmp_path):
 def test_an_unfinished_run_is_not_opened(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"is not a run directory \(no manifest.json\): make one with influence fit"):
         Run.open(tmp_path, model=model(), train=examples(N))
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
-        interrupt_after(patch, 2)
-        fit(tmp_path)
-    message = "the fit in .* is unfinished: run the same influence fit command again to resume it"
+    interrupted_fit(monkeypatch, tmp_path, 2)
+    message = r"the fit in .* is unfinished: run the same influence fit command again to resume it"
     with untouched(tmp_path), pytest.raises(InputError, match=message):
         Run.open(tmp_path, model=model(), train=examples(N))
 
@@ -391,11 +425,14 @@ def test_a_run_of_another_format_is_not_opened(tmp_path):
     for damage in ("{", "[]", ""):
         (tmp_path / "manifest.json").write_text(damage)
         for call in (lambda: Run.open(tmp_path, model=model(), train=examples(N)), lambda: fit(tmp_path)):
-            with untouched(tmp_path), pytest.raises(StoreError, match=r"manifest.json (cannot be read|holds no JSON object)"):
+            with (
+                untouched(tmp_path),
+                pytest.raises(StoreError, match=r"manifest.json (cannot be read|holds no JSON object)"),
+            ):
                 call()
 
 
-# ---- changed inputs ------------------------------------------------------------------------------------------
+# ---- changed inputs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -454,7 +491,7 @@ def test_a_moved_base_adapter_or_data_set_is_the_same(folders):
         assert Run.open(folders / "run", model=loaded, train=data).gradients_stored
 
 
-# ---- damaged and foreign files -------------------------------------------------------------------------------
+# ---- damaged and foreign files -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["ekfac", "kfac", "fisher", "ggn"])
@@ -467,8 +504,8 @@ def test_a_truncated_file_is_named_and_nothing_is_overwritten(tmp_path, kind, na
         pytest.skip(f"{kind} runs keep no {name}")
     size = path.stat().st_size
     os.truncate(path, int(share * size))
+    run = fit(tmp_path, kind)  # finished: opened as it is
     with untouched(tmp_path), pytest.raises(StoreError, match=f"{name} is damaged, truncated, or not an HDF5 file"):
-        run = fit(tmp_path, kind)  # finished: opened as it is
         run.score(examples(2, seed=9), out=tmp_path / "scores.h5", solver=solver_of(kind))
 
 
@@ -482,7 +519,10 @@ def test_a_truncated_score_file_is_named_and_nothing_is_overwritten(tmp_path, sh
         lambda: run.score(examples(2, seed=9), out=out),
         lambda: run.self_influence(out=out),
     ):
-        with untouched(tmp_path), pytest.raises(StoreError, match="scores.h5 is damaged, truncated, or not an HDF5 file"):
+        with (
+            untouched(tmp_path),
+            pytest.raises(StoreError, match=r"scores.h5 is damaged, truncated, or not an HDF5 file"),
+        ):
             call()
     run.score(examples(2, seed=9), out=out, overwrite=True)
     assert Scores.load(out).values.shape == (2, N)
@@ -512,19 +552,15 @@ def test_a_foreign_row_file_in_an_unfinished_fit_is_not_continued(tmp_path, monk
     """Row files that a killed fit left are trusted only if they are this run's own."""
     fit(tmp_path / "theirs", seed=1)
     directory = tmp_path / "ours"
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
-        interrupt_after(patch, 2)
-        fit(directory)
+    interrupted_fit(monkeypatch, directory, 2)
     shutil.copy(tmp_path / "theirs" / "gradients.h5", directory / "gradients.h5")
-    with untouched(directory), pytest.raises(MismatchError, match="gradients.h5 belongs to another run"):
+    with untouched(directory), pytest.raises(MismatchError, match=r"gradients.h5 belongs to another run"):
         fit(directory)
 
 
 def test_a_truncated_row_file_in_an_unfinished_fit_is_named(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
-        patch.setattr(run_module, "CHECKPOINT_SECONDS", 0)
-        interrupt_after(patch, 2)
-        fit(tmp_path)
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0)
+    interrupted_fit(monkeypatch, tmp_path, 2)
     for name in ("gradients.h5", "rows.h5", "checkpoint.h5"):
         shutil.copytree(tmp_path, tmp_path.parent / name)
         os.truncate(tmp_path.parent / name / name, 1000)
@@ -538,7 +574,9 @@ def test_scores_of_another_run_or_request_are_not_replaced(tmp_path):
     theirs.score(queries, out=out)
     theirs.self_influence(out=out)
     with untouched(tmp_path):
-        with pytest.raises(MismatchError, match=r"holds other scores \(.*run_digest.*\): give another --out, or --overw"):
+        with pytest.raises(
+            MismatchError, match=r"holds other scores \(.*run_digest.*\): give another --out, or --overw"
+        ):
             ours.score(queries, out=out)
         with pytest.raises(MismatchError, match="belongs to another run: give another --out"):
             ours.self_influence(out=out)
@@ -567,9 +605,9 @@ def test_a_plain_hdf5_file_is_no_score_file(tmp_path):
     with untouched(tmp_path):
         with pytest.raises(StoreError, match="is no score file: it lacks scores, query_ids, train_ids"):
             Scores.load(out)
-        with pytest.raises(MismatchError, match="mine.h5 holds other scores"):
+        with pytest.raises(MismatchError, match=r"mine.h5 holds other scores"):
             run.score(examples(2, seed=9), out=out)
-        with pytest.raises(MismatchError, match="mine.h5 belongs to another run"):
+        with pytest.raises(MismatchError, match=r"mine.h5 belongs to another run"):
             run.self_influence(out=out)
 
 
@@ -583,7 +621,7 @@ def test_a_run_without_a_file_it_needs_says_which(tmp_path):
         fit(tmp_path).score(examples(2, seed=9))
 
 
-# ---- the disk ------------------------------------------------------------------------------------------------
+# ---- the disk ----------------------------------------------------------------------------------------------
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_pass(tmp_path, monkeypatch):
@@ -608,7 +646,7 @@ def test_the_disk_budget_decides_what_auto_stores(tmp_path):
     assert np.abs(one - other).max() < 1e-4 * np.abs(one).max()
 
 
-# ---- the layout ----------------------------------------------------------------------------------------------
+# ---- the layout --------------------------------------------------------------------------------------------
 
 
 def test_plain_h5py_reads_the_scores(tmp_path):
@@ -689,7 +727,7 @@ def test_a_run_opens_from_another_working_directory(folders, monkeypatch, tmp_pa
     assert Run.open(folders / "relative", device="cpu").gradients_stored
 
 
-# ---- the small tools -----------------------------------------------------------------------------------------
+# ---- the small tools ---------------------------------------------------------------------------------------
 
 
 def test_row_files_are_valid_hdf5_at_every_moment(tmp_path):
@@ -702,7 +740,10 @@ def test_row_files_are_valid_hdf5_at_every_moment(tmp_path):
     with h5py.File(path) as file:  # while the maps are still open
         assert file["rows"][2].tolist() == [1, 2, 3]
         assert file["done"][()].tolist() == [0, 0, 1, 0, 0]
-    with pytest.raises(MismatchError, match=r"belongs to another run \(digest x, this run has y\)"), open_file(path, run_digest="y"):
+    with (
+        pytest.raises(MismatchError, match=r"belongs to another run \(digest x, this run has y\)"),
+        open_file(path, run_digest="y"),
+    ):
         pass
 
 

@@ -235,9 +235,7 @@ def _check_truth(masks: ArrayLike, losses: ArrayLike) -> tuple[NDArray[np.bool_]
             f"There are {len(masks)} retrained models; expected at least 3 for a rank correlation, and some "
             "dozens for a useful interval: retrain on more random halves."
         )
-    _refuse_not_finite(
-        losses, "losses", "measure those again, or leave out the retrained models that diverged"
-    )
+    _refuse_not_finite(losses, "losses", "measure those again, or leave out the retrained models that diverged")
     return masks, losses
 
 
@@ -246,8 +244,7 @@ def _refuse_not_finite(values: NDArray[np.float64], name: str, advice: str) -> N
     if len(bad):
         first = tuple(int(i) for i in bad[0])
         raise InputError(
-            f"{name} has {len(bad)} NaN or infinite values, the first at {first}; expected finite numbers: "
-            f"{advice}."
+            f"{name} has {len(bad)} NaN or infinite values, the first at {first}; expected finite numbers: {advice}."
         )
 
 
@@ -321,9 +318,7 @@ def _read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray]:
         with file:
             return {key: file[key] for key in file.files}
     except FileNotFoundError:
-        raise InputError(
-            f"There is no file {path}; expected an .npz of retrained losses: check the path."
-        ) from None
+        raise InputError(f"There is no file {path}; expected an .npz of retrained losses: check the path.") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
             f"{path} cannot be read ({error}); expected an .npz of plain arrays: write one with numpy.savez, "

@@ -8,7 +8,7 @@ returns an object with the methods below. Stacks of vectors are rows: `[K, P]`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse.linalg as sla
@@ -17,11 +17,22 @@ from torch import Tensor
 
 
 class Curvature(Protocol):
-    """A fitted curvature C. `blocks` are the slices of the flat vector that share one lambda."""
+    """A fitted curvature C."""
 
-    name: str
-    size: int
-    blocks: tuple[slice, ...]
+    @property
+    def name(self) -> str:
+        """The curvature's name, for the record."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """P."""
+        ...
+
+    @property
+    def blocks(self) -> tuple[slice, ...]:
+        """Slices of the flat vector that share one lambda."""
+        ...
 
     def matvec(self, v: Tensor) -> Tensor:
         """`C v` for every row of `v` [K, P]."""
@@ -57,7 +68,7 @@ class Damped:
         return self.curvature.matvec(v) + v * self.diagonal(v)
 
     def diagonal(self, like: Tensor) -> Tensor:
-        """lambda spread over the coordinates, `[P]`."""
+        """Lambda spread over the coordinates, `[P]`."""
         out = torch.empty(self.curvature.size, dtype=like.dtype, device=like.device)
         for block, value in zip(self.curvature.blocks, self.lam.tolist(), strict=True):
             out[block] = value
@@ -79,10 +90,6 @@ def as_linear_operator(operator: Curvature | Damped, device: torch.device | str 
         rows = torch.from_numpy(np.ascontiguousarray(columns.T)).to(device)
         return operator.matvec(rows).double().cpu().numpy().T
 
-    return sla.LinearOperator(
-        shape=(size, size),
-        dtype=np.float64,
-        matvec=lambda v: matmat(v.reshape(-1, 1)).ravel(),
-        matmat=matmat,
-        rmatvec=lambda v: matmat(v.reshape(-1, 1)).ravel(),
-    )
+    one = lambda vector: matmat(vector.reshape(-1, 1)).ravel()  # noqa: E731
+    functions: dict[str, Any] = {"matvec": one, "rmatvec": one, "matmat": matmat, "dtype": np.float64}
+    return sla.LinearOperator((size, size), **functions)

@@ -27,7 +27,7 @@ class GGN:
     name: str = "ggn"
 
 
-def ggn_products(part: Supervised, weights: Tensor, parameters: list[torch.nn.Parameter], v: list[Tensor]) -> list[Tensor]:
+def ggn_products(part: Supervised, weights: Tensor, parameters: list[Tensor], v: list[Tensor]) -> list[Tensor]:
     """GGN of `sum_i w_i l_i` of one batch times each row of `v` (leaves `[K, ...]`).
 
     `u -> J^T u` is linear in u, so its derivative along v is `J v` (Pearlmutter's trick, transposed): no forward-mode
@@ -84,4 +84,4 @@ class GGNOperator:
     def _top(self) -> float:
         operator = as_linear_operator(self, self.objective.model.device)
         start = np.random.default_rng(0).standard_normal(self.size)
-        return float(sla.eigsh(operator, k=1, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)[0])
+        return float(sla.eigsh(operator, k=1, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)[0])  # pyright: ignore[reportArgumentType]

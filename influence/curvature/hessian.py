@@ -24,7 +24,7 @@ class Hessian:
     name: str = "hessian"
 
 
-def hessian_products(part: Supervised, weights: Tensor, parameters: list[torch.nn.Parameter], v: list[Tensor]) -> list[Tensor]:
+def hessian_products(part: Supervised, weights: Tensor, parameters: list[Tensor], v: list[Tensor]) -> list[Tensor]:
     """Hessian of `sum_i w_i l_i` of one batch times each row of `v` (leaves `[K, ...]`): backward over backward."""
     sums = part.per_example(token_losses(part.logits, part.targets))
     first = torch.autograd.grad((weights.to(sums) * sums).sum(), parameters, create_graph=True, materialize_grads=True)

@@ -127,7 +127,9 @@ class Moments:
                 self.wide[number] = SketchedMoment(width, options.rank, seed + number, dtype, device)
         self.mass = torch.zeros(len(space.leaves), dtype=torch.float64)
 
-    def add(self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, weights: Tensor | None, *, inputs: bool = True) -> None:
+    def add(
+        self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, weights: Tensor | None, *, inputs: bool = True
+    ) -> None:
         """Add a batch of one leaf: `x` [b, T, d_in], `g` [b, T, d_out], `valid` [b, T], relative weights [b].
 
         Output gradients vanish where nothing is predicted; inputs do not, and are cut to the valid tokens.

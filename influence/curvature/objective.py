@@ -21,7 +21,7 @@ from influence.errors import AdapterError, NumericalError
 from influence.loss import Supervised, supervised_logits
 
 #: (batch, weights [b], parameters, v as leaves [K, rows, cols]) -> products as leaves [K, rows, cols]
-Products = Callable[[Supervised, Tensor, list[torch.nn.Parameter], list[Tensor]], list[Tensor]]
+Products = Callable[[Supervised, Tensor, list[Tensor], list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,8 @@ class Objective:
         return out
 
 
-
 @contextmanager
-def _twice_differentiable(model: AdaptedModel) -> Iterator[list[torch.nn.Parameter]]:
+def _twice_differentiable(model: AdaptedModel) -> Iterator[list[Tensor]]:
     """LoRA parameters require gradients, nothing else does, attention has a double backward; all restored."""
     own = model.parameters
     before = [(p, p.requires_grad) for p in model.model.parameters()]

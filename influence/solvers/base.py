@@ -44,7 +44,10 @@ class Solution:
 class Solver(Protocol):
     """Inverts a damped curvature. A numerical failure is a value in the solution, not an exception."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The solver's name, for the record."""
+        ...
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
         """Solve for every row of `rhs` [K, P]."""

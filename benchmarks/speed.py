@@ -1,0 +1,142 @@
+"""Speed and memory of EK-FAC scores beside kronfluence and bergson, and beside the bare work.
+
+    python benchmarks/speed.py --testbed DIR [--kronfluence PYTHON] [--bergson PYTHON] [--repeat 3] [--out F.json]
+
+The work: EK-FAC of a LoRA adapter on its training rows, and scores of every query against every row; float32, CPU.
+Model loading and imports are left out of every time. `bare` is one forward and backward of every training and query
+row by transformers and PEFT alone, in batches sorted by length: what no method can do without. Each contender runs
+in a process of its own, one after the other, `--repeat` times in it; medians are printed. The peers need
+environments of their own (see `peers/README.md`); without their interpreters they are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+def ours(testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
+    """Fit, score, and score a second query set from the stored gradients."""
+    import influence
+
+    model = influence.load(str(testbed / "base"), str(testbed / "adapter"))
+    train = influence.read_examples(testbed / "train.jsonl")
+    queries = influence.read_examples(testbed / "query.jsonl")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    times: dict[str, list[float]] = {"fit_seconds": [], "score_seconds": [], "second_seconds": [], "cpu_seconds": []}
+    for _ in range(repeat):
+        folder = Path(tempfile.mkdtemp())
+        cpu, start = time.process_time(), time.perf_counter()
+        run = influence.fit(model, train, directory=folder / "run", token_budget=token_budget)
+        fitted = time.perf_counter()
+        run.score(queries, out=folder / "run" / "scores.h5")
+        scored = time.perf_counter()
+        times["cpu_seconds"].append(time.process_time() - cpu)
+        again = influence.Run.open(folder / "run", model=model, train=train)
+        reopened = time.perf_counter()
+        again.score(queries, out=folder / "second.h5")
+        times["second_seconds"].append(time.perf_counter() - reopened)
+        times["fit_seconds"].append(fitted - start)
+        times["score_seconds"].append(scored - fitted)
+        shutil.rmtree(folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {**times, "peak_rss_bytes": peak, "rss_before_bytes": before}
+
+
+def bare(testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
+    """One forward and backward of every training and query row by PEFT's own model and loss."""
+    import torch
+
+    import influence
+    from influence.data import collate, plan_batches, tokenize
+
+    model = influence.load(str(testbed / "base"), str(testbed / "adapter"))
+    sets = [tokenize(influence.read_examples(testbed / f"{name}.jsonl"), model.tokenizer) for name in ("train", "query")]
+    for parameter in model.parameters:
+        parameter.requires_grad_(True)
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        for tokens in sets:
+            for rows in plan_batches(tokens, token_budget):
+                batch = collate(tokens, rows)
+                labels = torch.where(batch.supervised, batch.input_ids, -100)
+                loss = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+                torch.autograd.grad(loss, model.parameters)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds}
+
+
+def peer(name: str, python: str, testbed: Path, repeat: int) -> dict[str, Any]:
+    """Run a peer's script in its own environment and read what it saved."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.npz"
+        command = [python, str(HERE / "peers" / f"{name}_ekfac.py"), "--model", str(testbed / "base")]
+        command += ["--adapter", str(testbed / "adapter"), "--train", str(testbed / "train.jsonl")]
+        command += ["--queries", str(testbed / "query.jsonl"), "--out", str(out), "--repeat", str(repeat)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with np.load(out, allow_pickle=False) as data:
+            return {key: data[key].tolist() for key in data.files if "seconds" in key or "rss" in key}
+
+
+def worker(name: str, testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
+    """Run one of our own contenders in a fresh process."""
+    command = [sys.executable, __file__, "--testbed", str(testbed), "--repeat", str(repeat), "--worker", name]
+    done = subprocess.run(
+        [*command, "--token-budget", str(token_budget)], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Run every contender and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--testbed", type=Path, required=True)
+    parser.add_argument("--kronfluence", help="python of an environment with kronfluence")
+    parser.add_argument("--bergson", help="python of an environment with bergson")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--token-budget", type=int, default=2048)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", choices=["ours", "bare"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps({"ours": ours, "bare": bare}[args.worker](args.testbed, args.repeat, args.token_budget)))
+        return
+    results = {name: worker(name, args.testbed, args.repeat, args.token_budget) for name in ("bare", "ours")}
+    for name, python in (("kronfluence", args.kronfluence), ("bergson", args.bergson)):
+        if python:
+            results[name] = peer(name, python, args.testbed, args.repeat)
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1))
+    floor = statistics.median(results["bare"]["seconds"])
+    print(f"bare forward and backward of every row: {floor:.2f} s")
+    print(f"{'':12} {'fit':>7} {'score':>7} {'sum':>7} {'x bare':>7} {'peak MB':>8} {'work MB':>8}")
+    for name in [n for n in results if n != "bare"]:
+        found = results[name]
+        fit, score = (statistics.median(found[key]) for key in ("fit_seconds", "score_seconds"))
+        peak, work = found["peak_rss_bytes"] / 1e6, (found["peak_rss_bytes"] - found["rss_before_bytes"]) / 1e6
+        total = fit + score
+        print(f"{name:12} {fit:7.2f} {score:7.2f} {total:7.2f} {total / floor:7.2f} {peak:8.0f} {work:8.0f}")
+    if "kronfluence" in results:
+        mine = statistics.median(results["ours"]["fit_seconds"]) + statistics.median(results["ours"]["score_seconds"])
+        found = results["kronfluence"]
+        theirs = statistics.median(found["fit_seconds"]) + statistics.median(found["score_seconds"])
+        second = statistics.median(results["ours"]["second_seconds"])
+        print(f"ours / kronfluence: {mine / theirs:.3f}; a second query set from stored gradients: {second / theirs:.3f}")
+
+
+if __name__ == "__main__":
+    main()
