@@ -213,7 +213,7 @@ def load(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} was given; expected one of {', '.join(DTYPES)}")
     folder = _adapter_folder(adapter)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = _read_config(folder / "adapter_config.json")
     _refuse(f"adapter {str(adapter)!r} cannot be used", _unsupported_options(config))
     base = base if base is not None else config.get("base_model_name_or_path")
     if not base:
@@ -229,7 +229,15 @@ def load(
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(body, str(folder), is_trainable=False)
     source = str(folder) if (folder / "tokenizer_config.json").exists() else str(base)
-    return from_peft(model, _load_tokenizer(source, trust_remote_code), base=str(base), adapter=str(adapter))
+    loaded = from_peft(
+        model, _load_tokenizer(source, trust_remote_code), base=_reference(base), adapter=_reference(adapter)
+    )
+    wanted = [f"{_PREFIX}{leaf.name}.weight" for leaf in loaded.space.leaves]
+    _refuse(
+        f"adapter {str(adapter)!r} is incomplete: its configuration names layers whose weights its file lacks",
+        [f"{key.removeprefix(_PREFIX)} is missing" for key in wanted if key not in shapes],
+    )
+    return loaded
 
 
 def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") -> AdaptedModel:
@@ -292,6 +300,10 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
     _refuse("this adapter cannot be used", reasons)
 
     model.eval()
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights in place for a CPU kernel that has no backward; keep it from doing so
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     for site in sites:
         for module in (site.A, site.B):
             if module.weight.dtype not in (torch.float32, torch.float64):
@@ -311,9 +323,13 @@ def resolve_device(device: str) -> torch.device:
     """`auto` to the best device there is; anything else as torch reads it."""
     if device != "auto":
         try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise InputError(f"device {device!r} was given; expected auto, cpu, cuda, cuda:1, mps ...") from error
+            torch.empty(0, device=(chosen := torch.device(device)))
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"device {device!r} was given; expected auto, cpu, cuda, cuda:1, mps ... that this machine has: {reason}"
+            ) from error
+        return chosen
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -322,6 +338,11 @@ def resolve_device(device: str) -> torch.device:
 def accepts(model: Any, argument: str) -> bool:
     """Whether the base model's forward takes a keyword argument of this name."""
     return argument in inspect.signature(model.get_base_model().forward).parameters
+
+
+def _reference(place: str | Path) -> str:
+    """A local folder as an absolute path, so that a run opens from anywhere; a hub id as it is."""
+    return str(Path(place).resolve()) if Path(place).exists() else str(place)
 
 
 # ---- loading -------------------------------------------------------------------------------------------------
@@ -357,7 +378,18 @@ def _adapter_folder(adapter: str | Path) -> Path:
     return folder
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read ({error}): copy the adapter again") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} holds no JSON object: copy the adapter again")
+    return config
+
+
 def _load_base(base: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -371,7 +403,7 @@ def _load_base(base: str, dtype: torch.dtype, device: torch.device, trust_remote
             trust_remote_code=trust_remote_code,
             **({"device_map": {"": device}} if quantised else {}),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(
             f"base model {base!r} could not be loaded: {error}\nPass a folder or hub id of a causal language model "
             "saved as safetensors (--model BASE)"
@@ -486,6 +518,6 @@ def _digest_tensors(header: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(data.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         return digest.hexdigest()
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests = list(pool.map(one, sorted(tensors.items())))
     return hashlib.sha256("\n".join([header, *digests]).encode()).hexdigest()

@@ -53,8 +53,12 @@ def fit(
         int | None, typer.Option("--max-length", help="Truncate rows to so many tokens, as in training.")
     ] = None,
     token_budget: Annotated[
-        int, typer.Option("--token-budget", help="Tokens per batch, padding included; lower it to save memory.")
-    ] = 2048,
+        int | None,
+        typer.Option(
+            "--token-budget",
+            help="Tokens per batch, padding included: the memory knob. Default 1024 on a CPU, else 4096.",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="The base's type: float32, bfloat16 or float64.")] = "float32",
     store: Annotated[str, typer.Option("--store", help="Keep the rows' gradients: auto, always or never.")] = "auto",
@@ -171,6 +175,7 @@ def self_(
     """Self-influence: the predicted rise of each training row's own loss if it is removed (memorised rows are high)."""
     import numpy as np
 
+    _at_least_one("-k", k)
     opened = _open(run, device)
     out = out or run / "scores.h5"
     result = opened.self_influence(out=out, curvature=curvature, damping=damping, overwrite=overwrite)
@@ -210,8 +215,7 @@ def top(
     from influence.run import read_manifest
     from influence.scores import Scores
 
-    if k < 1:
-        raise InputError(f"-k {k} was given; expected at least 1")
+    _at_least_one("-k", k)
     manifest = read_manifest(run)
     path = scores or run / "scores.h5"
     if not path.exists():
@@ -263,6 +267,7 @@ def check(
     from influence.data import read_examples
     from influence.gradients import check_gradients
 
+    _at_least_one("--rows", rows)
     examples = read_examples(train)[:rows]
     result = check_gradients(_load(model, adapter, dtype, device, False), examples, max_length=max_length)
     console.emit({"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}, str(result), json)
@@ -289,6 +294,13 @@ def _curvature(name: str, samples: int) -> Any:
     if name not in table:
         raise InputError(f"curvature {name!r} was given; expected one of {', '.join(table)}")
     return table[name]()
+
+
+def _at_least_one(option: str, value: int) -> None:
+    from influence.errors import InputError
+
+    if value < 1:
+        raise InputError(f"{option} {value} was given; expected at least 1")
 
 
 def _floats(text: str) -> tuple[float, ...]:

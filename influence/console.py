@@ -32,7 +32,7 @@ def main(application: typer.Typer) -> Callable[[], None]:
         try:
             application()
         except ToolkitError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             sys.exit(error.exit_status)
         except KeyboardInterrupt:
             print("interrupted; the same command resumes", file=sys.stderr)
@@ -43,7 +43,10 @@ def main(application: typer.Typer) -> Callable[[], None]:
         except (MemoryError, OSError, RuntimeError) as error:
             if os.environ.get("LORA_INFLUENCE_DEBUG"):
                 raise
-            print(f"error: {type(error).__name__}: {error}\n(LORA_INFLUENCE_DEBUG=1 shows where)", file=sys.stderr)
+            print(
+                f"error: {type(error).__name__}: {printable(str(error))}\n(LORA_INFLUENCE_DEBUG=1 shows where)",
+                file=sys.stderr,
+            )
             sys.exit(1)
 
     return run
@@ -64,7 +67,7 @@ def quiet_transformers() -> None:
 
 def printable(text: str) -> str:
     """Text of a training row for a terminal: control characters, which could move the cursor, become spaces."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def _plain(value: Any) -> Any:
@@ -74,4 +77,4 @@ def _plain(value: Any) -> Any:
 def _one_line_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
     if issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
         return
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(str(message))}", file=sys.stderr)

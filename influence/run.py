@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -50,7 +50,7 @@ from influence.gradients import (
 )
 from influence.loss import Supervised, loss_gradient, probabilities, supervised_logits, weights
 from influence.progress import say, track
-from influence.store import open_file, open_rows, read, read_json, write_file, write_json
+from influence.store import RowFile, open_file, open_rows, read, read_json, write_file, write_json
 
 CurvatureSpec = EKFAC | KFAC | Fisher | GGN | Hessian | Identity
 STORE = ("auto", "always", "never")
@@ -58,8 +58,8 @@ FORMAT = 1
 
 #: Seconds between checkpoints of a pass.
 CHECKPOINT_SECONDS = 60.0
-#: Bytes of gradients read or multiplied at a time.
-BLOCK_BYTES = 256 << 20
+#: Bytes of gradients read and multiplied at a time (at least 8 rows).
+BLOCK_BYTES = 32 << 20
 
 
 def fit(
@@ -72,7 +72,7 @@ def fit(
     reduction: str = "token",
     path: Sequence[float] = (1.0,),
     max_length: int | None = None,
-    token_budget: int = 2048,
+    token_budget: int | None = None,
     store: str = "auto",
     disk_budget: float = 50e9,
     seed: int = 0,
@@ -98,7 +98,8 @@ def fit(
     max_length
         Truncate rows to so many tokens, as in training.
     token_budget
-        Tokens per batch, padding included: the memory knob. Results do not depend on it.
+        Tokens per batch, padding included: the memory knob (default 1,024 on a CPU, 4,096 elsewhere). Results do not
+        depend on it.
     store, disk_budget
         Store the gradients (n x P floats): `always`, `never`, or `auto`: where they take at most `disk_budget`
         bytes. Without them every later scoring is a pass over the training rows.
@@ -109,6 +110,8 @@ def fit(
     something else (naming what differs), `StoreError` where the disk is too small.
     """
     curvature = EKFAC() if curvature is None else curvature
+    if token_budget is None:
+        token_budget = 1024 if model.device.type == "cpu" else 4096
     _check_options(path, store, token_budget)
     if isinstance(curvature, Hessian | GGN) and model.dtype != next(model.model.parameters()).dtype:
         say("note: Hessian and GGN products under a bfloat16 base carry its rounding; prefer --dtype float32")
@@ -183,9 +186,13 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
         found = read_json(path)
         differences = differing(found.get("identity", {}), manifest["identity"])
         if not differences and not overwrite:
-            if found.get("complete"):
-                return {**found, "damping": manifest["damping"]}
-            return None
+            if not found.get("complete"):
+                return None
+            _tidy(directory, found)
+            if found["damping"] != manifest["damping"]:  # no part of the factors: the default of later scores
+                found["damping"] = manifest["damping"]
+                write_json(path, found)
+            return found
         if differences and not overwrite:
             raise MismatchError(
                 f"{directory} holds a run made from something else: {'; '.join(differences)}. Give another --run "
@@ -200,6 +207,13 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
         (directory / name).unlink(missing_ok=True)
     write_json(path, manifest)
     return None
+
+
+def _tidy(directory: Path, manifest: dict[str, Any]) -> None:
+    """Remove what only an unfinished fit needs (also where it was killed before it could)."""
+    (directory / "checkpoint.h5").unlink(missing_ok=True)
+    if manifest["curvature"]["name"] != "fisher":
+        (directory / "rows.h5").unlink(missing_ok=True)
 
 
 def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
@@ -267,9 +281,7 @@ class _Fit:
         manifest = {**self.run.manifest, "complete": True, "gradients_stored": self.store_gradients}
         self.run.manifest.update(manifest)
         write_json(self.directory / "manifest.json", manifest)
-        (self.directory / "checkpoint.h5").unlink(missing_ok=True)
-        if not isinstance(self.curvature, Fisher):
-            (self.directory / "rows.h5").unlink(missing_ok=True)
+        _tidy(self.directory, manifest)
 
     def lay_out(self) -> None:
         """Create the row files at full size, unless a killed fit already did."""
@@ -277,6 +289,10 @@ class _Fit:
         dtype = np.dtype("float64" if self.model.dtype == torch.float64 else "float32")
         attrs = {"run_digest": self.digest, "param_space": self.model.space.digest}
         ids = {"train_ids": self.run.train.ids}
+        for name in ("gradients.h5", "rows.h5"):
+            if (self.directory / name).exists():
+                with open_file(self.directory / name, run_digest=self.digest):
+                    pass
         if self.store_gradients and not (self.directory / "gradients.h5").exists():
             write_file(
                 self.directory / "gradients.h5",
@@ -296,33 +312,45 @@ class _Fit:
 
     def main_pass(self, first: int) -> None:
         """Forward once per batch, backward once per set of labels; checkpoint now and then."""
-        gradients = (
-            open_rows(self.directory / "gradients.h5", "gradients", write=True) if self.store_gradients else None
-        )
-        done = open_rows(self.directory / "gradients.h5", "done", write=True) if self.store_gradients else None
-        sampled = open_rows(self.directory / "rows.h5", "rows", write=True) if self.store_rows else None
+        with ExitStack() as files:
+            gradients = done = sampled = None
+            if self.store_gradients:
+                gradients = files.enter_context(RowFile(self.directory / "gradients.h5", "gradients", write=True))
+                done = files.enter_context(RowFile(self.directory / "gradients.h5", "done", write=True))
+            if self.store_rows:
+                sampled = files.enter_context(RowFile(self.directory / "rows.h5", "rows", write=True))
+            self.run_batches(first, gradients, done, sampled)
+
+    def run_batches(self, first: int, gradients: RowFile | None, done: RowFile | None, sampled: RowFile | None) -> None:
+        """The batches from number `first` on, into the open row files."""
         last = time.monotonic()
         with tape(self.model) as recorder:
             for number in track(range(first, len(self.batches)), "training rows", total=len(self.batches), done=first):
-                rows = self.batches[number]
-                batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
-                part = recorder.forward(batch)
-                probs = probabilities(part.logits)
-                for draw in range(self.samples):
-                    final = gradients is None and draw == self.samples - 1
-                    found = self.sampled_backward(recorder, part, probs, rows, draw, final)
-                    if sampled is not None and found is not None:
-                        sampled[rows * self.samples + draw] = found.cpu().numpy()
-                if gradients is not None and done is not None:
-                    found = recorder.gradients(part, loss_gradient(probs, part.targets))
-                    gradients[rows] = found.cpu().numpy()
-                    done[rows] = 1
+                self.run_batch(recorder, self.batches[number], gradients, done, sampled)
                 if time.monotonic() - last > CHECKPOINT_SECONDS:
-                    for array in (gradients, sampled, done):
-                        if isinstance(array, np.memmap):
-                            array.flush()
+                    for file in (gradients, sampled, done):
+                        if file is not None:
+                            file.flush()
                     self.checkpoint(number + 1)
                     last = time.monotonic()
+
+    def run_batch(
+        self, recorder: Tape, rows: np.ndarray, gradients: RowFile | None, done: RowFile | None, sampled: RowFile | None
+    ) -> None:
+        """One batch; its graph is gone when this returns, before the next one is built."""
+        batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
+        part = recorder.forward(batch)
+        probs = probabilities(part.logits)
+        for draw in range(self.samples):
+            final = gradients is None and draw == self.samples - 1
+            found = self.sampled_backward(recorder, part, probs, rows, draw, final)
+            if sampled is not None and found is not None:
+                sampled.write(rows * self.samples + draw, found.cpu().numpy())
+            del found
+        if gradients is not None and done is not None:
+            found = recorder.gradients(part, loss_gradient(probs, part.targets))
+            gradients.write(rows, found.cpu().numpy())
+            done.write(rows, np.ones(len(rows), np.uint8))
 
     def sampled_backward(
         self, recorder: Tape, part: Supervised, probs: Tensor, rows: np.ndarray, draw: int, final: bool
@@ -348,6 +376,16 @@ class _Fit:
             for number, leaf in enumerate(self.model.space.leaves):
                 self.squares[number] += (sink.rows[:, leaf.slice].double().square().sum(1).cpu() * w).sum()
         return None if sink is None else sink.rows
+
+    def sampled_again(self, recorder: Tape, rows: np.ndarray) -> Iterator[Tensor]:
+        """The gradients `[b, P]` of one batch at each draw of sampled labels."""
+        batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
+        part = recorder.forward(batch)
+        probs = probabilities(part.logits)
+        for draw in range(self.samples):
+            found = self.sampled_backward(recorder, part, probs, rows, draw, draw == self.samples - 1)
+            assert found is not None
+            yield found
 
     def relative_weights(self, rows: np.ndarray) -> Tensor | None:
         """`w_i` relative to the largest, `[b]`, or None where all are equal."""
@@ -412,20 +450,16 @@ class _Fit:
         share = np.repeat(self.weights, self.samples) / self.samples
         if self.store_rows:
             start = 0
-            for block in row_blocks(self.directory / "rows.h5", "rows", self.model.device):
+            for block in row_blocks(self.directory / "rows.h5", "rows", self.digest, self.model.device):
                 yield block, torch.from_numpy(share[start : start + len(block)]).to(block)
                 start += len(block)
             return
         moments, self.moments, self.store_rows = self.moments, None, True
         with tape(self.model) as recorder:
             for rows in track(self.batches, "training rows, second pass"):
-                batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
-                part = recorder.forward(batch)
-                probs = probabilities(part.logits)
-                for draw in range(self.samples):
-                    found = self.sampled_backward(recorder, part, probs, rows, draw, draw == self.samples - 1)
-                    assert found is not None
-                    yield found, torch.from_numpy(self.weights[rows] / self.samples).to(found)
+                share = torch.from_numpy(self.weights[rows] / self.samples)
+                for found in self.sampled_again(recorder, rows):
+                    yield found, share.to(found)
         self.moments, self.store_rows = moments, False
 
 
@@ -463,19 +497,14 @@ def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
     return wide_of
 
 
-def row_blocks(path: Path, name: str, device: torch.device) -> Iterator[Tensor]:
+def row_blocks(path: Path, name: str, run_digest: str, device: torch.device) -> Iterator[Tensor]:
     """Blocks `[b, P]` of a stored row dataset, in order, each about `BLOCK_BYTES`."""
-    rows = open_rows(path, name)
-    step = max(1, BLOCK_BYTES // (rows.shape[1] * rows.itemsize))
-    for start in range(0, len(rows), step):
-        yield as_tensor(rows[start : start + step], device)
-
-
-def as_tensor(rows: np.ndarray, device: torch.device) -> Tensor:
-    """Mapped rows as a tensor: on the CPU without a copy, to be read only."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns of memory it may not write to
-        return torch.from_numpy(np.asarray(rows)).to(device)
+    with open_file(path, run_digest=run_digest):
+        pass
+    with RowFile(path, name) as rows:
+        step = max(8, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
+        for start in range(0, len(rows), step):
+            yield torch.from_numpy(rows.read(start, min(start + step, len(rows)))).to(device)
 
 
 def _kronecker_arrays(kfac: Kronecker, fitted: Kronecker, wide_of: list[int]) -> dict[str, np.ndarray]:
@@ -655,14 +684,14 @@ class Run:
         if self.gradients_stored:
             path = self.directory / "gradients.h5"
             with open_file(path, run_digest=self.digest):
-                rows = open_rows(path, "gradients")
                 if not open_rows(path, "done").all():
                     raise StoreError(f"{path} lacks the gradients of some rows: fit the run again with --overwrite")
-            step = max(1, BLOCK_BYTES // (rows.shape[1] * rows.itemsize))
-            for start in range(0, len(rows), step):
-                indices = np.arange(start, min(start + step, len(rows)))
+            start = 0
+            for block in row_blocks(path, "gradients", self.digest, self.model.device):
+                indices = np.arange(start, start + len(block))
+                start += len(block)
                 if not skip[indices].all():
-                    yield indices, as_tensor(rows[start : start + step], self.model.device)
+                    yield indices, block
             return
         plan = plan_batches(self.tokens, self.manifest["token_budget"], max_rows=max_rows(self.model.space))
         left = [rows for rows in plan if not skip[rows].all()]
@@ -674,7 +703,7 @@ class Run:
         """A stream of the sample-space Fisher's rows."""
         empirical = self.manifest["curvature"]["samples"] == 0
         name = "gradients" if empirical else "rows"
-        return lambda: row_blocks(self.directory / f"{name}.h5", name, self.model.device)
+        return lambda: row_blocks(self.directory / f"{name}.h5", name, self.digest, self.model.device)
 
     def score(self, queries: Examples, **options: Any):
         """Influence of every training row on every query; see `influence.scores.score`."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -238,8 +239,8 @@ def self_influence(
     )
     attributes = {"convention": SELF_CONVENTION, "unit": MeanLoss().unit, **_provenance(run, operator, solver, damping)}
     target = None if out is None else Path(out)
-    if target is not None:
-        _refuse_foreign_self(target, run, attributes, overwrite)
+    if target is not None and (found := _existing_self(target, run, attributes, overwrite)) is not None:
+        return found
     values = np.empty(len(run.train), np.float32)
     worst = 0.0
     for indices, gradients in run.gradient_blocks():
@@ -346,26 +347,28 @@ def _seal(partial: Path, target: Path, attributes: dict[str, Any], run_digest: s
     """Complete the partial file's attributes, keep a self-influence the target held, and move it into place."""
     with h5py.File(partial, "r+") as file:
         file.attrs.update(attributes)
-        if target.exists():
-            with h5py.File(target, "r") as old:
-                if "self_influence" in old and old["self_influence"].attrs.get("run_digest") == run_digest:
-                    old.copy("self_influence", file)
+        with suppress(StoreError), open_file(target) as old:  # a missing or damaged target has nothing to keep
+            kept = cast("h5py.Dataset | None", old.get("self_influence"))
+            if kept is not None and kept.attrs.get("run_digest") == run_digest:
+                old.copy("self_influence", file)
     os.replace(partial, target)
 
 
-def _refuse_foreign_self(target: Path, run: Run, attributes: dict[str, Any], overwrite: bool) -> None:
+def _existing_self(target: Path, run: Run, attributes: dict[str, Any], overwrite: bool) -> SelfInfluence | None:
+    """The stored self-influence of the very same request; None where there is none; anything else is refused."""
     if not target.exists():
-        return
-    with open_file(target) as file:
-        owner = file.attrs.get("run_digest")
+        return None
+    with open_file(target, run_digest=run.digest) as file:
         dataset = cast("h5py.Dataset | None", file.get("self_influence"))
-        different = [] if dataset is None else _different(dataset.attrs, attributes)
-    if owner != run.digest:
-        raise MismatchError(f"{target} belongs to another run: give another --out")
-    if different and not overwrite:
+        if dataset is None or overwrite:
+            return None
+        different = _different(dataset.attrs, attributes)
+        values, found = dataset[()], dict(dataset.attrs)
+    if different:
         raise MismatchError(
             f"{target} holds another self-influence ({', '.join(different)} differ): give another --out, or --overwrite"
         )
+    return SelfInfluence(values, run.train.ids, float(np.asarray(found["residuals"])), found)
 
 
 def _write_self(target: Path, run: Run, result: SelfInfluence) -> None:

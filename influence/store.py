@@ -5,8 +5,9 @@ Two ways of writing, both plain HDF5 to every reader:
 * *Whole files* (factors, checkpoints) are written beside their final name and renamed, so a name always
   holds a complete file.
 * *Row files* (gradients, scores) are laid out once, contiguously and at full size, closed, and renamed into
-  place; rows are then written through a memory map at the dataset's offset. HDF5's own metadata never changes
-  again, so a process killed half-way leaves a valid file whose `/done` tells which rows count.
+  place; rows are then written at the dataset's offset. HDF5's own metadata never changes again, so a process
+  killed half-way leaves a valid file whose `/done` tells which rows count. Their space is reserved when they are
+  laid out, so a disk cannot run full half-way.
 
 Every file carries the digest of the run it belongs to; a foreign, damaged or truncated file is refused by name.
 """
@@ -62,6 +63,8 @@ def write_file(
                 _create_contiguous(file, name, shape, dtype)
             file.attrs.update(dict(attrs or {}))
         with open(partial, "rb+") as handle:
+            if rows and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, partial.stat().st_size)
             os.fsync(handle.fileno())
         os.replace(partial, path)
     except OSError as error:
@@ -73,6 +76,7 @@ def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plist.set_obj_track_times(False)  # equal runs give equal files
     plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # the file is extended sparsely, which reads as zeros
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape), plist)
 
@@ -90,18 +94,68 @@ def read_strings(file: h5py.File, name: str) -> list[str]:
     return [value.decode("utf-8") for value in read(file, name)]
 
 
+class RowFile:
+    """The rows `[n, ...]` of a dataset laid out by `write_file(rows=...)`, read and written by offset.
+
+    For the large ones: rows that were read or written do not stay in this process's memory, as mapped ones would.
+    """
+
+    def __init__(self, path: Path, name: str, *, write: bool = False) -> None:
+        self.shape, self.dtype, self._offset = _place(path, name)
+        self._file = os.open(path, os.O_RDWR if write else os.O_RDONLY)
+        self._width = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def write(self, indices: np.ndarray, rows: np.ndarray) -> None:
+        """Write `rows` [b, ...] at the positions `indices` [b]."""
+        for index, row in zip(indices.tolist(), np.ascontiguousarray(rows, dtype=self.dtype), strict=True):
+            data, place = memoryview(np.atleast_1d(row).data).cast("B"), self._offset + index * self._width
+            while len(data):  # one call writes at most 2 GB
+                written = os.pwrite(self._file, data, place)
+                data, place = data[written:], place + written
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `[stop - start, ...]`, copied."""
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        data, place = memoryview(out.data).cast("B"), self._offset + start * self._width
+        while len(data):
+            count = os.preadv(self._file, [data[: 1 << 30]], place)
+            if count == 0:
+                raise StoreError("a row file ends before its last row: it is truncated; fit the run again")
+            data, place = data[count:], place + count
+        return out
+
+    def flush(self) -> None:
+        """Wait until what was written is on the disk."""
+        os.fsync(self._file)
+
+
 def open_rows(path: Path, name: str, *, write: bool = False) -> np.ndarray:
     """Map a dataset laid out by `write_file(rows=...)` into memory, shape and type as stored."""
+    shape, dtype, offset = _place(path, name)
+    if 0 in shape:
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype=dtype, mode="r+" if write else "r", offset=offset, shape=shape)
+
+
+def _place(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, type and byte offset of a contiguous dataset."""
     with open_file(path) as file:
         dataset = file.get(name)
         if not isinstance(dataset, h5py.Dataset):
             raise StoreError(f"{path} lacks {name}: it is damaged or was not written by this toolkit")
         shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
-    if 0 in shape:
-        return np.zeros(shape, dtype)
-    if offset is None:
+    if offset is None and 0 not in shape:
         raise StoreError(f"{path}: {name} is not stored contiguously, so it was not written by this toolkit")
-    return np.memmap(path, dtype=dtype, mode="r+" if write else "r", offset=offset, shape=shape)
+    return shape, dtype, offset or 0
 
 
 @contextmanager

@@ -12,7 +12,30 @@ import torch
 import influence
 from influence.data import tokenize
 
-WORDS = ["the", "red", "fox", "runs", "over", "a", "lazy", "dog", "and", "old", "cats", "sleep", "in", "warm", "sun", "while", "birds", "sing", "loud", "songs", "at", "dawn"]
+WORDS = [
+    "the",
+    "red",
+    "fox",
+    "runs",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "old",
+    "cats",
+    "sleep",
+    "in",
+    "warm",
+    "sun",
+    "while",
+    "birds",
+    "sing",
+    "loud",
+    "songs",
+    "at",
+    "dawn",
+]
 
 
 @pytest.fixture(scope="session")

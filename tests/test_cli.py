@@ -445,7 +445,11 @@ def test_a_run_with_self_influence_only_has_no_scores_to_show(influence, at):
 
 
 def test_a_truncated_file_exits_with_one(influence, at):
-    for name, command in (("scores.h5", ["top", "--query", 0]), ("factors.h5", ["self"]), ("gradients.h5", ["self"])):
+    for name, command in (
+        ("scores.h5", ["top", "--query", 0]),
+        ("factors.h5", ["self"]),
+        ("gradients.h5", ["self", "--out", at / "again.h5"]),
+    ):
         path = at / "run" / name
         whole = path.read_bytes()
         path.write_bytes(whole[:1000])

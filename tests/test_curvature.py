@@ -239,7 +239,8 @@ def plain_kfac(model, tokens, weights):
     for item, id, w in zip(tokens, tokens.ids, weights, strict=True):
         seen = {}
         handles = [
-            m.register_forward_hook(lambda _m, a, out, i=i, seen=seen: seen.update({i: (a[0], out)})) for i, m in enumerate(leaves)
+            m.register_forward_hook(lambda _m, a, out, i=i, seen=seen: seen.update({i: (a[0], out)}))
+            for i, m in enumerate(leaves)
         ]
         for m in leaves:
             m.weight.requires_grad_(True)

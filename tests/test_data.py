@@ -70,9 +70,7 @@ def make_tokenizer(
 ):
     """Wrap a copy of the trained backend; `added` says which special tokens it adds by itself."""
     backend = Tokenizer.from_str(backend)
-    backend.post_processor = processors.TemplateProcessing(
-        single=added, special_tokens=[("<bos>", 2), ("<eos>", 1)]
-    )
+    backend.post_processor = processors.TemplateProcessing(single=added, special_tokens=[("<bos>", 2), ("<eos>", 1)])
     tokenizer = cls(tokenizer_object=backend, pad_token=pad, bos_token="<bos>", eos_token=eos)
     tokenizer.chat_template = template
     return tokenizer
@@ -83,9 +81,7 @@ def tokenizer():
     return make_tokenizer()
 
 
-def pair(
-    prompt="Q: What is the capital of France? A:", completion=" The capital of France is Paris.", **more
-):
+def pair(prompt="Q: What is the capital of France? A:", completion=" The capital of France is Paris.", **more):
     return {"prompt": prompt, "completion": completion, **more}
 
 
@@ -140,9 +136,7 @@ def test_an_unknown_id_names_the_nearest():
     examples = examples_from_rows([pair(id="train-017"), pair(id="train-018"), pair(id="zebra")])
     with pytest.raises(DataError) as error:
         examples.index("train-07")
-    assert str(error.value) == (
-        "no example has the id 'train-07', among 3; the nearest are 'train-017', 'train-018'"
-    )
+    assert str(error.value) == ("no example has the id 'train-07', among 3; the nearest are 'train-017', 'train-018'")
     with pytest.raises(DataError, match=re.escape("no example has the id '???', among 3; `.ids` lists")):
         examples.index("???")
 
@@ -384,8 +378,7 @@ def test_parquet_and_a_datasets_folder_equal_json_lines(tmp_path):
     with pytest.raises(DataError) as error:
         read_examples(splits)
     assert str(error.value) == (
-        f"{splits} is a DatasetDict with the splits 'train', 'test'; "
-        f"give one of them, for example {splits / 'train'}"
+        f"{splits} is a DatasetDict with the splits 'train', 'test'; give one of them, for example {splits / 'train'}"
     )
     assert len(read_examples(splits / "train")) == 2500
     Dataset.from_list([{"question": "q"}]).to_parquet(tmp_path / "other.parquet")
@@ -484,9 +477,7 @@ def test_a_padding_token_that_is_the_end_token_is_still_a_target():
 
 def test_a_tokenizer_without_an_end_token_warns_once():
     tokenizer = make_tokenizer(eos=None)
-    with pytest.warns(
-        UserWarning, match="the tokenizer has no end-of-sequence token, so none is appended"
-    ) as seen:
+    with pytest.warns(UserWarning, match="the tokenizer has no end-of-sequence token, so none is appended") as seen:
         tokens = tokenize(examples_from_rows([pair(), pair(completion=" Rome")]), tokenizer)
     assert len(seen) == 1
     assert [targets(row, tokenizer) for row in tokens] == [pair()["completion"], " Rome"]
@@ -527,9 +518,7 @@ def test_a_tokenizer_without_offsets_supervises_from_the_first_differing_token()
     spelled = [
         "".join(tokenizer.convert_ids_to_tokens(row.input_ids[row.supervised].tolist()))
         for row in tokenize(
-            examples_from_rows(
-                [pair("hello", " there"), pair("hella", "bout"), pair("", "word"), {"text": "abc"}]
-            ),
+            examples_from_rows([pair("hello", " there"), pair("hella", "bout"), pair("", "word"), {"text": "abc"}]),
             tokenizer,
         )
     ]
@@ -720,9 +709,7 @@ class Counting(PreTrainedTokenizerFast):
 
 def test_twenty_thousand_rows_take_few_calls_and_seconds():
     tokenizer = make_tokenizer(cls=Counting)
-    rows = [
-        pair(f"Q: What is the capital of {i}? A:", f" The capital of {i} is Paris.") for i in range(20_000)
-    ]
+    rows = [pair(f"Q: What is the capital of {i}? A:", f" The capital of {i} is Paris.") for i in range(20_000)]
     started = time.perf_counter()
     tokens = tokenize(examples_from_rows(rows), tokenizer)
     batches = plan_batches(tokens, 8192)
@@ -783,9 +770,7 @@ def random_tokens(seed: int, n: int = 200, longest: int = 90) -> TokenizedExampl
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(
-    ("budget", "max_rows"), [(1, None), (64, None), (500, None), (500, 3), (10**6, None)]
-)
+@pytest.mark.parametrize(("budget", "max_rows"), [(1, None), (64, None), (500, None), (500, 3), (10**6, None)])
 def test_batches_hold_every_index_once_within_the_budget(seed, budget, max_rows):
     tokens = random_tokens(seed)
     batches = plan_batches(tokens, budget, max_rows=max_rows)

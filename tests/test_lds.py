@@ -128,9 +128,7 @@ def test_difference_is_paired():
     assert width < 0.6 * unpaired  # what two independent sets of retrained models would give
     rng = np.random.default_rng(0)
     draws = [rng.integers(24, size=24) for _ in range(20)]
-    by_hand = [
-        np.mean(oracle(scores, masks[s], losses[s]) - oracle(other, masks[s], losses[s])) for s in draws
-    ]
+    by_hand = [np.mean(oracle(scores, masks[s], losses[s]) - oracle(other, masks[s], losses[s])) for s in draws]
     interval = lds_difference(scores, other, masks, losses, resamples=20).interval
     assert (interval.low, interval.high) == pytest.approx(np.quantile(by_hand, [0.025, 0.975]), abs=1e-12)
 
@@ -274,9 +272,7 @@ def test_read_truth_says_what_is_wrong_with_the_file(tmp_path, arrays, sentence)
 
 
 def test_read_truth_says_what_is_wrong_when_it_is_no_npz(tmp_path):
-    with pytest.raises(
-        InputError, match=r"There is no file .*nowhere\.npz; expected an \.npz .*: check the path"
-    ):
+    with pytest.raises(InputError, match=r"There is no file .*nowhere\.npz; expected an \.npz .*: check the path"):
         read_truth(tmp_path / "nowhere.npz")
     np.save(tmp_path / "one.npy", LOSSES)
     np.savez(tmp_path / "whole.npz", masks=MASKS, query_loss=LOSSES)
@@ -284,9 +280,7 @@ def test_read_truth_says_what_is_wrong_when_it_is_no_npz(tmp_path):
     (tmp_path / "empty.npz").write_bytes(b"")
     (tmp_path / "text.npz").write_text("masks")
     for name in ("one.npy", "cut.npz", "empty.npz", "text.npz", "."):
-        with pytest.raises(
-            InputError, match=r"cannot be read \(.+\); expected an \.npz of plain arrays: write one"
-        ):
+        with pytest.raises(InputError, match=r"cannot be read \(.+\); expected an \.npz of plain arrays: write one"):
             read_truth(tmp_path / name)
 
 
@@ -340,6 +334,4 @@ def test_testbed_datamodel_fitted_on_its_own_losses_scores_one():
     """40 losses and 200 unknowns: least squares reproduces the losses, so as scores it must reach +1."""
     truth = read_truth(Path(str(TESTBED)) / "truth.npz")
     effect_of_keeping = np.linalg.pinv(truth.masks.astype(float)) @ truth.query_loss
-    assert lds(-effect_of_keeping.T, truth.masks, truth.query_loss, resamples=10).mean == pytest.approx(
-        1, abs=1e-9
-    )
+    assert lds(-effect_of_keeping.T, truth.masks, truth.query_loss, resamples=10).mean == pytest.approx(1, abs=1e-9)

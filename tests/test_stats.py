@@ -52,9 +52,7 @@ def test_spearman_of_a_constant_or_nan_is_nan_without_a_warning():
 
 
 def test_spearman_refuses_unequal_lengths():
-    with pytest.raises(
-        InputError, match=r"given 4 and 3 values along axis -1; expected pairs: pass two arrays"
-    ):
+    with pytest.raises(InputError, match=r"given 4 and 3 values along axis -1; expected pairs: pass two arrays"):
         spearman(np.zeros((2, 4)), np.zeros((2, 3)))
 
 

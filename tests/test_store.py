@@ -353,7 +353,12 @@ def test_a_finished_identical_fit_returns_at_once_and_touches_nothing(tmp_path, 
 def test_a_finished_fit_does_not_depend_on_batch_size_or_damping(tmp_path):
     fit(tmp_path)
     with untouched(tmp_path):
-        assert fit(tmp_path, token_budget=7, damping="abs:1").operator().lam.tolist() == [1.0] * 4
+        fit(tmp_path, token_budget=7)
+    factors = (tmp_path / "factors.h5").stat()
+    assert fit(tmp_path, damping="abs:1").operator().lam.tolist() == [1.0] * 4
+    assert (tmp_path / "factors.h5").stat() == factors  # no work was done again
+    again = Run.open(tmp_path, model=model(), train=examples(N))
+    assert again.operator().lam.tolist() == [1.0] * 4  # and later scores use it
 
 
 @pytest.mark.parametrize(
@@ -578,7 +583,7 @@ def test_scores_of_another_run_or_request_are_not_replaced(tmp_path):
             MismatchError, match=r"holds other scores \(.*run_digest.*\): give another --out, or --overw"
         ):
             ours.score(queries, out=out)
-        with pytest.raises(MismatchError, match="belongs to another run: give another --out"):
+        with pytest.raises(MismatchError, match="belongs to another run"):
             ours.self_influence(out=out)
         for options, named in [
             ({"measurement": "margin"}, "measurement, unit differ"),

@@ -116,7 +116,7 @@ class Moments:
     def __init__(
         self, space: ParamSpace, wide_of: list[int], options: KFAC, seed: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.space, self.wide_of = space, wide_of
+        self.space, self.wide_of, self.dtype = space, wide_of, dtype
         self.narrow = [DenseMoment(min(leaf.shape), dtype, device) for leaf in space.leaves]
         self.wide: dict[int, DenseMoment | SketchedMoment] = {}
         for number in sorted(set(wide_of)):
@@ -153,6 +153,11 @@ class Moments:
     def _output_moment(self, leaf: int) -> DenseMoment | SketchedMoment:
         return self.narrow[leaf] if self.space.leaves[leaf].is_A else self.wide[leaf]
 
+    def _eigen(self, moment: DenseMoment | SketchedMoment) -> tuple[Tensor, Tensor, float]:
+        """Decompose in float64; keep the vectors in the gradients' type, which is what they are applied to."""
+        vectors, values, rest = moment.eigen()
+        return vectors.to(self.dtype), values, rest
+
     def state(self) -> dict[str, Tensor]:
         """Every running sum, by name; `load` takes it back."""
         tensors = {f"narrow/{i}": moment.state for i, moment in enumerate(self.narrow)}
@@ -166,11 +171,12 @@ class Moments:
 
     def kronecker(self, weight: float, samples: int, name: str = "kfac") -> Kronecker:
         """Eigendecompose. `weight` is the unit of the relative weights; output moments are means over `samples`."""
-        with ThreadPoolExecutor() as pool:  # LAPACK runs without the interpreter's lock
-            wide = dict(zip(self.wide, pool.map(lambda moment: moment.eigen(), self.wide.values()), strict=True))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # LAPACK runs without the interpreter's lock
+            wide = dict(zip(self.wide, pool.map(self._eigen, self.wide.values()), strict=True))
         blocks = []
         for number, leaf in enumerate(self.space.leaves):
             narrow_vectors, narrow_values, _ = self.narrow[number].eigen()
+            narrow_vectors = narrow_vectors.to(self.dtype)
             wide_vectors, wide_values, rest = wide[self.wide_of[number]]
             # inputs are normalised by the mass of their tokens, output gradients weighted and averaged over draws
             factor = weight / samples / max(float(self.mass[number]), 1.0)

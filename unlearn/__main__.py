@@ -1,0 +1,5 @@
+"""`python -m unlearn`."""
+
+from unlearn.cli import main
+
+main()
