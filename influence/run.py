@@ -58,8 +58,9 @@ FORMAT = 1
 
 #: Seconds between checkpoints of a pass.
 CHECKPOINT_SECONDS = 60.0
-#: Bytes of gradients read and multiplied at a time (at least 8 rows).
+#: Bytes of gradients read and multiplied at a time, and the fewest rows.
 BLOCK_BYTES = 32 << 20
+BLOCK_ROWS = 8
 
 
 def fit(
@@ -502,7 +503,7 @@ def row_blocks(path: Path, name: str, run_digest: str, device: torch.device) -> 
     with open_file(path, run_digest=run_digest):
         pass
     with RowFile(path, name) as rows:
-        step = max(8, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
+        step = max(BLOCK_ROWS, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
         for start in range(0, len(rows), step):
             yield torch.from_numpy(rows.read(start, min(start + step, len(rows)))).to(device)
 

@@ -190,6 +190,7 @@ def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupte
     run = fit(tmp_path / "run", kind)
     queries = examples(5, seed=9)
     monkeypatch.setattr(run_module, "BLOCK_BYTES", 5 * run.model.space.size * 4)  # five rows at a time
+    monkeypatch.setattr(run_module, "BLOCK_ROWS", 1)
     monkeypatch.setattr("influence.scores.QUERY_BYTES", 2 * run.model.space.size * 4)  # two queries at a time
     expected = run.score(queries, out=tmp_path / "whole.h5").values
     out = tmp_path / "resumed.h5"

@@ -99,9 +99,7 @@ def write_rows(source: Path, tokenizer: Any, target: Path) -> None:
     rows = []
     for line in source.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        encoded = tokenizer(
-            row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True
-        )
+        encoded = tokenizer(row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True)
         ids = [*encoded["input_ids"], tokenizer.eos_token_id]
         ends = [end for _, end in encoded["offset_mapping"]]
         supervised = [*(end > len(row["prompt"]) for end in ends), True]

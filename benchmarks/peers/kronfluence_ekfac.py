@@ -48,9 +48,7 @@ def read_rows(path: Path, tokenizer: Any) -> list[Row]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        encoded = tokenizer(
-            row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True
-        )
+        encoded = tokenizer(row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True)
         ids = [*encoded["input_ids"], tokenizer.eos_token_id]
         ends = [end for _, end in encoded["offset_mapping"]]
         supervised = [*(end > len(row["prompt"]) for end in ends), True]
