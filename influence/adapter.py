@@ -26,8 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from influence.errors import AdapterError, InputError, NumericalError
+from influence.progress import say
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 _PREFIX = "base_model.model."
 
 
@@ -166,6 +172,25 @@ class AdaptedModel:
         names = (leaf.name for leaf in self.space.leaves)
         return _digest_tensors(header, dict(zip(names, self.parameters, strict=True)))
 
+    @contextmanager
+    def evaluating(self, trainable: Sequence[Tensor] = ()) -> Iterator[AdaptedModel]:
+        """Within the block dropout is off and only `trainable` require gradients; afterwards all is as it was."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        own = {id(parameter) for parameter in trainable}
+        self.model.eval()
+        for parameter, flag in flags:
+            if flag != (id(parameter) in own):
+                parameter.requires_grad_(id(parameter) in own)
+        try:
+            yield self
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in flags:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
+
     @cached_property
     def base_digest(self) -> str:
         """SHA-256 over the base's weights and buffers in their loaded type."""
@@ -195,10 +220,10 @@ def load(
     adapter
         Folder or hub id of a PEFT LoRA adapter (`adapter_config.json` and `adapter_model.safetensors`).
     dtype
-        `float32`, `bfloat16` or `float64`: type of the base's weights. The LoRA parameters, their gradients
+        `float32`, `bfloat16`, `float16` or `float64`: type of the base's weights. The LoRA parameters, their gradients
         and all sums are float32 under a bfloat16 base, else of the same type. A quantised base keeps its own.
     device
-        `auto` (cuda, then mps, then cpu) or any torch device.
+        `auto` (cuda, else cpu) or any torch device that has float64 (mps does not).
     trust_remote_code
         Passed on to transformers; off unless asked for.
 
@@ -320,19 +345,17 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` to the best device there is; anything else as torch reads it."""
+    """`auto` to cuda where there is one, else cpu; anything else as torch reads it."""
     if device != "auto":
         try:
-            torch.empty(0, device=(chosen := torch.device(device)))
+            torch.empty(0, device=(chosen := torch.device(device)), dtype=torch.float64)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"device {device!r} was given; expected auto, cpu, cuda, cuda:1, mps ... that this machine has: {reason}"
+                f"device {device!r} was given; expected auto, cpu, cuda, cuda:1 ... that this machine has and that knows float64: {reason}"
             ) from error
         return chosen
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def accepts(model: Any, argument: str) -> bool:
@@ -403,6 +426,9 @@ def _load_base(base: str, dtype: torch.dtype, device: torch.device, trust_remote
             trust_remote_code=trust_remote_code,
             **({"device_map": {"": device}} if quantised else {}),
         )
+        saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
+        if not quantised and saved in ("bfloat16", "float16") and dtype == torch.float32:
+            say(f"note: the base is saved as {saved} and loaded as float32; --dtype {saved} takes half the memory")
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(
             f"base model {base!r} could not be loaded: {error}\nPass a folder or hub id of a causal language model "
@@ -499,7 +525,7 @@ def _refuse_nan(model: Any) -> None:
     bad = [
         name.removeprefix(_PREFIX)
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not torch.isfinite(parameter.detach()).all()
+        if parameter.dtype in DTYPES.values() and not torch.isfinite(parameter.detach()).all()
     ]
     if bad:
         raise NumericalError(

@@ -15,11 +15,12 @@ main = console.main(app)
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory made by influence fit.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for a program.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps ...")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
 CurvatureOption = Annotated[
     str | None,
     typer.Option("--curvature", help="Another curvature that the run holds: identity, kfac, ggn, hessian ..."),
 ]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the base model ships.")]
 DampingOption = Annotated[
     str | None, typer.Option("--damping", help="Another damping rule than the fit's: mean:0.1, top:0.01 or abs:1e-3.")
 ]
@@ -60,15 +61,15 @@ def fit(
         ),
     ] = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="The base's type: float32, bfloat16 or float64.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="The base's type: float32, bfloat16, float16 or float64.")
+    ] = "float32",
     store: Annotated[str, typer.Option("--store", help="Keep the rows' gradients: auto, always or never.")] = "auto",
     disk_budget: Annotated[
         float, typer.Option("--disk-budget", help="Most gigabytes of gradients that --store auto keeps.")
     ] = 50.0,
     seed: Annotated[int, typer.Option("--seed", help="Keys the labels sampled from the model.")] = 0,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the base model ships.")
-    ] = False,
+    trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -122,6 +123,7 @@ def score(
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -131,7 +133,7 @@ def score(
     from influence.data import read_examples
 
     examples = read_examples(queries)
-    opened = _open(run, device)
+    opened = _open(run, device, trust_remote_code)
     out = out or run / "scores.h5"
     start = time.perf_counter()
     scores = opened.score(
@@ -169,6 +171,7 @@ def self_(
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -176,7 +179,7 @@ def self_(
     import numpy as np
 
     _at_least_one("-k", k)
-    opened = _open(run, device)
+    opened = _open(run, device, trust_remote_code)
     out = out or run / "scores.h5"
     result = opened.self_influence(out=out, curvature=curvature, damping=damping, overwrite=overwrite)
     order = np.argsort(-result.values, kind="stable")[:k]
@@ -260,7 +263,10 @@ def check(
     rows: Annotated[int, typer.Option("--rows", help="How many rows to check.")] = 8,
     max_length: Annotated[int | None, typer.Option("--max-length", help="Truncate rows to so many tokens.")] = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="The base's type: float32, bfloat16 or float64.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="The base's type: float32, bfloat16, float16 or float64.")
+    ] = "float32",
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Compare the streamed per-example gradients of *your* model with a plain one-example loop."""
@@ -269,7 +275,7 @@ def check(
 
     _at_least_one("--rows", rows)
     examples = read_examples(train)[:rows]
-    result = check_gradients(_load(model, adapter, dtype, device, False), examples, max_length=max_length)
+    result = check_gradients(_load(model, adapter, dtype, device, trust_remote_code), examples, max_length=max_length)
     console.emit({"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}, str(result), json)
     if not result.ok:
         raise typer.Exit(1)
@@ -319,11 +325,11 @@ def _load(model: str | None, adapter: str, dtype: str, device: str, trust_remote
     return load(model, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
-def _open(run: Path, device: str) -> Any:
+def _open(run: Path, device: str, trust_remote_code: bool) -> Any:
     from influence.run import Run
 
     console.quiet_transformers()
-    return Run.open(run, device=device)
+    return Run.open(run, device=device, trust_remote_code=trust_remote_code)
 
 
 def _table(title: str, first: str) -> Any:

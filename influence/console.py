@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -35,7 +36,9 @@ def main(application: typer.Typer) -> Callable[[], None]:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             sys.exit(error.exit_status)
         except KeyboardInterrupt:
-            print("interrupted; the same command resumes", file=sys.stderr)
+            print(
+                "interrupted; what fit and score had done is kept: the same command goes on from there", file=sys.stderr
+            )
             sys.exit(1)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,8 +46,9 @@ def main(application: typer.Typer) -> Callable[[], None]:
         except (MemoryError, OSError, RuntimeError) as error:
             if os.environ.get("LORA_INFLUENCE_DEBUG"):
                 raise
+            hint = "lower --token-budget, or load the base with --dtype bfloat16; " if _out_of_memory(error) else ""
             print(
-                f"error: {type(error).__name__}: {printable(str(error))}\n(LORA_INFLUENCE_DEBUG=1 shows where)",
+                f"error: {type(error).__name__}: {printable(str(error))}\n({hint}LORA_INFLUENCE_DEBUG=1 shows where)",
                 file=sys.stderr,
             )
             sys.exit(1)
@@ -54,7 +58,7 @@ def main(application: typer.Typer) -> Callable[[], None]:
 
 def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
     """Print a result: one JSON object for a program, or text for a person."""
-    print(json.dumps(result, ensure_ascii=False, default=_plain) if as_json else text)
+    print(json.dumps(_finite(result), ensure_ascii=False, default=str, allow_nan=False) if as_json else text)
 
 
 def quiet_transformers() -> None:
@@ -70,8 +74,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as null: JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return _finite(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def _one_line_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:

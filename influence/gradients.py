@@ -32,6 +32,7 @@ from influence.loss import (
     MeanLoss,
     Measurement,
     Supervised,
+    check_rows,
     loss_gradient,
     probabilities,
     sample_labels,
@@ -149,22 +150,17 @@ def tape(model: AdaptedModel) -> Iterator[Tape]:
     """Put the taps in, switch every weight gradient and dropout off; put everything back afterwards."""
     recorder = Tape(model)
     leaves = [leaf for site in model.sites for leaf in (site.A, site.B)]
-    trainable = [p for p in model.model.parameters() if p.requires_grad]
-    training = [module for module in model.model.modules() if module.training]
-    model.model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    for number, leaf in enumerate(leaves):
-        leaf.forward = _tapped_forward(leaf, recorder, number)  # type: ignore[method-assign]
-    try:
-        yield recorder
-    finally:
-        for leaf in leaves:
-            del leaf.forward
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
+    before = [vars(leaf).get("forward") for leaf in leaves]
+    with model.evaluating():
+        for number, leaf in enumerate(leaves):
+            leaf.forward = _tapped_forward(leaf, recorder, number)  # type: ignore[method-assign]
+        try:
+            yield recorder
+        finally:
+            for leaf, forward in zip(leaves, before, strict=True):
+                del leaf.forward
+                if forward is not None:
+                    leaf.forward = forward
 
 
 def _tapped_forward(leaf: nn.Linear, recorder: Tape, number: int) -> Callable[[Tensor], Tensor]:
@@ -191,7 +187,8 @@ def stream_gradients(
     m(q), its mean over the supervised tokens. Gradients have the LoRA parameters' type. One example's gradient
     does not depend on its batch, its padding or the order.
 
-    `batches` overrides the length-bucketed plan; `padding` is `right` or `left`.
+    `batches` overrides the length-bucketed plan; `padding` is `right` or `left` (with eager attention and left
+    padding some models give NaN at padded positions; right padding needs no mask at all).
     """
     if batches is None:
         batches = plan_batches(tokens, token_budget, max_rows=max_rows(model.space))
@@ -266,6 +263,7 @@ def check_gradients(
     (Euclidean norms; a leaf whose gradient vanishes is measured against 1e-6 of the whole gradient's). Default tolerance: 1e-10 in float64, 1e-4 in float32 and 5e-2 under a bfloat16 base.
     """
     tokens = tokenize(examples, model.tokenizer, max_length=max_length)
+    check_rows(model, tokens)
     streamed = torch.empty(len(tokens), model.space.size, dtype=model.dtype, device=model.device)
     for rows, gradients, _ in stream_gradients(model, tokens):
         streamed[torch.from_numpy(rows)] = gradients
@@ -284,19 +282,11 @@ def check_gradients(
 def _loop_gradient(model: AdaptedModel, tokens: TokenizedExamples, index: int) -> Tensor:
     ids = torch.from_numpy(tokens[index].input_ids).to(model.device)
     targets = torch.where(torch.from_numpy(tokens[index].supervised).to(model.device), ids, -100)
-    before = [(p, p.requires_grad) for p in model.model.parameters()]
-    own = {id(p) for p in model.parameters}
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in own)
-        with torch.enable_grad():
-            logits = model.model(input_ids=ids[None]).logits[0, :-1]
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            loss = nn.functional.cross_entropy(logits, targets[1:], ignore_index=-100, reduction="sum")
-            parts = torch.autograd.grad(loss, model.parameters, allow_unused=True)
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
+    with model.evaluating(model.parameters), torch.enable_grad():
+        logits = model.model(input_ids=ids[None]).logits[0, :-1]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = nn.functional.cross_entropy(logits, targets[1:], ignore_index=-100, reduction="sum")
+        parts = torch.autograd.grad(loss, model.parameters, allow_unused=True)
     return model.space.flatten(
         [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters, parts, strict=True)]
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel, accepts
 from influence.data import Batch, TokenizedExamples, collate, plan_batches
-from influence.errors import InputError, NumericalError
+from influence.errors import BadRow, DataError, InputError, NumericalError
 
 REDUCTIONS = ("token", "example")
 
@@ -77,6 +77,25 @@ def _only_supervised_reach_head(model: AdaptedModel, mask: Tensor) -> Iterator[b
         handle.remove()
 
 
+def check_rows(model: AdaptedModel, tokens: TokenizedExamples) -> None:
+    """Refuse rows that the model cannot take: longer than its positions, or ids beyond its embedding."""
+    config = model.model.get_base_model().config
+    positions = getattr(config, "max_position_embeddings", None)
+    vocabulary = model.model.get_input_embeddings().num_embeddings
+    bad = []
+    for number, (id, item) in enumerate(zip(tokens.ids, tokens, strict=True), start=1):
+        if positions and len(item.input_ids) - 1 > positions:  # the last token is only a target
+            bad.append(BadRow(number, id, f"{len(item.input_ids)} tokens, and the model has {positions} positions"))
+        elif int(item.input_ids.max()) >= vocabulary:
+            bad.append(BadRow(number, id, f"token id {int(item.input_ids.max())}, and the model embeds {vocabulary}"))
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(tokens)} rows do not fit the model: truncate long ones with --max-length, and use the "
+            "tokenizer that the model was trained with:",
+            bad,
+        )
+
+
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each supervised token, `-log softmax(logits)[target]`, `[N]`, nats, at least float32."""
     return torch.nn.functional.cross_entropy(_accurate(logits), targets, reduction="none")
@@ -99,12 +118,12 @@ def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
 
     `probs` [N, V], `uniforms` [N] in [0, 1): label = the first v with cdf[v] > u. Returns `[N]`.
     """
-    cdf = probs.cumsum(-1)
-    return (
-        torch.searchsorted(cdf, (uniforms.to(cdf) * cdf[:, -1]).unsqueeze(-1), right=True)
-        .squeeze(-1)
-        .clamp_(max=probs.shape[-1] - 1)
-    )
+    out = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
+    for start in range(0, len(probs), 256):  # float64 sums, or rare labels of a large vocabulary would be lost
+        cdf = probs[start : start + 256].cumsum(-1, dtype=torch.float64)
+        u = uniforms[start : start + 256].to(cdf) * cdf[:, -1]
+        out[start : start + 256] = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).squeeze(-1)
+    return out.clamp_(max=probs.shape[-1] - 1)
 
 
 def weights(counts: np.ndarray, reduction: str) -> np.ndarray:
@@ -124,7 +143,7 @@ def weights(counts: np.ndarray, reduction: str) -> np.ndarray:
 def mean_losses(model: AdaptedModel, tokens: TokenizedExamples, *, token_budget: int = 4096) -> np.ndarray:
     """Mean cross-entropy per supervised token of every example, `[n]` float64, nats."""
     out = np.empty(len(tokens))
-    with torch.no_grad():
+    with model.evaluating(), torch.no_grad():
         for rows in plan_batches(tokens, token_budget):
             part = supervised_logits(model, collate(tokens, rows, pad_id=model.pad_id, device=model.device))
             sums = part.per_example(token_losses(part.logits, part.targets).double())

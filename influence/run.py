@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -48,13 +49,14 @@ from influence.gradients import (
     stream_gradients,
     tape,
 )
-from influence.loss import Supervised, loss_gradient, probabilities, supervised_logits, weights
+from influence.loss import Supervised, check_rows, loss_gradient, probabilities, supervised_logits, weights
 from influence.progress import say, track
-from influence.store import RowFile, open_file, open_rows, read, read_json, write_file, write_json
+from influence.store import RowFile, only_writer, open_file, open_rows, read, read_json, write_file, write_json
 
 CurvatureSpec = EKFAC | KFAC | Fisher | GGN | Hessian | Identity
 STORE = ("auto", "always", "never")
 FORMAT = 1
+FILES = ("manifest.json", "factors.h5", "gradients.h5", "rows.h5", "scores.h5", "checkpoint.h5")
 
 #: Seconds between checkpoints of a pass.
 CHECKPOINT_SECONDS = 60.0
@@ -113,7 +115,9 @@ def fit(
     curvature = EKFAC() if curvature is None else curvature
     if token_budget is None:
         token_budget = 1024 if model.device.type == "cpu" else 4096
-    _check_options(path, store, token_budget)
+    _check_options(path, store, token_budget, disk_budget)
+    if len(train) == 0:
+        raise InputError("no training rows were given; give the rows the adapter was trained on")
     if isinstance(curvature, Hessian | GGN) and model.dtype != next(model.model.parameters()).dtype:
         say("note: Hessian and GGN products under a bfloat16 base carry its rounding; prefer --dtype float32")
     directory = Path(directory)
@@ -158,15 +162,16 @@ def fit(
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     weights(tokens.counts, reduction)  # refuses an unknown reduction before anything is written
-    existing = _claim(directory, manifest, overwrite)
-    if existing is not None:
-        return Run(directory, existing, model, train, tokens)
-    run = Run(directory, manifest, model, train, tokens)
-    _Fit(run, curvature, disk_budget).work()
+    check_rows(model, tokens)
+    with only_writer(directory):
+        existing = _claim(directory, manifest, overwrite)
+        run = Run(directory, existing or manifest, model, train, tokens)
+        if existing is None:
+            _Fit(run, curvature, disk_budget).work()
     return run
 
 
-def _check_options(path: Sequence[float], store: str, token_budget: int) -> None:
+def _check_options(path: Sequence[float], store: str, token_budget: int, disk_budget: float) -> None:
     if tuple(float(c) for c in path) != (1.0,):
         raise InputError(
             f"path {','.join(str(c) for c in path)} was given; this version looks at the adapter itself only: leave "
@@ -176,6 +181,8 @@ def _check_options(path: Sequence[float], store: str, token_budget: int) -> None
         raise InputError(f"store {store!r} was given; expected auto, always or never")
     if token_budget < 1:
         raise InputError(f"token budget {token_budget} was given; expected at least 1")
+    if not disk_budget >= 0:
+        raise InputError(f"disk budget {disk_budget} was given; expected 0 or more")
 
 
 def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -190,21 +197,27 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
             if not found.get("complete"):
                 return None
             _tidy(directory, found)
-            if found["damping"] != manifest["damping"]:  # no part of the factors: the default of later scores
-                found["damping"] = manifest["damping"]
-                write_json(path, found)
-            return found
+            # what is no part of the factors follows the latest call: damping, and where the same things lie now
+            current = {**found, "damping": manifest["damping"]}
+            for key in ("base", "adapter", "data"):
+                current[key] = {**found[key], "path": manifest[key]["path"] or found[key]["path"]}
+            if current != found:
+                write_json(path, current)
+            return current
         if differences and not overwrite:
             raise MismatchError(
                 f"{directory} holds a run made from something else: {'; '.join(differences)}. Give another --run "
                 "directory, or --overwrite to replace it"
             )
-    elif directory.exists() and any(directory.iterdir()) and not overwrite:
-        raise InputError(
-            f"{directory} is not empty and holds no run (no manifest.json): give a new directory, or --overwrite"
-        )
+    elif directory.exists() and any(directory.iterdir()):
+        foreign = [name for name in FILES if (directory / name).exists()]
+        if foreign or not overwrite:
+            raise InputError(
+                f"{directory} is not empty and holds no run (no manifest.json{', but ' + ', '.join(foreign) if foreign else ''}"
+                "): give a new directory"
+            )
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("manifest.json", "factors.h5", "gradients.h5", "rows.h5", "scores.h5", "checkpoint.h5"):
+    for name in FILES:
         (directory / name).unlink(missing_ok=True)
     write_json(path, manifest)
     return None
@@ -260,9 +273,16 @@ class _Fit:
         self.store_rows = isinstance(curvature, Fisher) and self.samples > 0
         if isinstance(curvature, EKFAC):  # kept only until the eigenvalues are refitted
             self.store_rows = _fits(run.manifest["store"], row_bytes * (1 + self.samples), disk_budget)
-        self.batches = plan_batches(self.tokens, run.manifest["token_budget"], max_rows=max_rows(self.model.space))
+        self.per_example = self.store_gradients or self.store_rows or isinstance(curvature, GGN | Hessian)
+        self.batches = self.plan(limited=self.per_example)
         self.moments: Moments | None = None
+        self.created = False  # whether a row file had to be made, so that nothing in it counts
         self.squares = torch.zeros(len(self.model.space.leaves), dtype=torch.float64)
+
+    def plan(self, limited: bool) -> list[np.ndarray]:
+        """The batches; `limited` in rows too, where every row's gradient is held at once."""
+        budget = self.run.manifest["token_budget"]
+        return plan_batches(self.tokens, budget, max_rows=max_rows(self.model.space) if limited else None)
 
     def work(self) -> None:
         """Everything between an empty directory (or an interrupted one) and a complete manifest."""
@@ -275,6 +295,8 @@ class _Fit:
                 self.model.dtype,
                 self.model.device,
             )
+        if isinstance(self.curvature, Fisher):
+            _refuse_large_gram(len(self.tokens) * max(1, self.samples))
         self.lay_out()
         if self.store_gradients or self.samples:
             self.main_pass(self.resume())
@@ -294,6 +316,10 @@ class _Fit:
             if (self.directory / name).exists():
                 with open_file(self.directory / name, run_digest=self.digest):
                     pass
+        for name, wanted in (("gradients.h5", self.store_gradients), ("rows.h5", self.store_rows)):
+            self.created |= wanted and not (self.directory / name).exists()
+            if not wanted:
+                (self.directory / name).unlink(missing_ok=True)
         if self.store_gradients and not (self.directory / "gradients.h5").exists():
             write_file(
                 self.directory / "gradients.h5",
@@ -334,6 +360,8 @@ class _Fit:
                             file.flush()
                     self.checkpoint(number + 1)
                     last = time.monotonic()
+            if isinstance(self.curvature, EKFAC) and not self.store_rows and first < len(self.batches):
+                self.checkpoint(len(self.batches))  # a second pass follows: do not lose the first
 
     def run_batch(
         self, recorder: Tape, rows: np.ndarray, gradients: RowFile | None, done: RowFile | None, sampled: RowFile | None
@@ -400,7 +428,7 @@ class _Fit:
         write_file(
             self.directory / "checkpoint.h5",
             {name: tensor.cpu().numpy() for name, tensor in state.items()},
-            attrs={"run_digest": self.digest, "next": following, "plan": self.plan_digest},
+            attrs={"run_digest": self.digest, "next": following, "plan": self.plan_digest, "stored": self.stored},
         )
 
     def resume(self) -> int:
@@ -409,7 +437,7 @@ class _Fit:
         if not path.exists():
             return 0
         with open_file(path, run_digest=self.digest) as file:
-            if file.attrs["plan"] != self.plan_digest:
+            if file.attrs["plan"] != self.plan_digest or file.attrs["stored"] != self.stored or self.created:
                 return 0
             state = {"squares": self.squares, **(self.moments.state() if self.moments else {})}
             for name, tensor in state.items():
@@ -417,6 +445,11 @@ class _Fit:
             following = int(np.asarray(file.attrs["next"]))
         say(f"resuming at batch {following + 1} of {len(self.batches)}")
         return following
+
+    @property
+    def stored(self) -> str:
+        """Which rows the pass writes: a checkpoint of other ones is not continued."""
+        return f"gradients={self.store_gradients} rows={self.store_rows}"
 
     @property
     def plan_digest(self) -> str:
@@ -457,11 +490,21 @@ class _Fit:
             return
         moments, self.moments, self.store_rows = self.moments, None, True
         with tape(self.model) as recorder:
-            for rows in track(self.batches, "training rows, second pass"):
+            for rows in track(self.plan(limited=True), "training rows, second pass"):
                 share = torch.from_numpy(self.weights[rows] / self.samples)
                 for found in self.sampled_again(recorder, rows):
                     yield found, share.to(found)
         self.moments, self.store_rows = moments, False
+
+
+def _refuse_large_gram(m: int) -> None:
+    """The Gram matrix and its eigendecomposition take about 3 m^2 doubles; refuse before the pass, not after."""
+    needed, there = 24 * m * m, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.7 * there:
+        raise InputError(
+            f"curvature fisher with {m} rows needs {needed / 1e9:.0f} GB of memory for its {m} x {m} Gram matrix, and this "
+            f"machine has {there / 1e9:.0f} GB: use --curvature ekfac, or fewer --samples"
+        )
 
 
 def _fits(store: str, needed: int, budget: float) -> bool:
@@ -477,19 +520,22 @@ def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
     wide_of = list(range(len(model.space.leaves)))
 
     def note(number: int):
-        def hook(_module: Any, args: tuple[Any, ...]) -> None:
-            x = args[0]
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
             for first, tensor in seen:
-                if tensor is x or (tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape):
+                same = tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape and tensor.stride() == x.stride()
+                if tensor is x or same:
                     wide_of[number] = first
                     return
             seen.append((number, x))  # kept alive, so that no address is used twice
 
         return hook
 
-    handles = [site.layer.register_forward_pre_hook(note(2 * i)) for i, site in enumerate(model.sites)]
+    handles = [
+        site.layer.register_forward_pre_hook(note(2 * i), with_kwargs=True) for i, site in enumerate(model.sites)
+    ]
     try:
-        with torch.no_grad():
+        with model.evaluating(), torch.no_grad():
             shortest = np.array([int(np.argmin(tokens.lengths))])
             supervised_logits(model, collate(tokens, shortest, pad_id=model.pad_id, device=model.device))
     finally:
@@ -498,13 +544,16 @@ def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
     return wide_of
 
 
-def row_blocks(path: Path, name: str, run_digest: str, device: torch.device) -> Iterator[Tensor]:
-    """Blocks `[b, P]` of a stored row dataset, in order, each about `BLOCK_BYTES`."""
+def row_blocks(
+    path: Path, name: str, run_digest: str, device: torch.device, label: str | None = None
+) -> Iterator[Tensor]:
+    """Blocks `[b, P]` of a stored row dataset, in order, each about `BLOCK_BYTES`; with progress if labelled."""
     with open_file(path, run_digest=run_digest):
         pass
     with RowFile(path, name) as rows:
         step = max(BLOCK_ROWS, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
-        for start in range(0, len(rows), step):
+        starts = range(0, len(rows), step)
+        for start in starts if label is None else track(starts, label):
             yield torch.from_numpy(rows.read(start, min(start + step, len(rows)))).to(device)
 
 
@@ -549,6 +598,7 @@ class Run:
         model: AdaptedModel | None = None,
         train: Examples | None = None,
         device: str = "auto",
+        trust_remote_code: bool = False,
     ) -> Run:
         """Open a run directory with the base, adapter and data it records (or those given).
 
@@ -558,7 +608,13 @@ class Run:
         directory = Path(directory)
         manifest = read_manifest(directory)
         if model is None:
-            model = load(manifest["base"]["path"], manifest["adapter"]["path"], dtype=manifest["dtype"], device=device)
+            model = load(
+                manifest["base"]["path"],
+                manifest["adapter"]["path"],
+                dtype=manifest["dtype"],
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
         if train is None:
             if manifest["data"]["path"] is None:
                 raise InputError(f"{directory} was fitted on rows that came from no file: pass them as train=")
@@ -688,7 +744,7 @@ class Run:
                 if not open_rows(path, "done").all():
                     raise StoreError(f"{path} lacks the gradients of some rows: fit the run again with --overwrite")
             start = 0
-            for block in row_blocks(path, "gradients", self.digest, self.model.device):
+            for block in row_blocks(path, "gradients", self.digest, self.model.device, "stored gradients"):
                 indices = np.arange(start, start + len(block))
                 start += len(block)
                 if not skip[indices].all():

@@ -17,8 +17,9 @@ adapter as the optimum, Bae et al. 2022, arXiv 2209.05364).
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -33,11 +34,11 @@ from influence.damping import Damping
 from influence.data import Examples, TokenizedExamples, tokenize
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
 from influence.gradients import stream_gradients
-from influence.loss import MEASUREMENTS, MeanLoss, Measurement
+from influence.loss import MEASUREMENTS, MeanLoss, Measurement, check_rows
 from influence.progress import say
 from influence.run import Run
 from influence.solvers import CG, Direct, Solver
-from influence.store import open_file, open_rows, read, read_strings, write_file
+from influence.store import only_writer, open_file, open_rows, read, read_strings, write_file
 
 CONVENTION = (
     "score[q, i] = w_i * grad m(q)^T (C + lambda I)^-1 grad l_i: predicted change of measurement m(q) when training "
@@ -47,8 +48,8 @@ SELF_CONVENTION = (
     "self_influence[i] = w_i / T_i * grad l_i^T (C + lambda I)^-1 grad l_i: predicted rise of row i's own mean loss, in "
     "nats per token, if it is removed"
 )
-#: Bytes that the solved query gradients of one chunk of queries may take.
-QUERY_BYTES = 2 << 30
+#: Share of the free memory that the gradients of one chunk of queries may take.
+QUERY_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Scores:
             missing = [key for key in ("scores", "query_ids", "train_ids") if key not in file]
             if missing:
                 raise StoreError(f"{path} is no score file: it lacks {', '.join(missing)}")
+            if not file.attrs.get("complete", True):
+                raise StoreError(f"{path} is unfinished: run the same influence score command again to complete it")
             return cls(
                 read(file, "scores"),
                 read_strings(file, "query_ids"),
@@ -159,36 +162,57 @@ def score(
         raise InputError("no queries were given; give at least one row")
     explained: Measurement = _named(measurement, MEASUREMENTS, "measurement")
     operator = run.operator(curvature, damping)
-    solver = make_solver(run, solver, operator)
+    chosen = make_solver(run, solver, operator)
     tokens = tokenize(queries, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
     attributes = {
         "convention": CONVENTION,
         "measurement": explained.name,
         "unit": explained.unit,
-        **_provenance(run, operator, solver, damping),
+        **_provenance(run, operator, chosen, damping),
+        "options": f"{explained} {_options(chosen)}",
         "query_digest": queries.digest,
         "complete": False,
     }
-    chunk = max(1, QUERY_BYTES // (run.model.space.size * 4))
-    shape, chunks = (len(queries), len(run.train)), -(-len(queries) // chunk)
+    check_rows(run.model, tokens)
     target = None if out is None else Path(out)
+    found = _existing(target, attributes) if target is not None and target.exists() and not overwrite else None
+    if found is not None:
+        return found
+    with ExitStack() as held:
+        if target is not None:
+            held.enter_context(only_writer(target))
+        return _score(run, queries, tokens, explained, operator, chosen, attributes, target)
+
+
+def _score(
+    run: Run,
+    queries: Examples,
+    tokens: TokenizedExamples,
+    measurement: Measurement,
+    operator: Damped,
+    solver: Solver,
+    attributes: dict[str, Any],
+    target: Path | None,
+) -> Scores:
+    """Solve a chunk of queries, then pass over the training gradients once for it; into a file if there is one."""
+    shape, chunks = (len(queries), len(run.train)), -(-len(queries) // _queries_at_once(run))
     partial = None if target is None else target.with_name(target.name + ".partial")
-    if target is not None and partial is not None:
-        if target.exists() and not overwrite and (found := _existing(target, attributes)) is not None:
-            return found
-        _lay_out(partial, run, queries, shape, chunks, attributes)
+    if partial is not None:
+        chunks = _lay_out(partial, run, queries, shape, chunks, attributes)
         names = ("scores", "done", "residuals", "converged")
         values, done, residuals, converged = (open_rows(partial, name, write=True) for name in names)
     else:
         values, done = np.zeros(shape, np.float32), np.zeros((chunks, shape[1]), np.uint8)
         residuals, converged = np.zeros(shape[0]), np.zeros(shape[0], np.uint8)
+    if chunks > 1:
+        what = "the stored gradients" if run.gradients_stored else "the training rows, forward and backward"
+        say(f"{len(queries)} queries do not fit in memory at once: {chunks} passes over {what}")
 
     message = ""
-    for number in range(chunks):
+    for number, rows in enumerate(np.array_split(np.arange(len(queries)), chunks)):
         if done[number].all():
             continue
-        rows = np.arange(number * chunk, min((number + 1) * chunk, len(queries)))
-        solution = solver.solve(operator, query_gradients(run, tokens.select(rows), explained))
+        solution = solver.solve(operator, query_gradients(run, tokens.select(rows), measurement))
         residuals[rows], converged[rows] = solution.residuals.numpy(), solution.converged.cpu().numpy()
         message = solution.message or message
         for indices, gradients in run.gradient_blocks(skip=done[number].astype(bool)):
@@ -208,6 +232,15 @@ def score(
         _seal(partial, target, attributes, run.digest)
         return result
     return Scores(values, queries.ids, run.train.ids, residuals, converged.astype(bool), attributes)
+
+
+def _queries_at_once(run: Run) -> int:
+    """Queries whose gradients, with those that solving needs beside them, fit into a share of the free memory."""
+    if run.model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(run.model.device)[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return max(1, int(QUERY_SHARE * free / (run.model.space.size * 4)))
 
 
 def query_gradients(run: Run, tokens: TokenizedExamples, measurement: Measurement) -> Tensor:
@@ -256,7 +289,8 @@ def self_influence(
         raise NumericalError("self-influences hold NaN or infinity: raise the damping, or run in float32 or float64")
     result = SelfInfluence(values, run.train.ids, worst, attributes)
     if target is not None:
-        _write_self(target, run, result)
+        with only_writer(target):
+            _write_self(target, run, result)
     return result
 
 
@@ -268,6 +302,11 @@ def make_solver(run: Run, solver: str | Solver, operator: Damped) -> Solver:
         return CG(preconditioner=run.preconditioner(operator), name="pcg")
     solvers: dict[str, Solver] = {"direct": Direct(), "cg": CG()}
     return _named(solver, solvers, "solver", also=("pcg",))
+
+
+def _options(solver: Solver) -> str:
+    """A solver's own numbers, for the record (its preconditioner is told by its name)."""
+    return ", ".join(f"{key}={value}" for key, value in vars(solver).items() if isinstance(value, int | float | str))
 
 
 def _named(value: Any, table: dict[str, Any], what: str, also: Sequence[str] = ()) -> Any:
@@ -298,16 +337,24 @@ def _provenance(run: Run, operator: Damped, solver: Solver, damping: str | Dampi
 
 def _different(found: Mapping[str, Any], attributes: dict[str, Any]) -> list[str]:
     """Names of the attributes in which what is stored differs from what is asked now."""
+
+    def same(one: Any, other: Any) -> bool:
+        one, other = np.asarray(one), np.asarray(other)
+        if one.dtype.kind == "f" and one.shape == other.shape:
+            return np.allclose(one, other, rtol=1e-6, atol=0)  # a device's sums may differ in their last bits
+        return np.array_equal(one, other)
+
     keys = [key for key in attributes if key not in ("residuals", "complete", "version")]
-    return [key for key in keys if key not in found or not np.array_equal(found[key], attributes[key])]
+    return [key for key in keys if key not in found or not same(found[key], attributes[key])]
 
 
 def _existing(target: Path, attributes: dict[str, Any]) -> Scores | None:
     """The scores of the very same request; None where the file holds a self-influence of this run only."""
     with open_file(target) as file:
-        if "scores" not in file and file.attrs.get("run_digest") == attributes["run_digest"]:
+        only_self = set(file) == {"self_influence", "train_ids"}
+        if only_self and file.attrs.get("run_digest") == attributes["run_digest"]:
             return None
-        different = _different(file.attrs, attributes)
+        different = _different(file.attrs, attributes) if "scores" in file else ["it is no score file: all"]
     if different:
         raise MismatchError(
             f"{target} holds other scores ({', '.join(different)} differ): give another --out, or --overwrite to "
@@ -318,17 +365,23 @@ def _existing(target: Path, attributes: dict[str, Any]) -> Scores | None:
 
 def _lay_out(
     partial: Path, run: Run, queries: Examples, shape: tuple[int, int], chunks: int, attributes: dict[str, Any]
-) -> None:
-    """Create the partial file, unless a killed call with the same request left one to go on with."""
+) -> int:
+    """Create the partial file, unless a killed call with the same request left one to go on with.
+
+    Returns the number of chunks the queries are in: the one that was begun with.
+    """
     if partial.exists():
         try:
             with open_file(partial) as file:
-                same = not _different(file.attrs, attributes) and read(file, "done").shape == (chunks, shape[1])
-        except StoreError:
-            same = False
+                ours, same = "convention" in file.attrs, not _different(file.attrs, attributes)
+                begun = read(file, "done").shape[0]
+        except (StoreError, MismatchError):
+            ours, same, begun = False, False, 0
         if same:
             say(f"resuming {partial}")
-            return
+            return begun
+        if not ours:
+            raise MismatchError(f"{partial} is in the way and is no unfinished score file: move it away")
         partial.unlink()
     write_file(
         partial,
@@ -341,6 +394,7 @@ def _lay_out(
             "done": ((chunks, shape[1]), np.uint8),
         },
     )
+    return chunks
 
 
 def _seal(partial: Path, target: Path, attributes: dict[str, Any], run_digest: str) -> None:
@@ -359,6 +413,8 @@ def _existing_self(target: Path, run: Run, attributes: dict[str, Any], overwrite
     if not target.exists():
         return None
     with open_file(target, run_digest=run.digest) as file:
+        if not set(file) & {"scores", "self_influence"}:
+            raise MismatchError(f"{target} is no score file: give another --out")
         dataset = cast("h5py.Dataset | None", file.get("self_influence"))
         if dataset is None or overwrite:
             return None
@@ -375,7 +431,7 @@ def _write_self(target: Path, run: Run, result: SelfInfluence) -> None:
     partial = target.with_name(target.name + ".self.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
-        partial.write_bytes(target.read_bytes())
+        shutil.copyfile(target, partial)
     else:
         write_file(partial, attrs={"run_digest": run.digest}, strings={"train_ids": run.train.ids})
     with h5py.File(partial, "r+") as file:

@@ -14,9 +14,12 @@ Every file carries the digest of the run it belongs to; a foreign, damaged or tr
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,6 +181,22 @@ def open_file(path: Path, *, run_digest: str | None = None) -> Iterator[h5py.Fil
                     "the file of this run, or move the foreign one away and run the command again"
                 )
         yield file
+
+
+@contextmanager
+def only_writer(place: Path) -> Iterator[None]:
+    """Hold the lock of a directory or file while writing to it; a second process is refused, not queued.
+
+    The lock is the operating system's, on an empty file in its temporary folder: it ends with the process that
+    holds it, also where that is killed.
+    """
+    key = hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:24]
+    with open(Path(tempfile.gettempdir()) / f"lora-influence-{os.getuid()}-{key}.lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StoreError(f"another process is writing to {place}: wait for it, or give another place") from None
+        yield
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def build_base(kind: str = "llama", *, layers: int = 2, seed: int = 0, tie: bool
     from transformers.models.auto import CONFIG_MAPPING
 
     common = {"vocab_size": 25, "hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 4}
-    common |= {"intermediate_size": 20, "max_position_embeddings": 64, "tie_word_embeddings": tie}
+    common |= {"intermediate_size": 20, "max_position_embeddings": 2048, "tie_word_embeddings": tie}
     common |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
     special = {
         "llama": {"num_key_value_heads": 2},

@@ -448,7 +448,7 @@ def test_an_unknown_dtype_or_device_is_refused(tmp_path):
     unloadable(
         base,
         adapter,
-        "dtype 'float8' was given; expected one of float32, bfloat16, float64",
+        "dtype 'float8' was given; expected one of float32, bfloat16, float16, float64",
         InputError,
         dtype="float8",
     )

@@ -353,7 +353,7 @@ def test_an_unknown_query(influence, at, query):
         ({"store": "maybe"}, "store 'maybe' was given; expected auto, always or never"),
         ({"path": "0.5,1"}, "path 0.5,1.0 was given; this version looks at the adapter itself only"),
         ({"path": "here"}, "--path 'here' was given; expected numbers separated by commas"),
-        ({"dtype": "int4"}, "dtype 'int4' was given; expected one of float32, bfloat16, float64"),
+        ({"dtype": "int4"}, "dtype 'int4' was given; expected one of float32, bfloat16, float16, float64"),
         ({"device": "abacus"}, "device 'abacus' was given; expected auto, cpu"),
         ({"samples": 0}, "--samples 0 was given; ekfac needs at least 1"),
         ({"samples": -1, "curvature": "fisher"}, "--samples -1 was given; fisher needs at least 0"),

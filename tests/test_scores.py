@@ -8,9 +8,9 @@ import torch
 
 import influence
 from influence.curvature import dense
-from influence.errors import InputError
+from influence.errors import DataError, InputError
 from influence.gradients import stream_gradients
-from influence.loss import mean_losses
+from influence.loss import mean_losses, sample_labels
 from tests.conftest import build_model, examples, rows, tokens_of
 
 
@@ -135,7 +135,7 @@ def test_scoring_with_stored_gradients_runs_no_training_row(run, monkeypatch):
 def test_queries_in_chunks_give_the_same_scores(run, monkeypatch, tmp_path):
     queries = examples(5, seed=2)
     reference = run.score(queries).values
-    monkeypatch.setattr("influence.scores.QUERY_BYTES", 2 * 4 * run.model.space.size)
+    monkeypatch.setattr("influence.scores._queries_at_once", lambda run: 2)
     np.testing.assert_array_equal(run.score(queries, out=tmp_path / "s.h5").values, run.score(queries).values)
     np.testing.assert_allclose(run.score(queries).values, reference, rtol=1e-6, atol=1e-12)
 
@@ -176,3 +176,44 @@ def test_wrong_options_say_what_is_expected(run, options, sentence):
 def test_no_queries_is_an_error(run):
     with pytest.raises(InputError, match="no queries were given"):
         run.score(examples(2)[:0])
+
+
+def test_rows_that_do_not_fit_the_model_are_listed(tmp_path):
+    small = build_model("gpt2", layers=1, target_modules=["attn.c_attn"])
+    small.model.get_base_model().config.max_position_embeddings = 5
+    long = influence.examples_from_rows([{"id": "ok", "prompt": "fox", "completion": " runs"}, *rows(3)])
+    with pytest.raises(DataError, match=r"(?s)rows do not fit the model.*tokens, and the model has 5 positions"):
+        influence.fit(small, long, directory=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_mode_does_not_leak_into_exact_curvatures_or_losses(tmp_path):
+    """A live model left in training mode: dropout must be off in every product and loss."""
+    lively = build_model("gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"])
+    fitted = influence.fit(lively, examples(4), curvature=influence.GGN(), directory=tmp_path / "run")
+    v = torch.ones(1, lively.space.size, dtype=torch.float64)
+    before = [fitted.curvature(name).matvec(v) for name in ("ggn", "hessian")], mean_losses(lively, fitted.tokens)
+    lively.model.train()
+    after = [fitted.curvature(name).matvec(v) for name in ("ggn", "hessian")], mean_losses(lively, fitted.tokens)
+    assert all(torch.equal(one, two) for one, two in zip(before[0], after[0], strict=True))
+    assert np.array_equal(before[1], after[1])
+    assert lively.model.training
+
+
+def test_impossible_options_are_refused_before_the_pass(tmp_path, model):
+    for wrong in (
+        lambda: influence.EKFAC(samples=0),
+        lambda: influence.EKFAC(rank=0),
+        lambda: influence.Fisher(samples=-1),
+    ):
+        with pytest.raises(InputError, match="must be at least"):
+            wrong()
+    with pytest.raises(InputError, match="no training rows were given"):
+        influence.fit(model, examples(2)[:0], directory=tmp_path / "run")
+
+
+def test_rare_labels_of_a_large_vocabulary_can_be_drawn():
+    """float32 sums would lose the tail: 150,000 labels, the last ones are drawn by uniforms near 1."""
+    probs = torch.full((1, 150_000), 1 / 150_000)
+    label = sample_labels(probs, torch.tensor([1 - 2e-6], dtype=torch.float64))
+    assert int(label) == 149_999

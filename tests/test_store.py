@@ -86,12 +86,12 @@ def interrupt_after(monkeypatch, batches: int) -> None:
     monkeypatch.setattr(run_module, "collate", collate)
 
 
-def interrupted_fit(monkeypatch, directory: Path, batches: int) -> None:
+def interrupted_fit(monkeypatch, directory: Path, batches: int, **options) -> None:
     """A fit that ends after so many batches."""
     with monkeypatch.context() as patch:
         interrupt_after(patch, batches)
         with pytest.raises(Interruption):
-            fit(directory)
+            fit(directory, **options)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -191,7 +191,7 @@ def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupte
     queries = examples(5, seed=9)
     monkeypatch.setattr(run_module, "BLOCK_BYTES", 5 * run.model.space.size * 4)  # five rows at a time
     monkeypatch.setattr(run_module, "BLOCK_ROWS", 1)
-    monkeypatch.setattr("influence.scores.QUERY_BYTES", 2 * run.model.space.size * 4)  # two queries at a time
+    monkeypatch.setattr("influence.scores._queries_at_once", lambda run: 2)
     expected = run.score(queries, out=tmp_path / "whole.h5").values
     out = tmp_path / "resumed.h5"
     real, interruptions = Run.gradient_blocks, 0
@@ -398,6 +398,10 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path):
         fit(tmp_path / "thesis.txt")
     fit(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "scores.h5").write_text("of somebody else")
+    with untouched(tmp_path), pytest.raises(InputError, match=r"but scores\.h5"):
+        fit(tmp_path / "other", overwrite=True)
 
 
 def test_wrong_arguments_leave_no_directory(tmp_path):
@@ -492,9 +496,11 @@ def test_a_moved_base_adapter_or_data_set_is_the_same(folders):
         (folders / name).rename(folders / f"moved {name}")
     loaded = influence.load(folders / "moved base", folders / "moved adapter", device="cpu")
     data = influence.read_examples(folders / "moved train.jsonl")
-    with untouched(folders / "run"):
-        influence.fit(loaded, data, directory=folders / "run")
-        assert Run.open(folders / "run", model=loaded, train=data).gradients_stored
+    factors = (folders / "run" / "factors.h5").stat()
+    assert Run.open(folders / "run", model=loaded, train=data).gradients_stored
+    influence.fit(loaded, data, directory=folders / "run")  # finished: only learns where things lie now
+    assert (folders / "run" / "factors.h5").stat() == factors
+    assert Run.open(folders / "run", device="cpu").gradients_stored
 
 
 # ---- damaged and foreign files -----------------------------------------------------------------------------
@@ -534,10 +540,60 @@ def test_a_truncated_score_file_is_named_and_nothing_is_overwritten(tmp_path, sh
     assert Scores.load(out).values.shape == (2, N)
 
 
-def test_a_damaged_partial_score_file_is_made_again(tmp_path):
+def test_a_file_in_the_way_of_an_unfinished_score_file_is_left_alone(tmp_path):
     run, out = fit(tmp_path), tmp_path / "scores.h5"
-    (tmp_path / "scores.h5.partial").write_bytes(b"half a file")
-    assert np.array_equal(run.score(examples(2, seed=9), out=out).values, run.score(examples(2, seed=9)).values)
+    (tmp_path / "scores.h5.partial").write_bytes(b"somebody else's")
+    with untouched(tmp_path), pytest.raises(MismatchError, match="is in the way and is no unfinished score file"):
+        run.score(examples(2, seed=9), out=out)
+
+
+def test_a_run_s_own_files_are_no_place_for_scores(tmp_path):
+    run = fit(tmp_path)
+    for name in ("gradients.h5", "factors.h5"):
+        with untouched(tmp_path), pytest.raises(MismatchError, match="no score file"):
+            run.score(examples(2, seed=9), out=tmp_path / name)
+        with untouched(tmp_path), pytest.raises(MismatchError, match="no score file"):
+            run.self_influence(out=tmp_path / name)
+
+
+def test_an_unfinished_score_file_is_not_read_as_scores(tmp_path, monkeypatch):
+    run = fit(tmp_path)
+    monkeypatch.setattr("influence.scores._seal", lambda *_: None)
+    run.score(examples(2, seed=9), out=tmp_path / "s.h5")
+    with pytest.raises(StoreError, match="is unfinished: run the same influence score command again"):
+        Scores.load(tmp_path / "s.h5.partial")
+
+
+def test_two_processes_do_not_write_the_same_file(tmp_path):
+    from influence.store import only_writer
+
+    run = fit(tmp_path)
+    with only_writer(tmp_path / "s.h5"), pytest.raises(StoreError, match="another process is writing to"):
+        run.score(examples(2, seed=9), out=tmp_path / "s.h5")
+    with only_writer(tmp_path / "new"), pytest.raises(StoreError, match="another process is writing to"):
+        fit(tmp_path / "new")
+
+
+@pytest.mark.parametrize("lost", ["rows.h5", "gradients.h5"])
+def test_a_resume_that_must_store_other_rows_starts_again(tmp_path, monkeypatch, lost):
+    """A checkpoint says which row files it goes with: a larger disk budget, or a lost file, voids it."""
+    expected = fit(tmp_path / "whole", store="auto").score(examples(2, seed=9)).values
+    row = model().space.size * 8 * N
+    interrupted_fit(monkeypatch, tmp_path / "budget", 4, store="auto", disk_budget=row)  # gradients, no rows
+    found = fit(tmp_path / "budget", store="auto").score(examples(2, seed=9)).values
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    interrupted_fit(monkeypatch, tmp_path / "lost", 4, store="auto")
+    (tmp_path / "lost" / lost).unlink()
+    assert np.array_equal(fit(tmp_path / "lost", store="auto").score(examples(2, seed=9)).values, expected)
+
+
+def test_solver_options_are_part_of_the_request(tmp_path):
+    from influence.solvers import CG
+
+    run = fit(tmp_path)
+    run.score(examples(2, seed=9), out=tmp_path / "s.h5", solver=CG(tolerance=0.5))
+    with pytest.raises(MismatchError, match="options differ"):
+        run.score(examples(2, seed=9), out=tmp_path / "s.h5", solver=CG(tolerance=1e-8))
 
 
 @pytest.mark.parametrize("kind", ["ekfac", "fisher", "ggn"])
@@ -587,10 +643,10 @@ def test_scores_of_another_run_or_request_are_not_replaced(tmp_path):
         with pytest.raises(MismatchError, match="belongs to another run"):
             ours.self_influence(out=out)
         for options, named in [
-            ({"measurement": "margin"}, "measurement, unit differ"),
+            ({"measurement": "margin"}, "measurement, unit, options differ"),
             ({"curvature": "identity"}, "curvature, .*damping.* differ"),
             ({"damping": "mean:0.2"}, "damping, lambda differ"),
-            ({"solver": "cg"}, "solver differ"),
+            ({"solver": "cg"}, "solver, options differ"),
         ]:
             with pytest.raises(MismatchError, match=rf"holds other scores \({named}\)"):
                 theirs.score(queries, out=out, **options)

@@ -9,7 +9,7 @@ diagonal in the eigenbasis is exact for these samples. With several draws per ex
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from influence.curvature.kfac import KFAC, Kronecker, wide_side
 class EKFAC(KFAC):
     """EK-FAC with labels sampled from the model; options as in `KFAC`."""
 
-    name: str = "ekfac"
+    name: str = field(default="ekfac", init=False)
 
 
 def refit_eigenvalues(kfac: Kronecker, rows: Iterable[tuple[Tensor, Tensor]]) -> Kronecker:

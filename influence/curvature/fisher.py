@@ -12,10 +12,12 @@ is the empirical Fisher, which is not. What lies outside the span of the rows se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from influence.errors import InputError
 
 #: Streams F in order, as blocks `[b, P]` of unscaled gradients.
 Rows = Callable[[], Iterator[Tensor]]
@@ -26,7 +28,11 @@ class Fisher:
     """Sample-space Fisher; `samples` label draws per example (0: the data's labels)."""
 
     samples: int = 1
-    name: str = "fisher"
+    name: str = field(default="fisher", init=False)
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise InputError(f"{self} was given; samples must be at least 0 (0: the data's labels)")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class SampleSpaceFisher:
 
     def products(self, v: Tensor) -> Tensor:
         """`F v`, `[K, m]`, for every row of `v` [K, P]."""
-        return torch.cat([v.double() @ block.double().T for block in self.rows()], dim=1) * self.scales
+        v = v.double()
+        return torch.cat([v @ block.double().T for block in self.rows()], dim=1) * self.scales
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """`F^T c`, `[K, P]`, for every row of `coefficients` [K, m]."""

@@ -7,7 +7,7 @@ J_t is the Jacobian of the logits at token t by the LoRA parameters, p_t their s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -24,7 +24,7 @@ from influence.loss import Supervised, probabilities
 class GGN:
     """Description of the exact GGN; sampled labels estimate its trace, the scale of its damping."""
 
-    name: str = "ggn"
+    name: str = field(default="ggn", init=False)
 
 
 def ggn_products(part: Supervised, weights: Tensor, parameters: list[Tensor], v: list[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ Damping rules are relative to the GGN's spectrum, because a Hessian's trace may 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from influence.loss import Supervised, token_losses
 class Hessian:
     """Description of the exact Hessian; sampled labels estimate the GGN's trace, its damping scale."""
 
-    name: str = "hessian"
+    name: str = field(default="hessian", init=False)
 
 
 def hessian_products(part: Supervised, weights: Tensor, parameters: list[Tensor], v: list[Tensor]) -> list[Tensor]:

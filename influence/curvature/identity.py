@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 class Identity:
     """Description of the identity; nothing to fit. `C + lambda I := I`, whatever the damping rule says."""
 
-    name: str = "identity"
+    name: str = field(default="identity", init=False)
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from influence.adapter import Leaf, ParamSpace
-from influence.errors import NumericalError
+from influence.errors import InputError, NumericalError
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,11 @@ class KFAC:
     samples: int = 1
     max_width: int = 2048
     rank: int = 256
-    name: str = "kfac"
+    name: str = field(default="kfac", init=False)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.max_width < 1 or self.rank < 1:
+            raise InputError(f"{self} was given; samples, max_width and rank must be at least 1")
 
 
 # ---- second moments ------------------------------------------------------------------------------------------
@@ -171,7 +175,9 @@ class Moments:
 
     def kronecker(self, weight: float, samples: int, name: str = "kfac") -> Kronecker:
         """Eigendecompose. `weight` is the unit of the relative weights; output moments are means over `samples`."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # LAPACK runs without the interpreter's lock
+        # LAPACK runs without the interpreter's lock; CUDA's library is not safe to enter from several threads
+        workers = torch.get_num_threads() if self.narrow[0].state.device.type == "cpu" else 1
+        with ThreadPoolExecutor(workers) as pool:
             wide = dict(zip(self.wide, pool.map(self._eigen, self.wide.values()), strict=True))
         blocks = []
         for number, leaf in enumerate(self.space.leaves):

@@ -74,21 +74,11 @@ class Objective:
 @contextmanager
 def _twice_differentiable(model: AdaptedModel) -> Iterator[list[Tensor]]:
     """LoRA parameters require gradients, nothing else does, attention has a double backward; all restored."""
-    own = model.parameters
-    before = [(p, p.requires_grad) for p in model.model.parameters()]
     implementation = getattr(model.model.get_base_model().config, "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "eager"):
         raise AdapterError(
             f"attention {implementation!r} has no second derivative; load the base with attn_implementation='sdpa' "
             "for Hessian and GGN products"
         )
-    for parameter, _ in before:
-        parameter.requires_grad_(False)
-    for parameter in own:
-        parameter.requires_grad_(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            yield own
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
+    with model.evaluating(model.parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        yield model.parameters
