@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--kronfluence", help="python of an environment with kronfluence")
     parser.add_argument("--bergson", help="python of an environment with bergson")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--token-budget", type=int, default=2048)
+    parser.add_argument("--token-budget", type=int, default=1024)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", choices=["ours", "bare"], help=argparse.SUPPRESS)
     args = parser.parse_args()

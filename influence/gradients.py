@@ -53,16 +53,34 @@ def per_example_gradient(x: Tensor, g: Tensor) -> Tensor:
 
 
 class GradientSink:
-    """Collects the per-example gradients of one batch as flat rows, `.rows` [b, P]."""
+    """Collects the per-example gradients of one batch as flat rows, `.rows` [b, P].
 
-    def __init__(self, space: ParamSpace, size: int, like: Tensor, dtype: torch.dtype) -> None:
+    `buffer` [at least b, P], where given, is written over instead of new memory.
+    """
+
+    def __init__(
+        self, space: ParamSpace, size: int, dtype: torch.dtype, device: torch.device, buffer: Tensor | None = None
+    ) -> None:
         self.space = space
-        self.rows = torch.zeros(size, space.size, dtype=dtype, device=like.device)
+        self._rows = torch.empty(size, space.size, dtype=dtype, device=device) if buffer is None else buffer[:size]
+        self._seen: set[int] = set()
 
     def __call__(self, leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
-        """Add one leaf's gradients (a leaf used twice in a forward is summed)."""
-        place = self.space.leaves[leaf]
-        self.rows[:, place.slice] += per_example_gradient(x, g).flatten(1)
+        """Take one leaf's gradients (a leaf used twice in a forward is summed)."""
+        place = self._rows[:, self.space.leaves[leaf].slice].unflatten(1, self.space.leaves[leaf].shape)
+        if leaf in self._seen:
+            place += per_example_gradient(x, g)
+        else:
+            place.copy_(per_example_gradient(x, g))
+            self._seen.add(leaf)
+
+    @property
+    def rows(self) -> Tensor:
+        """The gradients `[b, P]`; zero for leaves that no loss reached."""
+        for number, leaf in enumerate(self.space.leaves):
+            if number not in self._seen:
+                self._rows[:, leaf.slice] = 0
+        return self._rows
 
 
 class _Tap(torch.autograd.Function):
@@ -100,7 +118,7 @@ class Tape:
         with torch.enable_grad():
             part = supervised_logits(self.model, batch)
         self.counts = part.counts
-        if not bool(torch.isfinite(part.logits.detach()).all()):
+        if not bool(torch.isfinite(part.logits.detach().sum(dtype=torch.float64))):
             raise NumericalError(
                 "the model gives NaN or infinite logits on the training or query rows; load it with another "
                 "--dtype, or check it on the rows' text"
@@ -119,9 +137,15 @@ class Tape:
         torch.autograd.grad(logits, self.anchor, gradient.to(logits.dtype), retain_graph=not last, allow_unused=True)
         self.sink = None
 
-    def gradients(self, part: Supervised, gradient: Tensor, *, last: bool = True) -> Tensor:
+    def new_sink(self, buffer: Tensor | None = None) -> GradientSink:
+        """A gradient sink for the current batch."""
+        return GradientSink(self.model.space, len(self.counts), self.model.dtype, self.model.device, buffer)
+
+    def gradients(
+        self, part: Supervised, gradient: Tensor, *, last: bool = True, buffer: Tensor | None = None
+    ) -> Tensor:
         """Per-example gradients `[b, P]` for an output gradient `[N, V]`."""
-        sink = GradientSink(self.model.space, len(self.counts), part.logits, self.model.dtype)
+        sink = self.new_sink(buffer)
         self.backward(part.logits, gradient, sink, last=last)
         return sink.rows
 

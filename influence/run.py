@@ -41,7 +41,6 @@ from influence.damping import Damping
 from influence.data import Examples, TokenizedExamples, collate, plan_batches, read_examples, tokenize, tokenizer_digest
 from influence.errors import InputError, MismatchError, StoreError
 from influence.gradients import (
-    GradientSink,
     Tape,
     label_uniforms,
     max_rows,
@@ -275,6 +274,9 @@ class _Fit:
             self.store_rows = _fits(run.manifest["store"], row_bytes * (1 + self.samples), disk_budget)
         self.per_example = self.store_gradients or self.store_rows or isinstance(curvature, GGN | Hessian)
         self.batches = self.plan(limited=self.per_example)
+        # one buffer for every batch's gradients: each set is written to its file before the next is made
+        most = max(len(rows) for rows in self.batches) if self.per_example else 0
+        self.buffer = torch.empty(most, P, dtype=self.model.dtype, device=self.model.device) if most else None
         self.moments: Moments | None = None
         self.created = False  # whether a row file had to be made, so that nothing in it counts
         self.squares = torch.zeros(len(self.model.space.leaves), dtype=torch.float64)
@@ -377,7 +379,7 @@ class _Fit:
                 sampled.write(rows * self.samples + draw, found.cpu().numpy())
             del found
         if gradients is not None and done is not None:
-            found = recorder.gradients(part, loss_gradient(probs, part.targets))
+            found = recorder.gradients(part, loss_gradient(probs, part.targets), buffer=self.buffer)
             gradients.write(rows, found.cpu().numpy())
             done.write(rows, np.ones(len(rows), np.uint8))
 
@@ -391,7 +393,7 @@ class _Fit:
         relative = self.relative_weights(rows)
         sink = None
         if self.store_rows or isinstance(self.curvature, GGN | Hessian):
-            sink = GradientSink(self.model.space, len(rows), part.logits, self.model.dtype)
+            sink = recorder.new_sink(self.buffer)
 
         def show(leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
             if sink is not None:
@@ -488,7 +490,7 @@ class _Fit:
                 yield block, torch.from_numpy(share[start : start + len(block)]).to(block)
                 start += len(block)
             return
-        moments, self.moments, self.store_rows = self.moments, None, True
+        moments, self.moments, self.store_rows, self.buffer = self.moments, None, True, None
         with tape(self.model) as recorder:
             for rows in track(self.plan(limited=True), "training rows, second pass"):
                 share = torch.from_numpy(self.weights[rows] / self.samples)

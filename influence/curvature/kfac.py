@@ -177,7 +177,7 @@ class Moments:
         """Eigendecompose. `weight` is the unit of the relative weights; output moments are means over `samples`."""
         # LAPACK runs without the interpreter's lock; CUDA's library is not safe to enter from several threads
         workers = torch.get_num_threads() if self.narrow[0].state.device.type == "cpu" else 1
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
             wide = dict(zip(self.wide, pool.map(self._eigen, self.wide.values()), strict=True))
         blocks = []
         for number, leaf in enumerate(self.space.leaves):
