@@ -82,8 +82,8 @@ def bare(testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def peer(name: str, python: str, testbed: Path, repeat: int) -> dict[str, Any]:
-    """Run a peer's script in its own environment and read what it saved."""
+def run_peer(name: str, python: str, testbed: Path, repeat: int) -> dict[str, Any]:
+    """Run a peer's script in its own environment and return the arrays it saved."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as folder:
@@ -91,9 +91,17 @@ def peer(name: str, python: str, testbed: Path, repeat: int) -> dict[str, Any]:
         command = [python, str(HERE / "peers" / f"{name}_ekfac.py"), "--model", str(testbed / "base")]
         command += ["--adapter", str(testbed / "adapter"), "--train", str(testbed / "train.jsonl")]
         command += ["--queries", str(testbed / "query.jsonl"), "--out", str(out), "--repeat", str(repeat)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
         with np.load(out, allow_pickle=False) as data:
-            return {key: data[key].tolist() for key in data.files if "seconds" in key or "rss" in key}
+            return {key: data[key] for key in data.files}
+
+
+def peer_times(name: str, python: str, testbed: Path, repeat: int) -> dict[str, Any]:
+    """A peer's times and memory."""
+    found = run_peer(name, python, testbed, repeat)
+    return {key: value.tolist() for key, value in found.items() if "seconds" in key or "rss" in key}
 
 
 def worker(name: str, testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
@@ -122,7 +130,7 @@ def main() -> None:
     results = {name: worker(name, args.testbed, args.repeat, args.token_budget) for name in ("bare", "ours")}
     for name, python in (("kronfluence", args.kronfluence), ("bergson", args.bergson)):
         if python:
-            results[name] = peer(name, python, args.testbed, args.repeat)
+            results[name] = peer_times(name, python, args.testbed, args.repeat)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1))
     floor = statistics.median(results["bare"]["seconds"])

@@ -209,6 +209,7 @@ def load(
     *,
     dtype: str = "float32",
     device: str = "auto",
+    checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> AdaptedModel:
     """Load a base model and a LoRA adapter from local folders or hub ids.
@@ -224,6 +225,9 @@ def load(
         and all sums are float32 under a bfloat16 base, else of the same type. A quantised base keeps its own.
     device
         `auto` (cuda, else cpu) or any torch device that has float64 (mps does not).
+    checkpointing
+        Recompute each layer's activations in the backward: memory for one layer instead of all, for about one more
+        forward per backward. The numbers stay the same.
     trust_remote_code
         Passed on to transformers; off unless asked for.
 
@@ -262,6 +266,8 @@ def load(
         f"adapter {str(adapter)!r} is incomplete: its configuration names layers whose weights its file lacks",
         [f"{key.removeprefix(_PREFIX)} is missing" for key in wanted if key not in shapes],
     )
+    if checkpointing:
+        getattr(body, "activation_checkpointing_enable", body.gradient_checkpointing_enable)()
     return loaded
 
 

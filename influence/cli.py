@@ -20,6 +20,9 @@ CurvatureOption = Annotated[
     str | None,
     typer.Option("--curvature", help="Another curvature that the run holds: identity, kfac, ggn, hessian ..."),
 ]
+CheckpointingOption = Annotated[
+    bool, typer.Option("--checkpointing", help="Recompute activations in the backward: slower, far less memory.")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the base model ships.")]
 DampingOption = Annotated[
     str | None, typer.Option("--damping", help="Another damping rule than the fit's: mean:0.1, top:0.01 or abs:1e-3.")
@@ -69,6 +72,7 @@ def fit(
         float, typer.Option("--disk-budget", help="Most gigabytes of gradients that --store auto keeps.")
     ] = 50.0,
     seed: Annotated[int, typer.Option("--seed", help="Keys the labels sampled from the model.")] = 0,
+    checkpointing: CheckpointingOption = False,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
@@ -83,7 +87,7 @@ def fit(
     Damping.parse(damping)
     spec = _curvature(curvature, samples)
     examples = read_examples(train)
-    loaded = _load(model, adapter, dtype, device, trust_remote_code)
+    loaded = _load(model, adapter, dtype, device, checkpointing, trust_remote_code)
     start = time.perf_counter()
     result = fit_run(
         loaded,
@@ -123,6 +127,7 @@ def score(
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
     device: DeviceOption = "auto",
+    checkpointing: CheckpointingOption = False,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
@@ -133,7 +138,7 @@ def score(
     from influence.data import read_examples
 
     examples = read_examples(queries)
-    opened = _open(run, device, trust_remote_code)
+    opened = _open(run, device, checkpointing, trust_remote_code)
     out = out or run / "scores.h5"
     start = time.perf_counter()
     scores = opened.score(
@@ -171,6 +176,7 @@ def self_(
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
     device: DeviceOption = "auto",
+    checkpointing: CheckpointingOption = False,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
@@ -179,7 +185,7 @@ def self_(
     import numpy as np
 
     _at_least_one("-k", k)
-    opened = _open(run, device, trust_remote_code)
+    opened = _open(run, device, checkpointing, trust_remote_code)
     out = out or run / "scores.h5"
     result = opened.self_influence(out=out, curvature=curvature, damping=damping, overwrite=overwrite)
     order = np.argsort(-result.values, kind="stable")[:k]
@@ -266,6 +272,7 @@ def check(
     dtype: Annotated[
         str, typer.Option("--dtype", help="The base's type: float32, bfloat16, float16 or float64.")
     ] = "float32",
+    checkpointing: CheckpointingOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -275,7 +282,9 @@ def check(
 
     _at_least_one("--rows", rows)
     examples = read_examples(train)[:rows]
-    result = check_gradients(_load(model, adapter, dtype, device, trust_remote_code), examples, max_length=max_length)
+    result = check_gradients(
+        _load(model, adapter, dtype, device, checkpointing, trust_remote_code), examples, max_length=max_length
+    )
     console.emit({"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}, str(result), json)
     if not result.ok:
         raise typer.Exit(1)
@@ -318,18 +327,27 @@ def _floats(text: str) -> tuple[float, ...]:
         raise InputError(f"--path {text!r} was given; expected numbers separated by commas, as in 1.0") from None
 
 
-def _load(model: str | None, adapter: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
+def _load(
+    model: str | None, adapter: str, dtype: str, device: str, checkpointing: bool, trust_remote_code: bool
+) -> Any:
     from influence.adapter import load
 
     console.quiet_transformers()
-    return load(model, adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return load(
+        model,
+        adapter,
+        dtype=dtype,
+        device=device,
+        checkpointing=checkpointing,
+        trust_remote_code=trust_remote_code,
+    )
 
 
-def _open(run: Path, device: str, trust_remote_code: bool) -> Any:
+def _open(run: Path, device: str, checkpointing: bool, trust_remote_code: bool) -> Any:
     from influence.run import Run
 
     console.quiet_transformers()
-    return Run.open(run, device=device, trust_remote_code=trust_remote_code)
+    return Run.open(run, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
 
 
 def _table(title: str, first: str) -> Any:

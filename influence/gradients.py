@@ -16,14 +16,16 @@ because the backward runs once whatever was recomputed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from influence.adapter import AdaptedModel, ParamSpace
 from influence.data import Batch, Examples, TokenizedExamples, collate, plan_batches, tokenize
@@ -174,17 +176,36 @@ def tape(model: AdaptedModel) -> Iterator[Tape]:
     """Put the taps in, switch every weight gradient and dropout off; put everything back afterwards."""
     recorder = Tape(model)
     leaves = [leaf for site in model.sites for leaf in (site.A, site.B)]
-    before = [vars(leaf).get("forward") for leaf in leaves]
-    with model.evaluating():
-        for number, leaf in enumerate(leaves):
-            leaf.forward = _tapped_forward(leaf, recorder, number)  # type: ignore[method-assign]
-        try:
-            yield recorder
-        finally:
-            for leaf, forward in zip(leaves, before, strict=True):
-                del leaf.forward
-                if forward is not None:
-                    leaf.forward = forward
+    forwards = {leaf: _tapped_forward(leaf, recorder, number) for number, leaf in enumerate(leaves)}
+    forwards |= {layer: partial(checkpoint, layer.forward, use_reentrant=False) for layer in checkpointed_layers(model)}
+    with model.evaluating(), replaced_forwards(forwards):
+        yield recorder
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within the block these modules run other forwards; afterwards their own (also one set on the instance)."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+def checkpointed_layers(model: AdaptedModel) -> list[nn.Module]:
+    """The decoder layers for which gradient checkpointing is enabled.
+
+    transformers itself checkpoints in training mode only; here the layers are recomputed in evaluation mode too, so
+    that memory holds one layer's activations instead of all, for about one more forward per backward.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
 
 
 def _tapped_forward(leaf: nn.Linear, recorder: Tape, number: int) -> Callable[[Tensor], Tensor]:

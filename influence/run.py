@@ -600,6 +600,7 @@ class Run:
         model: AdaptedModel | None = None,
         train: Examples | None = None,
         device: str = "auto",
+        checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> Run:
         """Open a run directory with the base, adapter and data it records (or those given).
@@ -615,6 +616,7 @@ class Run:
                 manifest["adapter"]["path"],
                 dtype=manifest["dtype"],
                 device=device,
+                checkpointing=checkpointing,
                 trust_remote_code=trust_remote_code,
             )
         if train is None:
