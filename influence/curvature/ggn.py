@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from influence.curvature.base import as_linear_operator
-from influence.curvature.objective import Objective
+from influence.curvature.objective import SecondDerivative
 from influence.loss import Supervised, probabilities
 
 
@@ -52,29 +52,14 @@ def ggn_products(part: Supervised, weights: Tensor, parameters: list[Tensor], v:
 
 
 @dataclass(frozen=True)
-class GGNOperator:
+class GGNOperator(SecondDerivative):
     """The generalised Gauss-Newton matrix of J as an operator (a fitted curvature); one damping block per leaf."""
 
-    objective: Objective
     name: str = "ggn"
-
-    @property
-    def size(self) -> int:
-        """P."""
-        return self.objective.size
-
-    @property
-    def blocks(self) -> tuple[slice, ...]:
-        """The leaves."""
-        return self.objective.blocks
 
     def matvec(self, v: Tensor) -> Tensor:
         """`C v` for every row of `v` [K, P]; one forward per batch, two backwards per batch and column."""
         return self.objective.product(v, ggn_products)
-
-    def mean_eigenvalues(self) -> Tensor:
-        """Trace over size of each leaf, `[leaves]`."""
-        return self.objective.mean_eigenvalues()
 
     def top_eigenvalues(self) -> Tensor:
         """The largest eigenvalue of the whole matrix (Lanczos, to 1 %), the same for every leaf, `[leaves]`."""

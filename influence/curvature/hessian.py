@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from influence.curvature.ggn import GGNOperator
-from influence.curvature.objective import Objective
+from influence.curvature.objective import SecondDerivative
 from influence.loss import Supervised, token_losses
 
 
@@ -39,29 +39,14 @@ def hessian_products(part: Supervised, weights: Tensor, parameters: list[Tensor]
 
 
 @dataclass(frozen=True)
-class HessianOperator:
+class HessianOperator(SecondDerivative):
     """The Hessian of J as an operator (a fitted curvature); damping is relative to the GGN's spectrum."""
 
-    objective: Objective
     name: str = "hessian"
-
-    @property
-    def size(self) -> int:
-        """P."""
-        return self.objective.size
-
-    @property
-    def blocks(self) -> tuple[slice, ...]:
-        """The leaves."""
-        return self.objective.blocks
 
     def matvec(self, v: Tensor) -> Tensor:
         """`H v` for every row of `v` [K, P]; one forward and backward per batch, one more per batch and column."""
         return self.objective.product(v, hessian_products)
-
-    def mean_eigenvalues(self) -> Tensor:
-        """The GGN's, `[leaves]`."""
-        return self.objective.mean_eigenvalues()
 
     def top_eigenvalues(self) -> Tensor:
         """The GGN's, `[leaves]`."""

@@ -71,6 +71,27 @@ class Objective:
         return out
 
 
+@dataclass(frozen=True)
+class SecondDerivative:
+    """What the matrix-free curvatures of one objective share; one damping block per leaf."""
+
+    objective: Objective
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.objective.size
+
+    @property
+    def blocks(self) -> tuple[slice, ...]:
+        """The leaves."""
+        return self.objective.blocks
+
+    def mean_eigenvalues(self) -> Tensor:
+        """The GGN's trace over size of each leaf, `[leaves]` (a Hessian's may be negative)."""
+        return self.objective.mean_eigenvalues()
+
+
 @contextmanager
 def _twice_differentiable(model: AdaptedModel) -> Iterator[list[Tensor]]:
     """LoRA parameters require gradients, nothing else does, attention has a double backward; all restored."""
