@@ -590,7 +590,7 @@ def _narrator(console: Console, start: float) -> Callable[[str], None]:
     """Return a function that prints one plain line with the seconds since `start`."""
 
     def say(text: str) -> None:
-        console.print(f"{time.monotonic() - start:5.0f} s  {text}", markup=False, highlight=False)
+        console.print(f"{time.monotonic() - start:5.0f} s  {text}", markup=False, highlight=False, soft_wrap=True)
 
     return say
 

@@ -239,6 +239,8 @@ def load(
     """
     from peft import PeftModel
 
+    for place in (base, adapter):
+        _refuse_mistyped_path(place)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} was given; expected one of {', '.join(DTYPES)}")
     folder = _adapter_folder(adapter)
@@ -367,6 +369,14 @@ def resolve_device(device: str) -> torch.device:
 def accepts(model: Any, argument: str) -> bool:
     """Whether the base model's forward takes a keyword argument of this name."""
     return argument in inspect.signature(model.get_base_model().forward).parameters
+
+
+def _refuse_mistyped_path(place: str | Path | None) -> None:
+    """A path that does not exist, in a folder that does, is a slip and no hub id: do not ask the network for it."""
+    path = Path(place) if place is not None else Path(".")
+    if not path.exists() and str(path.parent) != "." and path.parent.is_dir():
+        there = ", ".join(sorted(child.name for child in path.parent.iterdir() if child.is_dir())[:8])
+        raise AdapterError(f"there is no folder {str(place)!r}; {path.parent} has {there or 'no folders'}")
 
 
 def _reference(place: str | Path) -> str:

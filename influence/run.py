@@ -200,6 +200,11 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
             current = {**found, "damping": manifest["damping"]}
             for key in ("base", "adapter", "data"):
                 current[key] = {**found[key], "path": manifest[key]["path"] or found[key]["path"]}
+            if current["damping"] != found["damping"]:
+                say(
+                    f"note: the damping of {directory} was {found['damping']} and is now {current['damping']}; scores made "
+                    "before keep theirs"
+                )
             if current != found:
                 write_json(path, current)
             return current
@@ -586,10 +591,10 @@ class Run:
     """
 
     directory: Path
-    manifest: dict[str, Any]
-    model: AdaptedModel
+    manifest: dict[str, Any] = field(repr=False)
+    model: AdaptedModel = field(repr=False)
     train: Examples
-    tokens: TokenizedExamples
+    tokens: TokenizedExamples = field(repr=False)
     _cache: dict[str, Curvature] = field(default_factory=dict, repr=False)
 
     @classmethod

@@ -65,11 +65,11 @@ class Entry:
 class Scores:
     """Influence of every training row on every query: `values` float32 [query, train]; see the module's convention."""
 
-    values: np.ndarray
-    query_ids: list[str]
-    train_ids: list[str]
-    residuals: np.ndarray
-    converged: np.ndarray
+    values: np.ndarray = field(repr=False)
+    query_ids: list[str] = field(repr=False)
+    train_ids: list[str] = field(repr=False)
+    residuals: np.ndarray = field(repr=False)
+    converged: np.ndarray = field(repr=False)
     attributes: dict[str, Any] = field(default_factory=dict)
 
     def query_index(self, query: int | str) -> int:

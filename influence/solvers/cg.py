@@ -7,12 +7,14 @@ column has its own alpha, beta and stopping test; a converged one is frozen and 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from influence.curvature.base import Damped, Invertible
+from influence.progress import say
 from influence.solvers.base import Solution
 
 
@@ -67,10 +69,17 @@ class CG:
         rows = start.nonzero().squeeze(1)
         z = self._precondition(r[rows])
         p, rz = z.clone(), (r[rows] * z).sum(1)
+        told = time.monotonic()
         while len(rows):
             Ap = operator.matvec(p)
             pAp = (p * Ap).sum(1)
             iterations[rows.cpu()] += 1
+            if time.monotonic() - told > 10:  # a product may be a pass over the data: do not iterate in silence
+                told = time.monotonic()
+                left = float((r[rows].norm(dim=1) / scale[rows]).max())
+                say(
+                    f"{self.name}: {int(iterations.max())} products, {len(rows)} columns left, worst residual {left:.1e}"
+                )
             bad = ~(pAp > 0)
             failed[rows[bad]] = True
             alpha = torch.where(bad, 0.0, rz / pAp)[:, None]
