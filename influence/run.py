@@ -268,19 +268,18 @@ class _Fit:
         self.run, self.model, self.tokens, self.curvature = run, run.model, run.tokens, curvature
         self.directory, self.digest = run.directory, run.manifest["digest"]
         self.weights = run.weights
-        self.itemsize = torch.empty(0, dtype=self.model.dtype).element_size()
         n, P = len(self.tokens), self.model.space.size
         self.samples = getattr(curvature, "samples", 1 if isinstance(curvature, GGN | Hessian) else 0)
-        row_bytes = n * P * self.itemsize
+        row_bytes = n * P * self.model.dtype.itemsize
         empirical = isinstance(curvature, Fisher) and self.samples == 0
         self.store_gradients = _fits(run.manifest["store"], row_bytes, disk_budget) or empirical
         self.store_rows = isinstance(curvature, Fisher) and self.samples > 0
         if isinstance(curvature, EKFAC):  # kept only until the eigenvalues are refitted
             self.store_rows = _fits(run.manifest["store"], row_bytes * (1 + self.samples), disk_budget)
-        self.per_example = self.store_gradients or self.store_rows or isinstance(curvature, GGN | Hessian)
-        self.batches = self.plan(limited=self.per_example)
+        per_example = self.store_gradients or self.store_rows or isinstance(curvature, GGN | Hessian)
+        self.batches = self.plan(limited=per_example)
         # one buffer for every batch's gradients: each set is written to its file before the next is made
-        most = max(len(rows) for rows in self.batches) if self.per_example else 0
+        most = max(len(rows) for rows in self.batches) if per_example else 0
         self.buffer = torch.empty(most, P, dtype=self.model.dtype, device=self.model.device) if most else None
         self.moments: Moments | None = None
         self.created = False  # whether a row file had to be made, so that nothing in it counts

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -178,9 +178,7 @@ def score(
     found = _existing(target, attributes) if target is not None and target.exists() and not overwrite else None
     if found is not None:
         return found
-    with ExitStack() as held:
-        if target is not None:
-            held.enter_context(only_writer(target))
+    with nullcontext() if target is None else only_writer(target):
         return _score(run, queries, tokens, explained, operator, chosen, attributes, target)
 
 
