@@ -577,6 +577,7 @@ def test_two_processes_do_not_write_the_same_file(tmp_path):
 @pytest.mark.parametrize("lost", ["rows.h5", "gradients.h5"])
 def test_a_resume_that_must_store_other_rows_starts_again(tmp_path, monkeypatch, lost):
     """A checkpoint says which row files it goes with: a larger disk budget, or a lost file, voids it."""
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", -1)  # after every batch
     expected = fit(tmp_path / "whole", store="auto").score(examples(2, seed=9)).values
     row = model().space.size * 8 * N
     interrupted_fit(monkeypatch, tmp_path / "budget", 4, store="auto", disk_budget=row)  # gradients, no rows
