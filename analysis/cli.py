@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from influence import console
-from influence.cli import JsonOption, OverwriteOption
+from influence.cli import DeviceOption, JsonOption, OverwriteOption
 
 app = console.app("Did it work, and what do the scores mean?")
 main = console.main(app)
@@ -23,29 +23,80 @@ def _group() -> None:
 def lds(
     scores: Annotated[Path, typer.Option("--scores", help="Score file (HDF5) made by influence score.")],
     truth: Annotated[
-        Path, typer.Option("--truth", help="npz with masks [S, n] and query_loss [S, Q] of retrained adapters.")
-    ],
+        Path | None, typer.Option("--truth", help="npz with masks [S, n] and query_loss [S, Q] of retrained adapters.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="In place of --truth: the run whose adapter to retrain on subsets.")
+    ] = None,
+    queries: Annotated[Path | None, typer.Option("--queries", help="With --run: the rows that were scored.")] = None,
+    subsets: Annotated[
+        int | None, typer.Option("--subsets", help="With --run: random halves to retrain on. Default: 40.")
+    ] = None,
+    subset_seed: Annotated[
+        int | None, typer.Option("--subset-seed", help="With --run: seed that draws the halves. Default: 0.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="With --run: JSON of how the adapter was trained.")
+    ] = None,
+    truth_out: Annotated[
+        Path | None, typer.Option("--truth-out", help="With --run: npz to keep the losses in. Default: RUN/truth.npz.")
+    ] = None,
     resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap.")] = 0,
+    per_query: Annotated[bool, typer.Option("--per-query", help="Print the Spearman of every query too.")] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the Spearman of every query (.png or .svg).")
     ] = None,
+    device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Linear datamodeling score: do the scores order retrained adapters as their measured losses do?"""
-    from analysis.metrics.lds import lds as linear_datamodeling_score
-    from analysis.metrics.lds import read_truth
-    from influence.errors import InputError
-    from influence.scores import Scores
+    """Linear datamodeling score: do the scores order retrained adapters as their measured losses do?
 
+    With --truth from losses that are there; with --run by retraining first (killed, the same command goes on).
+    """
+    from analysis.metrics.lds import lds as linear_datamodeling_score
+    from analysis.truth import ready_truth, retrained_truth
+    from influence.data import read_examples
+    from influence.errors import InputError
+    from influence.run import Run
+    from influence.scores import Scores
+    from unlearn.retrain import Recipe
+
+    if (truth is None) == (run is None):
+        raise InputError("give either --truth FILE.npz (ready losses) or --run RUN --queries FILE (retrain first)")
+    options = {"--queries": queries, "--subsets": subsets, "--subset-seed": subset_seed}
+    options |= {"--recipe": recipe, "--truth-out": truth_out}
+    given = [name for name, value in options.items() if value is not None]
+    if truth is not None and given:
+        raise InputError(f"{', '.join(given)} goes with --run only, and --truth was given: leave one of them out")
+    if run is not None and queries is None:
+        raise InputError("--run retrains and measures the losses of queries: name the scored ones with --queries FILE")
+    if plot is not None and plot.exists() and not overwrite:
+        raise InputError(f"{plot} exists and would be replaced: give another --plot, or --overwrite")
     loaded = Scores.load(scores)
     if loaded.attributes.get("measurement", "loss") != "loss":
         raise InputError(
             f"{scores} explains the measurement {loaded.attributes['measurement']!r}, and the truth holds losses: score "
             "again with --measurement loss"
         )
-    known = read_truth(truth)
+    if truth is not None:
+        known = ready_truth(loaded, truth)
+    else:
+        assert run is not None
+        assert queries is not None
+        how = None if recipe is None else Recipe.read(recipe)
+        asked = read_examples(queries)
+        console.quiet_transformers()
+        known = retrained_truth(
+            loaded,
+            Run.open(run, device=device),
+            asked,
+            subsets=40 if subsets is None else subsets,
+            subset_seed=subset_seed or 0,
+            recipe=how,
+            out=truth_out or run / "truth.npz",
+        )
     result = linear_datamodeling_score(loaded.values, known.masks, known.query_loss, resamples=resamples, seed=seed)
     if plot is not None:
         from analysis.plots import lds_plot
@@ -57,6 +108,9 @@ def lds(
         f"({interval.resamples} resamples of {result.subsets} retrained adapters, seed {seed}); "
         f"mean Spearman over {result.queries - result.undefined} of {result.queries} queries"
     )
+    if per_query:
+        lines = zip(result.per_query.tolist(), loaded.query_ids, strict=True)
+        text += "\n" + "\n".join(f"{rho:+.4f}  {console.printable(id).replace(chr(10), ' ')}" for rho, id in lines)
     console.emit(
         {
             "lds": result.mean,
@@ -68,6 +122,7 @@ def lds(
             "undefined": result.undefined,
             "seed": seed,
             "per_query": result.per_query,
+            "query_ids": loaded.query_ids,
         },
         text,
         json,

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from influence.curvature import EKFAC, GGN, KFAC, Fisher, Hessian, Identity
     from influence.damping import Damping
     from influence.data import Example, Examples, examples_from_rows, read_examples
+    from influence.fitting import fit
     from influence.gradients import check_gradients, stream_gradients
-    from influence.run import Run, fit
+    from influence.loss import Contrast, Custom
+    from influence.run import Run
     from influence.scores import Scores, SelfInfluence, score, self_influence
-    from influence.solvers import CG, Direct, Solution
+    from influence.solvers import ASTRA, CG, SGD, DataInf, Direct, LiSSA, Solution
 
 _HOME = {
     "adapter": ("AdaptedModel", "ParamSpace", "from_peft", "load"),
@@ -29,26 +31,34 @@ _HOME = {
     "damping": ("Damping",),
     "data": ("Example", "Examples", "examples_from_rows", "read_examples"),
     "gradients": ("check_gradients", "stream_gradients"),
-    "run": ("Run", "fit"),
+    "fitting": ("fit",),
+    "loss": ("Contrast", "Custom"),
+    "run": ("Run",),
     "scores": ("Scores", "SelfInfluence", "score", "self_influence"),
-    "solvers": ("CG", "Direct", "Solution"),
+    "solvers": ("ASTRA", "CG", "SGD", "DataInf", "Direct", "LiSSA", "Solution"),
 }
 
 __all__ = [
-    "CG",
-    "EKFAC",
-    "GGN",
-    "KFAC",
+    "ASTRA",
     "AdaptedModel",
+    "CG",
+    "Contrast",
+    "Custom",
     "Damping",
+    "DataInf",
     "Direct",
+    "EKFAC",
     "Example",
     "Examples",
     "Fisher",
+    "GGN",
     "Hessian",
     "Identity",
+    "KFAC",
+    "LiSSA",
     "ParamSpace",
     "Run",
+    "SGD",
     "Scores",
     "SelfInfluence",
     "Solution",

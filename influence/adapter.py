@@ -156,14 +156,20 @@ class AdaptedModel:
             parameter.copy_(value)
 
     @contextmanager
-    def moved(self, delta: Tensor) -> Iterator[AdaptedModel]:
-        """Within the block the adapter is at `theta + delta`; afterwards back at theta, bit for bit."""
-        theta = self.snapshot()
+    def at(self, theta: Tensor) -> Iterator[AdaptedModel]:
+        """Within the block the LoRA parameters are `theta` [P]; afterwards what they were, bit for bit."""
+        before = self.snapshot()
         try:
-            self.restore(theta + delta.to(theta))
+            self.restore(theta)
             yield self
         finally:
-            self.restore(theta)
+            self.restore(before)
+
+    @contextmanager
+    def moved(self, delta: Tensor) -> Iterator[AdaptedModel]:
+        """Within the block the adapter is at `theta + delta`; afterwards back at theta, bit for bit."""
+        with self.at(self.snapshot() + delta.to(self.device, self.dtype)):
+            yield self
 
     @property
     def adapter_digest(self) -> str:
@@ -243,7 +249,7 @@ def load(
         _refuse_mistyped_path(place)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} was given; expected one of {', '.join(DTYPES)}")
-    folder = _adapter_folder(adapter)
+    folder = adapter_folder(adapter)
     config = _read_config(folder / "adapter_config.json")
     _refuse(f"adapter {str(adapter)!r} cannot be used", _unsupported_options(config))
     base = base if base is not None else config.get("base_model_name_or_path")
@@ -263,7 +269,7 @@ def load(
     loaded = from_peft(
         model, _load_tokenizer(source, trust_remote_code), base=_reference(base), adapter=_reference(adapter)
     )
-    wanted = [f"{_PREFIX}{leaf.name}.weight" for leaf in loaded.space.leaves]
+    wanted = [weight_key(leaf) for leaf in loaded.space.leaves]
     _refuse(
         f"adapter {str(adapter)!r} is incomplete: its configuration names layers whose weights its file lacks",
         [f"{key.removeprefix(_PREFIX)} is missing" for key in wanted if key not in shapes],
@@ -366,6 +372,11 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def weight_key(leaf: Leaf) -> str:
+    """The name of a leaf's weights in PEFT's safetensors file."""
+    return f"{_PREFIX}{leaf.name}.weight"
+
+
 def accepts(model: Any, argument: str) -> bool:
     """Whether the base model's forward takes a keyword argument of this name."""
     return argument in inspect.signature(model.get_base_model().forward).parameters
@@ -387,7 +398,7 @@ def _reference(place: str | Path) -> str:
 # ---- loading -------------------------------------------------------------------------------------------------
 
 
-def _adapter_folder(adapter: str | Path) -> Path:
+def adapter_folder(adapter: str | Path) -> Path:
     """The local folder of an adapter, fetched from the hub (configuration and safetensors only) if need be."""
     folder = Path(adapter)
     if not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2 and str(adapter)[0] not in "./~":

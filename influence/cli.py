@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from influence import console
 
@@ -27,9 +28,29 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code
 DampingOption = Annotated[
     str | None, typer.Option("--damping", help="Another damping rule than the fit's: mean:0.1, top:0.01 or abs:1e-3.")
 ]
+AtOption = Annotated[
+    str | None, typer.Option("--at", help="Which of the run's points to look at: all, end, or one's label, as in 0.6.")
+]
 
 
-@app.command()
+class ManyValues(TyperCommand):
+    """A command that takes `--checkpoints A B C` as well as `--checkpoints A --checkpoints B`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each of its values."""
+        spread, option = [], None
+        for argument in args:
+            if argument.startswith("-"):
+                option = argument if argument == "--checkpoints" else None
+                spread.append(argument)
+            elif option is not None and spread[-1] != option:
+                spread += [option, argument]
+            else:
+                spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=ManyValues)
 def fit(
     adapter: Annotated[str, typer.Option("--adapter", help="PEFT LoRA adapter: folder or hub id.")],
     train: Annotated[
@@ -47,12 +68,37 @@ def fit(
         typer.Option("--samples", help="Label draws per row for ekfac, kfac, fisher (fisher: 0 = the data's labels)."),
     ] = 1,
     damping: Annotated[
-        str, typer.Option("--damping", help="mean:X, top:X (times the block's eigenvalue) or abs:X.")
+        str,
+        typer.Option(
+            "--damping",
+            help="mean:X, top:X (times the block's eigenvalue), abs:X, or time (1 / total learning rate, needs --optimizer).",
+        ),
     ] = "mean:0.1",
     reduction: Annotated[
         str, typer.Option("--reduction", help="Training loss: mean over tokens, or over examples' means.")
     ] = "token",
-    path: Annotated[str, typer.Option("--path", help="Where between base (0) and adapter (1) to look.")] = "1.0",
+    path: Annotated[
+        str | None,
+        typer.Option(
+            "--path",
+            help="Where between base (0) and adapter (1) to look; each point is a pass over the rows. Default: "
+            "0.4,0.6,0.8, or nowhere but at --checkpoints where these are given. 1.0: at the adapter itself only.",
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Option("--checkpoints", help="Adapter folders that training kept, to look there (one or more)."),
+    ] = None,
+    geometry: Annotated[
+        str,
+        typer.Option("--geometry", help="raw, function (damping in function space) or adam (the optimiser's metric)."),
+    ] = "raw",
+    optimizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--optimizer", help="Trainer checkpoint with optimizer.pt, for --geometry adam and --damping time."
+        ),
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option("--max-length", help="Truncate rows to so many tokens, as in training.")
     ] = None,
@@ -82,9 +128,11 @@ def fit(
 
     from influence.damping import Damping
     from influence.data import read_examples
-    from influence.run import fit as fit_run
+    from influence.fitting import fit as fit_run
 
-    Damping.parse(damping)
+    if damping != "time":
+        Damping.parse(damping)
+    scales = None if path is None else _floats(path)
     spec = _curvature(curvature, samples)
     examples = read_examples(train)
     loaded = _load(model, adapter, dtype, device, checkpointing, trust_remote_code)
@@ -96,7 +144,10 @@ def fit(
         curvature=spec,
         damping=damping,
         reduction=reduction,
-        path=_floats(path),
+        path=scales,
+        checkpoints=checkpoints or (),
+        geometry=geometry,
+        optimizer=optimizer,
         max_length=max_length,
         token_budget=token_budget,
         store=store,
@@ -109,7 +160,8 @@ def fit(
     stored = "stored" if result.gradients_stored else "not stored (scores will pass over the rows)"
     text = (
         f"{run}: {curvature} on {manifest['data']['rows']} rows ({manifest['data']['supervised_tokens']} supervised "
-        f"tokens), {manifest['adapter']['parameters']} LoRA parameters, damping {manifest['damping']}; gradients {stored}; "
+        f"tokens), {manifest['adapter']['parameters']} LoRA parameters, damping {manifest['damping']}; at {', '.join(point['label'] for point in manifest['points'])} of the "
+        f"path from base to adapter; gradients {stored}; "
         f"{seconds:.1f} s"
     )
     console.emit({"run": str(run), "seconds": seconds, "manifest": manifest}, text, json)
@@ -121,11 +173,31 @@ def score(
     queries: Annotated[Path, typer.Option("--queries", help="Rows whose loss is explained, in the same formats.")],
     out: Annotated[Path | None, typer.Option("--out", help="Score file (HDF5). Default: scores.h5 in the run.")] = None,
     solver: Annotated[
-        str, typer.Option("--solver", help="direct, cg, or pcg (cg preconditioned by EK-FAC).")
+        str,
+        typer.Option(
+            "--solver",
+            help="direct, cg, pcg (cg preconditioned by EK-FAC), astra, lissa, sgd or datainf (approximate).",
+        ),
     ] = "direct",
-    measurement: Annotated[str, typer.Option("--measurement", help="loss (nats) or margin (log-odds).")] = "loss",
+    measurement: Annotated[
+        str,
+        typer.Option(
+            "--measurement",
+            help="loss (mean, nats), sum (of the completion), margin (log-odds), token:K (loss of completion token K), or "
+            "contrast (with --contrast).",
+        ),
+    ] = "loss",
+    contrast: Annotated[
+        Path | None,
+        typer.Option("--contrast", help="The same prompts with other completions: what made it say A rather than B?"),
+    ] = None,
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
+    at: AtOption = None,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Also split scores over the rows' tokens.")] = False,
+    per_module: Annotated[
+        bool, typer.Option("--per-module", help="Also split scores over the adapted layers.")
+    ] = False,
     device: DeviceOption = "auto",
     checkpointing: CheckpointingOption = False,
     trust_remote_code: TrustOption = False,
@@ -136,8 +208,15 @@ def score(
     import time
 
     from influence.data import read_examples
+    from influence.errors import InputError
+    from influence.loss import Contrast
 
     examples = read_examples(queries)
+    explained: Any = measurement
+    if (measurement == "contrast") != (contrast is not None):
+        raise InputError("give --measurement contrast and --contrast FILE together, or neither")
+    if contrast is not None:
+        explained = Contrast(read_examples(contrast))
     opened = _open(run, device, checkpointing, trust_remote_code)
     out = out or run / "scores.h5"
     start = time.perf_counter()
@@ -145,9 +224,12 @@ def score(
         examples,
         out=out,
         solver=solver,
-        measurement=measurement,
+        measurement=explained,
         curvature=curvature,
         damping=damping,
+        at=at,
+        per_token=per_token,
+        per_module=per_module,
         overwrite=overwrite,
     )
     seconds = time.perf_counter() - start
@@ -162,7 +244,7 @@ def score(
         "seconds": seconds,
     }
     console.emit(result, text, json)
-    if failed:
+    if failed and solver != "datainf":  # an approximation by construction: its residual is a fact, not a failure
         raise typer.Exit(1)
 
 
@@ -175,6 +257,7 @@ def self_(
     k: Annotated[int, typer.Option("-k", help="How many rows to show.")] = 10,
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
+    at: AtOption = None,
     device: DeviceOption = "auto",
     checkpointing: CheckpointingOption = False,
     trust_remote_code: TrustOption = False,
@@ -187,7 +270,7 @@ def self_(
     _at_least_one("-k", k)
     opened = _open(run, device, checkpointing, trust_remote_code)
     out = out or run / "scores.h5"
-    result = opened.self_influence(out=out, curvature=curvature, damping=damping, overwrite=overwrite)
+    result = opened.self_influence(out=out, curvature=curvature, damping=damping, at=at, overwrite=overwrite)
     order = np.argsort(-result.values, kind="stable")[:k]
     rows = [
         {"id": result.train_ids[i], "self_influence": float(result.values[i]), "row": opened.train[int(i)].preview(90)}
@@ -324,7 +407,9 @@ def _floats(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"--path {text!r} was given; expected numbers separated by commas, as in 1.0") from None
+        raise InputError(
+            f"--path {text!r} was given; expected numbers separated by commas, as in 0.4,0.6,0.8"
+        ) from None
 
 
 def _load(

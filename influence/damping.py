@@ -22,18 +22,25 @@ from influence.errors import InputError, NumericalError
 
 #: A block whose relative lambda falls below this share of the largest block's gets that share instead.
 FLOOR = 1e-6
+RULES = ("mean", "top", "abs", "time")
 
 
 @dataclass(frozen=True)
 class Damping:
-    """`value` times the block's mean eigenvalue (`mean`), its top eigenvalue (`top`), or as it is (`abs`)."""
+    """`value` times the block's mean eigenvalue (`mean`), its top eigenvalue (`top`), as it is (`abs`), or 1 / value (`time`).
+
+    `time:T` is training-time damping: stopping after a total learning rate T holds the parameters near their start as a
+    proximal term of strength about 1/T would, in the metric of the optimiser (geometry `adam` for Adam).
+    """
 
     rule: str = "mean"
     value: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.rule not in ("mean", "top", "abs"):
-            raise InputError(f"damping rule {self.rule!r} was given; expected mean:X, top:X or abs:X, as in mean:0.1")
+        if self.rule not in RULES:
+            raise InputError(
+                f"damping rule {self.rule!r} was given; expected mean:X, top:X, abs:X or time:T, as in mean:0.1"
+            )
         if not (math.isfinite(self.value) and self.value > 0):
             raise InputError(
                 f"damping {self} was given; lambda must be positive: a LoRA curvature has at least r^2 exact null "
@@ -46,14 +53,16 @@ class Damping:
 
     @classmethod
     def parse(cls, text: str | Damping) -> Damping:
-        """Read `mean:0.1`, `top:0.01` or `abs:1e-3`."""
+        """Read `mean:0.1`, `top:0.01`, `abs:1e-3` or `time:0.5`."""
         if isinstance(text, Damping):
             return text
         rule, _, value = str(text).partition(":")
         try:
             number = float(value)
         except ValueError:
-            raise InputError(f"damping {text!r} was given; expected mean:X, top:X or abs:X, as in mean:0.1") from None
+            raise InputError(
+                f"damping {text!r} was given; expected mean:X, top:X, abs:X or time:T, as in mean:0.1"
+            ) from None
         return cls(rule, number)
 
     def resolve(self, curvature: Curvature) -> Tensor:
@@ -63,8 +72,9 @@ class Damping:
         `FLOOR` times the largest block's lambda, with a warning.
         """
         count = len(curvature.blocks)
-        if self.rule == "abs":
-            return torch.full((count,), self.value, dtype=torch.float64)
+        if self.rule in ("abs", "time"):
+            value = self.value if self.rule == "abs" else 1 / self.value
+            return torch.full((count,), value, dtype=torch.float64)
         scale = curvature.mean_eigenvalues() if self.rule == "mean" else curvature.top_eigenvalues()
         lam = self.value * scale.double().cpu()
         largest = float(lam.max())

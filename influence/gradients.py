@@ -229,7 +229,7 @@ def stream_gradients(
     """Yield `(indices [b], gradients [b, P], values [b])`, batch after batch.
 
     Without `measurement`: the gradient and value of `l_i`, the **summed** cross-entropy in nats. With one: of
-    m(q), its mean over the supervised tokens. Gradients have the LoRA parameters' type. One example's gradient
+    m(q). Gradients have the LoRA parameters' type. One example's gradient
     does not depend on its batch, its padding or the order.
 
     `batches` overrides the length-bucketed plan; `padding` is `right` or `left` (with eager attention and left
@@ -244,21 +244,20 @@ def stream_gradients(
 
 
 def output_gradient(part: Supervised, measurement: Measurement | None) -> tuple[Tensor, Tensor]:
-    """Value `[b]` and gradient by the logits `[N, V]` of the summed loss (None) or of a mean measurement."""
-    if measurement is None:
+    """Value `[b]` and gradient by the logits `[N, V]` of the summed loss (None) or of a measurement."""
+    if measurement is None or isinstance(measurement, MeanLoss):  # without a graph
         sums = part.per_example(token_losses(part.logits.detach(), part.targets))
-        return sums, loss_gradient(probabilities(part.logits), part.targets)
-    lengths = torch.tensor(part.counts, device=part.logits.device)
-    counts = lengths.double()
-    share = torch.repeat_interleave(1 / counts, lengths)
-    if isinstance(measurement, MeanLoss):
-        sums, gradient = output_gradient(part, None)
-        return sums / counts.to(sums), gradient * share.to(gradient)[:, None]
+        gradient = loss_gradient(probabilities(part.logits), part.targets)
+        if measurement is None:
+            return sums, gradient
+        lengths = torch.tensor(part.counts, device=part.logits.device)
+        share = torch.repeat_interleave(1 / lengths.double(), lengths)
+        return sums / lengths.to(sums), gradient * share.to(gradient)[:, None]
     logits = part.logits.detach().requires_grad_(True)
     with torch.enable_grad():
-        values = measurement.token_values(logits, part.targets)
-        (gradient,) = torch.autograd.grad((values * share.to(values)).sum(), logits)
-    return part.per_example(values.detach()) / counts.to(values), gradient
+        values = measurement.values(Supervised(logits, part.targets, part.counts))
+        (gradient,) = torch.autograd.grad(values.sum(), logits)
+    return values.detach(), gradient
 
 
 def sampled_gradient(part: Supervised, probs: Tensor, uniforms: Tensor) -> Tensor:

@@ -9,6 +9,11 @@ The convention, said once:
   nats): positive, removing i raises the query's loss, it helped: a *proponent*; negative: an *opponent*.
 * `self_influence[i]` is the predicted rise of example i's own mean loss if it is removed, in nats per token.
 * Scores of several rows add up: the predicted change for a removed set is the sum over it.
+* A run that looks at several points of the path (`influence.path`) averages what each of them predicts,
+  `score = kappa sum_p a_p score_p` with `a_p = share_p mean(Z) / Z_p`. Z_p is the mean self-influence of the training rows
+  at p, a number of the training rows alone, so no point outweighs the others by its gradients' size and a score
+  never depends on which other queries were asked; the averaged score keeps the unit. `kappa` calibrates its size by
+  measured edits or by retraining (`influence.calibration`); it is 1 until measured.
 
 First-order in the weight of the removed row (Koh & Liang 2017, arXiv 1703.04730; with a proximal reading of the
 adapter as the optimum, Bae et al. 2022, arXiv 2209.05364).
@@ -18,9 +23,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,16 +34,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence.adapter import ParamSpace
 from influence.curvature.base import Damped
 from influence.damping import Damping
 from influence.data import Examples, TokenizedExamples, tokenize
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
-from influence.gradients import stream_gradients
-from influence.loss import MEASUREMENTS, MeanLoss, Measurement, check_rows
+from influence.loss import MEASUREMENTS, Contrast, MeanLoss, Measurement, SumLoss, TokenLoss, check_rows
 from influence.progress import say
-from influence.run import Run
-from influence.solvers import CG, Direct, Solver
+from influence.run import AtPoint, Run
+from influence.solvers import ASTRA, CG, SGD, DataInf, Direct, LiSSA, Solution, Solver
 from influence.store import only_writer, open_file, open_rows, read, read_strings, write_file
+from influence.tokenwise import Tokenwise
 
 CONVENTION = (
     "score[q, i] = w_i * grad m(q)^T (C + lambda I)^-1 grad l_i: predicted change of measurement m(q) when training "
@@ -48,6 +54,9 @@ SELF_CONVENTION = (
     "self_influence[i] = w_i / T_i * grad l_i^T (C + lambda I)^-1 grad l_i: predicted rise of row i's own mean loss, in "
     "nats per token, if it is removed"
 )
+SOLVERS = ("direct", "cg", "pcg", "lissa", "astra", "sgd", "datainf")
+#: How per-token scores are named in a score file: values, offsets, token ids.
+TOKEN_NAMES = ("per_token", "token_offsets", "token_ids")
 #: Share of the free memory that the gradients of one chunk of queries may take.
 QUERY_SHARE = 0.2
 
@@ -63,7 +72,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Scores:
-    """Influence of every training row on every query: `values` float32 [query, train]; see the module's convention."""
+    """Influence of every training row on every query: `values` float32 [query, train]; see the module's convention.
+
+    Where they were asked for: `modules` float32 [query, module, train] and `tokens`, which sum to `values`.
+    """
 
     values: np.ndarray = field(repr=False)
     query_ids: list[str] = field(repr=False)
@@ -71,6 +83,9 @@ class Scores:
     residuals: np.ndarray = field(repr=False)
     converged: np.ndarray = field(repr=False)
     attributes: dict[str, Any] = field(default_factory=dict)
+    modules: np.ndarray | None = field(default=None, repr=False)
+    module_names: list[str] = field(default_factory=list, repr=False)
+    tokens: Tokenwise | None = field(default=None, repr=False)
 
     def query_index(self, query: int | str) -> int:
         """Position of a query given by position or id; an unknown one is an `InputError`."""
@@ -114,6 +129,9 @@ class Scores:
                 read(file, "residuals") if "residuals" in file else np.array([]),
                 read(file, "converged").astype(bool) if "converged" in file else np.array([]),
                 dict(file.attrs),
+                read(file, "per_module") if "per_module" in file else None,
+                read_strings(file, "modules") if "modules" in file else [],
+                Tokenwise(*(read(file, name) for name in TOKEN_NAMES)) if TOKEN_NAMES[0] in file else None,
             )
 
 
@@ -135,7 +153,10 @@ def score(
     solver: str | Solver = "direct",
     curvature: str | None = None,
     damping: str | Damping | None = None,
-    measurement: str | Measurement = "loss",
+    measurement: str | Measurement | Contrast = "loss",
+    at: str | None = None,
+    per_token: bool = False,
+    per_module: bool = False,
     overwrite: bool = False,
 ) -> Scores:
     """Influence of every training row of a run on every query.
@@ -149,87 +170,222 @@ def score(
         it the scores stay in memory. A file with the very same scores is returned at once; one of anything
         else is an error unless `overwrite`.
     solver
-        `direct`, `cg`, `pcg` (CG preconditioned by the run's EK-FAC), or a solver object.
+        `direct`, `cg`, `pcg` (CG preconditioned by the run's EK-FAC), `lissa`, `astra`, `sgd`, `datainf`, or a solver
+        object.
     curvature, damping
-        Another curvature of this run (see `Run.curvature`) or another damping rule than the fit's.
+        Another curvature of this run (see `AtPoint.curvature`) or another damping rule than the one that `analysis
+        tune` chose, or the fit's.
     measurement
-        `loss` (mean cross-entropy, nats), `margin` (mean log-odds of the right token), or a measurement object.
+        `loss` (mean cross-entropy, nats), `sum` (of the whole completion), `margin` (mean log-odds of the right token),
+        `token:K` (loss of completion token K), or a measurement object: `Contrast`, `Custom` ...
+    at
+        `all` points of the run (default; `identity` looks at the `end`), the `end` of the path, or one point's label.
+    per_token
+        Also split every score over the positions of its training row (`Scores.tokens`): a pass over the training rows.
+    per_module
+        Also split every score over the adapted modules (`Scores.modules` [query, module, train]).
 
     With stored gradients no training row is run again. Columns that did not converge are flagged in `converged`
     and said on standard error.
     """
     if len(queries) == 0:
         raise InputError("no queries were given; give at least one row")
-    explained: Measurement = _named(measurement, MEASUREMENTS, "measurement")
-    operator = run.operator(curvature, damping)
-    chosen = make_solver(run, solver, operator)
-    tokens = tokenize(queries, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
+    explained = _measurement(measurement)
+    if isinstance(explained, Contrast):
+        explained.check(queries)
+    setting = Setting.of(run, curvature, damping, at)
+    solvers = [make_solver(point, solver, operator) for point, operator in setting.each()]
+    max_length = run.manifest["objective"]["max_length"]
+    tokens = tokenize(queries, run.model.tokenizer, max_length=max_length)
+    check_rows(run.model, tokens)
+    asked = _Asked(queries, tokens, explained)
     attributes = {
         "convention": CONVENTION,
         "measurement": explained.name,
         "unit": explained.unit,
-        **_provenance(run, operator, chosen, damping),
-        "options": f"{explained} {_options(chosen)}",
+        **setting.provenance(solvers[0]),
+        "options": f"{_measurement_options(explained)} {_options(solvers[0])}",
         "query_digest": queries.digest,
+        "detail": " ".join(name for name, wanted in (("per_token", per_token), ("per_module", per_module)) if wanted),
         "complete": False,
     }
-    check_rows(run.model, tokens)
+    if isinstance(explained, Contrast):
+        asked = replace(asked, against=tokenize(explained.against, run.model.tokenizer, max_length=max_length))
+        attributes["contrast_digest"] = explained.against.digest
     target = None if out is None else Path(out)
     found = _existing(target, attributes) if target is not None and target.exists() and not overwrite else None
     if found is not None:
         return found
     with nullcontext() if target is None else only_writer(target):
-        return _score(run, queries, tokens, explained, operator, chosen, attributes, target)
+        return _score(setting, asked, solvers, attributes, target, per_token, per_module)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The queries of one request: rows, tokens, what is measured of them, and what they are contrasted with."""
+
+    queries: Examples
+    tokens: TokenizedExamples
+    measurement: Measurement | Contrast
+    against: TokenizedExamples | None = None
+
+    def gradients(self, point: AtPoint, rows: np.ndarray) -> Tensor:
+        """Gradients of m(q) at a point, `[len(rows), P]`."""
+        tokens = self.tokens.select(rows)
+        if isinstance(self.measurement, Contrast):
+            assert self.against is not None
+            found = point.query_gradients(tokens, SumLoss())
+            return found - point.query_gradients(self.against.select(rows), SumLoss())
+        return point.query_gradients(tokens, self.measurement)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """With what scores are made: the points that are looked at, and the damped curvature at each of them.
+
+    `factors` [points]: what the points' scores are multiplied by before they are added (`kappa a_p` in the module's
+    convention); `rule` is the damping as it was asked for, None for the identity.
+    """
+
+    run: Run
+    points: tuple[AtPoint, ...]
+    operators: tuple[Damped, ...]
+    factors: np.ndarray
+    rule: str | None
+    calibration: str
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        curvature: str | None = None,
+        damping: str | Damping | None = None,
+        at: str | None = None,
+        *,
+        calibrated: bool = True,
+    ) -> Setting:
+        """What is typed wins over what `analysis tune` chose, which wins over the fit's."""
+        tuned = run.tuned if curvature is None and at is None else None
+        if tuned is not None:
+            run, curvature, at, damping = tuned.run, tuned.curvature, tuned.at, damping or tuned.damping
+        points = _places(run, curvature, at)
+        operators = tuple(point.operator(curvature, damping) for point in points)
+        shares = np.array([point.place.share for point in points])
+        scales = np.ones(len(points))
+        if len(points) > 1:
+            scales = np.array([point.scale(operator) for point, operator in zip(points, operators, strict=True)])
+            if not (np.isfinite(scales).all() and (scales > 0).all()):
+                raise NumericalError(
+                    f"the mean self-influence at the points {', '.join(p.place.label for p in points)} is {scales}: points "
+                    "without gradients cannot be averaged; give --at one of the others"
+                )
+        shares = shares / shares.sum()
+        factors = shares * (shares @ scales) / scales
+        identity = operators[0].curvature.name == "identity"
+        rule = None if identity else str(Damping.parse(damping or run.manifest["damping"]))
+        setting = cls(run, points, operators, factors, rule, "none")
+        return setting.calibrated() if calibrated else setting
+
+    def calibrated(self) -> Setting:
+        """The same with the manifest's calibration, where that was measured for this very setting."""
+        found = self.run.manifest.get("calibration")
+        if not found or found["setting"] != self.name:
+            return self
+        return replace(self, factors=self.factors * found["factor"], calibration=found["source"])
+
+    @property
+    def name(self) -> str:
+        """The setting in one line: curvature, damping, points."""
+        labels = ",".join(point.place.label for point in self.points)
+        return f"{self.operators[0].curvature.name} {self.rule or 'undamped'} at {labels}"
+
+    def each(self) -> Iterator[tuple[AtPoint, Damped]]:
+        """The points with their operators."""
+        return zip(self.points, self.operators, strict=True)
+
+    def provenance(self, solver: Solver) -> dict[str, Any]:
+        """What a score file records of the setting."""
+        run = self.run
+        return {
+            "curvature": self.operators[0].curvature.name,
+            "geometry": run.manifest["geometry"],
+            "solver": solver.name,
+            "damping": self.rule or "none",
+            "lambda": np.squeeze(np.stack([operator.lam.numpy() for operator in self.operators])),
+            "points": [point.place.label for point in self.points],
+            "factors": self.factors,
+            "calibration": self.calibration,
+            "run_digest": run.digest,
+            "base_digest": run.manifest["base"]["digest"],
+            "adapter_digest": run.manifest["adapter"]["digest"],
+            "data_digest": run.manifest["data"]["digest"],
+            "version": run.manifest["versions"]["lora-influence"],
+        }
+
+
+def _places(run: Run, curvature: str | None, at: str | None) -> tuple[AtPoint, ...]:
+    """The points that a request looks at."""
+    identity = (curvature or run.fitted_name) == "identity"
+    at = at or ("end" if identity and curvature is not None else "all")
+    if at == "all":
+        return tuple(run.points)
+    if at == "end":
+        if run.end.number is None and not identity:
+            labels = ", ".join(point.place.label for point in run.points)
+            raise InputError(
+                f"--at end was given, and this run has factors at {labels} only: give one of these, or fit another run with "
+                "--path 1.0"
+            )
+        return (run.end,)
+    for point in run.points:
+        if point.place.label == at:
+            return (point,)
+    labels = ", ".join(point.place.label for point in run.points)
+    raise InputError(f"--at {at!r} was given; expected all, end, or one of the run's points: {labels}")
 
 
 def _score(
-    run: Run,
-    queries: Examples,
-    tokens: TokenizedExamples,
-    measurement: Measurement,
-    operator: Damped,
-    solver: Solver,
+    setting: Setting,
+    asked: _Asked,
+    solvers: Sequence[Solver],
     attributes: dict[str, Any],
     target: Path | None,
+    per_token: bool,
+    per_module: bool,
 ) -> Scores:
     """Solve a chunk of queries, then pass over the training gradients once for it; into a file if there is one."""
-    shape, chunks = (len(queries), len(run.train)), -(-len(queries) // _queries_at_once(run))
-    partial = None if target is None else target.with_name(target.name + ".partial")
-    if partial is not None:
-        chunks = _lay_out(partial, run, queries, shape, chunks, attributes)
-        names = ("scores", "done", "residuals", "converged")
-        values, done, residuals, converged = (open_rows(partial, name, write=True) for name in names)
-    else:
-        values, done = np.zeros(shape, np.float32), np.zeros((chunks, shape[1]), np.uint8)
-        residuals, converged = np.zeros(shape[0]), np.zeros(shape[0], np.uint8)
-    if chunks > 1:
+    run, queries, points = setting.run, asked.queries, setting.points
+    modules = module_slices(run.model.space) if per_module else {}
+    work = _Work.begin(target, setting, queries, -(-len(queries) // _queries_at_once(run)), list(modules), attributes)
+    passes = work.chunks * len(points)
+    if work.chunks > 1:
         what = "the stored gradients" if run.gradients_stored else "the training rows, forward and backward"
-        say(f"{len(queries)} queries do not fit in memory at once: {chunks} passes over {what}")
-
-    message = ""
-    for number, rows in enumerate(np.array_split(np.arange(len(queries)), chunks)):
-        if done[number].all():
-            continue
-        solution = solver.solve(operator, query_gradients(run, tokens.select(rows), measurement))
-        residuals[rows], converged[rows] = solution.residuals.numpy(), solution.converged.cpu().numpy()
-        message = solution.message or message
-        for indices, gradients in run.gradient_blocks(skip=done[number].astype(bool)):
-            weighted = solution.values @ gradients.T * torch.from_numpy(run.weights[indices]).to(gradients)
-            values[np.ix_(rows, indices)] = weighted.cpu().numpy()
-            done[number, indices] = 1
-    if not np.isfinite(values).all():
-        raise NumericalError("scores hold NaN or infinity: raise the damping, or run with --dtype float32 or float64")
+        say(f"{len(queries)} queries do not fit in memory at once: {passes} passes over {what}")
+    message, tokenwise = "", Tokenwise.empty(run, len(queries)) if per_token else None
+    for chunk, rows in enumerate(np.array_split(np.arange(len(queries)), work.chunks)):
+        for number, (point, operator) in enumerate(setting.each()):
+            done = work.done[chunk * len(points) + number]
+            if done.all() and tokenwise is None:
+                continue
+            solution = solvers[number].solve(operator, asked.gradients(point, rows))
+            work.note(rows, solution)
+            message = solution.message or message
+            for indices, gradients in point.gradient_blocks(skip=done.astype(bool)):
+                share = torch.from_numpy(run.weights[indices]).to(gradients)
+                place = np.ix_(rows, indices)
+                work.parts[number][place] = (solution.values @ gradients.T * share).cpu().numpy()
+                for module, columns in enumerate(modules.values()):
+                    own = solution.values[:, columns] @ gradients[:, columns].T * share
+                    work.module_parts[number][:, module][place] = own.cpu().numpy()
+                done[indices] = 1
+            if tokenwise is not None:
+                tokenwise.add(point, rows, solution.values, setting.factors[number])
     if message:
-        say(f"warning: {message}")
-    attributes["residuals"], attributes["complete"] = float(residuals.max()), True
-    if target is not None and partial is not None:
-        result = Scores(
-            np.array(values), queries.ids, run.train.ids, np.array(residuals), converged.astype(bool), attributes
-        )
-        del values, done, residuals, converged
-        _seal(partial, target, attributes, run.digest)
-        return result
-    return Scores(values, queries.ids, run.train.ids, residuals, converged.astype(bool), attributes)
+        say(f"{'note' if solvers[0].approximate else 'warning'}: {message}")
+    result = work.finish(setting, tokenwise, attributes)
+    if not np.isfinite(result.values).all():
+        raise NumericalError("scores hold NaN or infinity: raise the damping, or run with --dtype float32 or float64")
+    return work.seal(result, run)
 
 
 def _queries_at_once(run: Run) -> int:
@@ -241,13 +397,12 @@ def _queries_at_once(run: Run) -> int:
     return max(1, int(QUERY_SHARE * free / (run.model.space.size * 4)))
 
 
-def query_gradients(run: Run, tokens: TokenizedExamples, measurement: Measurement) -> Tensor:
-    """Gradients of m(q), `[Q, P]`, in query order."""
-    out = torch.empty(len(tokens), run.model.space.size, dtype=run.model.dtype, device=run.model.device)
-    budget = run.manifest["token_budget"]
-    for rows, gradients, _ in stream_gradients(run.model, tokens, measurement=measurement, token_budget=budget):
-        out[torch.from_numpy(rows)] = gradients
-    return out
+def module_slices(space: ParamSpace) -> dict[str, slice]:
+    """Coordinates of each adapted module, A and B together, by its name."""
+    return {
+        A.name.removesuffix(".lora_A"): slice(A.start, B.stop)
+        for A, B in zip(space.leaves[::2], space.leaves[1::2], strict=True)
+    }
 
 
 def self_influence(
@@ -256,6 +411,7 @@ def self_influence(
     out: str | Path | None = None,
     curvature: str | None = None,
     damping: str | Damping | None = None,
+    at: str | None = None,
     overwrite: bool = False,
 ) -> SelfInfluence:
     """Predicted rise of every training row's own mean loss if it is removed, `[train]`, nats per token.
@@ -263,43 +419,70 @@ def self_influence(
     Solved directly where the curvature has a closed form, else by CG (preconditioned where the run has EK-FAC
     factors). `out` may be a score file of the same run; the values are added to it.
     """
-    operator = run.operator(curvature, damping)
-    exact = operator.curvature.name in ("ggn", "hessian")
-    solver = make_solver(
-        run, ("pcg" if run.fitted_name in ("ekfac", "kfac") else "cg") if exact else "direct", operator
-    )
-    attributes = {"convention": SELF_CONVENTION, "unit": MeanLoss().unit, **_provenance(run, operator, solver, damping)}
+    setting = Setting.of(run, curvature, damping, at)
+    run, name = setting.run, "direct"
+    if setting.operators[0].curvature.name in ("ggn", "hessian"):
+        name = "pcg" if run.fitted_name in ("ekfac", "kfac") else "cg"
+    solvers = [make_solver(point, name, operator) for point, operator in setting.each()]
+    attributes = {"convention": SELF_CONVENTION, "unit": MeanLoss().unit, **setting.provenance(solvers[0])}
     target = None if out is None else Path(out)
     if target is not None and (found := _existing_self(target, run, attributes, overwrite)) is not None:
         return found
-    values = np.empty(len(run.train), np.float32)
+    values = np.zeros(len(run.train))
     worst = 0.0
-    for indices, gradients in run.gradient_blocks():
-        for part, rows in zip(
-            gradients.split(256), np.array_split(indices, range(256, len(indices), 256)), strict=True
-        ):
-            solution = solver.solve(operator, part)
-            worst = max(worst, float(solution.residuals.max()))
-            share = torch.from_numpy(run.weights[rows] / run.tokens.counts[rows])
-            values[rows] = ((part * solution.values).double().sum(1).cpu() * share).numpy()
+    for solver, factor, (point, operator) in zip(solvers, setting.factors, setting.each(), strict=True):
+        for indices, gradients in point.gradient_blocks():
+            parts = np.array_split(indices, range(256, len(indices), 256))
+            for part, rows in zip(gradients.split(256), parts, strict=True):
+                solution = solver.solve(operator, part)
+                worst = max(worst, float(solution.residuals.max()))
+                products = (part * solution.values).double().sum(1).cpu().numpy()
+                values[rows] += factor * products * run.weights[rows] / run.tokens.counts[rows]
     attributes["residuals"] = worst
     if not np.isfinite(values).all():
         raise NumericalError("self-influences hold NaN or infinity: raise the damping, or run in float32 or float64")
-    result = SelfInfluence(values, run.train.ids, worst, attributes)
+    result = SelfInfluence(values.astype(np.float32), run.train.ids, worst, attributes)
     if target is not None:
         with only_writer(target):
             _write_self(target, run, result)
     return result
 
 
-def make_solver(run: Run, solver: str | Solver, operator: Damped) -> Solver:
-    """A solver by name, with the run's preconditioner where it needs one; a solver object as it is."""
+def make_solver(point: AtPoint | Run, solver: str | Solver, operator: Damped) -> Solver:
+    """A solver by name, with the preconditioner or the gradients it needs; a solver object as it is."""
     if not isinstance(solver, str):
         return solver
+    point = point.points[-1] if isinstance(point, Run) else point
     if solver == "pcg":
-        return CG(preconditioner=run.preconditioner(operator), name="pcg")
-    solvers: dict[str, Solver] = {"direct": Direct(), "cg": CG()}
-    return _named(solver, solvers, "solver", also=("pcg",))
+        return CG(preconditioner=point.preconditioner(operator), name="pcg")
+    if solver == "astra":
+        return ASTRA(preconditioner=point.preconditioner(operator))
+    if solver == "datainf":
+        leaves = tuple(leaf.slice for leaf in point.model.space.leaves)
+        return DataInf(lambda: (block for _, block in point.gradient_blocks()), point.stream_weights, leaves)
+    solvers: dict[str, Solver] = {"direct": Direct(), "cg": CG(), "lissa": LiSSA(), "sgd": SGD()}
+    if solver not in solvers:
+        raise InputError(f"solver {solver!r} was given; expected one of {', '.join(SOLVERS)}")
+    return solvers[solver]
+
+
+def _measurement(value: str | Measurement | Contrast) -> Measurement | Contrast:
+    """A measurement by name; an object as it is."""
+    if not isinstance(value, str):
+        return value
+    kind, _, position = value.partition(":")
+    if kind == "token" and position.lstrip("-").isdigit():
+        return TokenLoss(int(position))
+    if value not in MEASUREMENTS:
+        raise InputError(
+            f"measurement {value!r} was given; expected one of {', '.join(MEASUREMENTS)}, or token:K for completion token K"
+        )
+    return MEASUREMENTS[value]
+
+
+def _measurement_options(measurement: Measurement | Contrast) -> str:
+    """A measurement for the record, without the memory addresses of functions or the rows of a contrast."""
+    return f"{type(measurement).__name__}({measurement.name})"
 
 
 def _options(solver: Solver) -> str:
@@ -307,30 +490,7 @@ def _options(solver: Solver) -> str:
     return ", ".join(f"{key}={value}" for key, value in vars(solver).items() if isinstance(value, int | float | str))
 
 
-def _named(value: Any, table: dict[str, Any], what: str, also: Sequence[str] = ()) -> Any:
-    if not isinstance(value, str):
-        return value
-    if value not in table:
-        raise InputError(f"{what} {value!r} was given; expected one of {', '.join([*table, *also])}")
-    return table[value]
-
-
 # ---- the score file ------------------------------------------------------------------------------------------
-
-
-def _provenance(run: Run, operator: Damped, solver: Solver, damping: str | Damping | None) -> dict[str, Any]:
-    identity = operator.curvature.name == "identity"
-    return {
-        "curvature": operator.curvature.name,
-        "solver": solver.name,
-        "damping": "none" if identity else str(Damping.parse(damping or run.manifest["damping"])),
-        "lambda": operator.lam.numpy(),
-        "run_digest": run.digest,
-        "base_digest": run.manifest["base"]["digest"],
-        "adapter_digest": run.manifest["adapter"]["digest"],
-        "data_digest": run.manifest["data"]["digest"],
-        "version": run.manifest["versions"]["lora-influence"],
-    }
 
 
 def _different(found: Mapping[str, Any], attributes: dict[str, Any]) -> list[str]:
@@ -361,49 +521,165 @@ def _existing(target: Path, attributes: dict[str, Any]) -> Scores | None:
     return Scores.load(target)
 
 
-def _lay_out(
-    partial: Path, run: Run, queries: Examples, shape: tuple[int, int], chunks: int, attributes: dict[str, Any]
-) -> int:
-    """Create the partial file, unless a killed call with the same request left one to go on with.
+@dataclass
+class _Work:
+    """Scores in the making, in memory or in files that a killed call leaves to go on with.
 
-    Returns the number of chunks the queries are in: the one that was begun with.
+    `parts` [points, query, train] are the points' own scores before they are added, `module_parts` [points, query,
+    module, train] the same by module; with one point they are the final arrays themselves. `done` [chunks * points,
+    train]. On disk: `F.partial`, which becomes the score file, and beside it with several points `F.parts`.
     """
-    if partial.exists():
-        try:
-            with open_file(partial) as file:
-                ours, same = "convention" in file.attrs, not _different(file.attrs, attributes)
-                begun = read(file, "done").shape[0]
-        except (StoreError, MismatchError):
-            ours, same, begun = False, False, 0
-        if same:
+
+    chunks: int
+    done: np.ndarray
+    residuals: np.ndarray
+    converged: np.ndarray
+    parts: np.ndarray
+    module_parts: np.ndarray
+    values: np.ndarray
+    modules: np.ndarray
+    module_names: list[str]
+    queries: Examples
+    target: Path | None
+
+    @classmethod
+    def begin(
+        cls,
+        target: Path | None,
+        setting: Setting,
+        queries: Examples,
+        chunks: int,
+        modules: list[str],
+        attributes: dict[str, Any],
+    ) -> _Work:
+        """Zeros, or what a killed call with the very same request left."""
+        run, points = setting.run, len(setting.points)
+        Q, n, M = len(queries), len(run.train), len(modules)
+        if target is None:
+            values, split = np.zeros((Q, n), np.float32), np.zeros((Q, M, n), np.float32)
+            parts = values[None] if points == 1 else np.zeros((points, Q, n), np.float32)
+            module_parts = split[None] if points == 1 else np.zeros((points, Q, M, n), np.float32)
+            done = np.zeros((chunks * points, n), np.uint8)
+            return cls(
+                chunks,
+                done,
+                np.zeros(Q),
+                np.ones(Q, np.uint8),
+                parts,
+                module_parts,
+                values,
+                split,
+                modules,
+                queries,
+                None,
+            )
+        partial, beside = _partial(target), _parts(target)
+        begun = _begun(partial, attributes)
+        if begun and (points == 1 or beside.exists()):
             say(f"resuming {partial}")
-            return begun
-        if not ours:
-            raise MismatchError(f"{partial} is in the way and is no unfinished score file: move it away")
-        partial.unlink()
-    write_file(
-        partial,
-        attrs=attributes,
-        strings={"query_ids": queries.ids, "train_ids": run.train.ids},
-        rows={
-            "scores": (shape, np.float32),
-            "residuals": ((shape[0],), np.float64),
-            "converged": ((shape[0],), np.uint8),
-            "done": ((chunks, shape[1]), np.uint8),
-        },
-    )
-    return chunks
+            chunks = begun // points
+        else:
+            if points > 1:
+                rows = {"parts": ((points, Q, n), np.float32), "module_parts": ((points, Q, M, n), np.float32)}
+                write_file(beside, rows=rows)
+            _lay_out(partial, run, queries, chunks * points, modules, attributes)
+        names = ("scores", "done", "residuals", "converged", "per_module")
+        values, done, residuals, converged, split = (
+            open_rows(partial, name, write=True) if M or name != "per_module" else np.zeros((Q, 0, n), np.float32)
+            for name in names
+        )
+        parts, module_parts = values[None], split[None]
+        if points > 1:
+            parts, module_parts = (open_rows(beside, name, write=True) for name in ("parts", "module_parts"))
+        return cls(chunks, done, residuals, converged, parts, module_parts, values, split, modules, queries, target)
+
+    def note(self, rows: np.ndarray, solution: Solution) -> None:
+        """A query's residual is the worst of its points'; it has converged where it has at all of them."""
+        self.residuals[rows] = np.maximum(self.residuals[rows], solution.residuals.numpy())
+        self.converged[rows] = self.converged[rows] & solution.converged.cpu().numpy()
+
+    def finish(self, setting: Setting, tokenwise: Tokenwise | None, attributes: dict[str, Any]) -> Scores:
+        """Add the points' scores up."""
+        for total, parts in ((self.values, self.parts), (self.modules, self.module_parts)):
+            if len(parts) > 1 or setting.factors[0] != 1:
+                for query in range(len(total)):
+                    total[query] = np.tensordot(setting.factors, parts[:, query].astype(np.float64), axes=1)
+        attributes["residuals"], attributes["complete"] = float(self.residuals.max()), True
+        return Scores(
+            np.array(self.values),
+            self.queries.ids,
+            setting.run.train.ids,
+            np.array(self.residuals),
+            self.converged.astype(bool),
+            attributes,
+            np.array(self.modules) if self.module_names else None,
+            self.module_names,
+            tokenwise,
+        )
+
+    def seal(self, result: Scores, run: Run) -> Scores:
+        """Complete the file, keep a self-influence that it held, and move it into place."""
+        if self.target is None:
+            return result
+        partial, none = _partial(self.target), np.zeros(0)
+        self.done = self.residuals = self.converged = self.parts = self.module_parts = none  # unmap the files
+        self.values = self.modules = none
+        with h5py.File(partial, "r+") as file:
+            if result.tokens is not None:
+                for name, array in zip(TOKEN_NAMES, vars(result.tokens).values(), strict=True):
+                    if name in file:
+                        del file[name]
+                    file.create_dataset(name, data=array)
+            file.attrs.update(result.attributes)
+            with suppress(StoreError), open_file(self.target) as old:  # a missing or damaged target has nothing to keep
+                kept = cast("h5py.Dataset | None", old.get("self_influence"))
+                if kept is not None and kept.attrs.get("run_digest") == run.digest and "self_influence" not in file:
+                    old.copy("self_influence", file)
+        os.replace(partial, self.target)
+        _parts(self.target).unlink(missing_ok=True)
+        return result
 
 
-def _seal(partial: Path, target: Path, attributes: dict[str, Any], run_digest: str) -> None:
-    """Complete the partial file's attributes, keep a self-influence the target held, and move it into place."""
-    with h5py.File(partial, "r+") as file:
-        file.attrs.update(attributes)
-        with suppress(StoreError), open_file(target) as old:  # a missing or damaged target has nothing to keep
-            kept = cast("h5py.Dataset | None", old.get("self_influence"))
-            if kept is not None and kept.attrs.get("run_digest") == run_digest:
-                old.copy("self_influence", file)
-    os.replace(partial, target)
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
+def _parts(target: Path) -> Path:
+    return target.with_name(target.name + ".parts")
+
+
+def _begun(partial: Path, attributes: dict[str, Any]) -> int:
+    """Rows of `/done` of an unfinished file of the very same request; 0 where there is none to go on with."""
+    if not partial.exists():
+        return 0
+    try:
+        with open_file(partial) as file:
+            ours, same = "convention" in file.attrs, not _different(file.attrs, attributes)
+            begun = read(file, "done").shape[0]
+    except (StoreError, MismatchError):
+        ours, same, begun = False, False, 0
+    if not ours:
+        raise MismatchError(f"{partial} is in the way and is no unfinished score file: move it away")
+    return begun if same else 0
+
+
+def _lay_out(
+    partial: Path, run: Run, queries: Examples, passes: int, modules: list[str], attributes: dict[str, Any]
+) -> None:
+    """Create the partial file at full size."""
+    Q, n = len(queries), len(run.train)
+    rows: dict[str, tuple[tuple[int, ...], Any]] = {
+        "scores": ((Q, n), np.float32),
+        "residuals": ((Q,), np.float64),
+        "converged": ((Q,), np.uint8),
+        "done": ((passes, n), np.uint8),
+    }
+    strings = {"query_ids": queries.ids, "train_ids": run.train.ids}
+    if modules:
+        rows["per_module"], strings["modules"] = ((Q, len(modules), n), np.float32), modules
+    partial.unlink(missing_ok=True)
+    write_file(partial, attrs=attributes, strings=strings, rows=rows)
+    open_rows(partial, "converged", write=True)[:] = 1
 
 
 def _existing_self(target: Path, run: Run, attributes: dict[str, Any], overwrite: bool) -> SelfInfluence | None:

@@ -92,6 +92,15 @@ def read(file: h5py.File | h5py.Group, name: str) -> np.ndarray:
     return dataset[()]
 
 
+def read_group(file: h5py.File, name: str) -> dict[str, np.ndarray]:
+    """Every dataset under a group, by its name in the group; nothing where there is no such group."""
+    group = file.get(name)
+    found: dict[str, np.ndarray] = {}
+    if isinstance(group, h5py.Group):
+        group.visititems(lambda key, item: found.update({key: item[()]}) if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
 def read_strings(file: h5py.File, name: str) -> list[str]:
     """A dataset of UTF-8 strings."""
     return [value.decode("utf-8") for value in read(file, name)]

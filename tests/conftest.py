@@ -126,6 +126,11 @@ def tokens_of(model, data, **options):
     return tokenize(data, model.tokenizer, **options)
 
 
+def fit_end(model, data, **options):
+    """`influence.fit` at the adapter itself, where the oracles of most truths are."""
+    return influence.fit(model, data, path=(1.0,), **options)
+
+
 @pytest.fixture
 def tiny():
     """A one-layer Llama with LoRA on q and v: small enough for dense P x P oracles."""

@@ -313,9 +313,9 @@ def test_a_merged_adapter(influence, at):
         ("abs:0", "damping abs:0 was given; lambda must be positive"),
         ("top:-1", "damping top:-1 was given; lambda must be positive"),
         ("mean:nan", "damping mean:nan was given; lambda must be positive"),
-        ("0", "damping '0' was given; expected mean:X, top:X or abs:X, as in mean:0.1"),
-        ("half", "damping 'half' was given; expected mean:X, top:X or abs:X"),
-        ("median:1", "damping rule 'median' was given; expected mean:X, top:X or abs:X"),
+        ("0", "damping '0' was given; expected mean:X, top:X, abs:X or time:T, as in mean:0.1"),
+        ("half", "damping 'half' was given; expected mean:X, top:X, abs:X or time:T"),
+        ("median:1", "damping rule 'median' was given; expected mean:X, top:X, abs:X or time:T"),
     ],
 )
 def test_damping_zero(influence, at, damping, sentence):
@@ -351,7 +351,7 @@ def test_an_unknown_query(influence, at, query):
         ),
         ({"reduction": "row"}, "reduction 'row' was given; expected"),
         ({"store": "maybe"}, "store 'maybe' was given; expected auto, always or never"),
-        ({"path": "0.5,1"}, "path 0.5,1.0 was given; this version looks at the adapter itself only"),
+        ({"path": "0,1"}, "path 0,1 was given; expected different numbers above 0"),
         ({"path": "here"}, "--path 'here' was given; expected numbers separated by commas"),
         ({"dtype": "int4"}, "dtype 'int4' was given; expected one of float32, bfloat16, float16, float64"),
         ({"device": "abacus"}, "device 'abacus' was given; expected auto, cpu"),
@@ -371,7 +371,7 @@ def test_wrong_options_of_fit(influence, at, options, sentence):
     ("options", "sentence"),
     [
         (["--solver", "magic"], "solver 'magic' was given; expected one of direct, cg, pcg"),
-        (["--measurement", "vibes"], "measurement 'vibes' was given; expected one of loss, margin"),
+        (["--measurement", "vibes"], "measurement 'vibes' was given; expected one of loss, sum, margin, or token:K"),
         (
             ["--curvature", "newton"],
             "curvature 'newton' was asked of a run fitted with 'ekfac', which does not hold it",
@@ -568,4 +568,5 @@ def test_json_is_all_there_is_on_standard_output(influence, at):
         assert result.status == 0
         assert isinstance(result.json(), dict)
         assert result.out.count("\n") == 1
-    assert sorted(contents(at / "new")) == ["factors.h5", "gradients.h5", "manifest.json", "scores.h5"]
+    numbered = [f"{name}{number}.h5" for name in ("factors", "gradients") for number in ("-2", "-3", "")]
+    assert sorted(contents(at / "new")) == [*numbered, "manifest.json", "scores.h5"]

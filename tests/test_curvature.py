@@ -16,7 +16,7 @@ from influence.curvature.kfac import DenseMoment, Moments, SketchedMoment
 from influence.damping import Damping
 from influence.errors import InputError
 from influence.gradients import label_uniforms
-from tests.conftest import build_model, examples, tokens_of
+from tests.conftest import build_model, examples, fit_end, tokens_of
 
 F64 = torch.float64
 
@@ -63,7 +63,7 @@ def oracle(model, tokens, weights, kind):
 
 
 def fitted(tmp_path, model, data, curvature, **options):
-    return influence.fit(model, data, curvature=curvature, directory=tmp_path / "run", **options)
+    return fit_end(model, data, curvature=curvature, directory=tmp_path / "run", **options)
 
 
 @pytest.mark.parametrize("reduction", ["token", "example"])
@@ -215,8 +215,8 @@ def sampled_rows(model, tokens, samples, seed=0):
 
 def test_second_pass_gives_the_factors_of_stored_rows(tmp_path, small):
     data = examples(9)
-    stored = influence.fit(small, data, directory=tmp_path / "a", store="always", token_budget=30)
-    again = influence.fit(small, data, directory=tmp_path / "b", store="never", token_budget=50)
+    stored = fit_end(small, data, directory=tmp_path / "a", store="always", token_budget=30)
+    again = fit_end(small, data, directory=tmp_path / "b", store="never", token_budget=50)
     for one, two in zip(stored.curvature().leaf_blocks, again.curvature().leaf_blocks, strict=True):
         torch.testing.assert_close(one.eigenvalues, two.eigenvalues, rtol=1e-8, atol=1e-12)
 
@@ -269,7 +269,7 @@ def test_shared_inputs_are_found_and_change_nothing(tmp_path):
     model = build_model("llama", layers=1)
     run = fitted(tmp_path, model, examples(6), KFAC())
     names = [leaf.name for leaf in model.space.leaves]
-    from influence.run import shared_inputs
+    from influence.fitting import shared_inputs
 
     wide = shared_inputs(model, run.tokens)
     shared = {names[i].rsplit(".", 2)[1]: names[j].rsplit(".", 2)[1] for i, j in enumerate(wide) if i != j}
@@ -381,7 +381,7 @@ def test_zero_negative_or_infinite_damping_is_refused_with_the_reason(text):
 
 @pytest.mark.parametrize("text", ["mean", "0.1", "median:1", "mean:x", ""])
 def test_unreadable_damping_says_what_is_expected(text):
-    with pytest.raises(InputError, match="expected mean:X, top:X or abs:X"):
+    with pytest.raises(InputError, match="expected mean:X, top:X, abs:X or time:T"):
         Damping.parse(text)
 
 

@@ -11,7 +11,7 @@ from influence.curvature import dense
 from influence.errors import DataError, InputError
 from influence.gradients import stream_gradients
 from influence.loss import mean_losses, sample_labels
-from tests.conftest import build_model, examples, rows, tokens_of
+from tests.conftest import build_model, examples, fit_end, rows, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    return influence.fit(model, examples(12), directory=tmp_path_factory.mktemp("scores") / "run", token_budget=40)
+    return fit_end(model, examples(12), directory=tmp_path_factory.mktemp("scores") / "run", token_budget=40)
 
 
 def gradients(model, data, measurement=None):
@@ -36,7 +36,7 @@ def gradients(model, data, measurement=None):
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "ggn", "identity"])
 def test_scores_are_the_formula_of_the_convention(model, tmp_path, curvature, reduction):
     data, queries = examples(8), examples(3, seed=1)
-    fitted = influence.fit(model, data, directory=tmp_path / "run", reduction=reduction, token_budget=30)
+    fitted = fit_end(model, data, directory=tmp_path / "run", reduction=reduction, token_budget=30)
     scores = fitted.score(queries, curvature=curvature)
     g, tokens = gradients(model, data)
     q, query_tokens = gradients(model, queries)
@@ -75,7 +75,7 @@ def test_a_step_along_the_edit_moves_the_query_as_predicted(run, model):
 def test_a_training_duplicate_of_the_query_is_a_proponent(model, tmp_path, curvature):
     spec = {"ekfac": influence.EKFAC(), "fisher": influence.Fisher(), "identity": influence.Identity()}[curvature]
     data = examples(15)
-    fitted = influence.fit(model, data, curvature=spec, directory=tmp_path / "run")
+    fitted = fit_end(model, data, curvature=spec, directory=tmp_path / "run")
     scores = fitted.score(data)
     own = fitted.self_influence()
     assert (np.diag(scores.values) > 0).all()
@@ -102,14 +102,14 @@ def test_removing_the_proponents_raises_the_loss(run, model):
 
 def test_batches_order_and_store_change_nothing(model, tmp_path):
     data, queries = examples(10), examples(4, seed=2)
-    reference = influence.fit(model, data, directory=tmp_path / "a").score(queries).values
+    reference = fit_end(model, data, directory=tmp_path / "a").score(queries).values
     for number, options in enumerate(
         ({"token_budget": 1}, {"token_budget": 33}, {"store": "never"}, {"store": "always"})
     ):
-        values = influence.fit(model, data, directory=tmp_path / f"b{number}", **options).score(queries).values
+        values = fit_end(model, data, directory=tmp_path / f"b{number}", **options).score(queries).values
         np.testing.assert_allclose(values, reference, rtol=1e-5, atol=1e-9)
     shuffled = influence.examples_from_rows(rows(10)[::-1])
-    values = influence.fit(model, shuffled, directory=tmp_path / "c").score(queries).values
+    values = fit_end(model, shuffled, directory=tmp_path / "c").score(queries).values
     np.testing.assert_allclose(values[:, ::-1], reference, rtol=1e-5, atol=1e-9)
 
 
@@ -117,7 +117,7 @@ def test_float32_agrees_with_float64(tmp_path, run, model):
     single = build_model("gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"])
     single.model.float()
     queries = examples(4, seed=2)
-    values = influence.fit(single, examples(12), directory=tmp_path / "run").score(queries).values
+    values = fit_end(single, examples(12), directory=tmp_path / "run").score(queries).values
     expected = run.score(queries).values
     assert np.abs(values - expected).max() < 1e-4 * np.abs(expected).max()
 
@@ -163,7 +163,7 @@ def test_top_ranks_and_names(run):
     ("options", "sentence"),
     [
         ({"solver": "lu"}, "solver 'lu' was given; expected one of direct, cg, pcg"),
-        ({"measurement": "bleu"}, "measurement 'bleu' was given; expected one of loss, margin"),
+        ({"measurement": "bleu"}, "measurement 'bleu' was given; expected one of loss, sum, margin, or token:K"),
         ({"curvature": "fisher"}, "curvature 'fisher' was asked of a run fitted with 'ekfac'"),
         ({"damping": "mean:0"}, "lambda must be positive"),
     ],
@@ -183,14 +183,14 @@ def test_rows_that_do_not_fit_the_model_are_listed(tmp_path):
     small.model.get_base_model().config.max_position_embeddings = 5
     long = influence.examples_from_rows([{"id": "ok", "prompt": "fox", "completion": " runs"}, *rows(3)])
     with pytest.raises(DataError, match=r"(?s)rows do not fit the model.*tokens, and the model has 5 positions"):
-        influence.fit(small, long, directory=tmp_path / "run")
+        fit_end(small, long, directory=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_training_mode_does_not_leak_into_exact_curvatures_or_losses(tmp_path):
     """A live model left in training mode: dropout must be off in every product and loss."""
     lively = build_model("gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"])
-    fitted = influence.fit(lively, examples(4), curvature=influence.GGN(), directory=tmp_path / "run")
+    fitted = fit_end(lively, examples(4), curvature=influence.GGN(), directory=tmp_path / "run")
     v = torch.ones(1, lively.space.size, dtype=torch.float64)
     before = [fitted.curvature(name).matvec(v) for name in ("ggn", "hessian")], mean_losses(lively, fitted.tokens)
     lively.model.train()
@@ -209,7 +209,7 @@ def test_impossible_options_are_refused_before_the_pass(tmp_path, model):
         with pytest.raises(InputError, match="must be at least"):
             wrong()
     with pytest.raises(InputError, match="no training rows were given"):
-        influence.fit(model, examples(2)[:0], directory=tmp_path / "run")
+        fit_end(model, examples(2)[:0], directory=tmp_path / "run")
 
 
 def test_rare_labels_of_a_large_vocabulary_can_be_drawn():

@@ -22,9 +22,11 @@ import pytest
 import torch
 
 import influence
+import influence.fitting as fitting
 import influence.run as run_module
 from influence import CG, EKFAC, GGN, KFAC, Fisher, Hessian, Identity, Run
 from influence.errors import InputError, MismatchError, StoreError
+from influence.run import AtPoint
 from influence.scores import CONVENTION, SELF_CONVENTION, Scores
 from influence.store import open_file, open_rows, read_json, write_file, write_json
 from tests.conftest import build_model, examples, rows
@@ -42,6 +44,8 @@ KINDS = {
     "ggn": (GGN(), "always"),
     "ggn, nothing stored": (GGN(), "never"),
     "identity": (Identity(), "always"),
+    "ekfac, two points": (EKFAC(), "always"),
+    "fisher, two points": (Fisher(), "always"),
 }
 
 
@@ -66,7 +70,8 @@ def model():
 
 def fit(directory: Path, kind: str = "ekfac", **options) -> Run:
     curvature, store = KINDS[kind]
-    options = {"curvature": curvature, "store": store, "token_budget": BUDGET} | options
+    path = (0.5, 0.9) if kind.endswith("two points") else (1.0,)
+    options = {"curvature": curvature, "store": store, "token_budget": BUDGET, "path": path} | options
     return influence.fit(
         options.pop("model", model()), options.pop("train", examples(N)), directory=directory, **options
     )
@@ -74,7 +79,7 @@ def fit(directory: Path, kind: str = "ekfac", **options) -> Run:
 
 def interrupt_after(monkeypatch, batches: int) -> None:
     """Make the given number of further batches succeed and the next one fail."""
-    real, left = run_module.collate, batches
+    real, left = fitting.collate, batches
 
     def collate(*arguments, **options):
         nonlocal left
@@ -83,7 +88,7 @@ def interrupt_after(monkeypatch, batches: int) -> None:
             raise Interruption
         return real(*arguments, **options)
 
-    monkeypatch.setattr(run_module, "collate", collate)
+    monkeypatch.setattr(fitting, "collate", collate)
 
 
 def interrupted_fit(monkeypatch, directory: Path, batches: int, **options) -> None:
@@ -154,7 +159,7 @@ def test_a_fit_interrupted_between_batches_and_resumed_equals_an_uninterrupted_o
     for checkpointed in (True, False):
         directory = tmp_path / f"resumed {checkpointed}"
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "CHECKPOINT_SECONDS", 0 if checkpointed else 1e9)
+            patch.setattr(fitting, "CHECKPOINT_SECONDS", 0 if checkpointed else 1e9)
             interruptions = 0
             for batches in (1, 3, 2, 5):
                 with patch.context() as inner:
@@ -176,14 +181,14 @@ def test_a_fit_interrupted_between_batches_and_resumed_equals_an_uninterrupted_o
 
 def test_another_batch_plan_does_not_continue_a_checkpoint_but_gives_the_same_scores(tmp_path, monkeypatch):
     expected = fit(tmp_path / "whole").score(examples(3, seed=9)).values
-    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0)
     interrupted_fit(monkeypatch, tmp_path / "run", 4)
     run = fit(tmp_path / "run", token_budget=100)
     found = run.score(examples(3, seed=9)).values
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored"])
+@pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored", "ekfac, two points"])
 def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupted_one(
     tmp_path, monkeypatch, kind, capfd
 ):
@@ -192,9 +197,10 @@ def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupte
     monkeypatch.setattr(run_module, "BLOCK_BYTES", 5 * run.model.space.size * 4)  # five rows at a time
     monkeypatch.setattr(run_module, "BLOCK_ROWS", 1)
     monkeypatch.setattr("influence.scores._queries_at_once", lambda run: 2)
-    expected = run.score(queries, out=tmp_path / "whole.h5").values
+    expected = run.score(queries, out=tmp_path / "whole.h5", per_module=True)
+    expected, by_module = expected.values, expected.modules
     out = tmp_path / "resumed.h5"
-    real, interruptions = Run.gradient_blocks, 0
+    real, interruptions = AtPoint.gradient_blocks, 0
     for blocks in (2, 1, 3, 5, 1, 2):
         left = blocks
 
@@ -207,26 +213,27 @@ def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupte
                 yield item
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "gradient_blocks", few)
+            patch.setattr(AtPoint, "gradient_blocks", few)
             try:
-                run.score(queries, out=out)
+                run.score(queries, out=out, per_module=True)
             except Interruption:
                 interruptions += 1
                 assert not out.exists()
     capfd.readouterr()
-    found = run.score(queries, out=out).values
+    found = run.score(queries, out=out, per_module=True)
     assert interruptions == 6
     assert "resuming" in capfd.readouterr().err
-    assert np.array_equal(found, expected)
+    assert np.array_equal(found.values, expected)
+    assert np.array_equal(found.modules, by_module)
     assert np.array_equal(Scores.load(out).values, expected)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.part*"))
 
 
 def test_a_partial_score_file_of_another_request_is_not_continued(tmp_path, monkeypatch):
     run = fit(tmp_path / "run")
     out = tmp_path / "scores.h5"
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "gradient_blocks", lambda self, skip=None: (_ for _ in ()).throw(Interruption))
+        patch.setattr(AtPoint, "gradient_blocks", lambda self, skip=None: (_ for _ in ()).throw(Interruption))
         with pytest.raises(Interruption):
             run.score(examples(3, seed=9), out=out)
     assert out.with_name("scores.h5.partial").exists()
@@ -261,10 +268,10 @@ def in_child(work, kill_after: float | None) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored"])
+@pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored", "ekfac, two points"])
 def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path, monkeypatch, kind):
     train, queries = examples(150), examples(20, seed=9)
-    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.02)
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.02)
     monkeypatch.setattr(run_module, "BLOCK_BYTES", 10 * model().space.size * 4)
 
     def work(directory: Path) -> None:
@@ -309,7 +316,7 @@ def test_commands_killed_at_ten_random_moments_change_nothing(tmp_path):
             "40",
         ]
         score = ["score", "--run", run, "--queries", tmp_path / "queries.jsonl"]
-        start = "import influence.run as r; r.CHECKPOINT_SECONDS = 0.05; from influence.cli import main; main()"
+        start = "import influence.fitting as r; r.CHECKPOINT_SECONDS = 0.05; from influence.cli import main; main()"
         return [[sys.executable, "-c", start, *map(str, c)] for c in ([*fit, "--run", run], score)]
 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -343,7 +350,7 @@ def test_commands_killed_at_ten_random_moments_change_nothing(tmp_path):
 def test_a_finished_identical_fit_returns_at_once_and_touches_nothing(tmp_path, monkeypatch):
     expected = fit(tmp_path).score(examples(2, seed=9), out=tmp_path / "scores.h5").values
     before = contents(tmp_path), times(tmp_path)
-    monkeypatch.setattr(run_module, "collate", None)  # any pass over rows would fail
+    monkeypatch.setattr(fitting, "collate", None)  # any pass over rows would fail
     run = fit(tmp_path)
     assert run.gradients_stored
     found = run.score(examples(2, seed=9), out=tmp_path / "scores.h5")  # the very same scores are returned, too
@@ -407,7 +414,9 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path):
 def test_wrong_arguments_leave_no_directory(tmp_path):
     directory = tmp_path / "run"
     for options, message in [
-        ({"path": (0.5, 1.0)}, "path 0.5,1.0 was given"),
+        ({"path": (0.5, 1.5)}, "path 0.5,1.5 was given; expected different numbers above 0"),
+        ({"path": (0.5, 0.5)}, "path 0.5,0.5 was given"),
+        ({"geometry": "flat"}, "geometry 'flat' was given; expected one of raw, function, adam"),
         ({"store": "maybe"}, "store 'maybe' was given; expected auto, always or never"),
         ({"token_budget": 0}, "token budget 0 was given; expected at least 1"),
         ({"damping": "mean:0"}, "lambda must be positive"),
@@ -430,7 +439,7 @@ def test_an_unfinished_run_is_not_opened(tmp_path, monkeypatch):
 def test_a_run_of_another_format_is_not_opened(tmp_path):
     fit(tmp_path)
     write_json(tmp_path / "manifest.json", read_json(tmp_path / "manifest.json") | {"format": 99})
-    with pytest.raises(InputError, match="has format 99 and this version reads format 1: fit the run again"):
+    with pytest.raises(InputError, match="has format 99 and this version reads format 2: fit the run again"):
         Run.open(tmp_path, model=model(), train=examples(N))
     for damage in ("{", "[]", ""):
         (tmp_path / "manifest.json").write_text(damage)
@@ -558,7 +567,7 @@ def test_a_run_s_own_files_are_no_place_for_scores(tmp_path):
 
 def test_an_unfinished_score_file_is_not_read_as_scores(tmp_path, monkeypatch):
     run = fit(tmp_path)
-    monkeypatch.setattr("influence.scores._seal", lambda *_: None)
+    monkeypatch.setattr("influence.scores._Work.seal", lambda *_: None)
     run.score(examples(2, seed=9), out=tmp_path / "s.h5")
     with pytest.raises(StoreError, match="is unfinished: run the same influence score command again"):
         Scores.load(tmp_path / "s.h5.partial")
@@ -577,7 +586,7 @@ def test_two_processes_do_not_write_the_same_file(tmp_path):
 @pytest.mark.parametrize("lost", ["rows.h5", "gradients.h5"])
 def test_a_resume_that_must_store_other_rows_starts_again(tmp_path, monkeypatch, lost):
     """A checkpoint says which row files it goes with: a larger disk budget, or a lost file, voids it."""
-    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", -1)  # after every batch
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", -1)  # after every batch
     expected = fit(tmp_path / "whole", store="auto").score(examples(2, seed=9)).values
     row = model().space.size * 8 * N
     interrupted_fit(monkeypatch, tmp_path / "budget", 4, store="auto", disk_budget=row)  # gradients, no rows
@@ -622,7 +631,7 @@ def test_a_foreign_row_file_in_an_unfinished_fit_is_not_continued(tmp_path, monk
 
 
 def test_a_truncated_row_file_in_an_unfinished_fit_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0)
     interrupted_fit(monkeypatch, tmp_path, 2)
     for name in ("gradients.h5", "rows.h5", "checkpoint.h5"):
         shutil.copytree(tmp_path, tmp_path.parent / name)

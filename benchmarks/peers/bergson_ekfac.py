@@ -1,4 +1,4 @@
-"""EK-FAC influence scores of a LoRA adapter with bergson, timed.
+"""EK-FAC influence scores of a LoRA adapter with bergson, timed; with `--astra-steps`, refined by ASTRA.
 
 Runs in an environment of its own (see README.md beside this file) and imports nothing of this project.
 """
@@ -27,6 +27,7 @@ import psutil
 import torch
 from bergson.cli.commands import Ekfac
 from bergson.config.config import (
+    AstraConfig,
     DataConfig,
     DistributedConfig,
     HessianConfig,
@@ -38,6 +39,7 @@ from bergson.config.config import (
     ScoreConfig,
 )
 from bergson.data import load_scores
+from bergson.hessians.astra import Astra
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 
@@ -129,11 +131,11 @@ def copy_adapter(adapter: Path, model: Path, target: Path) -> None:
     (target / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def pipeline(folder: Path, run: str, tokenizer: Path, args: argparse.Namespace) -> Ekfac:
+def pipeline(folder: Path, repeat: int, tokenizer: Path, args: argparse.Namespace) -> Ekfac:
     """Build what the command ``bergson ekfac`` builds from the options that `command` gives it."""
     return Ekfac(
         IndexConfig(
-            str(folder / run),
+            str(folder / f"run{repeat}"),
             model=str(folder / "adapter"),
             tokenizer=str(tokenizer),
             precision="fp32",
@@ -147,6 +149,9 @@ def pipeline(folder: Path, run: str, tokenizer: Path, args: argparse.Namespace) 
         HessianPipelineConfig(
             query=QuerySetConfig(dataset=str(folder / "queries"), aggregation="none"),
             inversion_cfg=InversionConfig(apply_batch_size=args.apply_batch),
+            astra=AstraConfig(
+                num_steps=args.astra_steps, lr=args.astra_lr, batch_size=args.astra_batch, seed=args.seed + repeat
+            ),
         ),
     )
 
@@ -166,9 +171,26 @@ def command(folder: Path, run: str, tokenizer: Path, args: argparse.Namespace) -
         "--query.dataset": folder / "queries",
         "--query.aggregation": "none",
         "--hessian_pipeline_cfg.inversion_cfg.apply_batch_size": args.apply_batch,
+        "--hessian_pipeline_cfg.astra.num_steps": args.astra_steps,
+        "--hessian_pipeline_cfg.astra.lr": args.astra_lr,
+        "--hessian_pipeline_cfg.astra.batch_size": args.astra_batch,
     }
     flat = [str(part) for option in options.items() for part in option]
     return [sys.executable, "-m", "bergson", "ekfac", str(folder / run), *flat]
+
+
+def copy_before_writing() -> None:
+    """Let ASTRA work on copies of what it reads.
+
+    bergson 2.5.1 updates its solutions in place, and on a CPU in float32 these are views of a file mapped for reading
+    only: the process dies with a segmentation fault.
+    """
+    read = Astra._read_row
+
+    def copied(*args: Any) -> dict[str, torch.Tensor]:
+        return {name: row.clone() for name, row in read(*args).items()}
+
+    Astra._read_row = copied
 
 
 def read_scores(path: Path) -> np.ndarray:
@@ -189,6 +211,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--token-batch", type=int, default=512, help="tokens per batch, padding included")
     parser.add_argument("--apply-batch", type=int, default=40, help="query gradients inverted at a time")
+    parser.add_argument("--astra-steps", type=int, default=0, help="steps of ASTRA per query (0: EK-FAC alone)")
+    parser.add_argument("--astra-lr", type=float, default=0.01, help="its step size (momentum 0.9)")
+    parser.add_argument("--astra-batch", type=int, default=16, help="training rows per step of it")
     parser.add_argument("--command", action="store_true", help="also time the command line, once per repeat")
     return parser.parse_args()
 
@@ -200,6 +225,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     disable_progress_bars()
     logging.disable(logging.INFO)  # bergson logs to stdout
+    copy_before_writing()
     modules = (bergson.build, bergson.hessians.hessian_approximations, bergson.score.score)
 
     all_scores, times, command_seconds = [], [], []
@@ -222,7 +248,7 @@ def main() -> None:
             watch.seconds.clear()
             started = now()
             with contextlib.redirect_stdout(sys.stderr):
-                pipeline(folder, f"run{run}", args.model, args).execute()
+                pipeline(folder, run, args.model, args).execute()
             all_scores.append(read_scores(folder / f"run{run}" / "scores"))
             total = now() - started
             fit = watch.seconds["fit"] - watch.seconds["load/fit"]

@@ -56,6 +56,23 @@ class Invertible(Protocol):
         ...
 
 
+@runtime_checkable
+class Subsampled(Protocol):
+    """A curvature `C = sum_i w_i C_i` over training rows that can be multiplied on some of them alone."""
+
+    @property
+    def count(self) -> int:
+        """The training rows, n."""
+        ...
+
+    def matvec_on(self, v: Tensor, rows: np.ndarray) -> Tensor:
+        """`(n / b) sum_{i in rows} w_i C_i v` for every row of `v` [K, P] and b `rows`.
+
+        Unbiased for `C v` where the rows are drawn uniformly.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Damped:
     """The operator `C + lambda I` that solvers invert; `lam` [blocks] from a damping rule."""

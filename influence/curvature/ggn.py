@@ -61,6 +61,10 @@ class GGNOperator(SecondDerivative):
         """`C v` for every row of `v` [K, P]; one forward per batch, two backwards per batch and column."""
         return self.objective.product(v, ggn_products)
 
+    def matvec_on(self, v: Tensor, rows: np.ndarray) -> Tensor:
+        """An unbiased estimate of `C v` from these training rows alone: their weights times n over their number."""
+        return self.objective.product(v, ggn_products, rows)
+
     def top_eigenvalues(self) -> Tensor:
         """The largest eigenvalue of the whole matrix (Lanczos, to 1 %), the same for every leaf, `[leaves]`."""
         return torch.full((len(self.blocks),), self._top, dtype=torch.float64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,10 @@ class HessianOperator(SecondDerivative):
     def matvec(self, v: Tensor) -> Tensor:
         """`H v` for every row of `v` [K, P]; one forward and backward per batch, one more per batch and column."""
         return self.objective.product(v, hessian_products)
+
+    def matvec_on(self, v: Tensor, rows: np.ndarray) -> Tensor:
+        """An unbiased estimate of `H v` from these training rows alone: their weights times n over their number."""
+        return self.objective.product(v, hessian_products, rows)
 
     def top_eigenvalues(self) -> Tensor:
         """The GGN's, `[leaves]`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,12 @@ class Solution:
 
 
 class Solver(Protocol):
-    """Inverts a damped curvature. A numerical failure is a value in the solution, not an exception."""
+    """Inverts a damped curvature. A numerical failure is a value in the solution, not an exception.
+
+    `approximate`: a formula with an error of its own, which no tolerance or number of iterations removes.
+    """
+
+    approximate: ClassVar[bool]
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class CG:
     max_iterations: int = 500
     preconditioner: Damped | None = None
     name: str = "cg"
+    approximate: ClassVar[bool] = False
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
         """Solve for every row of `rhs` [K, P]; a direction of negative curvature ends its column, unconverged."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Direct:
 
     tolerance: float = 1e-3
     name: str = "direct"
+    approximate: ClassVar[bool] = False
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
         """Solve for every row of `rhs` [K, P]; raises `InputError` where neither way is possible."""

@@ -1,0 +1,69 @@
+"""The truth that scores are judged by: ready losses of retrained models, or retraining them.
+
+Scores and truth speak of the same queries and the same training rows, in the same order, or their comparison is
+noise that looks like a result. Where the truth says which they were (`query_ids`, `train_ids`), that is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from analysis.metrics.lds import Truth, read_truth
+from influence.data import Examples
+from influence.errors import InputError, MismatchError
+from influence.run import Run
+from influence.scores import Scores
+from unlearn.retrain import Recipe, random_halves, retrain_subsets
+
+
+def ready_truth(scores: Scores, path: Path) -> Truth:
+    """Read the truth from an `.npz` file; `MismatchError` if it is of other queries or rows than the scores."""
+    truth = read_truth(path)
+    for what, ids in (("query", scores.query_ids), ("train", scores.train_ids)):
+        if f"{what}_ids" in truth.extra:
+            check_same_ids(ids, truth.extra[f"{what}_ids"].tolist(), what, str(path))
+    return truth
+
+
+def retrained_truth(
+    scores: Scores,
+    run: Run,
+    queries: Examples,
+    *,
+    subsets: int = 40,
+    subset_seed: int = 0,
+    recipe: Recipe | None = None,
+    out: Path,
+) -> Truth:
+    """Retrain the run's adapter on random halves of its rows and read the losses; see `unlearn.retrain_subsets`.
+
+    `out` is resumed and reused. Raises `MismatchError` before any training if the scores are of other queries or rows.
+    """
+    if subsets < 3:
+        raise InputError(
+            f"{subsets} subsets were asked for; expected at least 3, and some dozens for a useful interval"
+        )
+    check_same_ids(scores.query_ids, queries.ids, "query", "the file of queries")
+    check_same_ids(scores.train_ids, run.train.ids, "train", f"the run {run.directory}")
+    masks = random_halves(len(run.train), subsets, subset_seed)
+    return read_truth(retrain_subsets(run, masks, queries, out=out, recipe=recipe).path)
+
+
+def check_same_ids(scored: Sequence[str], known: Sequence[str], what: str, source: str) -> None:
+    """Refuse ids in another order, or others, than those of the scores; `what` is query or train."""
+    scored, known = (np.array(ids, dtype=np.str_).tolist() for ids in (scored, known))  # both as a file holds them
+    if scored == known:
+        return
+    if sorted(scored) == sorted(known):
+        how = "the same ones in another order"
+    else:
+        how = "others" if len(scored) == len(known) else f"{len(known)} of them, and the scores {len(scored)}"
+    at = next((i for i, (a, b) in enumerate(zip(scored, known, strict=False)) if a != b), min(len(scored), len(known)))
+    here, there = (repr(ids[at]) if at < len(ids) else "nothing" for ids in (scored, known))
+    raise MismatchError(
+        f"{what} ids differ: {source} has {how}; the first difference is at position {at}, {there} there and {here} in "
+        "the scores. Score the same rows in the same order, or take the truth that belongs to these scores"
+    )

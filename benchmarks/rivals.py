@@ -1,0 +1,128 @@
+"""Rival attribution scores that need no library of their own: each short, each with its source.
+
+Every function returns scores `[Q, n]`, positive = proponent. Gradients are those of the LoRA parameters, `[., P]`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import influence
+from influence.adapter import AdaptedModel, ParamSpace
+from influence.data import Examples, TokenizedExamples, collate, plan_batches, tokenize
+from influence.loss import MeanLoss
+
+
+def loss_gradients(model: AdaptedModel, tokens: TokenizedExamples, *, mean: bool = True) -> Tensor:
+    """Gradients `[n, P]` of every row's cross-entropy: its mean over the supervised tokens, or their sum."""
+    out = torch.empty(len(tokens), model.space.size, dtype=model.dtype)
+    measurement = MeanLoss() if mean else None
+    for rows, gradients, _ in influence.stream_gradients(model, tokens, measurement=measurement, token_budget=1024):
+        out[torch.from_numpy(rows)] = gradients.cpu()
+    return out
+
+
+def gradient_dot(queries: Tensor, train: Tensor) -> np.ndarray:
+    """`grad m(q) . grad l_i`: influence with the identity for a curvature (TracIn's last checkpoint, 2002.08484)."""
+    return (queries @ train.T).numpy()
+
+
+def gradient_cosine(queries: Tensor, train: Tensor) -> np.ndarray:
+    """The cosine of the angle between the two gradients (Hammoudeh and Lowd 2022, arXiv 2201.10055)."""
+    return cosine(queries, train)
+
+
+def datainf(queries: Tensor, train: Tensor, space: ParamSpace) -> np.ndarray:
+    """DataInf as released (Kwon et al. 2023, arXiv 2310.00902, equation 5, and `IFEngineGeneration` of its code).
+
+    For each matrix of the adapter, with v and g_i its part of the query's and of row i's gradient, both of **mean**
+    losses, `d` its number of entries, and `lambda = 0.1 mean_i |g_i|^2 / d`:
+
+        hvp = 1 / (n lambda) sum_i [ v - <v, g_i> / (lambda + |g_i|^2) g_i ]
+        score[q, i] = sum over the matrices of <hvp, g_i>
+
+    The paper's influence has the opposite sign; its code for language models has this one.
+    """
+    total = torch.zeros(len(queries), len(train), dtype=torch.float64)
+    for leaf in space.leaves:
+        v, g = queries[:, leaf.slice].double(), train[:, leaf.slice].double()
+        lam = 0.1 * g.square().mean()
+        gram, dots = g @ g.T, v @ g.T
+        total += (dots - dots / (lam + gram.diagonal()) @ gram / len(g)) / lam
+    return total.numpy()
+
+
+def hidden_states(model: AdaptedModel, tokens: TokenizedExamples, *, last: bool = False) -> Tensor:
+    """Hidden states after the last layer, `[n, width]`: their mean over the supervised tokens, or the last token's.
+
+    Supervised are the completion and the end-of-sequence token, which is the last one.
+    """
+    parts: list[Tensor | None] = [None] * len(tokens)
+    with model.evaluating(), torch.no_grad():
+        for rows in plan_batches(tokens, 1024):
+            batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
+            states = model.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+            ).hidden_states[-1]
+            for row, state, chosen in zip(rows, states, batch.supervised, strict=True):
+                parts[int(row)] = state[chosen][-1] if last else state[chosen].mean(0)
+    return torch.stack([part for part in parts if part is not None]).cpu()
+
+
+def repsim(queries: Tensor, train: Tensor) -> np.ndarray:
+    """The cosine of two rows' `hidden_states` (RepSim, as in Pezeshkpour et al. 2021, arXiv 2104.04128)."""
+    return cosine(queries, train)
+
+
+def cosine(one: Tensor, other: Tensor) -> np.ndarray:
+    """Cosine of every row of `one` with every row of `other`."""
+    return (torch.nn.functional.normalize(one, dim=1) @ torch.nn.functional.normalize(other, dim=1).T).numpy()
+
+
+def bm25(queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.5, b: float = 0.75) -> np.ndarray:
+    """Okapi BM25 (Robertson and Zaragoza 2009, The Probabilistic Relevance Framework, equation 3.15): text alone.
+
+    `sum over the words t of q of idf(t) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))`, f = how often t is in d,
+    `idf(t) = ln(1 + (N - n_t + 0.5) / (n_t + 0.5))`, n_t = documents with t among N; the 1 keeps it positive. Words are
+    runs of letters and digits in lower case; a word that is twice in the query counts twice.
+    """
+    found = [Counter(words(text)) for text in documents]
+    lengths = [sum(counts.values()) for counts in found]
+    mean = sum(lengths) / len(lengths)
+    holders = Counter(word for counts in found for word in counts)
+    scores = np.zeros((len(queries), len(documents)))
+    for q, text in enumerate(queries):
+        for word, times in Counter(words(text)).items():
+            idf = math.log(1 + (len(found) - holders[word] + 0.5) / (holders[word] + 0.5))
+            for i, counts in enumerate(found):
+                if f := counts[word]:
+                    scores[q, i] += times * idf * f * (k1 + 1) / (f + k1 * (1 - b + b * lengths[i] / mean))
+    return scores
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters, digits and underscores, in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
+def rival_scores(model: AdaptedModel, train: Examples, queries: Examples) -> dict[str, np.ndarray]:
+    """Every rival's scores `[Q, n]`, by name."""
+    rows, asked = tokenize(train, model.tokenizer), tokenize(queries, model.tokenizer)
+    v, g = loss_gradients(model, asked), loss_gradients(model, rows)
+    sums = g * torch.from_numpy(rows.counts).to(g)[:, None]
+    texts, questions = ([f"{row.prompt}{row.completion}" for row in part] for part in (train, queries))
+    return {
+        "gradient dot": gradient_dot(v, sums),
+        "gradient cosine": gradient_cosine(v, g),
+        "DataInf, released formula": datainf(v, g, model.space),
+        "RepSim, mean of the completion": repsim(hidden_states(model, asked), hidden_states(model, rows)),
+        "RepSim, last token": repsim(hidden_states(model, asked, last=True), hidden_states(model, rows, last=True)),
+        "BM25, text alone": bm25(questions, texts),
+    }

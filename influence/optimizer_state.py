@@ -1,0 +1,247 @@
+"""What a Hugging Face Trainer checkpoint remembers of the optimiser: Adam's second moments, and the learning rates.
+
+A checkpoint folder holds `optimizer.pt` (the optimiser's state, keyed by integers), `adapter_model.safetensors`
+(the adapter at that step, by name) and `trainer_state.json` (the log). The integers count the trainable parameters in the
+optimiser's order: the Trainer makes one group with weight decay and one without, each in `named_parameters()` order.
+The order is taken from `param_names` where the optimiser recorded them, else rebuilt in that way, and every shape is
+checked. `optimizer.pt` is a pickle, and is read by torch's restricted reader alone (`weights_only=True`), which knows
+tensors and plain containers and calls nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence.adapter import AdaptedModel
+from influence.errors import AdapterError, InputError, NumericalError
+
+#: Parameters whose name matches go into the Trainer's group without weight decay (`Trainer.get_decay_parameter_names`).
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+#: A LoRA matrix's name in a model or a file: PEFT's prefix, the leaf's name, the adapter's name, `weight`.
+_LEAF_NAME = re.compile(r"(?:.*\bbase_model\.model\.)?(?P<leaf>.+\.lora_[AB])(?:\.[^.]+)?\.weight")
+_BNB_STATE = "__bnb_optimizer_quant_state__"
+#: Block sizes of bitsandbytes' 8-bit states, today's and the one before.
+_BLOCKS = (256, 2048)
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What Adam knew at a checkpoint.
+
+    `v` [P] are the bias-corrected second moments in ParamSpace order, `v_t / (1 - beta2^t)`, of the gradients of the
+    trainer's objective (of whatever its gradient clipping left of them); `steps` is t, the optimiser steps so far;
+    `sum_lr` the sum of the learning rate over them, None where the log has none; `betas` and `weight_decay` as set.
+    """
+
+    v: Tensor
+    steps: int
+    sum_lr: float | None
+    betas: tuple[float, float]
+    weight_decay: float
+
+
+def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> OptimizerState:
+    """Read Adam's second moments for every LoRA parameter of `model` from a Hugging Face Trainer checkpoint folder.
+
+    AdamW of torch and AdamW of bitsandbytes are understood, its 8-bit and paged states too (dequantised block by block).
+
+    `sum_lr` interpolates the logged learning rates linearly over the steps, the first and last logged ones held before
+    and after: exact with a log at every step; a warm-up within the first logging interval is not seen. (Trainers
+    versions of transformers log the rate of the step that follows.)
+
+    Raises
+    ------
+    AdapterError
+        If the folder is no such checkpoint, belongs to another adapter, or its optimiser is no Adam; says which.
+    """
+    folder = Path(checkpoint_dir)
+    shapes = _adapter_shapes(folder)
+    leaves = {leaf.name: leaf.shape for leaf in model.space.leaves}
+    differing = [name for name in leaves.keys() | shapes.keys() if leaves.get(name) != shapes.get(name)]
+    _refuse(
+        f"checkpoint {str(folder)!r} is of another adapter than the model's; pass a checkpoint of the run that made it",
+        [f"{name}: {_shape(shapes, name)} there, {_shape(leaves, name)} in the model" for name in sorted(differing)],
+    )
+    groups, states = _read_optimizer(folder / "optimizer.pt")
+    order = _leaf_order(folder, model, groups)
+
+    parts: dict[str, Tensor] = {}
+    reasons, steps = [], 0
+    for name, (number, beta2) in order.items():
+        state = states.get(number)
+        if state is None:
+            reasons.append(f"{name}: the optimiser has no state for it (no gradient ever reached it)")
+            continue
+        moment = _second_moment(state)
+        if isinstance(moment, str):
+            reasons.append(f"{name}: {moment}")
+        elif tuple(moment.shape) != leaves[name]:
+            reasons.append(f"{name}: shape {list(moment.shape)} there, {list(leaves[name])} in the model")
+        else:
+            step = int(state.get("step", 0))
+            if step < 1:
+                reasons.append(f"{name}: its step is {step}; a state without a step cannot be bias-corrected")
+                continue
+            steps = max(steps, step)
+            parts[name] = moment / (1 - beta2**step)
+    _refuse(f"the optimiser state in {str(folder)!r} cannot be used", reasons)
+    v = model.space.flatten([parts[leaf.name] for leaf in model.space.leaves])
+    if not bool((torch.isfinite(v) & (v >= 0)).all()):
+        raise NumericalError(f"the second moments in {str(folder)!r} hold NaN, infinity or negative values")
+    betas = groups[0]["betas"]
+    decay = float(groups[0].get("weight_decay", 0.0))
+    return OptimizerState(v, steps, _sum_lr(folder / "trainer_state.json"), (float(betas[0]), float(betas[1])), decay)
+
+
+def _refuse(message: str, reasons: list[str]) -> None:
+    if reasons:
+        shown = [f"  - {reason}" for reason in reasons[:10]]
+        if len(reasons) > 10:
+            shown.append(f"  - ... and {len(reasons) - 10} more")
+        raise AdapterError("\n".join([f"{message}:", *shown]))
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "missing"
+
+
+# ---- reading -------------------------------------------------------------------------------------------------
+
+
+def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Leaf names and shapes of the checkpoint's adapter."""
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        raise AdapterError(f"{str(folder)!r} is not a folder: pass a Trainer's checkpoint, as in out/checkpoint-500")
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise AdapterError(
+            f"{str(folder)!r} has no adapter_model.safetensors: pass a checkpoint that a Trainer saved of a PEFT model"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"{path} cannot be read as safetensors ({error}): copy the checkpoint again") from error
+    return {_leaf_name(key): shape for key, shape in found.items()}
+
+
+def _leaf_name(parameter: str) -> str:
+    """The leaf's name of a parameter's (`base_model.model.X.lora_A.default.weight` to `X.lora_A`); others as they are."""
+    match = _LEAF_NAME.fullmatch(parameter)
+    return match["leaf"] if match else parameter
+
+
+def _read_optimizer(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """The groups that hold parameters, and the state of each parameter."""
+    if not path.exists():
+        raise AdapterError(
+            f"{str(path.parent)!r} has no optimizer.pt: a Trainer writes one unless save_only_model is set; states that "
+            "DeepSpeed or FSDP split over several files are not supported"
+        )
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AdapterError(
+            f"{path} is damaged or holds more than tensors and plain values; nothing in it was run: {reason}"
+        ) from error
+    try:
+        groups = [dict(group) for group in content["param_groups"] if len(group["params"])]
+        states = {number: {**state, **state.get(_BNB_STATE, {})} for number, state in content["state"].items()}
+        betas = [tuple(map(float, group.get("betas", ()))) for group in groups]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise AdapterError(
+            f"{path} is not a torch optimiser's state_dict (`state` and `param_groups`): pass a Trainer's checkpoint"
+        ) from error
+    if not groups:
+        raise AdapterError(f"{path} holds no parameters: pass a checkpoint of the run that trained the adapter")
+    for group, pair in zip(groups, betas, strict=True):
+        if len(pair) < 2 or not all(0 <= beta < 1 for beta in pair[:2]):
+            raise AdapterError(
+                f"{path} is not of Adam or AdamW, which alone keep a second moment per parameter and have two betas; "
+                f"found an optimiser with {_keys(group)}"
+            )
+    return groups, states
+
+
+def _leaf_order(folder: Path, model: AdaptedModel, groups: list[dict[str, Any]]) -> dict[str, tuple[Any, float]]:
+    """For every leaf, the optimiser's number of it and its beta2."""
+    numbers = [(number, float(group["betas"][1])) for group in groups for number in group["params"]]
+    if all("param_names" in group for group in groups):
+        names = [_leaf_name(str(name)) for group in groups for name in group["param_names"]]
+    else:
+        own = {id(p): leaf.name for p, leaf in zip(model.parameters, model.space.leaves, strict=True)}
+        full = [(name, own[id(p)]) for name, p in model.model.named_parameters() if id(p) in own]
+        # stable: within each of the Trainer's two groups the order stays; an optimiser with one group has this order too
+        # unless a layer's own name looks like a norm's
+        exempt = [bool(_NO_DECAY.search(name.lower())) for name, _ in full]
+        sizes = [len(group["params"]) for group in groups]
+        if sizes == [exempt.count(False), exempt.count(True)]:
+            full = [item for flag in (False, True) for item, e in zip(full, exempt, strict=True) if e == flag]
+        elif len(groups) > 1:
+            raise AdapterError(
+                f"the optimiser in {str(folder)!r} has {len(groups)} parameter groups of {sizes} parameters without "
+                "names; expected one group, or the Trainer's two: which parameter is which cannot be told"
+            )
+        names = [name for _, name in full]
+    wanted = {leaf.name for leaf in model.space.leaves}
+    if len(names) != len(numbers) or set(names) != wanted:
+        raise AdapterError(
+            f"the optimiser in {str(folder)!r} holds {len(numbers)} parameters, the adapter {len(wanted)} LoRA matrices"
+            f"{'' if set(names) == wanted else ' of other names'}: pass a checkpoint of the run that trained exactly them"
+        )
+    return dict(zip(names, numbers, strict=True))
+
+
+# ---- one parameter's state -----------------------------------------------------------------------------------
+
+
+def _keys(state: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(str(key) for key in state)) or "nothing"
+
+
+def _second_moment(state: Mapping[str, Any]) -> Tensor | str:
+    """The second moment as it is kept, float32 or float64; or the sentence that says why there is none."""
+    moment = state.get("exp_avg_sq", state.get("state2"))
+    if not isinstance(moment, Tensor):
+        return f"no second moment per parameter; found {_keys(state)}. Only Adam and AdamW (also 8-bit) keep one"
+    if moment.is_floating_point():
+        return moment if moment.dtype == torch.float64 else moment.float()
+    table, scale = state.get("qmap2"), state.get("absmax2")
+    if moment.dtype != torch.uint8 or not isinstance(table, Tensor) or not isinstance(scale, Tensor):
+        return f"an 8-bit second moment without its table and scales (qmap2, absmax2); found {_keys(state)}"
+    block = next((size for size in _BLOCKS if -(-moment.numel() // size) == scale.numel()), None)
+    if block is None or table.numel() != 256:
+        return (
+            f"an 8-bit second moment of {moment.numel()} values with {scale.numel()} scales and a table of "
+            f"{table.numel()}; expected one scale for each {_BLOCKS[0]} values and a table of 256"
+        )
+    spread = scale.float().repeat_interleave(block)[: moment.numel()]
+    return (table.float()[moment.flatten().long()] * spread).view(moment.shape)
+
+
+def _sum_lr(path: Path) -> float | None:
+    """The learning rates of the log, interpolated over the steps 1 ... global_step, and summed; None without any."""
+    if not path.exists():
+        return None
+    try:
+        log = json.loads(path.read_text(encoding="utf-8"))
+        entries = [(int(e["step"]), float(e["learning_rate"])) for e in log["log_history"] if "learning_rate" in e]
+        last = int(log["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a Trainer's state ({error!r}): copy the checkpoint again") from error
+    if not entries:
+        return None
+    logged = dict(sorted(entries))
+    return float(np.interp(np.arange(1, last + 1), list(logged), list(logged.values())).sum())

@@ -1,0 +1,95 @@
+"""Which tokens of a training row did it: scores split over the row's positions.
+
+A row's gradient is a sum over its positions, leaf by leaf `sum_t g_t x_t^T` with the input x_t and the output gradient
+g_t at position t (`influence.gradients`). So a score is a sum over positions too (Grosse et al. 2023, arXiv 2308.03296,
+section 5.3.3):
+
+    score[q, i] = sum_t w_i <X_q, g_t x_t^T>,         X_q = (C + lambda I)^-1 grad m(q)
+
+Position t is where token t is read and token t + 1 predicted: it carries the loss of predicting t + 1 *and* what later
+tokens' losses send back to it through attention. The last token is never read; its entry is 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence.data import collate, plan_batches
+from influence.errors import InputError
+from influence.gradients import tape
+from influence.loss import loss_gradient, probabilities
+from influence.progress import track
+from influence.run import AtPoint, Run
+
+
+@dataclass
+class Tokenwise:
+    """Scores of every position of every training row, rows one after the other (ragged).
+
+    `values` float32 [query, all positions]; row i has the columns `offsets[i]:offsets[i + 1]`; `token_ids` [all
+    positions] are the rows' tokens.
+    """
+
+    values: np.ndarray = field(repr=False)
+    offsets: np.ndarray = field(repr=False)
+    token_ids: np.ndarray = field(repr=False)
+
+    @classmethod
+    def empty(cls, run: Run, queries: int) -> Tokenwise:
+        """Zeros for all rows of a run."""
+        offsets = np.concatenate([[0], np.cumsum(run.tokens.lengths)]).astype(np.int64)
+        ids = np.concatenate([item.input_ids for item in run.tokens]).astype(np.int32)
+        return cls(np.zeros((queries, int(offsets[-1])), np.float32), offsets, ids)
+
+    def row(self, query: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids `[T]` and scores `[T]` of one training row for one query, both by position."""
+        if not (0 <= query < len(self.values) and 0 <= row < len(self.offsets) - 1):
+            raise InputError(
+                f"query {query} and row {row} were given; there are {len(self.values)} queries and "
+                f"{len(self.offsets) - 1} rows"
+            )
+        part = slice(self.offsets[row], self.offsets[row + 1])
+        return self.token_ids[part], self.values[query, part]
+
+    def add(self, point: AtPoint, queries: np.ndarray, solutions: Tensor, factor: float) -> None:
+        """Add `factor` times the scores at one point, for the `solutions` [K, P] of these queries [K]."""
+        run, model = point.run, point.model
+        columns = model.space.split(point.geometry.adjoint(solutions))
+        plan = plan_batches(run.tokens, run.manifest["token_budget"])
+        with model.at(point.place.theta), tape(model) as recorder:
+            for rows in track(plan, "training rows, token by token"):
+                batch = collate(run.tokens, rows, pad_id=model.pad_id, device=model.device)
+                part = recorder.forward(batch)
+                b, T = batch.input_ids.shape[0], batch.input_ids.shape[1] - 1
+                found = torch.zeros(len(solutions), b, T, dtype=solutions.dtype, device=solutions.device)
+                reads = batch.supervised[:, 1:]  # the positions that the LM head sees
+
+                def show(
+                    leaf: int, x: Tensor, g: Tensor, valid: Tensor, found: Tensor = found, reads: Tensor = reads
+                ) -> None:
+                    products = _products(x.to(solutions), g.to(solutions), columns[leaf])
+                    if valid.shape == found.shape[1:] and valid.shape[1] == reads.shape[1]:
+                        found += products
+                    else:  # an adapted LM head sees supervised positions only, in order
+                        found[:, reads] += products[:, valid]
+
+                recorder.backward(part.logits, loss_gradient(probabilities(part.logits), part.targets), show)
+                scaled = (found * factor).double().cpu().numpy() * run.weights[rows][:, None]
+                for place, row in enumerate(rows.tolist()):
+                    start = self.offsets[row]
+                    length = int(run.tokens.lengths[row]) - 1
+                    self.values[queries, start : start + length] += scaled[:, place, :length].astype(np.float32)
+
+
+def _products(x: Tensor, g: Tensor, columns: Tensor) -> Tensor:
+    """`<X_k, g_t x_t^T>` `[K, b, T]` for `x` [b, T, d_in], `g` [b, T, d_out], `columns` [K, d_out, d_in]."""
+    K, out, into = columns.shape
+    if out <= into:  # through the narrow side
+        inner = (x @ columns.reshape(K * out, into).T).unflatten(-1, (K, out))
+        return (inner * g.unsqueeze(2)).sum(-1).movedim(-1, 0)
+    inner = (g @ columns.movedim(1, 0).reshape(out, K * into)).unflatten(-1, (K, into))
+    return (inner * x.unsqueeze(2)).sum(-1).movedim(-1, 0)
