@@ -1,4 +1,4 @@
-"""The `analysis` command: lds, demo."""
+"""The `analysis` command: lds, tune, demo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from influence import console
-from influence.cli import DeviceOption, JsonOption, OverwriteOption
+from influence.cli import DeviceOption, JsonOption, OverwriteOption, RunOption, TrustOption, numbers
 
 app = console.app("Did it work, and what do the scores mean?")
 main = console.main(app)
@@ -127,6 +127,94 @@ def lds(
         text,
         json,
     )
+
+
+@app.command()
+def tune(
+    run: RunOption,
+    truth: Annotated[
+        Path | None,
+        typer.Option("--truth", help="npz of retrained adapters' losses; without it local checks choose."),
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            "--queries", help="The rows that the truth's query_loss is of. Default: those of the run's scores."
+        ),
+    ] = None,
+    geometry: Annotated[
+        list[str] | None,
+        typer.Option("--geometry", help="Also fit and sweep this geometry: function or adam. May be repeated."),
+    ] = None,
+    path: Annotated[
+        list[str] | None,
+        typer.Option("--path", help="Also fit and sweep these points, as in 0.3,0.6,0.9. May be repeated."),
+    ] = None,
+    damping: Annotated[
+        list[str] | None,
+        typer.Option("--damping", help="The dampings to sweep. Default: mean:1, mean:0.1, mean:0.01, mean:0.001."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many settings to show.")] = 15,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the halves of the truth and the rows of the checks.")] = 0,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the table, keep nothing in the manifest.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Which curvature, damping, geometry and points: a table, and the best kept in the run for later scores."""
+    from analysis.metrics.lds import read_truth
+    from analysis.tune import DAMPINGS, default_queries, table_rows
+    from analysis.tune import tune as choose
+    from influence.data import read_examples
+    from influence.errors import InputError
+    from influence.run import Run
+
+    if k < 1:
+        raise InputError(f"-k {k} was given; expected at least 1")
+    if queries is not None and truth is None:
+        raise InputError("--queries was given without --truth; the local checks need no queries: leave it out")
+    paths = [numbers(text, "--path") for text in path or ()]
+    known = None if truth is None else read_truth(truth)
+    console.quiet_transformers()
+    opened = Run.open(run, device=device, trust_remote_code=trust_remote_code)
+    rows = None if known is None else read_examples(queries or default_queries(opened))
+    result = choose(
+        opened,
+        truth=known,
+        queries=rows,
+        dampings=tuple(damping or DAMPINGS),
+        geometries=tuple(geometry or ()),
+        paths=paths,
+        seed=seed,
+        keep=not dry_run,
+    )
+    table = list(table_rows(result, k))
+    best = result.chosen
+    where = "shown only" if dry_run else f"kept in {run}/manifest.json: later scores use it unless told otherwise"
+    text = f"chosen by {result.by}: {best.name}; {where}"
+    held_out = None
+    if result.held_out is not None:
+        interval = result.held_out.interval
+        held_out = {"lds": result.held_out.mean, "low": interval.low, "high": interval.high}
+        text += (
+            f"\nLDS of the chosen setting on the other subsets: {result.held_out.mean:.4f}, {interval.level:.0%} interval "
+            f"[{interval.low:.4f}, {interval.high:.4f}]"
+        )
+    if json:
+        chosen = next(iter(table_rows(result, 1)))
+        console.emit({"chosen": chosen, "by": result.by, "held_out": held_out, "table": table}, "", True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=f"the best {len(table)} of {len(result.judged)} settings", title_justify="left")
+    for column in table[0]:
+        numeric = isinstance(table[0][column], float)
+        shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in table:
+        shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(shown)
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -33,7 +33,18 @@ from typing import Any
 
 import numpy as np
 from rivals import rival_scores
-from tasks import LEFT_OUT, Measured, Testbed, leave_one_out, left_out, mislabelled, opposition, plant, retrieval
+from tasks import (
+    LEFT_OUT,
+    Measured,
+    Testbed,
+    leave_one_out,
+    left_out,
+    mislabelled,
+    opposition,
+    plant,
+    replayed,
+    retrieval,
+)
 
 import influence
 from analysis.metrics.lds import LDS, LDSDifference, lds, lds_difference, read_truth
@@ -48,13 +59,16 @@ TASKS = ("lds", "retrieval", "mislabelled", "loo")
 class Ours:
     """A setting of this project: options of `influence.fit` and of `run.score`.
 
-    With `normalise`, every row's scores are divided by the square root of its self-influence.
+    With `normalise`, every row's scores are divided by the square root of its self-influence. With `replay`, the run looks
+    at the adapters after these epochs of the training repeated with seed `replay_seed` (0 is the adapter's own).
     """
 
     label: str
     fit: dict[str, Any] = field(default_factory=dict)
     score: dict[str, Any] = field(default_factory=dict)
     normalise: bool = False
+    replay: tuple[int, ...] = ()
+    replay_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,10 +82,15 @@ class Peer:
 
 END = {"path": (1.0,)}  #: at the adapter itself, where every peer looks
 OURS = (
-    Ours("EK-FAC at the end (path 1.0)", END),
-    Ours("the same / sqrt(self-influence)", END, normalise=True),
-    Ours("K-FAC at the end", END, {"curvature": "kfac"}),
-    Ours("gradient dot, by influence.fit", END, {"curvature": "identity"}),
+    Ours("ours: default (EK-FAC, path 0.4,0.6,0.8)"),
+    Ours("ours: at 0.6 only", {"path": (0.6,)}),
+    Ours("ours: path, function space, mean:0.01", {"geometry": "function"}, {"damping": "mean:0.01"}),
+    Ours("ours: path, Adam's metric, mean:0.01", {"geometry": "adam"}, {"damping": "mean:0.01"}),
+    Ours("ours: checkpoints of epochs 1, 3, 6, 10", replay=(1, 3, 6, 10)),
+    Ours("ours: epochs 1, 2, 3 replayed, other seed", replay=(1, 2, 3), replay_seed=1),
+    Ours("ours: at the end (path 1.0)", END),
+    Ours("ours: at the end / sqrt(self-influence)", END, normalise=True),
+    Ours("ours: K-FAC at the end", END, {"curvature": "kfac"}),
 )
 REFERENCE = "kronfluence EK-FAC"  #: whose LDS the others' is compared with
 PEERS = (
@@ -90,10 +109,13 @@ def our_scores(bed: Testbed, seeds: int) -> Found:
         with tempfile.TemporaryDirectory() as folder:
             runs: list[tuple[dict[str, Any], influence.Run]] = []
             for ours in OURS:
-                run = next((run for options, run in runs if options == ours.fit), None)
+                options = dict(ours.fit)
+                if ours.replay:
+                    options["checkpoints"] = replayed(bed, ours.replay, ours.replay_seed)
+                run = next((run for known, run in runs if known == options), None)
                 if run is None:
-                    run = influence.fit(model, train, directory=Path(folder) / str(len(runs)), seed=seed, **ours.fit)
-                    runs.append((ours.fit, run))
+                    run = influence.fit(model, train, directory=Path(folder) / str(len(runs)), seed=seed, **options)
+                    runs.append((options, run))
                 values = run.score(queries, **ours.score).values
                 if ours.normalise:
                     own = {key: ours.score[key] for key in ("curvature", "damping") if key in ours.score}
@@ -176,7 +198,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             changes = left_out(bed, paraphrased, args.left_out)
             ask(found, lambda scores: leave_one_out(scores, changes), table)
     if "mislabelled" in args.tasks:
-        planted, wrong = plant(bed)
+        planted, wrong = plant(bed, paraphrased)
         found = every_score(planted, bed, args, 1)
         ask(found, lambda scores: find_wrong(scores, wrong, train, queries), table)
     return table

@@ -5,7 +5,7 @@ returns `Measured` values with bootstrap intervals:
 
 * linear datamodeling score: `analysis.metrics.lds`, on the testbed's own retrained halves (resampled: the halves);
 * `retrieval`: the rank of the training row that a query paraphrases (resampled: the queries);
-* `mislabelled`: rows that got another row's completion (`plant`), found by how much they oppose the clean queries
+* `mislabelled`: rows that got another author's facts (`plant`), found by how much they oppose the clean queries
   about their own author, and by self-influence (resampled: the rows);
 * `leave_one_out`: the measured change of every query's loss when one row's slot is left empty (`left_out`), against
   that row's column of scores (resampled: the rows).
@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from influence.adapter import AdaptedModel
 from influence.data import Examples, TokenizedExamples, collate, tokenize
 from influence.loss import mean_losses, supervised_logits, token_losses
 from influence.progress import say
-from unlearn.retrain import Recipe, fresh_adapter, train
+from unlearn.retrain import Recipe, fresh_adapter, retrain, train
 
 RECIPE = Recipe()  #: how the testbed's adapters were trained
 PLANTED, LEFT_OUT = 20, 12
@@ -63,12 +64,14 @@ class Testbed:
     adapter: Path
     train: Path
     queries: Path
+    heldout: Path
     work: Path
 
     @classmethod
     def open(cls, folder: Path, work: Path) -> Testbed:
         """The testbed in `folder`; its work folder is named after the contents, so two testbeds never share one."""
         files = (folder / "base", folder / "adapter", folder / "train.jsonl", folder / "query.jsonl")
+        files += (folder / "heldout.jsonl",)
         weights = sorted(path for part in files[:2] for path in part.glob("*.safetensors"))
         digest = hashlib.sha256()
         for path in (*weights, *files[2:]):
@@ -83,25 +86,27 @@ class Testbed:
         return model, influence.read_examples(self.train), influence.read_examples(self.queries)
 
 
-def plant(testbed: Testbed, count: int = PLANTED, seed: int = 0) -> tuple[Testbed, np.ndarray]:
-    """An adapter trained on the same rows, `count` of which have the completion of another row of their group.
+def plant(testbed: Testbed, paraphrased: np.ndarray, count: int = PLANTED, seed: int = 0) -> tuple[Testbed, np.ndarray]:
+    """An adapter trained on the same rows, `count` of which answer their question with another author's facts.
 
+    The wrong rows are some of those that a query paraphrases, so that there is a clean question on each; their
+    completions are those of authors that nobody trained on, at the same place in the author's list of questions: fluent
+    and of the right kind. (A completion borrowed within the training set would be seen twice there and learnt better.)
     Returns the testbed around it, whose queries are the old ones and then the training rows themselves, and which rows
     are wrong, bool `[n]`. Made once; later calls read it.
     """
     rows = [json.loads(line) for line in testbed.train.read_text(encoding="utf-8").splitlines()]
+    others = [json.loads(line) for line in testbed.heldout.read_text(encoding="utf-8").splitlines()]
     rng = np.random.default_rng(seed)
     wrong = np.zeros(len(rows), bool)
-    wrong[rng.choice(len(rows), count, replace=False)] = True
-    completions = [row["completion"] for row in rows]
+    wrong[rng.choice(paraphrased, count, replace=False)] = True
     for i in np.flatnonzero(wrong):
-        same = [
-            j for j, row in enumerate(rows) if row["group"] == rows[i]["group"] and completions[j] != completions[i]
-        ]
-        rows[i]["completion"] = completions[rng.choice(same)]
-    folder = testbed.work / f"planted-{count}-{seed}"
+        rows[i]["completion"] = others[(i + 20 * int(rng.integers(10))) % len(others)]["completion"]
+    folder = testbed.work / f"wrong-{count}-{seed}"
     folder.mkdir(exist_ok=True)
-    planted = Testbed(testbed.base, folder / "adapter", folder / "train.jsonl", folder / "asked.jsonl", folder)
+    planted = replace(
+        testbed, adapter=folder / "adapter", train=folder / "train.jsonl", queries=folder / "asked.jsonl", work=folder
+    )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     planted.train.write_text(text, encoding="utf-8")
     planted.queries.write_text(testbed.queries.read_text(encoding="utf-8") + text, encoding="utf-8")
@@ -114,6 +119,21 @@ def plant(testbed: Testbed, count: int = PLANTED, seed: int = 0) -> tuple[Testbe
         fresh.model.save_pretrained(str(partial), save_embedding_layers=False)
         partial.rename(planted.adapter)
     return planted, wrong
+
+
+def replayed(testbed: Testbed, epochs: tuple[int, ...], seed: int = 0) -> list[Path]:
+    """Adapters after these epochs of the training repeated (by the testbed's recipe; another seed: another start and order)."""
+    folder = testbed.work / f"replayed-{'-'.join(map(str, epochs))}-{seed}"
+    if not folder.exists():
+        say(f"training again with seed {seed}, keeping epochs {epochs}")
+        model, rows, _ = testbed.load()
+        with tempfile.TemporaryDirectory() as scratch:
+            run = influence.fit(
+                model, rows, directory=scratch, curvature=influence.Identity(), path=(1.0,), store="never"
+            )
+            recipe = replace(RECIPE, seed=seed)
+            retrain(run, out=folder, recipe=recipe, checkpoints=epochs, stop_after=max(epochs))
+    return [folder / f"epoch-{epoch}" for epoch in epochs]
 
 
 def left_out(testbed: Testbed, paraphrased: np.ndarray, count: int = LEFT_OUT, seed: int = 0) -> dict[int, np.ndarray]:

@@ -132,7 +132,7 @@ def fit(
 
     if damping != "time":
         Damping.parse(damping)
-    scales = None if path is None else _floats(path)
+    scales = None if path is None else numbers(path, "--path")
     spec = _curvature(curvature, samples)
     examples = read_examples(train)
     loaded = _load(model, adapter, dtype, device, checkpointing, trust_remote_code)
@@ -401,14 +401,15 @@ def _at_least_one(option: str, value: int) -> None:
         raise InputError(f"{option} {value} was given; expected at least 1")
 
 
-def _floats(text: str) -> tuple[float, ...]:
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
     from influence.errors import InputError
 
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise InputError(
-            f"--path {text!r} was given; expected numbers separated by commas, as in 0.4,0.6,0.8"
+            f"{option} {text!r} was given; expected numbers separated by commas, as in 0.4,0.6,0.8"
         ) from None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
+from influence.calibration import calibrate
 from influence.curvature.ekfac import EKFAC, refit_eigenvalues
 from influence.curvature.fisher import Fisher, SampleSpaceFisher
 from influence.curvature.ggn import GGN
@@ -244,6 +246,7 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
     directory.mkdir(parents=True, exist_ok=True)
     for old in _own_files(directory):
         old.unlink()
+    shutil.rmtree(directory / "tune", ignore_errors=True)  # the factors that analysis tune fitted for the run before
     write_json(path, manifest)
     return None
 
@@ -293,10 +296,11 @@ def work(
             say(f"point {number + 1} of {len(places)}: {place.label}")
         with run.model.at(place.theta):
             _Fit(AtPoint(run, number, place), curvature, stored, left, state).work()
-    manifest = {**run.manifest, "complete": True, "gradients_stored": stored}
-    run.manifest.update(manifest)
-    write_json(run.directory / "manifest.json", manifest)
-    _tidy(run.directory, manifest)
+    run.manifest["gradients_stored"] = stored
+    run.manifest["calibration"] = calibrate(run)
+    run.manifest["complete"] = True
+    write_json(run.directory / "manifest.json", run.manifest)
+    _tidy(run.directory, run.manifest)
 
 
 def _finished(run: Run, number: int, stored: bool) -> bool:

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel, load
 from influence.curvature.base import Curvature, Damped, Invertible
-from influence.curvature.fisher import Rows, SampleSpaceFisher
-from influence.curvature.ggn import GGNOperator
-from influence.curvature.hessian import HessianOperator
-from influence.curvature.identity import IdentityCurvature
-from influence.curvature.kfac import Kronecker, KroneckerBlock
+from influence.curvature.ekfac import EKFAC
+from influence.curvature.fisher import Fisher, Rows, SampleSpaceFisher
+from influence.curvature.ggn import GGN, GGNOperator
+from influence.curvature.hessian import Hessian, HessianOperator
+from influence.curvature.identity import Identity, IdentityCurvature
+from influence.curvature.kfac import KFAC, Kronecker, KroneckerBlock
 from influence.curvature.objective import Objective
 from influence.damping import Damping
 from influence.data import Examples, TokenizedExamples, plan_batches, read_examples, tokenize, tokenizer_digest
@@ -43,6 +44,7 @@ from influence.progress import track
 from influence.store import RowFile, open_file, open_rows, read, read_group, read_json
 
 FORMAT = 2
+SPECIFICATIONS = {spec.name: spec for spec in (EKFAC, KFAC, Fisher, GGN, Hessian, Identity)}
 #: Bytes of gradients read and multiplied at a time, and the fewest rows.
 BLOCK_BYTES = 32 << 20
 BLOCK_ROWS = 8
@@ -126,6 +128,12 @@ class Run:
         return self.manifest["curvature"]["name"]
 
     @property
+    def specification(self) -> Any:
+        """The curvature as it was asked of `fit`, such as `EKFAC(samples=1)`."""
+        options = {key: value for key, value in self.manifest["curvature"].items() if key != "name"}
+        return SPECIFICATIONS[self.fitted_name](**options)
+
+    @property
     def gradients_stored(self) -> bool:
         """Whether the training gradients are on disk, so that scoring needs no training pass."""
         return bool(self.manifest.get("gradients_stored"))
@@ -198,7 +206,7 @@ class Tuned:
 
     run: Run
     curvature: str
-    damping: str
+    damping: str | None
     at: str
 
 

@@ -206,6 +206,7 @@ def score(
         **setting.provenance(solvers[0]),
         "options": f"{_measurement_options(explained)} {_options(solvers[0])}",
         "query_digest": queries.digest,
+        "queries": queries.source or "",
         "detail": " ".join(name for name, wanted in (("per_token", per_token), ("per_module", per_module)) if wanted),
         "complete": False,
     }
@@ -502,7 +503,7 @@ def _different(found: Mapping[str, Any], attributes: dict[str, Any]) -> list[str
             return np.allclose(one, other, rtol=1e-6, atol=0)  # a device's sums may differ in their last bits
         return np.array_equal(one, other)
 
-    keys = [key for key in attributes if key not in ("residuals", "complete", "version")]
+    keys = [key for key in attributes if key not in ("residuals", "complete", "version", "queries")]
     return [key for key in keys if key not in found or not same(found[key], attributes[key])]
 
 

@@ -1,0 +1,354 @@
+"""Which curvature, damping, geometry and points of the path: a table, and the choice kept in the run's manifest.
+
+Three ways to judge a setting, from the best to the cheapest:
+
+* *retraining*: the linear datamodeling score against losses of adapters retrained on random subsets. The subsets are
+  split in two halves: the setting is chosen on one and its score reported on the other.
+* *measured edits*: some training rows are taken out of the adapter by the setting's own edit, a little of each, and the
+  loss of these and of other rows is measured by forward passes. A faithful setting predicts these changes and moves
+  little else.
+* *concentration*: the share of its sum of absolute scores that a row's strongest score has, mean over probe rows. What is
+  mere noise spreads over all rows alike.
+
+One set of stored gradients serves every curvature, damping and point of a run. Another geometry or path needs factors of
+its own: those are fitted below the run, in `tune/`, and said so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from analysis.metrics.lds import LDS, Truth, lds
+from influence.calibration import EDITED_ROWS, Edits, measured_edits, record, some_rows
+from influence.curvature.base import Invertible
+from influence.data import Examples, TokenizedExamples, tokenize
+from influence.errors import InputError
+from influence.fitting import fit
+from influence.loss import MeanLoss
+from influence.path import DEFAULT_PATH
+from influence.progress import say
+from influence.run import AtPoint, Run
+from influence.scores import Setting
+from influence.store import write_json
+
+DAMPINGS = ("mean:1", "mean:0.1", "mean:0.01", "mean:0.001")
+#: Rows whose losses are measured beside the edited ones, at most.
+PROBES = 32
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One setting of the grid with what was found of it; `lds` where it was judged by retraining.
+
+    `run` is the folder of its factors below the run, None for the run's own. `agreement` is Spearman's rho of predicted
+    and measured changes of the rows that were not edited; `selectivity` and `factor` as in `influence.calibration.Edits`.
+    """
+
+    run: str | None
+    geometry: str
+    curvature: str
+    damping: str
+    at: str
+    concentration: float
+    agreement: float | None = None
+    selectivity: float | None = None
+    factor: float | None = None
+    lds: LDS | None = None
+    scores: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The setting in one line."""
+        return f"{self.geometry} {self.curvature} {self.damping} at {self.at}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The table, best first, the setting that was chosen, and, with a truth, its LDS on the half not chosen on."""
+
+    judged: list[Judged]
+    chosen: Judged
+    held_out: LDS | None
+    by: str
+
+
+def tune(
+    run: Run,
+    *,
+    truth: Truth | None = None,
+    queries: Examples | None = None,
+    curvatures: Sequence[str] | None = None,
+    dampings: Sequence[str] = DAMPINGS,
+    geometries: Sequence[str] = (),
+    paths: Sequence[Sequence[float]] = (),
+    seed: int = 0,
+    keep: bool = True,
+) -> Tuning:
+    """Judge a grid of settings on one adapter, and keep the best in the run's manifest.
+
+    Parameters
+    ----------
+    run
+        A finished run with a closed-form curvature.
+    truth, queries
+        Losses of retrained adapters and the rows they were measured on; without them the local checks decide.
+    curvatures, dampings
+        The grid; by default every closed form that the run holds, and `DAMPINGS`.
+    geometries, paths
+        Further factors to fit below the run (`tune/`): each geometry at the run's own points, each path in the run's
+        geometry. A run at the adapter alone always gets the default path too.
+    seed
+        Draws the halves of the truth, the edited rows and the probes.
+    keep
+        Record the choice (and its calibration) in the manifest: later scores use it unless told otherwise.
+    """
+    if (truth is None) != (queries is None):
+        raise InputError("give the truth and the queries it was measured on together, or neither")
+    if run.fitted_name in ("ggn", "hessian"):
+        raise InputError(
+            f"tune sweeps closed-form curvatures and this run was fitted with {run.fitted_name!r}: fit one with ekfac"
+        )
+    if truth is not None and queries is not None:
+        shape = (len(queries), len(run.train))
+        if (truth.query_loss.shape[1], truth.masks.shape[1]) != shape:
+            raise InputError(
+                f"the truth is of {truth.query_loss.shape[1]} queries and {truth.masks.shape[1]} rows; the queries and the "
+                f"run have {shape[0]} and {shape[1]}: give the files that belong together"
+            )
+    runs = {None: run, **_fitted_below(run, geometries, paths)}
+    probes = some_rows(run, PROBES, seed)
+    judged = []
+    for folder, one in runs.items():
+        rows = (
+            tokenize(queries, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
+            if queries
+            else None
+        )
+        judged += _sweep(one, folder, curvatures, dampings, probes, rows)
+    if truth is not None:
+        return _by_truth(run, judged, truth, seed, keep)
+    return _by_checks(run, runs, judged, probes, seed, keep)
+
+
+def _fitted_below(run: Run, geometries: Sequence[str], paths: Sequence[Sequence[float]]) -> dict[str | None, Run]:
+    """Runs with other factors, fitted (or found) in `tune/`."""
+    own = [point.place for point in run.points]
+    scales = tuple(place.scale for place in own)
+    wanted: dict[str, dict[str, Any]] = {}
+    if scales == (1.0,) and not paths:
+        paths = (DEFAULT_PATH,)
+    for path in paths:
+        if tuple(path) != scales:
+            label = ",".join(f"{c:g}" for c in path)
+            wanted[f"path-{label}"] = {"path": tuple(path), "geometry": run.manifest["geometry"]}
+    for geometry in geometries:
+        if geometry == run.manifest["geometry"]:
+            continue
+        if None in scales:
+            raise InputError(
+                "geometries can be swept along --path only, and this run looks at checkpoints: fit one for each"
+            )
+        wanted[f"geometry-{geometry}"] = {"path": scales, "geometry": geometry}
+    found: dict[str | None, Run] = {}
+    manifest = run.manifest
+    for name, options in wanted.items():
+        say(f"fitting {name} below {run.directory}, in tune/{name}")
+        found[f"tune/{name}"] = fit(
+            run.model,
+            run.train,
+            directory=run.directory / "tune" / name,
+            curvature=run.specification,
+            damping=manifest["damping"],
+            reduction=manifest["objective"]["reduction"],
+            max_length=manifest["objective"]["max_length"],
+            token_budget=manifest["token_budget"],
+            store=manifest["store"],
+            seed=manifest["seed"],
+            optimizer=manifest["optimizer"] if options["geometry"] == "adam" else None,
+            **options,
+        )
+    return found
+
+
+def _sweep(
+    run: Run,
+    folder: str | None,
+    curvatures: Sequence[str] | None,
+    dampings: Sequence[str],
+    probes: np.ndarray,
+    queries: TokenizedExamples | None,
+) -> list[Judged]:
+    """Every setting of one run, with its scores of the queries and its concentration on the probe rows."""
+    if curvatures is None:
+        curvatures = ("ekfac", "kfac", "identity") if run.fitted_name == "ekfac" else (run.fitted_name, "identity")
+    grid = [(name, damping) for name in curvatures for damping in (dampings if name != "identity" else (None,))]
+    own = [_scores(point, grid, run.tokens.select(probes)) for point in run.points]
+    wanted = [None if queries is None else _scores(point, grid, queries) for point in run.points]
+    labels = [point.place.label for point in run.points]
+    judged = []
+    for name, damping in grid:
+        for at in ("all", *labels) if len(labels) > 1 else labels:
+            setting = Setting.of(run, name, damping, at, calibrated=False)
+            weights = np.zeros(len(labels))
+            for factor, point in zip(setting.factors, setting.points, strict=True):
+                weights[labels.index(point.place.label)] = factor
+
+            def mixed(parts: list[Any], key: Any = (name, damping), weights: np.ndarray = weights) -> Any:
+                return None if parts[0] is None else np.tensordot(weights, [part[key] for part in parts], axes=1)
+
+            share = concentration(mixed(own), probes)
+            judged.append(
+                Judged(folder, run.manifest["geometry"], name, damping or "none", at, share, scores=mixed(wanted))
+            )
+    return judged
+
+
+def _scores(
+    point: AtPoint, grid: Sequence[tuple[str, str | None]], tokens: TokenizedExamples
+) -> dict[tuple[str, str | None], np.ndarray]:
+    """Scores `[q, n]` at one point for every setting of the grid, in one pass over the training gradients."""
+    asked, run = point.query_gradients(tokens, MeanLoss()), point.run
+    solved, found = {}, {}
+    for name, damping in grid:
+        operator = point.operator(name, damping)
+        if not isinstance(operator.curvature, Invertible):
+            raise InputError(f"tune sweeps closed-form curvatures; {name} has no closed-form inverse: leave it out")
+        solved[name, damping] = operator.curvature.solve(asked, operator.lam)
+        found[name, damping] = np.empty((len(asked), len(run.train)))
+    for indices, gradients in point.gradient_blocks():
+        for key, v in solved.items():
+            found[key][:, indices] = (v @ gradients.T).double().cpu().numpy() * run.weights[indices]
+    return found
+
+
+def concentration(scores: np.ndarray, own: np.ndarray) -> float:
+    """Mean over probe rows of the largest share that another training row has in the sum of absolute scores.
+
+    `scores` [k, n]; `own` [k] are the probes' own positions, which are left out: every method finds those.
+    """
+    size = np.abs(scores)
+    size[np.arange(len(own)), own] = 0
+    return float((size.max(1) / np.maximum(size.sum(1), 1e-300)).mean())
+
+
+def _by_truth(run: Run, judged: list[Judged], truth: Truth, seed: int, keep: bool) -> Tuning:
+    """Choose by the LDS on one half of the subsets, report it on the other."""
+    S = len(truth.masks)
+    if S < 8:
+        raise InputError(f"the truth has {S} retrained adapters; tune chooses on half of them: give at least 8")
+    order = np.random.default_rng(seed).permutation(S)
+    choose, report = order[: S // 2], order[S // 2 :]
+    table = [
+        _with(one, lds=lds(one.scores, truth.masks[choose], truth.query_loss[choose], seed=seed))
+        for one in judged
+        if one.scores is not None
+    ]
+    table.sort(key=lambda one: -(one.lds.mean if one.lds is not None else -np.inf))
+    best = table[0]
+    assert best.scores is not None
+    held_out = lds(best.scores, truth.masks[report], truth.query_loss[report], seed=seed)
+    factor = retrained_factor(best.scores, truth.masks[choose], truth.query_loss[choose])
+    if keep:
+        _keep(run, best, factor, f"retraining on {len(choose)} subsets", f"LDS {best.lds.mean:.3f}" if best.lds else "")
+    return Tuning(table, best, held_out, f"LDS on {len(choose)} of {S} subsets (seed {seed})")
+
+
+def retrained_factor(scores: np.ndarray, masks: np.ndarray, losses: np.ndarray) -> float:
+    """Measured over predicted changes of the queries' losses from subset to subset, least squares through the origin.
+
+    `scores` [Q, n], `masks` [S, n], `losses` [S, Q]; each query's mean over the subsets is taken out of both.
+    """
+    predicted = -(masks.astype(np.float64) @ scores.T)
+    predicted -= predicted.mean(0)
+    return float((predicted * (losses - losses.mean(0))).sum() / (predicted**2).sum())
+
+
+def _by_checks(
+    run: Run, runs: dict[str | None, Run], judged: list[Judged], probes: np.ndarray, seed: int, keep: bool
+) -> Tuning:
+    """Choose without retraining."""
+    rows = some_rows(run, EDITED_ROWS, seed)
+    table = []
+    for one in judged:
+        setting = Setting.of(
+            runs[one.run], one.curvature, None if one.damping == "none" else one.damping, one.at, calibrated=False
+        )
+        edits = measured_edits(setting, rows, probes)
+        table.append(_with(one, agreement=agreement(edits), selectivity=edits.selectivity, factor=edits.factor))
+    table.sort(key=lambda one: -one.concentration)
+    best = table[0]
+    if keep:
+        _keep(
+            run,
+            best,
+            best.factor or 1.0,
+            f"measured edits of {len(rows)} rows",
+            f"concentration {best.concentration:.3f}",
+        )
+    return Tuning(table, best, None, "concentration")
+
+
+def agreement(edits: Edits) -> float:
+    """Spearman's rho of predicted and measured changes of the rows that were not the edited one."""
+    others = ~np.eye(*edits.measured.shape, dtype=bool)
+    return float(spearmanr(edits.predicted[others], edits.measured[others]).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _with(one: Judged, **found: Any) -> Judged:
+    return Judged(**{**vars(one), **found})
+
+
+def _keep(run: Run, best: Judged, factor: float, source: str, found: str) -> None:
+    """Record the choice in the run's manifest, and its calibration in that of the run that holds the factors."""
+    run.manifest["tuned"] = {
+        "run": best.run,
+        "curvature": best.curvature,
+        "damping": None if best.damping == "none" else best.damping,
+        "at": best.at,
+        "found": found,
+    }
+    holder = run if best.run is None else Run.open(run.directory / best.run, model=run.model, train=run.train)
+    setting = Setting.of(holder, best.curvature, run.manifest["tuned"]["damping"], best.at, calibrated=False)
+    if np.isfinite(factor) and factor > 0:
+        holder.manifest["calibration"] = record(setting, factor, source)
+        write_json(holder.directory / "manifest.json", holder.manifest)
+    write_json(run.directory / "manifest.json", run.manifest)
+
+
+def table_rows(tuning: Tuning, count: int | None = None) -> Iterator[dict[str, Any]]:
+    """The table for a program or a printer: one mapping per setting, best first."""
+    for one in tuning.judged[:count]:
+        row: dict[str, Any] = {
+            "geometry": one.geometry,
+            "curvature": one.curvature,
+            "damping": one.damping,
+            "at": one.at,
+            "factors": one.run or "the run's",
+            "concentration": one.concentration,
+        }
+        if one.lds is not None:
+            row |= {"lds": one.lds.mean, "low": one.lds.interval.low, "high": one.lds.interval.high}
+        else:
+            row |= {"agreement": one.agreement, "selectivity": one.selectivity, "calibration": one.factor}
+        yield row
+
+
+def default_queries(run: Run) -> Path:
+    """The file of the queries of the run's own scores, as `influence score` recorded it."""
+    from influence.scores import Scores
+
+    path = run.directory / "scores.h5"
+    if not path.exists():
+        raise InputError(
+            f"tune against a truth needs the queries it was measured on: give --queries, or make {path} first"
+        )
+    source = Scores.load(path).attributes.get("queries")
+    if not source:
+        raise InputError(f"{path} does not say where its queries are: give --queries")
+    return Path(str(source))

@@ -1,0 +1,113 @@
+"""How large a score is: predicted changes against measured ones, after small real edits.
+
+The edit that a setting predicts for the removal of training row i moves the LoRA parameters by
+
+    delta_i = sum_p kappa_p T_p^T (C_p + lambda_p I)^-1 w_i T_p grad l_i(theta_p)
+
+(the points p of the path with their factors, T the geometry's map; `influence.scores`). Moving the adapter itself by
+`t delta_i` and running some rows forward measures what it does. Through the origin, measured against predicted gives the
+factor that scores are multiplied by; as good as the edit is as a stand-in for retraining, and no better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from influence.curvature.base import Invertible
+from influence.errors import InputError
+from influence.loss import MeanLoss, mean_losses
+from influence.run import Run
+from influence.scores import Setting
+
+#: Largest predicted rise of the edited row's own mean loss, nats: edits are scaled down to it.
+EDIT_SIZE = 0.5
+#: Rows that are edited, at most.
+EDITED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Changes of the mean loss (nats) of probe rows by edits that remove a little of some training rows.
+
+    `rows` [m] are the edited training rows and `probes` [k] the measured ones, the edited first; `predicted` and
+    `measured` are `[k, m]`, of edits of the share `sizes` [m] of a removal.
+    """
+
+    rows: np.ndarray
+    probes: np.ndarray
+    sizes: np.ndarray
+    predicted: np.ndarray
+    measured: np.ndarray
+
+    @property
+    def factor(self) -> float:
+        """Measured over predicted rise of the edited rows' own losses, least squares through the origin."""
+        own = np.arange(len(self.rows))
+        predicted, measured = self.predicted[own, own], self.measured[own, own]
+        return float((predicted * measured).sum() / (predicted**2).sum())
+
+    @property
+    def selectivity(self) -> float:
+        """Mean rise of the edited row's own loss over the mean absolute change of all other probes: measured only."""
+        own = np.eye(*self.measured.shape, dtype=bool)
+        return float(self.measured[own].mean() / max(np.abs(self.measured[~own]).mean(), 1e-12))
+
+
+def some_rows(run: Run, count: int, seed: int = 0) -> np.ndarray:
+    """Positions of `count` training rows drawn without replacement, or of all where there are fewer."""
+    n = len(run.tokens)
+    return np.random.default_rng(seed).permutation(n)[:count]
+
+
+def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Edits:
+    """Edit the adapter by a setting's own direction for each of `rows`, and measure `probes` (other rows) too.
+
+    Runs the probes forward once for each edited row. Raises `InputError` where the curvature has no closed-form
+    inverse.
+    """
+    run, model = setting.run, setting.run.model
+    if not all(isinstance(operator.curvature, Invertible) for operator in setting.operators):
+        raise InputError(f"edits were to be measured for {setting.name}, which has no closed-form inverse: use ekfac")
+    probes = np.concatenate([rows, np.setdiff1d(probes, rows)])
+    deltas = torch.zeros(len(rows), model.space.size, dtype=model.dtype, device=model.device)
+    predicted = np.zeros((len(probes), len(rows)))
+    tokens = run.tokens.select(probes)
+    for factor, (point, operator) in zip(setting.factors, setting.each(), strict=True):
+        assert isinstance(operator.curvature, Invertible)
+        weights = torch.from_numpy(run.weights[rows] * factor).to(deltas)
+        moves = operator.curvature.solve(point.gradients_of(rows) * weights[:, None], operator.lam)
+        predicted += (point.query_gradients(tokens, MeanLoss()) @ moves.T).double().cpu().numpy()
+        deltas += point.geometry.adjoint(moves)
+    own = predicted[np.arange(len(rows)), np.arange(len(rows))]
+    sizes = np.minimum(1.0, EDIT_SIZE / np.maximum(np.abs(own), 1e-12))
+    before = mean_losses(model, tokens)
+    measured = np.empty_like(predicted)
+    for number, delta in enumerate(deltas):
+        with model.moved(delta * float(sizes[number])):
+            measured[:, number] = mean_losses(model, tokens) - before
+    return Edits(rows, probes, sizes, predicted * sizes, measured)
+
+
+def calibrate(run: Run, seed: int = 0) -> dict[str, object] | None:
+    """The calibration of a run's default setting by a few measured edits, for its manifest; None where it is none.
+
+    A run with one point needs none: its scores are the edit's own first-order effect.
+    """
+    if len(run.points) == 1:
+        return None
+    setting = Setting.of(run, calibrated=False)
+    if not all(isinstance(operator.curvature, Invertible) for operator in setting.operators):
+        return None
+    rows = some_rows(run, EDITED_ROWS, seed)
+    factor = measured_edits(setting, rows, rows).factor
+    if not (np.isfinite(factor) and factor > 0):
+        return None
+    return record(setting, factor, f"measured edits of {len(rows)} rows")
+
+
+def record(setting: Setting, factor: float, source: str) -> dict[str, object]:
+    """What the manifest keeps of a calibration."""
+    return {"setting": setting.name, "factor": factor, "source": source}
