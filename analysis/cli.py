@@ -154,6 +154,10 @@ def tune(
         list[str] | None,
         typer.Option("--damping", help="The dampings to sweep. Default: mean:1, mean:0.1, mean:0.01, mean:0.001."),
     ] = None,
+    columns: Annotated[
+        int,
+        typer.Option("--columns", help="Compare the choice with the exact GGN on so many rows (hundreds of passes)."),
+    ] = 0,
     k: Annotated[int, typer.Option("-k", help="How many settings to show.")] = 15,
     seed: Annotated[int, typer.Option("--seed", help="Draws the halves of the truth and the rows of the checks.")] = 0,
     device: DeviceOption = "auto",
@@ -185,6 +189,7 @@ def tune(
         dampings=tuple(damping or DAMPINGS),
         geometries=tuple(geometry or ()),
         paths=paths,
+        columns=columns,
         seed=seed,
         keep=not dry_run,
     )
@@ -200,9 +205,16 @@ def tune(
             f"\nLDS of the chosen setting on the other subsets: {result.held_out.mean:.4f}, {interval.level:.0%} interval "
             f"[{interval.low:.4f}, {interval.high:.4f}]"
         )
+    if result.exact is not None:
+        text += (
+            f"\nSpearman of its scores with the exact GGN's on {columns} rows: {result.exact:.3f} (worst residual "
+            f"{result.exact_residual:.1e})"
+        )
     if json:
         chosen = next(iter(table_rows(result, 1)))
-        console.emit({"chosen": chosen, "by": result.by, "held_out": held_out, "table": table}, "", True)
+        console.emit(
+            {"chosen": chosen, "by": result.by, "held_out": held_out, "exact": result.exact, "table": table}, "", True
+        )
         return
     from rich.console import Console
     from rich.table import Table

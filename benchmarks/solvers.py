@@ -63,7 +63,9 @@ def main() -> None:
         v[rows] = gradients
     with tempfile.TemporaryDirectory() as folder:
         directory = args.run or Path(folder) / "run"
-        run = influence.fit(model, train, directory=directory, curvature=influence.EKFAC(samples=args.samples))
+        run = influence.fit(
+            model, train, directory=directory, curvature=influence.EKFAC(samples=args.samples), path=(1.0,)
+        )
         operator = run.operator("ggn", args.damping)
         preconditioner = run.preconditioner(operator)
         limits = {"tolerance": args.tolerance, "max_iterations": args.max_products}

@@ -38,7 +38,7 @@ def ours(testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "run"
             cpu, start = time.process_time(), time.perf_counter()
-            run = influence.fit(model, train, directory=directory, token_budget=token_budget)
+            run = influence.fit(model, train, directory=directory, token_budget=token_budget, path=(1.0,))
             fitted = time.perf_counter()
             run.score(queries, out=directory / "scores.h5")
             scored = time.perf_counter()

@@ -244,10 +244,12 @@ class _Asked:
 class Setting:
     """With what scores are made: the points that are looked at, and the damped curvature at each of them.
 
+    `run` holds the factors and `owner` is the run that was asked, which may be one above it (`analysis tune`).
     `factors` [points]: what the points' scores are multiplied by before they are added (`kappa a_p` in the module's
     convention); `rule` is the damping as it was asked for, None for the identity.
     """
 
+    owner: Run
     run: Run
     points: tuple[AtPoint, ...]
     operators: tuple[Damped, ...]
@@ -266,6 +268,7 @@ class Setting:
         calibrated: bool = True,
     ) -> Setting:
         """What is typed wins over what `analysis tune` chose, which wins over the fit's."""
+        owner = run
         tuned = run.tuned if curvature is None and at is None else None
         if tuned is not None:
             run, curvature, at, damping = tuned.run, tuned.curvature, tuned.at, damping or tuned.damping
@@ -284,7 +287,7 @@ class Setting:
         factors = shares * (shares @ scales) / scales
         identity = operators[0].curvature.name == "identity"
         rule = None if identity else str(Damping.parse(damping or run.manifest["damping"]))
-        setting = cls(run, points, operators, factors, rule, "none")
+        setting = cls(owner, run, points, operators, factors, rule, "none")
         return setting.calibrated() if calibrated else setting
 
     def calibrated(self) -> Setting:
@@ -316,7 +319,8 @@ class Setting:
             "points": [point.place.label for point in self.points],
             "factors": self.factors,
             "calibration": self.calibration,
-            "run_digest": run.digest,
+            "run_digest": self.owner.digest,
+            "factors_digest": run.digest,
             "base_digest": run.manifest["base"]["digest"],
             "adapter_digest": run.manifest["adapter"]["digest"],
             "data_digest": run.manifest["data"]["digest"],
@@ -386,7 +390,7 @@ def _score(
     result = work.finish(setting, tokenwise, attributes)
     if not np.isfinite(result.values).all():
         raise NumericalError("scores hold NaN or infinity: raise the damping, or run with --dtype float32 or float64")
-    return work.seal(result, run)
+    return work.seal(result, setting.owner)
 
 
 def _queries_at_once(run: Run) -> int:
@@ -427,7 +431,7 @@ def self_influence(
     solvers = [make_solver(point, name, operator) for point, operator in setting.each()]
     attributes = {"convention": SELF_CONVENTION, "unit": MeanLoss().unit, **setting.provenance(solvers[0])}
     target = None if out is None else Path(out)
-    if target is not None and (found := _existing_self(target, run, attributes, overwrite)) is not None:
+    if target is not None and (found := _existing_self(target, setting.owner, attributes, overwrite)) is not None:
         return found
     values = np.zeros(len(run.train))
     worst = 0.0
@@ -445,7 +449,7 @@ def self_influence(
     result = SelfInfluence(values.astype(np.float32), run.train.ids, worst, attributes)
     if target is not None:
         with only_writer(target):
-            _write_self(target, run, result)
+            _write_self(target, setting.owner, result)
     return result
 
 

@@ -248,6 +248,38 @@ def test_order_store_batches_and_reopening_change_nothing(model, run, tmp_path, 
         close(other.self_influence().values, own, 1e-8)
 
 
+@pytest.mark.parametrize("geometry", ["function", "adam"])
+def test_geometries_do_not_depend_on_the_store_or_the_order(model, tmp_path, double, geometry):
+    data, queries = examples(6), examples(3, seed=1)
+    found = []
+    for number, (path, store) in enumerate(((PATH, "always"), (PATH, "never"), (PATH[::-1], "never"))):
+        fitted = influence.fit(
+            model,
+            data,
+            path=path,
+            store=store,
+            geometry=geometry,
+            reduction="example",
+            token_budget=20,
+            directory=tmp_path / str(number),
+        )
+        found.append((fitted.score(queries).values, fitted.self_influence().values))
+    for scores, own in found[1:]:
+        close(scores, found[0][0], 1e-8)
+        close(own, found[0][1], 1e-8)
+
+
+@pytest.mark.parametrize("geometry", ["function", "adam"])
+def test_the_geometry_of_the_end_is_that_of_the_end(model, tmp_path, double, geometry):
+    """`identity` at the end of a run that has no factors there: the geometry there, not that of its first point."""
+    data, queries = examples(6), examples(3, seed=1)
+    expected = fit_end(model, data, geometry=geometry, directory=tmp_path / "end")
+    for number, path in enumerate((PATH, PATH[::-1])):
+        fitted = influence.fit(model, data, path=path, geometry=geometry, directory=tmp_path / str(number))
+        found = fitted.score(queries, curvature="identity").values
+        close(found, expected.score(queries, curvature="identity").values, 1e-8)
+
+
 @pytest.mark.parametrize(
     "path", [(0,), (1.5,), (0.4, 0.4), (float("nan"),), (), (-0.5, 0.5), (float("inf"),), (0.5, 0.0)]
 )

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 import influence
 from analysis.metrics.lds import Truth
@@ -133,6 +134,19 @@ def test_averages_are_calibrated_when_they_are_fitted(run):
     assert (default.attributes["calibration"], other.attributes["calibration"]) == (found["source"], "none")
     setting = Setting.of(run, calibrated=False)
     np.testing.assert_allclose(Setting.of(run).factors, setting.factors * found["factor"])
+
+
+def test_the_choice_is_compared_with_the_exact_ggn(run):
+    found = tune(run, dampings=("mean:1",), curvatures=("ekfac", "kfac"), columns=2, keep=False)
+    assert found.exact_residual <= 1e-2
+    assert 0.5 < found.exact <= 1
+    first = int(some_rows(run, 2)[0])
+    queries = run.train[first : first + 1]
+    run.manifest["calibration"] = None
+    chosen = {"at": found.chosen.at, "damping": "mean:1"}
+    ours = run.score(queries, curvature=found.chosen.curvature, **chosen).values[0]
+    exact = run.score(queries, curvature="ggn", solver="pcg", **chosen).values[0]
+    assert spearmanr(ours, exact)[0] > 0.5
 
 
 def test_concentration_leaves_a_row_s_own_score_out():
