@@ -94,12 +94,14 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
 def calibrate(run: Run, seed: int = 0) -> dict[str, object] | None:
     """The calibration of a run's default setting by a few measured edits, for its manifest; None where it is none.
 
-    A run with one point needs none: its scores are the edit's own first-order effect.
+    A setting with one point needs none: its scores are the edit's own first-order effect.
     """
     if len(run.points) == 1:
         return None
     setting = Setting.of(run, calibrated=False)
-    if not all(isinstance(operator.curvature, Invertible) for operator in setting.operators):
+    if len(setting.points) == 1 or not all(
+        isinstance(operator.curvature, Invertible) for operator in setting.operators
+    ):
         return None
     rows = some_rows(run, EDITED_ROWS, seed)
     factor = measured_edits(setting, rows, rows).factor

@@ -49,7 +49,8 @@ class Damping:
 
     def __str__(self) -> str:
         """The rule as the command line writes it."""
-        return f"{self.rule}:{self.value:g}"
+        short = f"{self.value:g}"
+        return f"{self.rule}:{short if float(short) == self.value else repr(self.value)}"
 
     @classmethod
     def parse(cls, text: str | Damping) -> Damping:

@@ -34,13 +34,13 @@ from influence.curvature.kfac import KFAC, Kronecker, Moments
 from influence.damping import Damping
 from influence.data import Examples, TokenizedExamples, collate, plan_batches, tokenize, tokenizer_digest
 from influence.errors import InputError, MismatchError
-from influence.geometry import GEOMETRIES, Adam, Geometry, Raw, function_space
-from influence.gradients import Tape, label_uniforms, max_rows, sampled_gradient, stream_gradients, tape
+from influence.geometry import GEOMETRIES, Adam, Geometry
+from influence.gradients import Tape, label_uniforms, max_rows, sampled_gradient, tape
 from influence.loss import Supervised, check_rows, loss_gradient, probabilities, supervised_logits, weights
 from influence.optimizer_state import OptimizerState, second_moments
-from influence.path import DEFAULT_PATH, Point, check_path, points
+from influence.path import DEFAULT_PATH, END, Point, check_path, points
 from influence.progress import say, track
-from influence.run import FORMAT, AtPoint, Run, differing, point_digest, row_blocks, run_file
+from influence.run import FORMAT, AtPoint, Run, differing, geometry_here, point_digest, row_blocks, run_file
 from influence.store import RowFile, only_writer, open_file, open_rows, read, read_json, write_file, write_json
 
 CurvatureSpec = EKFAC | KFAC | Fisher | GGN | Hessian | Identity
@@ -49,8 +49,6 @@ FILES = ("manifest.json", "factors.h5", "gradients.h5", "rows.h5", "scores.h5", 
 
 #: Seconds between checkpoints of a pass.
 CHECKPOINT_SECONDS = 60.0
-#: Training rows whose gradients estimate Adam's second moments where no optimiser state is given.
-RMS_ROWS = 256
 
 
 def fit(
@@ -116,7 +114,9 @@ def fit(
     curvature = EKFAC() if curvature is None else curvature
     if token_budget is None:
         token_budget = 1024 if model.device.type == "cpu" else 4096
-    scales = check_path(path if path is not None else () if checkpoints else DEFAULT_PATH)
+    if path is None:
+        path = () if checkpoints else END if isinstance(curvature, Identity) else DEFAULT_PATH
+    scales = check_path(path)
     _check_options(geometry, store, token_budget, disk_budget)
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
@@ -175,6 +175,9 @@ def fit(
     with only_writer(directory):
         existing = _claim(directory, manifest, overwrite)
         run = Run(directory, existing or manifest, model, train, tokens)
+        if existing is not None and existing["calibration"] is None and (found := calibrate(run)) is not None:
+            existing["calibration"] = found  # another damping than before
+            write_json(directory / "manifest.json", existing)
         if existing is None:
             work(run, places, curvature, disk_budget, state)
     return run
@@ -224,6 +227,7 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
             for key in ("base", "adapter", "data"):
                 current[key] = {**found[key], "path": manifest[key]["path"] or found[key]["path"]}
             if current["damping"] != found["damping"]:
+                current["calibration"] = None if "tuned" not in found else found["calibration"]
                 say(
                     f"note: the damping of {directory} was {found['damping']} and is now {current['damping']}; scores made "
                     "before keep theirs"
@@ -343,22 +347,9 @@ class _Fit:
     def coordinates(self, state: OptimizerState | None) -> Geometry:
         """The geometry at this point; Adam's from the optimiser's state, or from gradients of some training rows."""
         name = self.run.manifest["geometry"]
-        if name == "function":
-            return function_space(self.model)
-        if name == "raw":
-            return Raw()
-        if state is not None:
+        if name == "adam" and state is not None:
             return Adam.of(self.model.space, state.v.to(self.model.device))
-        n = len(self.tokens)
-        rows = np.unique(np.linspace(0, n - 1, min(n, RMS_ROWS)).round().astype(int))
-        stream = stream_gradients(self.model, self.tokens.select(rows), token_budget=self.run.manifest["token_budget"])
-        order, blocks = [], []
-        for indices, gradients, _ in stream:
-            order.append(indices)
-            blocks.append(gradients)
-        # so few rows stand for all: n w_i keeps its meaning
-        shares = torch.from_numpy(self.weights[rows][np.concatenate(order)] * n / len(rows))
-        return Adam.from_rms(self.model.space, blocks, shares)
+        return geometry_here(self.run, name)
 
     def plan(self, limited: bool) -> list[np.ndarray]:
         """The batches; `limited` in rows too, where every row's gradient is held at once."""

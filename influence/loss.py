@@ -212,13 +212,24 @@ class TokenLoss:
         """`token:POSITION`."""
         return f"token:{self.position}"
 
-    def values(self, part: Supervised) -> Tensor:
-        """That token's loss in every example, `[b]`; an `InputError` where one is too short."""
-        short = [count for count in part.counts if not -count <= self.position < count]
+    def check(self, queries: TokenizedExamples) -> None:
+        """Refuse queries that have no such token."""
+        short = [(id, count) for id, count in zip(queries.ids, queries.counts, strict=True) if not self._inside(count)]
         if short:
             raise InputError(
-                f"measurement {self.name} was given; a query has {short[0]} completion tokens (end token included): give "
-                "a position that every query has, or score the others apart"
+                f"measurement {self.name} was given; query {short[0][0]!r} has {short[0][1]} completion tokens (end token "
+                "included): give a position that every query has, or score the others apart"
+            )
+
+    def _inside(self, count: int) -> bool:
+        return -count <= self.position < count
+
+    def values(self, part: Supervised) -> Tensor:
+        """That token's loss in every example, `[b]`; an `InputError` where one is too short."""
+        if not all(self._inside(count) for count in part.counts):
+            raise InputError(
+                f"measurement {self.name} was given; a query has {min(part.counts)} completion tokens (end token included): "
+                "give a position that every query has"
             )
         return torch.stack([own[self.position] for own in token_losses(part.logits, part.targets).split(part.counts)])
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,7 +54,12 @@ class Point:
 
 def check_path(path: Sequence[float]) -> tuple[float, ...]:
     """The scales as floats, in (0, 1], each once; anything else is an `InputError`."""
-    scales = tuple(float(c) for c in path)
+    try:
+        if isinstance(path, str):
+            raise TypeError
+        scales = tuple(float(c) for c in path)
+    except (TypeError, ValueError):
+        raise InputError(f"path {path!r} was given; expected numbers, as in (0.4, 0.6, 0.8)") from None
     if not all(0 < c <= 1 for c in scales) or len(set(scales)) != len(scales):
         shown = ",".join(f"{c:g}" for c in scales)
         raise InputError(
@@ -83,27 +89,33 @@ def points(model: AdaptedModel, path: Sequence[float], checkpoints: Sequence[str
     folders = [adapter_folder(folder) for folder in checkpoints]
     if not scales and not folders:
         raise InputError("no point of the path was given; give --path 1.0, or leave it out")
-    rates = [learning_rate(folder) for folder in folders]
-    known = [rate for rate in rates if rate is not None]
-    if folders and len(known) < len(folders):
+    rates = {folder: learning_rate(folder) for folder in folders}
+    if len(rates) < len(folders):
+        raise InputError("a checkpoint was given twice: give each once")
+    if None in rates.values():
         say("note: not every checkpoint records its learning rate; all checkpoints count equally")
-        known = [1.0] * len(folders)
-    total = sum(known)
-    if folders and not total > 0:
+        rates = dict.fromkeys(folders, 1.0)
+    for folder in [folder for folder, rate in rates.items() if rate == 0]:
+        say(f"note: {folder} is left out: training had a learning rate of 0 there")
+        del rates[folder]
+    if folders and not rates:
         raise InputError("the learning rate at every given checkpoint is 0: give checkpoints from earlier in training")
-    count = len(scales) + len(folders)
-    found = []
-    for folder, rate in zip(folders, known, strict=True):
-        if rate == 0:
-            say(f"note: {folder} is left out: training had a learning rate of 0 there")
-            continue
+    total, count, found = sum(rate or 0 for rate in rates.values()), len(scales) + len(rates), []
+    names = _distinct([folder.name for folder in rates], [str(folder) for folder in rates])
+    for folder, rate, name in zip(rates, rates.values(), names, strict=True):
         theta = read_parameters(model, folder)
-        share = rate / total * len(folders) / count
+        share = (rate or 0) / total * len(rates) / count
         with model.at(theta):
             digest = model.adapter_digest
-        found.append(Point(folder.name, share, theta, digest=digest))
-    found += [Point(f"{c:g}", 1 / count, scaled(model, c), scale=c) for c in scales]
+        found.append(Point(name, share, theta, digest=digest))
+    labels = _distinct([f"{c:g}" for c in scales], [repr(c) for c in scales])
+    found += [Point(label, 1 / count, scaled(model, c), scale=c) for label, c in zip(labels, scales, strict=True)]
     return tuple(found)
+
+
+def _distinct(short: list[str], full: list[str]) -> list[str]:
+    """The short names, or the full ones where two short ones are the same."""
+    return short if len(set(short)) == len(short) else full
 
 
 def again(model: AdaptedModel, record: dict[str, Any], theta: Tensor | None) -> Point:
@@ -119,7 +131,9 @@ def read_parameters(model: AdaptedModel, folder: Path) -> Tensor:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
+        if not isinstance(config, dict):
+            raise ValueError("adapter_config.json holds no JSON object")
+    except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"checkpoint {folder} cannot be read: {error}") from error
     own = model.model.peft_config[model.model.active_adapters[0]].to_dict()
     reasons = [

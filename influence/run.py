@@ -36,7 +36,7 @@ from influence.curvature.objective import Objective
 from influence.damping import Damping
 from influence.data import Examples, TokenizedExamples, plan_batches, read_examples, tokenize, tokenizer_digest
 from influence.errors import InputError, MismatchError, StoreError
-from influence.geometry import Geometry, function_space, load_geometry
+from influence.geometry import Adam, Geometry, Raw, function_space, load_geometry
 from influence.gradients import max_rows, stream_gradients
 from influence.loss import Measurement, weights
 from influence.path import Point, again, scaled
@@ -50,6 +50,8 @@ BLOCK_BYTES = 32 << 20
 BLOCK_ROWS = 8
 #: A point's scale is the mean self-influence of at most so many training rows, evenly spaced.
 SCALE_ROWS = 512
+#: Training rows whose gradients estimate Adam's second moments where no optimiser state is given.
+RMS_ROWS = 256
 
 
 @dataclass
@@ -240,9 +242,9 @@ class AtPoint:
     def geometry(self) -> Geometry:
         """The coordinates in which gradients are compared and curvature is formed."""
         name = self.run.manifest["geometry"]
-        if self.number is None and name == "function":
+        if self.number is None and not (name == "adam" and self.run.manifest["optimizer"]):
             with self.model.at(self.place.theta):
-                return function_space(self.model)
+                return geometry_here(self.run, name)
         with open_file(self.file("factors"), run_digest=self.digest) as file:
             arrays = read_group(file, "geometry")
         state = {key: torch.from_numpy(array).to(self.model.device) for key, array in arrays.items()}
@@ -427,6 +429,23 @@ class AtPoint:
         name = "gradients" if self.run.manifest["curvature"]["samples"] == 0 else "rows"
         blocks = lambda: row_blocks(self.file(name), name, self.digest, self.model.device)  # noqa: E731
         return lambda: (self.geometry.features(block) for block in blocks())
+
+
+def geometry_here(run: Run, name: str) -> Geometry:
+    """A geometry where the model is now; Adam's is estimated from gradients of some training rows."""
+    if name == "function":
+        return function_space(run.model)
+    if name == "raw":
+        return Raw()
+    n = len(run.tokens)
+    rows = np.unique(np.linspace(0, n - 1, min(n, RMS_ROWS)).round().astype(int))
+    budget, order, blocks = run.manifest["token_budget"], [], []
+    for indices, gradients, _ in stream_gradients(run.model, run.tokens.select(rows), token_budget=budget):
+        order.append(indices)
+        blocks.append(gradients)
+    # so few rows stand for all: n w_i keeps its meaning
+    shares = torch.from_numpy(run.weights[rows][np.concatenate(order)] * n / len(rows))
+    return Adam.from_rms(run.model.space, blocks, shares)
 
 
 def run_file(directory: Path, name: str, number: int) -> Path:

@@ -22,6 +22,7 @@ adapter as the optimum, Bae et al. 2022, arXiv 2209.05364).
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -198,6 +199,8 @@ def score(
     max_length = run.manifest["objective"]["max_length"]
     tokens = tokenize(queries, run.model.tokenizer, max_length=max_length)
     check_rows(run.model, tokens)
+    if isinstance(explained, TokenLoss):
+        explained.check(tokens)
     asked = _Asked(queries, tokens, explained)
     attributes = {
         "convention": CONVENTION,
@@ -211,11 +214,14 @@ def score(
         "complete": False,
     }
     if isinstance(explained, Contrast):
-        asked = replace(asked, against=tokenize(explained.against, run.model.tokenizer, max_length=max_length))
+        against = tokenize(explained.against, run.model.tokenizer, max_length=max_length)
+        check_rows(run.model, against)
+        asked = replace(asked, against=against)
         attributes["contrast_digest"] = explained.against.digest
     target = None if out is None else Path(out)
     found = _existing(target, attributes) if target is not None and target.exists() and not overwrite else None
-    if found is not None:
+    if found is not None and target is not None:
+        _parts(target).unlink(missing_ok=True)  # a call that was killed after its last step
         return found
     with nullcontext() if target is None else only_writer(target):
         return _score(setting, asked, solvers, attributes, target, per_token, per_module)
@@ -331,7 +337,7 @@ class Setting:
 def _places(run: Run, curvature: str | None, at: str | None) -> tuple[AtPoint, ...]:
     """The points that a request looks at."""
     identity = (curvature or run.fitted_name) == "identity"
-    at = at or ("end" if identity and curvature is not None else "all")
+    at = at or ("end" if identity else "all")
     if at == "all":
         return tuple(run.points)
     if at == "end":
@@ -476,7 +482,7 @@ def _measurement(value: str | Measurement | Contrast) -> Measurement | Contrast:
     if not isinstance(value, str):
         return value
     kind, _, position = value.partition(":")
-    if kind == "token" and position.lstrip("-").isdigit():
+    if kind == "token" and re.fullmatch(r"-?[0-9]+", position):
         return TokenLoss(int(position))
     if value not in MEASUREMENTS:
         raise InputError(
@@ -531,8 +537,8 @@ class _Work:
     """Scores in the making, in memory or in files that a killed call leaves to go on with.
 
     `parts` [points, query, train] are the points' own scores before they are added, `module_parts` [points, query,
-    module, train] the same by module; with one point they are the final arrays themselves. `done` [chunks * points,
-    train]. On disk: `F.partial`, which becomes the score file, and beside it with several points `F.parts`.
+    module, train] the same by module; with one point of factor 1 they are the final arrays themselves. `done` [chunks *
+    points, train]. On disk: `F.partial`, which becomes the score file, and beside it where they are apart `F.parts`.
     """
 
     chunks: int
@@ -560,10 +566,11 @@ class _Work:
         """Zeros, or what a killed call with the very same request left."""
         run, points = setting.run, len(setting.points)
         Q, n, M = len(queries), len(run.train), len(modules)
+        apart = points > 1 or setting.factors[0] != 1  # added up or multiplied at the end, once
         if target is None:
             values, split = np.zeros((Q, n), np.float32), np.zeros((Q, M, n), np.float32)
-            parts = values[None] if points == 1 else np.zeros((points, Q, n), np.float32)
-            module_parts = split[None] if points == 1 else np.zeros((points, Q, M, n), np.float32)
+            parts = np.zeros((points, Q, n), np.float32) if apart else values[None]
+            module_parts = np.zeros((points, Q, M, n), np.float32) if apart else split[None]
             done = np.zeros((chunks * points, n), np.uint8)
             return cls(
                 chunks,
@@ -580,11 +587,12 @@ class _Work:
             )
         partial, beside = _partial(target), _parts(target)
         begun = _begun(partial, attributes)
-        if begun and (points == 1 or beside.exists()):
+        if begun and (not apart or beside.exists()):
             say(f"resuming {partial}")
             chunks = begun // points
         else:
-            if points > 1:
+            partial.unlink(missing_ok=True)  # first: parts are trusted by the file beside them
+            if apart:
                 rows = {"parts": ((points, Q, n), np.float32), "module_parts": ((points, Q, M, n), np.float32)}
                 write_file(beside, rows=rows)
             _lay_out(partial, run, queries, chunks * points, modules, attributes)
@@ -594,7 +602,7 @@ class _Work:
             for name in names
         )
         parts, module_parts = values[None], split[None]
-        if points > 1:
+        if apart:
             parts, module_parts = (open_rows(beside, name, write=True) for name in ("parts", "module_parts"))
         return cls(chunks, done, residuals, converged, parts, module_parts, values, split, modules, queries, target)
 
@@ -606,7 +614,7 @@ class _Work:
     def finish(self, setting: Setting, tokenwise: Tokenwise | None, attributes: dict[str, Any]) -> Scores:
         """Add the points' scores up."""
         for total, parts in ((self.values, self.parts), (self.modules, self.module_parts)):
-            if len(parts) > 1 or setting.factors[0] != 1:
+            if len(parts) > 1 or setting.factors[0] != 1:  # then `parts` are not `total` itself
                 for query in range(len(total)):
                     total[query] = np.tensordot(setting.factors, parts[:, query].astype(np.float64), axes=1)
         attributes["residuals"], attributes["complete"] = float(self.residuals.max()), True
@@ -682,7 +690,6 @@ def _lay_out(
     strings = {"query_ids": queries.ids, "train_ids": run.train.ids}
     if modules:
         rows["per_module"], strings["modules"] = ((Q, len(modules), n), np.float32), modules
-    partial.unlink(missing_ok=True)
     write_file(partial, attrs=attributes, strings=strings, rows=rows)
     open_rows(partial, "converged", write=True)[:] = 1
 

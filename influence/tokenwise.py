@@ -72,7 +72,7 @@ class Tokenwise:
                     leaf: int, x: Tensor, g: Tensor, valid: Tensor, found: Tensor = found, reads: Tensor = reads
                 ) -> None:
                     products = _products(x.to(solutions), g.to(solutions), columns[leaf])
-                    if valid.shape == found.shape[1:] and valid.shape[1] == reads.shape[1]:
+                    if valid is recorder.valid:
                         found += products
                     else:  # an adapted LM head sees supervised positions only, in order
                         found[:, reads] += products[:, valid]

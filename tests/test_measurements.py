@@ -133,7 +133,9 @@ def test_a_contrast_is_the_difference_of_two_log_probabilities(model, run, doubl
 @pytest.mark.parametrize("measurement", ["token:5", "token:-7", "token:99"])
 def test_a_position_that_a_query_lacks(run, measurement, tmp_path):
     queries = examples(Q, seed=1)
-    with pytest.raises(InputError, match=rf"measurement {measurement} was given; a query has \d completion tokens"):
+    with pytest.raises(
+        InputError, match=rf"measurement {measurement} was given; query 'r1-0' has \d completion tokens"
+    ):
         run.score(queries, measurement=measurement)
 
 
