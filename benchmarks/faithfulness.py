@@ -47,7 +47,8 @@ from tasks import (
 )
 
 import influence
-from analysis.metrics.lds import LDS, LDSDifference, lds, lds_difference, read_truth
+from analysis.metrics.lds import LDS, LDSDifference, Truth, lds, lds_difference, read_truth
+from analysis.tune import tune
 from influence.data import Examples, tokenize
 from influence.progress import say
 
@@ -60,7 +61,8 @@ class Ours:
     """A setting of this project: options of `influence.fit` and of `run.score`.
 
     With `normalise`, every row's scores are divided by the square root of its self-influence. With `replay`, the run looks
-    at the adapters after these epochs of the training repeated with seed `replay_seed` (0 is the adapter's own).
+    at the adapters after these epochs of the training repeated with seed `replay_seed` (0 is the adapter's own). With
+    `tuned`, `analysis.tune` chooses the setting on one half of the truth's subsets; the column `LDS, other half` judges it.
     """
 
     label: str
@@ -69,6 +71,7 @@ class Ours:
     normalise: bool = False
     replay: tuple[int, ...] = ()
     replay_seed: int = 0
+    tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ OURS = (
     Ours("ours: path, Adam's metric, mean:0.01", {"geometry": "adam"}, {"damping": "mean:0.01"}),
     Ours("ours: checkpoints of epochs 1, 3, 6, 10", replay=(1, 3, 6, 10)),
     Ours("ours: epochs 1, 2, 3 replayed, other seed", replay=(1, 2, 3), replay_seed=1),
+    Ours("ours: chosen by tune on half the subsets", tuned=True),
     Ours("ours: at the end (path 1.0)", END),
     Ours("ours: at the end / sqrt(self-influence)", END, normalise=True),
     Ours("ours: K-FAC at the end", END, {"curvature": "kfac"}),
@@ -101,21 +105,30 @@ PEERS = (
 Found = dict[str, np.ndarray | str]
 
 
-def our_scores(bed: Testbed, seeds: int) -> Found:
-    """Scores of every setting in `OURS`; settings with the same options of `fit` share one run per seed."""
+def our_scores(bed: Testbed, seeds: int, truth: Truth | None) -> Found:
+    """Scores of every setting in `OURS`; settings with the same options of `fit` share one run per seed.
+
+    Without a `truth` nothing can be tuned against it, and those settings are left out.
+    """
+    settings = [ours for ours in OURS if truth is not None or not ours.tuned]
     model, train, queries = bed.load()
-    found: dict[str, list[np.ndarray]] = {ours.label: [] for ours in OURS}
+    found: dict[str, list[np.ndarray]] = {ours.label: [] for ours in settings}
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             runs: list[tuple[dict[str, Any], influence.Run]] = []
-            for ours in OURS:
+            for ours in settings:
                 options = dict(ours.fit)
                 if ours.replay:
                     options["checkpoints"] = replayed(bed, ours.replay, ours.replay_seed)
-                run = next((run for known, run in runs if known == options), None)
+                run = next((run for known, run in runs if known == options and not ours.tuned), None)
                 if run is None:
-                    run = influence.fit(model, train, directory=Path(folder) / str(len(runs)), seed=seed, **options)
-                    runs.append((options, run))
+                    run = influence.fit(
+                        model, train, directory=Path(folder) / ours.label.replace("/", "-"), seed=seed, **options
+                    )
+                    if ours.tuned:
+                        tune(run, truth=truth, queries=queries, geometries=("function", "adam"))
+                    else:
+                        runs.append((options, run))
                 values = run.score(queries, **ours.score).values
                 if ours.normalise:
                     own = {key: ours.score[key] for key in ("curvature", "damping") if key in ours.score}
@@ -156,7 +169,7 @@ def every_score(bed: Testbed, clean: Testbed, args: argparse.Namespace, seeds: i
     """Scores of every method on one adapter; ASTRA, which is slow, gets one seed and the queries of `clean` only."""
     pythons = {"kronfluence": args.kronfluence, "bergson": args.bergson}
     model, train, queries = bed.load()
-    found = our_scores(bed, seeds)
+    found = our_scores(bed, seeds, read_truth(args.testbed / "truth.npz") if bed is clean else None)
     found |= {name: scores[None] for name, scores in rival_scores(model, train, queries).items()}
     for peer in PEERS:
         found[peer.label] = peer_scores(peer, pythons[peer.name], bed, seeds)
@@ -210,7 +223,11 @@ def ask_lds(found: Found, truth_file: Path, table: dict[str, Any]) -> None:
     reference = found[REFERENCE]
 
     def question(scores: np.ndarray) -> dict[str, Measured]:
-        answers = {"lds": summary(lds(scores, truth.masks, truth.query_loss))}
+        other = np.random.default_rng(0).permutation(len(truth.masks))[len(truth.masks) // 2 :]  # as tune halves them
+        answers = {
+            "lds": summary(lds(scores, truth.masks, truth.query_loss)),
+            "lds half": summary(lds(scores, truth.masks[other], truth.query_loss[other])),
+        }
         if not isinstance(reference, str) and scores is not reference[0]:
             answers["lds gain"] = summary(lds_difference(scores, reference[0], truth.masks, truth.query_loss))
         return answers
@@ -234,6 +251,7 @@ def find_wrong(scores: np.ndarray, wrong: np.ndarray, train: Examples, queries: 
 COLUMNS = {
     "lds": "LDS",
     "lds gain": f"- {REFERENCE}",
+    "lds half": "LDS, other half",
     "recall@1": "recall@1",
     "mrr": "mean rec. rank",
     "opposition ap": "wrong: AP",

@@ -46,12 +46,47 @@ def test_commands_write_scores_of_every_query_and_row(testbed, fitted):
     np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-6 * np.abs(values).max())
 
 
-def test_defaults_are_as_faithful_as_the_peers(testbed, fitted):
-    """Peers' EK-FAC reaches 0.29 on this adapter; 0.28 leaves room for the noise of sampled labels."""
+def test_defaults_are_more_faithful_than_the_peers(testbed, fitted):
+    """Peers' EK-FAC reaches 0.29 on this adapter; the default path 0.426, and 0.41 leaves room for the sampled labels."""
     result = run_command("analysis", "lds", "--scores", fitted / "scores.h5", "--truth", testbed / "truth.npz")
-    assert result["lds"] >= 0.28
+    assert result["lds"] >= 0.41
     assert result["low"] < result["lds"] < result["high"]
     assert result["subsets"] == 40
+
+
+def test_the_end_of_the_path_is_as_faithful_as_the_peers(testbed, tmp_path):
+    model = influence.load(testbed / "base", testbed / "adapter")
+    train = influence.read_examples(testbed / "train.jsonl")
+    run = influence.fit(model, train, directory=tmp_path / "run", path=(1.0,))
+    scores = run.score(influence.read_examples(testbed / "query.jsonl"))
+    truth = read_truth(testbed / "truth.npz")
+    assert 0.28 <= lds(scores.values, truth.masks, truth.query_loss, resamples=10).mean < 0.32
+
+
+@pytest.mark.slow
+def test_checkpoints_are_more_faithful_still(testbed, fitted, tmp_path):
+    """Of the training repeated by its recipe, epochs 1, 3, 6 and 10, as the commands do it: 0.55."""
+    kept = ["--keep-epochs", "1,3,6,10", "--stop-after", 10]
+    (tmp_path / "recipe.json").write_text("{}")  # the defaults are how this adapter was trained
+    run_command(
+        "unlearn",
+        "retrain",
+        "--run",
+        fitted,
+        "--all-rows",
+        *kept,
+        "--recipe",
+        tmp_path / "recipe.json",
+        "--out",
+        tmp_path / "a",
+    )
+    folders = [tmp_path / "a" / f"epoch-{epoch}" for epoch in (1, 3, 6, 10)]
+    model = ["--model", testbed / "base", "--adapter", testbed / "adapter"]
+    run = tmp_path / "run"
+    run_command("influence", "fit", *model, "--train", testbed / "train.jsonl", "--run", run, "--checkpoints", *folders)
+    run_command("influence", "score", "--run", run, "--queries", testbed / "query.jsonl")
+    result = run_command("analysis", "lds", "--scores", run / "scores.h5", "--truth", testbed / "truth.npz")
+    assert result["lds"] >= 0.52
 
 
 def test_stored_and_streamed_gradients_give_the_same_scores(testbed, fitted, tmp_path):
