@@ -74,7 +74,7 @@ def lds(
         raise InputError("--run retrains and measures the losses of queries: name the scored ones with --queries FILE")
     if plot is not None and plot.exists() and not overwrite:
         raise InputError(f"{plot} exists and would be replaced: give another --plot, or --overwrite")
-    loaded = Scores.load(scores)
+    loaded = Scores.load(scores, detail=False)
     if loaded.attributes.get("measurement", "loss") != "loss":
         raise InputError(
             f"{scores} explains the measurement {loaded.attributes['measurement']!r}, and the truth holds losses: score "
@@ -162,12 +162,16 @@ def tune(
     seed: Annotated[int, typer.Option("--seed", help="Draws the halves of the truth and the rows of the checks.")] = 0,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Drop what an earlier tune chose, and do nothing else.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the table, keep nothing in the manifest.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Which curvature, damping, geometry and points: a table, and the best kept in the run for later scores."""
     from analysis.metrics.lds import read_truth
     from analysis.tune import DAMPINGS, default_queries, table_rows
+    from analysis.tune import forget as drop
     from analysis.tune import tune as choose
     from influence.data import read_examples
     from influence.errors import InputError
@@ -181,6 +185,10 @@ def tune(
     known = None if truth is None else read_truth(truth)
     console.quiet_transformers()
     opened = Run.open(run, device=device, trust_remote_code=trust_remote_code)
+    if forget:
+        drop(opened)
+        console.emit({"chosen": None}, f"{run}: scores use what it was fitted with", json)
+        return
     rows = None if known is None else read_examples(queries or default_queries(opened))
     result = choose(
         opened,

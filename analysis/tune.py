@@ -30,20 +30,24 @@ from scipy.stats import rankdata, spearmanr
 
 from analysis.metrics.lds import LDS, Truth, lds
 from analysis.stats import spearman
+from analysis.truth import check_same_ids
 from influence.calibration import EDITED_ROWS, Edits, measured_edits, record, some_rows
 from influence.curvature.base import Damped, Invertible
-from influence.data import Examples, TokenizedExamples, tokenize
-from influence.errors import InputError
+from influence.data import Examples, TokenizedExamples, read_examples, tokenize
+from influence.errors import InputError, MismatchError, NumericalError
 from influence.fitting import fit
+from influence.geometry import GEOMETRIES
 from influence.loss import MeanLoss
-from influence.path import DEFAULT_PATH
-from influence.progress import say
+from influence.path import DEFAULT_PATH, check_path
+from influence.progress import say, track
 from influence.run import AtPoint, Run
 from influence.scores import Setting
 from influence.solvers import CG
 from influence.store import write_json
 
 DAMPINGS = ("mean:1", "mean:0.1", "mean:0.01", "mean:0.001")
+#: Fewer retrained adapters than this are warned of.
+FEW = 20
 #: Residual to which the exact GGN is solved where a setting is compared with it.
 EXACT_TOLERANCE = 1e-2
 #: Rows whose losses are measured beside the edited ones, at most.
@@ -139,6 +143,15 @@ def tune(
                 f"the truth is of {truth.query_loss.shape[1]} queries and {truth.masks.shape[1]} rows; the queries and the "
                 f"run have {shape[0]} and {shape[1]}: give the files that belong together"
             )
+        for ids, key, what in ((queries.ids, "query_ids", "query"), (run.train.ids, "train_ids", "train")):
+            if key in truth.extra:
+                check_same_ids(ids, truth.extra[key].tolist(), what, "the truth")
+        if len(truth.masks) < FEW:
+            say(f"warning: {len(truth.masks)} retrained adapters order settings by chance; some dozens are needed")
+    for geometry in geometries:
+        if geometry not in GEOMETRIES:
+            raise InputError(f"geometry {geometry!r} was given; expected one of {', '.join(GEOMETRIES)}")
+    paths = [check_path(path) for path in paths]
     runs = {None: run, **_fitted_below(run, geometries, paths)}
     probes = some_rows(run, PROBES, seed)
     judged = []
@@ -150,7 +163,7 @@ def tune(
         )
         judged += _sweep(one, folder, curvatures, dampings, probes, rows)
     if truth is not None:
-        found = _by_truth(run, judged, truth, seed, keep)
+        found = _by_truth(run, runs, judged, truth, seed, keep)
     else:
         found = _by_checks(run, runs, judged, probes, seed, keep)
     if columns < 1 or found.chosen.curvature not in ("ekfac", "kfac"):
@@ -161,12 +174,18 @@ def tune(
     return replace(found, exact=exact, exact_residual=residual)
 
 
+def _setting(run: Run, one: Judged) -> Setting:
+    """The setting that a row of the table stands for."""
+    damping = None if one.damping == "none" else one.damping
+    return Setting.of(run, one.curvature, damping, one.at, tuned=False, calibrated=False)
+
+
 def exact_agreement(run: Run, one: Judged, rows: np.ndarray) -> tuple[float, float]:
     """Spearman's rho of a setting's scores with the exact GGN's, mean over some training rows as queries; the residual.
 
     The GGN has the setting's lambda, block by block, and is solved by CG preconditioned with the run's EK-FAC.
     """
-    setting = Setting.of(run, one.curvature, None if one.damping == "none" else one.damping, one.at, calibrated=False)
+    setting = _setting(run, one)
     tokens, worst = run.tokens.select(rows), 0.0
     ours, exact = (np.zeros((len(rows), len(run.train))) for _ in range(2))
     for factor, (point, operator) in zip(setting.factors, setting.each(), strict=True):
@@ -217,6 +236,7 @@ def _fitted_below(run: Run, geometries: Sequence[str], paths: Sequence[Sequence[
             max_length=manifest["objective"]["max_length"],
             token_budget=manifest["token_budget"],
             store=manifest["store"],
+            disk_budget=manifest["disk_budget"],
             seed=manifest["seed"],
             optimizer=manifest["optimizer"] if options["geometry"] == "adam" else None,
             **options,
@@ -242,7 +262,7 @@ def _sweep(
     judged = []
     for name, damping in grid:
         for at in ("all", *labels) if len(labels) > 1 else labels:
-            setting = Setting.of(run, name, damping, at, calibrated=False)
+            setting = Setting.of(run, name, damping, at, tuned=False, calibrated=False)
             weights = np.zeros(len(labels))
             for factor, point in zip(setting.factors, setting.points, strict=True):
                 weights[labels.index(point.place.label)] = factor
@@ -285,7 +305,9 @@ def concentration(scores: np.ndarray, own: np.ndarray) -> float:
     return float((size.max(1) / np.maximum(size.sum(1), 1e-300)).mean())
 
 
-def _by_truth(run: Run, judged: list[Judged], truth: Truth, seed: int, keep: bool) -> Tuning:
+def _by_truth(
+    run: Run, runs: dict[str | None, Run], judged: list[Judged], truth: Truth, seed: int, keep: bool
+) -> Tuning:
     """Choose by the LDS on one half of the subsets, report it on the other."""
     S = len(truth.masks)
     if S < 8:
@@ -303,7 +325,14 @@ def _by_truth(run: Run, judged: list[Judged], truth: Truth, seed: int, keep: boo
     held_out = lds(best.scores, truth.masks[report], truth.query_loss[report], seed=seed)
     factor = retrained_factor(best.scores, truth.masks[choose], truth.query_loss[choose])
     if keep:
-        _keep(run, best, factor, f"retraining on {len(choose)} subsets", f"LDS {best.lds.mean:.3f}" if best.lds else "")
+        _keep(
+            run,
+            runs[best.run],
+            best,
+            factor,
+            f"retraining on {len(choose)} subsets",
+            f"LDS {best.lds.mean:.3f}" if best.lds else "",
+        )
     return Tuning(table, best, held_out, f"LDS on {len(choose)} of {S} subsets (seed {seed})")
 
 
@@ -323,22 +352,27 @@ def _by_checks(
     """Choose without retraining."""
     rows = some_rows(run, EDITED_ROWS, seed)
     table = []
-    for one in judged:
-        setting = Setting.of(
-            runs[one.run], one.curvature, None if one.damping == "none" else one.damping, one.at, calibrated=False
-        )
-        edits = measured_edits(setting, rows, probes)
+    for one in track(judged, "settings, edits made and measured"):
+        try:
+            edits = measured_edits(_setting(runs[one.run], one), rows, probes)
+        except NumericalError as error:
+            say(f"note: {one.name} is left out, its edits could not be measured: {error}")
+            continue
         table.append(replace(one, agreement=agreement(edits), selectivity=edits.selectivity, factor=edits.factor))
-    ranks = rankdata([one.concentration for one in table]) + rankdata([one.selectivity for one in table])
+    if not table:
+        raise NumericalError("no setting's edits could be measured: run with --dtype float32 or float64")
+    found = np.array([[one.concentration, one.selectivity or 0.0] for one in table])
+    ranks = rankdata(np.where(np.isfinite(found), found, -np.inf), axis=0).sum(1)
     table = [table[number] for number in np.argsort(-ranks, kind="stable")]
     best = table[0]
     if keep:
         _keep(
             run,
+            runs[best.run],
             best,
             best.factor or 1.0,
             f"measured edits of {len(rows)} rows",
-            f"concentration {best.concentration:.3f}",
+            f"concentration {best.concentration:.3f}, selectivity {best.selectivity:.1f}",
         )
     return Tuning(table, best, None, "concentration and selectivity, without retraining")
 
@@ -349,7 +383,7 @@ def agreement(edits: Edits) -> float:
     return float(spearmanr(edits.predicted[others], edits.measured[others]).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _keep(run: Run, best: Judged, factor: float, source: str, found: str) -> None:
+def _keep(run: Run, holder: Run, best: Judged, factor: float, source: str, found: str) -> None:
     """Record the choice in the run's manifest, and its calibration in that of the run that holds the factors."""
     run.manifest["tuned"] = {
         "run": best.run,
@@ -358,11 +392,15 @@ def _keep(run: Run, best: Judged, factor: float, source: str, found: str) -> Non
         "at": best.at,
         "found": found,
     }
-    holder = run if best.run is None else Run.open(run.directory / best.run, model=run.model, train=run.train)
-    setting = Setting.of(holder, best.curvature, run.manifest["tuned"]["damping"], best.at, calibrated=False)
     if np.isfinite(factor) and factor > 0:
-        holder.manifest["calibration"] = record(setting, factor, source)
+        holder.manifest["calibration"] |= record(_setting(holder, best), factor, source)
         write_json(holder.directory / "manifest.json", holder.manifest)
+    write_json(run.directory / "manifest.json", run.manifest)
+
+
+def forget(run: Run) -> None:
+    """Drop what `tune` chose: later scores use what the run was fitted with."""
+    run.manifest.pop("tuned", None)
     write_json(run.directory / "manifest.json", run.manifest)
 
 
@@ -370,10 +408,7 @@ def table_rows(tuning: Tuning, count: int | None = None) -> Iterator[dict[str, A
     """The table for a program or a printer: one mapping per setting, best first."""
     for one in tuning.judged[:count]:
         row: dict[str, Any] = {
-            "geometry": one.geometry,
-            "curvature": one.curvature,
-            "damping": one.damping,
-            "at": one.at,
+            "setting": one.name,
             "factors": one.run or "the run's",
             "concentration": one.concentration,
         }
@@ -393,7 +428,10 @@ def default_queries(run: Run) -> Path:
         raise InputError(
             f"tune against a truth needs the queries it was measured on: give --queries, or make {path} first"
         )
-    source = Scores.load(path).attributes.get("queries")
-    if not source:
+    attributes = Scores.load(path, detail=False).attributes
+    if not attributes.get("queries"):
         raise InputError(f"{path} does not say where its queries are: give --queries")
-    return Path(str(source))
+    found = Path(str(attributes["queries"]))
+    if read_examples(found).digest != attributes["query_digest"]:
+        raise MismatchError(f"{found} has changed since {path} was made: give --queries, or score again")
+    return found

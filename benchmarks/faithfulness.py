@@ -228,7 +228,7 @@ def ask_lds(found: Found, truth_file: Path, table: dict[str, Any]) -> None:
             "lds": summary(lds(scores, truth.masks, truth.query_loss)),
             "lds half": summary(lds(scores, truth.masks[other], truth.query_loss[other])),
         }
-        if not isinstance(reference, str) and scores is not reference[0]:
+        if not isinstance(reference, str) and not np.shares_memory(scores, reference):
             answers["lds gain"] = summary(lds_difference(scores, reference[0], truth.masks, truth.query_loss))
         return answers
 

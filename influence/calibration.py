@@ -19,7 +19,8 @@ import torch
 from influence.curvature.base import Invertible
 from influence.errors import InputError
 from influence.loss import MeanLoss, mean_losses
-from influence.run import Run
+from influence.progress import say
+from influence.run import Run, parts
 from influence.scores import Setting
 
 #: Largest predicted rise of the edited row's own mean loss, nats: edits are scaled down to it.
@@ -78,38 +79,46 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
     for factor, (point, operator) in zip(setting.factors, setting.each(), strict=True):
         assert isinstance(operator.curvature, Invertible)
         weights = torch.from_numpy(run.weights[rows] * factor).to(deltas)
-        moves = operator.curvature.solve(point.gradients_of(rows) * weights[:, None], operator.lam)
-        predicted += (point.query_gradients(tokens, MeanLoss()) @ moves.T).double().cpu().numpy()
-        deltas += point.geometry.adjoint(moves)
+        moves = torch.empty_like(deltas)
+        for some in parts(run, len(rows)):
+            solved = operator.curvature.solve(point.gradients_of(rows[some]) * weights[some, None], operator.lam)
+            moves[torch.from_numpy(some)] = solved
+            deltas[torch.from_numpy(some)] += point.geometry.adjoint(solved)
+        for some in parts(run, len(probes)):
+            asked = point.query_gradients(tokens.select(some), MeanLoss())
+            predicted[some] += (asked @ moves.T).double().cpu().numpy()
     own = predicted[np.arange(len(rows)), np.arange(len(rows))]
     sizes = np.minimum(1.0, EDIT_SIZE / np.maximum(np.abs(own), 1e-12))
-    before = mean_losses(model, tokens)
+    budget = run.manifest["token_budget"]
+    before = mean_losses(model, tokens, token_budget=budget)
     measured = np.empty_like(predicted)
     for number, delta in enumerate(deltas):
         with model.moved(delta * float(sizes[number])):
-            measured[:, number] = mean_losses(model, tokens) - before
+            measured[:, number] = mean_losses(model, tokens, token_budget=budget) - before
     return Edits(rows, probes, sizes, predicted * sizes, measured)
 
 
-def calibrate(run: Run, seed: int = 0) -> dict[str, object] | None:
-    """The calibration of a run's default setting by a few measured edits, for its manifest; None where it is none.
+def calibrate(run: Run, seed: int = 0) -> dict[str, object]:
+    """The calibration of the fit's own setting by a few measured edits, for its manifest; empty where there is none.
 
-    A setting with one point needs none: its scores are the edit's own first-order effect.
+    At the adapter itself there is nothing to measure: scores are the edit's own first-order effect there. Matrix-free
+    curvatures are not calibrated, and a setting that the manifest has a calibration for is not measured again.
     """
-    if len(run.points) == 1:
-        return None
-    setting = Setting.of(run, calibrated=False)
-    if len(setting.points) == 1 or not all(
-        isinstance(operator.curvature, Invertible) for operator in setting.operators
-    ):
-        return None
+    if run.fitted_name in ("ggn", "hessian", "identity"):
+        return {}
+    if [point.place.scale for point in run.points] == [1.0]:
+        return {}
+    setting = Setting.of(run, tuned=False, calibrated=False)
+    if setting.name in run.manifest["calibration"]:
+        return {}
     rows = some_rows(run, EDITED_ROWS, seed)
     factor = measured_edits(setting, rows, rows).factor
     if not (np.isfinite(factor) and factor > 0):
-        return None
+        say(f"note: small edits of {len(rows)} rows did not raise their losses (factor {factor:.2g}): not calibrated")
+        return {}
     return record(setting, factor, f"measured edits of {len(rows)} rows")
 
 
 def record(setting: Setting, factor: float, source: str) -> dict[str, object]:
     """What the manifest keeps of a calibration."""
-    return {"setting": setting.name, "factor": factor, "source": source}
+    return {setting.name: {"factor": factor, "source": source}}

@@ -26,8 +26,11 @@ CheckpointingOption = Annotated[
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the base model ships.")]
 DampingOption = Annotated[
-    str | None, typer.Option("--damping", help="Another damping rule than the fit's: mean:0.1, top:0.01 or abs:1e-3.")
+    str | None,
+    typer.Option("--damping", help="Another damping rule than the fit's: mean:0.1, top:0.01, abs:1e-3 or time:0.5."),
 ]
+#: Said under every table of scores.
+ORDER = "Read the order before the size: removing one row of several that teach the same changes far less."
 AtOption = Annotated[
     str | None, typer.Option("--at", help="Which of the run's points to look at: all, end, or one's label, as in 0.6.")
 ]
@@ -160,8 +163,8 @@ def fit(
     stored = "stored" if result.gradients_stored else "not stored (scores will pass over the rows)"
     text = (
         f"{run}: {curvature} on {manifest['data']['rows']} rows ({manifest['data']['supervised_tokens']} supervised "
-        f"tokens), {manifest['adapter']['parameters']} LoRA parameters, damping {manifest['damping']}; at {', '.join(point['label'] for point in manifest['points'])} of the "
-        f"path from base to adapter; gradients {stored}; "
+        f"tokens), {manifest['adapter']['parameters']} LoRA parameters, damping {manifest['damping']}; points {', '.join(point['label'] for point in manifest['points'])}; gradients "
+        f"{stored}; "
         f"{seconds:.1f} s"
     )
     console.emit({"run": str(run), "seconds": seconds, "manifest": manifest}, text, json)
@@ -179,6 +182,13 @@ def score(
             help="direct, cg, pcg (cg preconditioned by EK-FAC), astra, lissa, sgd or datainf (approximate).",
         ),
     ] = "direct",
+    tolerance: Annotated[
+        float | None, typer.Option("--tolerance", help="Relative residual that an iterative solver goes to.")
+    ] = None,
+    max_iterations: Annotated[
+        int | None,
+        typer.Option("--max-iterations", help="Most products of an iterative solver, each a pass for ggn, hessian."),
+    ] = None,
     measurement: Annotated[
         str,
         typer.Option(
@@ -224,6 +234,8 @@ def score(
         examples,
         out=out,
         solver=solver,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
         measurement=explained,
         curvature=curvature,
         damping=damping,
@@ -235,7 +247,10 @@ def score(
     seconds = time.perf_counter() - start
     failed = int((~scores.converged).sum())
     worst = float(scores.residuals.max())
-    text = f"{out}: scores [{len(scores.query_ids)} queries, {len(scores.train_ids)} rows]; worst residual {worst:.1e}; {seconds:.1f} s"
+    text = (
+        f"{out}: scores [{len(scores.query_ids)} queries, {len(scores.train_ids)} rows]; {describe(scores.attributes)}; worst "
+        f"residual {worst:.1e}; {seconds:.1f} s"
+    )
     result = {
         "out": str(out),
         "shape": list(scores.values.shape),
@@ -291,6 +306,7 @@ def self_(
     for row in rows:
         table.add_row(f"{row['self_influence']:+.4f}", _cell(row["id"]), _cell(row["row"]))
     Console().print(table)
+    Console().print(f"nats per token; {describe(result.attributes)}. {ORDER}", markup=False, highlight=False)
 
 
 @app.command()
@@ -312,7 +328,7 @@ def top(
     path = scores or run / "scores.h5"
     if not path.exists():
         raise InputError(f"{path} does not exist: make it with influence score --run {run} --queries QUERIES")
-    loaded = Scores.load(path)
+    loaded = Scores.load(path, detail=False)
     if loaded.attributes.get("run_digest") != manifest["digest"]:
         raise MismatchError(f"{path} belongs to another run than {run}: give the run it was made from")
     position = loaded.query_index(query)
@@ -330,7 +346,8 @@ def top(
     from rich.console import Console
 
     unit = loaded.attributes.get("unit", "")
-    for name, part, effect in (("proponents", proponents, "raise"), ("opponents", opponents, "lower")):
+    effects = ("raise", "lower") if loaded.attributes.get("rises", True) else ("lower", "raise")
+    for name, part, effect in zip(("proponents", "opponents"), (proponents, opponents), effects, strict=True):
         table = _table(
             f"{name} of {console.printable(loaded.query_ids[position])}: removing one would {effect} its {loaded.attributes.get('measurement', 'loss')}",
             f"score ({unit})",
@@ -340,6 +357,8 @@ def top(
                 f"{entry.score:+.2e}", _cell(entry.id), _cell(train[entry.index].preview(90)) if train else ""
             )
         Console().print(table)
+    if "points" in loaded.attributes:
+        Console().print(f"{describe(loaded.attributes)}. {ORDER}", markup=False, highlight=False)
 
 
 @app.command()
@@ -392,6 +411,15 @@ def _curvature(name: str, samples: int) -> Any:
     if name not in table:
         raise InputError(f"curvature {name!r} was given; expected one of {', '.join(table)}")
     return table[name]()
+
+
+def describe(attributes: Any) -> str:
+    """With what scores were made, in one line."""
+    points = ", ".join(str(label) for label in attributes["points"])
+    return (
+        f"{attributes['geometry']} {attributes['curvature']}, damping {attributes['damping']}, points {points}, size "
+        f"{'not calibrated' if attributes['calibration'] == 'none' else 'calibrated by ' + str(attributes['calibration'])}"
+    )
 
 
 def _at_least_one(option: str, value: int) -> None:

@@ -33,7 +33,7 @@ from influence.curvature.identity import Identity
 from influence.curvature.kfac import KFAC, Kronecker, Moments
 from influence.damping import Damping
 from influence.data import Examples, TokenizedExamples, collate, plan_batches, tokenize, tokenizer_digest
-from influence.errors import InputError, MismatchError
+from influence.errors import InputError, MismatchError, NumericalError, StoreError
 from influence.geometry import GEOMETRIES, Adam, Geometry
 from influence.gradients import Tape, label_uniforms, max_rows, sampled_gradient, tape
 from influence.loss import Supervised, check_rows, loss_gradient, probabilities, supervised_logits, weights
@@ -164,6 +164,7 @@ def fit(
         "geometry": geometry,
         "optimizer": None if optimizer is None else str(Path(optimizer).resolve()),
         "store": store,
+        "disk_budget": disk_budget,
         "seed": seed,
         "token_budget": token_budget,
         "dtype": identity["dtype"],
@@ -175,12 +176,22 @@ def fit(
     with only_writer(directory):
         existing = _claim(directory, manifest, overwrite)
         run = Run(directory, existing or manifest, model, train, tokens)
-        if existing is not None and existing["calibration"] is None and (found := calibrate(run)) is not None:
-            existing["calibration"] = found  # another damping than before
-            write_json(directory / "manifest.json", existing)
         if existing is None:
             work(run, places, curvature, disk_budget, state)
+        _calibrate(run)
     return run
+
+
+def _calibrate(run: Run) -> None:
+    """Measure how large the scores of the fit's own setting are, unless that is known; a failure is told, not raised."""
+    try:
+        found = calibrate(run)
+    except (NumericalError, MemoryError, torch.OutOfMemoryError) as error:
+        say(f"note: the size of the scores could not be measured ({error}); they stay uncalibrated")
+        return
+    if found:
+        run.manifest["calibration"] = {**run.manifest["calibration"], **found}
+        write_json(run.directory / "manifest.json", run.manifest)
 
 
 def _check_options(geometry: str, store: str, token_budget: int, disk_budget: float) -> None:
@@ -227,10 +238,14 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
             for key in ("base", "adapter", "data"):
                 current[key] = {**found[key], "path": manifest[key]["path"] or found[key]["path"]}
             if current["damping"] != found["damping"]:
-                current["calibration"] = None if "tuned" not in found else found["calibration"]
                 say(
                     f"note: the damping of {directory} was {found['damping']} and is now {current['damping']}; scores made "
                     "before keep theirs"
+                    + (
+                        "; later ones use what analysis tune chose (analysis tune --forget drops it)"
+                        if found.get("tuned")
+                        else ""
+                    )
                 )
             if current != found:
                 write_json(path, current)
@@ -248,9 +263,11 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
                 "): give a new directory"
             )
     directory.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # a run of ours was here: away with the factors that analysis tune fitted below it
+        for below in (directory / "tune").glob("*/manifest.json"):
+            shutil.rmtree(below.parent)
     for old in _own_files(directory):
         old.unlink()
-    shutil.rmtree(directory / "tune", ignore_errors=True)  # the factors that analysis tune fitted for the run before
     write_json(path, manifest)
     return None
 
@@ -293,6 +310,8 @@ def work(
     empirical = isinstance(curvature, Fisher) and curvature.samples == 0
     stored = _fits(run.manifest["store"], row_bytes * len(places), disk_budget) or empirical
     left = disk_budget - row_bytes * (len(places) - 1) if stored else disk_budget
+    if stored:
+        _refuse_small_disk(run, row_bytes * len(places))
     for number, place in enumerate(places):
         if _finished(run, number, stored):
             continue
@@ -300,9 +319,7 @@ def work(
             say(f"point {number + 1} of {len(places)}: {place.label}")
         with run.model.at(place.theta):
             _Fit(AtPoint(run, number, place), curvature, stored, left, state).work()
-    run.manifest["gradients_stored"] = stored
-    run.manifest["calibration"] = calibrate(run)
-    run.manifest["complete"] = True
+    run.manifest |= {"gradients_stored": stored, "calibration": {}, "complete": True}
     write_json(run.directory / "manifest.json", run.manifest)
     _tidy(run.directory, run.manifest)
 
@@ -574,6 +591,17 @@ class _Fit:
                 for found in self.sampled_again(recorder, rows):
                     yield self.geometry.features(found), share.to(found)
         self.moments, self.store_rows = moments, False
+
+
+def _refuse_small_disk(run: Run, needed: int) -> None:
+    """All points' gradients must fit before the first point is begun."""
+    there = sum(path.stat().st_size for path in run.directory.glob("gradients*.h5"))
+    free = shutil.disk_usage(run.directory).free
+    if needed - there > free:
+        raise StoreError(
+            f"the gradients of all points need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on the disk of "
+            f"{run.directory}: free some space, choose another directory, give fewer points, or use --store never"
+        )
 
 
 def _refuse_large_gram(m: int) -> None:

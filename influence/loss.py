@@ -170,6 +170,11 @@ class Measurement(Protocol):
         """The unit of m(q)."""
         ...
 
+    @property
+    def rises(self) -> bool:
+        """Whether m(q) rises when the model gets worse at the query, as a loss does (a margin falls)."""
+        ...
+
     def values(self, part: Supervised) -> Tensor:
         """`m(q)` of every example of a batch, `[b]`, differentiable by `part.logits`."""
         ...
@@ -181,6 +186,7 @@ class MeanLoss:
 
     name: str = field(default="loss", init=False)
     unit: str = field(default="nats per token", init=False)
+    rises: bool = field(default=True, init=False)
 
     def values(self, part: Supervised) -> Tensor:
         """Mean loss of every example, `[b]`."""
@@ -194,6 +200,7 @@ class SumLoss:
 
     name: str = field(default="sum", init=False)
     unit: str = field(default="nats", init=False)
+    rises: bool = field(default=True, init=False)
 
     def values(self, part: Supervised) -> Tensor:
         """Summed loss of every example, `[b]`."""
@@ -206,6 +213,7 @@ class TokenLoss:
 
     position: int = 0
     unit: str = field(default="nats", init=False)
+    rises: bool = field(default=True, init=False)
 
     @property
     def name(self) -> str:
@@ -240,6 +248,7 @@ class MeanMargin:
 
     name: str = field(default="margin", init=False)
     unit: str = field(default="log-odds per token", init=False)
+    rises: bool = field(default=False, init=False)
 
     def values(self, part: Supervised) -> Tensor:
         """Mean margin of every example, `[b]`."""
@@ -255,12 +264,14 @@ class Custom:
     """Your own m(q): `function(log_probs [T, V], targets [T]) -> scalar` for each query's T supervised tokens.
 
     `log_probs` are the model's log-probabilities at these tokens, in at least float32; the function must be
-    differentiable by them. `name` goes on record and tells two functions apart.
+    differentiable by them. `name` goes on record and tells two functions apart. `rises`: whether it rises when the model
+    gets worse, which says who is a proponent.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
     name: str
     unit: str = "as the function gives it"
+    rises: bool = True
 
     def values(self, part: Supervised) -> Tensor:
         """The function's value for every example, `[b]`."""
@@ -287,6 +298,7 @@ class Contrast:
     against: Examples
     name: str = field(default="contrast", init=False)
     unit: str = field(default="nats", init=False)
+    rises: bool = field(default=True, init=False)
 
     def check(self, queries: Examples) -> None:
         """Refuse rows that do not pair up with the queries: another number, or another prompt."""

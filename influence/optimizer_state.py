@@ -31,6 +31,8 @@ _LEAF_NAME = re.compile(r"(?:.*\bbase_model\.model\.)?(?P<leaf>.+\.lora_[AB])(?:
 _BNB_STATE = "__bnb_optimizer_quant_state__"
 #: Block sizes of bitsandbytes' 8-bit states, today's and the one before.
 _BLOCKS = (256, 2048)
+#: More steps than any training has.
+MAX_STEPS = 10**8
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,12 @@ class OptimizerState:
 
     `v` [P] are the bias-corrected second moments in ParamSpace order, `v_t / (1 - beta2^t)`, of the gradients of the
     trainer's objective (of whatever its gradient clipping left of them); `steps` is t, the optimiser steps so far;
-    `sum_lr` the sum of the learning rate over them, None where the log has none; `betas` and `weight_decay` as set.
+    `sum_lr` the sum of the learning rate over them, None where the log has none.
     """
 
     v: Tensor
     steps: int
     sum_lr: float | None
-    betas: tuple[float, float]
-    weight_decay: float
 
 
 def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> OptimizerState:
@@ -87,9 +87,11 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
         elif tuple(moment.shape) != leaves[name]:
             reasons.append(f"{name}: shape {list(moment.shape)} there, {list(leaves[name])} in the model")
         else:
-            step = int(state.get("step", 0))
-            if step < 1:
-                reasons.append(f"{name}: its step is {step}; a state without a step cannot be bias-corrected")
+            step = _whole(state.get("step", 0))
+            if step is None or step < 1:
+                reasons.append(
+                    f"{name}: its step is {state.get('step')!r}; a state without a step cannot be bias-corrected"
+                )
                 continue
             steps = max(steps, step)
             parts[name] = moment / (1 - beta2**step)
@@ -97,9 +99,15 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
     v = model.space.flatten([parts[leaf.name] for leaf in model.space.leaves])
     if not bool((torch.isfinite(v) & (v >= 0)).all()):
         raise NumericalError(f"the second moments in {str(folder)!r} hold NaN, infinity or negative values")
-    betas = groups[0]["betas"]
-    decay = float(groups[0].get("weight_decay", 0.0))
-    return OptimizerState(v, steps, _sum_lr(folder / "trainer_state.json"), (float(betas[0]), float(betas[1])), decay)
+    return OptimizerState(v, steps, _sum_lr(folder / "trainer_state.json"))
+
+
+def _whole(value: Any) -> int | None:
+    """A step as a whole number, or None where it is none."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
 
 
 def _refuse(message: str, reasons: list[str]) -> None:
@@ -239,7 +247,9 @@ def _sum_lr(path: Path) -> float | None:
         log = json.loads(path.read_text(encoding="utf-8"))
         entries = [(int(e["step"]), float(e["learning_rate"])) for e in log["log_history"] if "learning_rate" in e]
         last = int(log["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not 0 <= last <= MAX_STEPS:
+            raise ValueError(f"global_step is {last}, expected at most {MAX_STEPS}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise InputError(f"{path} is not a Trainer's state ({error!r}): copy the checkpoint again") from error
     if not entries:
         return None

@@ -86,7 +86,10 @@ def points(model: AdaptedModel, path: Sequence[float], checkpoints: Sequence[str
     `AdapterError` where a checkpoint is not of this adapter's shape, `InputError` for a path outside (0, 1].
     """
     scales = check_path(path)
-    folders = [adapter_folder(folder) for folder in checkpoints]
+    for folder in checkpoints:
+        if not Path(folder).is_dir():
+            raise AdapterError(f"there is no checkpoint folder {str(folder)!r}: give the folders that training kept")
+    folders = [adapter_folder(folder).resolve() for folder in checkpoints]
     if not scales and not folders:
         raise InputError("no point of the path was given; give --path 1.0, or leave it out")
     rates = {folder: learning_rate(folder) for folder in folders}
@@ -101,14 +104,16 @@ def points(model: AdaptedModel, path: Sequence[float], checkpoints: Sequence[str
     if folders and not rates:
         raise InputError("the learning rate at every given checkpoint is 0: give checkpoints from earlier in training")
     total, count, found = sum(rate or 0 for rate in rates.values()), len(scales) + len(rates), []
+    labels = _distinct([f"{c:g}" for c in scales], [repr(c) for c in scales])
+    taken = {"all", "end", *labels}
     names = _distinct([folder.name for folder in rates], [str(folder) for folder in rates])
+    names = [str(folder) if name in taken else name for folder, name in zip(rates, names, strict=True)]
     for folder, rate, name in zip(rates, rates.values(), names, strict=True):
         theta = read_parameters(model, folder)
         share = (rate or 0) / total * len(rates) / count
         with model.at(theta):
             digest = model.adapter_digest
         found.append(Point(name, share, theta, digest=digest))
-    labels = _distinct([f"{c:g}" for c in scales], [repr(c) for c in scales])
     found += [Point(label, 1 / count, scaled(model, c), scale=c) for label, c in zip(labels, scales, strict=True)]
     return tuple(found)
 

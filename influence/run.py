@@ -48,6 +48,8 @@ SPECIFICATIONS = {spec.name: spec for spec in (EKFAC, KFAC, Fisher, GGN, Hessian
 #: Bytes of gradients read and multiplied at a time, and the fewest rows.
 BLOCK_BYTES = 32 << 20
 BLOCK_ROWS = 8
+#: Bytes of gradients that are solved for at a time where only a few numbers of each are wanted.
+PART_BYTES = 256 << 20
 #: A point's scale is the mean self-influence of at most so many training rows, evenly spaced.
 SCALE_ROWS = 512
 #: Training rows whose gradients estimate Adam's second moments where no optimiser state is given.
@@ -417,9 +419,10 @@ class AtPoint:
                 invert = self.preconditioner(operator) if stands else self.operator("identity")
             assert isinstance(invert.curvature, Invertible)
             total = 0.0
-            for part in np.array_split(rows, -(-len(rows) // 64)):
-                gradients = self.gradients_of(part)
-                products = (gradients * invert.curvature.solve(gradients, invert.lam)).double().sum(1).cpu().numpy()
+            for some in parts(self.run, len(rows)):
+                gradients, part = self.gradients_of(rows[some]), rows[some]
+                solved = invert.curvature.solve(gradients, invert.lam)
+                products = np.array([float(g @ x) for g, x in zip(gradients, solved, strict=True)])
                 total += float((products * self.run.weights[part] / self.run.tokens.counts[part]).sum())
             self._scales[key] = total / len(rows)
         return self._scales[key]
@@ -429,6 +432,12 @@ class AtPoint:
         name = "gradients" if self.run.manifest["curvature"]["samples"] == 0 else "rows"
         blocks = lambda: row_blocks(self.file(name), name, self.digest, self.model.device)  # noqa: E731
         return lambda: (self.geometry.features(block) for block in blocks())
+
+
+def parts(run: Run, count: int) -> list[np.ndarray]:
+    """Positions 0 ... count - 1 in parts whose gradients, and some copies of them, take a bounded amount of memory."""
+    size = max(1, PART_BYTES // (run.model.space.size * run.model.dtype.itemsize))
+    return np.array_split(np.arange(count), -(-count // size))
 
 
 def geometry_here(run: Run, name: str) -> Geometry:
@@ -465,8 +474,13 @@ def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
         text = value if isinstance(value, str) else json.dumps(value)
         return text[:12] if len(text) == 64 else text
 
+    def short_points(points: Any) -> str:
+        return ",".join(point["label"] for point in points) if points else "nothing"
+
     return [
-        f"{key} is {short(found.get(key))} there and {short(expected[key])} here"
+        f"{key} is {short_points(found.get(key))} there and {short_points(expected[key])} here"
+        if key == "points" and short_points(found.get(key)) != short_points(expected[key])
+        else f"{key} is {short(found.get(key))} there and {short(expected[key])} here"
         for key in expected
         if found.get(key) != expected[key]
     ]

@@ -26,7 +26,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +49,9 @@ from influence.tokenwise import Tokenwise
 
 CONVENTION = (
     "score[q, i] = w_i * grad m(q)^T (C + lambda I)^-1 grad l_i: predicted change of measurement m(q) when training "
-    "row i is removed; with m = loss, positive = proponent (removing it raises the query's loss), negative = opponent"
+    "row i is removed; with m = loss, positive = proponent (removing it raises the query's loss), negative = opponent. At "
+    "several points of the path: the sum of the points' scores times `factors` = kappa share_p mean(Z) / Z_p, with Z_p the "
+    "mean self-influence of the training rows at p and kappa the calibration of the size, 1 if `calibration` is none"
 )
 SELF_CONVENTION = (
     "self_influence[i] = w_i / T_i * grad l_i^T (C + lambda I)^-1 grad l_i: predicted rise of row i's own mean loss, in "
@@ -58,6 +60,8 @@ SELF_CONVENTION = (
 SOLVERS = ("direct", "cg", "pcg", "lissa", "astra", "sgd", "datainf")
 #: How per-token scores are named in a score file: values, offsets, token ids.
 TOKEN_NAMES = ("per_token", "token_offsets", "token_ids")
+#: Vectors [K, P] that a solver holds beside the right-hand sides, counted in its code; of any other solver the most.
+COPIES = {"direct": 4, "cg": 8, "pcg": 8, "datainf": 10, "lissa": 12, "sgd": 12, "astra": 12}
 #: Share of the free memory that the gradients of one chunk of queries may take.
 QUERY_SHARE = 0.2
 
@@ -105,17 +109,21 @@ class Scores:
         return index
 
     def top(self, query: int | str, k: int = 10) -> tuple[list[Entry], list[Entry]]:
-        """The k strongest proponents (most positive first) and the k strongest opponents (most negative first)."""
+        """The k strongest proponents and the k strongest opponents, strongest first.
+
+        Proponents have positive scores, but for a measurement that falls when the model gets worse (margin): negative.
+        """
         row = self.values[self.query_index(query)]
-        order = np.argsort(-row, kind="stable")
+        harm = row if self.attributes.get("rises", True) else -row
+        order = np.argsort(-harm, kind="stable")
         entry = lambda i: Entry(self.train_ids[i], int(i), float(row[i]))  # noqa: E731
-        proponents = [entry(i) for i in order[:k] if row[i] > 0]
-        opponents = [entry(i) for i in order[::-1][:k] if row[i] < 0]
+        proponents = [entry(i) for i in order[:k] if harm[i] > 0]
+        opponents = [entry(i) for i in order[::-1][:k] if harm[i] < 0]
         return proponents, opponents
 
     @classmethod
-    def load(cls, path: str | Path) -> Scores:
-        """Read a score file; plain h5py reads it as well."""
+    def load(cls, path: str | Path, *, detail: bool = True) -> Scores:
+        """Read a score file, with the scores by token and module if it has them and `detail`; plain h5py reads it too."""
         path = Path(path)
         with open_file(path) as file:
             missing = [key for key in ("scores", "query_ids", "train_ids") if key not in file]
@@ -130,9 +138,9 @@ class Scores:
                 read(file, "residuals") if "residuals" in file else np.array([]),
                 read(file, "converged").astype(bool) if "converged" in file else np.array([]),
                 dict(file.attrs),
-                read(file, "per_module") if "per_module" in file else None,
+                read(file, "per_module") if detail and "per_module" in file else None,
                 read_strings(file, "modules") if "modules" in file else [],
-                Tokenwise(*(read(file, name) for name in TOKEN_NAMES)) if TOKEN_NAMES[0] in file else None,
+                Tokenwise(*(read(file, name) for name in TOKEN_NAMES)) if detail and TOKEN_NAMES[0] in file else None,
             )
 
 
@@ -152,6 +160,8 @@ def score(
     *,
     out: str | Path | None = None,
     solver: str | Solver = "direct",
+    tolerance: float | None = None,
+    max_iterations: int | None = None,
     curvature: str | None = None,
     damping: str | Damping | None = None,
     measurement: str | Measurement | Contrast = "loss",
@@ -173,6 +183,8 @@ def score(
     solver
         `direct`, `cg`, `pcg` (CG preconditioned by the run's EK-FAC), `lissa`, `astra`, `sgd`, `datainf`, or a solver
         object.
+    tolerance, max_iterations
+        Of an iterative solver given by name: the relative residual to reach, and the most products.
     curvature, damping
         Another curvature of this run (see `AtPoint.curvature`) or another damping rule than the one that `analysis
         tune` chose, or the fit's.
@@ -186,7 +198,8 @@ def score(
     per_module
         Also split every score over the adapted modules (`Scores.modules` [query, module, train]).
 
-    With stored gradients no training row is run again. Columns that did not converge are flagged in `converged`
+    With stored gradients no training row is run again, but for `per_token` and for plain gradient products at the end of a
+    path that the run has no point at. Columns that did not converge are flagged in `converged`
     and said on standard error.
     """
     if len(queries) == 0:
@@ -196,6 +209,8 @@ def score(
         explained.check(queries)
     setting = Setting.of(run, curvature, damping, at)
     solvers = [make_solver(point, solver, operator) for point, operator in setting.each()]
+    limits = {"tolerance": tolerance, "max_iterations": max_iterations}
+    solvers = [_limited(one, {key: value for key, value in limits.items() if value is not None}) for one in solvers]
     max_length = run.manifest["objective"]["max_length"]
     tokens = tokenize(queries, run.model.tokenizer, max_length=max_length)
     check_rows(run.model, tokens)
@@ -206,6 +221,7 @@ def score(
         "convention": CONVENTION,
         "measurement": explained.name,
         "unit": explained.unit,
+        "rises": explained.rises,
         **setting.provenance(solvers[0]),
         "options": f"{_measurement_options(explained)} {_options(solvers[0])}",
         "query_digest": queries.digest,
@@ -271,13 +287,27 @@ class Setting:
         damping: str | Damping | None = None,
         at: str | None = None,
         *,
+        tuned: bool = True,
         calibrated: bool = True,
     ) -> Setting:
-        """What is typed wins over what `analysis tune` chose, which wins over the fit's."""
-        owner = run
-        tuned = run.tuned if curvature is None and at is None else None
-        if tuned is not None:
-            run, curvature, at, damping = tuned.run, tuned.curvature, tuned.at, damping or tuned.damping
+        """Option by option, what is typed wins over what `analysis tune` chose, which wins over the fit's.
+
+        A point that only the run itself has (`at`) is looked at there.
+        """
+        if damping is not None and curvature == "identity":
+            raise InputError(
+                f"damping {damping} was given with the curvature identity, which means C + lambda I := I and has none: leave "
+                "it out, or give another curvature"
+            )
+        owner, chosen = run, run.tuned if tuned else None
+        if chosen is not None:
+            there = {"all", "end", *(point.place.label for point in chosen.run.points)}
+            if at is None or at in there:
+                run = chosen.run
+            plain = "identity" in (curvature, chosen.curvature)  # whose damping and points are no other curvature's
+            at = at or (None if plain and curvature not in (None, chosen.curvature) else chosen.at)
+            damping = damping or (None if plain else chosen.damping)
+            curvature = curvature or chosen.curvature
         points = _places(run, curvature, at)
         operators = tuple(point.operator(curvature, damping) for point in points)
         shares = np.array([point.place.share for point in points])
@@ -298,16 +328,17 @@ class Setting:
 
     def calibrated(self) -> Setting:
         """The same with the manifest's calibration, where that was measured for this very setting."""
-        found = self.run.manifest.get("calibration")
-        if not found or found["setting"] != self.name:
+        found = self.run.manifest.get("calibration", {}).get(self.name)
+        if not found:
             return self
         return replace(self, factors=self.factors * found["factor"], calibration=found["source"])
 
     @property
     def name(self) -> str:
-        """The setting in one line: curvature, damping, points."""
+        """The setting in one line: geometry, curvature, damping, points."""
         labels = ",".join(point.place.label for point in self.points)
-        return f"{self.operators[0].curvature.name} {self.rule or 'undamped'} at {labels}"
+        geometry = self.run.manifest["geometry"]
+        return f"{geometry} {self.operators[0].curvature.name} {self.rule or 'undamped'} at {labels}"
 
     def each(self) -> Iterator[tuple[AtPoint, Damped]]:
         """The points with their operators."""
@@ -321,7 +352,7 @@ class Setting:
             "geometry": run.manifest["geometry"],
             "solver": solver.name,
             "damping": self.rule or "none",
-            "lambda": np.squeeze(np.stack([operator.lam.numpy() for operator in self.operators])),
+            "lambda": _short(np.squeeze(np.stack([operator.lam.numpy() for operator in self.operators]))),
             "points": [point.place.label for point in self.points],
             "factors": self.factors,
             "calibration": self.calibration,
@@ -332,6 +363,18 @@ class Setting:
             "data_digest": run.manifest["data"]["digest"],
             "version": run.manifest["versions"]["lora-influence"],
         }
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _short(lam: np.ndarray) -> np.ndarray:
+    """Every lambda, or, where an HDF5 attribute (64 KB) cannot hold them, the smallest and the largest of each point."""
+    return lam if lam.size <= 4096 else np.stack([lam.min(-1), lam.max(-1)], -1)
 
 
 def _places(run: Run, curvature: str | None, at: str | None) -> tuple[AtPoint, ...]:
@@ -349,7 +392,7 @@ def _places(run: Run, curvature: str | None, at: str | None) -> tuple[AtPoint, .
             )
         return (run.end,)
     for point in run.points:
-        if point.place.label == at:
+        if at == point.place.label or _number(at) == point.place.scale is not None:
             return (point,)
     labels = ", ".join(point.place.label for point in run.points)
     raise InputError(f"--at {at!r} was given; expected all, end, or one of the run's points: {labels}")
@@ -367,7 +410,9 @@ def _score(
     """Solve a chunk of queries, then pass over the training gradients once for it; into a file if there is one."""
     run, queries, points = setting.run, asked.queries, setting.points
     modules = module_slices(run.model.space) if per_module else {}
-    work = _Work.begin(target, setting, queries, -(-len(queries) // _queries_at_once(run)), list(modules), attributes)
+    _refuse_large_detail(setting, len(queries), len(modules), per_token, target is not None)
+    at_once = max(1, _queries_at_once(run) * COPIES["direct"] // COPIES.get(solvers[0].name, max(COPIES.values())))
+    work = _Work.begin(target, setting, queries, -(-len(queries) // at_once), list(modules), attributes)
     passes = work.chunks * len(points)
     if work.chunks > 1:
         what = "the stored gradients" if run.gradients_stored else "the training rows, forward and backward"
@@ -405,7 +450,20 @@ def _queries_at_once(run: Run) -> int:
         free = torch.cuda.mem_get_info(run.model.device)[0]
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return max(1, int(QUERY_SHARE * free / (run.model.space.size * 4)))
+    return max(1, int(QUERY_SHARE * free / (run.model.space.size * run.model.dtype.itemsize)))
+
+
+def _refuse_large_detail(setting: Setting, queries: int, modules: int, per_token: bool, filed: bool) -> None:
+    """Scores by token, and by module where there is no file, are held in memory: say so before the work."""
+    n, points = len(setting.run.train), len(setting.points)
+    needed = 4 * queries * int(setting.run.tokens.lengths.sum()) if per_token else 0
+    needed += 4 * queries * modules * n * (1 if filed else points + 2)
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if needed > 0.7 * free:
+        raise InputError(
+            f"scores of {queries} queries by {'token' if per_token else 'module'} need {needed / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free: score fewer queries at a time, each into a file of its own"
+        )
 
 
 def module_slices(space: ParamSpace) -> dict[str, slice]:
@@ -468,6 +526,8 @@ def make_solver(point: AtPoint | Run, solver: str | Solver, operator: Damped) ->
         return CG(preconditioner=point.preconditioner(operator), name="pcg")
     if solver == "astra":
         return ASTRA(preconditioner=point.preconditioner(operator))
+    if solver == "datainf" and operator.curvature.name == "identity":
+        raise InputError("solver datainf inverts the empirical Fisher, and the curvature identity asks for no inverse")
     if solver == "datainf":
         leaves = tuple(leaf.slice for leaf in point.model.space.leaves)
         return DataInf(lambda: (block for _, block in point.gradient_blocks()), point.stream_weights, leaves)
@@ -475,6 +535,21 @@ def make_solver(point: AtPoint | Run, solver: str | Solver, operator: Damped) ->
     if solver not in solvers:
         raise InputError(f"solver {solver!r} was given; expected one of {', '.join(SOLVERS)}")
     return solvers[solver]
+
+
+def _limited(solver: Solver, limits: dict[str, Any]) -> Solver:
+    """An iterative solver with other limits."""
+    if not limits:
+        return solver
+    if not (hasattr(solver, "max_iterations") and is_dataclass(solver) and not isinstance(solver, type)):
+        raise InputError(
+            f"{' and '.join(limits)} were given, and the solver {solver.name} does not iterate: leave them out, or give cg, "
+            "pcg, astra, lissa or sgd"
+        )
+    for key, value in limits.items():
+        if not value > 0:
+            raise InputError(f"{key} {value} was given; expected a positive number")
+    return cast(Solver, replace(solver, **limits))
 
 
 def _measurement(value: str | Measurement | Contrast) -> Measurement | Contrast:
@@ -486,7 +561,8 @@ def _measurement(value: str | Measurement | Contrast) -> Measurement | Contrast:
         return TokenLoss(int(position))
     if value not in MEASUREMENTS:
         raise InputError(
-            f"measurement {value!r} was given; expected one of {', '.join(MEASUREMENTS)}, or token:K for completion token K"
+            f"measurement {value!r} was given; expected one of {', '.join(MEASUREMENTS)}, token:K for completion token K, or "
+            "contrast (on the command line, with --contrast FILE)"
         )
     return MEASUREMENTS[value]
 
@@ -514,7 +590,11 @@ def _different(found: Mapping[str, Any], attributes: dict[str, Any]) -> list[str
         return np.array_equal(one, other)
 
     keys = [key for key in attributes if key not in ("residuals", "complete", "version", "queries")]
-    return [key for key in keys if key not in found or not same(found[key], attributes[key])]
+    different = [key for key in keys if key not in found or not same(found[key], attributes[key])]
+    short = lambda key: isinstance(attributes[key], str) and len(attributes[key]) < 40 and key in found  # noqa: E731
+    return [
+        f"{key} {found[key]!s} there, {attributes[key]} now" if short(key) else f"another {key}" for key in different
+    ]
 
 
 def _existing(target: Path, attributes: dict[str, Any]) -> Scores | None:
@@ -523,11 +603,10 @@ def _existing(target: Path, attributes: dict[str, Any]) -> Scores | None:
         only_self = set(file) == {"self_influence", "train_ids"}
         if only_self and file.attrs.get("run_digest") == attributes["run_digest"]:
             return None
-        different = _different(file.attrs, attributes) if "scores" in file else ["it is no score file: all"]
+        different = _different(file.attrs, attributes) if "scores" in file else ["it is no score file"]
     if different:
         raise MismatchError(
-            f"{target} holds other scores ({', '.join(different)} differ): give another --out, or --overwrite to "
-            "replace them"
+            f"{target} holds other scores ({'; '.join(different)}): give another --out, or --overwrite to replace them"
         )
     return Scores.load(target)
 
@@ -708,7 +787,7 @@ def _existing_self(target: Path, run: Run, attributes: dict[str, Any], overwrite
         values, found = dataset[()], dict(dataset.attrs)
     if different:
         raise MismatchError(
-            f"{target} holds another self-influence ({', '.join(different)} differ): give another --out, or --overwrite"
+            f"{target} holds another self-influence ({'; '.join(different)}): give another --out, or --overwrite"
         )
     return SelfInfluence(values, run.train.ids, float(np.asarray(found["residuals"])), found)
 

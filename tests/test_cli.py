@@ -128,7 +128,9 @@ def test_score_writes_into_the_run_and_prints_the_shape(influence, at):
     (at / "run" / "scores.h5").unlink()
     result = influence("score", "--run", at / "run", "--queries", at / "queries.jsonl")
     assert result.status == 0
-    assert result.out.startswith(f"{at / 'run' / 'scores.h5'}: scores [4 queries, 20 rows]; worst residual ")
+    start = f"{at / 'run' / 'scores.h5'}: scores [4 queries, 20 rows]; raw ekfac, damping mean:0.1, points 0.4, 0.6, 0.8, size "
+    assert result.out.startswith(start)
+    assert "calibrated" in result.out
     options = ["--measurement", "margin", "--solver", "pcg", "--damping", "top:0.1", "--json"]
     arguments = ["--run", at / "run", "--queries", at / "queries.jsonl", "--out", at / "a" / "b.h5"]
     result = influence("score", *arguments, *options)
@@ -143,7 +145,7 @@ def test_scores_of_other_queries_are_replaced_with_overwrite_only(influence, at)
     with untouched(at):
         result = influence("score", "--run", at / "run", "--queries", other)
     assert result.status == 2
-    assert "holds other scores (query_digest differ): give another --out, or --overwrite" in result.err
+    assert "holds other scores (another query_digest): give another --out, or --overwrite" in result.err
     assert influence("score", "--run", at / "run", "--queries", other, "--overwrite").status == 0
     with h5py.File(at / "run" / "scores.h5") as file:
         assert file["scores"].shape == (2, 20)
@@ -371,7 +373,7 @@ def test_wrong_options_of_fit(influence, at, options, sentence):
     ("options", "sentence"),
     [
         (["--solver", "magic"], "solver 'magic' was given; expected one of direct, cg, pcg"),
-        (["--measurement", "vibes"], "measurement 'vibes' was given; expected one of loss, sum, margin, or token:K"),
+        (["--measurement", "vibes"], "measurement 'vibes' was given; expected one of loss, sum, margin, token:K"),
         (
             ["--curvature", "newton"],
             "curvature 'newton' was asked of a run fitted with 'ekfac', which does not hold it",

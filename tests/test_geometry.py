@@ -340,7 +340,7 @@ def test_second_moments_of_adamw(tmp_path):
     log["log_history"].append({"step": 4, "eval_loss": 1.0})
     found = second_moments(write(tmp_path / "c", model, optimizer, log), model)
     torch.testing.assert_close(found.v, adam_by_hand(history, 0.9), rtol=1e-12, atol=0)
-    assert (found.steps, found.betas, found.weight_decay) == (3, (0.8, 0.9), 0.1)
+    assert found.steps == 3
     assert found.sum_lr == pytest.approx(0.4 + 0.3 + 0.2 + 0.2)
     (tmp_path / "c" / "trainer_state.json").unlink()
     assert second_moments(tmp_path / "c", model).sum_lr is None

@@ -141,7 +141,7 @@ def test_a_position_that_a_query_lacks(run, measurement, tmp_path):
 
 @pytest.mark.parametrize("measurement", ["token:", "token:x", "token:--1", "token:²", "token:1.5", "tokens:1", ""])
 def test_measurements_that_are_none(run, measurement):
-    with pytest.raises(InputError, match="expected one of loss, sum, margin, or token:K"):
+    with pytest.raises(InputError, match="expected one of loss, sum, margin, token:K"):
         run.score(examples(Q, seed=1), measurement=measurement)
 
 

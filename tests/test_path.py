@@ -111,7 +111,8 @@ def plain_gradients(model, data, measure=plain_loss) -> torch.Tensor:
 
 def kappa(run: Run) -> float:
     """The calibration of a run's default setting."""
-    return (run.manifest.get("calibration") or {"factor": 1.0})["factor"]
+    (found,) = run.manifest["calibration"].values() or ({"factor": 1.0},)
+    return found["factor"]
 
 
 def singles(model, data, queries, folder, path, *, of=None, **options):
@@ -324,7 +325,7 @@ class Interruption(Exception):
 def test_a_calibrated_score_of_one_point_is_calibrated_once(model, tmp_path, monkeypatch):
     """Killed after the sum was made and before the file was moved into place: it must not be multiplied again."""
     fitted = fit_end(model, examples(5), directory=tmp_path / "run")
-    fitted.manifest["calibration"] = {"setting": Setting.of(fitted).name, "factor": 3.0, "source": "by hand"}
+    fitted.manifest["calibration"] = {Setting.of(fitted).name: {"factor": 3.0, "source": "by hand"}}
     queries = examples(2, seed=1)
     expected = fitted.score(queries).values
 
@@ -497,7 +498,7 @@ def refused(model, folder, *sentences):
 
 
 def test_checkpoints_of_another_shape_are_refused_by_name(model, tmp_path):
-    refused(model, tmp_path / "nowhere", "not a folder")
+    refused(model, tmp_path / "nowhere", "there is no checkpoint folder")
     wider = build_model("gpt2", **SITES, r=3)
     refused(model, checkpoint(tmp_path / "wider", wider, 1), "r is 3 there and 2 in the adapter", "has shape (3, 16)")
     other = build_model("gpt2", layers=1, target_modules=["mlp.c_proj"])

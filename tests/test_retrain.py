@@ -209,7 +209,9 @@ def test_recipes_are_checked(tmp_path):
         ('{"epochs": 2.5}', "whole epochs"),
         ('{"dropout": 1}', "dropout true or false"),
         ('{"betas": 0.9}', "betas 0.9; expected two numbers"),
-        ('{"lr": 0}', "lr > 0"),
+        ('{"lr": 0}', "lr and eps above 0"),
+        ('{"betas": [0.9, 1.5]}', r"betas in \[0, 1\)"),
+        ('{"weight_decay": -1}', "weight_decay of at least 0"),
     ):
         (tmp_path / "recipe.json").write_text(text)
         with pytest.raises(InputError, match=sentence):
@@ -263,7 +265,8 @@ def test_the_recipe_is_the_recorded_one(run, tmp_path, capsys):
     [
         ({"optim": "adafactor"}, "a recipe cannot express optim='adafactor'"),
         ({"max_steps": 100}, "cannot express max_steps=100"),
-        ({"warmup_steps": 10}, "cannot express warmup_steps=10"),
+        ({"packing": True}, "cannot express packing=True"),
+        ({"dataloader_drop_last": True}, "cannot express dataloader_drop_last=True"),
         ({"warmup_ratio": 0.1}, "cannot express warmup_ratio=0.1"),
         ({"lr_scheduler_type": "polynomial"}, "schedule 'polynomial' was given"),
         ({"num_train_epochs": 2.5}, "whole epochs"),
@@ -611,3 +614,14 @@ def test_the_testbed_is_retrained(testbed, tmp_path):
     )
     np.testing.assert_allclose(half.query_loss[0], recorded["query_loss"][3], rtol=0, atol=0.02)
     np.testing.assert_allclose(half.train_loss[0], recorded["train_loss"][3], rtol=0, atol=0.02)
+
+
+def test_a_batch_that_is_too_large_is_split_without_changing_the_training(run, tmp_path, monkeypatch):
+    recipe = unlearn.Recipe(epochs=3, batch_size=5, lr=1e-2, dropout=False)
+    whole = load_back(unlearn.retrain(run, out=tmp_path / "whole", recipe=recipe))
+    monkeypatch.setattr(sys.modules["unlearn.retrain"], "MICRO_TOKENS", 12)
+    split = load_back(unlearn.retrain(run, out=tmp_path / "split", recipe=recipe))
+    pairs = list(zip(whole.named_parameters(), split.named_parameters(), strict=True))
+    assert any("lora_" in name for (name, _), _ in pairs)
+    for (name, one), (_, other) in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)

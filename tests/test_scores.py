@@ -163,7 +163,7 @@ def test_top_ranks_and_names(run):
     ("options", "sentence"),
     [
         ({"solver": "lu"}, "solver 'lu' was given; expected one of direct, cg, pcg"),
-        ({"measurement": "bleu"}, "measurement 'bleu' was given; expected one of loss, sum, margin, or token:K"),
+        ({"measurement": "bleu"}, "measurement 'bleu' was given; expected one of loss, sum, margin, token:K"),
         ({"curvature": "fisher"}, "curvature 'fisher' was asked of a run fitted with 'ekfac'"),
         ({"damping": "mean:0"}, "lambda must be positive"),
     ],

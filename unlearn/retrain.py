@@ -30,13 +30,15 @@ import numpy as np
 import torch
 
 from influence.adapter import AdaptedModel, from_peft
-from influence.data import Examples, TokenizedExamples, collate, tokenize, tokenizer_digest
+from influence.data import Examples, TokenizedExamples, collate, plan_batches, tokenize, tokenizer_digest
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
 from influence.loss import check_rows, mean_losses, supervised_logits, token_losses
 from influence.progress import say, track
 from influence.run import Run
 from influence.store import only_writer, write_json
 
+#: Tokens that a training step runs at a time, padding included; larger batches are split, which changes rounding only.
+MICRO_TOKENS = 16384
 SCHEDULES = ("linear", "constant", "cosine")
 
 #: Initial values of LoRA matrices that change no weight of the base and read no data: those that can be drawn again.
@@ -71,15 +73,17 @@ class Recipe:
             raise InputError(f"schedule {self.schedule!r} was given; expected one of {', '.join(SCHEDULES)}")
         whole = all(type(getattr(self, name)) is int for name in ("epochs", "batch_size", "warmup", "seed"))
         numbers = (self.lr, self.weight_decay, self.eps, *self.betas, self.max_grad_norm or 1.0)
-        real = all(isinstance(value, int | float) and np.isfinite(value) for value in numbers)
+        real = all(type(value) in (int, float) and np.isfinite(value) for value in numbers)
         if not (whole and real and type(self.dropout) is bool):
             raise InputError(
                 "a recipe needs whole epochs, batch_size, warmup and seed, dropout true or false, and else finite "
                 f"numbers: {self}"
             )
-        if not (self.lr > 0 and self.epochs >= 1 and self.batch_size >= 1 and self.warmup >= 0):
+        positive = self.lr > 0 and self.eps > 0 and self.epochs >= 1 and self.batch_size >= 1 and self.warmup >= 0
+        if not (positive and self.weight_decay >= 0 and all(0 <= beta < 1 for beta in self.betas)):
             raise InputError(
-                f"a recipe needs lr > 0, epochs and batch_size of at least 1, warmup of at least 0: {self}"
+                "a recipe needs lr and eps above 0, epochs and batch_size of at least 1, warmup and weight_decay of at least "
+                f"0, betas in [0, 1): {self}"
             )
 
     @classmethod
@@ -116,12 +120,15 @@ class Recipe:
             "schedule": "lr_scheduler_type",
             "seed": "seed",
         }
-        plain = {"warmup_steps": 0, "warmup_ratio": 0, "max_steps": -1, "label_smoothing_factor": 0}
+        plain = {"warmup_ratio": 0, "max_steps": -1, "label_smoothing_factor": 0, "neftune_noise_alpha": 0}
+        plain |= dict.fromkeys(("packing", "dataloader_drop_last", "group_by_length"), 0)
         others = ("adam_beta1", "adam_beta2", "num_train_epochs", "max_grad_norm", "optim")
         batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
         missing = [name for name in (*names.values(), *others) if name not in found]
         missing += [name for name in batch if type(found.get(name)) is not int]
         strange = [f"{key}={found[key]!r}" for key, value in plain.items() if (found.get(key) or 0) not in (0, value)]
+        if found.get("loss_type") not in (None, "nll"):
+            strange.append(f"loss_type={found['loss_type']!r}")
         if not str(found.get("optim", "adamw")).startswith("adamw"):
             strange.append(f"optim={found['optim']!r}")
         if missing or strange:
@@ -136,6 +143,7 @@ class Recipe:
                 "epochs": int(epochs) if isinstance(epochs, float) and epochs.is_integer() else epochs,
                 "batch_size": found[batch[0]] * found[batch[1]],
                 "max_grad_norm": found["max_grad_norm"] or None,
+                "warmup": found.get("warmup_steps") or 0,
             },
             source,
         )
@@ -358,13 +366,16 @@ def train(
         lr = recipe.rate(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        part = supervised_logits(model, collate(tokens, rows, pad_id=model.pad_id, device=model.device))
-        mean = token_losses(part.logits, part.targets).mean()
-        loss = float(mean.detach())
+        optimizer.zero_grad(set_to_none=True)
+        loss, count = 0.0, int(tokens.counts[rows].sum())
+        for some in _micro_batches(tokens, rows):  # their losses add up to the batch's mean over its tokens
+            part = supervised_logits(model, collate(tokens, some, pad_id=model.pad_id, device=model.device))
+            losses = token_losses(part.logits, part.targets)
+            mean = losses.mean() if len(some) == len(rows) else losses.sum() / count
+            mean.backward()
+            loss += float(mean.detach())
         if not np.isfinite(loss):
             raise NumericalError(f"the training loss is {loss} at step {step + 1} of {steps}: lower the recipe's lr")
-        optimizer.zero_grad(set_to_none=True)
-        mean.backward()
         if recipe.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
         optimizer.step()
@@ -375,6 +386,13 @@ def train(
     for parameter in parameters:
         parameter.requires_grad_(False)
     return loss
+
+
+def _micro_batches(tokens: TokenizedExamples, rows: np.ndarray) -> list[np.ndarray]:
+    """A batch in parts of at most `MICRO_TOKENS` tokens, padding included; one part where it fits."""
+    if len(rows) * int(tokens.lengths[rows].max()) <= MICRO_TOKENS:
+        return [rows]
+    return [rows[part] for part in plan_batches(tokens.select(rows), MICRO_TOKENS)]
 
 
 def _last_epoch(recipe: Recipe, stop_after: int | None) -> int:

@@ -320,7 +320,8 @@ def _read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray]:
     except FileNotFoundError:
         raise InputError(f"There is no file {path}; expected an .npz of retrained losses: check the path.") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = "it holds no plain arrays" if "pickle" in str(error) else str(error)
         raise InputError(
-            f"{path} cannot be read ({error}); expected an .npz of plain arrays: write one with numpy.savez, "
+            f"{path} cannot be read ({reason}); expected an .npz of plain arrays: write one with numpy.savez, "
             "without arrays of Python objects."
         ) from error

@@ -71,6 +71,9 @@ class ASTRA:
             f"step a = {float(found.step.max()):.3g} is above twice the inverse of the top eigenvalue of P^-1 (C + lambda I); "
             "give a smaller step, or none to have it estimated"
         )
+        # a best iterate of zero tells nothing; the EK-FAC answer does, whatever its residual
+        untouched = ~found.best.any(dim=1) & rhs.any(dim=1)
+        found.best[untouched] = self._precondition(rhs[untouched])
         return Solution.checked(operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message)
 
     def _precondition(self, r: Tensor) -> Tensor:

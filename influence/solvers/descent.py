@@ -184,7 +184,9 @@ class Descent:
                 f"{int(self.indefinite.sum())} of {len(self.rhs)} columns met a direction of negative curvature: C + lambda "
                 "I is not positive definite; raise the damping or use the GGN instead of the Hessian"
             )
-        return "; ".join([*parts, "the best iterates are returned"]) if parts else ""
+        zero = int((~self.best.any(dim=1) & self.rhs.any(dim=1)).sum())
+        tail = "the best iterates are returned" + (f" (for {zero} columns no step improved on x = 0)" if zero else "")
+        return "; ".join([*parts, tail]) if parts else ""
 
 
 def descend(
