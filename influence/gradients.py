@@ -304,7 +304,8 @@ def check_gradients(
 
     The loop runs each example alone, without taps, with the full logits, and differentiates the summed
     cross-entropy by the LoRA parameters. The error of a leaf is `max_i |g_i - loop_i| / max_i |loop_i|`
-    (Euclidean norms; a leaf whose gradient vanishes is measured against 1e-6 of the whole gradient's). Default tolerance: 1e-10 in float64, 1e-4 in float32 and 5e-2 under a bfloat16 base.
+    (Euclidean norms; a leaf whose gradient vanishes is measured against 1e-6 of the whole gradient's). Default tolerance: 1e-10 in float64, 1e-4 in float32 and 5e-2 where a base
+    computes in 16 bits (bfloat16, float16, or 8-bit layers).
     """
     tokens = tokenize(examples, model.tokenizer, max_length=max_length)
     check_rows(model, tokens)
@@ -319,6 +320,8 @@ def check_gradients(
         errors[leaf.name] = float(difference / scale)
     if tolerance is None:
         base_dtype = next(model.model.parameters()).dtype
+        if any(type(module).__name__ == "Linear8bitLt" for module in model.model.modules()):
+            base_dtype = torch.float16  # bitsandbytes casts the inputs of 8-bit layers to it
         tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(base_dtype, 5e-2)
     return GradientCheck(errors, tolerance, len(tokens))
 
