@@ -230,7 +230,8 @@ def tune(
     shown = Table(title=f"the best {len(table)} of {len(result.judged)} settings", title_justify="left")
     for column in table[0]:
         numeric = isinstance(table[0][column], float)
-        shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        short = {"concentration": "conc.", "agreement": "agree.", "selectivity": "select.", "calibration": "calib."}
+        shown.add_column(short.get(column, column), justify="right" if numeric else "left", overflow="fold")
     for row in table:
         shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(shown)

@@ -251,13 +251,13 @@ def load(
         raise InputError(f"dtype {dtype!r} was given; expected one of {', '.join(DTYPES)}")
     folder = adapter_folder(adapter)
     config = _read_config(folder / "adapter_config.json")
-    _refuse(f"adapter {str(adapter)!r} cannot be used", _unsupported_options(config))
+    refuse(f"adapter {str(adapter)!r} cannot be used", _unsupported_options(config))
     base = base if base is not None else config.get("base_model_name_or_path")
     if not base:
         raise AdapterError(f"adapter {str(adapter)!r} does not record its base model: pass it (--model BASE)")
     body = _load_base(str(base), DTYPES[dtype], resolve_device(device), trust_remote_code)
     shapes = _tensor_shapes(folder / "adapter_model.safetensors")
-    _refuse(
+    refuse(
         f"adapter {str(adapter)!r} was not made for base {str(base)!r} (judged by its sites' names and shapes); "
         "pass the base it was trained on",
         _misfits(body, shapes),
@@ -270,7 +270,7 @@ def load(
         model, _load_tokenizer(source, trust_remote_code), base=_reference(base), adapter=_reference(adapter)
     )
     wanted = [weight_key(leaf) for leaf in loaded.space.leaves]
-    _refuse(
+    refuse(
         f"adapter {str(adapter)!r} is incomplete: its configuration names layers whose weights its file lacks",
         [f"{key.removeprefix(_PREFIX)} is missing" for key in wanted if key not in shapes],
     )
@@ -336,7 +336,7 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
         )
     if not sites and not reasons:
         reasons.append("it has no LoRA layer")
-    _refuse("this adapter cannot be used", reasons)
+    refuse("this adapter cannot be used", reasons)
 
     model.eval()
     for module in model.modules():
@@ -540,7 +540,8 @@ def _unsupported_options(config: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def _refuse(message: str, reasons: Sequence[str]) -> None:
+def refuse(message: str, reasons: Sequence[str]) -> None:
+    """Raise an `AdapterError` that lists the reasons, unless there are none."""
     if reasons:
         shown = [f"  - {reason}" for reason in reasons[:10]]
         if len(reasons) > 10:

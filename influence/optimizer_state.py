@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence.adapter import AdaptedModel
+from influence.adapter import AdaptedModel, refuse
 from influence.errors import AdapterError, InputError, NumericalError
 
 #: Parameters whose name matches go into the Trainer's group without weight decay (`Trainer.get_decay_parameter_names`).
@@ -67,7 +67,7 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
     shapes = _adapter_shapes(folder)
     leaves = {leaf.name: leaf.shape for leaf in model.space.leaves}
     differing = [name for name in leaves.keys() | shapes.keys() if leaves.get(name) != shapes.get(name)]
-    _refuse(
+    refuse(
         f"checkpoint {str(folder)!r} is of another adapter than the model's; pass a checkpoint of the run that made it",
         [f"{name}: {_shape(shapes, name)} there, {_shape(leaves, name)} in the model" for name in sorted(differing)],
     )
@@ -95,7 +95,7 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
                 continue
             steps = max(steps, step)
             parts[name] = moment / (1 - beta2**step)
-    _refuse(f"the optimiser state in {str(folder)!r} cannot be used", reasons)
+    refuse(f"the optimiser state in {str(folder)!r} cannot be used", reasons)
     v = model.space.flatten([parts[leaf.name] for leaf in model.space.leaves])
     if not bool((torch.isfinite(v) & (v >= 0)).all()):
         raise NumericalError(f"the second moments in {str(folder)!r} hold NaN, infinity or negative values")
@@ -108,14 +108,6 @@ def _whole(value: Any) -> int | None:
         return int(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
-
-
-def _refuse(message: str, reasons: list[str]) -> None:
-    if reasons:
-        shown = [f"  - {reason}" for reason in reasons[:10]]
-        if len(reasons) > 10:
-            shown.append(f"  - ... and {len(reasons) - 10} more")
-        raise AdapterError("\n".join([f"{message}:", *shown]))
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from influence.adapter import AdaptedModel, adapter_folder, weight_key
+from influence.adapter import AdaptedModel, adapter_folder, refuse, weight_key
 from influence.errors import AdapterError, InputError
 from influence.progress import say
 
@@ -154,11 +154,9 @@ def read_parameters(model: AdaptedModel, folder: Path) -> Tensor:
         for key, leaf in wanted.items()
         if key in tensors and tuple(tensors[key].shape) != leaf.shape
     ]
-    if reasons:
-        listed = "".join(f"\n  - {reason}" for reason in reasons[:20])
-        raise AdapterError(
-            f"checkpoint {folder} is not of this adapter's training: give checkpoints of the same configuration:{listed}"
-        )
+    refuse(
+        f"checkpoint {folder} is not of this adapter's training: give checkpoints of the same configuration", reasons
+    )
     theta = model.space.flatten([tensors[key].to(model.device, model.dtype) for key in wanted])
     if not bool(torch.isfinite(theta).all()):
         raise AdapterError(f"checkpoint {folder} holds NaN or infinite weights: give another")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,3 +147,23 @@ def testbed() -> Path:
     if not folder:
         pytest.skip("set LORA_INFLUENCE_TESTBED to the folder of the tofu-tiny testbed")
     return Path(folder)
+
+
+@pytest.fixture
+def run_main(monkeypatch, capfd):
+    """Call a package's `main` in this process: status, standard output, standard error, and the output as JSON."""
+
+    def call(main, *arguments) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", [str(part) for part in arguments])
+        capfd.readouterr()
+        with warnings.catch_warnings():  # a command shows warnings, it does not fail on them
+            warnings.simplefilter("always")
+            try:
+                main()
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+        out, err = capfd.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err, json=lambda: json.loads(out))
+
+    return call

@@ -7,9 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -37,26 +35,12 @@ def write_rows(path: Path, items) -> Path:
 
 
 @pytest.fixture
-def influence(monkeypatch, capfd):
+def influence(monkeypatch, run_main):
     """Call the command in this process: status, standard output, standard error."""
     for name in ("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"):
         monkeypatch.setenv(name, os.environ.get(name, "false" if name.startswith("TOK") else "1"))
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-
-    def call(*arguments) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["influence", *map(str, arguments)])
-        capfd.readouterr()
-        with warnings.catch_warnings():  # a command shows warnings, it does not fail on them
-            warnings.simplefilter("always")
-            try:
-                main()
-                status = 0
-            except SystemExit as end:
-                status = end.code or 0
-        out, err = capfd.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err, json=lambda: json.loads(out))
-
-    return call
+    return lambda *arguments: run_main(main, "influence", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import sys
 import warnings
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -509,24 +508,10 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def command(made, monkeypatch, capfd):
+def command(made, run_main):
     """Call `unlearn retrain` in this process: status, standard output, standard error."""
-
-    def call(*arguments) -> SimpleNamespace:
-        fixed = ["unlearn", "retrain", "--run", made / "run", "--recipe", made / "recipe.json", "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [str(part) for part in (*fixed, *arguments)])
-        capfd.readouterr()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                main()
-                status = 0
-            except SystemExit as end:
-                status = end.code or 0
-        out, err = capfd.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return call
+    fixed = ["unlearn", "retrain", "--run", made / "run", "--recipe", made / "recipe.json", "--device", "cpu"]
+    return lambda *arguments: run_main(main, *fixed, *arguments)
 
 
 def test_the_command_trains_without_rows_or_on_all_and_keeps_epochs(command, tmp_path):

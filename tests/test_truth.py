@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,24 +44,10 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def command(made, monkeypatch, capfd):
+def command(made, run_main):
     """Call `analysis lds` in this process: status, standard output, standard error."""
-
-    def call(*arguments) -> SimpleNamespace:
-        fixed = ["analysis", "lds", "--scores", made / "scores.h5", "--resamples", 50]
-        monkeypatch.setattr(sys, "argv", [str(part) for part in (*fixed, *arguments)])
-        capfd.readouterr()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                main()
-                status = 0
-            except SystemExit as end:
-                status = end.code or 0
-        out, err = capfd.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return call
+    fixed = ["analysis", "lds", "--scores", made / "scores.h5", "--resamples", 50]
+    return lambda *arguments: run_main(main, *fixed, *arguments)
 
 
 def retraining(made, **changes):
