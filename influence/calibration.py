@@ -21,7 +21,7 @@ from influence.errors import InputError
 from influence.loss import MeanLoss, mean_losses
 from influence.progress import say
 from influence.run import Run, parts
-from influence.scores import Setting
+from influence.scores import Setting, setting_name
 
 #: Largest predicted rise of the edited row's own mean loss, nats: edits are scaled down to it.
 EDIT_SIZE = 0.5
@@ -108,9 +108,9 @@ def calibrate(run: Run, seed: int = 0) -> dict[str, object]:
         return {}
     if [point.place.scale for point in run.points] == [1.0]:
         return {}
-    setting = Setting.of(run, tuned=False, calibrated=False)
-    if setting.name in run.manifest["calibration"]:
+    if setting_name(run, run.fitted_name, run.manifest["damping"], run.points) in run.manifest["calibration"]:
         return {}
+    setting = Setting.of(run, tuned=False, calibrated=False)
     rows = some_rows(run, EDITED_ROWS, seed)
     factor = measured_edits(setting, rows, rows).factor
     if not (np.isfinite(factor) and factor > 0):

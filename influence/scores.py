@@ -336,9 +336,7 @@ class Setting:
     @property
     def name(self) -> str:
         """The setting in one line: geometry, curvature, damping, points."""
-        labels = ",".join(point.place.label for point in self.points)
-        geometry = self.run.manifest["geometry"]
-        return f"{geometry} {self.operators[0].curvature.name} {self.rule or 'undamped'} at {labels}"
+        return setting_name(self.run, self.operators[0].curvature.name, self.rule, self.points)
 
     def each(self) -> Iterator[tuple[AtPoint, Damped]]:
         """The points with their operators."""
@@ -363,6 +361,12 @@ class Setting:
             "data_digest": run.manifest["data"]["digest"],
             "version": run.manifest["versions"]["lora-influence"],
         }
+
+
+def setting_name(run: Run, curvature: str, rule: str | None, points: Sequence[AtPoint]) -> str:
+    """What a setting's calibration is kept under in the manifest."""
+    labels = ",".join(point.place.label for point in points)
+    return f"{run.manifest['geometry']} {curvature} {rule or 'undamped'} at {labels}"
 
 
 def _number(text: str) -> float | None:

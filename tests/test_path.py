@@ -581,3 +581,11 @@ def test_the_command_takes_checkpoints_in_both_ways(command, tmp_path):  # noqa:
         assert wrong.status == 2, wrong.err
         assert "Traceback" not in wrong.err
         assert not (tmp_path / "wrong").exists()
+
+
+def test_a_finished_fit_computes_nothing_again(model, run, tmp_path, monkeypatch):
+    """Not the scales of its points, nor its calibration, though nothing is stored."""
+    options = {"path": PATH, "directory": tmp_path / "run", "store": "never"}
+    expected = influence.fit(model, run.train, **options).manifest
+    monkeypatch.setattr("influence.run.stream_gradients", None)
+    assert influence.fit(model, run.train, **options).manifest == expected
