@@ -15,6 +15,8 @@ import torch
 import influence
 from influence.data import tokenize
 
+torch.set_num_threads(1)  # these models are so small that threads cost more than they give
+
 WORDS = [
     "the",
     "red",
