@@ -217,3 +217,15 @@ def test_rare_labels_of_a_large_vocabulary_can_be_drawn():
     probs = torch.full((1, 150_000), 1 / 150_000)
     label = sample_labels(probs, torch.tensor([1 - 2e-6], dtype=torch.float64))
     assert int(label) == 149_999
+
+
+def test_proponents_of_a_margin_are_the_rows_that_raise_it(run):
+    """A margin falls when the model gets worse, so its proponents are the most negative scores."""
+    queries = examples(3, seed=9)
+    loss, margin = run.score(queries), run.score(queries, measurement="margin")
+    for scores, sign in ((loss, 1), (margin, -1)):
+        proponents, opponents = scores.top(0, 3)
+        order = np.argsort(-sign * scores.values[0], kind="stable")
+        assert [entry.index for entry in proponents] == order[:3].tolist()
+        assert [entry.index for entry in opponents] == [i for i in order[::-1][:3] if sign * scores.values[0, i] < 0]
+        assert all(sign * entry.score > 0 for entry in proponents)

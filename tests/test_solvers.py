@@ -465,3 +465,19 @@ def test_datainf_refuses_blocks_coarser_than_the_damping_and_missing_rows():
         DataInf(lambda: iter([g]), w, (slice(0, 4),)).solve(operator, g)
     with pytest.raises(InputError, match="2 weights and a stream of 1 gradients"):
         DataInf(lambda: iter([g[:1]]), w, matrix.blocks).solve(operator, g)
+
+
+def test_astra_that_improves_on_nothing_returns_the_preconditioner_s_answer_and_not_zero():
+    operator = Damped(Matrix(spectrum([-2.0, 1.0, 3.0])), torch.tensor([0.5], dtype=F64))
+    rough = Damped(IdentityCurvature(3), torch.tensor([0.01], dtype=F64))  # its answer's residual is above 1
+    v = torch.eye(3, dtype=F64)
+    solution = ASTRA(rough, step=1.0).solve(operator, v)
+    answer = rough.curvature.solve(v, rough.lam)
+    assert not solution.converged.any()
+    assert solution.values.any(dim=1).all()
+    worse = (operator.matvec(answer) - v).norm(dim=1) > 1
+    assert worse.any()
+    torch.testing.assert_close(
+        solution.values[worse & (solution.residuals > 1)], answer[worse & (solution.residuals > 1)]
+    )
+    assert (worse & (solution.residuals > 1)).any()
