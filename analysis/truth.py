@@ -22,10 +22,15 @@ from unlearn.retrain import Recipe, random_halves, retrain_subsets
 def ready_truth(scores: Scores, path: Path) -> Truth:
     """Read the truth from an `.npz` file; `MismatchError` if it is of other queries or rows than the scores."""
     truth = read_truth(path)
-    for what, ids in (("query", scores.query_ids), ("train", scores.train_ids)):
-        if f"{what}_ids" in truth.extra:
-            check_same_ids(ids, truth.extra[f"{what}_ids"].tolist(), what, str(path))
+    check_belongs(truth, scores.query_ids, scores.train_ids, str(path))
     return truth
+
+
+def check_belongs(truth: Truth, query_ids: Sequence[str], train_ids: Sequence[str], source: str) -> None:
+    """Refuse a truth that says it is of other queries or rows, or of the same ones in another order."""
+    for what, ids in (("query", query_ids), ("train", train_ids)):
+        if f"{what}_ids" in truth.extra:
+            check_same_ids(ids, truth.extra[f"{what}_ids"].tolist(), what, source)
 
 
 def retrained_truth(

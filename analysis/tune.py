@@ -30,7 +30,7 @@ from scipy.stats import rankdata, spearmanr
 
 from analysis.metrics.lds import LDS, Truth, lds
 from analysis.stats import spearman
-from analysis.truth import check_same_ids
+from analysis.truth import check_belongs
 from influence.calibration import EDITED_ROWS, Edits, measured_edits, record, some_rows
 from influence.curvature.base import Damped, Invertible
 from influence.data import Examples, TokenizedExamples, read_examples, tokenize
@@ -41,7 +41,7 @@ from influence.loss import MeanLoss
 from influence.path import DEFAULT_PATH, check_path
 from influence.progress import say, track
 from influence.run import AtPoint, Run
-from influence.scores import Setting
+from influence.scores import COPIES, Scores, Setting, queries_at_once
 from influence.solvers import CG
 from influence.store import write_json
 
@@ -143,9 +143,7 @@ def tune(
                 f"the truth is of {truth.query_loss.shape[1]} queries and {truth.masks.shape[1]} rows; the queries and the "
                 f"run have {shape[0]} and {shape[1]}: give the files that belong together"
             )
-        for ids, key, what in ((queries.ids, "query_ids", "query"), (run.train.ids, "train_ids", "train")):
-            if key in truth.extra:
-                check_same_ids(ids, truth.extra[key].tolist(), what, "the truth")
+        check_belongs(truth, queries.ids, run.train.ids, "the truth")
         if len(truth.masks) < FEW:
             say(f"warning: {len(truth.masks)} retrained adapters order settings by chance; some dozens are needed")
     for geometry in geometries:
@@ -154,14 +152,11 @@ def tune(
     paths = [check_path(path) for path in paths]
     runs = {None: run, **_fitted_below(run, geometries, paths)}
     probes = some_rows(run, PROBES, seed)
-    judged = []
-    for folder, one in runs.items():
-        rows = (
-            tokenize(queries, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
-            if queries
-            else None
-        )
-        judged += _sweep(one, folder, curvatures, dampings, probes, rows)
+    max_length = run.manifest["objective"]["max_length"]
+    rows = None if queries is None else tokenize(queries, run.model.tokenizer, max_length=max_length)
+    judged = [
+        found for folder, one in runs.items() for found in _sweep(one, folder, curvatures, dampings, probes, rows)
+    ]
     if truth is not None:
         found = _by_truth(run, runs, judged, truth, seed, keep)
     else:
@@ -280,18 +275,25 @@ def _sweep(
 def _scores(
     point: AtPoint, grid: Sequence[tuple[str, str | None]], tokens: TokenizedExamples
 ) -> dict[tuple[str, str | None], np.ndarray]:
-    """Scores `[q, n]` at one point for every setting of the grid, in one pass over the training gradients."""
-    asked, run = point.query_gradients(tokens, MeanLoss()), point.run
-    solved, found = {}, {}
-    for name, damping in grid:
-        operator = point.operator(name, damping)
-        if not isinstance(operator.curvature, Invertible):
-            raise InputError(f"tune sweeps closed-form curvatures; {name} has no closed-form inverse: leave it out")
-        solved[name, damping] = operator.curvature.solve(asked, operator.lam)
-        found[name, damping] = np.empty((len(asked), len(run.train)))
-    for indices, gradients in point.gradient_blocks():
-        for key, v in solved.items():
-            found[key][:, indices] = (v @ gradients.T).double().cpu().numpy() * run.weights[indices]
+    """Scores `[q, n]` at one point for every setting of the grid: one pass over the training gradients.
+
+    All settings' solutions are held beside one another; queries that do not fit so are taken in chunks, a pass for each.
+    """
+    run, curvatures = point.run, {key: point.operator(*key) for key in grid}
+    found = {key: np.empty((len(tokens), len(run.train))) for key in grid}
+    chunks = -(-len(tokens) // queries_at_once(run, COPIES["direct"] + len(grid)))
+    for rows in np.array_split(np.arange(len(tokens)), chunks):
+        asked, solved = point.query_gradients(tokens.select(rows), MeanLoss()), {}
+        for key, operator in curvatures.items():
+            if not isinstance(operator.curvature, Invertible):
+                raise InputError(
+                    f"tune sweeps closed-form curvatures; {key[0]} has no closed-form inverse: leave it out"
+                )
+            solved[key] = operator.curvature.solve(asked, operator.lam)
+        for indices, gradients in point.gradient_blocks():
+            for key, v in solved.items():
+                products = (v @ gradients.T).double().cpu().numpy()
+                found[key][np.ix_(rows, indices)] = products * run.weights[indices]
     return found
 
 
@@ -421,8 +423,6 @@ def table_rows(tuning: Tuning, count: int | None = None) -> Iterator[dict[str, A
 
 def default_queries(run: Run) -> Path:
     """The file of the queries of the run's own scores, as `influence score` recorded it."""
-    from influence.scores import Scores
-
     path = run.directory / "scores.h5"
     if not path.exists():
         raise InputError(

@@ -411,8 +411,7 @@ class AtPoint:
         """
         key = (operator.curvature.name, operator.lam.numpy().tobytes())
         if key not in self._scales:
-            n = len(self.run.tokens)
-            rows = np.unique(np.linspace(0, n - 1, min(n, SCALE_ROWS)).round().astype(int))
+            rows = spaced(len(self.run.tokens), SCALE_ROWS)
             invert = operator
             if not isinstance(operator.curvature, Invertible):
                 stands = self.run.fitted_name in ("ekfac", "kfac")
@@ -434,6 +433,11 @@ class AtPoint:
         return lambda: (self.geometry.features(block) for block in blocks())
 
 
+def spaced(n: int, most: int) -> np.ndarray:
+    """At most `most` of the positions 0 ... n - 1, evenly spaced."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+
+
 def parts(run: Run, count: int) -> list[np.ndarray]:
     """Positions 0 ... count - 1 in parts whose gradients, and some copies of them, take a bounded amount of memory."""
     size = max(1, PART_BYTES // (run.model.space.size * run.model.dtype.itemsize))
@@ -447,7 +451,7 @@ def geometry_here(run: Run, name: str) -> Geometry:
     if name == "raw":
         return Raw()
     n = len(run.tokens)
-    rows = np.unique(np.linspace(0, n - 1, min(n, RMS_ROWS)).round().astype(int))
+    rows = spaced(n, RMS_ROWS)
     budget, order, blocks = run.manifest["token_budget"], [], []
     for indices, gradients, _ in stream_gradients(run.model, run.tokens.select(rows), token_budget=budget):
         order.append(indices)

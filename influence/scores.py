@@ -62,8 +62,8 @@ SOLVERS = ("direct", "cg", "pcg", "lissa", "astra", "sgd", "datainf")
 TOKEN_NAMES = ("per_token", "token_offsets", "token_ids")
 #: Vectors [K, P] that a solver holds beside the right-hand sides, counted in its code; of any other solver the most.
 COPIES = {"direct": 4, "cg": 8, "pcg": 8, "datainf": 10, "lissa": 12, "sgd": 12, "astra": 12}
-#: Share of the free memory that the gradients of one chunk of queries may take.
-QUERY_SHARE = 0.2
+#: Share of the free memory that the gradients of one chunk of queries, with all that solving holds beside them, may take.
+QUERY_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -415,7 +415,7 @@ def _score(
     run, queries, points = setting.run, asked.queries, setting.points
     modules = module_slices(run.model.space) if per_module else {}
     _refuse_large_detail(setting, len(queries), len(modules), per_token, target is not None)
-    at_once = max(1, _queries_at_once(run) * COPIES["direct"] // COPIES.get(solvers[0].name, max(COPIES.values())))
+    at_once = queries_at_once(run, COPIES.get(solvers[0].name, max(COPIES.values())))
     work = _Work.begin(target, setting, queries, -(-len(queries) // at_once), list(modules), attributes)
     passes = work.chunks * len(points)
     if work.chunks > 1:
@@ -448,13 +448,13 @@ def _score(
     return work.seal(result, setting.owner)
 
 
-def _queries_at_once(run: Run) -> int:
-    """Queries whose gradients, with those that solving needs beside them, fit into a share of the free memory."""
+def queries_at_once(run: Run, copies: int) -> int:
+    """Queries whose gradients, with the `copies` [K, P] that solving holds beside them, fit into the free memory."""
     if run.model.device.type == "cuda":
         free = torch.cuda.mem_get_info(run.model.device)[0]
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return max(1, int(QUERY_SHARE * free / (run.model.space.size * run.model.dtype.itemsize)))
+    return max(1, int(QUERY_SHARE * free / ((1 + copies) * run.model.space.size * run.model.dtype.itemsize)))
 
 
 def _refuse_large_detail(setting: Setting, queries: int, modules: int, per_token: bool, filed: bool) -> None:

@@ -216,7 +216,7 @@ def test_other_queries_of_a_request_change_no_score(run, monkeypatch):
     queries = examples(7, seed=1)
     together = run.score(queries).values
     for chunk in (1, 3, 100):
-        monkeypatch.setattr("influence.scores._queries_at_once", lambda run, chunk=chunk: chunk)
+        monkeypatch.setattr("influence.scores.queries_at_once", lambda *_, chunk=chunk: chunk)
         for number in range(7):
             close(run.score(queries[number : number + 1]).values[0], together[number], 2e-7)
         close(run.score(queries[2:5]).values, together[2:5], 2e-7)

@@ -196,7 +196,7 @@ def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupte
     queries = examples(5, seed=9)
     monkeypatch.setattr(run_module, "BLOCK_BYTES", 5 * run.model.space.size * 4)  # five rows at a time
     monkeypatch.setattr(run_module, "BLOCK_ROWS", 1)
-    monkeypatch.setattr("influence.scores._queries_at_once", lambda run: 2)
+    monkeypatch.setattr("influence.scores.queries_at_once", lambda *_: 2)
     expected = run.score(queries, out=tmp_path / "whole.h5", per_module=True)
     expected, by_module = expected.values, expected.modules
     out = tmp_path / "resumed.h5"

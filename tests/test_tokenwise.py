@@ -145,7 +145,7 @@ def test_measurements_and_other_settings_split_too(run, double):  # noqa: F811
 def test_chunks_of_queries_and_batches_change_nothing(model, run, tmp_path, monkeypatch, double):  # noqa: F811
     queries = examples(5, seed=1)
     expected = run.score(queries, per_token=True, per_module=True)
-    monkeypatch.setattr("influence.scores._queries_at_once", lambda run: 2)
+    monkeypatch.setattr("influence.scores.queries_at_once", lambda *_: 2)
     small = influence.fit(model, run.train, path=(0.4, 0.8), directory=tmp_path / "run", token_budget=1, store="never")
     for other in (run, small):
         found = other.score(queries, per_token=True, per_module=True)
@@ -184,7 +184,7 @@ def test_a_scoring_that_was_killed_counts_nothing_twice(model, tmp_path, monkeyp
         model, examples(N), path=(0.4, 0.8), directory=tmp_path / "run", store=store, token_budget=20
     )
     queries, out = examples(5, seed=1), tmp_path / "s.h5"
-    monkeypatch.setattr("influence.scores._queries_at_once", lambda run: 2)
+    monkeypatch.setattr("influence.scores.queries_at_once", lambda *_: 2)
     monkeypatch.setattr("influence.run.BLOCK_BYTES", 1)
     monkeypatch.setattr("influence.run.BLOCK_ROWS", 2)
     expected = fitted.score(queries, per_token=True, per_module=True)

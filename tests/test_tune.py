@@ -84,6 +84,17 @@ def test_the_setting_that_is_the_truth_is_chosen_kept_and_obeyed(run, wanted):
     assert (only["curvature"], only["damping"]) == (best["curvature"], "mean:10")
 
 
+def test_queries_in_chunks_give_the_same_table(run, monkeypatch):
+    queries = examples(5, seed=9)
+    truth = linear_truth(run, queries)
+    options = {"truth": truth, "queries": queries, "dampings": ("mean:1",), "keep": False}
+    expected = {one.name: (one.scores, one.concentration) for one in tune(run, **options).judged}
+    monkeypatch.setattr("analysis.tune.queries_at_once", lambda *_: 2)
+    for one in tune(run, **options).judged:
+        np.testing.assert_allclose(one.scores, expected[one.name][0], rtol=1e-10, atol=1e-14)
+        assert one.concentration == pytest.approx(expected[one.name][1])
+
+
 def test_the_factor_of_a_truth_in_other_units_is_found(run):
     queries = examples(3, seed=9)
     run.manifest["calibration"] = {}
