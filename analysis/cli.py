@@ -1,4 +1,4 @@
-"""The `analysis` command: lds, tune, demo."""
+"""The `analysis` command: lds, tune, report, demo."""
 
 from __future__ import annotations
 
@@ -236,6 +236,23 @@ def tune(
         shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(shown)
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    edit: Annotated[Path, typer.Option("--edit", help="Adapter folder made by unlearn remove, relabel or correct.")],
+    out: Annotated[Path, typer.Option("--out", help="Page to write (.html).")],
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """One page on one edit, from its edit.json: is it forgotten, what else changed, how exact, how to check it."""
+    from analysis.report import report as write_report
+
+    made = write_report(edit, out, overwrite=overwrite)
+    result = {"out": str(made.path), "kind": made.kind, "rows": made.rows, "verdicts": made.verdicts}
+    console.emit(
+        result | {"headlines": made.headlines}, f"{made.path}: {made.title}\n" + "\n".join(made.headlines), json
+    )
 
 
 @app.command()

@@ -40,10 +40,9 @@ from influence.geometry import GEOMETRIES
 from influence.loss import MeanLoss
 from influence.path import DEFAULT_PATH, check_path
 from influence.progress import say, track
-from influence.run import AtPoint, Run
+from influence.run import AtPoint, Run, write_manifest
 from influence.scores import COPIES, Scores, Setting, queries_at_once
 from influence.solvers import CG
-from influence.store import write_json
 
 DAMPINGS = ("mean:1", "mean:0.1", "mean:0.01", "mean:0.001")
 #: Fewer retrained adapters than this are warned of.
@@ -387,7 +386,7 @@ def agreement(edits: Edits) -> float:
 
 def _keep(run: Run, holder: Run, best: Judged, factor: float, source: str, found: str) -> None:
     """Record the choice in the run's manifest, and its calibration in that of the run that holds the factors."""
-    run.manifest["tuned"] = {
+    tuned = {
         "run": best.run,
         "curvature": best.curvature,
         "damping": None if best.damping == "none" else best.damping,
@@ -395,15 +394,14 @@ def _keep(run: Run, holder: Run, best: Judged, factor: float, source: str, found
         "found": found,
     }
     if np.isfinite(factor) and factor > 0:
-        holder.manifest["calibration"] |= record(_setting(holder, best), factor, source)
-        write_json(holder.directory / "manifest.json", holder.manifest)
-    write_json(run.directory / "manifest.json", run.manifest)
+        known = holder.manifest["calibration"] | record(_setting(holder, best), factor, source)
+        write_manifest(holder, calibration=known)
+    write_manifest(run, tuned=tuned)
 
 
 def forget(run: Run) -> None:
     """Drop what `tune` chose: later scores use what the run was fitted with."""
-    run.manifest.pop("tuned", None)
-    write_json(run.directory / "manifest.json", run.manifest)
+    write_manifest(run, tuned=None)
 
 
 def table_rows(tuning: Tuning, count: int | None = None) -> Iterator[dict[str, Any]]:

@@ -458,10 +458,17 @@ def _load(
 
 
 def _open(run: Path, device: str, checkpointing: bool, trust_remote_code: bool) -> Any:
+    from influence.progress import say
     from influence.run import Run
 
     console.quiet_transformers()
-    return Run.open(run, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
+    opened = Run.open(run, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
+    if (now := opened.manifest.get("now")) is not None:
+        say(
+            f"note: this run explains the adapter it was fitted on, before the edits that led to {now['adapter']['path']}: rows "
+            "that they removed or changed are scored as they were. Fit a run of the edited adapter for scores after them"
+        )
+    return opened
 
 
 def _table(title: str, first: str) -> Any:

@@ -40,12 +40,25 @@ from influence.loss import Supervised, check_rows, loss_gradient, probabilities,
 from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, END, Point, check_path, points
 from influence.progress import say, track
-from influence.run import FORMAT, AtPoint, Run, differing, geometry_here, point_digest, row_blocks, run_file
+from influence.run import (
+    FORMAT,
+    AtPoint,
+    Run,
+    differing,
+    geometry_here,
+    point_digest,
+    row_blocks,
+    run_file,
+    write_manifest,
+)
 from influence.store import RowFile, only_writer, open_file, open_rows, read, read_json, write_file, write_json
 
 CurvatureSpec = EKFAC | KFAC | Fisher | GGN | Hessian | Identity
 STORE = ("auto", "always", "never")
 FILES = ("manifest.json", "factors.h5", "gradients.h5", "rows.h5", "scores.h5", "checkpoint.h5")
+
+#: The record of the edits that were made from a run (`unlearn.audit`).
+AUDIT = "audit.jsonl"
 
 #: Seconds between checkpoints of a pass.
 CHECKPOINT_SECONDS = 60.0
@@ -168,7 +181,7 @@ def fit(
         "seed": seed,
         "token_budget": token_budget,
         "dtype": identity["dtype"],
-        "versions": _versions(),
+        "versions": versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     weights(tokens.counts, reduction)  # refuses an unknown reduction before anything is written
@@ -190,8 +203,7 @@ def _calibrate(run: Run) -> None:
         say(f"note: the size of the scores could not be measured ({error}); they stay uncalibrated")
         return
     if found:
-        run.manifest["calibration"] = {**run.manifest["calibration"], **found}
-        write_json(run.directory / "manifest.json", run.manifest)
+        write_manifest(run, calibration={**run.manifest["calibration"], **found})
 
 
 def _check_options(geometry: str, store: str, token_budget: int, disk_budget: float) -> None:
@@ -226,6 +238,10 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
     path = directory / "manifest.json"
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; give a directory for the run")
+    if overwrite and (directory / AUDIT).exists():
+        raise InputError(
+            f"{directory} holds the record of edits ({AUDIT}), which is evidence and never replaced: give another --run directory"
+        )
     if path.exists():
         found = read_json(path)
         differences = differing(found.get("identity", {}), manifest["identity"])
@@ -286,7 +302,8 @@ def _tidy(directory: Path, manifest: dict[str, Any]) -> None:
             run_file(directory, "rows", number).unlink(missing_ok=True)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of this package and of what it computes with."""
     out = {}
     for package in ("lora-influence", "torch", "transformers", "peft", "numpy", "h5py"):
         try:

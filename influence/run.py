@@ -41,7 +41,7 @@ from influence.gradients import max_rows, stream_gradients
 from influence.loss import Measurement, weights
 from influence.path import Point, again, scaled
 from influence.progress import track
-from influence.store import RowFile, open_file, open_rows, read, read_group, read_json
+from influence.store import RowFile, open_file, open_rows, read, read_group, read_json, write_json
 
 FORMAT = 2
 SPECIFICATIONS = {spec.name: spec for spec in (EKFAC, KFAC, Fisher, GGN, Hessian, Identity)}
@@ -501,6 +501,13 @@ def row_blocks(
         starts = range(0, len(rows), step)
         for start in starts if label is None else track(starts, label):
             yield torch.from_numpy(rows.read(start, min(start + step, len(rows)))).to(device)
+
+
+def write_manifest(run: Run, **keys: Any) -> None:
+    """Set some keys of a run's manifest, in memory and on disk, where the others stay what they are by now."""
+    path = run.directory / "manifest.json"
+    run.manifest = {**read_json(path), **keys}
+    write_json(path, run.manifest)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -1,15 +1,17 @@
-"""The `unlearn` command: retrain."""
+"""The `unlearn` command: remove, relabel, correct, edit, verify, retrain."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from influence import console
-from influence.cli import DeviceOption, JsonOption, OverwriteOption, RunOption
-from influence.errors import InputError
+from influence.cli import CheckpointingOption, DeviceOption, JsonOption, OverwriteOption, RunOption, TrustOption
+from influence.errors import InputError, WorkError
 
 app = console.app("Change an adapter as if training rows had been absent or different.")
 main = console.main(app)
@@ -126,6 +128,216 @@ def _ids(ids: str | None, ids_file: Path | None) -> list[str]:
     if not found:
         raise InputError("no ids were given; name at least one row")
     return found
+
+
+@app.command()
+def verify(
+    run: Annotated[Path | None, typer.Option("--run", help="Run directory whose edits are checked.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="One edit's directory, wherever it lies.")] = None,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Also add every recorded move to the old adapter and compare, bit for bit.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Check the audit chain, every edit's record and adapter, and their digests; exit 1 names what is wrong."""
+    from unlearn import audit
+
+    if run is None and adapter is None:
+        raise InputError("give --run RUN (all its edits) or --adapter DIR (one edit, wherever it lies)")
+    found = audit.verify(run, adapter=adapter, apply=apply)
+    result = {"passed": found.passed, "problems": found.problems, "checked": found.checked, "notes": found.notes}
+    console.emit(result, audit.render(found), json)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+# ---- edits ---------------------------------------------------------------------------------------------------
+
+
+def _edit(
+    kind: str,
+    run: RunOption,
+    ids: Annotated[str | None, typer.Option("--ids", help="Ids of the rows to remove, separated by commas.")] = None,
+    ids_file: Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line.")] = None,
+    changes: Annotated[
+        Path | None,
+        typer.Option("--changes", help='JSON lines {"id", "completion"}, {"id", "prompt"} ... with the new content.'),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Adapter directory to make.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="1: the linear answer. Else the most steps. Default: 40.")
+    ] = None,
+    until: Annotated[
+        str, typer.Option("--until", help="expected, loss=X (nats per token), steps=N, norm=X, or converged.")
+    ] = "expected",
+    max_damage: Annotated[
+        float,
+        typer.Option(
+            "--max-damage", help="Allowed relative rise of the retained rows' loss; beyond it nothing is written."
+        ),
+    ] = 0.1,
+    rest: Annotated[
+        int | None, typer.Option("--rest", help="Untouched rows in every step; 0: none. Default: 24.")
+    ] = None,
+    holdout: Annotated[
+        Path | None, typer.Option("--holdout", help="Rows the adapter never saw: measured, and a measure of unseen.")
+    ] = None,
+    curvature: Annotated[str | None, typer.Option("--curvature", help="Another curvature that the run holds.")] = None,
+    damping: Annotated[str | None, typer.Option("--damping", help="Another damping rule than the fit's.")] = None,
+    at: Annotated[
+        str | None, typer.Option("--at", help="Point of the path whose curvature is used. Default: the middle one.")
+    ] = None,
+    solver: Annotated[str, typer.Option("--solver", help="direct, cg, pcg, lissa, astra or sgd.")] = "direct",
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--start", help="Adapter to edit: an earlier edit's directory, or original. Default: the last edit's."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the retained rows.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write the adapter whatever the damage.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Forecast effect and cost; change and write nothing.")
+    ] = False,
+    device: DeviceOption = "auto",
+    checkpointing: CheckpointingOption = False,
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    from influence.data import read_examples
+    from influence.run import Run
+    from unlearn import edits
+    from unlearn.requests import read_changes
+    from unlearn.retrain import refuse_taken
+
+    asked: dict[str, Any] = {"remove": [], "relabel": {}, "correct": {}}
+    if kind in ("remove", "edit") and (ids is not None or ids_file is not None):
+        if ids is not None and ids_file is not None:
+            raise InputError("--ids and --ids-file were both given: give one of them")
+        asked["remove"] = _ids(ids, ids_file)
+    elif kind == "remove":
+        raise InputError("name the rows to remove: --ids A,B,C or --ids-file FILE (one id per line)")
+    if changes is not None:
+        found = read_changes(changes, None if kind == "edit" else kind)
+        asked = {
+            "remove": [*asked["remove"], *found["remove"]],
+            "relabel": found["relabel"],
+            "correct": found["correct"],
+        }
+    elif kind in ("relabel", "correct") or not asked["remove"]:
+        raise InputError("name the changes: --changes FILE, one JSON object per line")
+    if out is None and not dry_run:
+        raise InputError("name the adapter directory to make: --out DIR (or --dry-run, which makes none)")
+    if out is not None:
+        refuse_taken(out, overwrite)
+    unseen = None if holdout is None else read_examples(holdout)
+    options: dict[str, Any] = {"until": until, "max_damage": max_damage, "curvature": curvature, "damping": damping}
+    options |= {"at": at, "solver": solver, "start": start, "seed": seed}
+    options |= {key: value for key, value in (("steps", steps), ("rest", rest)) if value is not None}
+    edits.Options(**options)  # refused before anything is loaded
+    console.quiet_transformers()
+    opened = Run.open(run, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
+    if dry_run:
+        ahead = edits.forecast(opened, **asked, holdout=unseen, **options)
+        console.emit(ahead, _forecast_text(ahead), json)
+        return
+    made = edits.edit(opened, **asked, holdout=unseen, **options)
+    assert out is not None
+    text = _edit_text(made.report, out, opened.directory)
+    try:
+        made.save(out, force=force, overwrite=overwrite)
+    except WorkError:
+        print(text.rsplit("\n\n", 1)[0], file=sys.stderr)
+        raise
+    console.emit(
+        {"out": str(out), **made.report, "guard": {**made.report["guard"], "forced": not made.passed}}, text, json
+    )
+
+
+def _register(kind: str, help: str, sources: tuple[str, ...]) -> None:
+    """A command of `_edit` that takes the rows from these options only."""
+    own = inspect.signature(_edit, eval_str=True)
+    left_out = {"kind", *({"ids", "ids_file", "changes"} - set(sources))}
+    parameters = [value for name, value in own.parameters.items() if name not in left_out]
+
+    def command(**given: Any) -> None:
+        _edit(kind, **given)
+
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {value.name: value.annotation for value in parameters} | {"return": None}
+    app.command(name=kind, help=help)(command)
+
+
+_register("remove", "Take training rows out of the adapter, without retraining.", ("ids", "ids_file"))
+_register("relabel", "Give training rows another completion, without retraining.", ("changes",))
+_register("correct", "Give training rows another prompt, completion or both, without retraining.", ("changes",))
+_register(
+    "edit", "Several kinds of change in one edit: removals, relabellings, corrections.", ("ids", "ids_file", "changes")
+)
+
+
+def _loss_table(title: str, rows: list[tuple[str, dict[str, Any] | None]], columns: list[tuple[str, str]]) -> str:
+    """Mean losses as lines of text."""
+    head = f"{title:<26}{'rows':>6}" + "".join(f"{name:>12}" for name, _ in columns)
+    lines = [head]
+    for name, found in rows:
+        if found is not None:
+            shown = "".join(f"{_number(found.get(key)):>12}" for _, key in columns)
+            lines.append(f"{name:<26}{found['rows']:>6}{shown}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if abs(value) < 1e4 else f"{value:.2g}"
+
+
+_WHAT = {"remove": "removed", "relabel": "relabelled", "correct": "corrected", "mixed": "changed"}
+
+
+def _edit_text(report: dict[str, Any], out: Path, run: Path) -> str:
+    """What an edit did, for a person; the last paragraph says what to do next."""
+    losses, guard, cost, rows = report["losses"], report["guard"], report["cost"], report["rows"]
+    columns = [("before", "before"), ("after", "after"), ("goal", "target")]
+    measured = [("the changed rows", losses["edited"]), ("retained rows (sample)", losses["retained"])]
+    table = _loss_table("mean loss, nats per token", [*measured, ("held-out rows", losses["heldout"])], columns)
+    recited = [
+        sum(row[key] == 1 for row in rows if row["action"] == "remove")
+        for key in ("extraction_before", "extraction_after")
+    ]
+    lines = [f"{_WHAT[report['kind']]} {len(rows)} rows: {report['stopped']}", "", table, ""]
+    if any(row["action"] == "remove" for row in rows):
+        lines.append(
+            f"removed rows that the prompt alone draws out word for word: {recited[0]} before, {recited[1]} after"
+        )
+    ratio = "" if cost["ratio"] is None else f", {cost['ratio']:.0%} of retraining"
+    lines.append(
+        f"retained loss {guard['damage']:+.1%} ({guard['max_damage']:.0%} allowed); {cost['total']:.0f} row-gradients{ratio}, "
+        f"{cost['seconds']:.0f} s"
+    )
+    if not report["reached"]:
+        lines.append("warning: the goal was not reached; the record says so")
+    lines += [
+        "",
+        f"{out}: the edited adapter, with its record edit.json. Next: unlearn verify --run {run}; analysis report --edit {out} --out report.html",
+    ]
+    return console.printable("\n".join(lines))
+
+
+def _forecast_text(ahead: dict[str, Any]) -> str:
+    """What an edit would do, for a person."""
+    losses, cost = ahead["losses"], ahead["cost"]
+    columns = [("now", "before"), ("goal", "target"), ("linear", "linear")]
+    named = [("the changed rows", losses["edited"]), ("retained rows (sample)", losses["retained"])]
+    table = _loss_table("mean loss, nats per token", [*named, ("held-out rows", losses["heldout"])], columns)
+    ratio = "" if cost["ratio"] is None else f" ({cost['ratio']:.0%} of retraining)"
+    return (
+        f"dry run: {len(ahead['rows'])} rows would be {_WHAT[ahead['kind']]}; nothing was changed or written\n\n{table}\n\n"
+        "goal: where the edit stops (removed rows: the loss expected of a model that never saw them; new contents: the retained "
+        "rows' loss).\nlinear: what one linear step (--steps 1) is forecast to do; where that is far from the goal, only the "
+        "default, which takes several, will get there.\n"
+        f"cost: about {cost['row_gradients']} row-gradients{ratio}, about {cost['seconds']:.0f} s here, plus loading"
+    )
 
 
 if __name__ == "__main__":

@@ -162,10 +162,32 @@ def recipe_of(run: Run) -> Recipe:
     Read, the first that is there: `recipe.json` (the fields of `Recipe`), `retrain.json` (which `retrain` writes),
     `training_args.json` (a trainer's arguments as JSON; its pickled `.bin` is never opened).
     """
+    found = _recorded(run)
+    if found is None:
+        recipe = Recipe()
+        say(f"warning: no recipe was given; training by {recipe}, which may not be how this adapter was trained")
+        return recipe
+    recipe, path = found
+    if path.name == "training_args.json":
+        say(f"note: {path} says how the adapter was trained, but not in which order it saw the rows")
+    say(f"training by {path}: {recipe}")
+    return recipe
+
+
+def recorded_recipe(run: Run) -> Recipe | None:
+    """The recipe recorded in the adapter's folder; None where there is none that can be followed. Says nothing."""
+    try:
+        found = _recorded(run)
+    except InputError:
+        return None
+    return None if found is None else found[0]
+
+
+def _recorded(run: Run) -> tuple[Recipe, Path] | None:
     folder = Path(run.manifest["adapter"]["path"] or os.devnull)
     if (path := folder / "recipe.json").is_file():
-        recipe = Recipe.read(path)
-    elif (path := folder / "retrain.json").is_file():
+        return Recipe.read(path), path
+    if (path := folder / "retrain.json").is_file():
         found = _read_object(path, "record")
         recipe = Recipe.of(found.get("recipe") or {}, f"record {path}")
         if found.get("epoch") != recipe.epochs:
@@ -173,15 +195,10 @@ def recipe_of(run: Run) -> Recipe:
                 f"{path} says that this adapter's training stopped after epoch {found.get('epoch')} of {recipe.epochs}: "
                 "give the recipe to train by (--recipe FILE.json)"
             )
-    elif (path := folder / "training_args.json").is_file():
-        recipe = Recipe.of_training_arguments(_read_object(path, "training arguments"), str(path))
-        say(f"note: {path} says how the adapter was trained, but not in which order it saw the rows")
-    else:
-        recipe = Recipe()
-        say(f"warning: no recipe was given; training by {recipe}, which may not be how this adapter was trained")
-        return recipe
-    say(f"training by {path}: {recipe}")
-    return recipe
+        return recipe, path
+    if (path := folder / "training_args.json").is_file():
+        return Recipe.of_training_arguments(_read_object(path, "training arguments"), str(path)), path
+    return None
 
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:
@@ -232,7 +249,7 @@ def retrain(
     """
     out = Path(out)
     kept = kept_rows(run, remove)
-    _refuse_taken(out, overwrite)
+    refuse_taken(out, overwrite)
     recipe = recipe or recipe_of(run)
     last = _last_epoch(recipe, stop_after)
     wrong = sorted({epoch for epoch in checkpoints if not 1 <= epoch <= last})
@@ -404,7 +421,8 @@ def _last_epoch(recipe: Recipe, stop_after: int | None) -> int:
     return stop_after or recipe.epochs
 
 
-def _refuse_taken(out: Path, overwrite: bool) -> None:
+def refuse_taken(out: Path, overwrite: bool) -> None:
+    """Refuse an output directory that is a file, or that holds something without `overwrite`."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; an adapter is a directory: give another --out")
     if out.exists() and any(out.iterdir()) and not overwrite:

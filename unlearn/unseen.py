@@ -1,0 +1,246 @@
+"""What a model that never saw some rows would say of them, estimated without training one.
+
+*Its loss.* A row that goes leaves behind what the kept rows teach about it. Influence tells how much that is: with
+`s_ij = g_i^T (C + lambda I)^-1 w_j g_j` at the middle point of the run's path, what row j contributes to row i beyond the
+usual is `e_ij = max(0, s_ij - median_j s_ij)^1.25`, and
+
+    expected_i = now_i + max(0, rho base_i - now_i) * sum_{j removed} e_ij / sum_j e_ij
+
+between the loss now (nothing about the row is lost) and `rho` times the base model's loss (all of it is). `rho` says how
+much worse than the base an adapter is at rows of its kind that it never saw, because it is surer of itself: measured
+where held-out rows are given, else `UNSEEN`. The exponent and `UNSEEN` were found on adapters retrained without
+some rows (benchmarks/README.md has the figures, also of a model they were not found on).
+
+*Its outputs.* Between the base's and the adapter's logits `z`, `log q_i = log softmax((1 - a_i) z_base + a_i z_adapter)` with
+a_i such that the row's loss under q_i is `expected_i`. Where the estimate were the truth, training on the kept rows and on S
+labelled by q has the retrained model as its stationary point, because labels drawn from a model pull it nowhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence.adapter import AdaptedModel
+from influence.curvature.base import Invertible
+from influence.data import TokenizedExamples, collate
+from influence.loss import SumLoss, mean_losses, supervised_logits
+from influence.path import scaled
+from influence.run import AtPoint, Run, parts, spaced
+from unlearn.measure import Cost
+from unlearn.requests import Change
+from unlearn.versions import Version
+
+#: Loss of rows that an adapter never saw over the base model's loss on them, where no held-out rows tell it.
+UNSEEN = 1.2
+#: Power of an excess influence: strong teachers count for more than many weak ones.
+POWER = 1.25
+#: Kept rows that are looked at, at most: relatives of the removed rows, and as many others for the median.
+CANDIDATES = 256
+#: Bytes of reference outputs that are kept; those beyond are computed again in every step.
+CACHE_BYTES = 1 << 30
+#: How far q may go beyond the base, away from the adapter, where the expected loss is above the base's.
+BEYOND = -1.0
+
+
+def middle(run: Run) -> AtPoint:
+    """The point in the middle of the run's path."""
+    return run.points[len(run.points) // 2]
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """Losses `[s]` of the rows S, nats per completion token: `now`, under the `base` alone, and `expected` if never seen.
+
+    `shares` [s]: how much of what was taught about a row the removed rows taught; `rho` as in the module's formula.
+    """
+
+    now: np.ndarray
+    base: np.ndarray
+    shares: np.ndarray
+    rho: float
+
+    @property
+    def expected(self) -> np.ndarray:
+        """Loss of a model that never saw the rows, `[s]`."""
+        return self.now + np.maximum(0, self.rho * self.base - self.now) * self.shares
+
+
+def expected_losses(change: Change, now: np.ndarray, heldout: TokenizedExamples | None, cost: Cost) -> Expected:
+    """Estimate, for every row of S, the loss of a model that never saw S (but the new contents, where there are any).
+
+    `now` [s]: the rows' losses. Work: gradients at one point of S, of the new contents and of at most `CANDIDATES` kept rows
+    (none of those whose gradients the run has stored), and forwards of S and the held-out rows under the base.
+    """
+    version, model = change.version, change.version.model
+    budget = version.run.manifest["token_budget"]
+    rho, unseen_base = UNSEEN, np.nan
+    with model.at(scaled_to(version, 0.0)):
+        base = mean_losses(model, change.old, token_budget=budget)
+        cost.forwards += len(base)
+        if heldout is not None:
+            unseen_base = mean_losses(model, heldout, token_budget=budget).mean()
+    if heldout is not None:
+        with model.at(version.theta):
+            rho = max(1.0, float(mean_losses(model, heldout, token_budget=budget).mean() / unseen_base))
+        cost.forwards += 2 * len(heldout)
+    return Expected(now, base, shares(change, cost), rho)
+
+
+def scaled_to(version: Version, scale: float) -> Tensor:
+    """A version's parameters `[P]` with every B multiplied by `scale`."""
+    with version.model.at(version.theta):
+        return scaled(version.model, scale)
+
+
+def shares(change: Change, cost: Cost) -> np.ndarray:
+    """`sum_{j in S} e_ij / sum_j e_ij` of every row i of S, `[s]`, in [0, 1]."""
+    run, s = change.version.run, len(change.rows)
+    points = run.points if run.gradients_stored and not change.version.changed else [middle(run)]
+    kept, ordinary = candidates(change)
+    influence = np.zeros((s, s + len(kept) + len(change.new)))
+    for point in points:
+        found = _influence(change, point, kept, cost)
+        influence += found / max(float(np.diagonal(found).mean()), 1e-300)
+    usual = np.median(influence[:, s + np.flatnonzero(ordinary)], axis=1) if ordinary.any() else np.zeros(s)
+    excess = np.maximum(0, influence - usual[:, None]) ** POWER
+    total = excess.sum(1)
+    return np.where(total > 0, excess[:, :s].sum(1) / np.where(total > 0, total, 1), 1.0)
+
+
+def _influence(change: Change, point: AtPoint, kept: np.ndarray, cost: Cost) -> np.ndarray:
+    """`g_i^T (C + lambda I)^-1 w_j g_j` at a point, `[s, s + k + r]`: of S on itself, kept rows and new contents."""
+    version, run = change.version, change.version.run
+    s, k, r = len(change.rows), len(kept), len(change.new)
+    curvature, lam = _inverse(run, point)
+    rows = np.concatenate([change.rows, kept])
+    out = np.zeros((s, s + k + r))
+    for some in parts(run, s):
+        solved = curvature.solve(_gradients(version, point, change.rows[some], cost), lam)
+        for others in parts(run, s + k):
+            found = _gradients(version, point, rows[others], cost)
+            out[np.ix_(some, others)] = (solved @ found.T).double().cpu().numpy()
+        if r:
+            found = point.query_gradients(change.new, SumLoss())
+            cost.gradients += r
+            out[np.ix_(some, s + k + np.arange(r))] = (solved @ found.T).double().cpu().numpy()
+    return out * np.concatenate([change.old_weights, version.weights[kept], change.new_weights])
+
+
+def _inverse(run: Run, point: AtPoint) -> tuple[Invertible, Tensor]:
+    """The fit's own damped curvature at a point, or, where it has no closed inverse, what stands in for it."""
+    operator = point.operator()
+    if not isinstance(operator.curvature, Invertible):
+        operator = point.operator("identity")
+    assert isinstance(operator.curvature, Invertible)
+    return operator.curvature, operator.lam
+
+
+def _gradients(version: Version, point: AtPoint, rows: np.ndarray, cost: Cost) -> Tensor:
+    """Gradients `[b, P]` of l_i at a point; read where the run has stored them and the rows are still the fit's."""
+    own = np.array([version.rows[int(row)].id not in version.changed for row in rows])
+    if own.all() and point.gradients_stored:
+        return point.gradients_of(version.positions[rows])
+    cost.gradients += len(rows)
+    return point.query_gradients(version.tokens.select(rows), SumLoss())
+
+
+def candidates(change: Change) -> tuple[np.ndarray, np.ndarray]:
+    """Kept rows `[k]` that may teach what S taught, and which of them are ordinary, `[k]` bool.
+
+    All of them where there are at most `CANDIDATES`; else one half are relatives (the rows of the same groups, then those
+    with the most similar text), the other half are evenly spaced.
+    """
+    rest = change.rest
+    if len(rest) <= CANDIDATES:
+        return rest, np.ones(len(rest), dtype=bool)
+    rows, half = change.version.rows, CANDIDATES // 2
+    groups = {request.before.group for request in change.requests} - {None}
+    mates = np.array([row for row in rest if rows[int(row)].group in groups], dtype=int)
+    related = mates[spaced(len(mates), half)] if len(mates) else mates
+    if len(related) < half:
+        left = np.setdiff1d(rest, related)
+        related = np.concatenate([related, left[_most_similar(change, left)[: half - len(related)]]])
+    others = np.setdiff1d(rest, related)
+    others = others[spaced(len(others), half)]
+    return np.concatenate([related, others]), np.arange(len(related) + len(others)) >= len(related)
+
+
+def _most_similar(change: Change, rows: np.ndarray) -> np.ndarray:
+    """Positions in `rows` by falling TF-IDF similarity of their text to the nearest row of S."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    text = [row.preview(4000) for row in change.version.rows]
+    matrix = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]").fit_transform(text)
+    nearest = np.asarray((matrix[rows] @ matrix[change.rows].T).max(axis=1).todense()).ravel()
+    return np.argsort(-nearest, kind="stable")
+
+
+# ---- outputs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Reference:
+    """Log-probabilities `log q_i` [T_i, V] that a model which never saw the rows might give their completion tokens.
+
+    `targets` [s]: the loss that each row has under its q. Kept in memory up to `CACHE_BYTES`, computed again beyond.
+    """
+
+    version: Version
+    tokens: TokenizedExamples
+    targets: np.ndarray
+    cost: Cost
+    cache: dict[int, Tensor] = field(default_factory=dict)
+    bytes: int = 0
+
+    def of(self, rows: np.ndarray) -> Tensor:
+        """`log q` of some rows, one after the other, `[N, V]`."""
+        missing = [row for row in rows.tolist() if row not in self.cache]
+        found = dict(self.cache)
+        if missing:
+            logs = self._compute(np.array(missing))
+            for row, log in zip(missing, logs, strict=True):
+                found[row] = log
+                if self.bytes + log.nbytes <= CACHE_BYTES:
+                    self.cache[row] = log
+                    self.bytes += log.nbytes
+        return torch.cat([found[row] for row in rows.tolist()])
+
+    def _compute(self, rows: np.ndarray) -> list[Tensor]:
+        model = self.version.model
+        self.cost.forwards += 2 * len(rows)
+        with model.at(scaled_to(self.version, 0.0)):
+            base, labels, counts = _logits(model, self.tokens, rows)
+        with model.at(self.version.theta):
+            adapter, _, _ = _logits(model, self.tokens, rows)
+        adapter -= base
+        target = torch.from_numpy(self.targets[rows]).to(base)
+        share = _mix(base, adapter, labels, counts, target)
+        mixed = base.addcmul_(
+            adapter, torch.repeat_interleave(share, torch.tensor(counts, device=base.device))[:, None]
+        )
+        return [part.clone() for part in mixed.log_softmax(-1).split(counts)]
+
+
+def _mix(base: Tensor, difference: Tensor, labels: Tensor, counts: list[int], target: Tensor) -> Tensor:
+    """The shares a [b] of the adapter at which the rows' mean losses are `target` [b], by bisection."""
+    lengths = torch.tensor(counts, device=base.device)
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=base.device), lengths)
+    low, high = torch.full_like(target, BEYOND), torch.ones_like(target)
+    for _ in range(20):
+        half = (low + high) / 2
+        losses = torch.nn.functional.cross_entropy(base + half[owner, None] * difference, labels, reduction="none")
+        mean = torch.zeros_like(target).index_add_(0, owner, losses) / lengths
+        low, high = torch.where(mean > target, half, low), torch.where(mean > target, high, half)
+    return high
+
+
+def _logits(model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray) -> tuple[Tensor, Tensor, list[int]]:
+    batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
+    with model.evaluating(), torch.no_grad():
+        part = supervised_logits(model, batch)
+    logits = part.logits if part.logits.dtype == torch.float64 else part.logits.float()
+    return logits, part.targets, part.counts
