@@ -242,13 +242,39 @@ def tune(
 def report(
     edit: Annotated[Path, typer.Option("--edit", help="Adapter folder made by unlearn remove, relabel or correct.")],
     out: Annotated[Path, typer.Option("--out", help="Page to write (.html).")],
+    retrained: Annotated[
+        Path | None,
+        typer.Option(
+            "--retrained", help="Adapter made by unlearn retrain --edit: how near is the edit to it? Loads the model."
+        ),
+    ] = None,
+    holdout: Annotated[
+        Path | None, typer.Option("--holdout", help="With --retrained: rows that neither adapter saw.")
+    ] = None,
+    device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     """One page on one edit, from its edit.json: is it forgotten, what else changed, how exact, how to check it."""
+    from analysis.report import read_record
     from analysis.report import report as write_report
+    from influence.errors import InputError
 
-    made = write_report(edit, out, overwrite=overwrite)
+    compared = None
+    if holdout is not None and retrained is None:
+        raise InputError("--holdout goes with --retrained DIR: leave it out")
+    if retrained is not None:
+        from analysis.agreement import agreement
+        from influence.data import read_examples
+        from influence.run import Run
+
+        path = read_record(edit)["run"]["path"]
+        if path is None:
+            raise InputError(f"{edit} does not record where its run is: --retrained needs it")
+        unseen = None if holdout is None else read_examples(holdout)
+        console.quiet_transformers()
+        compared = agreement(Run.open(path, device=device), edit, retrained, unseen)
+    made = write_report(edit, out, compared=compared, overwrite=overwrite)
     result = {"out": str(made.path), "kind": made.kind, "rows": made.rows, "verdicts": made.verdicts}
     console.emit(
         result | {"headlines": made.headlines}, f"{made.path}: {made.title}\n" + "\n".join(made.headlines), json

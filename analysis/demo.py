@@ -12,7 +12,8 @@
 5. the rows ranked by how much they oppose the questions about their own person (`opposition`), and how many
    planted wrong rows are among the first, beside the number that chance would give;
 6. one prediction checked: the adapter is trained again with the slot of one row left empty, and the predicted
-   change of the question's loss is shown beside the measured one.
+   change of the question's loss is shown beside the measured one;
+7. one person's rows removed by an edit, beside an adapter trained again without them; the edit's record verified.
 """
 
 from __future__ import annotations
@@ -501,7 +502,7 @@ def hits(values: np.ndarray, wanted: Collection[int]) -> tuple[int, float]:
 
 # --------------------------------------------------------------------------------------------------- the demo
 
-_MADE = ("base", "adapter", "run", "check", "train.jsonl", "queries.jsonl", "heldout.jsonl", "planted.json")
+_MADE = ("base", "adapter", "run", "check", "edited", "train.jsonl", "queries.jsonl", "heldout.jsonl", "planted.json")
 
 
 def demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -511,7 +512,7 @@ def demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, console: Co
     ----------
     out
         A new or empty directory; receives base/, adapter/, train.jsonl, queries.jsonl, heldout.jsonl,
-        planted.json, run/ (the run directory) and check/ (the retrained adapters).
+        planted.json, run/ (the run directory), check/ (the retrained adapters) and edited/ (without one person).
     seed
         Of corpus, base, adapter and sampled labels.
     overwrite
@@ -522,7 +523,7 @@ def demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, console: Co
     Returns
     -------
     dict
-        `out`, `seconds`, `losses`, `shown`, `wrong_rows` and `check`, as printed; JSON can hold it.
+        `out`, `seconds`, `losses`, `shown`, `wrong_rows`, `check` and `removal`, as printed; JSON can hold it.
 
     Raises `InputError` where `out` holds something and `overwrite` is not given.
     """
@@ -558,6 +559,7 @@ def demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, console: Co
     shown = [_show(console, scores, corpus, number, reason) for number, reason in chosen]
     wrong = _find_wrong(console, run, scores, corpus, losses["rows"])
     check = _check(console, out, corpus, scores, query=chosen[-1][0], seed=seed)
+    removal = _remove(console, out, corpus, run, seed)
     say(f"done; try: influence top --run {out / 'run'} --query {scores.query_ids[chosen[0][0]]}")
     return {
         "out": str(out),
@@ -566,6 +568,7 @@ def demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, console: Co
         "shown": shown,
         "wrong_rows": wrong,
         "check": check,
+        "removal": removal,
     }
 
 
@@ -788,3 +791,45 @@ def verdict(result: Mapping[str, Any]) -> str:
         "its optimum and a loss that is quadratic around it; this one memorises and stopped early, so read "
         "scores as a ranking, not as an amount."
     )
+
+
+def _remove(console: Console, out: Path, corpus: Corpus, run: Run, seed: int) -> dict[str, Any]:
+    """Take one person's rows out of the adapter by an edit, and compare with training again without them."""
+    import unlearn
+
+    person = corpus.queries[0]["group"]
+    gone = {row["id"] for row in corpus.train if row.get("group") == person}
+    edit = unlearn.remove(run, sorted(gone))
+    edited = edit.save(out / "edited", force=True)
+    verified = unlearn.verify(run.directory, apply=True).passed
+    again = out / "check" / f"seed-{seed}-without-person"
+    train_adapter(out / "base", corpus.train, again, seed, absent=gone, label=f"training without {person}")
+    sets = {
+        f"the {len(gone)} rows about {person}": [row for row in corpus.train if row["id"] in gone],
+        "questions about them": [row for row in corpus.queries if row["group"] == person],
+        "other training rows": [row for row in corpus.train if row["id"] not in gone],
+        "other questions": [row for row in corpus.queries if row["group"] != person],
+        "held-out people": list(corpus.heldout),
+    }
+    adapters = {"before": out / "adapter", "edited": edited, "trained again": again}
+    losses = {
+        name: {key: float(np.mean(mean_losses(out / "base", adapter, rows))) for key, adapter in adapters.items()}
+        for name, rows in sets.items()
+    }
+    table = _table(
+        f"mean loss (nats per token) when the rows about {person} are removed",
+        {"": "left", **dict.fromkeys(adapters, "right")},
+    )
+    for name, found in losses.items():
+        table.add_row(name, *(f"{value:.2f}" for value in found.values()))
+    console.print()
+    console.print(table)
+    cost, target = edit.report["cost"], edit.report["losses"]["edited"]["target"]
+    console.print(
+        f"The edit expected {target:.2f} for the removed rows, took {cost['seconds']:.0f} s and {cost['total']:.0f} row-gradients, "
+        f"and its record {'verifies' if verified else 'DOES NOT VERIFY'}: unlearn verify --run {run.directory}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return {"person": person, "losses": losses, "expected": target, "cost": cost["total"], "verified": verified}

@@ -560,16 +560,17 @@ def _plain(text: str) -> bool:
     return printable(text) == text and "\n" not in text and len(text) <= 240
 
 
-def _retrain_command(record: Mapping[str, Any]) -> str | None:
-    """The command for the exact answer, ready to paste; null for changed rows, which no command trains on yet."""
-    if any(request["action"] != "remove" for request in record["requests"]):
-        return None
-    run, ids = _run(record), [request["id"] for request in record["requests"]]
-    listed = ",".join(ids)
-    usable = all(id == id.strip() and id and "," not in id and _plain(id) for id in ids)
-    short = usable and len(listed) <= 160 and not listed.startswith("-")
-    chosen = f"--ids {shlex.quote(listed)}" if short else "--ids-file IDS.txt"
-    return f"unlearn retrain --run {run} \\\n    {chosen} --out RETRAINED"
+def _retrain_command(record: Mapping[str, Any], folder: str) -> str:
+    """The commands for the exact answer and its comparison, ready to paste."""
+    return (
+        f"unlearn retrain --run {_run(record)} \\\n    --edit {folder} --out RETRAINED\n"
+        f"analysis report --edit {folder} \\\n    --retrained RETRAINED --out PAGE.html"
+    )
+
+
+def _folder(folder: Any) -> str:
+    path = os.path.abspath(folder)
+    return shlex.quote(path) if _plain(path) else "DIR"
 
 
 def _run(record: Mapping[str, Any]) -> str:
@@ -774,9 +775,9 @@ def page(record: Mapping[str, Any], folder: str | os.PathLike[str], digest: str 
         retained=_retained(record),
         exact=_exact(record),
         cost=_cost(record),
-        command=_retrain_command(record),
+        command=_retrain_command(record, _folder(folder)),
         run=_run(record),
-        quoted=shlex.quote(os.path.abspath(folder)) if _plain(os.path.abspath(folder)) else "DIR",
+        quoted=_folder(folder),
         digests=_digests(record, digest),
         settings=[(_text(name, 40), _setting(value)) for name, value in list(record["method"].items())[:40]],
         steps=(record["steps"] or [])[:60],
@@ -815,7 +816,7 @@ def _retained(record: Mapping[str, Any]) -> str:
         said.append("Edited rows: removed ones and the new content of changed ones in one mean.")
     error = _finite(_at(record, "losses", "retained", "standard_error"))
     if error is not None:
-        said.append(f"Standard error recorded with the other rows' loss: {_small(error)}.")
+        said.append(f"Standard error of the other rows' mean change: {_small(error)}.")
     if record["losses"]["heldout"] is None:
         said.append("No held-out rows were given, so nothing was measured on text outside the training rows.")
     elif _at(record, "losses", "heldout", "source"):
@@ -898,7 +899,13 @@ class Report:
     verdicts: dict[str, str]
 
 
-def report(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False) -> Report:
+def report(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    compared: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Report:
     """Write the page of the edit in `folder` to the HTML file `out`.
 
     Parameters
@@ -907,6 +914,8 @@ def report(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, overw
         Made by `unlearn remove`, `relabel` or `correct`; only its edit.json is read.
     out : path
         Ends in `.html`; its folder is made where it is missing.
+    compared : mapping, optional
+        From `analysis.agreement`, in place of the record's own `agreement`.
     overwrite : bool
         Replace a file that is already there.
 
@@ -928,6 +937,8 @@ def report(folder: str | os.PathLike[str], out: str | os.PathLike[str], *, overw
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists and would be replaced: give another --out, or --overwrite")
     record = read_record(folder)
+    if compared is not None:
+        record = {**record, "agreement": dict(compared)}
     html = page(record, folder, hashlib.sha256((Path(folder) / RECORD).read_bytes()).hexdigest())
     partial = out.with_name(out.name + ".partial")
     try:

@@ -17,17 +17,18 @@ forward and backward of each at sampled labels, less where the run has stored th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from influence.curvature.base import Damped, Invertible
+from influence.curvature.base import Damped
 from influence.curvature.fisher import SampleSpaceFisher
 from influence.curvature.ggn import GGNOperator
 from influence.curvature.hessian import HessianOperator
 from influence.curvature.kfac import Kronecker, wide_side
+from influence.curvature.objective import Objective, Products
 from influence.data import TokenizedExamples, collate, plan_batches
 from influence.errors import NumericalError
 from influence.gradients import label_uniforms, max_rows, sampled_gradient, tape
@@ -36,9 +37,6 @@ from influence.run import AtPoint
 from influence.store import RowFile
 from unlearn.measure import Cost
 from unlearn.requests import Change
-
-#: The least eigenvalue of `I - W M^-1 W^T` that counts as solvable: a row of leverage 1 cannot be taken out.
-LEAST = 1e-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,18 +69,21 @@ class Updated:
         return self.curvature.matvec(v) + own.to(v)
 
     def solve(self, v: Tensor, lam: Tensor) -> Tensor:
-        """`(C' + lambda I)^-1 v` for every row of `v` [K, P]; `lam` [1]. `NumericalError` where C' is not positive."""
+        """`(C' + lambda I)^-1 v` for every row of `v` [K, P]; `lam` [1].
+
+        Where a row that goes has a leverage within rounding of 1, the solver's residual tells.
+        """
         rows = self.rows.double()
         solved = self.curvature.solve(rows, lam)  # [k, P] float64
         inner = torch.diag(self.signs.to(rows)) + rows @ solved.T
-        least = torch.linalg.eigvalsh((inner + inner.T) / 2).abs().min() if len(rows) else torch.ones(())
-        if not float(least) > LEAST:
+        plain = self.curvature.solve(v.double(), lam)
+        found, info = torch.linalg.solve_ex(inner, rows @ plain.T)
+        if bool(info):
             raise NumericalError(
                 "the curvature without the changed rows cannot be solved: a row has leverage 1, it alone determines a "
                 "direction. Raise the damping"
             )
-        plain = self.curvature.solve(v.double(), lam)
-        return (plain - torch.linalg.solve(inner, rows @ plain.T).T @ solved).to(v)
+        return (plain - found.T @ solved).to(v)
 
     def mean_eigenvalues(self) -> Tensor:
         """Trace over P, `[1]`."""
@@ -118,6 +119,18 @@ class Moved:
         return cls(gone, tokens.select(new), w[new])
 
 
+@dataclass(frozen=True)
+class Counted(Objective):
+    """An objective that counts the rows its products run: each as one forward and backward."""
+
+    cost: Cost = field(default_factory=Cost)
+
+    def product(self, v: Tensor, products: Products, only: np.ndarray | None = None) -> Tensor:
+        """As in `Objective`."""
+        self.cost.gradients += self.count if only is None else len(only)
+        return super().product(v, products, only)
+
+
 def after(point: AtPoint, operator: Damped, change: Change, cost: Cost) -> Damped:
     """The damped curvature of a run's point after a change, its lambda kept."""
     curvature, moved = operator.curvature, Moved.by(change)
@@ -126,7 +139,9 @@ def after(point: AtPoint, operator: Damped, change: Change, cost: Cost) -> Dampe
     if isinstance(curvature, SampleSpaceFisher):
         return replace(operator, curvature=_fisher(point, curvature, moved, cost))
     if isinstance(curvature, GGNOperator | HessianOperator):
-        objective = replace(curvature.objective, tokens=change.tokens_after, weights=change.weights_after)
+        known = {field.name: getattr(curvature.objective, field.name) for field in fields(curvature.objective)}
+        known |= {"tokens": change.tokens_after, "weights": change.weights_after}
+        objective = Counted(**known, cost=cost)
         return replace(operator, curvature=replace(curvature, objective=objective))
     return operator
 
@@ -197,8 +212,3 @@ def sampled_rows(point: AtPoint, tokens: TokenizedExamples, samples: int, cost: 
                 gradient = sampled_gradient(part, probs, torch.from_numpy(np.concatenate(own)))
                 found = recorder.gradients(part, gradient, last=draw == samples - 1)
                 yield rows, point.geometry.features(found)
-
-
-def invertible(operator: Damped) -> bool:
-    """Whether a damped curvature has a closed-form inverse."""
-    return isinstance(operator.curvature, Invertible)

@@ -29,6 +29,9 @@ def retrain(
     ids: Annotated[str | None, typer.Option("--ids", help="Ids of the rows to leave out, separated by commas.")] = None,
     ids_file: Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line.")] = None,
     all_rows: Annotated[bool, typer.Option("--all-rows", help="Leave no row out: replay the training.")] = False,
+    edit: Annotated[
+        Path | None, typer.Option("--edit", help="Train on the rows as they are after this edit (its directory).")
+    ] = None,
     keep_epochs: Annotated[
         str | None, typer.Option("--keep-epochs", help="Also save the adapter after these epochs: 1,3,6,10.")
     ] = None,
@@ -63,20 +66,28 @@ def retrain(
     from unlearn.retrain import Recipe, random_halves, retrain_subsets
     from unlearn.retrain import retrain as train_again
 
-    _one_form(ids, ids_file, all_rows, subsets)
+    _one_form(ids, ids_file, all_rows, edit, subsets)
     for_one = {"--keep-epochs": keep_epochs, "--stop-after": stop_after}
     for_many = {"--fraction": fraction, "--subset-seed": subset_seed, "--queries": queries}
     _refuse_given(for_many if subsets is None else for_one, subsets is not None)
     how = None if recipe is None else Recipe.read(recipe)
     if subsets is None:
-        removed = [] if all_rows else _ids(ids, ids_file)
+        removed = [] if all_rows or edit is not None else _ids(ids, ids_file)
         epochs = _epochs(keep_epochs)
         console.quiet_transformers()
         opened = Run.open(run, device=device)
         made = train_again(
-            opened, removed, out=out, recipe=how, checkpoints=epochs, stop_after=stop_after, overwrite=overwrite
+            opened,
+            removed,
+            out=out,
+            recipe=how,
+            checkpoints=epochs,
+            stop_after=stop_after,
+            edit=edit,
+            overwrite=overwrite,
         )
-        text = f"{made}: trained without {len(removed)} rows"
+        what = f"without {len(removed)} rows" if edit is None else f"on the rows after the edit {edit}"
+        text = f"{made}: trained {what}"
         text += f"; also after epochs {', '.join(map(str, epochs))}" if epochs else ""
         console.emit({"out": str(made), "removed": removed, "checkpoints": epochs}, text, json)
         return
@@ -91,13 +102,18 @@ def retrain(
     console.emit({"out": str(done.path), "subsets": subsets, "queries": len(asked), "rows": masks.shape[1]}, text, json)
 
 
-def _one_form(ids: str | None, ids_file: Path | None, all_rows: bool, subsets: int | None) -> None:
-    given = {"--ids": ids is not None, "--ids-file": ids_file is not None, "--all-rows": all_rows}
+def _one_form(ids: str | None, ids_file: Path | None, all_rows: bool, edit: Path | None, subsets: int | None) -> None:
+    given = {
+        "--ids": ids is not None,
+        "--ids-file": ids_file is not None,
+        "--all-rows": all_rows,
+        "--edit": edit is not None,
+    }
     given["--subsets"] = subsets is not None
     if sum(given.values()) != 1:
         named = " and ".join(name for name, there in given.items() if there) or "none of them"
         raise InputError(
-            "give exactly one of --ids A,B,C, --ids-file FILE (one id per line), --all-rows and --subsets N: "
+            "give exactly one of --ids A,B,C, --ids-file FILE (one id per line), --all-rows, --edit DIR and --subsets N: "
             f"{named} was given"
         )
 
@@ -209,7 +225,6 @@ def _edit(
     from influence.run import Run
     from unlearn import edits
     from unlearn.requests import read_changes
-    from unlearn.retrain import refuse_taken
 
     asked: dict[str, Any] = {"remove": [], "relabel": {}, "correct": {}}
     if kind in ("remove", "edit") and (ids is not None or ids_file is not None):
@@ -229,8 +244,6 @@ def _edit(
         raise InputError("name the changes: --changes FILE, one JSON object per line")
     if out is None and not dry_run:
         raise InputError("name the adapter directory to make: --out DIR (or --dry-run, which makes none)")
-    if out is not None:
-        refuse_taken(out, overwrite)
     unseen = None if holdout is None else read_examples(holdout)
     options: dict[str, Any] = {"until": until, "max_damage": max_damage, "curvature": curvature, "damping": damping}
     options |= {"at": at, "solver": solver, "start": start, "seed": seed}
@@ -238,6 +251,8 @@ def _edit(
     edits.Options(**options)  # refused before anything is loaded
     console.quiet_transformers()
     opened = Run.open(run, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
+    if out is not None and not dry_run:
+        edits.refuse_out(opened, out, overwrite)
     if dry_run:
         ahead = edits.forecast(opened, **asked, holdout=unseen, **options)
         console.emit(ahead, _forecast_text(ahead), json)

@@ -21,6 +21,7 @@ rows, before and after. An edit that raises the retained loss by more than `max_
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -40,13 +41,14 @@ from influence.curvature.ggn import GGNOperator
 from influence.curvature.hessian import HessianOperator
 from influence.damping import Damping
 from influence.data import Examples, TokenizedExamples, tokenize
-from influence.errors import InputError, NumericalError, WorkError
+from influence.errors import InputError, NumericalError, StoreError, WorkError
 from influence.fitting import versions
 from influence.loss import check_rows, mean_losses
+from influence.progress import say
 from influence.run import AtPoint, Run, spaced, write_manifest
 from influence.scores import Setting, make_solver
 from influence.solvers import Solver
-from influence.store import only_writer
+from influence.store import only_writer, read_json
 from unlearn import audit
 from unlearn.after import after
 from unlearn.measure import Cost, Measured, measure
@@ -289,8 +291,7 @@ class _Work:
     @property
     def sample(self) -> np.ndarray:
         """The untouched rows that are measured, positions in the version's rows."""
-        rest = self.change.rest
-        return np.sort(np.random.default_rng([self.options.seed, 1]).permutation(rest)[:GUARD_ROWS])
+        return guard_sample(self.change.rest, self.options.seed)
 
     def measure(self, theta: Tensor) -> _State:
         change, options = self.change, {"token_budget": self.budget, "cost": self.cost}
@@ -488,10 +489,11 @@ def _prepare(
     change = plan(start, remove, relabel, correct)
     heldout = None
     if holdout is not None:
-        seen = {row.content_hash for row in run.train} & {row.content_hash for row in holdout}
+        known = {row.content_hash for rows in (run.train, start.rows, change.after) for row in rows}
+        seen = known & {row.content_hash for row in holdout}
         if seen:
             raise InputError(
-                f"{len(seen)} held-out rows are training rows word for word: they cannot tell what an unseen row's loss is; "
+                f"{len(seen)} held-out rows are training rows (or new contents) word for word: they cannot tell what an unseen row's loss is; "
                 "give rows that the adapter never saw"
             )
         heldout = tokenize(holdout, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
@@ -502,6 +504,11 @@ def _prepare(
         at = middle(run).place.label
     setting = Setting.of(run, options.curvature, options.damping, at, tuned=False, calibrated=False)
     return _Work(start, change, options, holdout, heldout, setting)
+
+
+def guard_sample(rest: np.ndarray, seed: int) -> np.ndarray:
+    """The untouched rows whose loss is measured before and after an edit: `GUARD_ROWS` of `rest`, drawn by its seed."""
+    return np.sort(np.random.default_rng([seed, 1]).permutation(rest)[:GUARD_ROWS])
 
 
 def _by_request(change: Change, old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -526,7 +533,7 @@ def _rows(
     work: _Work, before: _State, after_: _State | None, expected: Expected, targets: _Targets, comparable: Any = None
 ) -> list[dict[str, Any]]:
     """One entry a request."""
-    found, new = [], 0
+    found, new, base = [], 0, _by_request(work.change, expected.base, expected.new_base)
     for place, request in enumerate(work.change.requests):
         replaced = request.after is not None
         at = new if replaced else place
@@ -539,7 +546,7 @@ def _rows(
             "before": float(first.loss[at]),
             "after": None if last is None else float(last.loss[at]),
             "target": float(targets.edited[place]),
-            "base": float(expected.base[place]),
+            "base": float(base[place]),
             "share": float(expected.shares[place]),
             "extraction_before": float(first.extraction[at]),
             "extraction_after": None if last is None else float(last.extraction[at]),
@@ -691,8 +698,11 @@ class Edit:
         nothing is written then.
         """
         run, out = self.change.version.run, Path(out)
-        refuse_taken(out, overwrite)
-        refuse_sources(run, self.change.version, out)
+        refuse_out(run, out, overwrite)
+        if self.change.version.path and _inside(out, Path(self.change.version.path)):
+            raise InputError(
+                f"{out} is, or holds, or lies in {self.change.version.path}, which the edit is made from: give a new directory"
+            )
         guard = self.report["guard"]
         if not self.passed and not force:
             raise WorkError(
@@ -750,12 +760,45 @@ def _belongs(name: str) -> bool:
     return name in kept or name.startswith(("tokenizer", "special_tokens", "chat_template"))
 
 
-def refuse_sources(run: Run, start: Version, out: Path) -> None:
-    """Refuse to write over the run, its adapter, its base or the adapter that is edited."""
-    places = [run.directory, run.manifest["adapter"]["path"], run.manifest["base"]["path"], start.path]
-    for place in places:
-        if place and Path(place).exists() and out.resolve() in (Path(place).resolve(), *Path(place).resolve().parents):
-            raise InputError(f"{out} is, or holds, {place}, which the edit is made from: give a new directory")
+def refuse_out(run: Run, out: Path, overwrite: bool) -> None:
+    """Refuse an output directory that holds something, or that the run, its base, its adapter or a later edit needs.
+
+    What a killed save left there (an edit of this run, complete, but without its line in the audit chain) is no reason.
+    """
+    for place in (str(run.directory), run.manifest["adapter"]["path"], run.manifest["base"]["path"]):
+        if place and Path(place).exists() and _inside(out, Path(place)):
+            raise InputError(
+                f"{out} is, or holds, or lies in {place}, which the edit is made from: give a new directory"
+            )
+    entries = audit.entries(run.directory)
+    refuse_taken(out, overwrite or _left_over(run, out, entries))
+    made = {entry["adapter_after"] for entry in entries if entry["edit"] == str(out.resolve())}
+    later = [entry for entry in entries if entry["adapter_before"] in made and entry["edit"] != str(out.resolve())]
+    if later:
+        raise InputError(
+            f"{later[0]['edit']} was made from the adapter in {out}, which therefore stays: give a new directory"
+        )
+
+
+def _left_over(run: Run, out: Path, entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether `out` holds a complete edit of this run whose save was killed before its audit line."""
+    path = out / audit.RECORD
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        record = read_json(path)
+    except (OSError, StoreError):
+        return False
+    ours = isinstance(record.get("run"), dict) and record["run"].get("digest") == run.digest
+    left = ours and (str(out.resolve()), digest) not in {(entry["edit"], entry["record"]) for entry in entries}
+    if left:
+        say(f"note: {out} was left by a save that was killed before it was recorded; it is replaced")
+    return left
+
+
+def _inside(out: Path, place: Path) -> bool:
+    """Whether one of two paths is, or lies in, the other."""
+    out, place = out.resolve(), place.resolve()
+    return out == place or out in place.parents or place in out.parents
 
 
 __all__ = ["Edit", "Options", "correct", "edit", "forecast", "relabel", "remove"]

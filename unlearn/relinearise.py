@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,8 +71,8 @@ class Until:
             value = float(number)
         except ValueError:
             value = float("nan")
-        whole = kind != "steps" or value == round(value)
-        if kind not in ("loss", "steps", "norm") or not (np.isfinite(value) and value > 0 and whole):
+        sound = np.isfinite(value) and value > 0 and (kind != "steps" or value == round(value))
+        if kind not in ("loss", "steps", "norm") or not sound:
             raise InputError(
                 f"stopping rule {text!r} was given; expected one of expected, loss=X (nats per token), steps=N, norm=X, "
                 "converged, with X above 0 and N whole"
@@ -247,8 +248,8 @@ class Goals:
 class Step:
     """One step: its number, length, the radius it had to stay in, M's predicted and measured fall, and what came of it.
 
-    `forget` is the mean loss of the rows that rise, `learn` of those that fall, `damage` the relative rise of the drawn
-    retained rows' loss before the step; nats per token.
+    `forget` is the mean loss of the rows that rise, `learn` of those that fall, after it; `retained` that of the drawn retained
+    rows before it, and `damage` its relative rise so far; nats per token.
     """
 
     step: int
@@ -259,6 +260,7 @@ class Step:
     accepted: bool
     forget: float | None
     learn: float | None
+    retained: float | None
     damage: float | None
 
 
@@ -301,7 +303,7 @@ def walk(
     start, done, rng = theta, [], np.random.default_rng(rest.seed)
     radius, weight, refused = float("inf"), 1.0, 0
     before: dict[int, float] = {}
-    budget = {"token_budget": token_budget, "cost": cost}
+    budget: dict[str, Any] = {"token_budget": token_budget, "cost": cost}
     if len(goals.tokens) == 0:
         return Walk(theta, [], "every row was at its goal already: the adapter stays as it is", True)
     with model.at(theta):
@@ -319,7 +321,7 @@ def walk(
                 found = mean_losses(model, rest.tokens.select(new), token_budget=token_budget)
                 before |= dict(zip(new.tolist(), found.tolist(), strict=True))
         with model.at(theta):
-            move, damage = _direction(model, here, rest, drawn, before, weight, precondition, budget)
+            move, retained, damage = _direction(model, here, rest, drawn, before, weight, precondition, budget)
         weight = min(8.0, 2 * weight) if damage is not None and damage > rest.max_damage / 2 else max(1.0, weight / 1.5)
         slope = -float(here.gradient.double() @ move.double())
         if not slope > 0:
@@ -343,6 +345,7 @@ def walk(
                 good,
                 _mean(after.losses[goals.rises]),
                 _mean(after.losses[~goals.rises]),
+                retained,
                 damage,
             )
         )
@@ -374,20 +377,20 @@ def _direction(
     before: dict[int, float],
     weight: float,
     precondition: Callable[[Tensor], Tensor],
-    budget: dict,
-) -> tuple[Tensor, float | None]:
-    """The step's direction `[P]` of length 1, and how much the drawn retained rows have lost so far, relatively."""
-    pull, damage = -_unit(here.gradient), None
+    budget: dict[str, Any],
+) -> tuple[Tensor, float | None, float | None]:
+    """The step's direction `[P]` of length 1, the drawn retained rows' mean loss, and its relative rise so far."""
+    pull, retained, damage = -_unit(here.gradient), None, None
     if len(drawn):
         tokens = rest.tokens.select(drawn)
         weights = np.full(len(drawn), 1 / tokens.counts.sum())
         gradient, losses = loss_sum_gradient(model, tokens, weights, **budget)
-        earlier = np.mean([before[row] for row in drawn.tolist()])
-        damage = float((losses.mean() - earlier) / earlier)
+        earlier, retained = np.mean([before[row] for row in drawn.tolist()]), float(losses.mean())
+        damage = float((retained - earlier) / earlier)
         move = _unit(precondition(pull - weight * _unit(gradient)))
         if float(move @ here.gradient) < 0:
-            return move, damage
-    return _unit(precondition(pull)), damage
+            return move, retained, damage
+    return _unit(precondition(pull)), retained, damage
 
 
 def _unit(v: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from influence.data import Example, Examples, TokenizedExamples, examples_from_rows, tokenize
+from influence.data import Example, Examples, TokenizedExamples, Tokens, examples_from_rows, tokenize
 from influence.errors import DataError, InputError
 from influence.loss import check_rows, weights
 from unlearn.versions import Version
@@ -162,7 +162,8 @@ def plan(
     new = tokenize(contents, version.run.model.tokenizer, max_length=objective["max_length"])
     check_rows(version.run.model, new)
     tokens = version.tokens.select(rows[replaced])
-    same = [id for id, a, b in zip(new.ids, tokens, new, strict=True) if np.array_equal(a.input_ids, b.input_ids)]
+    pairs = zip(new.ids, tokens, new, strict=True)
+    same = [id for id, a, b in pairs if all(np.array_equal(x, y) for x, y in zip(_arrays(a), _arrays(b), strict=True))]
     if same:
         raise InputError(
             f"the change of {', '.join(map(repr, same[:10]))} changes no token that the adapter is trained on (the "
@@ -177,6 +178,10 @@ def plan(
         version.weights[rows],
         row_weights(version, new.counts),
     )
+
+
+def _arrays(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    return tokens.input_ids, tokens.supervised
 
 
 def row_weights(version: Version, counts: np.ndarray) -> np.ndarray:
@@ -225,7 +230,7 @@ def read_changes(path: Path, only: str | None = None) -> dict[str, dict[str, Any
     found: dict[str, dict[str, Any]] = {"remove": {}, "relabel": {}, "correct": {}}
     problems: list[str] = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split inside JSON strings
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):

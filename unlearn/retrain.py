@@ -36,6 +36,7 @@ from influence.loss import check_rows, mean_losses, supervised_logits, token_los
 from influence.progress import say, track
 from influence.run import Run
 from influence.store import only_writer, write_json
+from unlearn.versions import version
 
 #: Tokens that a training step runs at a time, padding included; larger batches are split, which changes rounding only.
 MICRO_TOKENS = 16384
@@ -222,6 +223,7 @@ def retrain(
     recipe: Recipe | None = None,
     checkpoints: Sequence[int] = (),
     stop_after: int | None = None,
+    edit: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Train a fresh adapter of the run's configuration on its rows without those of the ids in `remove`.
@@ -244,11 +246,16 @@ def retrain(
     stop_after
         Stop after this epoch. The learning rates stay those of the whole recipe, so this gives the adapter that a
         whole training passes through.
+    edit
+        Train on the rows as they are after this edit (its folder): what a removal, relabelling or correction stands in
+        for. `remove` may be empty then.
 
     Returns the directory.
     """
     out = Path(out)
-    kept = kept_rows(run, remove)
+    start = None if edit is None else version(run, edit)
+    tokens, rows = (run.tokens, run.train) if start is None else (start.tokens, start.rows)
+    kept = kept_rows(rows, remove)
     refuse_taken(out, overwrite)
     recipe = recipe or recipe_of(run)
     last = _last_epoch(recipe, stop_after)
@@ -267,10 +274,13 @@ def retrain(
         if state.epoch == last:
             _save(model, partial, {**asdict(state), **about, **_digests(run, model)})
 
-    about = {"removed": list(remove), "rows": len(kept), "recipe": asdict(recipe)}
+    gone = [id for id in run.train.ids if start is not None and id in start.removed]
+    about: dict[str, Any] = {"removed": [*gone, *remove], "rows": len(kept), "recipe": asdict(recipe)}
+    if start is not None:
+        about |= {"edit": start.path, "rows_digest": rows.digest}
     with _own_randomness(run.model):
         model = fresh_adapter(run.model, recipe.seed)
-        train(model, run.tokens.select(kept), recipe, stop_after=last, after_epoch=save)
+        train(model, tokens.select(kept), recipe, stop_after=last, after_epoch=save)
     if out.exists():
         shutil.rmtree(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -278,13 +288,13 @@ def retrain(
     return out
 
 
-def kept_rows(run: Run, remove: Sequence[str]) -> np.ndarray:
+def kept_rows(rows: Examples, remove: Sequence[str]) -> np.ndarray:
     """Positions of the rows that stay; unknown ids, repeated ids and nothing left are errors."""
-    removed = [run.train.index(id) for id in remove]
+    removed = [rows.index(id) for id in remove]
     if len(set(removed)) != len(removed):
         repeated = sorted({id for id in remove if list(remove).count(id) > 1})
         raise InputError(f"ids are given more than once: {', '.join(repeated)}; name each row once")
-    kept = np.setdiff1d(np.arange(len(run.train)), removed)
+    kept = np.setdiff1d(np.arange(len(rows)), removed)
     if len(kept) == 0:
         raise InputError("all rows would be removed: nothing is left to train on")
     return kept

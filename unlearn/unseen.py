@@ -55,13 +55,15 @@ def middle(run: Run) -> AtPoint:
 class Expected:
     """Losses `[s]` of the rows S, nats per completion token: `now`, under the `base` alone, and `expected` if never seen.
 
-    `shares` [s]: how much of what was taught about a row the removed rows taught; `rho` as in the module's formula.
+    `shares` [s]: how much of what was taught about a row the removed rows taught; `rho` as in the module's formula;
+    `new_base` [r]: the new contents' losses under the base.
     """
 
     now: np.ndarray
     base: np.ndarray
     shares: np.ndarray
     rho: float
+    new_base: np.ndarray
 
     @property
     def expected(self) -> np.ndarray:
@@ -80,14 +82,15 @@ def expected_losses(change: Change, now: np.ndarray, heldout: TokenizedExamples 
     rho, unseen_base = UNSEEN, np.nan
     with model.at(scaled_to(version, 0.0)):
         base = mean_losses(model, change.old, token_budget=budget)
-        cost.forwards += len(base)
+        new_base = mean_losses(model, change.new, token_budget=budget) if len(change.new) else np.zeros(0)
+        cost.forwards += len(base) + len(new_base)
         if heldout is not None:
             unseen_base = mean_losses(model, heldout, token_budget=budget).mean()
     if heldout is not None:
         with model.at(version.theta):
             rho = max(1.0, float(mean_losses(model, heldout, token_budget=budget).mean() / unseen_base))
         cost.forwards += 2 * len(heldout)
-    return Expected(now, base, shares(change, cost), rho)
+    return Expected(now, base, shares(change, cost), rho, new_base)
 
 
 def scaled_to(version: Version, scale: float) -> Tensor:
