@@ -21,7 +21,7 @@ from influence.path import read_parameters
 from influence.run import Run
 from influence.store import read_json
 from unlearn.edits import guard_sample
-from unlearn.versions import Version, version
+from unlearn.versions import ORIGINAL, Version, version
 
 
 def agreement(run: Run, edit: Path, retrained: Path, heldout: Examples | None = None) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def agreement(run: Run, edit: Path, retrained: Path, heldout: Examples | None = 
     _refuse_other_rows(retrained, made)
     theta = read_parameters(run.model, adapter_folder(retrained))
     changed = [request["id"] for request in record["requests"]]
-    edited = _tokens(run, made, changed)
+    edited = _tokens(version(run, record["adapter"]["before"]["path"] or ORIGINAL), made, changed)
     others = np.array([place for place, id in enumerate(made.rows.ids) if id not in set(changed)], dtype=int)
     sets: dict[str, TokenizedExamples | None] = {
         "edited": edited,
@@ -74,10 +74,10 @@ def divergence(
     return total / len(tokens)
 
 
-def _tokens(run: Run, made: Version, ids: list[str]) -> TokenizedExamples:
-    """Rows by id: as they are after the edit, or, where they are gone, as the fit had them."""
+def _tokens(before: Version, made: Version, ids: list[str]) -> TokenizedExamples:
+    """Rows by id: as they are after the edit, or, where they are gone, as they were before it."""
     there = {id: place for place, id in enumerate(made.rows.ids)}
-    rows = [made.tokens[there[id]] if id in there else run.tokens[run.train.index(id)] for id in ids]
+    rows = [made.tokens[there[id]] if id in there else before.tokens[before.rows.index(id)] for id in ids]
     return TokenizedExamples(rows, ids)
 
 

@@ -843,8 +843,8 @@ def _exact(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Method", _method(record)),
         ("Why it ended", _text(record["stopped"]) if record["stopped"] else NOT_MEASURED),
         ("Equations solved to", f"{solved} (worst relative residual)" if residual is not None else solved),
-        ("Objective's gradient", f"{bound}; 0 would be exact (Guo et al. 2020)"),
-        ("First-order forecast", f"loss {_loss(forecast)}, measured {_loss(_at(edited, 'after'))}"),
+        ("Objective's gradient", f"{bound}: norm for the retained rows, 0 only at their optimum (Guo et al. 2020)"),
+        ("This move, linearly", f"loss {_loss(forecast)}, measured {_loss(_at(edited, 'after'))}"),
         ("Size of the move", f"{_share(_at(record, 'delta', 'relative'))} of the adapter's length"),
     ]
     facts[3] = facts[3] if bound != NOT_MEASURED else ("Objective's gradient", NOT_MEASURED)

@@ -167,7 +167,7 @@ class Examples(Sequence[Example]):
         if id in self._positions:
             return self._positions[id]
         near = get_close_matches(str(id), self._positions, n=3)
-        hint = f"the nearest are {_listed(near)}" if near else "`.ids` lists those there are"
+        hint = f"the nearest are {_listed(near)}" if near else f"there are {_listed(self.ids[:3])} and others"
         raise DataError(f"no example has the id {id!r}, among {len(self)}; {hint}")
 
     def select(self, indices: Iterable[SupportsIndex]) -> Examples:

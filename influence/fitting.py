@@ -41,6 +41,7 @@ from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, END, Point, check_path, points
 from influence.progress import say, track
 from influence.run import (
+    AUDIT,
     FORMAT,
     AtPoint,
     Run,
@@ -56,9 +57,6 @@ from influence.store import RowFile, only_writer, open_file, open_rows, read, re
 CurvatureSpec = EKFAC | KFAC | Fisher | GGN | Hessian | Identity
 STORE = ("auto", "always", "never")
 FILES = ("manifest.json", "factors.h5", "gradients.h5", "rows.h5", "scores.h5", "checkpoint.h5")
-
-#: The record of the edits that were made from a run (`unlearn.audit`).
-AUDIT = "audit.jsonl"
 
 #: Seconds between checkpoints of a pass.
 CHECKPOINT_SECONDS = 60.0

@@ -41,9 +41,11 @@ from influence.gradients import max_rows, stream_gradients
 from influence.loss import Measurement, weights
 from influence.path import Point, again, scaled
 from influence.progress import track
-from influence.store import RowFile, open_file, open_rows, read, read_group, read_json, write_json
+from influence.store import RowFile, only_writer, open_file, open_rows, read, read_group, read_json, write_json
 
 FORMAT = 2
+#: The record of the edits that were made from a run (`unlearn.audit`).
+AUDIT = "audit.jsonl"
 SPECIFICATIONS = {spec.name: spec for spec in (EKFAC, KFAC, Fisher, GGN, Hessian, Identity)}
 #: Bytes of gradients read and multiplied at a time, and the fewest rows.
 BLOCK_BYTES = 32 << 20
@@ -506,8 +508,9 @@ def row_blocks(
 def write_manifest(run: Run, **keys: Any) -> None:
     """Set some keys of a run's manifest, in memory and on disk, where the others stay what they are by now."""
     path = run.directory / "manifest.json"
-    run.manifest = {**read_json(path), **keys}
-    write_json(path, run.manifest)
+    with only_writer(run.directory / AUDIT):  # which edits hold while they write their own keys
+        run.manifest = {**read_json(path), **keys}
+        write_json(path, run.manifest)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def forge(place, entry: dict, **changes) -> None:
     forged = {key: value for key, value in (entry | changes).items() if key != "hash"}
     forged["hash"] = hashlib.sha256(audit._canonical(forged)).hexdigest()
     place.chain.write_bytes(audit._canonical(forged) + b"\n")
-    audit._settle(place.run, 1, forged["hash"])
+    audit._settle(place.run, 1, forged["hash"], forged)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -539,9 +539,9 @@ def test_a_pending_line_is_settled_by_the_next_append(place, monkeypatch):
         append(place.run, folder)
     assert len(entries(place.run)) == 3
     given = lines(place)
-    audit._settle(place.run, 1, json.loads(given[0])["hash"])
+    audit._settle(place.run, 1, json.loads(given[0])["hash"], json.loads(given[0]))
     assert "has 3 lines, and" in problems(place.run)  # two more than counted come from no kill
-    audit._settle(place.run, 2, json.loads(given[0])["hash"])
+    audit._settle(place.run, 2, json.loads(given[0])["hash"], json.loads(given[0]))
     assert str(place.run / "manifest.json") in problems(place.run)
 
 

@@ -709,7 +709,7 @@ def kin(small, tmp_path_factory):
 def shares_of(run, ids):
     change = plan(version(run), remove=ids)
     now = measure(run.model, change.old).loss
-    return expected_losses(change, now, None, Cost())
+    return expected_losses(change, now, None, None, Cost())
 
 
 def test_shares_are_in_zero_to_one_and_fall_where_a_copy_stays(kin):
@@ -751,14 +751,15 @@ def test_the_base_losses_of_an_estimate_are_those_without_the_adapter(kin):
 
 
 def test_held_out_rows_tell_how_much_worse_than_the_base_an_unseen_row_is(kin):
-    heldout = tokens_of(kin.model, examples(5, seed=8))
+    heldout = tokens_of(kin.model, examples(9, seed=8))
     change = plan(version(kin), remove=["r0-1"])
-    now = measure(kin.model, change.old).loss
-    found = expected_losses(change, now, heldout, Cost())
-    own = measure(kin.model, heldout).loss.mean()
+    now, own = measure(kin.model, change.old).loss, measure(kin.model, heldout).loss
+    found = expected_losses(change, now, heldout, own, Cost())
     with kin.model.model.disable_adapter():
         base = measure(kin.model, heldout).loss.mean()
-    assert found.rho == pytest.approx(max(1, own / base))
+    assert found.rho == pytest.approx(np.clip(own.mean() / base, 1, unseen.LARGEST))
+    few = expected_losses(change, now, heldout[:5], own[:5], Cost())  # too few to tell
+    assert few.rho == unseen.UNSEEN
 
 
 @pytest.mark.slow
@@ -774,7 +775,7 @@ def test_expected_losses_forecast_retraining(testbed, tmp_path):
     for mask, losses in zip(masks, measured, strict=True):
         out = np.flatnonzero(~mask)
         change = plan(start, remove=[train.ids[i] for i in out])
-        found = expected_losses(change, now[out], None, Cost())
+        found = expected_losses(change, now[out], None, None, Cost())
         total[out] += found.expected
         exact[out] += losses[out]
         count[out] += 1
@@ -784,5 +785,5 @@ def test_expected_losses_forecast_retraining(testbed, tmp_path):
     author = [row.id for row in train if row.group == train[0].group]
     assert len(author) == 20
     change = plan(start, remove=author)
-    found = expected_losses(change, now[change.rows], None, Cost())
+    found = expected_losses(change, now[change.rows], None, None, Cost())
     assert found.expected.mean() == pytest.approx(4.82, rel=0.1)

@@ -307,7 +307,10 @@ def test_a_small_linear_edit_is_forecast_to_first_order(run):
 def test_all_rows_relabelled_leaves_no_retained_row_and_still_works(run):
     found = unlearn.relabel(run, {id: " at dawn the" for id in run.train.ids}, steps=2)
     assert found.report["losses"]["retained"]["rows"] == 0
-    assert found.report["guard"]["damage"] == 0
+    assert found.report["guard"]["damage"] is None
+    assert found.passed
+    before = np.mean([row["old_before"] for row in found.report["rows"]])  # there is no retained row to be like
+    assert [row["target"] for row in found.report["rows"]] == pytest.approx([before] * 12, rel=1e-6)
     assert found.report["data"]["rows_after"] == 12
 
 
@@ -451,8 +454,57 @@ def test_changed_rows_are_kept_and_removed_ones_are_not(run, tmp_path):
     ]
     assert again[0].completion == ANSWERS["r0-2"]
     assert (again[2].prompt, again[2].completion) == ("old cats", run.train[7].completion)
-    only = edit_of(run, remove=["r0-9"]).save(tmp_path / "second")
+    later = edit_of(run, remove=["r0-9"]).save(tmp_path / "second")  # tells all rows that are changed by then
+    assert read_examples(later / "changed_rows.jsonl").ids == ["r0-2", "r0-5", "r0-7"]
+    only = edit_of(run, remove=["r0-9"], start="original").save(tmp_path / "third")
     assert not (only / "changed_rows.jsonl").exists()
+
+
+def test_the_folders_of_earlier_edits_may_go(run, tmp_path):
+    """Erasure must not be held up by the record: a row relabelled first and removed later is nowhere after that."""
+    first = edit_of(run, relabel=ANSWERS).save(tmp_path / "first")
+    second = edit_of(run, remove=["r0-2"]).save(tmp_path / "second")
+    shutil.rmtree(first)
+    now = version(run)
+    assert now.removed == {"r0-2"}
+    assert now.changed == set(ANSWERS) - {"r0-2"}
+    assert now.path == str(second)
+    assert all(ANSWERS["r0-2"].encode() not in data for data in contents(second).values())
+    edit_of(run, remove=["r0-9"]).save(tmp_path / "third")
+    assert any("first" in problem for problem in unlearn.verify(run.directory).problems)
+
+
+def test_two_edits_from_one_start_do_not_undo_one_another(run, tmp_path):
+    one, other = edit_of(run, remove=["r0-1"]), edit_of(run, remove=["r0-2"])
+    one.save(tmp_path / "one")
+    with untouched(tmp_path), pytest.raises(MismatchError, match=r"another edit was saved .* while this one was made"):
+        other.save(tmp_path / "other")
+    assert version(run).removed == {"r0-1"}
+    edit_of(run, remove=["r0-2"], start="original").save(tmp_path / "branch")  # asked for
+    assert unlearn.verify(run.directory, apply=True).passed
+
+
+def test_recorded_edits_and_the_rows_are_never_overwritten(run, tmp_path):
+    at = tmp_path / "edits"
+    edit_of(run, remove=["r0-1"]).save(at / "one")
+    again = edit_of(run, remove=["r0-2"])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    for place, sentence in (
+        (at, "holds, or lies in"),
+        (at / "one" / "in", "holds, or lies in"),
+        (tmp_path / "notes", "other"),
+    ):
+        with untouched(tmp_path), pytest.raises(InputError, match=sentence):
+            again.save(place, overwrite=True)
+
+
+def test_a_manifest_that_knows_an_edit_the_chain_does_not_is_a_problem(run, tmp_path):
+    edit_of(run, remove=["r0-1"]).save(tmp_path / "out")
+    (run.directory / "audit.jsonl").unlink()
+    path = run.directory / "manifest.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "audit"}))
+    assert any("taken away" in problem for problem in unlearn.verify(run.directory).problems)
 
 
 def test_the_guard_refuses_to_save_and_force_saves_and_says_so(run, tmp_path):
@@ -580,7 +632,6 @@ def test_the_manifest_knows_the_chain_and_where_the_run_now_stands(run, tmp_path
     assert manifest["audit"] == {"entries": 1, "head": line["hash"]}
     assert manifest["now"] == {
         "adapter": {"path": str(out), "digest": found.report["adapter"]["after"]["digest"]},
-        "data": {"digest": found.report["data"]["after"], "rows": 10},
     }
     assert line["edit"] == str(out)
     again = Run.open(run.directory, model=run.model)
@@ -614,7 +665,7 @@ def test_a_second_edit_starts_from_the_first(run, tmp_path):
             np.testing.assert_array_equal(mine.input_ids, right.input_ids)
         np.testing.assert_allclose(start.weights, 1 / run.manifest["objective"]["N_tok"])
     with pytest.raises(
-        InputError, match=r"'r0-1' was removed by an earlier edit .*start from the adapter before that edit"
+        InputError, match=r"'r0-1' was removed by an earlier edit .*start from an adapter before that edit"
     ):
         edit_of(reopened, remove=["r0-1"])
     with pytest.raises(InputError, match="relabel of 'r0-2' changes nothing"):

@@ -46,6 +46,7 @@ class Updated:
     curvature: SampleSpaceFisher
     rows: Tensor
     signs: Tensor
+    kept: dict[float, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -74,7 +75,7 @@ class Updated:
         Where a row that goes has a leverage within rounding of 1, the solver's residual tells.
         """
         rows = self.rows.double()
-        solved = self.curvature.solve(rows, lam)  # [k, P] float64
+        solved = self._solved(float(lam), rows)
         inner = torch.diag(self.signs.to(rows)) + rows @ solved.T
         plain = self.curvature.solve(v.double(), lam)
         found, info = torch.linalg.solve_ex(inner, rows @ plain.T)
@@ -84,6 +85,13 @@ class Updated:
                 "direction. Raise the damping"
             )
         return (plain - found.T @ solved).to(v)
+
+    def _solved(self, lam: float, rows: Tensor) -> Tensor:
+        """`M^-1 W^T`, `[k, P]` float64, kept for the next right-hand side: it passes over all stored rows."""
+        if lam not in self.kept:
+            self.kept.clear()
+            self.kept[lam] = self.curvature.solve(rows, torch.tensor([lam], dtype=torch.float64))
+        return self.kept[lam]
 
     def mean_eigenvalues(self) -> Tensor:
         """Trace over P, `[1]`."""

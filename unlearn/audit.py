@@ -25,7 +25,7 @@ import re
 import reprlib
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,8 @@ _SHORT.maxstring = _SHORT.maxother = 100
 _SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 #: Files that PEFT, transformers or `influence.load` would read beside the recorded ones, or that are pickles.
 _LOADED = re.compile(
-    r"(adapter_|tokenizer|special_tokens|added_tokens|chat_template|config\.json|model|pytorch_model).*"
+    r"(adapter_|tokenizer|special_tokens|added_tokens|chat_template|config\.json|model|pytorch_model|vocab|merges|spiece"
+    r"|sentencepiece|processor|generation_config).*"
     r"|.*\.(bin|pt|pth|ckpt|pkl|pickle|py)",
     re.IGNORECASE,
 )
@@ -111,25 +112,37 @@ def seal(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     return sealed
 
 
-def append(run_directory: Path, folder: Path) -> dict[str, Any]:
-    """Append the sealed edit in `folder`, which lies at its final place, to the run's chain; return the entry.
+def append(
+    run_directory: Path, folder: Path, *, expect: str | None = None, publish: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """Append the sealed edit in `folder`, its final place, to the run's chain; return the entry.
 
-    An edit that the chain has already (same place, same record) is not appended twice. Raises `StoreError` naming the
+    `publish` is called under the chain's lock, before the line is written, to move the folder to its place. `expect`:
+    the hash that the last line must still have, where the edit was made from the last one's adapter. An edit that the chain
+    has already (same place, same record) is not appended twice. Raises `StoreError` naming the
     line where the chain so far is broken, or the file where the folder is not as its record says: nothing is appended
-    then; `MismatchError` where the edit is of another run.
+    then; `MismatchError` where the edit is of another run, or another edit was saved meanwhile.
     """
     run_directory, folder = Path(run_directory), Path(folder).resolve()
     with _lock(run_directory / CHAIN):
         manifest = _manifest(run_directory)
         chain = _sound_chain(run_directory, manifest)
+        if expect is not None and chain.head != expect:
+            raise MismatchError(
+                f"another edit was saved to {chain.path} while this one was made ({chain.lines[-1][1]['edit'] if chain.lines else 'none'}"
+                " is the last now), and this one does not contain it: nothing was written. Make the edit again, or say with "
+                "--start which adapter it is meant for"
+            )
+        if publish is not None:
+            publish()
         entry = _entry(folder, chain, manifest)
         there = [old for _, old in chain.lines if (old["edit"], old["record"]) == (entry["edit"], entry["record"])]
         if chain.pending or there:
-            _settle(run_directory, len(chain.lines), chain.head)
+            _settle(run_directory, len(chain.lines), chain.head, chain.lines[-1][1])
         if there:
             return there[-1]
         _write_line(chain, _canonical(entry) + b"\n")
-        _settle(run_directory, entry["number"], entry["hash"])
+        _settle(run_directory, entry["number"], entry["hash"], entry)
     return entry
 
 
@@ -172,9 +185,15 @@ def _write_line(chain: _Chain, line: bytes) -> None:
         ) from error
 
 
-def _settle(run_directory: Path, count: int, head: str) -> None:
+def _settle(run_directory: Path, count: int, head: str, last: Mapping[str, Any]) -> None:
+    """The manifest follows: the chain's length and head, and the adapter that the last edit made."""
     manifest = read_json(run_directory / MANIFEST)  # the latest: others write their keys too
-    write_json(run_directory / MANIFEST, manifest | {"audit": {"entries": count, "head": head}})
+    write_json(run_directory / MANIFEST, manifest | {"audit": {"entries": count, "head": head}, "now": _now(last)})
+
+
+def _now(last: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the adapter that the last line made."""
+    return _plain({"adapter": {"path": last["edit"], "digest": last["adapter_after"]}})
 
 
 @contextmanager
@@ -439,6 +458,13 @@ def _checked_chain(found: Verification, run_directory: Path) -> _Chain | None:
     chain = _chain(run_directory, manifest)
     found.problems.extend([*chain.problems, *([chain.torn] if chain.torn else [])])
     count = len(chain.lines)
+    now, last = manifest.get("now"), chain.lines[-1][1] if chain.lines else None
+    told = _now(last) if last else None
+    if now != told and not chain.pending and not chain.problems:
+        found.problems.append(
+            f"{run_directory / MANIFEST}: now is {_show(now)}, and the last line of {chain.path} says {_show(told)}: lines or "
+            "the whole chain were taken away, or the manifest was changed"
+        )
     if chain.pending:
         found.notes.append(
             f"{chain.path} line {count} is complete, and {run_directory / MANIFEST} does not count it yet: an append was "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from influence import console
 from influence.cli import CheckpointingOption, DeviceOption, JsonOption, OverwriteOption, RunOption, TrustOption
-from influence.errors import InputError, WorkError
+from influence.errors import InputError
 
 app = console.app("Change an adapter as if training rows had been absent or different.")
 main = console.main(app)
@@ -133,16 +132,15 @@ def _epochs(text: str | None) -> list[int]:
 
 
 def _ids(ids: str | None, ids_file: Path | None) -> list[str]:
+    from unlearn.requests import read_ids
+
     if ids_file is not None:
-        try:
-            text = ids_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--ids-file {ids_file} cannot be read: {error}") from error
-        found = [line.strip() for line in text.splitlines() if line.strip()]
+        found = read_ids(ids_file)
     else:
         found = [part.strip() for part in (ids or "").split(",") if part.strip()]
     if not found:
-        raise InputError("no ids were given; name at least one row")
+        place = f"{ids_file} is empty: " if ids_file is not None else ""
+        raise InputError(f"no ids were given: {place}name at least one row")
     return found
 
 
@@ -225,6 +223,7 @@ def _edit(
     from influence.run import Run
     from unlearn import edits
     from unlearn.requests import read_changes
+    from unlearn.retrain import refuse_taken
 
     asked: dict[str, Any] = {"remove": [], "relabel": {}, "correct": {}}
     if kind in ("remove", "edit") and (ids is not None or ids_file is not None):
@@ -248,9 +247,15 @@ def _edit(
     options: dict[str, Any] = {"until": until, "max_damage": max_damage, "curvature": curvature, "damping": damping}
     options |= {"at": at, "solver": solver, "start": start, "seed": seed}
     options |= {key: value for key, value in (("steps", steps), ("rest", rest)) if value is not None}
-    edits.Options(**options)  # refused before anything is loaded
+    edits.Options(**options)  # what can be refused before anything is loaded, is
+    if out is not None and not dry_run:
+        refuse_taken(out, overwrite)
+    train = _rows_of(run)
+    if train is not None:
+        for id in [*asked["remove"], *asked["relabel"], *asked["correct"]]:
+            train.index(id)
     console.quiet_transformers()
-    opened = Run.open(run, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
+    opened = Run.open(run, train=train, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
     if out is not None and not dry_run:
         edits.refuse_out(opened, out, overwrite)
     if dry_run:
@@ -259,15 +264,27 @@ def _edit(
         return
     made = edits.edit(opened, **asked, holdout=unseen, **options)
     assert out is not None
-    text = _edit_text(made.report, out, opened.directory)
-    try:
-        made.save(out, force=force, overwrite=overwrite)
-    except WorkError:
-        print(text.rsplit("\n\n", 1)[0], file=sys.stderr)
-        raise
-    console.emit(
-        {"out": str(out), **made.report, "guard": {**made.report["guard"], "forced": not made.passed}}, text, json
+    report = {**made.report, "guard": {**made.report["guard"], "forced": force and not made.passed}}
+    if not made.passed and not force:
+        text = f"not written: the edit that was tried does too much damage\n\n{_edit_text(report)}"
+        console.emit({"written": False, "out": None, **report}, text, json)
+    made.save(out, force=force, overwrite=overwrite)
+    follow = (
+        f"{out}: the edited adapter. Ship its configuration, weights and tokenizer; keep edit.json and delta.safetensors, which leads "
+        f"back to the old adapter.\nNext: unlearn verify --run {opened.directory}; analysis report --edit {out} --out report.html"
     )
+    console.emit(
+        {"written": True, "out": str(out), **report}, f"{_edit_text(report)}\n\n{console.printable(follow)}", json
+    )
+
+
+def _rows_of(run: Path) -> Any:
+    """The run's training rows, read before the model is loaded; None where they came from no file."""
+    from influence.data import read_examples
+    from influence.run import read_manifest
+
+    path = read_manifest(run)["data"]["path"]
+    return None if path is None else read_examples(path)
 
 
 def _register(kind: str, help: str, sources: tuple[str, ...]) -> None:
@@ -310,44 +327,77 @@ def _number(value: float | None) -> str:
 _WHAT = {"remove": "removed", "relabel": "relabelled", "correct": "corrected", "mixed": "changed"}
 
 
-def _edit_text(report: dict[str, Any], out: Path, run: Path) -> str:
-    """What an edit did, for a person; the last paragraph says what to do next."""
-    losses, guard, cost, rows = report["losses"], report["guard"], report["cost"], report["rows"]
+def _edit_text(report: dict[str, Any]) -> str:
+    """What an edit did, for a person."""
+    losses, guard, cost = report["losses"], report["guard"], report["cost"]
     columns = [("before", "before"), ("after", "after"), ("goal", "target")]
-    measured = [("the changed rows", losses["edited"]), ("retained rows (sample)", losses["retained"])]
-    table = _loss_table("mean loss, nats per token", [*measured, ("held-out rows", losses["heldout"])], columns)
-    recited = [
-        sum(row[key] == 1 for row in rows if row["action"] == "remove")
-        for key in ("extraction_before", "extraction_after")
-    ]
-    lines = [f"{_WHAT[report['kind']]} {len(rows)} rows: {report['stopped']}", "", table, ""]
-    if any(row["action"] == "remove" for row in rows):
-        lines.append(
-            f"removed rows that the prompt alone draws out word for word: {recited[0]} before, {recited[1]} after"
-        )
+    measured = _by_kind(report["rows"])
+    measured += [("retained rows (sample)", losses["retained"]), ("held-out rows", losses["heldout"])]
+    lines = [f"{_WHAT[report['kind']]} {_rows(len(report['rows']))}: {report['stopped']}", ""]
+    lines += [_loss_table("mean loss, nats per token", measured, columns), ""]
+    for title, chosen in (("removed rows", True), ("new contents", False)):
+        rows = [row for row in report["rows"] if (row["action"] == "remove") == chosen]
+        if rows:
+            first, now = (sum(row[key] == 1 for row in rows) for key in ("extraction_before", "extraction_after"))
+            lines.append(
+                f"{title} that the prompt alone draws out word for word: {first} before, {now} after, of {len(rows)}"
+            )
+            short = [row for row in rows if _falls_short(row)]
+            if short:
+                named = ", ".join(row["id"] for row in short[:5]) + (" ..." if len(short) > 5 else "")
+                lines.append(f"{title} that are more than 10 % short of their goal: {len(short)} ({named})")
     ratio = "" if cost["ratio"] is None else f", {cost['ratio']:.0%} of retraining"
+    damage = "no retained row to measure" if guard["damage"] is None else f"retained loss {guard['damage']:+.1%}"
     lines.append(
-        f"retained loss {guard['damage']:+.1%} ({guard['max_damage']:.0%} allowed); {cost['total']:.0f} row-gradients{ratio}, "
-        f"{cost['seconds']:.0f} s"
+        f"{damage} ({100 * guard['max_damage']:g}% allowed); {cost['total']:.0f} row-gradients{ratio}, {cost['seconds']:.0f} s"
     )
     if not report["reached"]:
-        lines.append("warning: the goal was not reached; the record says so")
-    lines += [
-        "",
-        f"{out}: the edited adapter, with its record edit.json. Next: unlearn verify --run {run}; analysis report --edit {out} --out report.html",
-    ]
+        lines.append("warning: the goal was not reached")
     return console.printable("\n".join(lines))
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
+
+
+def _falls_short(row: dict[str, Any]) -> bool:
+    """Whether a row is more than a tenth from its goal, on the wrong side."""
+    if row["action"] == "remove":
+        return row["after"] < 0.9 * row["target"]
+    return row["after"] > 1.1 * row["target"]
+
+
+def _by_kind(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any] | None]]:
+    """Mean losses of the removed rows, the new contents and the old ones they replace."""
+    kinds = {
+        "removed rows": ([row for row in rows if row["action"] == "remove"], "before", "after", "target"),
+        "new contents": ([row for row in rows if row["action"] != "remove"], "before", "after", "target"),
+        "the contents they replace": (
+            [row for row in rows if row["action"] != "remove"],
+            "old_before",
+            "old_after",
+            "old_target",
+        ),
+    }
+    found: list[tuple[str, dict[str, Any] | None]] = []
+    for title, (chosen, *keys) in kinds.items():
+        known = [[row[key] for row in chosen if row[key] is not None] for key in keys] if chosen else []
+        means = [sum(values) / len(values) if values else None for values in known]
+        if chosen:
+            found.append((title, {"rows": len(chosen), **dict(zip(("before", "after", "target"), means, strict=True))}))
+    return found
 
 
 def _forecast_text(ahead: dict[str, Any]) -> str:
     """What an edit would do, for a person."""
     losses, cost = ahead["losses"], ahead["cost"]
     columns = [("now", "before"), ("goal", "target"), ("linear", "linear")]
-    named = [("the changed rows", losses["edited"]), ("retained rows (sample)", losses["retained"])]
-    table = _loss_table("mean loss, nats per token", [*named, ("held-out rows", losses["heldout"])], columns)
+    named = [*_by_kind(ahead["rows"]), ("all of them", losses["edited"])]
+    named += [("retained rows (sample)", losses["retained"]), ("held-out rows", losses["heldout"])]
+    table = _loss_table("mean loss, nats per token", named, columns)
     ratio = "" if cost["ratio"] is None else f" ({cost['ratio']:.0%} of retraining)"
     return (
-        f"dry run: {len(ahead['rows'])} rows would be {_WHAT[ahead['kind']]}; nothing was changed or written\n\n{table}\n\n"
+        f"dry run: {_rows(len(ahead['rows']))} would be {_WHAT[ahead['kind']]}; nothing was changed or written\n\n{table}\n\n"
         "goal: where the edit stops (removed rows: the loss expected of a model that never saw them; new contents: the retained "
         "rows' loss).\nlinear: what one linear step (--steps 1) is forecast to do; where that is far from the goal, only the "
         "default, which takes several, will get there.\n"

@@ -21,7 +21,6 @@ rows, before and after. An edit that raises the retained loss by more than `max_
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -41,11 +40,11 @@ from influence.curvature.ggn import GGNOperator
 from influence.curvature.hessian import HessianOperator
 from influence.damping import Damping
 from influence.data import Examples, TokenizedExamples, tokenize
-from influence.errors import InputError, NumericalError, StoreError, WorkError
+from influence.errors import InputError, NumericalError, WorkError
 from influence.fitting import versions
 from influence.loss import check_rows, mean_losses
 from influence.progress import say
-from influence.run import AtPoint, Run, spaced, write_manifest
+from influence.run import AtPoint, Run, spaced
 from influence.scores import Setting, make_solver
 from influence.solvers import Solver
 from influence.store import only_writer, read_json
@@ -64,8 +63,8 @@ FORMAT = 1
 GUARD_ROWS = 64
 #: Rows of each kind whose gradient gives the linear forecast and the norm of the objective's gradient.
 FORECAST_ROWS = 32
-#: Steps of a re-linearised edit, at most.
-STEPS = 40
+#: Steps of a re-linearised edit: at most, and as many as most take.
+STEPS, USUAL_STEPS = 80, 15
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,8 @@ class Options:
             raise InputError(
                 f"steps 1, the linear answer, has no stopping rule, and {rule} was given: leave one of them out"
             )
+        if rule.value is not None and rule.kind == "steps" and rule.value > self.steps:
+            raise InputError(f"until {rule} was given, and at most {self.steps} steps: raise steps, or leave it out")
         if not 0 <= self.max_damage < float("inf"):
             raise InputError(f"max_damage {self.max_damage} was given; expected 0 or more, as in 0.1 for 10 %")
         if self.rest < 0 or self.seed < 0:
@@ -175,7 +176,7 @@ def edit(
     begun = time.monotonic()
     work = _prepare(run, remove, relabel, correct, holdout, Options(**options))
     before = work.measure(work.version.theta)
-    expected = expected_losses(work.change, before.old.loss, work.heldout, work.cost)
+    expected = expected_losses(work.change, before.old.loss, work.heldout, before.unseen, work.cost)
     targets = work.targets(expected, before)
     if work.options.one_shot:
         found = work.one_shot()
@@ -209,18 +210,18 @@ def forecast(
     work = _prepare(run, remove, relabel, correct, holdout, Options(**options))
     before = work.measure(work.version.theta)
     begun, forwards = time.monotonic(), work.cost.forwards
-    expected = expected_losses(work.change, before.old.loss, work.heldout, work.cost)
+    expected = expected_losses(work.change, before.old.loss, work.heldout, before.unseen, work.cost)
     targets = work.targets(expected, before)
     delta = work.one_shot().theta - work.version.theta
     linear = work.forecast(delta, None)
     spent, took = work.cost.total, max(time.monotonic() - begun, 1e-3)
-    goals = len(work.goals(targets, before).tokens)
-    steps = 1 if work.options.one_shot else min(work.options.steps, int(1.5 / 0.1))
-    ahead = (
-        spent
-        if work.options.one_shot
-        else spent + steps * (goals + 4 / 3 * min(work.options.rest, len(work.change.rest)))
-    )
+    goals, rule = len(work.goals(targets, before).tokens), work.options.rule
+    steps = int(rule.value or 0) if rule.kind == "steps" else min(work.options.steps, USUAL_STEPS)
+    ahead = spent
+    if rule.kind == "converged":
+        ahead += USUAL_STEPS * (len(work.change.after) + work.solving)
+    elif not work.options.one_shot:
+        ahead += steps * (goals + 4 / 3 * min(work.options.rest, len(work.change.rest)) + 2 * work.solving)
     ahead += (GUARD_ROWS + 2 * len(work.change.rows) + forwards) / 3
     each = took / max(spent - forwards / 3, 1.0)
     return {
@@ -229,12 +230,16 @@ def forecast(
         "rows": _rows(work, before, None, expected, targets),
         "losses": {
             "edited": {"rows": len(work.change.rows), "before": _mean(before.edited), "target": _mean(targets.edited)}
-            | {"linear": linear["edited"]},
+            | {"linear": _plus(_mean(before.edited), linear["edited"])},
             "retained": {"rows": len(before.retained.loss), "before": _mean(before.retained.loss)}
-            | {"linear": linear["retained"]},
+            | {"linear": _plus(_mean(before.retained.loss), linear["retained"])},
             "heldout": None
             if before.heldout is None
-            else {"rows": len(before.heldout.loss), "before": _mean(before.heldout.loss), "linear": linear["heldout"]},
+            else {
+                "rows": len(before.heldout.loss),
+                "before": _mean(before.heldout.loss),
+                "linear": _plus(_mean(before.heldout.loss), linear["heldout"]),
+            },
         },
         "residual": work.residual,
         "cost": {"row_gradients": round(ahead), "seconds": round(ahead * each, 1), **work.retraining(ahead)},
@@ -254,6 +259,11 @@ class _State:
     retained: Measured
     heldout: Measured | None
     edited: np.ndarray
+
+    @property
+    def unseen(self) -> np.ndarray | None:
+        """The held-out rows' losses."""
+        return None if self.heldout is None else self.heldout.loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,6 +289,7 @@ class _Work:
     residual: float = 0.0
     tolerance: float | None = None
     operators: list[Damped] | None = None
+    solving: float = 0.0
 
     @property
     def run(self) -> Run:
@@ -303,11 +314,21 @@ class _Work:
 
     def targets(self, expected: Expected, before: _State) -> _Targets:
         change, rule = self.change, self.options.rule
-        new = np.full(len(change.new), before.retained.loss.mean() if len(self.sample) else before.new.loss.mean())
+        known = before.retained.loss if len(self.sample) else before.old.loss  # no row is untouched
+        new = np.full(len(change.new), known.mean())
         old = expected.expected
         if rule.kind == "loss" and rule.value is not None:
             new, old = np.full_like(new, rule.value), np.where(change.replaced, old, rule.value)
         return _Targets(old, new, _by_request(change, old, new))
+
+    def since_the_fit(self, after_: _State) -> float | None:
+        """The relative rise of the retained sample's loss since the run's own adapter, where earlier edits came between."""
+        if self.version.edits == 0 or len(self.sample) == 0:
+            return None
+        self.cost.forwards += len(self.sample)
+        tokens = self.version.tokens.select(self.sample)
+        first = mean_losses(self.version.model, tokens, token_budget=self.budget).mean()
+        return float((after_.retained.loss.mean() - first) / first)
 
     # -- curvature
 
@@ -319,10 +340,12 @@ class _Work:
 
     def solve(self, point: AtPoint, operator: Damped, rhs: Tensor) -> Tensor:
         """`T^T (C' + lambda I)^-1 T r` for a gradient r [P], its residual noted and judged."""
+        spent = self.cost.total
         solver = make_solver(point, self.options.solver, operator)
         features = point.geometry.features(rhs[None])
         solution = solver.solve(operator, features)
         self.residual = max(self.residual, float(solution.residuals.max()))
+        self.solving = self.cost.total - spent  # products of a matrix-free curvature pass over all rows
         self.tolerance = getattr(solver, "tolerance", self.tolerance)
         if not bool(solution.converged.all()):
             raise NumericalError(
@@ -340,9 +363,8 @@ class _Work:
     def one_shot(self) -> Walk:
         """The linear answer, as a walk of one step."""
         change, version = self.change, self.version
-        old, tokens = change.old, _joined(change.old, change.new)
+        tokens = _joined(change.old, change.new)
         weights = np.concatenate([change.old_weights, -change.new_weights])
-        assert len(old) + len(change.new) == len(tokens)
         delta = torch.zeros_like(version.theta)
         for factor, point, operator in self.each():
             scale = point.place.scale
@@ -384,7 +406,7 @@ class _Work:
     def converged(self) -> Walk:
         """The optimum of the edited proximal objective; matrix-free curvatures are taken again at every iterate."""
         model, start, change = self.version.model, self.version.theta, self.change
-        ((_, point, operator),) = self._only_end()
+        ((_, point, operator),) = self.each()
         rows, weights = change.tokens_after, change.weights_after
         lam = operator.diagonal(start)
 
@@ -408,14 +430,14 @@ class _Work:
         why = f"the gradient of the edited objective went from {found.norms[0]:.1e} to {found.norms[-1]:.1e}"
         return Walk(found.theta, [], f"{len(found.norms) - 1} Newton steps: {why}", found.converged)
 
-    def _only_end(self) -> list[tuple[float, AtPoint, Damped]]:
-        each = self.each()
-        if len(each) != 1 or each[0][1].place.scale != 1 or self.run.manifest["geometry"] != "raw":
+    def refuse_unless_at_the_end(self) -> None:
+        """`until converged` needs one point, the adapter itself, in raw coordinates."""
+        points = self.setting.points
+        if len(points) != 1 or points[0].place.scale != 1 or self.run.manifest["geometry"] != "raw":
             raise InputError(
                 "until converged needs a run at the adapter itself in raw coordinates: fit one with --path 1.0 (and "
                 "--curvature ggn, whose products are taken again at every iterate)"
             )
-        return each
 
     # -- evidence
 
@@ -433,8 +455,8 @@ class _Work:
             tokens = tokens if name == "edited" else tokens.select(spaced(len(tokens), FORECAST_ROWS))
             weights = 1 / (tokens.counts * len(tokens))
             with model.at(start):
-                gradient, losses = loss_sum_gradient(model, tokens, weights, token_budget=self.budget, cost=self.cost)
-            out[name] = float(losses.mean() + gradient.double() @ delta.double())
+                gradient, _ = loss_sum_gradient(model, tokens, weights, token_budget=self.budget, cost=self.cost)
+            out[name] = float(gradient.double() @ delta.double())
             if name == "retained":
                 out["objective"] = {"before": float(gradient.norm()), "after": None, "rows": len(tokens)}
                 if theta is not None:
@@ -503,7 +525,10 @@ def _prepare(
     if at is None and not options.one_shot and not identity:
         at = middle(run).place.label
     setting = Setting.of(run, options.curvature, options.damping, at, tuned=False, calibrated=False)
-    return _Work(start, change, options, holdout, heldout, setting)
+    work = _Work(start, change, options, holdout, heldout, setting)
+    if options.rule.kind == "converged":
+        work.refuse_unless_at_the_end()
+    return work
 
 
 def guard_sample(rest: np.ndarray, seed: int) -> np.ndarray:
@@ -527,6 +552,10 @@ def _joined(one: TokenizedExamples, other: TokenizedExamples) -> TokenizedExampl
 
 def _mean(values: np.ndarray) -> float | None:
     return float(np.mean(values)) if len(values) else None
+
+
+def _plus(before: float | None, change: float | None) -> float | None:
+    return None if before is None or change is None else before + change
 
 
 def _rows(
@@ -588,7 +617,13 @@ def _report(
         work.cost.forwards += len(comparable)
         source = "retained rows under the base model"
     change_of = after_.retained.loss - before.retained.loss
-    damage = float(change_of.mean() / before.retained.loss.mean()) if len(change_of) else 0.0
+    damage = float(change_of.mean() / before.retained.loss.mean()) if len(change_of) else None
+    since = work.since_the_fit(after_)
+    if since is not None and damage is not None and since > options.max_damage >= damage:
+        say(
+            f"warning: this edit raises the retained rows' loss by {damage:.1%}, and {version.edits + 1} edits together by "
+            f"{since:.1%} since the adapter that was fitted: each is judged by itself"
+        )
     rows_after = change.after
     cost = work.cost
     return {
@@ -607,6 +642,7 @@ def _report(
         },
         "tokenizer": {"digest": run.manifest["identity"]["tokenizer"]},
         "requests": [request.record() for request in change.requests],
+        "lineage": {"edits": version.edits + 1, **change.lineage},
         "method": work.method() | {"rho": expected.rho},
         "residual": {"solver": work.residual, "tolerance": work.tolerance, "objective": linear.get("objective")},
         "stopped": found.stopped,
@@ -619,7 +655,7 @@ def _report(
                 "before": _mean(before.edited),
                 "after": _mean(after_.edited),
                 "target": _mean(targets.edited),
-                "predicted": linear["edited"],
+                "predicted": _plus(_mean(before.edited), linear["edited"]),
             },
             "retained": {
                 "rows": len(change_of),
@@ -629,7 +665,7 @@ def _report(
                 "standard_error": float(change_of.std(ddof=1) / np.sqrt(len(change_of)))
                 if len(change_of) > 1
                 else None,
-                "predicted": linear["retained"],
+                "predicted": _plus(_mean(before.retained.loss), linear["retained"]),
             },
             "heldout": None
             if before.heldout is None or after_.heldout is None
@@ -637,7 +673,7 @@ def _report(
                 "rows": len(before.heldout.loss),
                 "before": _mean(before.heldout.loss),
                 "after": _mean(after_.heldout.loss),
-                "predicted": linear["heldout"],
+                "predicted": _plus(_mean(before.heldout.loss), linear["heldout"]),
                 "source": work.holdout.source if work.holdout is not None else None,
             },
         },
@@ -646,7 +682,8 @@ def _report(
         "guard": {
             "max_damage": options.max_damage,
             "damage": damage,
-            "passed": damage <= options.max_damage,
+            "since_the_fit": since,
+            "passed": damage is None or damage <= options.max_damage,
             "forced": False,
         },
         "cost": {
@@ -706,21 +743,37 @@ class Edit:
         guard = self.report["guard"]
         if not self.passed and not force:
             raise WorkError(
-                f"the edit raises the retained rows' loss by {guard['damage']:.1%} and {guard['max_damage']:.1%} are allowed: "
+                f"the edraises the retained rows' loss by {guard['damage']:.1%} and {guard['max_damage']:.1%} are allowed: "
                 "nothing was written. Ask for less (--until), keep more rows in the step (--rest), allow more "
                 "(--max-damage), or save it nevertheless (--force)"
             )
-        partial = out.with_name(out.name + ".partial")
+        partial, replaced = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
+        version = self.change.version
+        newest = version.head if version.latest else None
+
+        def publish() -> None:
+            if out.exists():
+                os.replace(out, replaced)
+            os.replace(partial, out)
+
         with only_writer(out):
-            shutil.rmtree(partial, ignore_errors=True)
+            if replaced.exists() and not out.exists():  # a save was killed between the two moves
+                os.replace(replaced, out)
+            for left in (partial, replaced):
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             self._write(partial)
             audit.seal(partial, {**self.report, "guard": {**guard, "forced": not self.passed}})
-            if out.exists():
-                shutil.rmtree(out)
-            os.replace(partial, out)
-            entry = audit.append(run.directory, out)
-        self._follow(run, entry, out)
+            try:
+                audit.append(run.directory, out, expect=newest, publish=publish)
+            except BaseException:
+                if not partial.exists() and out.exists():  # published, but not on record: as it was
+                    os.replace(out, partial)
+                if replaced.exists() and not out.exists():
+                    os.replace(replaced, out)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
+        run.manifest = read_json(run.directory / "manifest.json")
         return out
 
     def _write(self, folder: Path) -> None:
@@ -740,59 +793,53 @@ class Edit:
                 key: part.detach().cpu().contiguous() for key, part in zip(names, model.space.split(flat), strict=True)
             }
             save_file(tensors, folder / name, metadata={"format": "pt"})
-        changed = [request.after for request in self.change.requests if request.after is not None]
-        if changed:
-            write_rows(changed, folder / CHANGED)
-
-    def _follow(self, run: Run, entry: dict[str, Any], out: Path) -> None:
-        """The manifest follows: the chain's head, and which adapter and rows the run now stands for."""
-        rows = self.report["data"]
-        now = {
-            "adapter": {"path": str(out.resolve()), "digest": entry["adapter_after"]},
-            "data": {"digest": rows["after"], "rows": rows["rows_after"]},
-        }
-        write_manifest(run, audit={"entries": entry["number"], "head": entry["hash"]}, now=now)
+            (folder / name).chmod(0o644)  # as the other files: services of other users load adapters
+        changed = set(self.report["lineage"]["changed"])
+        if changed:  # by earlier edits too, so that this folder alone tells the rows
+            write_rows((row for row in self.change.after if row.id in changed), folder / CHANGED)
 
 
 def _belongs(name: str) -> bool:
     """Whether a file of the old adapter's folder is copied: configuration, tokenizer and recipe; never weights."""
-    kept = ("adapter_config.json", "recipe.json", "vocab.json", "merges.txt", "added_tokens.json", "spiece.model")
-    return name in kept or name.startswith(("tokenizer", "special_tokens", "chat_template"))
+    if not name.endswith((".json", ".txt", ".model", ".jinja")):
+        return False
+    known = (
+        "adapter_config.json",
+        "recipe.json",
+        "vocab",
+        "merges.txt",
+        "added_tokens.json",
+        "spiece",
+        "sentencepiece",
+    )
+    return name.startswith((*known, "tokenizer", "special_tokens", "chat_template"))
 
 
 def refuse_out(run: Run, out: Path, overwrite: bool) -> None:
-    """Refuse an output directory that holds something, or that the run, its base, its adapter or a later edit needs.
-
-    What a killed save left there (an edit of this run, complete, but without its line in the audit chain) is no reason.
-    """
-    for place in (str(run.directory), run.manifest["adapter"]["path"], run.manifest["base"]["path"]):
+    """Refuse an output directory that holds something, or that the run, its base, its adapter, its rows or an edit needs."""
+    sources = [str(run.directory), *(run.manifest[key]["path"] for key in ("adapter", "base", "data"))]
+    for place in sources:
         if place and Path(place).exists() and _inside(out, Path(place)):
             raise InputError(
                 f"{out} is, or holds, or lies in {place}, which the edit is made from: give a new directory"
             )
-    entries = audit.entries(run.directory)
-    refuse_taken(out, overwrite or _left_over(run, out, entries))
-    made = {entry["adapter_after"] for entry in entries if entry["edit"] == str(out.resolve())}
-    later = [entry for entry in entries if entry["adapter_before"] in made and entry["edit"] != str(out.resolve())]
+    entries, own = audit.entries(run.directory), str(out.resolve())
+    for entry in entries:
+        if entry["edit"] != own and _inside(out, Path(entry["edit"])):
+            raise InputError(
+                f"{out} holds, or lies in, the edit {entry['edit']}, which is on record: give a new directory"
+            )
+    refuse_taken(out, overwrite)
+    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").exists():
+        raise InputError(
+            f"{out} holds other things than an adapter, and only one may be replaced: give a new directory"
+        )
+    made = {entry["adapter_after"] for entry in entries if entry["edit"] == own}
+    later = [entry for entry in entries if entry["adapter_before"] in made and entry["edit"] != own]
     if later:
         raise InputError(
             f"{later[0]['edit']} was made from the adapter in {out}, which therefore stays: give a new directory"
         )
-
-
-def _left_over(run: Run, out: Path, entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether `out` holds a complete edit of this run whose save was killed before its audit line."""
-    path = out / audit.RECORD
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        record = read_json(path)
-    except (OSError, StoreError):
-        return False
-    ours = isinstance(record.get("run"), dict) and record["run"].get("digest") == run.digest
-    left = ours and (str(out.resolve()), digest) not in {(entry["edit"], entry["record"]) for entry in entries}
-    if left:
-        say(f"note: {out} was left by a save that was killed before it was recorded; it is replaced")
-    return left
 
 
 def _inside(out: Path, place: Path) -> bool:

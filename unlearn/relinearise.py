@@ -12,8 +12,8 @@ loss, t its goal, and h(x) = 0 for x <= 0, x^2 / 2s up to s = t/2, then x - s/2:
 
 with R the mean loss of a fixed number of untouched rows, drawn anew for each step, the preconditioner kept. It lowers M by at
 most a tenth of what it was at first, by the linear forecast (`STRIDE`), and stays in a radius (1.5 times the first step) that grows
-and shrinks with measured over predicted change; a step that raises M is taken back. b is 1, and doubles where the drawn rows have lost more than half of what
-`max_damage` allows.
+and shrinks with measured over predicted change; a step that raises M is taken back. b is 1, doubles where the drawn rows have lost more than half of what
+`max_damage` allows, and is halved (at last 0) where the step would raise M.
 
 Two things differ from the plain `g_S(theta_k) - g_S'(theta_k) - [g_rest(theta_k) - g_rest(theta_0)]`, because of what
 was measured on the testbed (LOG.md): raising a removed row's loss by its own labels alone makes the adapter wrong in a way
@@ -137,15 +137,21 @@ def loss_sum_gradient(
 ) -> tuple[Tensor, np.ndarray]:
     """The gradient `[P]` of `sum_i weights_i l_i` (l the summed loss) and the mean losses `[n]`, where the model is now."""
     losses = np.zeros(len(tokens))
+    unit = _unit_of(float(np.abs(weights).max()) if len(weights) else 1.0)
 
     def by_logits(rows: np.ndarray, part: Supervised) -> Tensor:
         sums = part.per_example(token_losses(part.logits, part.targets)).double()
         losses[rows] = sums.cpu().numpy() / tokens.counts[rows]
         gradient = loss_gradient(probabilities(part.logits), part.targets)
-        return gradient * _per_token(weights[rows], part, gradient)
+        return gradient * _per_token(weights[rows] / unit, part, gradient)
 
     gradient = summed_gradient(model, tokens, by_logits, token_budget=token_budget, cost=cost)
-    return gradient, losses
+    return gradient * unit, losses
+
+
+def _unit_of(weight: float) -> float:
+    """A power of 2 near the largest weight, taken out of a backward and put in again: 16-bit bases cannot hold 1 / N_tok."""
+    return 2.0 ** np.floor(np.log2(weight)) if weight > 0 else 1.0
 
 
 def _per_token(values: np.ndarray, part: Supervised, like: Tensor) -> Tensor:
@@ -201,7 +207,8 @@ class Goals:
 
     def pull(self, model: AdaptedModel, *, token_budget: int, cost: Cost) -> Pull:
         """M and its gradient where the model is now: one forward and backward of every row."""
-        tokens, share = self.tokens, self.tokens.counts / self.tokens.counts.sum()
+        tokens, each = self.tokens, 1 / float(self.tokens.counts.sum())
+        share, unit = tokens.counts * each, _unit_of(each)
         losses, merits = np.zeros(len(tokens)), np.zeros(len(tokens))
         references: list[Tensor] = []
 
@@ -217,7 +224,7 @@ class Goals:
             gap = np.where(self.rises[rows], self.targets[rows] - losses[rows], losses[rows] - self.targets[rows])
             width = 0.5 * self.targets[rows]
             merits[rows] = share[rows] * np.where(gap < width, np.maximum(gap, 0) ** 2 / (2 * width), gap - width / 2)
-            slope = np.clip(gap / width, 0, 1) * np.where(self.rises[rows], -1, 1) * share[rows] / lengths
+            slope = np.clip(gap / width, 0, 1) * np.where(self.rises[rows], -1, 1) * (each / unit)
             probs = probabilities(part.logits)
             gradient = loss_gradient(probs, part.targets) * _per_token(slope, part, probs)
             for log_q in references:
@@ -227,11 +234,11 @@ class Goals:
                 divergence[where] = (log_q.exp() * (log_q - log_p)).sum(-1)
                 kl = part.per_example(divergence).double().cpu().numpy() / lengths
                 merits[rows] += share[rows] * kl
-                own = _per_token(share[rows] / lengths, part, probs)[where]
-                gradient[where] += (probs[where] - log_q.exp().to(probs)) * own
+                gradient[where] += (probs[where] - log_q.exp().to(probs)) * (each / unit)
             return gradient
 
         gradient = summed_gradient(model, tokens, by_logits, token_budget=token_budget, cost=cost, ahead=ahead)
+        gradient = gradient * unit
         merit = float(merits.sum())
         if not (np.isfinite(merit) and bool(torch.isfinite(gradient).all())):
             raise NumericalError(
@@ -387,9 +394,12 @@ def _direction(
         gradient, losses = loss_sum_gradient(model, tokens, weights, **budget)
         earlier, retained = np.mean([before[row] for row in drawn.tolist()]), float(losses.mean())
         damage = float((retained - earlier) / earlier)
-        move = _unit(precondition(pull - weight * _unit(gradient)))
-        if float(move @ here.gradient) < 0:
-            return move, retained, damage
+        towards, held = precondition(pull), precondition(_unit(gradient))
+        for share in (weight, weight / 2, weight / 4):  # as much of the retained part as still goes downhill
+            move = _unit(towards - share * held)
+            if float(move @ here.gradient) < 0:
+                return move, retained, damage
+        return _unit(towards), retained, damage
     return _unit(precondition(pull)), retained, damage
 
 
@@ -398,7 +408,7 @@ def _unit(v: Tensor) -> Tensor:
     length = v.double().norm()
     if not bool(torch.isfinite(length)):
         raise NumericalError("a step is NaN or infinite: nothing is written. Raise the damping")
-    return v / length.clamp(min=1e-300).to(v)
+    return v if float(length) == 0 else (v.double() / length).to(v)
 
 
 def _within(moved: Tensor, move: Tensor, length: float, norm: float) -> tuple[float, bool]:

@@ -13,6 +13,7 @@ requests. Requests of several kinds may go into one edit.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,13 @@ class Change:
         return actions.pop() if len(actions) == 1 else "mixed"
 
     @property
+    def lineage(self) -> dict[str, list[str]]:
+        """Ids of the fit's rows that are gone, and of those that are changed, after this change and the edits before it."""
+        removed = self.version.removed | {request.before.id for request in self.requests if request.after is None}
+        changed = self.version.changed | {request.before.id for request in self.requests if request.after is not None}
+        return {"removed": sorted(removed), "changed": sorted(changed - removed)}
+
+    @property
     def old(self) -> TokenizedExamples:
         """The tokens of S."""
         return self.version.tokens.select(self.rows)
@@ -133,14 +141,14 @@ def plan(
     if not asked:
         raise InputError("no change was asked for: name at least one row")
     ids = [id for id, _ in asked]
-    repeated = sorted({id for id in ids if ids.count(id) > 1})
+    repeated = sorted(id for id, times in Counter(ids).items() if times > 1)
     if repeated:
         raise InputError(f"ids are given more than once: {', '.join(map(repr, repeated[:10]))}; name each row once")
     gone = [id for id in ids if id in version.removed]
     if gone:
         raise InputError(
             f"{', '.join(map(repr, gone[:10]))} {'was' if len(gone) == 1 else 'were'} removed by an earlier edit and no "
-            "training row any more: leave it out, or start from the adapter before that edit (--start)"
+            "training row any more: leave it out, or start from an adapter before that edit (--start original, or its directory)"
         )
     rows = np.array([version.rows.index(id) for id in ids])
     requests = []

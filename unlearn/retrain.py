@@ -20,6 +20,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -292,7 +293,7 @@ def kept_rows(rows: Examples, remove: Sequence[str]) -> np.ndarray:
     """Positions of the rows that stay; unknown ids, repeated ids and nothing left are errors."""
     removed = [rows.index(id) for id in remove]
     if len(set(removed)) != len(removed):
-        repeated = sorted({id for id in remove if list(remove).count(id) > 1})
+        repeated = sorted(id for id, times in Counter(remove).items() if times > 1)
         raise InputError(f"ids are given more than once: {', '.join(repeated)}; name each row once")
     kept = np.setdiff1d(np.arange(len(rows)), removed)
     if len(kept) == 0:

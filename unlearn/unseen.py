@@ -36,12 +36,16 @@ from unlearn.versions import Version
 
 #: Loss of rows that an adapter never saw over the base model's loss on them, where no held-out rows tell it.
 UNSEEN = 1.2
+#: Held-out rows that are enough to measure it, and the largest value that is believed.
+ENOUGH, LARGEST = 8, 2.0
 #: Power of an excess influence: strong teachers count for more than many weak ones.
 POWER = 1.25
+#: Bytes of solved gradients of S that are held (in the host's memory); where S is larger, evenly spaced rows of it stand for all.
+HELD_BYTES = 2 << 30
 #: Kept rows that are looked at, at most: relatives of the removed rows, and as many others for the median.
 CANDIDATES = 256
-#: Bytes of reference outputs that are kept; those beyond are computed again in every step.
-CACHE_BYTES = 1 << 30
+#: Bytes of reference outputs that are kept in the host's memory; those beyond are computed again in every step.
+CACHE_BYTES = 4 << 30
 #: How far q may go beyond the base, away from the adapter, where the expected loss is above the base's.
 BEYOND = -1.0
 
@@ -71,25 +75,26 @@ class Expected:
         return self.now + np.maximum(0, self.rho * self.base - self.now) * self.shares
 
 
-def expected_losses(change: Change, now: np.ndarray, heldout: TokenizedExamples | None, cost: Cost) -> Expected:
+def expected_losses(
+    change: Change, now: np.ndarray, heldout: TokenizedExamples | None, heldout_now: np.ndarray | None, cost: Cost
+) -> Expected:
     """Estimate, for every row of S, the loss of a model that never saw S (but the new contents, where there are any).
 
-    `now` [s]: the rows' losses. Work: gradients at one point of S, of the new contents and of at most `CANDIDATES` kept rows
+    `now` [s]: the rows' losses; `heldout_now`: those of the held-out rows, of which at least `ENOUGH` are needed. Work: gradients at one point of S, of the new contents and of at most `CANDIDATES` kept rows
     (none of those whose gradients the run has stored), and forwards of S and the held-out rows under the base.
     """
     version, model = change.version, change.version.model
     budget = version.run.manifest["token_budget"]
-    rho, unseen_base = UNSEEN, np.nan
+    rho = UNSEEN
     with model.at(scaled_to(version, 0.0)):
         base = mean_losses(model, change.old, token_budget=budget)
         new_base = mean_losses(model, change.new, token_budget=budget) if len(change.new) else np.zeros(0)
         cost.forwards += len(base) + len(new_base)
-        if heldout is not None:
-            unseen_base = mean_losses(model, heldout, token_budget=budget).mean()
-    if heldout is not None:
-        with model.at(version.theta):
-            rho = max(1.0, float(mean_losses(model, heldout, token_budget=budget).mean() / unseen_base))
-        cost.forwards += 2 * len(heldout)
+        if heldout is not None and heldout_now is not None and len(heldout) >= ENOUGH:
+            some = spaced(len(heldout), CANDIDATES)
+            unseen = mean_losses(model, heldout.select(some), token_budget=budget).mean()
+            cost.forwards += len(some)
+            rho = float(np.clip(heldout_now[some].mean() / unseen, 1.0, LARGEST))
     return Expected(now, base, shares(change, cost), rho, new_base)
 
 
@@ -100,36 +105,47 @@ def scaled_to(version: Version, scale: float) -> Tensor:
 
 
 def shares(change: Change, cost: Cost) -> np.ndarray:
-    """`sum_{j in S} e_ij / sum_j e_ij` of every row i of S, `[s]`, in [0, 1]."""
+    """`sum_{j in S} e_ij / sum_j e_ij` of every row i of S, `[s]`, in [0, 1].
+
+    Rows of S beyond those whose solved gradients fit into `HELD_BYTES` get the mean of the others.
+    """
     run, s = change.version.run, len(change.rows)
     points = run.points if run.gradients_stored and not change.version.changed else [middle(run)]
     kept, ordinary = candidates(change)
-    influence = np.zeros((s, s + len(kept) + len(change.new)))
+    looked = spaced(s, max(8, HELD_BYTES // (run.model.space.size * run.model.dtype.itemsize)))
+    influence = np.zeros((len(looked), s + len(kept) + len(change.new)))
     for point in points:
-        found = _influence(change, point, kept, cost)
-        influence += found / max(float(np.diagonal(found).mean()), 1e-300)
-    usual = np.median(influence[:, s + np.flatnonzero(ordinary)], axis=1) if ordinary.any() else np.zeros(s)
+        found = _influence(change, point, looked, kept, cost)
+        influence += found / max(float(found[np.arange(len(looked)), looked].mean()), 1e-300)
+    usual = np.median(influence[:, s + np.flatnonzero(ordinary)], axis=1) if ordinary.any() else np.zeros(len(looked))
     excess = np.maximum(0, influence - usual[:, None]) ** POWER
     total = excess.sum(1)
-    return np.where(total > 0, excess[:, :s].sum(1) / np.where(total > 0, total, 1), 1.0)
+    own = np.where(total > 0, excess[:, :s].sum(1) / np.where(total > 0, total, 1), 1.0)
+    out = np.full(s, own.mean())
+    out[looked] = own
+    return out
 
 
-def _influence(change: Change, point: AtPoint, kept: np.ndarray, cost: Cost) -> np.ndarray:
-    """`g_i^T (C + lambda I)^-1 w_j g_j` at a point, `[s, s + k + r]`: of S on itself, kept rows and new contents."""
+def _influence(change: Change, point: AtPoint, looked: np.ndarray, kept: np.ndarray, cost: Cost) -> np.ndarray:
+    """`g_i^T (C + lambda I)^-1 w_j g_j` at a point, `[looked, s + k + r]`: of S on itself, kept rows and new contents.
+
+    Every gradient is taken once (those of S twice); the solved ones wait in the host's memory.
+    """
     version, run = change.version, change.version.run
     s, k, r = len(change.rows), len(kept), len(change.new)
     curvature, lam = _inverse(run, point)
     rows = np.concatenate([change.rows, kept])
-    out = np.zeros((s, s + k + r))
-    for some in parts(run, s):
-        solved = curvature.solve(_gradients(version, point, change.rows[some], cost), lam)
-        for others in parts(run, s + k):
-            found = _gradients(version, point, rows[others], cost)
-            out[np.ix_(some, others)] = (solved @ found.T).double().cpu().numpy()
-        if r:
-            found = point.query_gradients(change.new, SumLoss())
-            cost.gradients += r
-            out[np.ix_(some, s + k + np.arange(r))] = (solved @ found.T).double().cpu().numpy()
+    solved = torch.empty(len(looked), run.model.space.size, dtype=run.model.dtype)
+    for some in parts(run, len(looked)):
+        gradients = _gradients(version, point, change.rows[looked[some]], cost)
+        solved[torch.from_numpy(some)] = curvature.solve(gradients, lam).cpu()
+    out = np.zeros((len(looked), s + k + r))
+    for others in parts(run, s + k):
+        out[:, others] = (solved @ _gradients(version, point, rows[others], cost).cpu().T).double().numpy()
+    for others in parts(run, r) if r else []:
+        cost.gradients += len(others)
+        found = point.query_gradients(change.new.select(others), SumLoss())
+        out[:, s + k + others] = (solved @ found.cpu().T).double().numpy()
     return out * np.concatenate([change.old_weights, version.weights[kept], change.new_weights])
 
 
@@ -178,7 +194,9 @@ def _most_similar(change: Change, rows: np.ndarray) -> np.ndarray:
 
     text = [row.preview(4000) for row in change.version.rows]
     matrix = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]").fit_transform(text)
-    nearest = np.asarray((matrix[rows] @ matrix[change.rows].T).max(axis=1).todense()).ravel()
+    nearest = np.zeros(len(rows))
+    for some in np.array_split(change.rows, -(-len(change.rows) // 64)):
+        nearest = np.maximum(nearest, np.asarray((matrix[rows] @ matrix[some].T).max(axis=1).todense()).ravel())
     return np.argsort(-nearest, kind="stable")
 
 
@@ -208,9 +226,9 @@ class Reference:
             for row, log in zip(missing, logs, strict=True):
                 found[row] = log
                 if self.bytes + log.nbytes <= CACHE_BYTES:
-                    self.cache[row] = log
+                    self.cache[row] = log.cpu()
                     self.bytes += log.nbytes
-        return torch.cat([found[row] for row in rows.tolist()])
+        return torch.cat([found[row].to(self.version.model.device) for row in rows.tolist()])
 
     def _compute(self, rows: np.ndarray) -> list[Tensor]:
         model = self.version.model

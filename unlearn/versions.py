@@ -2,15 +2,14 @@
 
 A run's factors and gradients stay those of the adapter it was fitted on. An edit makes a new adapter and a new set of
 training rows; the next edit starts from there: removed rows are no training rows any more, and changed rows are what they
-were changed into. Which edits there were is read from the run's audit chain and the records it names, whose bytes the
-chain vouches for.
+were changed into. Which edits there were is read from the run's audit chain; the record of the one that is started from, whose bytes the
+chain vouches for, says which rows are gone and which changed by then (`lineage`), so the folders of earlier edits may go.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import numpy as np
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
-from influence.data import Example, Examples, TokenizedExamples, read_examples, tokenize
-from influence.errors import InputError, MismatchError, StoreError
+from influence.data import Examples, TokenizedExamples, read_examples, tokenize
+from influence.errors import InputError, StoreError
 from influence.loss import weights
 from influence.path import read_parameters
 from influence.run import Run
@@ -55,6 +54,10 @@ class Version:
         The adapter's folder, and what `AdaptedModel.adapter_digest` gives for it.
     edits : int
         How many edits led here.
+    head : str
+        Hash of the chain's last line when this was read.
+    latest : bool
+        Whether the last edit was asked for, whichever that is: another one that is saved meanwhile comes in the way.
     """
 
     run: Run
@@ -66,6 +69,8 @@ class Version:
     path: str
     digest: str
     edits: int
+    head: str
+    latest: bool = False
 
     @property
     def model(self) -> AdaptedModel:
@@ -102,6 +107,7 @@ def version(run: Run, adapter: str | Path | None = None) -> Version:
     """
     entries = audit.entries(run.directory)
     own = run.manifest["adapter"]
+    head = entries[-1]["hash"] if entries else audit.START
     start = Version(
         run,
         run.model.snapshot(),
@@ -112,6 +118,7 @@ def version(run: Run, adapter: str | Path | None = None) -> Version:
         own["path"],
         run.manifest["identity"]["adapter"],
         0,
+        head,
     )
     if adapter is None:
         entry = entries[-1] if entries else None
@@ -127,23 +134,8 @@ def version(run: Run, adapter: str | Path | None = None) -> Version:
                 f"{own['path']}) or the folder of an edit of it ({known})"
             )
         entry = found[-1]
-    line: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    while entry is not None:
-        record = _record(entry)
-        line.append((entry, record))
-        entry = _parent(entry, record, entries)
-    for entry, record in reversed(line):
-        start = _edited(start, entry, record)
-    return start
-
-
-def _parent(entry: dict[str, Any], record: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The edit that an edit started from: the latest earlier one with the adapter and the rows it started with."""
-    for other in reversed(entries[: entry["number"] - 1]):
-        same = other["adapter_after"] == entry["adapter_before"]
-        if same and _record(other)["data"]["after"] == record["data"]["before"]:
-            return other
-    return None
+    found = start if entry is None else _edited(start, entry, _record(entry))
+    return replace(found, latest=adapter is None)
 
 
 def _record(entry: dict[str, Any]) -> dict[str, Any]:
@@ -161,35 +153,27 @@ def _record(entry: dict[str, Any]) -> dict[str, Any]:
     return read_json(path)
 
 
-def _edited(before: Version, entry: dict[str, Any], record: dict[str, Any]) -> Version:
-    """The version that one edit made of the one before it."""
+def _edited(original: Version, entry: dict[str, Any], record: dict[str, Any]) -> Version:
+    """The version that an edit made: its record says which rows of the fit are gone and which changed, its own and earlier."""
     folder = Path(entry["edit"])
-    if entry["adapter_before"] != before.digest or record["data"]["before"] != before.rows.digest:
-        raise MismatchError(f"edit {entry['number']} was made from another adapter or other rows: see unlearn verify")
-    theta = read_parameters(before.model, folder)
-    removed = {request["id"] for request in record["requests"] if request["action"] == "remove"}
-    others = {request["id"] for request in record["requests"]} - removed
-    contents = {row.id: row for row in read_examples(folder / CHANGED)} if others else {}
-    rows, positions = _with(before, removed, contents)
-    with before.model.at(theta):
-        digest = before.model.adapter_digest
+    theta = read_parameters(original.model, folder)
+    lineage = record["lineage"]
+    contents = {row.id: row for row in read_examples(folder / CHANGED)} if lineage["changed"] else {}
+    gone = set(lineage["removed"])
+    kept = [place for place, id in enumerate(original.rows.ids) if id not in gone]
+    rows = Examples(contents.get(original.rows[place].id, original.rows[place]) for place in kept)
+    with original.model.at(theta):
+        digest = original.model.adapter_digest
     if digest != entry["adapter_after"] or rows.digest != record["data"]["after"]:
         raise StoreError(f"{folder} does not hold the adapter and rows of edit {entry['number']}: see unlearn verify")
-    return Version(
-        before.run,
-        theta,
-        rows,
-        positions,
-        frozenset(before.changed - removed | others),
-        before.removed | removed,
-        str(folder),
-        digest,
-        before.edits + 1,
+    return replace(
+        original,
+        theta=theta,
+        rows=rows,
+        positions=original.positions[kept],
+        changed=frozenset(lineage["changed"]),
+        removed=frozenset(gone),
+        path=str(folder),
+        digest=digest,
+        edits=lineage["edits"],
     )
-
-
-def _with(before: Version, removed: Iterable[str], changed: dict[str, Example]) -> tuple[Examples, np.ndarray]:
-    gone = set(removed)
-    kept = [place for place, id in enumerate(before.rows.ids) if id not in gone]
-    rows = Examples(changed.get(before.rows[place].id, before.rows[place]) for place in kept)
-    return rows, before.positions[kept]
