@@ -137,7 +137,7 @@ def test_an_unknown_id_names_the_nearest():
     with pytest.raises(DataError) as error:
         examples.index("train-07")
     assert str(error.value) == ("no example has the id 'train-07', among 3; the nearest are 'train-017', 'train-018'")
-    with pytest.raises(DataError, match=re.escape("no example has the id '???', among 3; `.ids` lists")):
+    with pytest.raises(DataError, match=re.escape("no example has the id '???', among 3; there are 'train-017'")):
         examples.index("???")
 
 
