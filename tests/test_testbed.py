@@ -143,6 +143,7 @@ def without_author(testbed, fitted, tmp_path_factory):
     return fitted, found
 
 
+@pytest.mark.slow
 def test_an_author_is_forgotten_and_the_others_are_not(without_author):
     """Retraining without rows 0-19 gives 4.71 on them and 0.898 on the others (seeds 1, 2: 4.81, 4.94), for 2,700 row-gradients."""
     _, found = without_author
@@ -157,6 +158,7 @@ def test_an_author_is_forgotten_and_the_others_are_not(without_author):
     assert said["cost"]["total"] <= 0.65 * 2700
 
 
+@pytest.mark.slow
 def test_edited_adapters_verify_and_merge(testbed, without_author):
     run, found = without_author
     assert run_command("unlearn", "verify", "--run", run, "--apply")["passed"]
