@@ -179,7 +179,7 @@ def _edit(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Adapter directory to make.")] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="1: the linear answer. Else the most steps. Default: 40.")
+        int | None, typer.Option("--steps", help="1: the linear answer. Else the most steps. Default: 80.")
     ] = None,
     until: Annotated[
         str, typer.Option("--until", help="expected, loss=X (nats per token), steps=N, norm=X, or converged.")
