@@ -28,8 +28,8 @@ def agreement(run: Run, edit: Path, retrained: Path, heldout: Examples | None = 
     """Compare an edit of `run` with a retrained adapter; the `agreement` of a record.
 
     `edited` are the rows that the edit changed (removed ones as they were, others with their new content), `retained` the
-    others that were measured then, `heldout` rows that neither adapter saw. Raises `MismatchError` where `retrained` records another training
-    set (`retrain.json`) than the edit's rows.
+    others that were measured then, `heldout` rows that neither adapter saw. Raises `MismatchError` where
+    `retrained` records another training set (`retrain.json`) than the edit's rows.
     """
     made = version(run, edit)
     record = read_json(edit / "edit.json")

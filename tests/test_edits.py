@@ -511,7 +511,12 @@ def test_the_guard_refuses_to_save_and_force_saves_and_says_so(run, tmp_path):
     found = edit_of(run, steps=1, damping="abs:1e-2", max_damage=0.01)
     assert not found.passed
     assert found.report["guard"]["damage"] > 0.01
-    with untouched(tmp_path), pytest.raises(WorkError, match=r"nothing was written\. Ask for less .*--force"):
+    with (
+        untouched(tmp_path),
+        pytest.raises(
+            WorkError, match=r"the edit raises the retained rows.* nothing was written\. Ask for less .*--force"
+        ),
+    ):
         found.save(tmp_path / "out")
     out = found.save(tmp_path / "out", force=True)
     guard = json.loads((out / "edit.json").read_text())["guard"]

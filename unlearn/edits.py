@@ -743,7 +743,7 @@ class Edit:
         guard = self.report["guard"]
         if not self.passed and not force:
             raise WorkError(
-                f"the edraises the retained rows' loss by {guard['damage']:.1%} and {guard['max_damage']:.1%} are allowed: "
+                f"the edit raises the retained rows' loss by {guard['damage']:.1%} and {guard['max_damage']:.1%} are allowed: "
                 "nothing was written. Ask for less (--until), keep more rows in the step (--rest), allow more "
                 "(--max-damage), or save it nevertheless (--force)"
             )

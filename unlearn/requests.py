@@ -106,17 +106,19 @@ class Change:
     @property
     def tokens_after(self) -> TokenizedExamples:
         """The tokens of the training rows after the edit, in the order of `after`."""
-        return self._after(self.version.tokens, self.new)[0]
+        return self._after[0]
 
     @property
     def weights_after(self) -> np.ndarray:
         """The weights `w` of the training rows after the edit, `[n']`."""
-        return self._after(self.version.tokens, self.new)[1]
+        return self._after[1]
 
-    def _after(self, tokens: TokenizedExamples, new: TokenizedExamples) -> tuple[TokenizedExamples, np.ndarray]:
+    @property
+    def _after(self) -> tuple[TokenizedExamples, np.ndarray]:
+        tokens = self.version.tokens
         own, ids, w = list(tokens), list(tokens.ids), self.version.weights.copy()
         for place, row in enumerate(self.rows[self.replaced].tolist()):
-            own[row], w[row] = new[place], self.new_weights[place]
+            own[row], w[row] = self.new[place], self.new_weights[place]
         keep = np.setdiff1d(np.arange(len(own)), self.rows[~self.replaced])
         return TokenizedExamples([own[i] for i in keep], [ids[i] for i in keep]), w[keep]
 
@@ -299,7 +301,7 @@ def read_ids(path: Path) -> list[str]:
 
 
 def write_rows(rows: Iterable[Example], path: Path) -> None:
-    """Write rows as JSON lines that `read_rows` reads."""
+    """Write rows as JSON lines that `read_examples` reads."""
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
             content = {key: getattr(row, key) for key in ("id", "group", *_CONTENT) if getattr(row, key) is not None}

@@ -1,15 +1,15 @@
 """What a model that never saw some rows would say of them, estimated without training one.
 
 *Its loss.* A row that goes leaves behind what the kept rows teach about it. Influence tells how much that is: with
-`s_ij = g_i^T (C + lambda I)^-1 w_j g_j` at the middle point of the run's path, what row j contributes to row i beyond the
-usual is `e_ij = max(0, s_ij - median_j s_ij)^1.25`, and
+`s_ij = g_i^T (C + lambda I)^-1 w_j g_j`, summed over the points of the run's path (each over its mean_i s_ii; the middle point
+alone where gradients are not stored), what row j contributes to row i beyond the usual is `e_ij = max(0, s_ij - median_j s_ij)^1.25`, and
 
     expected_i = now_i + max(0, rho base_i - now_i) * sum_{j removed} e_ij / sum_j e_ij
 
 between the loss now (nothing about the row is lost) and `rho` times the base model's loss (all of it is). `rho` says how
 much worse than the base an adapter is at rows of its kind that it never saw, because it is surer of itself: measured
 where held-out rows are given, else `UNSEEN`. The exponent and `UNSEEN` were found on adapters retrained without
-some rows (benchmarks/README.md has the figures, also of a model they were not found on).
+some rows (LOG.md has the figures, also of a model they were not found on).
 
 *Its outputs.* Between the base's and the adapter's logits `z`, `log q_i = log softmax((1 - a_i) z_base + a_i z_adapter)` with
 a_i such that the row's loss under q_i is `expected_i`. Where the estimate were the truth, training on the kept rows and on S
@@ -80,8 +80,8 @@ def expected_losses(
 ) -> Expected:
     """Estimate, for every row of S, the loss of a model that never saw S (but the new contents, where there are any).
 
-    `now` [s]: the rows' losses; `heldout_now`: those of the held-out rows, of which at least `ENOUGH` are needed. Work: gradients at one point of S, of the new contents and of at most `CANDIDATES` kept rows
-    (none of those whose gradients the run has stored), and forwards of S and the held-out rows under the base.
+    `now` [s]: the rows' losses; `heldout_now`: those of the held-out rows, of which at least `ENOUGH` are needed. Work:
+    gradients at one point of S, of the new contents and of at most `CANDIDATES` kept rows (none of those whose gradients the run has stored), and forwards of S and the held-out rows under the base.
     """
     version, model = change.version, change.version.model
     budget = version.run.manifest["token_budget"]
