@@ -20,7 +20,7 @@ from influence.loss import check_rows, mean_losses, supervised_logits
 from influence.path import read_parameters
 from influence.run import Run
 from influence.store import read_json
-from unlearn.edits import guard_sample
+from unlearn.evidence import guard_sample
 from unlearn.versions import ORIGINAL, Version, version
 
 

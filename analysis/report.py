@@ -127,7 +127,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / RECORD
     if not path.is_file():
         raise InputError(
-            f"{folder} holds no {RECORD}; expected a folder made by unlearn remove, relabel or correct: give the --out of "
+            f"{folder} holds no {RECORD}; expected a folder made by unlearn remove, relabel, correct or train: give the --out of "
             "such a command"
         )
     try:
@@ -590,6 +590,9 @@ def _method(record: Mapping[str, Any]) -> str:
         )
     if method["name"] == "re-linearised":
         return f"The closed formula in several steps, with gradients taken anew at each ({taken})."
+    if "steps_taken" in method:
+        title = _text(method.get("title") or method["name"] or "gradient steps")
+        return f"{_text(method['name'] or '')}: {title}, {_count(method['steps_taken'], 'gradient step')} (steps.jsonl has each)."
     return f"{_text(method['name'] or 'Method not recorded')} ({taken})."
 
 

@@ -59,8 +59,8 @@ def main(application: typer.Typer) -> Callable[[], None]:
     return run
 
 
-def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
-    """Print a result: one JSON object for a program, or text for a person."""
+def emit(result: dict[str, Any] | list[dict[str, Any]], text: str, as_json: bool) -> None:
+    """Print a result: JSON for a program, or text for a person."""
     print(json.dumps(_finite(result), ensure_ascii=False, default=str, allow_nan=False) if as_json else text)
 
 

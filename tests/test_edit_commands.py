@@ -84,7 +84,7 @@ def test_a_dry_run_changes_nothing(run, run_main, tmp_path):
 
 def test_an_edit_that_does_too_much_damage_is_not_written(run, run_main, tmp_path, monkeypatch):
     """What the command makes of a guard that did not pass; when it does not, tests/test_edits.py has."""
-    monkeypatch.setattr("unlearn.edits.Edit.passed", property(lambda _: False))
+    monkeypatch.setattr("unlearn.result.Edit.passed", property(lambda _: False))
     call = ("remove", "--run", run, "--ids", "r0-1", "--out", tmp_path / "out", "--steps", 1)
     refused = run_main(unlearn, "unlearn", *call, "--json")
     assert refused.status == 1

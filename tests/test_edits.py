@@ -20,6 +20,7 @@ import unlearn
 import unlearn.audit as audit
 import unlearn.edits as edits
 import unlearn.relinearise as relinearise
+import unlearn.result as result
 from influence.adapter import weight_key
 from influence.data import read_examples, tokenize
 from influence.errors import InputError, MismatchError, NumericalError, StoreError, ToolkitError, WorkError
@@ -534,7 +535,7 @@ def fail(*_arguments, **_options):
 @pytest.mark.parametrize("broken", ["save_file", "seal", "replace"])
 def test_a_failed_save_leaves_nothing_and_the_next_one_works(run, tmp_path, monkeypatch, broken):
     found, out, real = edit_of(run), tmp_path / "out", os.replace
-    places = {"save_file": (edits, "save_file", fail), "seal": (edits.audit, "seal", fail)}
+    places = {"save_file": (result, "save_file", fail), "seal": (result.audit, "seal", fail)}
     move = lambda a, b: fail() if Path(b) == out else real(a, b)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(*places.get(broken, (os, "replace", move)))
@@ -555,7 +556,7 @@ def test_a_killed_save_leaves_no_directory_and_the_next_one_works(run, tmp_path,
     if child == 0:  # dies before pytest could see anything of it
         die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
         if moment == "seal":
-            edits.audit.seal = die
+            result.audit.seal = die
         else:
             os.replace = lambda a, b: die() if Path(b) == out else real(a, b)
         try:
@@ -571,7 +572,7 @@ def test_a_killed_save_leaves_no_directory_and_the_next_one_works(run, tmp_path,
 def test_a_save_whose_audit_line_could_not_be_written_can_be_done_again(run, tmp_path, monkeypatch):
     found, out = edit_of(run), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(edits.audit, "append", fail)
+        patch.setattr(result.audit, "append", fail)
         with pytest.raises(OSError, match="the disk is full"):
             found.save(out)
     found.save(out)

@@ -20,7 +20,7 @@ from influence.loss import mean_losses
 
 def run_command(module: str, *arguments: object) -> dict:
     command = [sys.executable, "-m", module, *map(str, arguments), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -1,4 +1,4 @@
-"""The `unlearn` command: remove, relabel, correct, edit, verify, retrain."""
+"""The `unlearn` command: remove, relabel, correct, edit, verify, retrain, train, methods."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def _edit(
 ) -> None:
     from influence.data import read_examples
     from influence.run import Run
-    from unlearn import edits
+    from unlearn import edits, result
     from unlearn.requests import read_changes
     from unlearn.retrain import refuse_taken
 
@@ -257,7 +257,7 @@ def _edit(
     console.quiet_transformers()
     opened = Run.open(run, train=train, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
     if out is not None and not dry_run:
-        edits.refuse_out(opened, out, overwrite)
+        result.refuse_out(opened, out, overwrite)
     if dry_run:
         ahead = edits.forecast(opened, **asked, holdout=unseen, **options)
         console.emit(ahead, _forecast_text(ahead), json)
@@ -307,6 +307,199 @@ _register("correct", "Give training rows another prompt, completion or both, wit
 _register(
     "edit", "Several kinds of change in one edit: removals, relabellings, corrections.", ("ids", "ids_file", "changes")
 )
+
+
+# ---- gradient-based unlearning -------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    run: RunOption,
+    method: Annotated[
+        str, typer.Option("--method", help="A name from unlearn methods, or FILE.py:NAME with one of your own.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Adapter directory to make.")],
+    ids: Annotated[str | None, typer.Option("--ids", help="Ids of the rows to unlearn, separated by commas.")] = None,
+    ids_file: Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line.")] = None,
+    retain: Annotated[
+        Path | None, typer.Option("--retain", help="Rows to keep. Default: the run's other rows.")
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            "--until",
+            help="base (the rows' loss reaches the base model's; the usual default), expected, loss=X, or steps=N.",
+        ),
+    ] = None,
+    lr: Annotated[
+        str | None, typer.Option("--lr", help="Learning rate, or auto (GeN). Default: the method's own.")
+    ] = None,
+    numbers: Annotated[
+        list[str] | None, typer.Option("--set", help="A number of the method, as in beta=0.05. May be repeated.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="The most steps. Default: the method's own.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows to unlearn in a step.")] = 32,
+    retain_batch_size: Annotated[
+        int | None, typer.Option("--retain-batch-size", help="Retained rows in a step. Default: as many.")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", help="A class of torch.optim. Default: the method's own.")
+    ] = None,
+    schedule: Annotated[str, typer.Option("--schedule", help="constant, linear or cosine.")] = "constant",
+    warmup: Annotated[int, typer.Option("--warmup", help="Steps of a linear rise.")] = 0,
+    max_grad_norm: Annotated[float | None, typer.Option("--max-grad-norm", help="Clips the combined gradient.")] = None,
+    stop_damage: Annotated[
+        float | None,
+        typer.Option("--stop-damage", help="Also stop when the retained rows' loss has risen by this share."),
+    ] = None,
+    control: Annotated[
+        float | None,
+        typer.Option(
+            "--control", help="Mix with the adapter before until this share of the retained rows' likelihood is left."
+        ),
+    ] = None,
+    max_damage: Annotated[
+        float | None,
+        typer.Option(
+            "--max-damage", help="Allowed relative rise of the retained rows' loss; beyond it nothing is written."
+        ),
+    ] = None,
+    holdout: Annotated[
+        Path | None, typer.Option("--holdout", help="Rows the adapter never saw: measured before and after.")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--start", help="Adapter to begin with: an edit's directory, or original. Default: the last edit's."
+        ),
+    ] = None,
+    save_every: Annotated[
+        int, typer.Option("--save-every", help="Steps between two saves of the unfinished training.")
+    ] = 25,
+    seed: Annotated[int, typer.Option("--seed", help="Draws batches, random labels and refusals.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write the adapter whatever the damage.")] = False,
+    device: DeviceOption = "auto",
+    checkpointing: CheckpointingOption = False,
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Unlearn training rows by gradient steps: ascent, NPO, NGDiff and others (unlearn methods lists them).
+
+    Killed, the same command goes on; torchrun --nproc-per-node N -m unlearn train ... shares the rows out.
+    """
+    from influence import distributed
+    from influence.data import read_examples
+    from influence.run import Run
+    from unlearn import loop, result
+    from unlearn.methods import method_of
+    from unlearn.retrain import refuse_taken
+
+    if (ids is None) == (ids_file is None):
+        raise InputError("name the rows to unlearn: --ids A,B,C or --ids-file FILE (one id per line)")
+    asked = _ids(ids, ids_file)
+    chosen = method_of(method, **_numbers(numbers or []))
+    options: dict[str, Any] = {"until": until, "lr": _rate(lr), "steps": steps, "batch_size": batch_size}
+    options |= {"retain_batch_size": retain_batch_size, "optimizer": optimizer, "schedule": schedule, "warmup": warmup}
+    options |= {
+        "max_grad_norm": max_grad_norm,
+        "stop_damage": stop_damage,
+        "control": control,
+        "max_damage": max_damage,
+    }
+    options |= {"start": start, "save_every": save_every, "seed": seed}
+    loop.Options(**options)  # what can be refused before anything is loaded, is
+    refuse_taken(out, overwrite)
+    kept = None if retain is None else read_examples(retain)
+    unseen = None if holdout is None else read_examples(holdout)
+    rows = _rows_of(run)
+    if rows is not None:
+        for id in asked:
+            rows.index(id)
+    console.quiet_transformers()
+    distributed.join()
+    device = distributed.local_device(device)
+    opened = Run.open(run, train=rows, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
+    result.refuse_out(opened, out, overwrite)
+    checkpoint = out.with_name(out.name + ".training")
+    made = loop.train(
+        opened, chosen, asked, retain=kept, holdout=unseen, checkpoint=checkpoint, restart=overwrite, **options
+    )
+    if distributed.rank() == 0:
+        report = {**made.report, "guard": {**made.report["guard"], "forced": force and not made.passed}}
+        text = _edit_text(report)
+        if not made.passed and not force:
+            refused = f"not written: the training that was tried does too much damage\n\n{text}"
+            console.emit({"written": False, "out": None, **report}, refused, json)
+        made.save(out, force=force, overwrite=overwrite)
+        loop.discard(checkpoint)
+        text += f"\n\n{console.printable(f'{out}: the adapter, edit.json, and steps.jsonl with every step.')}"
+        console.emit({"written": True, "out": str(out), **report}, text, json)
+    distributed.leave()
+
+
+def _rate(text: str | None) -> float | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--lr {text!r} was given; expected a number above 0, or auto") from None
+
+
+def _numbers(given: list[str]) -> dict[str, float]:
+    found = {}
+    for text in given:
+        name, equals, number = text.partition("=")
+        try:
+            found[name.strip().replace("-", "_")] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise InputError(f"--set {text!r} was given; expected NAME=NUMBER, as in beta=0.05")
+    return found
+
+
+@app.command()
+def methods(
+    guide: Annotated[
+        bool, typer.Option("--guide", help="How to choose a method's learning rate, and what was measured.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """The methods of unlearn train: source, parts, what they need and cost."""
+    from unlearn.guide import guide_text, rates
+    from unlearn.methods import METHODS
+
+    table = [make().describe() for make in METHODS.values()]
+    if guide:
+        console.emit({"rule": guide_text(), "measured": rates()}, guide_text(), json)
+        return
+    console.emit(table, _methods_text(table), json)
+
+
+def _methods_text(table: list[dict[str, Any]]) -> str:
+    """The methods, each in a few lines."""
+    lines = []
+    for row in table:
+        cost = row["cost_per_step"]
+        parts = [f"{part} {row[part]}" for part in ("targets", "forget", "retain") if row[part] is not None]
+        parts += [f"combine {row['combine']}"] * (row["retain"] is not None)
+        parts += [f"finish {row['finish']}"] * (row["finish"] is not None)
+        needs = [f"retained rows ({row['retain_rows']})"] * row["needs_retain"]
+        needs += ["the adapter before"] * row["needs_reference"]
+        costs = [f"{cost['per_forget_row']:.3g} row-gradients for each forget row"] * (row["forget"] is not None)
+        costs += [f"{cost['per_retain_row']:.3g} for each retained row"] * row["needs_retain"]
+        lines += [
+            f"{row['name']}: {row['title']} ({row['source']})",
+            f"    {'; '.join(parts)}",
+            f"    needs {' and '.join(needs) or 'the forget rows alone'}; a step costs {' and '.join(costs)}",
+            f"    {row['optimizer']}, lr {row['lr']}; until {row['until']}, at most {row['steps']} steps",
+        ]
+    return "\n".join([*lines, "", "unlearn methods --guide says how to choose a learning rate."])
+
+
+# ---- what a person reads -------------------------------------------------------------------------------------
 
 
 def _loss_table(title: str, rows: list[tuple[str, dict[str, Any] | None]], columns: list[tuple[str, str]]) -> str:

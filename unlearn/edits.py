@@ -21,48 +21,47 @@ rows, before and after. An edit that raises the retained loss by more than `max_
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from influence.adapter import adapter_folder, weight_key
 from influence.curvature.base import Damped
 from influence.curvature.ggn import GGNOperator
 from influence.curvature.hessian import HessianOperator
 from influence.damping import Damping
-from influence.data import Examples, TokenizedExamples, tokenize
-from influence.errors import InputError, NumericalError, WorkError
-from influence.fitting import versions
-from influence.loss import check_rows, mean_losses
-from influence.progress import say
-from influence.run import AtPoint, Run, spaced
+from influence.data import Examples, TokenizedExamples
+from influence.errors import InputError, NumericalError
+from influence.run import AtPoint, Run
 from influence.scores import Setting, make_solver
 from influence.solvers import Solver
-from influence.store import only_writer, read_json
-from unlearn import audit
 from unlearn.after import after
-from unlearn.measure import Cost, Measured, measure
+from unlearn.evidence import (
+    GUARD_ROWS,
+    Evidence,
+    State,
+    Targets,
+    by_request,
+    joined,
+    mean_of,
+    plus,
+    refuse_text,
+    report,
+    rows_of,
+    unseen_rows,
+)
 from unlearn.newton import optimum
 from unlearn.relinearise import REST, Goals, Rest, Until, Walk, loss_sum_gradient, walk
-from unlearn.requests import Change, plan, write_rows
-from unlearn.retrain import recorded_recipe, refuse_taken
+from unlearn.requests import plan
+from unlearn.result import Edit
 from unlearn.unseen import Expected, Reference, expected_losses, middle, scaled_to
-from unlearn.versions import CHANGED, Version, version
+from unlearn.versions import version
 
-FORMAT = 1
-#: Untouched rows whose loss is measured before and after.
-GUARD_ROWS = 64
-#: Rows of each kind whose gradient gives the linear forecast and the norm of the objective's gradient.
-FORECAST_ROWS = 32
 #: Steps of a re-linearised edit: at most, and as many as most take.
 STEPS, USUAL_STEPS = 80, 15
 
@@ -190,8 +189,10 @@ def edit(
         raise NumericalError("the edited adapter holds NaN or infinity: nothing is written. Raise the damping")
     after_ = work.measure(theta)
     forecast = work.forecast(delta, theta)
-    report = _report(work, found, delta, before, after_, expected, targets, forecast, time.monotonic() - begun)
-    return Edit(work.change, delta, report)
+    residual = {"solver": work.residual, "tolerance": work.tolerance}
+    seconds = time.monotonic() - begun
+    record = report(work, work.method(), residual, found, delta, before, after_, expected, targets, forecast, seconds)
+    return Edit(work.change, delta, record)
 
 
 def forecast(
@@ -227,18 +228,22 @@ def forecast(
     return {
         "kind": work.change.kind,
         "requests": [request.record() for request in work.change.requests],
-        "rows": _rows(work, before, None, expected, targets),
+        "rows": rows_of(work, before, None, expected, targets),
         "losses": {
-            "edited": {"rows": len(work.change.rows), "before": _mean(before.edited), "target": _mean(targets.edited)}
-            | {"linear": _plus(_mean(before.edited), linear["edited"])},
-            "retained": {"rows": len(before.retained.loss), "before": _mean(before.retained.loss)}
-            | {"linear": _plus(_mean(before.retained.loss), linear["retained"])},
+            "edited": {
+                "rows": len(work.change.rows),
+                "before": mean_of(before.edited),
+                "target": mean_of(targets.edited),
+            }
+            | {"linear": plus(mean_of(before.edited), linear["edited"])},
+            "retained": {"rows": len(before.retained.loss), "before": mean_of(before.retained.loss)}
+            | {"linear": plus(mean_of(before.retained.loss), linear["retained"])},
             "heldout": None
             if before.heldout is None
             else {
                 "rows": len(before.heldout.loss),
-                "before": _mean(before.heldout.loss),
-                "linear": _plus(_mean(before.heldout.loss), linear["heldout"]),
+                "before": mean_of(before.heldout.loss),
+                "linear": plus(mean_of(before.heldout.loss), linear["heldout"]),
             },
         },
         "residual": work.residual,
@@ -250,85 +255,25 @@ def forecast(
 # ---- the work ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _State:
-    """What is measured at one adapter: S, the new contents, a sample of the untouched rows, held-out rows."""
+@dataclass(eq=False, kw_only=True)
+class _Work(Evidence):
+    """One edit in the making, with the curvature that it is made with."""
 
-    old: Measured
-    new: Measured
-    retained: Measured
-    heldout: Measured | None
-    edited: np.ndarray
-
-    @property
-    def unseen(self) -> np.ndarray | None:
-        """The held-out rows' losses."""
-        return None if self.heldout is None else self.heldout.loss
-
-
-@dataclass(frozen=True, eq=False)
-class _Targets:
-    """Losses to reach: of the rows S [s], of the new contents [r], and of each request [s] (its new content if it has one)."""
-
-    old: np.ndarray
-    new: np.ndarray
-    edited: np.ndarray
-
-
-@dataclass(eq=False)
-class _Work:
-    """One edit in the making: what is changed, with what, and what it has cost so far."""
-
-    version: Version
-    change: Change
     options: Options
-    holdout: Examples | None
-    heldout: TokenizedExamples | None
     setting: Setting
-    cost: Cost = field(default_factory=Cost)
     residual: float = 0.0
     tolerance: float | None = None
     operators: list[Damped] | None = None
     solving: float = 0.0
 
-    @property
-    def run(self) -> Run:
-        return self.version.run
-
-    @property
-    def budget(self) -> int:
-        return self.run.manifest["token_budget"]
-
-    @property
-    def sample(self) -> np.ndarray:
-        """The untouched rows that are measured, positions in the version's rows."""
-        return guard_sample(self.change.rest, self.options.seed)
-
-    def measure(self, theta: Tensor) -> _State:
-        change, options = self.change, {"token_budget": self.budget, "cost": self.cost}
-        with self.version.model.at(theta) as model:
-            old, new = measure(model, change.old, **options), measure(model, change.new, **options)
-            retained = measure(model, self.version.tokens.select(self.sample), **options)
-            heldout = None if self.heldout is None else measure(model, self.heldout, **options)
-        return _State(old, new, retained, heldout, _by_request(change, old.loss, new.loss))
-
-    def targets(self, expected: Expected, before: _State) -> _Targets:
+    def targets(self, expected: Expected, before: State) -> Targets:
         change, rule = self.change, self.options.rule
         known = before.retained.loss if len(self.sample) else before.old.loss  # no row is untouched
         new = np.full(len(change.new), known.mean())
         old = expected.expected
         if rule.kind == "loss" and rule.value is not None:
             new, old = np.full_like(new, rule.value), np.where(change.replaced, old, rule.value)
-        return _Targets(old, new, _by_request(change, old, new))
-
-    def since_the_fit(self, after_: _State) -> float | None:
-        """The relative rise of the retained sample's loss since the run's own adapter, where earlier edits came between."""
-        if self.version.edits == 0 or len(self.sample) == 0:
-            return None
-        self.cost.forwards += len(self.sample)
-        tokens = self.version.tokens.select(self.sample)
-        first = mean_losses(self.version.model, tokens, token_budget=self.budget).mean()
-        return float((after_.retained.loss.mean() - first) / first)
+        return Targets(old, new, by_request(change, old, new))
 
     # -- curvature
 
@@ -363,7 +308,7 @@ class _Work:
     def one_shot(self) -> Walk:
         """The linear answer, as a walk of one step."""
         change, version = self.change, self.version
-        tokens = _joined(change.old, change.new)
+        tokens = joined(change.old, change.new)
         weights = np.concatenate([change.old_weights, -change.new_weights])
         delta = torch.zeros_like(version.theta)
         for factor, point, operator in self.each():
@@ -374,10 +319,10 @@ class _Work:
             delta += factor * self.solve(point, operator, gradient)
         return Walk(version.theta + delta, [], "one step, the linear answer", True)
 
-    def goals(self, targets: _Targets, before: _State) -> Goals:
+    def goals(self, targets: Targets, before: State) -> Goals:
         """The rows that are not at their goal yet: removed and replaced ones to rise, new contents to fall."""
         change = self.change
-        tokens = _joined(change.old, change.new)
+        tokens = joined(change.old, change.new)
         s = len(change.rows)
         goal = np.concatenate([targets.old, targets.new])
         rises = np.arange(len(tokens)) < s
@@ -388,7 +333,7 @@ class _Work:
         reference = Reference(self.version, found.tokens, found.targets, self.cost) if found.removed.any() else None
         return Goals(found.tokens, found.targets, found.rises, found.removed, reference)
 
-    def relinearised(self, targets: _Targets, before: _State) -> Walk:
+    def relinearised(self, targets: Targets, before: State) -> Walk:
         """Steps until the stopping rule holds."""
         options, tokens = self.options, self.version.tokens.select(self.change.rest)
         return walk(
@@ -439,31 +384,7 @@ class _Work:
                 "--curvature ggn, whose products are taken again at every iterate)"
             )
 
-    # -- evidence
-
-    def forecast(self, delta: Tensor, theta: Tensor | None) -> dict[str, Any]:
-        """Linear forecasts of the mean losses' changes, and the retained objective's gradient norm before and after."""
-        model, start = self.version.model, self.version.theta
-        retained = self.version.tokens.select(self.sample[spaced(len(self.sample), FORECAST_ROWS)])
-        edited = _joined(self.change.old.select(np.flatnonzero(~self.change.replaced)), self.change.new)
-        sets = {"edited": edited, "retained": retained, "heldout": self.heldout}
-        out: dict[str, Any] = {}
-        for name, tokens in sets.items():
-            if tokens is None or len(tokens) == 0:
-                out[name] = None
-                continue
-            tokens = tokens if name == "edited" else tokens.select(spaced(len(tokens), FORECAST_ROWS))
-            weights = 1 / (tokens.counts * len(tokens))
-            with model.at(start):
-                gradient, _ = loss_sum_gradient(model, tokens, weights, token_budget=self.budget, cost=self.cost)
-            out[name] = float(gradient.double() @ delta.double())
-            if name == "retained":
-                out["objective"] = {"before": float(gradient.norm()), "after": None, "rows": len(tokens)}
-                if theta is not None:
-                    with model.at(theta):
-                        there, _ = loss_sum_gradient(model, tokens, weights, token_budget=self.budget, cost=self.cost)
-                    out["objective"]["after"] = float(there.norm())
-        return out
+    # -- the record
 
     def method(self) -> dict[str, Any]:
         options, setting = self.options, self.setting
@@ -485,14 +406,6 @@ class _Work:
             "seed": options.seed,
         }
 
-    def retraining(self, spent: float) -> dict[str, Any]:
-        """What retraining would cost, where the recipe is recorded."""
-        recipe = recorded_recipe(self.run)
-        if recipe is None:
-            return {"retraining": None, "ratio": None}
-        total = len(self.change.after) * recipe.epochs
-        return {"retraining": total, "ratio": spent / total}
-
 
 def _prepare(
     run: Run,
@@ -503,349 +416,27 @@ def _prepare(
     options: Options,
 ) -> _Work:
     """Everything that can be refused, refused."""
-    if isinstance(remove, str):
-        raise InputError(f"ids {remove!r} were given as one string; expected a list, as in [{remove!r}]")
-    if holdout is not None and len(holdout) == 0:
-        raise InputError("the held-out file has no rows: give some, or leave it out")
+    refuse_text(remove)
     start = version(run, options.start)
     change = plan(start, remove, relabel, correct)
-    heldout = None
-    if holdout is not None:
-        known = {row.content_hash for rows in (run.train, start.rows, change.after) for row in rows}
-        seen = known & {row.content_hash for row in holdout}
-        if seen:
-            raise InputError(
-                f"{len(seen)} held-out rows are training rows (or new contents) word for word: they cannot tell what an unseen row's loss is; "
-                "give rows that the adapter never saw"
-            )
-        heldout = tokenize(holdout, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
-        check_rows(run.model, heldout)
     at = options.at
     identity = (options.curvature or run.fitted_name) == "identity"
     if at is None and not options.one_shot and not identity:
         at = middle(run).place.label
     setting = Setting.of(run, options.curvature, options.damping, at, tuned=False, calibrated=False)
-    work = _Work(start, change, options, holdout, heldout, setting)
+    work = _Work(
+        version=start,
+        change=change,
+        options=options,
+        holdout=holdout,
+        heldout=unseen_rows(start, change, holdout),
+        max_damage=options.max_damage,
+        seed=options.seed,
+        setting=setting,
+    )
     if options.rule.kind == "converged":
         work.refuse_unless_at_the_end()
     return work
-
-
-def guard_sample(rest: np.ndarray, seed: int) -> np.ndarray:
-    """The untouched rows whose loss is measured before and after an edit: `GUARD_ROWS` of `rest`, drawn by its seed."""
-    return np.sort(np.random.default_rng([seed, 1]).permutation(rest)[:GUARD_ROWS])
-
-
-def _by_request(change: Change, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """One number a request: of its new content where it has one."""
-    out = np.array(old, dtype=np.float64)
-    out[change.replaced] = new
-    return out
-
-
-def _joined(one: TokenizedExamples, other: TokenizedExamples) -> TokenizedExamples:
-    return TokenizedExamples([*one, *other], [*one.ids, *other.ids])
-
-
-# ---- the record ----------------------------------------------------------------------------------------------
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(np.mean(values)) if len(values) else None
-
-
-def _plus(before: float | None, change: float | None) -> float | None:
-    return None if before is None or change is None else before + change
-
-
-def _rows(
-    work: _Work, before: _State, after_: _State | None, expected: Expected, targets: _Targets, comparable: Any = None
-) -> list[dict[str, Any]]:
-    """One entry a request."""
-    found, new, base = [], 0, _by_request(work.change, expected.base, expected.new_base)
-    for place, request in enumerate(work.change.requests):
-        replaced = request.after is not None
-        at = new if replaced else place
-        first, last = (
-            (before.new, after_.new if after_ else None) if replaced else (before.old, after_.old if after_ else None)
-        )
-        row = {
-            "id": request.before.id,
-            "action": request.action,
-            "before": float(first.loss[at]),
-            "after": None if last is None else float(last.loss[at]),
-            "target": float(targets.edited[place]),
-            "base": float(base[place]),
-            "share": float(expected.shares[place]),
-            "extraction_before": float(first.extraction[at]),
-            "extraction_after": None if last is None else float(last.extraction[at]),
-            "rank": None if last is None or comparable is None else float(np.mean(comparable < last.loss[at])),
-        }
-        if replaced:
-            row |= {
-                "old_before": float(before.old.loss[place]),
-                "old_after": None if after_ is None else float(after_.old.loss[place]),
-                "old_target": float(targets.old[place]),
-            }
-            new += 1
-        found.append(row)
-    return found
-
-
-def _report(
-    work: _Work,
-    found: Walk,
-    delta: Tensor,
-    before: _State,
-    after_: _State,
-    expected: Expected,
-    targets: _Targets,
-    linear: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    """The record of an edit, all but the files (`unlearn.audit.seal`)."""
-    run, version, change, options = work.run, work.version, work.change, work.options
-    model = version.model
-    with model.at(version.theta + delta):
-        digest = model.adapter_digest
-    comparable, source = None, None
-    if after_.heldout is not None:
-        comparable, source = after_.heldout.loss, "held-out rows"
-    elif len(work.sample):
-        with model.at(scaled_to(version, 0.0)):
-            comparable = mean_losses(model, version.tokens.select(work.sample), token_budget=work.budget)
-        work.cost.forwards += len(comparable)
-        source = "retained rows under the base model"
-    change_of = after_.retained.loss - before.retained.loss
-    damage = float(change_of.mean() / before.retained.loss.mean()) if len(change_of) else None
-    since = work.since_the_fit(after_)
-    if since is not None and damage is not None and since > options.max_damage >= damage:
-        say(
-            f"warning: this edit raises the retained rows' loss by {damage:.1%}, and {version.edits + 1} edits together by "
-            f"{since:.1%} since the adapter that was fitted: each is judged by itself"
-        )
-    rows_after = change.after
-    cost = work.cost
-    return {
-        "format": FORMAT,
-        "kind": change.kind,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": versions(),
-        "run": {"path": str(run.directory.resolve()), "digest": run.digest},
-        "base": {"path": run.manifest["base"]["path"], "digest": run.manifest["base"]["digest"]},
-        "adapter": {"before": {"path": version.path, "digest": version.digest}, "after": {"digest": digest}},
-        "data": {
-            "before": version.rows.digest,
-            "after": rows_after.digest,
-            "rows_before": len(version.rows),
-            "rows_after": len(rows_after),
-        },
-        "tokenizer": {"digest": run.manifest["identity"]["tokenizer"]},
-        "requests": [request.record() for request in change.requests],
-        "lineage": {"edits": version.edits + 1, **change.lineage},
-        "method": work.method() | {"rho": expected.rho},
-        "residual": {"solver": work.residual, "tolerance": work.tolerance, "objective": linear.get("objective")},
-        "stopped": found.stopped,
-        "reached": found.reached,
-        "steps": [asdict(step) for step in found.steps],
-        "delta": {"norm": float(delta.norm()), "relative": float(delta.norm() / version.theta.norm())},
-        "losses": {
-            "edited": {
-                "rows": len(change.rows),
-                "before": _mean(before.edited),
-                "after": _mean(after_.edited),
-                "target": _mean(targets.edited),
-                "predicted": _plus(_mean(before.edited), linear["edited"]),
-            },
-            "retained": {
-                "rows": len(change_of),
-                "before": _mean(before.retained.loss),
-                "after": _mean(after_.retained.loss),
-                "change": damage,
-                "standard_error": float(change_of.std(ddof=1) / np.sqrt(len(change_of)))
-                if len(change_of) > 1
-                else None,
-                "predicted": _plus(_mean(before.retained.loss), linear["retained"]),
-            },
-            "heldout": None
-            if before.heldout is None or after_.heldout is None
-            else {
-                "rows": len(before.heldout.loss),
-                "before": _mean(before.heldout.loss),
-                "after": _mean(after_.heldout.loss),
-                "predicted": _plus(_mean(before.heldout.loss), linear["heldout"]),
-                "source": work.holdout.source if work.holdout is not None else None,
-            },
-        },
-        "rows": _rows(work, before, after_, expected, targets, comparable),
-        "comparable": None if comparable is None else {"source": source, "rows": len(comparable)},
-        "guard": {
-            "max_damage": options.max_damage,
-            "damage": damage,
-            "since_the_fit": since,
-            "passed": damage is None or damage <= options.max_damage,
-            "forced": False,
-        },
-        "cost": {
-            "row_gradients": cost.gradients,
-            "row_forwards": cost.forwards,
-            "total": cost.total,
-            "seconds": seconds,
-            **work.retraining(cost.total),
-        },
-        "agreement": None,
-    }
-
-
-# ---- the result ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """An edit that was made and measured, not yet saved.
-
-    Attributes
-    ----------
-    change : Change
-        What was asked, and of which version of the adapter.
-    delta : Tensor [P]
-        The move of the LoRA parameters, in `ParamSpace` order: old + delta is the new adapter.
-    report : dict
-        What `edit.json` will hold (README has the keys).
-    """
-
-    change: Change
-    delta: Tensor = field(repr=False)
-    report: dict[str, Any] = field(repr=False)
-
-    @property
-    def theta(self) -> Tensor:
-        """The edited adapter's parameters `[P]`."""
-        return self.change.version.theta + self.delta
-
-    @property
-    def passed(self) -> bool:
-        """Whether the retained rows lost no more than was allowed."""
-        return bool(self.report["guard"]["passed"])
-
-    def save(self, out: str | Path, *, force: bool = False, overwrite: bool = False) -> Path:
-        """Write the edited adapter to a new directory, its record beside it, and a line in the run's audit chain.
-
-        The directory appears when it is complete. Raises `WorkError` where the guard did not pass and `force` is not given;
-        nothing is written then.
-        """
-        run, out = self.change.version.run, Path(out)
-        refuse_out(run, out, overwrite)
-        if self.change.version.path and _inside(out, Path(self.change.version.path)):
-            raise InputError(
-                f"{out} is, or holds, or lies in {self.change.version.path}, which the edit is made from: give a new directory"
-            )
-        guard = self.report["guard"]
-        if not self.passed and not force:
-            raise WorkError(
-                f"the edit raises the retained rows' loss by {guard['damage']:.1%} and {guard['max_damage']:.1%} are allowed: "
-                "nothing was written. Ask for less (--until), keep more rows in the step (--rest), allow more "
-                "(--max-damage), or save it nevertheless (--force)"
-            )
-        partial, replaced = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
-        version = self.change.version
-        newest = version.head if version.latest else None
-
-        def publish() -> None:
-            if out.exists():
-                os.replace(out, replaced)
-            os.replace(partial, out)
-
-        with only_writer(out):
-            if replaced.exists() and not out.exists():  # a save was killed between the two moves
-                os.replace(replaced, out)
-            for left in (partial, replaced):
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self._write(partial)
-            audit.seal(partial, {**self.report, "guard": {**guard, "forced": not self.passed}})
-            try:
-                audit.append(run.directory, out, expect=newest, publish=publish)
-            except BaseException:
-                if not partial.exists() and out.exists():  # published, but not on record: as it was
-                    os.replace(out, partial)
-                if replaced.exists() and not out.exists():
-                    os.replace(replaced, out)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-        run.manifest = read_json(run.directory / "manifest.json")
-        return out
-
-    def _write(self, folder: Path) -> None:
-        """PEFT's configuration and weights, the move, and the contents of changed rows."""
-        model = self.change.version.model
-        config = model.model.peft_config[model.model.active_adapters[0]]
-        source = Path(self.change.version.path or os.devnull)
-        if (source / "adapter_config.json").is_file():
-            for path in sorted(adapter_folder(source).iterdir()):
-                if path.is_file() and _belongs(path.name):
-                    shutil.copyfile(path, folder / path.name)
-        else:
-            config.save_pretrained(str(folder))
-        names = [weight_key(leaf) for leaf in model.space.leaves]
-        for name, flat in (("adapter_model.safetensors", self.theta), ("delta.safetensors", self.delta)):
-            tensors = {
-                key: part.detach().cpu().contiguous() for key, part in zip(names, model.space.split(flat), strict=True)
-            }
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-            (folder / name).chmod(0o644)  # as the other files: services of other users load adapters
-        changed = set(self.report["lineage"]["changed"])
-        if changed:  # by earlier edits too, so that this folder alone tells the rows
-            write_rows((row for row in self.change.after if row.id in changed), folder / CHANGED)
-
-
-def _belongs(name: str) -> bool:
-    """Whether a file of the old adapter's folder is copied: configuration, tokenizer and recipe; never weights."""
-    if not name.endswith((".json", ".txt", ".model", ".jinja")):
-        return False
-    known = (
-        "adapter_config.json",
-        "recipe.json",
-        "vocab",
-        "merges.txt",
-        "added_tokens.json",
-        "spiece",
-        "sentencepiece",
-    )
-    return name.startswith((*known, "tokenizer", "special_tokens", "chat_template"))
-
-
-def refuse_out(run: Run, out: Path, overwrite: bool) -> None:
-    """Refuse an output directory that holds something, or that the run, its base, its adapter, its rows or an edit needs."""
-    sources = [str(run.directory), *(run.manifest[key]["path"] for key in ("adapter", "base", "data"))]
-    for place in sources:
-        if place and Path(place).exists() and _inside(out, Path(place)):
-            raise InputError(
-                f"{out} is, or holds, or lies in {place}, which the edit is made from: give a new directory"
-            )
-    entries, own = audit.entries(run.directory), str(out.resolve())
-    for entry in entries:
-        if entry["edit"] != own and _inside(out, Path(entry["edit"])):
-            raise InputError(
-                f"{out} holds, or lies in, the edit {entry['edit']}, which is on record: give a new directory"
-            )
-    refuse_taken(out, overwrite)
-    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").exists():
-        raise InputError(
-            f"{out} holds other things than an adapter, and only one may be replaced: give a new directory"
-        )
-    made = {entry["adapter_after"] for entry in entries if entry["edit"] == own}
-    later = [entry for entry in entries if entry["adapter_before"] in made and entry["edit"] != own]
-    if later:
-        raise InputError(
-            f"{later[0]['edit']} was made from the adapter in {out}, which therefore stays: give a new directory"
-        )
-
-
-def _inside(out: Path, place: Path) -> bool:
-    """Whether one of two paths is, or lies in, the other."""
-    out, place = out.resolve(), place.resolve()
-    return out == place or out in place.parents or place in out.parents
 
 
 __all__ = ["Edit", "Options", "correct", "edit", "forecast", "relabel", "remove"]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from influence.adapter import AdaptedModel
 from influence.data import TokenizedExamples, collate, plan_batches
@@ -52,13 +51,13 @@ def measure(
             sums = part.per_example(token_losses(part.logits, part.targets).double())
             loss[rows] = sums.cpu().numpy() / tokens.counts[rows]
             right = (part.logits.argmax(-1) == part.targets).split(part.counts)
-            extraction[rows] = [_strength(own) for own in right]
+            extraction[rows] = [strength(own.cpu().numpy()) for own in right]
     if not np.isfinite(loss).all():
         raise NumericalError(f"the loss of {int((~np.isfinite(loss)).sum())} rows is NaN or infinite")
     return Measured(loss, extraction)
 
 
-def _strength(right: Tensor) -> float:
-    """Share of the tokens after the last one that greedy decoding gets wrong; `right` [T]."""
-    wrong = torch.nonzero(~right).flatten()
+def strength(right: np.ndarray) -> float:
+    """Share of the tokens after the last one that greedy decoding gets wrong; `right` [T], bool."""
+    wrong = np.flatnonzero(~right)
     return 1.0 if len(wrong) == 0 else 1 - (int(wrong[-1]) + 1) / len(right)

@@ -1,0 +1,46 @@
+"""The automatic learning rate of NGDiff: GeN (Bu et al. 2024, arXiv 2410.22086).
+
+Along a move u the retained rows' loss is read at several multiples s of it, a parabola `a + b s + c s^2` is fitted, and its
+minimum, `s* = -b / 2c`, is the rate to take, as a multiple of the present one. With the three points -1, 0, 1 that is
+`s* = (L(-1) - L(1)) / 2 (L(1) - 2 L(0) + L(-1))`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: Multiples of a move at which the loss is read; 0 is where the model is.
+POINTS = (-1.0, -0.5, 0.5, 1.0)
+#: Share of the losses' variance that the parabola must explain.
+FIT = 0.95
+#: A rate changes by at most this factor at a time.
+LARGEST = 2.0
+#: Weight of the new rate in the logarithmic average with the old one.
+SMOOTHING = 0.5
+#: Steps between two looks.
+EVERY = 10
+
+
+def parabola_minimum(points: np.ndarray, losses: np.ndarray) -> float | None:
+    """Where the least-squares parabola through `(points, losses)`, both `[m]`, m >= 3, has its minimum.
+
+    None where there is none ahead: the loss does not fall along the move (b >= 0), the parabola is not convex (c <= 0), or it
+    explains less than `FIT` of the variance.
+    """
+    design = np.vander(points, 3)
+    coefficients = np.linalg.lstsq(design, losses, rcond=None)[0]
+    c, b, _ = coefficients
+    variance = float(((losses - losses.mean()) ** 2).sum())
+    if not np.isfinite(losses).all() or b >= 0 or c <= 0:
+        return None
+    if variance > 0 and float(((losses - design @ coefficients) ** 2).sum()) > (1 - FIT) * variance:
+        return None
+    return float(-b / (2 * c))
+
+
+def next_rate(rate: float, points: np.ndarray, losses: np.ndarray) -> float:
+    """The rate after a look: towards the parabola's minimum, at most by `LARGEST`, smoothed; as it was where there is none."""
+    found = parabola_minimum(points, losses)
+    if found is None:
+        return rate
+    return float(rate * np.clip(found, 1 / LARGEST, LARGEST) ** SMOOTHING)

@@ -1,0 +1,378 @@
+"""One loop for every method of gradient-based unlearning.
+
+A step takes a batch of forget rows and one of retained rows, in parts of a token budget (gradient accumulation without a knob) and
+shared out over processes, forms both terms' gradients `[P]`, adds them up once, combines them, and hands the result to an
+optimizer of torch. Terms are means over all tokens or rows of the step, so neither parts nor processes change them. Dropout is off.
+
+It stops before the first step whose forget rows have reached their goal (default: the base model's mean loss on them), or whose
+retained rows have lost more than `stop_damage`. What it did is measured and recorded like a closed-form edit (`unlearn.evidence`),
+and saved in the same way; every step's terms, losses, gradient norms and their cosine are in the adapter's `steps.jsonl`.
+
+Which rows a step takes depends on the seed and the step's number alone, so a training that is resumed goes on with the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence import distributed
+from influence.adapter import AdaptedModel
+from influence.data import Examples, TokenizedExamples
+from influence.errors import MismatchError, NumericalError, StoreError
+from influence.loss import mean_losses
+from influence.progress import say, track
+from influence.run import Run, spaced
+from unlearn import gen
+from unlearn.combine import Step
+from unlearn.evidence import State, Targets, mean_of, refuse_text, report
+from unlearn.measure import Cost
+from unlearn.methods import Method, Trained, method_of
+from unlearn.reference import Before, frozen
+from unlearn.relinearise import NEAR, Walk
+from unlearn.result import Edit
+from unlearn.retrain import Recipe
+from unlearn.sides import Look, Side
+from unlearn.targets import Setup, Target
+from unlearn.terms import Term
+from unlearn.training import Options, Work, optimizer_class, prepare
+from unlearn.unseen import Expected, Reference
+
+#: Forget rows whose loss tells when to stop, where a step does not run all of them, and how often it is looked at.
+CHECK_ROWS, CHECK_EVERY = 64, 10
+#: Rise of the retained rows' loss that a training is warned of.
+MUCH = 0.1
+STATE = "state.pt"
+
+
+def train(
+    run: Run,
+    method: str | Method,
+    ids: Sequence[str],
+    *,
+    retain: Examples | None = None,
+    holdout: Examples | None = None,
+    checkpoint: str | Path | None = None,
+    restart: bool = False,
+    **options: Any,
+) -> Edit:
+    """Unlearn training rows by gradient steps from the run's adapter.
+
+    Parameters
+    ----------
+    run
+        The run whose adapter is changed.
+    method
+        A name of `unlearn.METHODS`, `FILE.py:NAME`, or a `Method`.
+    ids
+        The rows to unlearn.
+    retain
+        Rows to keep; without them the run's other rows.
+    holdout
+        Rows that the adapter never saw; measured before and after.
+    checkpoint
+        Folder that the state of the training is kept in: called again after a kill, with the same request, it goes on. Gone when
+        the training is complete and the result is `save`d by the caller's `discard`.
+    restart
+        Begin anew where the folder holds another training, or a damaged one.
+    options
+        The fields of `Options`.
+
+    Returns the edit; nothing else is written, its `save` does.
+
+    Raises
+    ------
+    InputError
+        For unknown ids, methods or options, retained rows that are forget rows, a method that needs retained rows where none are left.
+    MismatchError
+        Where `checkpoint` holds the state of another training.
+    NumericalError
+        Where a term or gradient is NaN or infinite.
+    """
+    begun = time.monotonic()
+    refuse_text(ids)
+    chosen = Options(**options)
+    work = prepare(run, method_of(method), ids, retain, holdout, chosen)
+    before = work.measure(work.version.theta)
+    expected = work.expected(before)
+    targets = work.targets(expected, before)
+    found, log = Training(
+        work, before, expected, targets, None if checkpoint is None else Path(checkpoint), restart
+    ).run()
+    delta = found.theta - work.version.theta
+    theta = work.version.theta + delta
+    if not bool(torch.isfinite(theta).all()):
+        raise NumericalError("the trained adapter holds NaN or infinity: nothing is written. Lower the rate (--lr)")
+    after = work.measure(theta)
+    if work.stop.kind != "steps":
+        found = replace(found, reached=bool(np.mean(after.old.loss) >= (1 - NEAR) * np.mean(targets.old)))
+    linear = work.forecast(delta, theta)
+    residual = {"solver": None, "tolerance": None}
+    seconds = time.monotonic() - begun
+    record = report(
+        work, work.describe(len(log)), residual, found, delta, before, after, expected, targets, linear, seconds
+    )
+    damage = record["guard"]["damage"]
+    if damage is not None and damage > MUCH and distributed.rank() == 0:
+        say(f"warning: the retained rows' loss rose by {damage:.1%}")
+    return Edit(work.change, delta, record, log)
+
+
+@dataclass(eq=False)
+class Training:
+    """The steps of one training, from its start or from where it was saved."""
+
+    work: Work
+    begun: State
+    expected: Expected
+    targets: Targets
+    folder: Path | None
+    restart: bool
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self) -> tuple[Walk, list[dict[str, Any]]]:
+        """The trained adapter, and the log of its steps."""
+        work, model = self.work, self.work.version.model
+        with model.at(work.version.theta), model.evaluating(model.parameters), frozen(model, work.cost) as before:
+            forget, retain = self._sides(before)
+            stopped = self._steps(forget, retain)
+            theta = model.snapshot()
+            if work.method.finish is not None:
+                theta = work.method.finish(self._trained(theta))
+        return Walk(theta, [], stopped, True), self.log
+
+    def _sides(self, before: Before) -> tuple[Side | None, Side | None]:
+        work, model, options = self.work, self.work.version.model, self.work.options
+        rows = Examples([request.before for request in work.change.requests])
+        setup = Setup(
+            model,
+            rows,
+            work.forget,
+            before,
+            options.seed,
+            work.run.manifest["objective"]["max_length"],
+            work.budget,
+            lambda: Reference(work.version, work.forget, self.expected.expected, work.cost).of,
+        )
+        method = work.method
+
+        def side(term: Term | None, tokens: TokenizedExamples, target: Target, size: int, stream: int) -> Side | None:
+            if term is None:
+                return None
+            return Side(model, tokens, term, target, before, size, work.budget, options.seed, stream, work.cost)
+
+        forget = side(method.forget, work.forget, method.target(setup), options.batch_size, 31)
+        return forget, side(method.retain, work.kept, Target(), work.retain_batch_size, 32)
+
+    def _steps(self, forget: Side | None, retain: Side | None) -> str:
+        """Steps until a rule holds; says which."""
+        work, model, options = self.work, self.work.version.model, self.work.options
+        parameters: list[Any] = model.parameters
+        rate = work.lr or work.method.first_lr
+        make = options.optimizer or work.method.optimizer
+        optimizer = (optimizer_class(make) if isinstance(make, str) else make)(parameters, lr=rate)
+        first, rate = self._resume(optimizer, rate)
+        for number in self._counted(first):
+            look = None if forget is None else forget.look(number)
+            if (why := self._stop(number, look)) is not None:
+                return why
+            other = None if retain is None else retain.look(number)
+            theta = model.snapshot()
+            direction = work.method.combine(
+                None if look is None else look.gradient,
+                None if other is None else other.gradient,
+                Step(number, work.steps, theta),
+            )
+            if options.max_grad_norm is not None:
+                direction = direction * min(1.0, options.max_grad_norm / max(float(direction.norm()), 1e-30))
+            lr = rate
+            if work.lr is not None:
+                recipe = Recipe(lr=rate, schedule=options.schedule, warmup=options.warmup)
+                lr = max(float(recipe.rate(number, work.steps)), 0.0)
+            move = _moved(optimizer, model, direction, lr, theta)
+            if work.lr is None and retain is not None and other is not None and number % gen.EVERY == 0:
+                rate = self._looked_ahead(retain, other, theta, move, rate)
+                move = move * (rate / lr)
+                lr = rate
+                model.restore(theta + move)
+            self._note(number, lr, look, other, direction, move)
+            if self.folder is not None and (number + 1) % options.save_every == 0:
+                self._save(optimizer, number + 1, rate)
+        last = self._stop(work.steps, None, last=True)
+        return last or f"{work.steps} steps were taken"
+
+    def _counted(self, first: int) -> Iterable[int]:
+        numbers = range(first, self.work.steps)
+        label = f"{self.work.method.name} steps"
+        return track(numbers, label, total=self.work.steps, done=first) if distributed.rank() == 0 else numbers
+
+    def _stop(self, number: int, look: Look | None, *, last: bool = False) -> str | None:
+        """Why no further step is taken; None where one is. Losses are those before step `number`."""
+        work, options = self.work, self.work.options
+        if work.stop.kind != "steps" and (now := self._forget_loss(number, look, last)) is not None:
+            goal = mean_of(self.targets.old) or 0.0
+            if now >= goal:
+                return f"the forget rows' mean loss is {now:.2f} and their goal {goal:.2f}, after {number} steps"
+        if options.stop_damage is not None and len(work.sample) and (number % CHECK_EVERY == 0 or last):
+            model = work.version.model
+            lost = mean_losses(model, work.version.tokens.select(work.sample), token_budget=work.budget).mean()
+            work.cost.forwards += len(work.sample)
+            rise = float(lost / self.begun.retained.loss.mean() - 1)
+            if rise > options.stop_damage:
+                return f"the retained rows' mean loss has risen by {rise:.1%} and {options.stop_damage:.1%} are allowed, after {number} steps"
+        return None
+
+    def _forget_loss(self, number: int, look: Look | None, last: bool) -> float | None:
+        """The forget rows' mean loss: the step's own where it ran all of them, else looked at now and then."""
+        if look is not None and len(look.rows) == len(self.work.forget):
+            return float(look.losses.mean())
+        if number % CHECK_EVERY and not last:
+            return None
+        return self._measured(self.work.forget, spaced(len(self.work.forget), CHECK_ROWS))
+
+    def _measured(self, tokens: TokenizedExamples, rows: np.ndarray) -> float:
+        self.work.cost.forwards += len(rows)
+        model = self.work.version.model
+        return float(mean_losses(model, tokens.select(rows), token_budget=self.work.budget).mean())
+
+    def _looked_ahead(self, retain: Side, other: Look, theta: Tensor, move: Tensor, rate: float) -> float:
+        """GeN's rate, from the retained batch's loss along the move."""
+        losses = []
+        for point in gen.POINTS:
+            retain.model.restore(theta + point * move)
+            losses.append(retain.mean_loss(other.rows))
+        return gen.next_rate(rate, np.array([*gen.POINTS, 0.0]), np.array([*losses, other.loss]))
+
+    def _trained(self, theta: Tensor) -> Trained:
+        """What a finish may measure."""
+        work, model = self.work, self.work.version.model
+
+        def loss(tokens: TokenizedExamples, rows: np.ndarray) -> Callable[[Tensor], float]:
+            def at(where: Tensor) -> float:
+                with model.at(where):
+                    return self._measured(tokens, rows)
+
+            return at
+
+        kept, rows = (
+            (work.version.tokens, work.sample) if len(work.sample) else (work.kept, spaced(len(work.kept), CHECK_ROWS))
+        )
+        return Trained(
+            work.version.theta,
+            theta,
+            loss(work.forget, spaced(len(work.forget), CHECK_ROWS)),
+            loss(kept, rows),
+            mean_of(self.targets.old) or 0.0,
+        )
+
+    def _note(
+        self, number: int, lr: float, look: Look | None, other: Look | None, direction: Tensor, move: Tensor
+    ) -> None:
+        """A line of the log; losses are those before the step."""
+        norms = [None if one is None else float(one.gradient.norm()) for one in (look, other)]
+        cosine = None
+        if look is not None and other is not None and norms[0] and norms[1]:
+            cosine = float(look.gradient.double() @ other.gradient.double()) / (norms[0] * norms[1])
+        self.log.append(
+            {
+                "step": number + 1,
+                "lr": lr,
+                "forget_term": None if look is None else look.value,
+                "retain_term": None if other is None else other.value,
+                "forget_loss": None if look is None else look.loss,
+                "retain_loss": None if other is None else other.loss,
+                "forget_norm": norms[0],
+                "retain_norm": norms[1],
+                "cosine": cosine,
+                "direction_norm": float(direction.norm()),
+                "move_norm": float(move.norm()),
+                "forget_rows": 0 if look is None else len(look.rows),
+                "retain_rows": 0 if other is None else len(other.rows),
+                "row_gradients": self.work.cost.total,
+            }
+        )
+
+    # -- resuming
+
+    def _save(self, optimizer: torch.optim.Optimizer, done: int, rate: float) -> None:
+        """Keep where the training stands; a kill leaves this state or the one before."""
+        if distributed.rank() != 0 or self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        cost = self.work.cost
+        state = {
+            "request": json.dumps(self.work.request()),
+            "theta": self.work.version.model.snapshot(),
+            "optimizer": optimizer.state_dict(),
+            "done": done,
+            "rate": rate,
+            "cost": asdict(cost),
+            "log": json.dumps(self.log),
+        }
+        partial = self.folder / (STATE + ".partial")
+        try:
+            with open(partial, "wb") as handle:
+                torch.save(state, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(partial, self.folder / STATE)
+        except OSError as error:
+            raise StoreError(f"{self.folder} could not be written: {error}") from error
+
+    def _resume(self, optimizer: torch.optim.Optimizer, rate: float) -> tuple[int, float]:
+        """Take up a saved training; the steps that are done, and the rate."""
+        path = None if self.folder is None else self.folder / STATE
+        if path is None or not path.exists():
+            return 0, rate
+        work, now = self.work, self.work.request()
+        try:
+            state = torch.load(path, map_location=work.version.model.device, weights_only=True)
+            known, log, cost = json.loads(state["request"]), json.loads(state["log"]), Cost(**state["cost"])
+            done, theta, rate_then = int(state["done"]), state["theta"], float(state["rate"])
+        except Exception as error:  # whatever a damaged file makes its reader do
+            if self.restart:
+                return 0, rate
+            raise StoreError(f"{path} is damaged ({error}): move it away, or --overwrite to begin anew") from error
+        differences = [key for key in now if known.get(key, ...) != now[key]]
+        if differences and self.restart:
+            return 0, rate
+        if differences:
+            raise MismatchError(
+                f"{self.folder} holds another training: it differs in {', '.join(differences)}. Ask for the same one to go on, give "
+                "another --out, or --overwrite to begin anew"
+            )
+        optimizer.load_state_dict(state["optimizer"])
+        work.version.model.restore(theta)
+        self.log.extend(log)
+        work.cost.gradients, work.cost.forwards = cost.gradients, cost.forwards
+        if distributed.rank() == 0:
+            say(f"going on after step {done} of {work.steps}")
+        return done, rate_then
+
+
+def _moved(
+    optimizer: torch.optim.Optimizer, model: AdaptedModel, direction: Tensor, lr: float, theta: Tensor
+) -> Tensor:
+    """Take the optimizer's step along a gradient `[P]`; how the parameters moved, `[P]`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for parameter, gradient in zip(model.parameters, model.space.split(direction), strict=True):
+        parameter.grad = gradient.to(parameter.dtype)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model.snapshot() - theta
+
+
+def discard(checkpoint: str | Path) -> None:
+    """Delete the state of a training whose result is saved."""
+    shutil.rmtree(checkpoint, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""One side of a step, the forget rows or the retained rows: its batches, its term, and its gradient over all processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence import distributed
+from influence.adapter import AdaptedModel
+from influence.data import TokenizedExamples, collate, plan_batches
+from influence.errors import InputError, NumericalError
+from influence.loss import mean_losses, supervised_logits, token_losses
+from unlearn.measure import Cost
+from unlearn.reference import Before
+from unlearn.targets import Target
+from unlearn.terms import Part, Term
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """A side's term at a step: its gradient `[P]`, its value, and the rows' mean losses on their own tokens `[b]`."""
+
+    rows: np.ndarray
+    gradient: Tensor
+    value: float
+    losses: np.ndarray
+    loss: float
+
+
+@dataclass(eq=False)
+class Side:
+    """The forget rows or the retained rows: their term and their batches."""
+
+    model: AdaptedModel
+    tokens: TokenizedExamples
+    term: Term
+    target: Target
+    before: Before | None
+    batch_size: int
+    token_budget: int
+    seed: int
+    stream: int
+    cost: Cost
+    known: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of a step: an epoch's permutation, cut into batches."""
+        n = len(self.tokens)
+        each = -(-n // self.batch_size)
+        order = np.random.default_rng([self.seed, self.stream, step // each]).permutation(n)
+        return order[(step % each) * self.batch_size :][: self.batch_size]
+
+    def look(self, step: int) -> Look:
+        """The term's gradient at a step, over all processes."""
+        rows = self.rows(step)
+        model, own = self.model, distributed.shard(np.arange(len(rows)))
+        size = int(self.tokens.counts[rows].sum()) if self.term.per == "token" else len(rows)
+        gradient = torch.zeros(model.space.size, dtype=model.dtype, device=model.device)
+        told = torch.zeros(
+            1 + len(rows), dtype=torch.float64, device=model.device
+        )  # the term's value, the rows' losses
+        self.cost.gradients += len(rows) * (1 if self.target.other is None else 2)
+        for some in plan_batches(self.tokens.select(rows[own]), self.token_budget) if len(own) else []:
+            places = own[some]
+            wanted = None if self.target.wanted is None else self.target.wanted(rows[places])
+            part, losses = self._part(rows[places], wanted)
+            value = self._values(part).sum() / size
+            gradient += model.space.flatten(list(torch.autograd.grad(value, model.parameters)))  # type: ignore[arg-type]
+            told[0] += value.detach().double()
+            told[1 + torch.from_numpy(places).to(told.device)] += losses
+        distributed.add_up(gradient)
+        distributed.add_up(told)
+        losses = told[1:].cpu().numpy()
+        counts = self.tokens.counts[rows]
+        loss = float((losses * counts).sum() / counts.sum())
+        if not (np.isfinite(told.cpu().numpy()).all() and bool(torch.isfinite(gradient).all())):
+            raise NumericalError(
+                f"the term {self.term.name} or its gradient is NaN or infinite in step {step + 1}: lower the rate (--lr)"
+            )
+        return Look(rows, gradient, float(told[0]), losses, loss)
+
+    def _part(self, rows: np.ndarray, wanted: Tensor | None) -> tuple[Part, Tensor]:
+        """A batch as the term sees it, and the rows' mean losses on their own tokens `[b]`."""
+        other = self.target.other
+        labels = None if self.target.labels is None else torch.cat([self.target.labels[row] for row in rows])
+        part, own = self._one(self.tokens, rows, labels, wanted, False)
+        if other is not None:
+            part.other, _ = self._one(other, rows, None, None, True)
+        return part, own
+
+    def _one(
+        self, tokens: TokenizedExamples, rows: np.ndarray, labels: Tensor | None, wanted: Tensor | None, other: bool
+    ) -> tuple[Part, Tensor]:
+        model = self.model
+        run = supervised_logits(model, collate(tokens, rows, pad_id=model.pad_id, device=model.device))
+        labels = run.targets if labels is None else labels.to(run.targets.device)
+        part = Part(
+            run.logits,
+            labels,
+            run.counts,
+            lambda: self._asked().logits(tokens, rows)[0],
+            lambda: self._kept_losses(tokens, rows, labels, run.counts, other),
+            wanted,
+        )
+        with torch.no_grad():
+            sums = run.per_example(token_losses(run.logits, run.targets).double())
+        return part, sums / torch.tensor(run.counts, device=sums.device)
+
+    def _kept_losses(
+        self, tokens: TokenizedExamples, rows: np.ndarray, labels: Tensor, counts: list[int], other: bool
+    ) -> Tensor:
+        """The reference's losses of the labels, `[N]`: asked once a row."""
+        if any((row, other) not in self.known for row in rows.tolist()):
+            found = self._asked().losses(tokens, rows, labels)
+            for row, own in zip(rows.tolist(), found.split(counts), strict=True):
+                self.known[row, other] = own
+        return torch.cat([self.known[row, other] for row in rows.tolist()])
+
+    def _asked(self) -> Before:
+        if self.before is None:
+            raise InputError(f"the term {self.term.name} asks for the adapter before: make it with reference=True")
+        return self.before
+
+    def _values(self, part: Part) -> Tensor:
+        values = self.term.function(part)
+        wanted = len(part.labels) if self.term.per == "token" else len(part.counts)
+        if self.term.per not in ("token", "row") or tuple(values.shape) != (wanted,):
+            raise InputError(
+                f"the term {self.term.name} gave values of shape {list(values.shape)}; expected [{wanted}], one per {self.term.per} "
+                "(Term(..., per='token' or 'row'))"
+            )
+        return values
+
+    def mean_loss(self, rows: np.ndarray) -> float:
+        """The rows' mean cross-entropy per token where the model is now, over all processes."""
+        own = distributed.shard(rows)
+        self.cost.forwards += len(rows)
+        total = torch.zeros(1, dtype=torch.float64, device=self.model.device)
+        if len(own):
+            losses = mean_losses(self.model, self.tokens.select(own), token_budget=self.token_budget)
+            total += float((losses * self.tokens.counts[own]).sum())
+        return float(distributed.add_up(total)) / int(self.tokens.counts[rows].sum())

@@ -1,0 +1,301 @@
+"""A training by gradient steps as it is asked for: how it runs, when it stops, on which rows; refused before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from influence import distributed
+from influence.data import Examples, TokenizedExamples, tokenize
+from influence.errors import InputError
+from influence.loss import check_rows, mean_losses
+from influence.progress import say
+from influence.run import Run
+from unlearn.evidence import Evidence, State, Targets, unseen_rows
+from unlearn.methods import Method, controlled
+from unlearn.requests import Change, plan
+from unlearn.retrain import Recipe
+from unlearn.unseen import Expected, expected_losses, scaled_to
+from unlearn.versions import version
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a method is run; what is None is the method's own.
+
+    Parameters
+    ----------
+    lr
+        Learning rate; `auto`: GeN finds it (`unlearn.gen`), by the retained rows.
+    optimizer
+        Name of a class of `torch.optim`, or a callable that takes the parameters and `lr`.
+    schedule, warmup
+        As in `unlearn.Recipe`: `constant`, `linear`, `cosine` over the most steps; steps of a linear rise.
+    batch_size, retain_batch_size
+        Forget rows and retained rows in a step.
+    steps
+        The most steps.
+    until
+        `base` (the forget rows' mean loss reaches the base model's), `expected` (that of a model that never saw them, as influence
+        predicts it), `loss=X` (nats per token), or `steps=N`.
+    stop_damage
+        Also stop when the retained sample's mean loss has risen by this share.
+    control
+        Mix the result with the adapter before until this share of the retained rows' likelihood is left.
+    max_damage
+        Rise of the retained rows' mean loss beyond which the result is not saved without `force`. None: any is saved.
+    max_grad_norm
+        Clips the combined gradient.
+    seed
+        Draws batches, random labels, refusals and the measured sample.
+    start
+        As in `unlearn.edits.Options`.
+    save_every
+        Steps between two saves of a training that can be resumed.
+    """
+
+    lr: float | str | None = None
+    optimizer: str | Callable[..., torch.optim.Optimizer] | None = None
+    schedule: str = "constant"
+    warmup: int = 0
+    batch_size: int = 32
+    retain_batch_size: int | None = None
+    steps: int | None = None
+    until: str | None = None
+    stop_damage: float | None = None
+    control: float | None = None
+    max_damage: float | None = None
+    max_grad_norm: float | None = None
+    seed: int = 0
+    start: str | Path | None = None
+    save_every: int = 25
+
+    def __post_init__(self) -> None:
+        if self.lr not in (None, "auto") and not (isinstance(self.lr, float | int) and 0 < self.lr < float("inf")):
+            raise InputError(f"lr {self.lr!r} was given; expected a number above 0, or auto")
+        if isinstance(self.optimizer, str):
+            optimizer_class(self.optimizer)
+        Recipe(schedule=self.schedule, warmup=self.warmup)
+        for name in ("batch_size", "retain_batch_size", "steps", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} {value} was given; expected 1 or more")
+        for name in ("stop_damage", "max_damage", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise InputError(f"{name} {value} was given; expected 0 or more, as in 0.1")
+        if self.seed < 0:
+            raise InputError(f"seed {self.seed} was given; expected 0 or more")
+        if self.until is not None:
+            Stop.parse(self.until)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A stopping rule: `base`, `expected`, `loss=X` or `steps=N`."""
+
+    kind: str
+    value: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Stop:
+        """From `loss=2.5` and so on."""
+        kind, equals, number = text.partition("=")
+        if kind in ("base", "expected") and not equals:
+            return cls(kind)
+        try:
+            value = float(number)
+        except ValueError:
+            value = float("nan")
+        if kind not in ("loss", "steps") or not 0 < value < float("inf") or (kind == "steps" and value != round(value)):
+            raise InputError(
+                f"stopping rule {text!r} was given; expected one of base, expected, loss=X (nats per token), steps=N, with X "
+                "above 0 and N whole"
+            )
+        return cls(kind, value)
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return self.kind if self.value is None else f"{self.kind}={self.value:g}"
+
+
+@dataclass(eq=False, kw_only=True)
+class Work(Evidence):
+    """One training in the making."""
+
+    method: Method
+    options: Options
+    stop: Stop
+    kept: TokenizedExamples
+    kept_digest: str
+    kept_source: str | None
+
+    @property
+    def forget(self) -> TokenizedExamples:
+        """The forget rows."""
+        return self.change.old
+
+    @property
+    def steps(self) -> int:
+        """The most steps."""
+        if self.stop.kind == "steps":
+            return int(self.stop.value or 0)
+        return self.options.steps or self.method.steps
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate; None: GeN."""
+        lr = self.options.lr if self.options.lr is not None else self.method.lr
+        return None if lr is None or isinstance(lr, str) else float(lr)
+
+    def expected(self, before: State) -> Expected:
+        """The forget rows' losses under the base; where the rule or the target needs it, those of a model that never saw them."""
+        if self.stop.kind == "expected" or self.method.target.__name__ == "predicted":
+            return expected_losses(self.change, before.old.loss, self.heldout, before.unseen, self.cost)
+        with self.version.model.at(scaled_to(self.version, 0.0)) as model:
+            base = mean_losses(model, self.forget, token_budget=self.budget)
+        self.cost.forwards += len(base)
+        nothing = np.full(len(base), np.nan)
+        return Expected(before.old.loss, base, nothing, float("nan"), np.zeros(0))
+
+    def targets(self, expected: Expected, before: State) -> Targets:
+        """The loss that each forget row should reach."""
+        goal = np.maximum(expected.now, expected.base)
+        if self.stop.kind == "loss" and self.stop.value is not None:
+            goal = np.full_like(goal, self.stop.value)
+        elif self.stop.kind == "expected":
+            goal = expected.expected
+        return Targets(goal, np.zeros(0), goal)
+
+    def describe(self, taken: int) -> dict[str, Any]:
+        """The method and how it was run, for the record."""
+        options, method = self.options, self.method
+        optimizer = options.optimizer or method.optimizer
+        return {
+            **method.describe(),
+            "curvature": None,
+            "geometry": None,
+            "damping": None,
+            "points": None,
+            "lambda": None,
+            "solver": None,
+            "lr": "auto" if self.lr is None else self.lr,
+            "optimizer": optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", str(optimizer)),
+            "schedule": options.schedule,
+            "warmup": options.warmup,
+            "batch_size": options.batch_size,
+            "retain_batch_size": self.retain_batch_size,
+            "retain": None
+            if not method.needs_retain
+            else {"rows": len(self.kept), "digest": self.kept_digest, "source": self.kept_source},
+            "steps": self.steps,
+            "steps_taken": taken,
+            "until": str(self.stop),
+            "stop_damage": options.stop_damage,
+            "max_damage": options.max_damage,
+            "max_grad_norm": options.max_grad_norm,
+            "seed": options.seed,
+        }
+
+    @property
+    def retain_batch_size(self) -> int:
+        """Retained rows in a step."""
+        return self.options.retain_batch_size or self.options.batch_size
+
+    def request(self) -> dict[str, Any]:
+        """All that a training depends on, in JSON's own types."""
+        found = {
+            "run": self.run.digest,
+            "adapter": self.version.digest,
+            "rows": [row.record() for row in self.change.requests],
+            "retained rows": self.kept_digest,
+            **{
+                key: value
+                for key, value in self.describe(0).items()
+                if key not in ("title", "source", "steps_taken", "max_damage")
+            },
+        }
+        return json.loads(json.dumps(found, default=str))
+
+
+def prepare(
+    run: Run,
+    method: Method,
+    ids: Sequence[str],
+    retain: Examples | None,
+    holdout: Examples | None,
+    options: Options,
+) -> Work:
+    """Everything that can be refused, refused."""
+    if options.control is not None:
+        method = controlled(method, options.control)
+    stop = Stop.parse(options.until or ("base" if options.steps and method.until.startswith("steps") else method.until))
+    if options.steps is not None and method.until.startswith("steps") and options.until is None:
+        stop = Stop("steps", options.steps)
+    start = version(run, options.start)
+    change = plan(start, list(ids), None, None)
+    kept, digest, source = start.tokens.select(change.rest), start.rows.select(change.rest.tolist()).digest, None
+    if retain is not None:
+        kept, digest, source = _retained(run, change, retain), retain.digest, retain.source
+        if not method.needs_retain:
+            raise InputError(f"method {method.name} looks at no retained rows, and some were given: leave them out")
+    elif method.general and distributed.rank() == 0:
+        say(
+            f"warning: {method.name} is meant for general rows (--retain F); without them it takes the run's other rows, as its "
+            "in-distribution form does"
+        )
+    if method.needs_retain and len(kept) == 0:
+        raise InputError(f"no row is left to keep, and method {method.name} needs some: give them with --retain F")
+    automatic = options.lr == "auto" or (options.lr is None and method.lr is None)
+    if automatic and not method.needs_retain:
+        raise InputError(f"lr auto reads the retained rows' loss, and method {method.name} runs none: give a number")
+    if automatic and options.schedule != "constant":
+        raise InputError(f"lr auto and schedule {options.schedule!r} were given: leave one of them out")
+    return Work(
+        version=start,
+        change=change,
+        holdout=holdout,
+        heldout=unseen_rows(start, change, holdout),
+        max_damage=float("inf") if options.max_damage is None else options.max_damage,
+        seed=options.seed,
+        method=method,
+        options=options,
+        stop=stop,
+        kept=kept,
+        kept_digest=digest,
+        kept_source=source,
+    )
+
+
+def _retained(run: Run, change: Change, retain: Examples) -> TokenizedExamples:
+    """The tokens of given retained rows; forget rows among them are an error."""
+    if len(retain) == 0:
+        raise InputError("the file of retained rows has no rows: give some, or leave it out")
+    gone = {request.before.content_hash: request.before.id for request in change.requests}
+    both = [gone[row.content_hash] for row in retain if row.content_hash in gone]
+    if both:
+        raise InputError(
+            f"{len(both)} retained rows are rows to unlearn, word for word ({', '.join(both[:3])}{', ...' if len(both) > 3 else ''}): take them "
+            "out of the retained rows"
+        )
+    tokens = tokenize(retain, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
+    check_rows(run.model, tokens)
+    return tokens
+
+
+def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """The class of `torch.optim` that is called so; `InputError` where there is none that takes plain steps."""
+    found = getattr(torch.optim, name, None)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or name in (
+        "Optimizer",
+        "LBFGS",
+        "SparseAdam",
+    ):
+        raise InputError(f"optimizer {name!r} was given; expected a class of torch.optim, as in Adam, AdamW or SGD")
+    return found
