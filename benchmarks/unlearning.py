@@ -4,7 +4,7 @@
                                     [--method FILE.py:NAME] [--tofu DIR] [--threads 1] [--tables]
 
 Forgotten are the first 1, 5 and 10 % of the rows, as in TOFU. *Tuning*: every method is run with seed 0 at three learning rates,
-1/3, 1 and 3 times its default (for an automatic rate: where it starts), and by the same rule keeps one: among those that reach the goal the
+1/3, 1 and 3 times its default (where it starts, if it is automatic), and by the same rule keeps one: among those that reach the goal the
 one with the lowest loss on retained rows; where none does, the one that comes nearest to it. The kept rate is run with the other
 seeds. The rule looks at nothing but what a user has. All stop at the same goal, the loss that influence expects of a model which never
 saw the rows, and take at most `STEPS` steps. Closed-form edits have nothing to tune.
@@ -109,7 +109,7 @@ def run_method(
 ) -> unlearn.Edit:
     """One training."""
     lr = None if method.lr is None else method.lr * factor
-    own = replace(method, first_lr=method.first_lr * factor)
+    own = replace(method, stride=method.stride * factor)
     until = f"steps={method.until.removeprefix('steps=')}" if method.until.startswith("steps") else f"loss={goal:.6g}"
     retain = general if method.general else None
     return unlearn.train(
@@ -207,7 +207,7 @@ def one(
         found = line_of(run_method(case, method, factor, seed, goal, general), ruler, goal)
     except ToolkitError as error:
         found = {"failed": str(error)}
-    lines.add({**keys, "lr": method.lr, **found})
+    lines.add({**keys, **found})
     say(f"{case.task}: {method.name} x {factor:.2g}, seed {seed}: {found.get('forget')}, {found.get('retained')}")
 
 

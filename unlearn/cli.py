@@ -331,8 +331,10 @@ def train(
             help="base (the rows' loss reaches the base model's; the usual default), expected, loss=X, or steps=N.",
         ),
     ] = None,
-    lr: Annotated[
-        str | None, typer.Option("--lr", help="Learning rate, or auto (GeN). Default: the method's own.")
+    lr: Annotated[str | None, typer.Option("--lr", help="Learning rate, or auto (GeN). Default: by --stride.")] = None,
+    stride: Annotated[
+        float | None,
+        typer.Option("--stride", help="Length of the first step over the adapter's. Default: the method's own."),
     ] = None,
     numbers: Annotated[
         list[str] | None, typer.Option("--set", help="A number of the method, as in beta=0.05. May be repeated.")
@@ -399,7 +401,13 @@ def train(
         raise InputError("name the rows to unlearn: --ids A,B,C or --ids-file FILE (one id per line)")
     asked = _ids(ids, ids_file)
     chosen = method_of(method, **_numbers(numbers or []))
-    options: dict[str, Any] = {"until": until, "lr": _rate(lr), "steps": steps, "batch_size": batch_size}
+    options: dict[str, Any] = {
+        "until": until,
+        "lr": _rate(lr),
+        "stride": stride,
+        "steps": steps,
+        "batch_size": batch_size,
+    }
     options |= {"retain_batch_size": retain_batch_size, "optimizer": optimizer, "schedule": schedule, "warmup": warmup}
     options |= {
         "max_grad_norm": max_grad_norm,
@@ -486,6 +494,7 @@ def _methods_text(table: list[dict[str, Any]]) -> str:
         parts = [f"{part} {row[part]}" for part in ("targets", "forget", "retain") if row[part] is not None]
         parts += [f"combine {row['combine']}"] * (row["retain"] is not None)
         parts += [f"finish {row['finish']}"] * (row["finish"] is not None)
+        rate = "automatic rate" if row["lr"] == "auto" else f"first step {row['stride']:.1%} of the adapter's length"
         needs = [f"retained rows ({row['retain_rows']})"] * row["needs_retain"]
         needs += ["the adapter before"] * row["needs_reference"]
         costs = [f"{cost['per_forget_row']:.3g} row-gradients for each forget row"] * (row["forget"] is not None)
@@ -494,7 +503,7 @@ def _methods_text(table: list[dict[str, Any]]) -> str:
             f"{row['name']}: {row['title']} ({row['source']})",
             f"    {'; '.join(parts)}",
             f"    needs {' and '.join(needs) or 'the forget rows alone'}; a step costs {' and '.join(costs)}",
-            f"    {row['optimizer']}, lr {row['lr']}; until {row['until']}, at most {row['steps']} steps",
+            f"    {row['optimizer']}, {rate}; until {row['until']}, at most {row['steps']} steps",
         ]
     return "\n".join([*lines, "", "unlearn methods --guide says how to choose a learning rate."])
 

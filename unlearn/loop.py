@@ -46,7 +46,7 @@ from unlearn.sides import Look, Side
 from unlearn.targets import Setup, Target
 from unlearn.terms import Term
 from unlearn.training import Options, Work, optimizer_class, prepare
-from unlearn.unseen import Expected, Reference
+from unlearn.unseen import Expected, Reference, expected_losses
 
 #: Forget rows whose loss tells when to stop, where a step does not run all of them, and how often it is looked at.
 CHECK_ROWS, CHECK_EVERY = 64, 10
@@ -114,7 +114,7 @@ def train(
     if not bool(torch.isfinite(theta).all()):
         raise NumericalError("the trained adapter holds NaN or infinity: nothing is written. Lower the rate (--lr)")
     after = work.measure(theta)
-    if work.stop.kind != "steps":
+    if work.stop.kind != "steps" or chosen.until is None:
         found = replace(found, reached=bool(np.mean(after.old.loss) >= (1 - NEAR) * np.mean(targets.old)))
     linear = work.forecast(delta, theta)
     residual = {"solver": None, "tolerance": None}
@@ -143,8 +143,9 @@ class Training:
     def run(self) -> tuple[Walk, list[dict[str, Any]]]:
         """The trained adapter, and the log of its steps."""
         work, model = self.work, self.work.version.model
-        with model.at(work.version.theta), model.evaluating(model.parameters), frozen(model, work.cost) as before:
+        with model.at(work.version.theta), model.evaluating(model.parameters), frozen(model) as before:
             forget, retain = self._sides(before)
+            work.cost.forwards += before.asked
             stopped = self._steps(forget, retain)
             theta = model.snapshot()
             if work.method.finish is not None:
@@ -162,7 +163,7 @@ class Training:
             options.seed,
             work.run.manifest["objective"]["max_length"],
             work.budget,
-            lambda: Reference(work.version, work.forget, self.expected.expected, work.cost).of,
+            self._predicted,
         )
         method = work.method
 
@@ -174,14 +175,21 @@ class Training:
         forget = side(method.forget, work.forget, method.target(setup), options.batch_size, 31)
         return forget, side(method.retain, work.kept, Target(), work.retain_batch_size, 32)
 
+    def _predicted(self) -> Callable[[np.ndarray], Tensor]:
+        """`log q` of forget rows, as influence predicts it."""
+        work, expected = self.work, self.expected
+        if np.isnan(expected.rho):  # the stopping rule did not need it
+            expected = expected_losses(work.change, expected.now, work.heldout, self.begun.unseen, work.cost)
+        return Reference(work.version, work.forget, expected.expected, work.cost).of
+
     def _steps(self, forget: Side | None, retain: Side | None) -> str:
         """Steps until a rule holds; says which."""
         work, model, options = self.work, self.work.version.model, self.work.options
         parameters: list[Any] = model.parameters
-        rate = work.lr or work.method.first_lr
         make = options.optimizer or work.method.optimizer
-        optimizer = (optimizer_class(make) if isinstance(make, str) else make)(parameters, lr=rate)
-        first, rate = self._resume(optimizer, rate)
+        maker = optimizer_class(make) if isinstance(make, str) else make
+        optimizer = maker(parameters, lr=1.0)
+        first, rate = self._resume(optimizer, work.lr)
         for number in self._counted(first):
             look = None if forget is None else forget.look(number)
             if (why := self._stop(number, look)) is not None:
@@ -195,12 +203,14 @@ class Training:
             )
             if options.max_grad_norm is not None:
                 direction = direction * min(1.0, options.max_grad_norm / max(float(direction.norm()), 1e-30))
+            if rate is None:
+                rate = _rate_of(work.stride, maker(parameters, lr=1.0), model, direction, theta)
             lr = rate
-            if work.lr is not None:
+            if not work.automatic:
                 recipe = Recipe(lr=rate, schedule=options.schedule, warmup=options.warmup)
                 lr = max(float(recipe.rate(number, work.steps)), 0.0)
             move = _moved(optimizer, model, direction, lr, theta)
-            if work.lr is None and retain is not None and other is not None and number % gen.EVERY == 0:
+            if work.automatic and retain is not None and other is not None and number % gen.EVERY == 0:
                 rate = self._looked_ahead(retain, other, theta, move, rate)
                 move = move * (rate / lr)
                 lr = rate
@@ -304,7 +314,7 @@ class Training:
 
     # -- resuming
 
-    def _save(self, optimizer: torch.optim.Optimizer, done: int, rate: float) -> None:
+    def _save(self, optimizer: torch.optim.Optimizer, done: int, rate: float | None) -> None:
         """Keep where the training stands; a kill leaves this state or the one before."""
         if distributed.rank() != 0 or self.folder is None:
             return
@@ -329,7 +339,7 @@ class Training:
         except OSError as error:
             raise StoreError(f"{self.folder} could not be written: {error}") from error
 
-    def _resume(self, optimizer: torch.optim.Optimizer, rate: float) -> tuple[int, float]:
+    def _resume(self, optimizer: torch.optim.Optimizer, rate: float | None) -> tuple[int, float | None]:
         """Take up a saved training; the steps that are done, and the rate."""
         path = None if self.folder is None else self.folder / STATE
         if path is None or not path.exists():
@@ -338,7 +348,7 @@ class Training:
         try:
             state = torch.load(path, map_location=work.version.model.device, weights_only=True)
             known, log, cost = json.loads(state["request"]), json.loads(state["log"]), Cost(**state["cost"])
-            done, theta, rate_then = int(state["done"]), state["theta"], float(state["rate"])
+            done, theta, rate_then = int(state["done"]), state["theta"], state["rate"]
         except Exception as error:  # whatever a damaged file makes its reader do
             if self.restart:
                 return 0, rate
@@ -358,6 +368,17 @@ class Training:
         if distributed.rank() == 0:
             say(f"going on after step {done} of {work.steps}")
         return done, rate_then
+
+
+def _rate_of(
+    stride: float, optimizer: torch.optim.Optimizer, model: AdaptedModel, direction: Tensor, theta: Tensor
+) -> float:
+    """The rate at which a fresh optimizer's first move has `stride` of the adapter's length; the model stays where it is."""
+    length = float(_moved(optimizer, model, direction, 1.0, theta).norm())
+    model.restore(theta)
+    return (
+        stride * float(theta.norm()) / (length or len(theta) ** 0.5)
+    )  # no gradient: as if each coordinate moved by one
 
 
 def _moved(

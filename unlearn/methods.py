@@ -63,10 +63,13 @@ class Method:
         `(forget, retain, step)`, gradients `[P]` or None, to the gradient `[P]` that the optimizer gets.
     finish : callable, optional
         `(Trained) -> theta` [P]: the adapter that is made of the training.
-    lr : float or None
-        The default learning rate; measured, see `unlearn methods --guide`. None: GeN finds it (`unlearn.gen`).
-    first_lr : float
-        Where GeN starts.
+    lr : float, optional
+        The default learning rate. Without one it is such that the first step's move has `stride` of the adapter's length,
+        whatever the optimizer and the size of the model.
+    stride : float
+        As said; measured, see `unlearn methods --guide`.
+    automatic : bool
+        Whether GeN changes the rate on the way (`unlearn.gen`).
     optimizer : str
         Name of a class of `torch.optim`.
     steps : int
@@ -85,8 +88,9 @@ class Method:
     target: Callable[[Setup], Target] = targets.own
     combine: Callable[[Tensor | None, Tensor | None, Step], Tensor] = field(default_factory=Weighted)
     finish: Callable[[Trained], Tensor] | None = None
-    lr: float | None = 1e-3
-    first_lr: float = 0.1
+    lr: float | None = None
+    stride: float = 0.015
+    automatic: bool = False
     optimizer: str = "Adam"
     steps: int = 200
     until: str = "base"
@@ -114,7 +118,7 @@ class Method:
         """Row-gradients of a step for each forget row and each retained row; a forward alone counts a third."""
         forget = 0.0 if self.forget is None else 1 + self.forget.logits / 3
         retain = 0.0 if self.retain is None else 1 + self.retain.logits / 3
-        if self.lr is None:
+        if self.automatic:
             from unlearn.gen import EVERY, POINTS
 
             retain += len(POINTS) / EVERY / 3
@@ -137,7 +141,8 @@ class Method:
             "retain_rows": None if not self.needs_retain else "general" if self.general else "in-distribution",
             "cost_per_step": {"per_forget_row": round(forget, 3), "per_retain_row": round(retain, 3)},
             "optimizer": self.optimizer,
-            "lr": "auto" if self.lr is None else self.lr,
+            "lr": "auto" if self.automatic else self.lr,
+            "stride": None if self.lr is not None else self.stride,
             "until": self.until,
             "steps": self.steps,
         }
@@ -294,7 +299,8 @@ def ngdiff() -> Method:
         retain=terms.descent,
         combine=Normalised(),
         optimizer="SGD",
-        lr=None,
+        stride=0.007,
+        automatic=True,
         title="normalised gradient difference, automatic rate",
         source="Bu et al. 2024, arXiv 2410.22086",
     )

@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,21 +18,20 @@ from torch import Tensor
 from influence.adapter import AdaptedModel
 from influence.data import TokenizedExamples, collate
 from influence.loss import supervised_logits, token_losses
-from unlearn.measure import Cost
 
 NAME = "before-unlearning"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Before:
-    """Asks the frozen adapter; made by `frozen`."""
+    """Asks the frozen adapter; made by `frozen`. `asked`: how many rows it has run forward, in this process."""
 
     model: AdaptedModel
-    cost: Cost = field(default_factory=Cost)
+    asked: int = 0
 
     def logits(self, tokens: TokenizedExamples, rows: np.ndarray) -> tuple[Tensor, Tensor, list[int]]:
         """Its logits `[N, V]` at the completion tokens of some rows, without gradient; their true labels and counts."""
-        self.cost.forwards += len(rows)
+        self.asked += len(rows)
         batch = collate(tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         with self._active(), torch.no_grad():
             part = supervised_logits(self.model, batch)
@@ -55,7 +54,7 @@ class Before:
 
 
 @contextmanager
-def frozen(model: AdaptedModel, cost: Cost) -> Iterator[Before]:
+def frozen(model: AdaptedModel) -> Iterator[Before]:
     """Within the block the adapter as it is now is there a second time, under another name; afterwards it is gone.
 
     Meant for the inside of `model.evaluating(model.parameters)`: asking it leaves the trained adapter requiring gradients.
@@ -75,6 +74,6 @@ def frozen(model: AdaptedModel, cost: Cost) -> Iterator[Before]:
                     held[NAME].weight.requires_grad_(False)
                 site.layer.set_adapter(trained)  # adding one froze it
         peft.eval()
-        yield Before(model, cost)
+        yield Before(model)
     finally:
         peft.delete_adapter(NAME)

@@ -59,21 +59,19 @@ class Side:
         model, own = self.model, distributed.shard(np.arange(len(rows)))
         size = int(self.tokens.counts[rows].sum()) if self.term.per == "token" else len(rows)
         gradient = torch.zeros(model.space.size, dtype=model.dtype, device=model.device)
-        told = torch.zeros(
-            1 + len(rows), dtype=torch.float64, device=model.device
-        )  # the term's value, the rows' losses
+        told = torch.zeros(2 + len(rows), dtype=torch.float64, device=model.device)  # value, rows asked, rows' losses
+        asked = 0 if self.before is None else self.before.asked
         self.cost.gradients += len(rows) * (1 if self.target.other is None else 2)
         for some in plan_batches(self.tokens.select(rows[own]), self.token_budget) if len(own) else []:
             places = own[some]
-            wanted = None if self.target.wanted is None else self.target.wanted(rows[places])
-            part, losses = self._part(rows[places], wanted)
-            value = self._values(part).sum() / size
-            gradient += model.space.flatten(list(torch.autograd.grad(value, model.parameters)))  # type: ignore[arg-type]
-            told[0] += value.detach().double()
-            told[1 + torch.from_numpy(places).to(told.device)] += losses
+            value, losses = self._add(rows[places], size, gradient)
+            told[0] += value
+            told[2 + torch.from_numpy(places).to(told.device)] += losses
+        told[1] = 0 if self.before is None else self.before.asked - asked
         distributed.add_up(gradient)
         distributed.add_up(told)
-        losses = told[1:].cpu().numpy()
+        self.cost.forwards += int(told[1])
+        losses = told[2:].cpu().numpy()
         counts = self.tokens.counts[rows]
         loss = float((losses * counts).sum() / counts.sum())
         if not (np.isfinite(told.cpu().numpy()).all() and bool(torch.isfinite(gradient).all())):
@@ -81,6 +79,14 @@ class Side:
                 f"the term {self.term.name} or its gradient is NaN or infinite in step {step + 1}: lower the rate (--lr)"
             )
         return Look(rows, gradient, float(told[0]), losses, loss)
+
+    def _add(self, rows: np.ndarray, size: int, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a batch's share to the gradient `[P]`; its share of the value, and the rows' losses `[b]`. Its graph is gone then."""
+        wanted = None if self.target.wanted is None else self.target.wanted(rows)
+        part, losses = self._part(rows, wanted)
+        value = self._values(part).sum() / size
+        gradient += self.model.space.flatten(list(torch.autograd.grad(value, self.model.parameters)))  # type: ignore[arg-type]
+        return value.detach().double(), losses
 
     def _part(self, rows: np.ndarray, wanted: Tensor | None) -> tuple[Part, Tensor]:
         """A batch as the term sees it, and the rows' mean losses on their own tokens `[b]`."""

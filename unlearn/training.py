@@ -21,6 +21,7 @@ from unlearn.evidence import Evidence, State, Targets, unseen_rows
 from unlearn.methods import Method, controlled
 from unlearn.requests import Change, plan
 from unlearn.retrain import Recipe
+from unlearn.targets import predicted
 from unlearn.unseen import Expected, expected_losses, scaled_to
 from unlearn.versions import version
 
@@ -32,7 +33,9 @@ class Options:
     Parameters
     ----------
     lr
-        Learning rate; `auto`: GeN finds it (`unlearn.gen`), by the retained rows.
+        Learning rate; `auto`: GeN changes it on the way, by the retained rows' loss (`unlearn.gen`).
+    stride
+        In place of a rate: the length of the first step's move over the adapter's length, from which the rate follows.
     optimizer
         Name of a class of `torch.optim`, or a callable that takes the parameters and `lr`.
     schedule, warmup
@@ -61,6 +64,7 @@ class Options:
     """
 
     lr: float | str | None = None
+    stride: float | None = None
     optimizer: str | Callable[..., torch.optim.Optimizer] | None = None
     schedule: str = "constant"
     warmup: int = 0
@@ -79,6 +83,12 @@ class Options:
     def __post_init__(self) -> None:
         if self.lr not in (None, "auto") and not (isinstance(self.lr, float | int) and 0 < self.lr < float("inf")):
             raise InputError(f"lr {self.lr!r} was given; expected a number above 0, or auto")
+        if self.stride is not None and not 0 < self.stride < float("inf"):
+            raise InputError(f"stride {self.stride!r} was given; expected a number above 0, as in 0.015")
+        if self.stride is not None and self.lr not in (None, "auto"):
+            raise InputError(
+                f"lr {self.lr} and stride {self.stride} were given, and one follows from the other: give one"
+            )
         if isinstance(self.optimizer, str):
             optimizer_class(self.optimizer)
         Recipe(schedule=self.schedule, warmup=self.warmup)
@@ -149,14 +159,25 @@ class Work(Evidence):
         return self.options.steps or self.method.steps
 
     @property
+    def automatic(self) -> bool:
+        """Whether GeN changes the rate on the way."""
+        return self.options.lr == "auto" or (self.options.lr is None and self.method.automatic)
+
+    @property
     def lr(self) -> float | None:
-        """The learning rate; None: GeN."""
-        lr = self.options.lr if self.options.lr is not None else self.method.lr
-        return None if lr is None or isinstance(lr, str) else float(lr)
+        """The learning rate, where it does not follow from the stride."""
+        if isinstance(self.options.lr, float | int):
+            return float(self.options.lr)
+        return self.method.lr if self.options.stride is None else None
+
+    @property
+    def stride(self) -> float:
+        """Length of the first step's move over the adapter's."""
+        return self.method.stride if self.options.stride is None else self.options.stride
 
     def expected(self, before: State) -> Expected:
         """The forget rows' losses under the base; where the rule or the target needs it, those of a model that never saw them."""
-        if self.stop.kind == "expected" or self.method.target.__name__ == "predicted":
+        if self.stop.kind == "expected" or self.method.target is predicted:
             return expected_losses(self.change, before.old.loss, self.heldout, before.unseen, self.cost)
         with self.version.model.at(scaled_to(self.version, 0.0)) as model:
             base = mean_losses(model, self.forget, token_budget=self.budget)
@@ -185,7 +206,8 @@ class Work(Evidence):
             "points": None,
             "lambda": None,
             "solver": None,
-            "lr": "auto" if self.lr is None else self.lr,
+            "lr": "auto" if self.automatic else self.lr,
+            "stride": self.stride if self.lr is None else None,
             "optimizer": optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", str(optimizer)),
             "schedule": options.schedule,
             "warmup": options.warmup,
@@ -235,9 +257,14 @@ def prepare(
     """Everything that can be refused, refused."""
     if options.control is not None:
         method = controlled(method, options.control)
-    stop = Stop.parse(options.until or ("base" if options.steps and method.until.startswith("steps") else method.until))
-    if options.steps is not None and method.until.startswith("steps") and options.until is None:
+    if options.until is not None:
+        stop = Stop.parse(options.until)
+    elif options.steps is not None and method.until.startswith("steps"):
         stop = Stop("steps", options.steps)
+    else:
+        stop = Stop.parse(method.until)
+    if options.until is not None and stop.kind == "steps" and options.steps not in (None, stop.value):
+        raise InputError(f"until {stop} and steps {options.steps} were given: leave one of them out")
     start = version(run, options.start)
     change = plan(start, list(ids), None, None)
     kept, digest, source = start.tokens.select(change.rest), start.rows.select(change.rest.tolist()).digest, None
@@ -252,7 +279,7 @@ def prepare(
         )
     if method.needs_retain and len(kept) == 0:
         raise InputError(f"no row is left to keep, and method {method.name} needs some: give them with --retain F")
-    automatic = options.lr == "auto" or (options.lr is None and method.lr is None)
+    automatic = options.lr == "auto" or (options.lr is None and method.automatic)
     if automatic and not method.needs_retain:
         raise InputError(f"lr auto reads the retained rows' loss, and method {method.name} runs none: give a number")
     if automatic and options.schedule != "constant":
