@@ -1,4 +1,4 @@
-"""The `analysis` command: lds, tune, report, demo."""
+"""The `analysis` command: evaluate, lds, tune, report, demo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from influence import console
-from influence.cli import DeviceOption, JsonOption, OverwriteOption, RunOption, TrustOption, numbers
+from influence.cli import (
+    CheckpointingOption,
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    RunOption,
+    TrustOption,
+    numbers,
+)
 
 app = console.app("Did it work, and what do the scores mean?")
 main = console.main(app)
@@ -17,6 +25,107 @@ main = console.main(app)
 @app.callback()
 def _group() -> None:
     """Did it work, and what do the scores mean?"""
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[str, typer.Option("--adapter", help="PEFT LoRA adapter to evaluate: folder or hub id.")],
+    forget: Annotated[
+        Path, typer.Option("--forget", help="Rows that should be forgotten: .jsonl, .parquet or a datasets folder.")
+    ],
+    retain: Annotated[Path | None, typer.Option("--retain", help="Rows that should still be known.")] = None,
+    holdout: Annotated[
+        Path | None, typer.Option("--holdout", help="Rows of the same kind that the adapter never saw.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            help="Adapter of the same rank and layers to compare with: best one trained without the forget rows.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Base model: folder or hub id. Default: the one the adapter records.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Record to write (.json), with every row.")] = None,
+    generate: Annotated[
+        int, typer.Option("--generate", help="Continue at most so many prompts of each set, for ROUGE; 0: none.")
+    ] = 32,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--probe", help="relearn (train on a few forget rows, watch the others) or quantise. May be repeated."
+        ),
+    ] = None,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="Write the rows' texts and what was generated into the record too.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Truncate rows to so many tokens, as in training.")
+    ] = None,
+    token_budget: Annotated[
+        int | None,
+        typer.Option("--token-budget", help="Tokens per batch, padding included. Default 1024 on a CPU, else 4096."),
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="The base's type: float32, bfloat16, float16 or float64.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap, and of the rows learned again.")] = 0,
+    checkpointing: CheckpointingOption = False,
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Is it forgotten, is the rest still there? Loss, ROUGE, extraction, truth ratios, membership attacks, probes.
+
+    Rows may carry "paraphrased_completion" and "perturbed_completions" (or TOFU's "paraphrased_answer" and "perturbed_answer"),
+    for truth ratios and forget quality. What was not given is left out, with the reason in the record's notes.
+    """
+    from analysis.answers import read_rows
+    from analysis.evaluate import Options, parted
+    from analysis.evaluate import evaluate as measure
+    from analysis.evaluation_table import table
+    from influence.adapter import adapter_folder, load
+    from influence.errors import InputError
+    from influence.store import write_json
+
+    options = Options(
+        generate=generate,
+        probes=tuple(probe or ()),
+        max_length=max_length,
+        token_budget=token_budget,
+        seed=seed,
+        texts=texts,
+    )
+    if out is not None and out.exists() and not overwrite:
+        raise InputError(f"{out} exists and would be replaced: give another --out, or --overwrite")
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"there is no folder {out.parent} to write {out.name} into: make it, or give another --out")
+    if texts and out is None and not json:
+        raise InputError("--texts goes into the record: give --out FILE.json, or --json")
+    files = {"forget": forget, "retain": retain, "holdout": holdout}
+    sets = {name: read_rows(path) for name, path in files.items() if path is not None}
+    parted(sets)
+    for place in (adapter, reference):
+        if place is not None:
+            adapter_folder(place)
+    console.quiet_transformers()
+    loaded = load(
+        model,
+        adapter,
+        dtype=dtype,
+        device=device,
+        checkpointing=checkpointing,
+        trust_remote_code=trust_remote_code,
+    )
+    result = measure(
+        loaded, sets["forget"], sets.get("retain"), sets.get("holdout"), reference=reference, options=options
+    )
+    if out is not None:
+        write_json(out, result)
+    written = "" if out is None else f"\n\n{out}: every number of every row"
+    console.emit(result, console.printable(table(result) + written), json)
 
 
 @app.command()
@@ -240,7 +349,9 @@ def tune(
 
 @app.command()
 def report(
-    edit: Annotated[Path, typer.Option("--edit", help="Adapter folder made by unlearn remove, relabel or correct.")],
+    edit: Annotated[
+        Path, typer.Option("--edit", help="Adapter folder made by unlearn remove, relabel, correct or train.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Page to write (.html).")],
     retrained: Annotated[
         Path | None,

@@ -39,7 +39,7 @@ def main(application: typer.Typer) -> Callable[[], None]:
             sys.exit(error.exit_status)
         except KeyboardInterrupt:
             print(
-                "interrupted; what fit, score and retrain --subsets had done is kept: the same command goes on from there",
+                "interrupted; what fit, score, train and retrain --subsets had done is kept: the same command goes on from there",
                 file=sys.stderr,
             )
             sys.exit(1)

@@ -4,8 +4,8 @@ A step takes a batch of forget rows and one of retained rows, in parts of a toke
 shared out over processes, forms both terms' gradients `[P]`, adds them up once, combines them, and hands the result to an
 optimizer of torch. Terms are means over all tokens or rows of the step, so neither parts nor processes change them. Dropout is off.
 
-It stops before the first step whose forget rows have reached their goal (default: the base model's mean loss on them), or whose
-retained rows have lost more than `stop_damage`. What it did is measured and recorded like a closed-form edit (`unlearn.evidence`),
+It stops when the forget rows have reached their goal (default: the base model's mean loss on them), the last step shortened by
+bisection so that they just have; or when retained rows have lost more than `stop_damage`. What it did is measured and recorded like a closed-form edit (`unlearn.evidence`),
 and saved in the same way; every step's terms, losses, gradient norms and their cosine are in the adapter's `steps.jsonl`.
 
 Which rows a step takes depends on the seed and the step's number alone, so a training that is resumed goes on with the same ones.
@@ -37,7 +37,7 @@ from unlearn import gen
 from unlearn.combine import Step
 from unlearn.evidence import State, Targets, mean_of, refuse_text, report
 from unlearn.measure import Cost
-from unlearn.methods import Method, Trained, method_of
+from unlearn.methods import Method, Trained, bisect, method_of
 from unlearn.reference import Before, frozen
 from unlearn.relinearise import NEAR, Walk
 from unlearn.result import Edit
@@ -139,6 +139,7 @@ class Training:
     folder: Path | None
     restart: bool
     log: list[dict[str, Any]] = field(default_factory=list)
+    move: Tensor | None = None  # the last step's
 
     def run(self) -> tuple[Walk, list[dict[str, Any]]]:
         """The trained adapter, and the log of its steps."""
@@ -192,7 +193,7 @@ class Training:
         first, rate = self._resume(optimizer, work.lr)
         for number in self._counted(first):
             look = None if forget is None else forget.look(number)
-            if (why := self._stop(number, look)) is not None:
+            if why := self._reached(number, look) or self._damaged(number):
                 return why
             other = None if retain is None else retain.look(number)
             theta = model.snapshot()
@@ -215,10 +216,11 @@ class Training:
                 move = move * (rate / lr)
                 lr = rate
                 model.restore(theta + move)
+            self.move = move
             self._note(number, lr, look, other, direction, move)
             if self.folder is not None and (number + 1) % options.save_every == 0:
                 self._save(optimizer, number + 1, rate)
-        last = self._stop(work.steps, None, last=True)
+        last = self._reached(work.steps, None, last=True) or self._damaged(work.steps, last=True)
         return last or f"{work.steps} steps were taken"
 
     def _counted(self, first: int) -> Iterable[int]:
@@ -226,21 +228,41 @@ class Training:
         label = f"{self.work.method.name} steps"
         return track(numbers, label, total=self.work.steps, done=first) if distributed.rank() == 0 else numbers
 
-    def _stop(self, number: int, look: Look | None, *, last: bool = False) -> str | None:
-        """Why no further step is taken; None where one is. Losses are those before step `number`."""
-        work, options = self.work, self.work.options
-        if work.stop.kind != "steps" and (now := self._forget_loss(number, look, last)) is not None:
-            goal = mean_of(self.targets.old) or 0.0
-            if now >= goal:
-                return f"the forget rows' mean loss is {now:.2f} and their goal {goal:.2f}, after {number} steps"
-        if options.stop_damage is not None and len(work.sample) and (number % CHECK_EVERY == 0 or last):
-            model = work.version.model
-            lost = mean_losses(model, work.version.tokens.select(work.sample), token_budget=work.budget).mean()
-            work.cost.forwards += len(work.sample)
-            rise = float(lost / self.begun.retained.loss.mean() - 1)
-            if rise > options.stop_damage:
-                return f"the retained rows' mean loss has risen by {rise:.1%} and {options.stop_damage:.1%} are allowed, after {number} steps"
-        return None
+    def _reached(self, number: int, look: Look | None, *, last: bool = False) -> str | None:
+        """That the forget rows are at their goal before step `number`, the last step shortened so that they just are; or None."""
+        now = None if self.work.stop.kind == "steps" else self._forget_loss(number, look, last)
+        goal = mean_of(self.targets.old) or 0.0
+        if now is None or now < goal:
+            return None
+        if self.move is not None:
+            model, move = self.work.version.model, self.move
+            start, rows = model.snapshot() - move, spaced(len(self.work.forget), CHECK_ROWS)
+
+            def holds(share: float) -> bool:
+                model.restore(start + share * move)
+                return self._measured(self.work.forget, rows) >= goal
+
+            share = bisect(holds, 0.0, 1.0)
+            model.restore(start + share * move)
+            self.log[-1]["share"] = share
+        return (
+            f"the forget rows' mean loss reached its goal, {goal:.2f}, in step {number}"
+            if number
+            else (f"nothing to do: the forget rows' mean loss is {now:.2f} and their goal {goal:.2f}")
+        )
+
+    def _damaged(self, number: int, *, last: bool = False) -> str | None:
+        """That the retained rows have lost more than is allowed before step `number`; or None."""
+        work, allowed = self.work, self.work.options.stop_damage
+        if allowed is None or len(work.sample) == 0 or (number % CHECK_EVERY and not last):
+            return None
+        lost = self._measured(work.version.tokens, work.sample)
+        rise = lost / float(self.begun.retained.loss.mean()) - 1
+        if rise <= allowed:
+            return None
+        return (
+            f"the retained rows' mean loss has risen by {rise:.1%} and {allowed:.1%} are allowed, after {number} steps"
+        )
 
     def _forget_loss(self, number: int, look: Look | None, last: bool) -> float | None:
         """The forget rows' mean loss: the step's own where it ran all of them, else looked at now and then."""
@@ -306,6 +328,7 @@ class Training:
                 "cosine": cosine,
                 "direction_norm": float(direction.norm()),
                 "move_norm": float(move.norm()),
+                "share": 1.0,  # of the move that was kept
                 "forget_rows": 0 if look is None else len(look.rows),
                 "retain_rows": 0 if other is None else len(other.rows),
                 "row_gradients": self.work.cost.total,
@@ -323,6 +346,7 @@ class Training:
         state = {
             "request": json.dumps(self.work.request()),
             "theta": self.work.version.model.snapshot(),
+            "move": self.move,
             "optimizer": optimizer.state_dict(),
             "done": done,
             "rate": rate,
@@ -349,6 +373,7 @@ class Training:
             state = torch.load(path, map_location=work.version.model.device, weights_only=True)
             known, log, cost = json.loads(state["request"]), json.loads(state["log"]), Cost(**state["cost"])
             done, theta, rate_then = int(state["done"]), state["theta"], state["rate"]
+            move = state["move"]
         except Exception as error:  # whatever a damaged file makes its reader do
             if self.restart:
                 return 0, rate
@@ -363,6 +388,7 @@ class Training:
             )
         optimizer.load_state_dict(state["optimizer"])
         work.version.model.restore(theta)
+        self.move = move
         self.log.extend(log)
         work.cost.gradients, work.cost.forwards = cost.gradients, cost.forwards
         if distributed.rank() == 0:

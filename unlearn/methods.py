@@ -174,7 +174,7 @@ class Negated:
         high = 1.0
         while high < 16 and not reached(high):
             high *= 2
-        return trained.at(-_least(reached, 0.0 if high == 1 else high / 2, high))
+        return trained.at(-bisect(reached, 0.0 if high == 1 else high / 2, high))
 
     def __str__(self) -> str:
         """As the methods' table shows it."""
@@ -206,7 +206,7 @@ class Controlled:
         lost = lambda share: trained.retain_loss(trained.at(share)) > allowed  # noqa: E731
         if not lost(1.0):
             return trained.after
-        return trained.at(_least(lost, 0.0, 1.0, above=False))
+        return trained.at(bisect(lost, 0.0, 1.0, above=False))
 
     def __str__(self) -> str:
         """As the methods' table shows it."""
@@ -214,7 +214,7 @@ class Controlled:
         return f"{first}mix with before until likelihood {self.bar:g} of the retained rows is left"
 
 
-def _least(holds: Callable[[float], bool], low: float, high: float, *, above: bool = True) -> float:
+def bisect(holds: Callable[[float], bool], low: float, high: float, *, above: bool = True) -> float:
     """By bisection about where `holds` begins between low and high: the end where it does (`above`), or does not."""
     for _ in range(HALVINGS):
         half = (low + high) / 2
