@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from influence.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,9 @@ class Weighted:
     """The sum of both, the retain term times `retain_weight`."""
 
     retain_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        above_zero("retain_weight", self.retain_weight, or_zero=True)
 
     def __call__(self, forget: Tensor | None, retain: Tensor | None, step: Step) -> Tensor:
         """`forget + w retain`, `[P]`."""
@@ -69,6 +73,9 @@ class Sparse:
 
     penalty: float = 5e-4
 
+    def __post_init__(self) -> None:
+        above_zero("penalty", self.penalty, or_zero=True)
+
     def __call__(self, forget: Tensor | None, retain: Tensor | None, step: Step) -> Tensor:
         """`retain + c (1 - t/T) sign(theta)`, `[P]`."""
         assert retain is not None
@@ -81,4 +88,14 @@ class Sparse:
 
 def unit(v: Tensor) -> Tensor:
     """`v / |v|`; zero stays zero."""
-    return v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)
+    largest = v.abs().max()
+    if not largest > 0:
+        return v
+    scaled = v / largest  # so that no square underflows or overflows
+    return scaled / scaled.norm()
+
+
+def above_zero(name: str, value: float, *, or_zero: bool = False) -> None:
+    """Refuse a method's number that is not finite, or below zero, or zero unless `or_zero`."""
+    if not (0 <= value < float("inf")) or (value == 0 and not or_zero):
+        raise InputError(f"{name} {value:g} was given; expected a number {'of at least' if or_zero else 'above'} 0")

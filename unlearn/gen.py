@@ -13,6 +13,8 @@ import numpy as np
 POINTS = (-1.0, -0.5, 0.5, 1.0)
 #: Share of the losses' variance that the parabola must explain.
 FIT = 0.95
+#: Losses that differ by less, relative to the largest, are equal up to rounding (float32).
+FLAT = 1e-6
 #: A rate changes by at most this factor at a time.
 LARGEST = 2.0
 #: Weight of the new rate in the logarithmic average with the old one.
@@ -24,16 +26,18 @@ EVERY = 10
 def parabola_minimum(points: np.ndarray, losses: np.ndarray) -> float | None:
     """Where the least-squares parabola through `(points, losses)`, both `[m]`, m >= 3, has its minimum.
 
-    None where there is none ahead: the loss does not fall along the move (b >= 0), the parabola is not convex (c <= 0), or it
-    explains less than `FIT` of the variance.
+    None where there is none ahead: the losses differ by no more than rounding, or are not all finite; the loss does not fall along the
+    move (b >= 0); the parabola is not convex (c <= 0), or explains less than `FIT` of the variance.
     """
+    if not np.isfinite(losses).all() or np.ptp(losses) <= FLAT * np.abs(losses).max():
+        return None
     design = np.vander(points, 3)
     coefficients = np.linalg.lstsq(design, losses, rcond=None)[0]
     c, b, _ = coefficients
     variance = float(((losses - losses.mean()) ** 2).sum())
-    if not np.isfinite(losses).all() or b >= 0 or c <= 0:
+    if b >= 0 or c <= 0:
         return None
-    if variance > 0 and float(((losses - design @ coefficients) ** 2).sum()) > (1 - FIT) * variance:
+    if float(((losses - design @ coefficients) ** 2).sum()) > (1 - FIT) * variance:
         return None
     return float(-b / (2 * c))
 

@@ -35,7 +35,7 @@ from influence.progress import say, track
 from influence.run import Run, spaced
 from unlearn import gen
 from unlearn.combine import Step
-from unlearn.evidence import State, Targets, mean_of, refuse_text, report
+from unlearn.evidence import State, Targets, refuse_text, report
 from unlearn.measure import Cost
 from unlearn.methods import Method, Trained, bisect, method_of
 from unlearn.reference import Before, frozen
@@ -230,17 +230,18 @@ class Training:
 
     def _reached(self, number: int, look: Look | None, *, last: bool = False) -> str | None:
         """That the forget rows are at their goal before step `number`, the last step shortened so that they just are; or None."""
-        now = None if self.work.stop.kind == "steps" else self._forget_loss(number, look, last)
-        goal = mean_of(self.targets.old) or 0.0
-        if now is None or now < goal:
+        looked = None if self.work.stop.kind == "steps" else self._forget_loss(number, look, last)
+        if looked is None or looked[0] < looked[1]:
             return None
+        now, goal = looked
         if self.move is not None:
             model, move = self.work.version.model, self.move
             start, rows = model.snapshot() - move, spaced(len(self.work.forget), CHECK_ROWS)
+            wanted = self._goal(rows)
 
             def holds(share: float) -> bool:
                 model.restore(start + share * move)
-                return self._measured(self.work.forget, rows) >= goal
+                return self._measured(self.work.forget, rows) >= wanted
 
             share = bisect(holds, 0.0, 1.0)
             model.restore(start + share * move)
@@ -264,13 +265,18 @@ class Training:
             f"the retained rows' mean loss has risen by {rise:.1%} and {allowed:.1%} are allowed, after {number} steps"
         )
 
-    def _forget_loss(self, number: int, look: Look | None, last: bool) -> float | None:
-        """The forget rows' mean loss: the step's own where it ran all of them, else looked at now and then."""
+    def _forget_loss(self, number: int, look: Look | None, last: bool) -> tuple[float, float] | None:
+        """The forget rows' mean loss and its goal: the step's own where it ran all of them, else of a sample now and then."""
         if look is not None and len(look.rows) == len(self.work.forget):
-            return float(look.losses.mean())
+            return float(look.losses.mean()), self._goal(look.rows)
         if number % CHECK_EVERY and not last:
             return None
-        return self._measured(self.work.forget, spaced(len(self.work.forget), CHECK_ROWS))
+        rows = spaced(len(self.work.forget), CHECK_ROWS)
+        return self._measured(self.work.forget, rows), self._goal(rows)
+
+    def _goal(self, rows: np.ndarray) -> float:
+        """The mean loss that these forget rows should reach."""
+        return float(self.targets.old[rows].mean())
 
     def _measured(self, tokens: TokenizedExamples, rows: np.ndarray) -> float:
         self.work.cost.forwards += len(rows)
@@ -282,7 +288,10 @@ class Training:
         losses = []
         for point in gen.POINTS:
             retain.model.restore(theta + point * move)
-            losses.append(retain.mean_loss(other.rows))
+            try:
+                losses.append(retain.mean_loss(other.rows))
+            except NumericalError:  # this far along the move there is nothing to read
+                losses.append(float("inf"))
         return gen.next_rate(rate, np.array([*gen.POINTS, 0.0]), np.array([*losses, other.loss]))
 
     def _trained(self, theta: Tensor) -> Trained:
@@ -304,7 +313,7 @@ class Training:
             theta,
             loss(work.forget, spaced(len(work.forget), CHECK_ROWS)),
             loss(kept, rows),
-            mean_of(self.targets.old) or 0.0,
+            self._goal(spaced(len(work.forget), CHECK_ROWS)),
         )
 
     def _note(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from influence.errors import InputError
 from unlearn import targets, terms
-from unlearn.combine import Normalised, Sparse, Step, Weighted
+from unlearn.combine import Normalised, Sparse, Step, Weighted, above_zero
 from unlearn.targets import Setup, Target
 from unlearn.terms import Term
 
@@ -165,6 +166,10 @@ class Negated:
     """
 
     scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is not None:
+            above_zero("scale", self.scale, or_zero=True)
 
     def __call__(self, trained: Trained) -> Tensor:
         """The negated move from the adapter before, `[P]`."""
@@ -333,8 +338,8 @@ def idk_dpo(beta: float = 0.1, retain_weight: float = 1.0) -> Method:
 
 
 def _preference(name: str, term: Term, retain_weight: float, title: str, source: str) -> Method:
-    retain = terms.descent if retain_weight else None
-    return Method(name, forget=term, retain=retain, combine=Weighted(retain_weight), title=title, source=source)
+    retain, combine = (terms.descent, Weighted(retain_weight)) if retain_weight else (None, Weighted())
+    return Method(name, forget=term, retain=retain, combine=combine, title=title, source=source)
 
 
 def task_arithmetic(scale: float | None = None) -> Method:
@@ -425,7 +430,12 @@ def method_of(method: str | Method, **numbers: float) -> Method:
         _refuse_numbers(method, numbers, [])
         return make
     _refuse_numbers(method, numbers, list(inspect.signature(make).parameters))
-    return make(**numbers)
+    found = make(**numbers)
+    if not isinstance(found, Method):
+        raise InputError(
+            f"{method} gave a {type(found).__name__}: expected an unlearn.Method, or a function that makes one"
+        )
+    return found
 
 
 def _refuse_numbers(name: str, numbers: Mapping[str, float], known: list[str]) -> None:
@@ -442,6 +452,7 @@ def _from_file(place: str) -> Any:
     if spec is None or spec.loader is None:
         raise InputError(f"method {place!r} was given, and there is no file {file}: give FILE.py:NAME")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not (isinstance(found, Method) or callable(found)):

@@ -72,6 +72,7 @@ def frozen(model: AdaptedModel) -> Iterator[Before]:
                     held[NAME].to(own.weight.device, own.weight.dtype)
                     held[NAME].weight.copy_(own.weight)
                     held[NAME].weight.requires_grad_(False)
+                site.layer.scaling[NAME] = site.layer.scaling[trained]
                 site.layer.set_adapter(trained)  # adding one froze it
         peft.eval()
         yield Before(model)

@@ -76,7 +76,7 @@ class Side:
         loss = float((losses * counts).sum() / counts.sum())
         if not (np.isfinite(told.cpu().numpy()).all() and bool(torch.isfinite(gradient).all())):
             raise NumericalError(
-                f"the term {self.term.name} or its gradient is NaN or infinite in step {step + 1}: lower the rate (--lr)"
+                f"the term {self.term.name} or its gradient is NaN or infinite in step {step + 1}: lower the rate (--stride, --lr)"
             )
         return Look(rows, gradient, float(told[0]), losses, loss)
 
@@ -85,7 +85,9 @@ class Side:
         wanted = None if self.target.wanted is None else self.target.wanted(rows)
         part, losses = self._part(rows, wanted)
         value = self._values(part).sum() / size
-        gradient += self.model.space.flatten(list(torch.autograd.grad(value, self.model.parameters)))  # type: ignore[arg-type]
+        gradient += self.model.space.flatten(
+            list(torch.autograd.grad(value, self.model.parameters, materialize_grads=True))
+        )  # type: ignore[arg-type]
         return value.detach().double(), losses
 
     def _part(self, rows: np.ndarray, wanted: Tensor | None) -> tuple[Part, Tensor]:

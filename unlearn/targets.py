@@ -69,13 +69,15 @@ def own(setup: Setup) -> Target:
 
 def random(setup: Setup) -> Target:
     """Labels drawn uniformly from the vocabulary without special tokens; special ones (the end token) stay."""
-    special = set(setup.model.tokenizer.all_special_ids)
-    size = min(len(setup.model.tokenizer), setup.model.model.get_input_embeddings().num_embeddings)
+    tokenizer = setup.model.tokenizer
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(word for word, token in added.items() if token.special)}
+    size = min(len(tokenizer), setup.model.model.get_input_embeddings().num_embeddings)
     words = np.array([word for word in range(size) if word not in special])
     labels = []
     for row, item in enumerate(setup.tokens):
         true = np.asarray(item.input_ids[-int(setup.tokens.counts[row]) :])
-        drawn = words[np.random.default_rng([setup.seed, 21, row]).integers(len(words), size=len(true))]
+        drawn = words[_generator(setup.rows[row], setup.seed).integers(len(words), size=len(true))]
         labels.append(torch.from_numpy(np.where(np.isin(true, list(special)), true, drawn)))
     return Target(labels=labels)
 
@@ -93,7 +95,7 @@ def adversarial(setup: Setup) -> Target:
 
 def refusals(setup: Setup) -> Target:
     """The rows' own tokens, and the same prompts with a refusal."""
-    rows = Examples(_refused(row, number, setup.seed) for number, row in enumerate(setup.rows))
+    rows = Examples(_refused(row, setup.seed) for row in setup.rows)
     other = tokenize(rows, setup.model.tokenizer, max_length=setup.max_length)
     check_rows(setup.model, other)
     return Target(other=other)
@@ -104,9 +106,14 @@ def predicted(setup: Setup) -> Target:
     return Target(wanted=setup.predicted())
 
 
-def _refused(row: Example, number: int, seed: int) -> Example:
+def _generator(row: Example, seed: int) -> np.random.Generator:
+    """Draws for a row's content, wherever the row stands."""
+    return np.random.default_rng([seed, int(row.content_hash, 16)])
+
+
+def _refused(row: Example, seed: int) -> Example:
     """The row with a refusal in place of its completion."""
-    text = REFUSALS[int(np.random.default_rng([seed, 22, number]).integers(len(REFUSALS)))]
+    text = REFUSALS[int(_generator(row, seed).integers(len(REFUSALS)))]
     if row.messages is not None:
         return replace(row, messages=(*row.messages[:-1], {**row.messages[-1], "content": text}))
     if row.completion is None:

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from influence.errors import InputError
 from influence.loss import token_losses
+from unlearn.combine import above_zero
 
 
 @dataclass(eq=False)
@@ -137,6 +139,7 @@ matching = Term("KL(predicted || model)", _matching)
 
 def npo(beta: float = 0.1) -> Term:
     """Negative preference optimisation: `-(2/beta) log sigma(beta (l - l_ref))`, bounded below by 0."""
+    above_zero("beta", beta)
     return Term(
         f"NPO(beta={beta:g})", lambda part: -2 / beta * logsigmoid(beta * part.excess), per="row", reference=True
     )
@@ -144,6 +147,9 @@ def npo(beta: float = 0.1) -> Term:
 
 def simnpo(beta: float = 2.5, gamma: float = 0.0) -> Term:
     """NPO by length and without a reference: `-(2/beta) log sigma(beta l/T - gamma)`; defaults as in the paper's TOFU runs."""
+    above_zero("beta", beta)
+    if not abs(gamma) < float("inf"):
+        raise InputError(f"gamma {gamma:g} was given; expected a finite number")
 
     def values(part: Part) -> Tensor:
         return -2 / beta * logsigmoid(beta * part.per_row(part.losses) / part.lengths - gamma)
@@ -153,6 +159,7 @@ def simnpo(beta: float = 2.5, gamma: float = 0.0) -> Term:
 
 def dpo(beta: float = 0.1) -> Term:
     """Direct preference optimisation of the other completion over the row's own."""
+    above_zero("beta", beta)
 
     def values(part: Part) -> Tensor:
         assert part.other is not None, "this term needs unlearn.targets.refusals"
