@@ -110,10 +110,18 @@ def run_method(
     """One training."""
     lr = None if method.lr is None else method.lr * factor
     own = replace(method, stride=method.stride * factor)
-    until = f"steps={method.until.removeprefix('steps=')}" if method.until.startswith("steps") else f"loss={goal:.6g}"
+    until = None if method.until.startswith("steps") else f"loss={goal:.6g}"
     retain = general if method.general else None
     return unlearn.train(
-        case.run, own, case.ids, retain=retain, lr=lr, until=until, steps=STEPS, seed=seed, start="original"
+        case.run,
+        own,
+        case.ids,
+        retain=retain,
+        lr=lr,
+        until=until,
+        steps=min(STEPS, own.steps),
+        seed=seed,
+        start="original",
     )
 
 

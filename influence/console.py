@@ -38,11 +38,11 @@ def main(application: typer.Typer) -> Callable[[], None]:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             sys.exit(error.exit_status)
         except KeyboardInterrupt:
-            print(
-                "interrupted; what fit, score, train and retrain --subsets had done is kept: the same command goes on from there",
-                file=sys.stderr,
-            )
-            sys.exit(1)
+            _interrupted()
+        except SystemExit as end:
+            if end.code != 130:
+                raise
+            _interrupted()  # typer makes this of a KeyboardInterrupt
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -57,6 +57,14 @@ def main(application: typer.Typer) -> Callable[[], None]:
             sys.exit(1)
 
     return run
+
+
+def _interrupted() -> None:
+    print(
+        "interrupted; what fit, score, train and retrain --subsets had done is kept: the same command goes on from there",
+        file=sys.stderr,
+    )
+    sys.exit(1)
 
 
 def emit(result: dict[str, Any] | list[dict[str, Any]], text: str, as_json: bool) -> None:

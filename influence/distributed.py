@@ -13,10 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def join() -> None:
-    """Join the other processes where `torchrun` started this one; else nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+def join(device: str = "auto") -> str:
+    """Join the other processes where `torchrun` started this one; gives the device to work on, each process a GPU of its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    gpu = torch.cuda.is_available() and not device.startswith("cpu")
+    if gpu and device in ("auto", "cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu else "gloo")
+    return device
 
 
 def leave() -> None:
@@ -34,13 +42,6 @@ def rank() -> int:
 def world() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_device(device: str) -> str:
-    """`auto` as this process's own GPU, where `torchrun` started several on one machine."""
-    if device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
 
 
 def shard(rows: np.ndarray) -> np.ndarray:

@@ -388,7 +388,7 @@ def train(
 ) -> None:
     """Unlearn training rows by gradient steps: ascent, NPO, NGDiff and others (unlearn methods lists them).
 
-    Killed, the same command goes on; torchrun --nproc-per-node N -m unlearn train ... shares the rows out.
+    Killed, the same command goes on; torchrun --nproc-per-node N -m -- unlearn train ... shares the rows out.
     """
     from influence import distributed
     from influence.data import read_examples
@@ -396,6 +396,7 @@ def train(
     from unlearn import loop, result
     from unlearn.methods import method_of
     from unlearn.retrain import refuse_taken
+    from unlearn.training import Options, refuse
 
     if (ids is None) == (ids_file is None):
         raise InputError("name the rows to unlearn: --ids A,B,C or --ids-file FILE (one id per line)")
@@ -416,7 +417,7 @@ def train(
         "max_damage": max_damage,
     }
     options |= {"start": start, "save_every": save_every, "seed": seed}
-    loop.Options(**options)  # what can be refused before anything is loaded, is
+    refuse(chosen, Options(**options), retain is not None)  # what can be refused before anything is loaded, is
     refuse_taken(out, overwrite)
     kept = None if retain is None else read_examples(retain)
     unseen = None if holdout is None else read_examples(holdout)
@@ -425,8 +426,7 @@ def train(
         for id in asked:
             rows.index(id)
     console.quiet_transformers()
-    distributed.join()
-    device = distributed.local_device(device)
+    device = distributed.join(device)
     opened = Run.open(run, train=rows, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
     result.refuse_out(opened, out, overwrite)
     checkpoint = out.with_name(out.name + ".training")
@@ -550,9 +550,8 @@ def _edit_text(report: dict[str, Any]) -> str:
                 lines.append(f"{title} that are more than 10 % short of their goal: {len(short)} ({named})")
     ratio = "" if cost["ratio"] is None else f", {cost['ratio']:.0%} of retraining"
     damage = "no retained row to measure" if guard["damage"] is None else f"retained loss {guard['damage']:+.1%}"
-    lines.append(
-        f"{damage} ({100 * guard['max_damage']:g}% allowed); {cost['total']:.0f} row-gradients{ratio}, {cost['seconds']:.0f} s"
-    )
+    allowed = "any" if guard["max_damage"] == float("inf") else f"{100 * guard['max_damage']:g}%"
+    lines.append(f"{damage} ({allowed} allowed); {cost['total']:.0f} row-gradients{ratio}, {cost['seconds']:.0f} s")
     if not report["reached"]:
         lines.append("warning: the goal was not reached")
     return console.printable("\n".join(lines))

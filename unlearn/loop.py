@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from influence import distributed
 from influence.adapter import AdaptedModel
-from influence.data import Examples, TokenizedExamples
+from influence.data import Examples, TokenizedExamples, plan_batches
 from influence.errors import MismatchError, NumericalError, StoreError
 from influence.loss import mean_losses
 from influence.progress import say, track
@@ -53,6 +54,8 @@ CHECK_ROWS, CHECK_EVERY = 64, 10
 #: Rise of the retained rows' loss that a training is warned of.
 MUCH = 0.1
 STATE = "state.pt"
+#: Change of what is minimised, in nats to first order, below which a first step follows rounding.
+NOTHING = 1e-6
 
 
 def train(
@@ -144,7 +147,12 @@ class Training:
     def run(self) -> tuple[Walk, list[dict[str, Any]]]:
         """The trained adapter, and the log of its steps."""
         work, model = self.work, self.work.version.model
-        with model.at(work.version.theta), model.evaluating(model.parameters), frozen(model) as before:
+        with (
+            model.at(work.version.theta),
+            model.evaluating(model.parameters),
+            _gradients_kept(model),
+            frozen(model) as before,
+        ):
             forget, retain = self._sides(before)
             work.cost.forwards += before.asked
             stopped = self._steps(forget, retain)
@@ -174,6 +182,8 @@ class Training:
             return Side(model, tokens, term, target, before, size, work.budget, options.seed, stream, work.cost)
 
         forget = side(method.forget, work.forget, method.target(setup), options.batch_size, 31)
+        if forget is not None and forget.term.reference and not forget.term.logits:
+            forget.ask_all()
         return forget, side(method.retain, work.kept, Target(), work.retain_batch_size, 32)
 
     def _predicted(self) -> Callable[[np.ndarray], Tensor]:
@@ -181,7 +191,10 @@ class Training:
         work, expected = self.work, self.expected
         if np.isnan(expected.rho):  # the stopping rule did not need it
             expected = expected_losses(work.change, expected.now, work.heldout, self.begun.unseen, work.cost)
-        return Reference(work.version, work.forget, expected.expected, work.cost).of
+        reference = Reference(work.version, work.forget, expected.expected, work.cost)
+        for rows in plan_batches(work.forget, work.budget):  # now, so that they do not depend on which step asks first
+            reference.of(rows)
+        return reference.of
 
     def _steps(self, forget: Side | None, retain: Side | None) -> str:
         """Steps until a rule holds; says which."""
@@ -190,7 +203,10 @@ class Training:
         make = options.optimizer or work.method.optimizer
         maker = optimizer_class(make) if isinstance(make, str) else make
         optimizer = maker(parameters, lr=1.0)
-        first, rate = self._resume(optimizer, work.lr)
+        saved = self._saved(optimizer)
+        if saved is None:
+            optimizer = maker(parameters, lr=1.0)
+        first, rate = saved or (0, work.lr)
         for number in self._counted(first):
             look = None if forget is None else forget.look(number)
             if why := self._reached(number, look) or self._damaged(number):
@@ -372,31 +388,33 @@ class Training:
         except OSError as error:
             raise StoreError(f"{self.folder} could not be written: {error}") from error
 
-    def _resume(self, optimizer: torch.optim.Optimizer, rate: float | None) -> tuple[int, float | None]:
-        """Take up a saved training; the steps that are done, and the rate."""
+    def _saved(self, optimizer: torch.optim.Optimizer) -> tuple[int, float | None] | None:
+        """Take up a saved training: the steps that are done, and the rate; None where it begins anew, with a new optimizer."""
         path = None if self.folder is None else self.folder / STATE
         if path is None or not path.exists():
-            return 0, rate
+            return None
         work, now = self.work, self.work.request()
         try:
             state = torch.load(path, map_location=work.version.model.device, weights_only=True)
-            known, log, cost = json.loads(state["request"]), json.loads(state["log"]), Cost(**state["cost"])
-            done, theta, rate_then = int(state["done"]), state["theta"], state["rate"]
-            move = state["move"]
+            known, log, cost = json.loads(state["request"]), list(json.loads(state["log"])), Cost(**state["cost"])
+            done, theta, move, rate_then = int(state["done"]), state["theta"], state["move"], state["rate"]
+            differences = [key for key in now if known.get(key, ...) != now[key]]
+            if not differences:
+                optimizer.load_state_dict(state["optimizer"])
+                work.version.model.restore(theta)
         except Exception as error:  # whatever a damaged file makes its reader do
             if self.restart:
-                return 0, rate
-            raise StoreError(f"{path} is damaged ({error}): move it away, or --overwrite to begin anew") from error
-        differences = [key for key in now if known.get(key, ...) != now[key]]
+                return None
+            raise StoreError(
+                f"{path} is damaged ({type(error).__name__}): delete {self.folder}, or --overwrite, to begin anew"
+            ) from error
         if differences and self.restart:
-            return 0, rate
+            return None
         if differences:
             raise MismatchError(
                 f"{self.folder} holds another training: it differs in {', '.join(differences)}. Ask for the same one to go on, give "
                 "another --out, or --overwrite to begin anew"
             )
-        optimizer.load_state_dict(state["optimizer"])
-        work.version.model.restore(theta)
         self.move = move
         self.log.extend(log)
         work.cost.gradients, work.cost.forwards = cost.gradients, cost.forwards
@@ -405,15 +423,27 @@ class Training:
         return done, rate_then
 
 
+@contextmanager
+def _gradients_kept(model: AdaptedModel) -> Iterator[None]:
+    """Within the block the parameters' `.grad` is the training's; afterwards what it was."""
+    before = [parameter.grad for parameter in model.parameters]
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(model.parameters, before, strict=True):
+            parameter.grad = gradient
+
+
 def _rate_of(
     stride: float, optimizer: torch.optim.Optimizer, model: AdaptedModel, direction: Tensor, theta: Tensor
 ) -> float:
     """The rate at which a fresh optimizer's first move has `stride` of the adapter's length; the model stays where it is."""
-    length = float(_moved(optimizer, model, direction, 1.0, theta).norm())
+    move = _moved(optimizer, model, direction, 1.0, theta)
     model.restore(theta)
-    return (
-        stride * float(theta.norm()) / (length or len(theta) ** 0.5)
-    )  # no gradient: as if each coordinate moved by one
+    length, wanted = float(move.norm()), stride * float(theta.norm())
+    if length == 0 or abs(float(direction @ move)) * wanted / length < NOTHING:
+        length = len(theta) ** 0.5  # nothing to follow but rounding: as if each coordinate moved by one
+    return wanted / length
 
 
 def _moved(

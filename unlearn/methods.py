@@ -11,6 +11,7 @@ A method of your own is a `Method` of your own parts; README has one in ten line
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -428,14 +429,29 @@ def method_of(method: str | Method, **numbers: float) -> Method:
         )
     if isinstance(make, Method):
         _refuse_numbers(method, numbers, [])
-        return make
-    _refuse_numbers(method, numbers, list(inspect.signature(make).parameters))
+        return _signed(make, method)
+    parameters = inspect.signature(make).parameters
+    _refuse_numbers(method, numbers, list(parameters))
+    missing = [key for key, one in parameters.items() if one.default is one.empty and key not in numbers]
+    if missing:
+        raise InputError(
+            f"{method} needs {', '.join(missing)}: give {missing[0]}=NUMBER (--set), or a default in the file"
+        )
     found = make(**numbers)
     if not isinstance(found, Method):
         raise InputError(
             f"{method} gave a {type(found).__name__}: expected an unlearn.Method, or a function that makes one"
         )
-    return found
+    return _signed(found, method)
+
+
+def _signed(method: Method, name: str) -> Method:
+    """A method of a file, with the file's digest as part of its source, for the record."""
+    if name in METHODS:
+        return method
+    file = Path(name.rpartition(":")[0])
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return replace(method, source="; ".join([*filter(None, [method.source]), f"{name}, sha256 {digest}"]))
 
 
 def _refuse_numbers(name: str, numbers: Mapping[str, float], known: list[str]) -> None:

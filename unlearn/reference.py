@@ -37,9 +37,10 @@ class Before:
             part = supervised_logits(self.model, batch)
         return part.logits, part.targets, part.counts
 
-    def losses(self, tokens: TokenizedExamples, rows: np.ndarray, labels: Tensor) -> Tensor:
-        """Its cross-entropy of the labels `[N]`, nats."""
-        return token_losses(self.logits(tokens, rows)[0], labels)
+    def losses(self, tokens: TokenizedExamples, rows: np.ndarray, labels: Tensor | None = None) -> list[Tensor]:
+        """Its cross-entropy, per row `[T_i]`, nats: of the rows' own tokens, or of other labels `[N]`."""
+        logits, true, counts = self.logits(tokens, rows)
+        return list(token_losses(logits, true if labels is None else labels.to(true.device)).split(counts))
 
     @contextmanager
     def _active(self) -> Iterator[None]:

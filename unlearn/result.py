@@ -71,10 +71,10 @@ class Edit:
             )
         guard = self.report["guard"]
         if not self.passed and not force:
+            keep = "" if self.log else "keep more rows in the step (--rest), "
             raise WorkError(
                 f"the edit raises the retained rows' loss by {guard['damage']:.1%} and {guard['max_damage']:.1%} are allowed: "
-                "nothing was written. Ask for less (--until), keep more rows in the step (--rest), allow more "
-                "(--max-damage), or save it nevertheless (--force)"
+                f"nothing was written. Ask for less (--until), {keep}allow more (--max-damage), or save it nevertheless (--force)"
             )
         partial, replaced = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
         version = self.change.version

@@ -53,6 +53,13 @@ class Side:
         order = np.random.default_rng([self.seed, self.stream, step // each]).permutation(n)
         return order[(step % each) * self.batch_size :][: self.batch_size]
 
+    def ask_all(self) -> None:
+        """Ask the adapter before for all rows' losses now, so that they do not depend on which step asks first."""
+        for rows in plan_batches(self.tokens, self.token_budget):
+            self._ask(rows, False)
+            if self.target.other is not None:
+                self._ask(rows, True)
+
     def look(self, step: int) -> Look:
         """The term's gradient at a step, over all processes."""
         rows = self.rows(step)
@@ -93,7 +100,7 @@ class Side:
     def _part(self, rows: np.ndarray, wanted: Tensor | None) -> tuple[Part, Tensor]:
         """A batch as the term sees it, and the rows' mean losses on their own tokens `[b]`."""
         other = self.target.other
-        labels = None if self.target.labels is None else torch.cat([self.target.labels[row] for row in rows])
+        labels = self._labels(rows)
         part, own = self._one(self.tokens, rows, labels, wanted, False)
         if other is not None:
             part.other, _ = self._one(other, rows, None, None, True)
@@ -110,21 +117,28 @@ class Side:
             labels,
             run.counts,
             lambda: self._asked().logits(tokens, rows)[0],
-            lambda: self._kept_losses(tokens, rows, labels, run.counts, other),
+            lambda: self._kept_losses(rows, other),
             wanted,
         )
         with torch.no_grad():
             sums = run.per_example(token_losses(run.logits, run.targets).double())
         return part, sums / torch.tensor(run.counts, device=sums.device)
 
-    def _kept_losses(
-        self, tokens: TokenizedExamples, rows: np.ndarray, labels: Tensor, counts: list[int], other: bool
-    ) -> Tensor:
-        """The reference's losses of the labels, `[N]`: asked once a row."""
+    def _labels(self, rows: np.ndarray) -> Tensor | None:
+        """The rows' other labels `[N]`, where the target has some."""
+        return None if self.target.labels is None else torch.cat([self.target.labels[row] for row in rows])
+
+    def _ask(self, rows: np.ndarray, other: bool) -> None:
+        """Keep the reference's losses of some rows' labels."""
+        tokens = self.target.other if other and self.target.other is not None else self.tokens
+        found = self._asked().losses(tokens, rows, None if other else self._labels(rows))
+        for row, own in zip(rows.tolist(), found, strict=True):
+            self.known[row, other] = own
+
+    def _kept_losses(self, rows: np.ndarray, other: bool) -> Tensor:
+        """The reference's losses of the rows' labels, `[N]`: asked once a row."""
         if any((row, other) not in self.known for row in rows.tolist()):
-            found = self._asked().losses(tokens, rows, labels)
-            for row, own in zip(rows.tolist(), found.split(counts), strict=True):
-                self.known[row, other] = own
+            self._ask(rows, other)
         return torch.cat([self.known[row, other] for row in rows.tolist()])
 
     def _asked(self) -> Before:

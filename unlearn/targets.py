@@ -12,7 +12,7 @@ batches or processes. Labels exist for supervised tokens only, so no masked posi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,6 +95,7 @@ def adversarial(setup: Setup) -> Target:
 
 def refusals(setup: Setup) -> Target:
     """The rows' own tokens, and the same prompts with a refusal."""
+    refuse_texts(setup.rows)
     rows = Examples(_refused(row, setup.seed) for row in setup.rows)
     other = tokenize(rows, setup.model.tokenizer, max_length=setup.max_length)
     check_rows(setup.model, other)
@@ -116,6 +117,14 @@ def _refused(row: Example, seed: int) -> Example:
     text = REFUSALS[int(_generator(row, seed).integers(len(REFUSALS)))]
     if row.messages is not None:
         return replace(row, messages=(*row.messages[:-1], {**row.messages[-1], "content": text}))
-    if row.completion is None:
-        raise InputError(f"row {row.id!r} is one text without a prompt, and a refusal answers one: use another method")
-    return replace(row, completion=(" " if row.completion[:1].isspace() else "") + text)
+    lead = " " if (row.completion or "")[:1].isspace() else ""
+    return replace(row, completion=lead + text)
+
+
+def refuse_texts(rows: Iterable[Example]) -> None:
+    """Refuse rows that a refusal would answer nothing of."""
+    for row in rows:
+        if row.text is not None:
+            raise InputError(
+                f"row {row.id!r} is one text without a prompt, and a refusal answers one: use another method"
+            )

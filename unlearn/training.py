@@ -21,7 +21,7 @@ from unlearn.evidence import Evidence, State, Targets, unseen_rows
 from unlearn.methods import Method, controlled
 from unlearn.requests import Change, plan
 from unlearn.retrain import Recipe
-from unlearn.targets import predicted
+from unlearn.targets import predicted, refusals, refuse_texts
 from unlearn.unseen import Expected, expected_losses, scaled_to
 from unlearn.versions import version
 
@@ -237,10 +237,11 @@ class Work(Evidence):
             "adapter": self.version.digest,
             "rows": [row.record() for row in self.change.requests],
             "retained rows": self.kept_digest,
+            "held-out rows": None if self.holdout is None else self.holdout.digest,
             **{
                 key: value
                 for key, value in self.describe(0).items()
-                if key not in ("title", "source", "steps_taken", "max_damage")
+                if key not in ("title", "steps_taken", "max_damage")
             },
         }
         return json.loads(json.dumps(found, default=str))
@@ -255,6 +256,7 @@ def prepare(
     options: Options,
 ) -> Work:
     """Everything that can be refused, refused."""
+    refuse(method, options, retain is not None)
     if options.control is not None:
         method = controlled(method, options.control)
     if options.until is not None:
@@ -263,27 +265,25 @@ def prepare(
         stop = Stop("steps", options.steps)
     else:
         stop = Stop.parse(method.until)
-    if options.until is not None and stop.kind == "steps" and options.steps not in (None, stop.value):
-        raise InputError(f"until {stop} and steps {options.steps} were given: leave one of them out")
     start = version(run, options.start)
     change = plan(start, list(ids), None, None)
+    if method.target is refusals:
+        refuse_texts(request.before for request in change.requests)
     kept, digest, source = start.tokens.select(change.rest), start.rows.select(change.rest.tolist()).digest, None
     if retain is not None:
         kept, digest, source = _retained(run, change, retain), retain.digest, retain.source
-        if not method.needs_retain:
-            raise InputError(f"method {method.name} looks at no retained rows, and some were given: leave them out")
+        unseen = set() if holdout is None else {row.content_hash for row in holdout}
+        both = [row.id for row in retain if row.content_hash in unseen]
+        if both:
+            raise InputError(
+                f"{len(both)} retained rows are held-out rows, word for word (the first is {both[0]!r}), and the training would see them: "
+                "give every row to one of them"
+            )
     elif method.general and distributed.rank() == 0:
         say(
             f"warning: {method.name} is meant for general rows (--retain F); without them it takes the run's other rows, as its "
             "in-distribution form does"
         )
-    if method.needs_retain and len(kept) == 0:
-        raise InputError(f"no row is left to keep, and method {method.name} needs some: give them with --retain F")
-    automatic = options.lr == "auto" or (options.lr is None and method.automatic)
-    if automatic and not method.needs_retain:
-        raise InputError(f"lr auto reads the retained rows' loss, and method {method.name} runs none: give a number")
-    if automatic and options.schedule != "constant":
-        raise InputError(f"lr auto and schedule {options.schedule!r} were given: leave one of them out")
     return Work(
         version=start,
         change=change,
@@ -298,6 +298,25 @@ def prepare(
         kept_digest=digest,
         kept_source=source,
     )
+
+
+def refuse(method: Method, options: Options, retain: bool) -> None:
+    """Refuse what does not go together, before anything is loaded; `retain`: whether retained rows are given."""
+    if options.control is not None:
+        controlled(method, options.control)
+    if retain and not method.needs_retain:
+        raise InputError(f"method {method.name} looks at no retained rows, and some were given: leave them out")
+    automatic = options.lr == "auto" or (options.lr is None and method.automatic)
+    if automatic and not method.needs_retain:
+        raise InputError(f"lr auto reads the retained rows' loss, and method {method.name} runs none: give a number")
+    if automatic and options.schedule != "constant":
+        raise InputError(f"lr auto and schedule {options.schedule!r} were given: leave one of them out")
+    if automatic and options.warmup:
+        raise InputError(f"lr auto and warmup {options.warmup} were given: leave one of them out")
+    if options.until is not None and options.steps is not None:
+        stop = Stop.parse(options.until)
+        if stop.kind == "steps" and stop.value != options.steps:
+            raise InputError(f"until {stop} and steps {options.steps} were given: leave one of them out")
 
 
 def _retained(run: Run, change: Change, retain: Examples) -> TokenizedExamples:
