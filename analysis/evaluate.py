@@ -32,7 +32,7 @@ from analysis.metrics.outputs import Outputs, continuable, generate, gradient_no
 from analysis.metrics.probes import Relearned, crossing, quantise, relearn
 from influence.adapter import AdaptedModel, adapter_folder
 from influence.data import Examples, TokenizedExamples, tokenize
-from influence.errors import AdapterError, InputError
+from influence.errors import AdapterError, InputError, NumericalError
 from influence.fitting import versions
 from influence.loss import check_rows, mean_losses
 from influence.path import read_parameters, scaled
@@ -386,11 +386,14 @@ class _Evaluation:
         for name in ("forget", "holdout"):
             under = found[name]
             assert under.norms is not None
-            out, texts = under.out, [completion(example) for example in self.sets[name].rows.examples]
+            out, rows = under.out, self.sets[name].tokens
+            supervised = [item.input_ids[-int(count) :] for item, count in zip(rows, rows.counts, strict=True)]
+            texts = [self.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in supervised]
             made[name] = {
                 "loss": mia.loss_score(out.loss),
                 "zlib": mia.zlib_score(out.sums, texts),
                 "min_k": mia.min_k(out.log_probs),
+                "min_40": mia.min_k(out.log_probs, 0.4),
                 "min_k_plus_plus": mia.min_k_plus_plus(out.log_probs, out.mean, out.std),
                 "base": mia.reference_score(out.loss, base[name]),
                 "gradient_norm": mia.gradient_norm_score(under.norms),
@@ -495,7 +498,7 @@ class _Evaluation:
         """A probe's result, or null and its reason where it cannot be made of these rows or this base."""
         try:
             return probe()
-        except InputError as error:
+        except (InputError, NumericalError) as error:
             self.notes[name] = str(error)
             return None
 

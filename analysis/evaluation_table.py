@@ -22,7 +22,8 @@ _LINES = (
 _ATTACKS = {
     "loss": "loss",
     "zlib": "loss / zlib",
-    "min_k": "min-k",
+    "min_k": "min-k, 20 %",
+    "min_40": "min-k, 40 % (MUSE)",
     "min_k_plus_plus": "min-k++",
     "base": "loss below base's",
     "gradient_norm": "gradient norm",
@@ -77,6 +78,9 @@ def _membership_lines(result: Mapping[str, Any]) -> list[str]:
         cells += [_shown(other["auc"], ".3f")] if beside else []
         cells += [_shown(one["privleak"], "+.1f") + " %"] if one["privleak"] is not None else []
         lines.append(f"{title:<26}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=False)))
+    held = result["sets"]["holdout"]["rows"]
+    if held < 100:
+        lines.append(f'With {held} held-out rows "1 %" allows no false positive at all.')
     if not beside:
         lines.append(
             "An AUC off 0.5 may also say that forget and held-out rows differ in kind: --reference, an adapter\n"

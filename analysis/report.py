@@ -17,7 +17,8 @@ The words follow from numbers by these rules and by nothing else (losses are mea
 * `not judged`: what the rule needs is null or not finite.
 * still recited: of a removed row, more than half of the text can be extracted; the answer then says so, whatever the loss.
 * too far: mean after > 1.25 mean target; the page then warns that a conspicuously high loss is a trace too.
-* all other rows: `within the limit` where damage <= max_damage, else `beyond the limit`; `no limit set`; `not measured`.
+* all other rows: `within the limit` where damage <= max_damage, else `beyond the limit`; without a limit `no limit set`,
+  above a rise of 10 % `much lost, no limit set`; `not measured`.
 * training again: `agrees` where each measured loss is within 10 % of the retrained adapter's; else `differs`; `not compared`.
 """
 
@@ -58,6 +59,8 @@ class _Null:
     shape: Any
 
 
+#: Rise of the other rows' loss that is said to be much where no limit was set.
+MUCH = 0.1
 _TEXT, _NUMBER, _TRUTH = _Null(str), _Null(float), _Null(bool)
 _DIGEST = _Null({"digest": _TEXT})
 _PLACE = _Null({"path": _TEXT, "digest": _TEXT})
@@ -240,7 +243,7 @@ def damage(guard: Mapping[str, Any] | None) -> str:
     if rise is None:
         return NOT_MEASURED
     if limit is None:
-        return "no limit set"
+        return "no limit set" if rise <= MUCH else "much lost, no limit set"
     return "within the limit" if rise <= limit else "beyond the limit"
 
 
@@ -263,6 +266,7 @@ _TONE = {
     "not forgotten": "bad",
     "not taken up": "bad",
     "beyond the limit": "bad",
+    "much lost, no limit set": "bad",
     "partly forgotten": "warn",
     "partly taken up": "warn",
     "forgotten on average": "warn",
@@ -438,6 +442,11 @@ def _tile(group: Group) -> str:
     return f"{said} Typical probability of the right next token: {_arrow(*chances)}."
 
 
+def _to_base(record: Mapping[str, Any]) -> bool:
+    """Whether the goal was the base model's loss."""
+    return record["method"].get("until") == "base"
+
+
 def _headline(group: Group, record: Mapping[str, Any]) -> str:
     """The answer, in a sentence or two."""
     n, removed = len(group.rows), group.kind == "remove"
@@ -459,11 +468,13 @@ def _headline(group: Group, record: Mapping[str, Any]) -> str:
     elif removed and passed == "forgotten" and _asked(record):
         said = f"{rows} {'has' if n == 1 else 'have'} reached the loss asked for: {_loss(after)} against {_loss(goal)}"
     elif removed and passed == "forgotten":
-        said = f"{rows} {verb} now about as unfamiliar to the adapter as {unseen} it never saw: loss {_loss(after)} "
-        said += f"against {_loss(goal)} expected"
+        known = "to the base model" if _to_base(record) else f"{unseen} it never saw"
+        said = f"{rows} {verb} now about as unfamiliar to the adapter as {known}: loss {_loss(after)} "
+        said += f"against {_loss(goal)}{'' if _to_base(record) else ' expected'}"
     elif removed:
         said = f"{rows} {verb} {word}: loss {_loss(after)}, {_loss(before)} before, against {_loss(goal)} "
-        said += "asked for" if _asked(record) else f"expected of {unseen} the adapter never saw"
+        aim = "of the base model" if _to_base(record) else f"expected of {unseen} the adapter never saw"
+        said += "asked for" if _asked(record) else aim
     else:
         said = f"the new content of {rows} is {passed}: loss {_loss(after)}, {_loss(before)} before, against {_loss(goal)} "
         said += "expected" if group.known("target").size else "that the old content had before"

@@ -110,7 +110,6 @@ def run_method(
     """One training."""
     lr = None if method.lr is None else method.lr * factor
     own = replace(method, stride=method.stride * factor)
-    until = None if method.until.startswith("steps") else f"loss={goal:.6g}"
     retain = general if method.general else None
     return unlearn.train(
         case.run,
@@ -118,7 +117,7 @@ def run_method(
         case.ids,
         retain=retain,
         lr=lr,
-        until=until,
+        until=f"loss={goal:.6g}",
         steps=min(STEPS, own.steps),
         seed=seed,
         start="original",
@@ -293,7 +292,7 @@ def plot(rows: list[dict[str, Any]], percent: int, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     colors = matplotlib.colormaps["tab20"]
-    for place, row in enumerate(row for row in rows if row["method"] != BEFORE):
+    for place, row in enumerate(row for row in rows if row["method"] != BEFORE and row["points"]):
         points = np.array(row["points"])
         exact = row["method"] == RETRAINED
         color = "black" if exact else colors(place % 20)

@@ -61,7 +61,7 @@ def main(application: typer.Typer) -> Callable[[], None]:
 
 def _interrupted() -> None:
     print(
-        "interrupted; what fit, score, train and retrain --subsets had done is kept: the same command goes on from there",
+        "interrupted; what fit, score, train and retrain --subsets had saved is kept: the same command goes on from there",
         file=sys.stderr,
     )
     sys.exit(1)

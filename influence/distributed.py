@@ -19,7 +19,7 @@ def join(device: str = "auto") -> str:
         return device
     gpu = torch.cuda.is_available() and not device.startswith("cpu")
     if gpu and device in ("auto", "cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -47,6 +47,16 @@ def world() -> int:
 def shard(rows: np.ndarray) -> np.ndarray:
     """The share of some rows that is done here."""
     return rows[rank() :: world()]
+
+
+def first(values: np.ndarray) -> np.ndarray:
+    """The first process's values in all of them, so that what is decided by them is decided alike; float64."""
+    if not dist.is_initialized():
+        return values
+    shared = torch.from_numpy(np.array(values, dtype=np.float64))
+    shared = shared.cuda() if dist.get_backend() == "nccl" else shared
+    dist.broadcast(shared, 0)
+    return shared.cpu().numpy()
 
 
 def add_up(tensor: Tensor) -> Tensor:

@@ -358,7 +358,7 @@ def test_the_record_compares_the_sets(evaluated):
         for where, own in losses.items()
     }
     attacks = record["membership"]["attacks"]
-    assert set(attacks) == {"loss", "zlib", "min_k", "min_k_plus_plus", "base", "gradient_norm"}
+    assert set(attacks) == {"loss", "zlib", "min_k", "min_40", "min_k_plus_plus", "base", "gradient_norm"}
     for where in auc:
         assert attacks["loss"][where]["auc"] == pytest.approx(auc[where])
         assert attacks["loss"][where]["low"] <= auc[where] <= attacks["loss"][where]["high"]

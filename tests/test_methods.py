@@ -251,9 +251,10 @@ def test_a_negation_is_the_least_that_reaches_the_goal(exact):
     assert len(seen) <= 5 + HALVINGS
 
 
-def test_a_negation_that_reaches_nothing_stops_at_sixteen():
-    given, seen = trained(MOVE, lambda theta: 1.0, nothing, 2.0)
-    assert Negated()(given).tolist() == (-16 * MOVE).tolist()
+def test_a_negation_that_reaches_nothing_is_where_the_loss_was_highest():
+    """The loss is 5 - (a - 4)^2 / 4 at -a times the move, its goal 9: of 1, 2, 4, 8, 16 the multiple 4 is nearest."""
+    given, seen = trained(MOVE, lambda theta: 5 - (float(theta.norm() / MOVE.norm()) - 4) ** 2 / 4, nothing, 9.0)
+    assert Negated()(given).tolist() == pytest.approx((-4 * MOVE).tolist())
     assert max(-float(theta @ MOVE) / 25 for theta in seen) <= 16
 
 

@@ -192,7 +192,7 @@ def test_edits_and_trainings_follow_one_another(train, run, run_main, tmp_path):
 def test_what_a_person_reads(train, tmp_path):
     done = train("--until", "steps=3")
     for part in (
-        "removed 3 rows: 3 steps were taken",
+        "ga against 3 rows: 3 steps were taken",
         "removed rows",
         "retained rows (sample)",
         "row-gradients",
@@ -206,12 +206,12 @@ def test_nothing_nonsensical_is_said_where_no_limit_was_set(train):
     assert "inf" not in train("--until", "steps=1").out.split("retained loss")[1].split(";")[0]
 
 
-def test_no_step_is_needed(train, run, run_main):
-    done = train("--until", "loss=0.1", "--json")
-    assert done.status == 0
-    assert done.json()["method"]["steps_taken"] == 0
-    assert done.json()["delta"]["norm"] == 0
-    assert run_main(main, "unlearn", "verify", "--run", run, "--apply").status == 0
+def test_nothing_to_do_writes_nothing(train, run, tmp_path):
+    with untouched(run):
+        done = train("--until", "loss=0.1")
+    assert done.status == 2
+    assert "nothing to do: the forget rows' mean loss is" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_much_damage_is_not_written_and_force_does(train, run, tmp_path):
@@ -494,7 +494,7 @@ def test_methods_for_a_person(run_main):
     found = run_main(main, "unlearn", "methods")
     assert found.status == 0
     for name in METHODS:
-        assert f"\n{name}: {METHODS[name]().title} ({METHODS[name]().source})\n" in "\n" + found.out
+        assert f"\n{name}: {METHODS[name]().title}\n    {METHODS[name]().source}\n" in "\n" + found.out
     assert max(len(line) for line in found.out.splitlines()) < 220
 
 

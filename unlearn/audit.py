@@ -517,10 +517,16 @@ def _check_folder(
             of = "" if entry is None else ", its record is the one of the chain"
             rows = f"{len(record['requests'])} row{'s' * (len(record['requests']) != 1)}"
             found.checked.append(
-                f"{name}: {record['kind']} of {rows} in {folder}: {len(files)} files have the sha256 that was recorded{of}"
+                f"{name}: {record['kind']} of {rows}{_by(record)} in {folder}: {len(files)} files have the sha256 that was recorded{of}"
             )
         if apply:
             _check_delta(found, folder, record, name)
+
+
+def _by(record: dict[str, Any]) -> str:
+    """The method, as the record names it."""
+    method = _at(record, "method.name")
+    return f" by {_clip(printable(method), 60)}" if isinstance(method, str) else ""
 
 
 def _check_file(problems: list[str], folder: Path, file: str, expected: Any) -> None:

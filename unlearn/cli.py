@@ -375,6 +375,10 @@ def train(
             "--start", help="Adapter to begin with: an edit's directory, or original. Default: the last edit's."
         ),
     ] = None,
+    token_budget: Annotated[
+        int | None,
+        typer.Option("--token-budget", help="Tokens that run at a time, padding included. Default: the fit's."),
+    ] = None,
     save_every: Annotated[
         int, typer.Option("--save-every", help="Steps between two saves of the unfinished training.")
     ] = 25,
@@ -398,7 +402,9 @@ def train(
     from unlearn.retrain import refuse_taken
     from unlearn.training import Options, refuse
 
-    if (ids is None) == (ids_file is None):
+    if ids is not None and ids_file is not None:
+        raise InputError("--ids and --ids-file were both given: give one of them")
+    if ids is None and ids_file is None:
         raise InputError("name the rows to unlearn: --ids A,B,C or --ids-file FILE (one id per line)")
     asked = _ids(ids, ids_file)
     chosen = method_of(method, **_numbers(numbers or []))
@@ -416,7 +422,7 @@ def train(
         "control": control,
         "max_damage": max_damage,
     }
-    options |= {"start": start, "save_every": save_every, "seed": seed}
+    options |= {"start": start, "save_every": save_every, "seed": seed, "token_budget": token_budget}
     refuse(chosen, Options(**options), retain is not None)  # what can be refused before anything is loaded, is
     refuse_taken(out, overwrite)
     kept = None if retain is None else read_examples(retain)
@@ -441,7 +447,12 @@ def train(
             console.emit({"written": False, "out": None, **report}, refused, json)
         made.save(out, force=force, overwrite=overwrite)
         loop.discard(checkpoint)
-        text += f"\n\n{console.printable(f'{out}: the adapter, edit.json, and steps.jsonl with every step.')}"
+        follow = (
+            f"{out}: the adapter. Ship its configuration, weights and tokenizer; keep edit.json, steps.jsonl and delta.safetensors, which "
+            f"leads back to the old adapter.\nNext: unlearn verify --run {opened.directory}; analysis evaluate --adapter {out} ...\n"
+            "The next edit or training of this run starts from it; --start original: from the run's own adapter."
+        )
+        text += f"\n\n{console.printable(follow)}"
         console.emit({"written": True, "out": str(out), **report}, text, json)
     distributed.leave()
 
@@ -488,6 +499,8 @@ def methods(
 
 def _methods_text(table: list[dict[str, Any]]) -> str:
     """The methods, each in a few lines."""
+    from unlearn.methods import METHODS
+
     lines = []
     for row in table:
         cost = row["cost_per_step"]
@@ -499,9 +512,11 @@ def _methods_text(table: list[dict[str, Any]]) -> str:
         needs += ["the adapter before"] * row["needs_reference"]
         costs = [f"{cost['per_forget_row']:.3g} row-gradients for each forget row"] * (row["forget"] is not None)
         costs += [f"{cost['per_retain_row']:.3g} for each retained row"] * row["needs_retain"]
+        numbers = [f"{name}={one.default}" for name, one in inspect.signature(METHODS[row["name"]]).parameters.items()]
         lines += [
-            f"{row['name']}: {row['title']} ({row['source']})",
-            f"    {'; '.join(parts)}",
+            f"{row['name']}: {row['title']}",
+            f"    {row['source']}",
+            f"    {'; '.join(parts)}" + (f"; --set {', '.join(numbers)}" if numbers else ""),
             f"    needs {' and '.join(needs) or 'the forget rows alone'}; a step costs {' and '.join(costs)}",
             f"    {row['optimizer']}, {rate}; until {row['until']}, at most {row['steps']} steps",
         ]
@@ -523,7 +538,7 @@ def _loss_table(title: str, rows: list[tuple[str, dict[str, Any] | None]], colum
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}" if abs(value) < 1e4 else f"{value:.2g}"
+    return "" if value is None or value != value else f"{value:.2f}" if abs(value) < 1e4 else f"{value:.2g}"
 
 
 _WHAT = {"remove": "removed", "relabel": "relabelled", "correct": "corrected", "mixed": "changed"}
@@ -535,7 +550,13 @@ def _edit_text(report: dict[str, Any]) -> str:
     columns = [("before", "before"), ("after", "after"), ("goal", "target")]
     measured = _by_kind(report["rows"])
     measured += [("retained rows (sample)", losses["retained"]), ("held-out rows", losses["heldout"])]
-    lines = [f"{_WHAT[report['kind']]} {_rows(len(report['rows']))}: {report['stopped']}", ""]
+    method = report["method"]
+    done = f"{method['name']} against" if "steps_taken" in method else _WHAT[report["kind"]]
+    lines = [f"{done} {_rows(len(report['rows']))}: {report['stopped']}", ""]
+    if method.get("kept") is not None:
+        lines[1:1] = [f"{method['finish']}: {method['kept']:+.3g} times the whole move was kept"]
+    if method.get("lr_last") is not None:
+        lines[1:1] = [f"learning rate {method['lr_first']:.3g}, {method['lr_last']:.3g} in the last step"]
     lines += [_loss_table("mean loss, nats per token", measured, columns), ""]
     for title, chosen in (("removed rows", True), ("new contents", False)):
         rows = [row for row in report["rows"] if (row["action"] == "remove") == chosen]
@@ -552,7 +573,7 @@ def _edit_text(report: dict[str, Any]) -> str:
     damage = "no retained row to measure" if guard["damage"] is None else f"retained loss {guard['damage']:+.1%}"
     allowed = "any" if guard["max_damage"] == float("inf") else f"{100 * guard['max_damage']:g}%"
     lines.append(f"{damage} ({allowed} allowed); {cost['total']:.0f} row-gradients{ratio}, {cost['seconds']:.0f} s")
-    if not report["reached"]:
+    if report["reached"] is False:
         lines.append("warning: the goal was not reached")
     return console.printable("\n".join(lines))
 
@@ -563,6 +584,8 @@ def _rows(count: int) -> str:
 
 def _falls_short(row: dict[str, Any]) -> bool:
     """Whether a row is more than a tenth from its goal, on the wrong side."""
+    if row["target"] is None:
+        return False
     if row["action"] == "remove":
         return row["after"] < 0.9 * row["target"]
     return row["after"] > 1.1 * row["target"]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from influence import distributed
 from influence.data import Examples, TokenizedExamples, tokenize
 from influence.errors import InputError
 from influence.fitting import versions
@@ -155,8 +156,13 @@ def joined(one: TokenizedExamples, other: TokenizedExamples) -> TokenizedExample
 
 
 def mean_of(values: np.ndarray) -> float | None:
-    """Their mean; None where there are none."""
-    return float(np.mean(values)) if len(values) else None
+    """Their mean; None where there are none, or one is unknown (NaN)."""
+    return known(float(np.mean(values))) if len(values) else None
+
+
+def known(value: float) -> float | None:
+    """The number, or None for NaN."""
+    return None if np.isnan(value) else value
 
 
 def plus(before: float | None, change: float | None) -> float | None:
@@ -180,9 +186,9 @@ def rows_of(
             "action": request.action,
             "before": float(first.loss[at]),
             "after": None if last is None else float(last.loss[at]),
-            "target": float(targets.edited[place]),
+            "target": known(float(targets.edited[place])),
             "base": float(base[place]),
-            "share": float(expected.shares[place]),
+            "share": known(float(expected.shares[place])),
             "extraction_before": float(first.extraction[at]),
             "extraction_after": None if last is None else float(last.extraction[at]),
             "rank": None if last is None or comparable is None else float(np.mean(comparable < last.loss[at])),
@@ -227,7 +233,7 @@ def report(
     change_of = after_.retained.loss - before.retained.loss
     damage = float(change_of.mean() / before.retained.loss.mean()) if len(change_of) else None
     since = work.since_the_fit(after_)
-    if since is not None and damage is not None and since > work.max_damage >= damage:
+    if since is not None and damage is not None and distributed.rank() == 0 and since > work.max_damage >= damage:
         say(
             f"warning: this edit raises the retained rows' loss by {damage:.1%}, and {version.edits + 1} edits together by "
             f"{since:.1%} since the adapter that was fitted: each is judged by itself"
@@ -251,7 +257,7 @@ def report(
         "tokenizer": {"digest": run.manifest["identity"]["tokenizer"]},
         "requests": [request.record() for request in change.requests],
         "lineage": {"edits": version.edits + 1, **change.lineage},
-        "method": method | {"rho": expected.rho},
+        "method": method | {"rho": known(expected.rho)},
         "residual": residual | {"objective": linear.get("objective")},
         "stopped": found.stopped,
         "reached": found.reached,
@@ -291,7 +297,7 @@ def report(
             "max_damage": work.max_damage,
             "damage": damage,
             "since_the_fit": since,
-            "passed": damage is None or damage <= work.max_damage,
+            "passed": None if work.max_damage == float("inf") else damage is None or damage <= work.max_damage,
             "forced": False,
         },
         "cost": {

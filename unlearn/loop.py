@@ -5,7 +5,8 @@ shared out over processes, forms both terms' gradients `[P]`, adds them up once,
 optimizer of torch. Terms are means over all tokens or rows of the step, so neither parts nor processes change them. Dropout is off.
 
 It stops when the forget rows have reached their goal (default: the base model's mean loss on them), the last step shortened by
-bisection so that they just have; or when retained rows have lost more than `stop_damage`. What it did is measured and recorded like a closed-form edit (`unlearn.evidence`),
+bisection so that they just have (with batches smaller than the set, the way since they were last seen below it); or when retained
+rows have lost `stop_damage`. What it did is measured and recorded like a closed-form edit (`unlearn.evidence`),
 and saved in the same way; every step's terms, losses, gradient norms and their cosine are in the adapter's `steps.jsonl`.
 
 Which rows a step takes depends on the seed and the step's number alone, so a training that is resumed goes on with the same ones.
@@ -15,22 +16,24 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.data import Examples, TokenizedExamples, plan_batches
-from influence.errors import MismatchError, NumericalError, StoreError
+from influence.errors import InputError, MismatchError, NumericalError, StoreError
+from influence.gradients import checkpointed_layers, replaced_forwards
 from influence.loss import mean_losses
 from influence.progress import say, track
 from influence.run import Run, spaced
@@ -38,7 +41,7 @@ from unlearn import gen
 from unlearn.combine import Step
 from unlearn.evidence import State, Targets, refuse_text, report
 from unlearn.measure import Cost
-from unlearn.methods import Method, Trained, bisect, method_of
+from unlearn.methods import Method, Trained, method_of
 from unlearn.reference import Before, frozen
 from unlearn.relinearise import NEAR, Walk
 from unlearn.result import Edit
@@ -54,6 +57,8 @@ CHECK_ROWS, CHECK_EVERY = 64, 10
 #: Rise of the retained rows' loss that a training is warned of.
 MUCH = 0.1
 STATE = "state.pt"
+#: When a way is shortened: how near to the goal is near enough, relative to it, and after how many halvings it is let be.
+CLOSE, SHORTENINGS = 0.005, 14
 #: Change of what is minimised, in nats to first order, below which a first step follows rounding.
 NOTHING = 1e-6
 
@@ -109,26 +114,42 @@ def train(
     before = work.measure(work.version.theta)
     expected = work.expected(before)
     targets = work.targets(expected, before)
-    found, log = Training(
-        work, before, expected, targets, None if checkpoint is None else Path(checkpoint), restart
-    ).run()
+    training = Training(
+        work, before, expected, targets, begun, None if checkpoint is None else Path(checkpoint), restart
+    )
+    found, kept = training.run()
     delta = found.theta - work.version.theta
     theta = work.version.theta + delta
     if not bool(torch.isfinite(theta).all()):
         raise NumericalError("the trained adapter holds NaN or infinity: nothing is written. Lower the rate (--lr)")
     after = work.measure(theta)
-    if work.stop.kind != "steps" or chosen.until is None:
+    if work.stop.kind != "steps" or work.method.finish is not None:
         found = replace(found, reached=bool(np.mean(after.old.loss) >= (1 - NEAR) * np.mean(targets.old)))
+    else:  # no goal was asked for
+        nothing = np.full_like(targets.old, np.nan)
+        targets, found = Targets(nothing, targets.new, nothing), replace(found, reached=None)
     linear = work.forecast(delta, theta)
     residual = {"solver": None, "tolerance": None}
-    seconds = time.monotonic() - begun
+    seconds = training.seconds + time.monotonic() - begun
     record = report(
-        work, work.describe(len(log)), residual, found, delta, before, after, expected, targets, linear, seconds
+        work,
+        work.describe(training.log, kept),
+        residual,
+        found,
+        delta,
+        before,
+        after,
+        expected,
+        targets,
+        linear,
+        seconds,
     )
-    damage = record["guard"]["damage"]
+    damage, rise = record["guard"]["damage"], float(after.old.loss.mean() - before.old.loss.mean())
     if damage is not None and damage > MUCH and distributed.rank() == 0:
         say(f"warning: the retained rows' loss rose by {damage:.1%}")
-    return Edit(work.change, delta, record, log)
+    if rise < 0 and distributed.rank() == 0:
+        say(f"warning: the loss of the rows to unlearn fell by {-rise:.2f}: the adapter knows them better than before")
+    return Edit(work.change, delta, record, training.log)
 
 
 @dataclass(eq=False)
@@ -139,27 +160,32 @@ class Training:
     begun: State
     expected: Expected
     targets: Targets
+    begun_at: float
     folder: Path | None
     restart: bool
     log: list[dict[str, Any]] = field(default_factory=list)
-    move: Tensor | None = None  # the last step's
+    anchor: Tensor | None = None  # where the forget rows were last seen below their goal
+    seconds: float = 0.0  # of earlier processes
 
-    def run(self) -> tuple[Walk, list[dict[str, Any]]]:
-        """The trained adapter, and the log of its steps."""
+    def run(self) -> tuple[Walk, float | None]:
+        """The trained adapter, and the share of the whole move that a finish kept (negative: the other way)."""
         work, model = self.work, self.work.version.model
         with (
             model.at(work.version.theta),
             model.evaluating(model.parameters),
             _gradients_kept(model),
+            _checkpointed(model),
             frozen(model) as before,
         ):
             forget, retain = self._sides(before)
             work.cost.forwards += before.asked
             stopped = self._steps(forget, retain)
-            theta = model.snapshot()
+            theta, kept = model.snapshot(), None
             if work.method.finish is not None:
-                theta = work.method.finish(self._trained(theta))
-        return Walk(theta, [], stopped, True), self.log
+                end, theta = theta, work.method.finish(self._trained(theta))
+                whole = (end - work.version.theta).double()
+                kept = float((theta - work.version.theta).double() @ whole / (whole @ whole).clamp(min=1e-300))
+        return Walk(theta, [], stopped, True), kept
 
     def _sides(self, before: Before) -> tuple[Side | None, Side | None]:
         work, model, options = self.work, self.work.version.model, self.work.options
@@ -193,7 +219,8 @@ class Training:
             expected = expected_losses(work.change, expected.now, work.heldout, self.begun.unseen, work.cost)
         reference = Reference(work.version, work.forget, expected.expected, work.cost)
         for rows in plan_batches(work.forget, work.budget):  # now, so that they do not depend on which step asks first
-            reference.of(rows)
+            if not reference.full():
+                reference.of(rows)
         return reference.of
 
     def _steps(self, forget: Side | None, retain: Side | None) -> str:
@@ -207,9 +234,10 @@ class Training:
         if saved is None:
             optimizer = maker(parameters, lr=1.0)
         first, rate = saved or (0, work.lr)
+        theta = model.snapshot()
         for number in self._counted(first):
             look = None if forget is None else forget.look(number)
-            if why := self._reached(number, look) or self._damaged(number):
+            if why := self._reached(number, look) or self._damaged(number, theta):
                 return why
             other = None if retain is None else retain.look(number)
             theta = model.snapshot()
@@ -232,11 +260,10 @@ class Training:
                 move = move * (rate / lr)
                 lr = rate
                 model.restore(theta + move)
-            self.move = move
             self._note(number, lr, look, other, direction, move)
             if self.folder is not None and (number + 1) % options.save_every == 0:
                 self._save(optimizer, number + 1, rate)
-        last = self._reached(work.steps, None, last=True) or self._damaged(work.steps, last=True)
+        last = self._reached(work.steps, None, last=True) or self._damaged(work.steps, theta)
         return last or f"{work.steps} steps were taken"
 
     def _counted(self, first: int) -> Iterable[int]:
@@ -245,47 +272,61 @@ class Training:
         return track(numbers, label, total=self.work.steps, done=first) if distributed.rank() == 0 else numbers
 
     def _reached(self, number: int, look: Look | None, *, last: bool = False) -> str | None:
-        """That the forget rows are at their goal before step `number`, the last step shortened so that they just are; or None."""
+        """That the forget rows are at their goal before step `number`, the way there shortened so that they just are; or None."""
         looked = None if self.work.stop.kind == "steps" else self._forget_loss(number, look, last)
-        if looked is None or looked[0] < looked[1]:
+        if looked is None:
             return None
-        now, goal = looked
-        if self.move is not None:
-            model, move = self.work.version.model, self.move
-            start, rows = model.snapshot() - move, spaced(len(self.work.forget), CHECK_ROWS)
-            wanted = self._goal(rows)
+        model, (now, goal) = self.work.version.model, looked
+        if now < goal:
+            self.anchor = model.snapshot()
+            return None
+        if self.anchor is None:
+            raise InputError(
+                f"nothing to do: the forget rows' mean loss is {now:.2f} before the first step and their goal is {goal:.2f}; ask for more "
+                "(--until loss=X or steps=N)"
+            )
+        rows = spaced(len(self.work.forget), CHECK_ROWS)
+        wanted = self._goal(rows)
+        self._shorten(self.anchor, lambda: self._measured(self.work.forget, rows) / wanted, above=True)
+        return f"the forget rows' mean loss reached its goal, {goal:.2f}, in step {number}"
 
-            def holds(share: float) -> bool:
-                model.restore(start + share * move)
-                return self._measured(self.work.forget, rows) >= wanted
-
-            share = bisect(holds, 0.0, 1.0)
-            model.restore(start + share * move)
-            self.log[-1]["share"] = share
-        return (
-            f"the forget rows' mean loss reached its goal, {goal:.2f}, in step {number}"
-            if number
-            else (f"nothing to do: the forget rows' mean loss is {now:.2f} and their goal {goal:.2f}")
-        )
-
-    def _damaged(self, number: int, *, last: bool = False) -> str | None:
-        """That the retained rows have lost more than is allowed before step `number`; or None."""
+    def _damaged(self, number: int, start: Tensor) -> str | None:
+        """That the retained rows have lost more than is allowed before step `number`, the step from `start` shortened; or None."""
         work, allowed = self.work, self.work.options.stop_damage
-        if allowed is None or len(work.sample) == 0 or (number % CHECK_EVERY and not last):
+        if allowed is None or len(work.sample) == 0 or number == 0:
             return None
-        lost = self._measured(work.version.tokens, work.sample)
-        rise = lost / float(self.begun.retained.loss.mean()) - 1
-        if rise <= allowed:
+        limit = float(self.begun.retained.loss.mean()) * (1 + allowed)
+        if self._measured(work.version.tokens, work.sample) <= limit:
             return None
-        return (
-            f"the retained rows' mean loss has risen by {rise:.1%} and {allowed:.1%} are allowed, after {number} steps"
-        )
+        self._shorten(start, lambda: self._measured(work.version.tokens, work.sample) / limit, above=False)
+        return f"the retained rows' mean loss has risen by {allowed:.1%}, all that is allowed, in step {number}"
+
+    def _shorten(self, start: Tensor, loss: Callable[[], float], *, above: bool) -> None:
+        """Go back on the line to `start` until `loss()`, relative to its goal or limit, is 1: within `CLOSE` above it, or below."""
+        model, end = self.work.version.model, self.work.version.model.snapshot()
+        low, high = 0.0, 1.0
+        for _ in range(SHORTENINGS):
+            share = (low + high) / 2
+            model.restore(start + share * (end - start))
+            try:
+                there = loss()
+            except NumericalError:  # so far out that nothing is finite
+                there = float("inf")
+            low, high = (low, share) if there >= 1 else (share, high)
+            if (1 <= there <= 1 + CLOSE) if above else (1 - CLOSE <= there < 1):
+                break
+        share = high if above else low
+        model.restore(start + share * (end - start))
+        self.log[-1]["share"] = share
 
     def _forget_loss(self, number: int, look: Look | None, last: bool) -> tuple[float, float] | None:
-        """The forget rows' mean loss and its goal: the step's own where it ran all of them, else of a sample now and then."""
+        """The forget rows' mean loss and its goal: the step's own where it ran all of them, else of a sample, now and then and
+        whenever the step's own rows are at their goal.
+        """
         if look is not None and len(look.rows) == len(self.work.forget):
             return float(look.losses.mean()), self._goal(look.rows)
-        if number % CHECK_EVERY and not last:
+        ahead = look is not None and float(look.losses.mean()) >= self._goal(look.rows)
+        if number % CHECK_EVERY and not last and not ahead:
             return None
         rows = spaced(len(self.work.forget), CHECK_ROWS)
         return self._measured(self.work.forget, rows), self._goal(rows)
@@ -304,10 +345,7 @@ class Training:
         losses = []
         for point in gen.POINTS:
             retain.model.restore(theta + point * move)
-            try:
-                losses.append(retain.mean_loss(other.rows))
-            except NumericalError:  # this far along the move there is nothing to read
-                losses.append(float("inf"))
+            losses.append(retain.mean_loss(other.rows))
         return gen.next_rate(rate, np.array([*gen.POINTS, 0.0]), np.array([*losses, other.loss]))
 
     def _trained(self, theta: Tensor) -> Trained:
@@ -371,7 +409,8 @@ class Training:
         state = {
             "request": json.dumps(self.work.request()),
             "theta": self.work.version.model.snapshot(),
-            "move": self.move,
+            "anchor": self.anchor,
+            "seconds": self.seconds + time.monotonic() - self.begun_at,
             "optimizer": optimizer.state_dict(),
             "done": done,
             "rate": rate,
@@ -397,7 +436,7 @@ class Training:
         try:
             state = torch.load(path, map_location=work.version.model.device, weights_only=True)
             known, log, cost = json.loads(state["request"]), list(json.loads(state["log"])), Cost(**state["cost"])
-            done, theta, move, rate_then = int(state["done"]), state["theta"], state["move"], state["rate"]
+            done, theta, anchor, rate_then = int(state["done"]), state["theta"], state["anchor"], state["rate"]
             differences = [key for key in now if known.get(key, ...) != now[key]]
             if not differences:
                 optimizer.load_state_dict(state["optimizer"])
@@ -411,16 +450,29 @@ class Training:
         if differences and self.restart:
             return None
         if differences:
+            moved = " (an edit saved meanwhile moved the start: --start names the adapter to begin with)"
             raise MismatchError(
-                f"{self.folder} holds another training: it differs in {', '.join(differences)}. Ask for the same one to go on, give "
-                "another --out, or --overwrite to begin anew"
+                f"{self.folder} holds another training: it differs in {', '.join(differences)}{moved if 'adapter' in differences else ''}. "
+                "Ask for the same one to go on, give another --out, or --overwrite to begin anew"
             )
-        self.move = move
+        self.anchor, self.seconds = anchor, float(state["seconds"])
         self.log.extend(log)
         work.cost.gradients, work.cost.forwards = cost.gradients, cost.forwards
+        if float(distributed.first(np.array([done]))[0]) != done:
+            raise StoreError(
+                f"the processes hold different states of this training in {self.folder}: give a folder that all see"
+            )
         if distributed.rank() == 0:
             say(f"going on after step {done} of {work.steps}")
         return done, rate_then
+
+
+@contextmanager
+def _checkpointed(model: AdaptedModel) -> Iterator[None]:
+    """Within the block layers for which checkpointing is enabled are recomputed in the backward, in evaluation mode too."""
+    layers = checkpointed_layers(model)
+    with replaced_forwards({layer: partial(checkpoint, layer.forward, use_reentrant=False) for layer in layers}):
+        yield
 
 
 @contextmanager
@@ -460,5 +512,9 @@ def _moved(
 
 
 def discard(checkpoint: str | Path) -> None:
-    """Delete the state of a training whose result is saved."""
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    """Delete the state of a training whose result is saved, and its folder where nothing else lies in it."""
+    folder = Path(checkpoint)
+    for name in (STATE, STATE + ".partial"):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

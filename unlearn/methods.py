@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence.errors import InputError
+from influence.errors import InputError, NumericalError
 from unlearn import targets, terms
 from unlearn.combine import Normalised, Sparse, Step, Weighted, above_zero
 from unlearn.targets import Setup, Target
 from unlearn.terms import Term
 
+#: Largest multiple of a move that task arithmetic subtracts.
+LARGEST = 16.0
 #: Halvings of an interval when a finish looks for a share of a move.
 HALVINGS = 7
 
@@ -163,7 +165,9 @@ def _name(part: Any) -> str:
 class Negated:
     """Task arithmetic: the other way from fine-tuning on the forget rows, `before - a (after - before)`.
 
-    Ilharco et al. 2023, arXiv 2212.04089. Without `scale` a is the least one, up to 16, that brings the forget rows to their goal.
+    Ilharco et al. 2023, arXiv 2212.04089. Without `scale` a is the least one, up to `LARGEST`, that brings the forget rows to
+    their goal, or else the one of the highest loss. It is A and B that are negated, not their product: beside `-a dW` that has a
+    term `a^2 dB dA`, which knows no sign, so large a need not forget more.
     """
 
     scale: float | None = None
@@ -176,10 +180,20 @@ class Negated:
         """The negated move from the adapter before, `[P]`."""
         if self.scale is not None:
             return trained.at(-self.scale)
-        reached = lambda a: trained.forget_loss(trained.at(-a)) >= trained.goal  # noqa: E731
+        losses: dict[float, float] = {}
+
+        def reached(a: float) -> bool:
+            try:
+                losses[a] = trained.forget_loss(trained.at(-a))
+            except NumericalError:  # so far out that nothing is finite
+                return True
+            return losses[a] >= trained.goal
+
         high = 1.0
-        while high < 16 and not reached(high):
+        while not reached(high) and high < LARGEST:
             high *= 2
+        if losses.get(high, trained.goal) < trained.goal:
+            return trained.at(-max(losses, key=lambda a: losses[a]))
         return trained.at(-bisect(reached, 0.0 if high == 1 else high / 2, high))
 
     def __str__(self) -> str:
@@ -315,14 +329,22 @@ def ngdiff() -> Method:
 def npo(beta: float = 0.1, retain_weight: float = 1.0) -> Method:
     """Negative preference optimisation, with descent on retained rows (retain_weight=0: without)."""
     return _preference(
-        "npo", terms.npo(beta), retain_weight, "negative preference optimisation", "Zhang et al. 2024, arXiv 2404.05868"
+        "npo",
+        terms.npo(beta),
+        retain_weight,
+        "negative preference optimisation, with descent on retained rows",
+        "Zhang et al. 2024, arXiv 2404.05868",
     )
 
 
 def simnpo(beta: float = 2.5, gamma: float = 0.0, retain_weight: float = 1.0) -> Method:
     """NPO by length and without a reference."""
     return _preference(
-        "simnpo", terms.simnpo(beta, gamma), retain_weight, "simple NPO", "Fan et al. 2024, arXiv 2410.07163"
+        "simnpo",
+        terms.simnpo(beta, gamma),
+        retain_weight,
+        "simple NPO, with descent on retained rows",
+        "Fan et al. 2024, arXiv 2410.07163",
     )
 
 
@@ -332,7 +354,7 @@ def idk_dpo(beta: float = 0.1, retain_weight: float = 1.0) -> Method:
         "idk-dpo",
         terms.dpo(beta),
         retain_weight,
-        'DPO towards "I do not know"',
+        'DPO towards "I do not know", with descent on retained rows',
         "Maini et al. 2024, arXiv 2401.06121; Zhang et al. 2024",
     )
     return replace(made, target=targets.refusals)
@@ -469,7 +491,10 @@ def _from_file(place: str) -> Any:
         raise InputError(f"method {place!r} was given, and there is no file {file}: give FILE.py:NAME")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's own lines do
+        raise InputError(f"{file} could not be run: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not (isinstance(found, Method) or callable(found)):
         raise InputError(f"{file} has no method {name!r}: expected an unlearn.Method, or a function that makes one")

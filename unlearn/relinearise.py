@@ -278,7 +278,7 @@ class Walk:
     theta: Tensor
     steps: list[Step] = field(repr=False)
     stopped: str
-    reached: bool
+    reached: bool | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,8 +54,8 @@ class Edit:
 
     @property
     def passed(self) -> bool:
-        """Whether the retained rows lost no more than was allowed."""
-        return bool(self.report["guard"]["passed"])
+        """Whether the retained rows lost no more than was allowed, where there is a limit."""
+        return self.report["guard"]["passed"] is not False
 
     def save(self, out: str | Path, *, force: bool = False, overwrite: bool = False) -> Path:
         """Write the edited adapter to a new directory, its record beside it, and a line in the run's audit chain.

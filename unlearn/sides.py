@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -53,6 +54,14 @@ class Side:
         order = np.random.default_rng([self.seed, self.stream, step // each]).permutation(n)
         return order[(step % each) * self.batch_size :][: self.batch_size]
 
+    @cached_property
+    def _longest(self) -> TokenizedExamples:
+        """What batches are planned by: of each row and its other completion the longer."""
+        if self.target.other is None:
+            return self.tokens
+        pairs = zip(self.tokens, self.target.other, strict=True)
+        return TokenizedExamples([max(pair, key=len) for pair in pairs], self.tokens.ids)
+
     def ask_all(self) -> None:
         """Ask the adapter before for all rows' losses now, so that they do not depend on which step asks first."""
         for rows in plan_batches(self.tokens, self.token_budget):
@@ -69,7 +78,7 @@ class Side:
         told = torch.zeros(2 + len(rows), dtype=torch.float64, device=model.device)  # value, rows asked, rows' losses
         asked = 0 if self.before is None else self.before.asked
         self.cost.gradients += len(rows) * (1 if self.target.other is None else 2)
-        for some in plan_batches(self.tokens.select(rows[own]), self.token_budget) if len(own) else []:
+        for some in plan_batches(self._longest.select(rows[own]), self.token_budget) if len(own) else []:
             places = own[some]
             value, losses = self._add(rows[places], size, gradient)
             told[0] += value
@@ -120,8 +129,8 @@ class Side:
             lambda: self._kept_losses(rows, other),
             wanted,
         )
-        with torch.no_grad():
-            sums = run.per_example(token_losses(run.logits, run.targets).double())
+        losses = part.losses.detach() if labels is run.targets else token_losses(run.logits.detach(), run.targets)
+        sums = run.per_example(losses.double())
         return part, sums / torch.tensor(run.counts, device=sums.device)
 
     def _labels(self, rows: np.ndarray) -> Tensor | None:
@@ -154,14 +163,21 @@ class Side:
                 f"the term {self.term.name} gave values of shape {list(values.shape)}; expected [{wanted}], one per {self.term.per} "
                 "(Term(..., per='token' or 'row'))"
             )
+        if not values.requires_grad:
+            raise InputError(
+                f"the term {self.term.name} gave values without a gradient: compute them from part.logits by differentiable operations"
+            )
         return values
 
     def mean_loss(self, rows: np.ndarray) -> float:
-        """The rows' mean cross-entropy per token where the model is now, over all processes."""
+        """The rows' mean cross-entropy per token where the model is now, over all processes; infinite where one has none."""
         own = distributed.shard(rows)
         self.cost.forwards += len(rows)
         total = torch.zeros(1, dtype=torch.float64, device=self.model.device)
         if len(own):
-            losses = mean_losses(self.model, self.tokens.select(own), token_budget=self.token_budget)
-            total += float((losses * self.tokens.counts[own]).sum())
+            try:
+                losses = mean_losses(self.model, self.tokens.select(own), token_budget=self.token_budget)
+                total += float((losses * self.tokens.counts[own]).sum())
+            except NumericalError:  # the other processes wait for the sum
+                total += float("inf")
         return float(distributed.add_up(total)) / int(self.tokens.counts[rows].sum())

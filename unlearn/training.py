@@ -61,6 +61,8 @@ class Options:
         As in `unlearn.edits.Options`.
     save_every
         Steps between two saves of a training that can be resumed.
+    token_budget
+        Tokens that run at a time, padding included; None: the fit's.
     """
 
     lr: float | str | None = None
@@ -79,6 +81,7 @@ class Options:
     seed: int = 0
     start: str | Path | None = None
     save_every: int = 25
+    token_budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.lr not in (None, "auto") and not (isinstance(self.lr, float | int) and 0 < self.lr < float("inf")):
@@ -92,10 +95,12 @@ class Options:
         if isinstance(self.optimizer, str):
             optimizer_class(self.optimizer)
         Recipe(schedule=self.schedule, warmup=self.warmup)
-        for name in ("batch_size", "retain_batch_size", "steps", "save_every"):
+        for name in ("batch_size", "retain_batch_size", "steps", "save_every", "token_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} {value} was given; expected 1 or more")
+        if self.max_grad_norm == 0:
+            raise InputError("max_grad_norm 0 was given, and nothing would move; expected a number above 0")
         for name in ("stop_damage", "max_damage", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -187,15 +192,20 @@ class Work(Evidence):
 
     def targets(self, expected: Expected, before: State) -> Targets:
         """The loss that each forget row should reach."""
-        goal = np.maximum(expected.now, expected.base)
+        goal = np.asarray(distributed.first(np.maximum(expected.now, expected.base)))
         if self.stop.kind == "loss" and self.stop.value is not None:
             goal = np.full_like(goal, self.stop.value)
         elif self.stop.kind == "expected":
-            goal = expected.expected
+            goal = np.asarray(distributed.first(expected.expected))
         return Targets(goal, np.zeros(0), goal)
 
-    def describe(self, taken: int) -> dict[str, Any]:
-        """The method and how it was run, for the record."""
+    @property
+    def budget(self) -> int:
+        """Tokens that run at a time."""
+        return self.options.token_budget or super().budget
+
+    def describe(self, log: Sequence[dict[str, Any]], kept: float | None) -> dict[str, Any]:
+        """The method and how it was run, for the record; `kept`: the share of the whole move that a finish kept."""
         options, method = self.options, self.method
         optimizer = options.optimizer or method.optimizer
         return {
@@ -217,7 +227,11 @@ class Work(Evidence):
             if not method.needs_retain
             else {"rows": len(self.kept), "digest": self.kept_digest, "source": self.kept_source},
             "steps": self.steps,
-            "steps_taken": taken,
+            "steps_taken": len(log),
+            "lr_first": log[0]["lr"] if log else None,
+            "lr_last": log[-1]["lr"] if log else None,
+            "kept": kept,
+            "token_budget": self.budget,
             "until": str(self.stop),
             "stop_damage": options.stop_damage,
             "max_damage": options.max_damage,
@@ -240,8 +254,8 @@ class Work(Evidence):
             "held-out rows": None if self.holdout is None else self.holdout.digest,
             **{
                 key: value
-                for key, value in self.describe(0).items()
-                if key not in ("title", "steps_taken", "max_damage")
+                for key, value in self.describe([], None).items()
+                if key not in ("title", "max_damage", "token_budget")
             },
         }
         return json.loads(json.dumps(found, default=str))
@@ -269,7 +283,8 @@ def prepare(
     change = plan(start, list(ids), None, None)
     if method.target is refusals:
         refuse_texts(request.before for request in change.requests)
-    kept, digest, source = start.tokens.select(change.rest), start.rows.select(change.rest.tolist()).digest, None
+    others = _others(change)
+    kept, digest, source = start.tokens.select(others), start.rows.select(others.tolist()).digest, None
     if retain is not None:
         kept, digest, source = _retained(run, change, retain), retain.digest, retain.source
         unseen = set() if holdout is None else {row.content_hash for row in holdout}
@@ -298,6 +313,19 @@ def prepare(
         kept_digest=digest,
         kept_source=source,
     )
+
+
+def _others(change: Change) -> np.ndarray:
+    """The untouched rows, without word-for-word copies of rows to unlearn, which a training would both raise and lower."""
+    rows, gone = change.version.rows, {request.before.content_hash for request in change.requests}
+    copies = [int(row) for row in change.rest if rows[int(row)].content_hash in gone]
+    if copies and distributed.rank() == 0:
+        ids = ", ".join(rows[row].id for row in copies[:3])
+        say(
+            f"warning: {len(copies)} other rows are rows to unlearn word for word ({ids}{', ...' if len(copies) > 3 else ''}): they are not "
+            "retained; name them too if they must go"
+        )
+    return np.setdiff1d(change.rest, copies)
 
 
 def refuse(method: Method, options: Options, retain: bool) -> None:

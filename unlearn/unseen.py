@@ -18,6 +18,7 @@ labelled by q has the retrained model as its stationary point, because labels dr
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -225,10 +226,14 @@ class Reference:
             logs = self._compute(np.array(missing))
             for row, log in zip(missing, logs, strict=True):
                 found[row] = log
-                if self.bytes + log.nbytes <= CACHE_BYTES:
+                if not self.full(log.nbytes):
                     self.cache[row] = log.cpu()
                     self.bytes += log.nbytes
         return torch.cat([found[row].to(self.version.model.device) for row in rows.tolist()])
+
+    def full(self, more: int = 0) -> bool:
+        """Whether no more is kept; processes of one machine share its memory."""
+        return self.bytes + more > CACHE_BYTES // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def _compute(self, rows: np.ndarray) -> list[Tensor]:
         model = self.version.model
