@@ -289,6 +289,7 @@ def plot(rows: list[dict[str, Any]], percent: int, path: Path) -> None:
     """Forget loss against retained loss: every seed small, the mean large; retraining is the star."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     colors = matplotlib.colormaps["tab20"]
@@ -301,10 +302,16 @@ def plot(rows: list[dict[str, Any]], percent: int, path: Path) -> None:
         axes.scatter(*points.mean(0), s=220 if exact else 70, color=color, marker=mark, label=row["method"])
     first = next(row for row in rows if row["method"] == BEFORE)
     axes.scatter(*first["points"][0], marker="x", s=70, color="gray", label="before")
+    means = np.array([np.mean(row["points"], axis=0) for row in rows if row["points"] and row["method"] != RETRAINED])
+    best = means[[not ((means[:, 0] < x) & (means[:, 1] > y)).any() for x, y in means]]
+    best = best[np.argsort(best[:, 0])]
+    axes.plot(*best.T, color="gray", linewidth=0.8, zorder=0, label="front: none keeps more and forgets more")
     axes.set_xscale("log")
-    axes.set_xlabel("mean loss of retained rows, nats per token (left is better)")
-    axes.set_ylabel("mean loss of forgotten rows, nats per token (retraining's is right)")
-    axes.set_title(f"Forget {percent} % of the rows")
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.set_xlabel("mean loss of retained rows, nats per token")
+    axes.set_ylabel("mean loss of forgotten rows, nats per token")
+    axes.set_title(f"Forget {percent} % of the rows: where retraining is, is right")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)
