@@ -9,7 +9,8 @@ kinds of rows: read its AUC beside the reference's, which never saw either. And 
 hiding: the probes (`analysis.metrics.probes`) try to undo it.
 
 The formulas are in `analysis.metrics`. Losses are mean cross-entropies per completion token, nats; the loss of a set is the mean over
-its rows. What cannot be computed is null in the record, with the reason under the same name in its `notes`.
+its rows. What cannot be computed is null in the record, with the reason under the same name in its `notes`; notes whose
+name begins with `remark` tell what else to know of the figures.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ from influence.run import spaced
 
 SETS = ("forget", "retain", "holdout")
 PROBES = ("relearn", "quantise")
+#: Rows of a side below which membership attacks say little.
+FEW = 10
+#: Share of the base's loss on the forget rows below which a reference must have seen them.
+KNOWS = 0.5
 _BITS = (8, 4)
 
 
@@ -185,7 +190,7 @@ def parted(sets: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, str]]:
         if not kept:
             raise InputError("every retained row is a row to forget: give rows that should stay")
         found["retain"] = sets["retain"].select(kept)
-        notes["sets.retain"] = (
+        notes["remark.retain"] = (
             f"{len(sets['retain'].examples) - len(kept)} of the given rows are rows to forget and were left out"
         )
     for name in ("forget", "retain"):
@@ -240,6 +245,13 @@ class _Evaluation:
                     base[name] = mean_losses(self.model, self.sets[name].tokens, token_budget=self.budget)
                 else:
                     found[where][name] = self.measured(self.sets[name])
+        if "reference" in found:
+            known, under = float(found["reference"]["forget"].out.loss.mean()), float(base["forget"].mean())
+            if known < KNOWS * under:
+                self.notes["remark.reference"] = (
+                    f"the reference's loss on the forget rows is {known:.2f} and the base's {under:.2f}: it seems to have seen them, so "
+                    "it does not say what never seen looks like"
+                )
         scores = {where: self.scores(found[where], base) for where in self.who} if "holdout" in self.sets else {}
         generalized, relative = self.exposures(found)
         adapters = {where: self.identity(where, reference) for where in ("adapter", "reference")}
@@ -413,6 +425,11 @@ class _Evaluation:
             for where, own in scores.items()
         }
         first = made["adapter"]["loss"]
+        if min(first.n, first.m) < FEW:
+            self.notes["remark.membership"] = (
+                f"{first.n} forget and {first.m} held-out rows are too few for the attacks: their intervals are too short, and one row "
+                "moves PrivLeak by much"
+            )
         return {
             "members": first.n,
             "non_members": first.m,

@@ -129,12 +129,14 @@ def _single_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _note_lines(result: Mapping[str, Any]) -> list[str]:
-    """What was left out and why, one line per reason."""
+    """What else to know, and what was left out and why, one line per reason."""
     why: dict[str, list[str]] = {}
+    remarks = [reason for name, reason in result["notes"].items() if name.startswith("remark.")]
     for name, reason in result["notes"].items():
-        if not reason.startswith(UNASKED):
+        if not reason.startswith(UNASKED) and reason not in remarks:
             why.setdefault(reason, []).append(name)
-    lines = [f"not measured: {', '.join(names)}: {reason}" for reason, names in why.items()]
+    lines = [f"note: {reason}" for reason in remarks]
+    lines += [f"not measured: {', '.join(names)}: {reason}" for reason, names in why.items()]
     return ["", *(part for line in lines for part in wrap(line, 98, subsequent_indent="  "))] if lines else []
 
 

@@ -694,6 +694,18 @@ def test_rows_to_forget_are_left_out_of_the_retained_ones():
     given, other = rows(made_rows(2)), rows(made_rows(6))
     found, notes = parted({"forget": given, "retain": other})
     assert found["retain"].examples.ids == other.examples.ids[2:]
-    assert notes == {"sets.retain": "2 of the given rows are rows to forget and were left out"}
+    assert notes == {"remark.retain": "2 of the given rows are rows to forget and were left out"}
     with pytest.raises(InputError, match="every retained row is a row to forget"):
         parted({"forget": other, "retain": given})
+
+
+def test_what_else_to_know_is_remarked(evaluated):
+    """A reference at less than half of the base's loss on the forget rows has seen them; ten rows a side are few."""
+    _, _, record = evaluated
+    remarks = {name for name in record["notes"] if name.startswith("remark.")}
+    base, loss = (record["sets"]["forget"][where]["loss"] for where in ("base", "reference"))
+    assert ("remark.reference" in remarks) == (loss < 0.5 * base)
+    few = min(record["membership"]["members"], record["membership"]["non_members"]) < 10
+    assert ("remark.membership" in remarks) == few
+    assert sum(line.startswith("note: ") for line in table(record).splitlines()) == len(remarks)
+    assert not any("remark" in line for line in table(record).splitlines())

@@ -321,9 +321,10 @@ def _others(change: Change) -> np.ndarray:
     copies = [int(row) for row in change.rest if rows[int(row)].content_hash in gone]
     if copies and distributed.rank() == 0:
         ids = ", ".join(rows[row].id for row in copies[:3])
+        more = ", ..." if len(copies) > 3 else ""
         say(
-            f"warning: {len(copies)} other rows are rows to unlearn word for word ({ids}{', ...' if len(copies) > 3 else ''}): they are not "
-            "retained; name them too if they must go"
+            f"warning: the text of rows to unlearn stands in {len(copies)} other row{'s' * (len(copies) > 1)} too ({ids}{more}): not retained here, "
+            "but not removed either; name such rows too if they must go"
         )
     return np.setdiff1d(change.rest, copies)
 
