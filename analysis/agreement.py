@@ -43,7 +43,7 @@ def agreement(run: Run, edit: Path, retrained: Path, heldout: Examples | None = 
     others = np.array([place for place, id in enumerate(made.rows.ids) if id not in set(changed)], dtype=int)
     sets: dict[str, TokenizedExamples | None] = {
         "edited": edited,
-        "retained": made.tokens.select(guard_sample(others, record["method"]["seed"])),
+        "retained": made.tokens.select(guard_sample(made.rows, others, record["method"]["seed"])),
         "heldout": None,
     }
     if heldout is not None:

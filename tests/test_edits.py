@@ -19,6 +19,7 @@ import influence
 import unlearn
 import unlearn.audit as audit
 import unlearn.edits as edits
+import unlearn.evidence as evidence
 import unlearn.relinearise as relinearise
 import unlearn.result as result
 from influence.adapter import weight_key
@@ -792,3 +793,15 @@ def test_losses_in_the_record_are_those_of_a_plain_measure(run):
     assert [entry["after"] for entry in entries] == pytest.approx(new.loss.tolist(), rel=1e-5)
     assert [entry["old_after"] for entry in entries] == pytest.approx(old.loss.tolist(), rel=1e-5)
     assert [entry["extraction_after"] for entry in entries] == new.extraction.tolist()
+
+
+def test_edits_of_the_same_rows_measure_the_same_untouched_ones(run, monkeypatch):
+    """Removing r0-0 or r0-3 leaves samples of 5 that differ by those rows at most; another seed draws others."""
+    monkeypatch.setattr(evidence, "GUARD_ROWS", 5)
+    rows, n = run.train, len(run.train)
+    samples = [set(evidence.guard_sample(rows, np.setdiff1d(np.arange(n), gone), 0).tolist()) for gone in ([0], [3])]
+    whole = set(evidence.guard_sample(rows, np.arange(n), 0).tolist())
+    assert all(len(sample) == 5 for sample in samples)
+    assert samples[0] >= whole - {0}
+    assert samples[1] >= whole - {3}
+    assert any(set(evidence.guard_sample(rows, np.arange(n), seed).tolist()) != whole for seed in (1, 2, 3))

@@ -6,9 +6,11 @@ record, `edit.json` (README has the keys): changed rows, a fixed sample of the u
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,10 +84,10 @@ class Evidence:
         """Tokens that run at a time."""
         return self.run.manifest["token_budget"]
 
-    @property
+    @cached_property
     def sample(self) -> np.ndarray:
         """The untouched rows that are measured, positions in the version's rows."""
-        return guard_sample(self.change.rest, self.seed)
+        return guard_sample(self.version.rows, self.change.rest, self.seed)
 
     def measure(self, theta: Tensor) -> State:
         """Losses and extraction strengths with the adapter at `theta` [P]."""
@@ -138,9 +140,13 @@ class Evidence:
         return {"retraining": total, "ratio": spent / total}
 
 
-def guard_sample(rest: np.ndarray, seed: int) -> np.ndarray:
-    """The untouched rows whose loss is measured before and after an edit: `GUARD_ROWS` of `rest`, drawn by its seed."""
-    return np.sort(np.random.default_rng([seed, 1]).permutation(rest)[:GUARD_ROWS])
+def guard_sample(rows: Examples, rest: np.ndarray, seed: int) -> np.ndarray:
+    """The untouched rows whose loss is measured before and after an edit: `GUARD_ROWS` of `rest`, positions in `rows`.
+
+    Those whose ids have the smallest digests with the seed, so that edits of the same rows share them as far as they can.
+    """
+    drawn = sorted(rest.tolist(), key=lambda row: hashlib.sha256(f"{seed} {rows[row].id}".encode()).digest())
+    return np.sort(np.array(drawn[:GUARD_ROWS], dtype=int))
 
 
 def by_request(change: Change, old: np.ndarray, new: np.ndarray) -> np.ndarray:
