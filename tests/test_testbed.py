@@ -92,6 +92,7 @@ def test_checkpoints_are_more_faithful_still(testbed, fitted, tmp_path):
     assert result["lds"] >= 0.52
 
 
+@pytest.mark.slow
 def test_stored_and_streamed_gradients_give_the_same_scores(testbed, fitted, tmp_path):
     model = influence.load(testbed / "base", testbed / "adapter")
     train = influence.read_examples(testbed / "train.jsonl")

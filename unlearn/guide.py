@@ -40,10 +40,10 @@ A rate is given by its stride, the length of the first step's move over the adap
 any size and with any optimizer. --lr gives the rate itself.
 
 1. Run the method with its own stride. The last line says in how many steps the goal was reached; steps.jsonl has every step.
-2. 5 to 20 steps: keep it. Fewer: a third of the stride costs three times the steps, and for methods with retained rows leaves their
-   loss a little lower. Methods without retained rows (ga, random-labels, adversarial-labels) lose them at any rate.
-3. Not reached: three times the steps first (--steps), then three times the stride. npo, simnpo and idk-dpo slow down before the goal
-   by design; a stride that takes them there in a few steps loses what they are for.
+2. 5 to 20 steps: keep it. Fewer: a third of the stride costs three times the steps, and for methods with retained rows leaves
+   their loss a little lower. Methods without retained rows (ga, random-labels, adversarial-labels) lose them at any rate.
+3. Not reached: three times the steps first (--steps), then three times the stride. npo, simnpo and idk-dpo slow down before the
+   goal by design; a stride that takes them there in a few steps loses what they are for.
 4. The retained rows' loss rises from the first steps on: a smaller stride will not help much. Take ngdiff, whose rate is found
    automatically, or give more retained rows a step (--retain-batch-size)."""
 
@@ -63,8 +63,8 @@ def guide_text() -> str:
     lines = [
         RULE,
         "",
-        f"Measured: 20 of 200 rows of a small adapter, goal {GOAL:.2f}; forget / retained loss before {BEFORE[0]:.2f} / {BEFORE[1]:.2f}, retrained "
-        f"{RETRAINED[0]:.2f} / {RETRAINED[1]:.2f}.",
+        f"Measured: 20 of 200 rows of a small adapter, goal {GOAL:.2f}; forget / retained loss before {BEFORE[0]:.2f} / {BEFORE[1]:.2f}, "
+        f"retrained {RETRAINED[0]:.2f} / {RETRAINED[1]:.2f}.",
         "Steps (- : goal not reached in so many), loss of forget / retained rows after:",
         "",
         f"{'method':<20}{'stride':>8}" + "".join(f"{title:>22}" for title in ("stride / 3", "stride", "stride x 3")),
