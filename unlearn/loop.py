@@ -336,9 +336,21 @@ class Training:
         return float(self.targets.old[rows].mean())
 
     def _measured(self, tokens: TokenizedExamples, rows: np.ndarray) -> float:
+        """The rows' mean loss where the model is now; shared out, so that all processes decide by the same number."""
         self.work.cost.forwards += len(rows)
-        model = self.work.version.model
-        return float(mean_losses(model, tokens.select(rows), token_budget=self.work.budget).mean())
+        model, own = self.work.version.model, distributed.shard(rows)
+        total = torch.zeros(1, dtype=torch.float64, device=model.device)
+        if len(own):
+            try:
+                total += float(mean_losses(model, tokens.select(own), token_budget=self.work.budget).sum())
+            except NumericalError:  # the other processes wait for the sum
+                total += float("inf")
+        found = float(distributed.add_up(total)) / len(rows)
+        if not np.isfinite(found):
+            raise NumericalError(
+                "the loss of rows that are measured is NaN or infinite: lower the rate (--stride, --lr)"
+            )
+        return found
 
     def _looked_ahead(self, retain: Side, other: Look, theta: Tensor, move: Tensor, rate: float) -> float:
         """GeN's rate, from the retained batch's loss along the move."""
