@@ -1370,3 +1370,15 @@ def test_both_combinations_are_what_they_are_called():
     close(Normalised()(forget, retain, step), torch.tensor([0.6, 1.8]), 1e-6)
     assert ascent.per == descent.per == "token"
     assert gen.EVERY == 10
+
+
+def test_copies_of_rows_to_unlearn_are_not_retained(made, tmp_path, capfd):
+    """Of 6 rows two have the text of the first: 3 are retained, a warning names the copies; with nothing else left it is an error."""
+    data = rows(6)
+    copies = [{**data[0], "id": name} for name in ("copy-a", "copy-b")]
+    run = fitted(made, tmp_path, [*data[:4], *copies])
+    found = train(run, "ga-gd", [data[0]["id"]], until="steps=1")
+    assert found.report["method"]["retain"]["rows"] == 3
+    assert "stands in 2 other rows too (copy-a, copy-b)" in capfd.readouterr().err
+    with pytest.raises(InputError, match="every other row is a row to unlearn word for word"):
+        train(run, "ga-gd", [row["id"] for row in data[:4]], until="steps=1")

@@ -299,6 +299,10 @@ def prepare(
             f"warning: {method.name} is meant for general rows (--retain F); without them it takes the run's other rows, as its "
             "in-distribution form does"
         )
+    if method.needs_retain and len(kept) == 0:
+        raise InputError(
+            f"every other row is a row to unlearn word for word, and method {method.name} needs some to keep: give them with --retain F"
+        )
     return Work(
         version=start,
         change=change,
