@@ -40,10 +40,11 @@ def agreement(run: Run, edit: Path, retrained: Path, heldout: Examples | None = 
     theta = read_parameters(run.model, adapter_folder(retrained))
     changed = [request["id"] for request in record["requests"]]
     edited = _tokens(version(run, record["adapter"]["before"]["path"] or ORIGINAL), made, changed)
+    gone = {request["content_before"] for request in record["requests"]}
     others = np.array([place for place, id in enumerate(made.rows.ids) if id not in set(changed)], dtype=int)
     sets: dict[str, TokenizedExamples | None] = {
         "edited": edited,
-        "retained": made.tokens.select(guard_sample(made.rows, others, record["method"]["seed"])),
+        "retained": made.tokens.select(guard_sample(made.rows, others, record["method"]["seed"], gone)),
         "heldout": None,
     }
     if heldout is not None:

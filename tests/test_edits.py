@@ -805,3 +805,5 @@ def test_edits_of_the_same_rows_measure_the_same_untouched_ones(run, monkeypatch
     assert samples[0] >= whole - {0}
     assert samples[1] >= whole - {3}
     assert any(set(evidence.guard_sample(rows, np.arange(n), seed).tolist()) != whole for seed in (1, 2, 3))
+    copied = min(whole)  # a row with this content is changed: its copies are no measure of damage
+    assert copied not in evidence.guard_sample(rows, np.arange(n), 0, {rows[copied].content_hash}).tolist()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -87,7 +87,8 @@ class Evidence:
     @cached_property
     def sample(self) -> np.ndarray:
         """The untouched rows that are measured, positions in the version's rows."""
-        return guard_sample(self.version.rows, self.change.rest, self.seed)
+        gone = {request.before.content_hash for request in self.change.requests}
+        return guard_sample(self.version.rows, self.change.rest, self.seed, gone)
 
     def measure(self, theta: Tensor) -> State:
         """Losses and extraction strengths with the adapter at `theta` [P]."""
@@ -140,12 +141,14 @@ class Evidence:
         return {"retraining": total, "ratio": spent / total}
 
 
-def guard_sample(rows: Examples, rest: np.ndarray, seed: int) -> np.ndarray:
+def guard_sample(rows: Examples, rest: np.ndarray, seed: int, gone: Collection[str] = ()) -> np.ndarray:
     """The untouched rows whose loss is measured before and after an edit: `GUARD_ROWS` of `rest`, positions in `rows`.
 
-    Those whose ids have the smallest digests with the seed, so that edits of the same rows share them as far as they can.
+    Those whose ids have the smallest digests with the seed, so that edits of the same rows share them as far as they can; none
+    with a content in `gone`: a copy of a changed row changes with it, which is no damage.
     """
-    drawn = sorted(rest.tolist(), key=lambda row: hashlib.sha256(f"{seed} {rows[row].id}".encode()).digest())
+    own = [row for row in rest.tolist() if rows[row].content_hash not in gone]
+    drawn = sorted(own, key=lambda row: hashlib.sha256(f"{seed} {rows[row].id}".encode()).digest())
     return np.sort(np.array(drawn[:GUARD_ROWS], dtype=int))
 
 
