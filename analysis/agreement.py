@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel, adapter_folder
-from influence.data import Examples, TokenizedExamples, collate, plan_batches, tokenize
+from influence.data import Examples, TokenizedExamples, collate, plan_batches
 from influence.errors import MismatchError
-from influence.loss import check_rows, mean_losses, supervised_logits
+from influence.loss import mean_losses, supervised_logits
 from influence.path import read_parameters
 from influence.run import Run
 from influence.store import read_json
@@ -48,8 +48,7 @@ def agreement(run: Run, edit: Path, retrained: Path, heldout: Examples | None = 
         "heldout": None,
     }
     if heldout is not None:
-        sets["heldout"] = tokenize(heldout, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
-        check_rows(run.model, sets["heldout"])
+        sets["heldout"] = run.tokenized(heldout)
     losses, kl = {}, {}
     for name, tokens in sets.items():
         losses[name] = kl[name] = None

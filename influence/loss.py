@@ -102,6 +102,11 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(_accurate(logits), targets, reduction="none")
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """`log softmax(logits)`, `[N, V]`, at least float32, attached to the graph."""
+    return _accurate(logits).log_softmax(-1)
+
+
 def probabilities(logits: Tensor) -> Tensor:
     """`softmax(logits)` detached, `[N, V]`, at least float32."""
     return _accurate(logits.detach()).softmax(-1)
@@ -275,7 +280,7 @@ class Custom:
 
     def values(self, part: Supervised) -> Tensor:
         """The function's value for every example, `[b]`."""
-        log_probs = _accurate(part.logits).log_softmax(-1)
+        log_probs = log_probabilities(part.logits)
         pairs = zip(log_probs.split(part.counts), part.targets.split(part.counts), strict=True)
         values = [self.function(own, targets) for own, targets in pairs]
         for value in values:

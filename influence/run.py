@@ -38,7 +38,7 @@ from influence.data import Examples, TokenizedExamples, plan_batches, read_examp
 from influence.errors import InputError, MismatchError, StoreError
 from influence.geometry import Adam, Geometry, Raw, function_space, load_geometry
 from influence.gradients import max_rows, stream_gradients
-from influence.loss import Measurement, weights
+from influence.loss import Measurement, check_rows, weights
 from influence.path import Point, again, scaled
 from influence.progress import track
 from influence.store import RowFile, only_writer, open_file, open_rows, read, read_group, read_json, write_json
@@ -122,6 +122,12 @@ class Run:
     def digest(self) -> str:
         """SHA-256 of what the run was made from; every file of the run carries it."""
         return self.manifest["digest"]
+
+    def tokenized(self, rows: Examples) -> TokenizedExamples:
+        """Tokens of other rows, truncated as the training rows are; rows that the model cannot take are an error."""
+        found = tokenize(rows, self.model.tokenizer, max_length=self.manifest["objective"]["max_length"])
+        check_rows(self.model, found)
+        return found
 
     @cached_property
     def weights(self) -> np.ndarray:

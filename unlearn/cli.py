@@ -538,7 +538,7 @@ def _loss_table(title: str, rows: list[tuple[str, dict[str, Any] | None]], colum
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None or value != value else f"{value:.2f}" if abs(value) < 1e4 else f"{value:.2g}"
+    return "" if value is None else f"{value:.2f}" if abs(value) < 1e4 else f"{value:.2g}"
 
 
 _WHAT = {"remove": "removed", "relabel": "relabelled", "correct": "corrected", "mixed": "changed"}

@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from influence import distributed
-from influence.data import Examples, TokenizedExamples, tokenize
+from influence.data import Examples, TokenizedExamples
 from influence.errors import InputError
 from influence.fitting import versions
-from influence.loss import check_rows, mean_losses
+from influence.loss import mean_losses
 from influence.progress import say
 from influence.run import Run, spaced
 from unlearn.measure import Cost, Measured, measure
@@ -334,9 +334,7 @@ def unseen_rows(start: Version, change: Change, holdout: Examples | None) -> Tok
             f"{len(seen)} held-out rows are training rows (or new contents) word for word: they cannot tell what an unseen "
             "row's loss is; give rows that the adapter never saw"
         )
-    heldout = tokenize(holdout, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
-    check_rows(run.model, heldout)
-    return heldout
+    return run.tokenized(holdout)
 
 
 def refuse_text(ids: Sequence[str] | str) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -56,26 +56,29 @@ RETRIES = 6
 class Until:
     """A stopping rule: `expected`, `loss=X` (nats per token), `steps=N`, `norm=X` (length of the whole move), `converged`."""
 
+    WORDS: ClassVar[tuple[str, ...]] = ("expected", "converged")
+    NUMBERS: ClassVar[tuple[str, ...]] = ("loss", "steps", "norm")
+    CHOICES: ClassVar[str] = "expected, loss=X (nats per token), steps=N, norm=X, converged"
+
     kind: str = "expected"
     value: float | None = None
 
     @classmethod
-    def parse(cls, text: str | Until) -> Until:
+    def parse(cls, text: str | Self) -> Self:
         """From `loss=2.5` and so on."""
-        if isinstance(text, Until):
+        if isinstance(text, cls):
             return text
         kind, equals, number = str(text).partition("=")
-        if kind in ("expected", "converged") and not equals:
+        if kind in cls.WORDS and not equals:
             return cls(kind)
         try:
             value = float(number)
         except ValueError:
             value = float("nan")
         sound = np.isfinite(value) and value > 0 and (kind != "steps" or value == round(value))
-        if kind not in ("loss", "steps", "norm") or not sound:
+        if kind not in cls.NUMBERS or not sound:
             raise InputError(
-                f"stopping rule {text!r} was given; expected one of expected, loss=X (nats per token), steps=N, norm=X, "
-                "converged, with X above 0 and N whole"
+                f"stopping rule {text!r} was given; expected one of {cls.CHOICES}, with X above 0 and N whole"
             )
         return cls(kind, value)
 

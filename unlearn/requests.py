@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from influence.data import Example, Examples, TokenizedExamples, Tokens, examples_from_rows, tokenize
+from influence.data import Example, Examples, TokenizedExamples, Tokens, examples_from_rows
 from influence.errors import DataError, InputError
-from influence.loss import check_rows, weights
+from influence.loss import weights
 from unlearn.versions import Version
 
 ACTIONS = ("remove", "relabel", "correct")
@@ -169,8 +169,7 @@ def plan(
     replaced = np.array([request.after is not None for request in requests])
     objective = version.run.manifest["objective"]
     contents = Examples(request.after for request in requests if request.after is not None)
-    new = tokenize(contents, version.run.model.tokenizer, max_length=objective["max_length"])
-    check_rows(version.run.model, new)
+    new = version.run.tokenized(contents)
     tokens = version.tokens.select(rows[replaced])
     pairs = zip(new.ids, tokens, new, strict=True)
     same = [id for id, a, b in pairs if all(np.array_equal(x, y) for x, y in zip(_arrays(a), _arrays(b), strict=True))]

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from influence.adapter import AdaptedModel, from_peft
-from influence.data import Examples, TokenizedExamples, collate, plan_batches, tokenize, tokenizer_digest
+from influence.data import Examples, TokenizedExamples, collate, plan_batches, tokenizer_digest
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
-from influence.loss import check_rows, mean_losses, supervised_logits, token_losses
+from influence.loss import mean_losses, supervised_logits, token_losses
 from influence.progress import say, track
 from influence.run import Run
 from influence.store import only_writer, write_json
@@ -555,8 +555,7 @@ def retrain_subsets(
     if len(seeds) != len(masks):
         raise InputError(f"{len(seeds)} seeds were given for {len(masks)} subsets; give one each")
     queries = queries or Examples()
-    query_tokens = tokenize(queries, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
-    check_rows(run.model, query_tokens)
+    query_tokens = run.tokenized(queries)
     file, folder = _places(Path(out))
     request = _request(run, masks, queries, recipe, seeds)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from influence.errors import InputError
-from influence.loss import token_losses
+from influence.loss import log_probabilities, token_losses
 from unlearn.combine import above_zero
 
 
@@ -70,12 +70,12 @@ class Part:
     @cached_property
     def log_probs(self) -> Tensor:
         """`log p`, `[N, V]`, at least float32."""
-        return _log_softmax(self.logits)
+        return log_probabilities(self.logits)
 
     @cached_property
     def reference_log_probs(self) -> Tensor:
         """`log p_ref`, `[N, V]`, without gradient."""
-        return _log_softmax(self.reference_logits_of())
+        return log_probabilities(self.reference_logits_of())
 
     @cached_property
     def reference_losses(self) -> Tensor:
@@ -110,10 +110,6 @@ class Term:
     per: str = "token"
     reference: bool = False
     logits: bool = False
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
 def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:

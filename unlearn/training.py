@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from influence import distributed
-from influence.data import Examples, TokenizedExamples, tokenize
+from influence.data import Examples, TokenizedExamples
 from influence.errors import InputError
-from influence.loss import check_rows, mean_losses
+from influence.loss import mean_losses
 from influence.progress import say
 from influence.run import Run
 from unlearn.evidence import Evidence, State, Targets, unseen_rows
 from unlearn.methods import Method, controlled
+from unlearn.relinearise import Until
 from unlearn.requests import Change, plan
 from unlearn.retrain import Recipe
 from unlearn.targets import predicted, refusals, refuse_texts
@@ -111,33 +112,12 @@ class Options:
             Stop.parse(self.until)
 
 
-@dataclass(frozen=True)
-class Stop:
+class Stop(Until):
     """A stopping rule: `base`, `expected`, `loss=X` or `steps=N`."""
 
-    kind: str
-    value: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Stop:
-        """From `loss=2.5` and so on."""
-        kind, equals, number = text.partition("=")
-        if kind in ("base", "expected") and not equals:
-            return cls(kind)
-        try:
-            value = float(number)
-        except ValueError:
-            value = float("nan")
-        if kind not in ("loss", "steps") or not 0 < value < float("inf") or (kind == "steps" and value != round(value)):
-            raise InputError(
-                f"stopping rule {text!r} was given; expected one of base, expected, loss=X (nats per token), steps=N, with X "
-                "above 0 and N whole"
-            )
-        return cls(kind, value)
-
-    def __str__(self) -> str:
-        """As it is typed."""
-        return self.kind if self.value is None else f"{self.kind}={self.value:g}"
+    WORDS = ("base", "expected")
+    NUMBERS = ("loss", "steps")
+    CHOICES = "base, expected, loss=X (nats per token), steps=N"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -363,9 +343,7 @@ def _retained(run: Run, change: Change, retain: Examples) -> TokenizedExamples:
             f"{len(both)} retained rows are rows to unlearn, word for word ({', '.join(both[:3])}{', ...' if len(both) > 3 else ''}): take them "
             "out of the retained rows"
         )
-    tokens = tokenize(retain, run.model.tokenizer, max_length=run.manifest["objective"]["max_length"])
-    check_rows(run.model, tokens)
-    return tokens
+    return run.tokenized(retain)
 
 
 def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
