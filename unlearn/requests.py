@@ -167,7 +167,6 @@ def plan(
     if len(remove) == len(version.rows):
         raise InputError("all rows would be removed: nothing that the adapter was trained on would be left")
     replaced = np.array([request.after is not None for request in requests])
-    objective = version.run.manifest["objective"]
     contents = Examples(request.after for request in requests if request.after is not None)
     new = version.run.tokenized(contents)
     tokens = version.tokens.select(rows[replaced])
