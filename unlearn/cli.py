@@ -1,4 +1,4 @@
-"""The `unlearn` command: remove, relabel, correct, edit, verify, retrain, train, methods."""
+"""The `unlearn` command: remove, relabel, correct, edit, verify, retrain, train, methods, difficulty."""
 
 from __future__ import annotations
 
@@ -524,6 +524,157 @@ def _methods_text(table: list[dict[str, Any]]) -> str:
 
 
 # ---- what a person reads -------------------------------------------------------------------------------------
+
+
+# ---- difficulty ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def difficulty(
+    run: RunOption,
+    out: Annotated[Path, typer.Option("--out", help="Table to write: .csv or .parquet.")],
+    ids: Annotated[
+        str | None, typer.Option("--ids", help="Ids of the rows, separated by commas. Default: all.")
+    ] = None,
+    ids_file: Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line.")] = None,
+    by_group: Annotated[
+        bool, typer.Option("--by-group", help="Rows of one group (their field of that name) are unlearned together.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also unlearn every row alone and add what it took.")
+    ] = False,
+    calibrate: Annotated[
+        int | None,
+        typer.Option("--calibrate", help="Unlearn this many rows (drawn by --seed) and correct the forecasts by them."),
+    ] = None,
+    target: Annotated[
+        str, typer.Option("--target", help="Loss to reach: base (the base model's) or unseen (expected by influence).")
+    ] = "base",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adam or sgd.")] = "adam",
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate. Default: 1e-4 (adam), 5e-3 (sgd).")] = None,
+    steps: Annotated[int, typer.Option("--steps", help="The most steps.")] = 200,
+    looks: Annotated[int, typer.Option("--looks", help="Gradients a row; 1 is a line scan.")] = 3,
+    max_damage: Annotated[
+        float,
+        typer.Option("--max-damage", help="Share of the retained loss that ascent may cost where it is recommended."),
+    ] = 0.01,
+    holdout: Annotated[
+        Path | None,
+        typer.Option("--holdout", help="Rows the adapter never saw; measured too, and used by --target unseen."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the retained sample, and the rows of --calibrate.")] = 0,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Forecast how many steps of gradient ascent each training row takes, what that costs the others, and what to do instead.
+
+    Nothing is unlearned and no adapter is written. With --measure or --calibrate rows are unlearned in memory, one by one; their
+    measurements are kept beside the table (.h5), so that a killed command goes on.
+    """
+    import numpy as np
+
+    from influence.data import read_examples
+    from influence.run import Run
+    from unlearn import difficulty as known
+    from unlearn.forecast import COLUMNS, checked_table
+
+    protocol = known.Protocol(optimizer=optimizer, lr=lr, target=target, steps=steps)
+    out = checked_table(out, overwrite)
+    asked = _ids(ids, ids_file) if ids is not None or ids_file is not None else None
+    if calibrate is not None and measure:
+        raise InputError(
+            "--calibrate N and --measure were given together: --measure unlearns all rows and calibrates nothing"
+        )
+    unseen = None if holdout is None else read_examples(holdout)
+    console.quiet_transformers()
+    opened = Run.open(run, train=_rows_of(run), device=device, trust_remote_code=trust_remote_code)
+    groups = _by_group(opened, asked) if by_group else None
+    units: dict[str, Any] = {"groups": groups} if groups is not None else {"ids": asked}
+    shared: dict[str, Any] = {"protocol": protocol, "heldout": unseen, "seed": seed}
+    forecast = known.predict(opened, **units, **shared, looks=looks, max_damage=max_damage)
+    kept: dict[str, Any] = {"out": out.with_suffix(".h5"), "overwrite": overwrite, **shared}
+    if measure:
+        found = known.measure(opened, **units, **kept)
+        forecast.table.insert(len(COLUMNS), "measured_steps", found.steps)
+        forecast.table.insert(len(COLUMNS) + 1, "measured_damage", found.damage)
+    elif calibrate is not None:
+        names = list(forecast.table["id"])
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(names))[:calibrate])
+        chosen = [names[i] for i in drawn]
+        found = known.measure(
+            opened, **({"groups": {n: groups[n] for n in chosen}} if groups else {"ids": chosen}), **kept
+        )
+        real = np.full((2, len(names)), np.nan)
+        real[:, drawn] = found.steps, found.damage
+        labels = [] if groups else [opened.train[opened.train.index(id)].group for id in names]
+        whole = [label for label in labels if label is not None]
+        forecast = forecast.calibrated(real[0], real[1], whole if len(whole) == len(names) else None, seed)
+    forecast.write(out, overwrite=overwrite)
+    record = {"out": str(out), "rows": len(forecast), **forecast.record()}
+    record["recommended"] = {key: int(count) for key, count in forecast.table["recommended"].value_counts().items()}
+    console.emit(record, _difficulty_text(forecast, out), json)
+
+
+def _by_group(run: Any, asked: list[str] | None) -> dict[str, list[str]]:
+    """The asked rows by their group; a row without one is refused."""
+    found: dict[str, list[str]] = {}
+    for row in run.train if asked is None else [run.train[run.train.index(id)] for id in asked]:
+        if row.group is None:
+            raise InputError(
+                f"row {row.id!r} has no group: --by-group needs the field group in every row that is asked for"
+            )
+        found.setdefault(row.group, []).append(row.id)
+    return found
+
+
+def _difficulty_text(forecast: Any, out: Path) -> str:
+    """The hardest rows, how many of each recommendation, and what the calibration says, for a person."""
+    import numpy as np
+
+    table = forecast.table.sort_values("steps", ascending=False, kind="stable")
+    lines = [f"{'steps':>20}  {'damage, nats per token':>26}  do       id"]
+    for row in table.head(10).itertuples():
+        steps = (
+            f"{row.steps:.1f} [{row.steps_low:.1f}, {row.steps_high:.1f}]" if np.isfinite(row.steps) else "not reached"
+        )
+        damage = (
+            f"{row.damage:+.3f} [{row.damage_low:+.3f}, {row.damage_high:+.3f}]"
+            if np.isfinite(row.damage)
+            else "unknown"
+        )
+        lines.append(f"{steps:>20}  {damage:>26}  {row.recommended:<8} {row.id}")
+    if len(table) > 10:
+        lines.append(f"... and {len(table) - 10} more, all in {out}")
+    told = forecast.table["recommended"].value_counts()
+    protocol = forecast.protocol
+    lines += [
+        "",
+        f"hardest first; ascent by {protocol['optimizer']}, rate {protocol['lr']:g}, to the loss "
+        + ("of the base model" if protocol["target"] == "base" else "expected of a model that never saw the row"),
+        "recommended: " + ", ".join(f"{method} {count}" for method, count in told.items()),
+        f"retained rows' mean loss now: {forecast.retained_loss:.3f}",
+    ]
+    if "measured_steps" in forecast.table:
+        both = forecast.table[["steps", "measured_steps", "damage", "measured_damage"]]
+        both = both[np.isfinite(both).all(axis=1) & (both["measured_steps"] > 0)]
+        if len(both) > 2:
+            rank = both.corr("spearman")
+            lines.append(
+                f"measured: Spearman with the forecast {rank.loc['steps', 'measured_steps']:.2f} (steps), "
+                f"{rank.loc['damage', 'measured_damage']:.2f} (damage), over {len(both)} rows"
+            )
+    if forecast.calibration is not None:
+        found = forecast.calibration
+        lines.append(
+            f"calibrated on {found.measured} measured rows; out of fold: Spearman {found.spearman['steps']:.2f} (steps), "
+            f"{found.spearman['damage']:.2f} (damage), median error of steps {found.error:.0%}"
+        )
+        for name, falls in found.importances.items():
+            lines.append(f"what its {name} lean on: " + ", ".join(list(falls)[:4]))
+    lines.append(f"{out}: all {len(table)} rows and their features")
+    return console.printable("\n".join(lines))
 
 
 def _loss_table(title: str, rows: list[tuple[str, dict[str, Any] | None]], columns: list[tuple[str, str]]) -> str:
