@@ -226,6 +226,7 @@ def main() -> None:
             told = time.monotonic() - clock
             clock = time.monotonic()
             measured = measure(run, ids, protocol=protocol, heldout=world.rows("heldout"), out=kept / f"{optimizer}.h5")
+            forecasts[3].write(kept / f"{optimizer}.csv", overwrite=True)
             result = compare(run, forecasts, measured, world.truth)
             result["seconds"] = {"three forecasts": told, "measured (0 where it was read)": time.monotonic() - clock}
             if options.edits and optimizer == "adam":

@@ -70,7 +70,7 @@ def write_file(
                 os.posix_fallocate(handle.fileno(), 0, partial.stat().st_size)
             os.fsync(handle.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a text that HDF5 cannot hold
         partial.unlink(missing_ok=True)
         raise StoreError(f"{path} could not be written: {error}") from error
 

@@ -11,7 +11,6 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from unittest.mock import patch
 
 import nbformat
 from nbclient import NotebookClient
@@ -26,13 +25,10 @@ def execute(path: Path, *, environment: Mapping[str, str] | None = None, timeout
 
     `environment` replaces this process's. Raises `nbclient.exceptions.CellExecutionError` where a cell fails, with its traceback.
     """
-    notebook = nbformat.read(path, as_version=4)
-    with patch.dict(os.environ, dict(os.environ if environment is None else environment), clear=True):
-        resources = {"metadata": {"path": str(HERE)}}
-        client = NotebookClient(
-            notebook, kernel_name="python3", timeout=timeout, record_timing=False, resources=resources
-        )
-        client.execute()
+    notebook = nbformat.read(Path(path), as_version=4)
+    resources = {"metadata": {"path": str(HERE)}}
+    client = NotebookClient(notebook, kernel_name="python3", timeout=timeout, record_timing=False, resources=resources)
+    client.execute(env=dict(os.environ if environment is None else environment))
     return cleaned(notebook)
 
 

@@ -35,6 +35,8 @@ def _branch(weight: Tensor, counts: Sequence[int]) -> Callable[[Tensor], Tensor]
     """Row i of the input `[b, ..., d_in]` times `weight[i]` `[d_out, d_in]` transposed."""
 
     def forward(x: Tensor) -> Tensor:
+        if x.dim() == 2:  # some decoders flatten rows and tokens
+            return forward(x.unflatten(0, (len(weight), -1))).flatten(0, 1)
         if x.shape[0] == len(weight):
             return torch.bmm(x.flatten(1, -2), weight.to(x.dtype).transpose(1, 2)).unflatten(1, x.shape[1:-1])
         parts = x[0].split(list(counts))  # the LM head's [1, N, d]

@@ -142,19 +142,18 @@ def measure(
     Raises `InputError` for rows that cannot be asked for, `MismatchError` where `out` is of another request.
     """
     protocol = protocol or Protocol()
+    out = None if out is None else Path(out)
+    if out is not None and out.suffix not in (".h5", ".hdf5"):
+        raise InputError(f"{out} was given for measurements; they are written as HDF5: name a file that ends in .h5")
     asked = units(run, ids, groups, protocol, heldout, sample_rows, seed)
-    request = _request(asked, protocol, heldout)
     if out is None:
         kept = {name: np.zeros(shape, kind) for name, (shape, kind) in _layout(asked, protocol).items()}
         for rows in track(_chunks(asked), "ascent"):
             for name, values in _climb(asked, rows, protocol).items():
                 kept[name][rows] = values
         return _measured(asked, protocol, kept)
-    out = Path(out)
-    if out.suffix not in (".h5", ".hdf5"):
-        raise InputError(f"{out} was given for measurements; they are written as HDF5: name a file that ends in .h5")
     with only_writer(out):
-        _claim(out, asked, protocol, request, overwrite)
+        _claim(out, asked, protocol, _request(asked, protocol, heldout), overwrite)
         _fill(out, asked, protocol)
     return read_measured(out)
 
@@ -328,4 +327,10 @@ def read_measured(path: str | Path) -> Measured:
         )
         values = {name: read(file, name) for name in arrays}
         names, sample = (tuple(read_strings(file, name)) for name in ("names", "sample"))
-        return Measured(names, sample=sample, protocol=json.loads(str(file.attrs["protocol"])), **values)
+        try:
+            protocol = json.loads(str(file.attrs["protocol"]))
+        except (KeyError, ValueError):
+            raise StoreError(
+                f"{path} does not say by which protocol it was measured: it is damaged; measure again"
+            ) from None
+        return Measured(names, sample=sample, protocol=protocol, **values)

@@ -429,7 +429,7 @@ def _prepare(
         change=change,
         options=options,
         holdout=holdout,
-        heldout=unseen_rows(start, change, holdout),
+        heldout=unseen_rows(start, change.after, holdout),
         max_damage=options.max_damage,
         seed=options.seed,
         setting=setting,

@@ -320,14 +320,14 @@ def report(
     }
 
 
-def unseen_rows(start: Version, change: Change, holdout: Examples | None) -> TokenizedExamples | None:
+def unseen_rows(start: Version, after: Examples, holdout: Examples | None) -> TokenizedExamples | None:
     """The held-out rows' tokens; `InputError` where there are none, or where some are training rows word for word."""
     if holdout is None:
         return None
     if len(holdout) == 0:
         raise InputError("the held-out file has no rows: give some, or leave it out")
     run = start.run
-    known = {row.content_hash for rows in (run.train, start.rows, change.after) for row in rows}
+    known = {row.content_hash for rows in (run.train, start.rows, after) for row in rows}
     seen = known & {row.content_hash for row in holdout}
     if seen:
         raise InputError(

@@ -107,14 +107,16 @@ class _Going:
         h = self._steps((self.target - self.now)[self.live] / (self.pace * self._faster * left))
         origin = self._walk(h)
         later, gradient = self.asked.gradients(self._here(), self.rows[self.live])
-        rate = self.climb.first_rate(gradient)
+        rate, late = self.climb.first_rate(gradient), np.zeros(len(h))
         if self.climb.protocol.optimizer == "sgd":
             # where the gradient grows, a flow of the same length is faster: dt = dl / |g|^2, |g|^2 between the looks its logarithmic mean
             first = self.climb.first_rate(self.gradient)
             ratio = rate / first
-            mean = np.where(np.abs(ratio - 1) > 1e-6, first * (ratio - 1) / np.log(ratio), first)
-            self.late[self.live] += np.where(later > self.now[self.live], h - (later - self.now[self.live]) / mean, 0)
-        over = self._crossed(later, h, origin, later >= self.target[self.live])
+            turned = np.where(np.abs(ratio - 1) > 1e-6, ratio, 1.0 + 1e-6)
+            mean = first * (turned - 1) / np.log(turned)
+            late = np.where(later > self.now[self.live], h - (later - self.now[self.live]) / mean, 0)
+        over = self._crossed(later, h, origin, later >= self.target[self.live], late)
+        self.late[self.live] += late
         self.growth, self.width = gradient - self.gradient, h.astype(float)
         self.gradient, self.pace, self.since = gradient, rate, np.zeros_like(h)
         self.now[self.live], self._faster = later, 1.25
@@ -155,11 +157,14 @@ class _Going:
             self.climb.step(carried, self.live[some])
         return origin
 
-    def _crossed(self, later: np.ndarray, h: np.ndarray, origin: Tensor, over: np.ndarray) -> np.ndarray:
-        """Of the copies `over` [live], note where the loss crossed the target in the h steps from `origin`; returns `over`."""
+    def _crossed(
+        self, later: np.ndarray, h: np.ndarray, origin: Tensor, over: np.ndarray, late: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Of the copies `over` [live], note where the loss crossed the target in the h steps from `origin`, which were `late` too many."""
         places = self.live[over]
         share = ((self.target - self.now)[places]) / (later[over] - self.now[places])
-        self.steps[places] = self.climb.taken[places] - (1 - share) * h[over] - self.late[places]
+        taken = self.climb.taken[places] - (1 - share) * h[over] - self.late[places]
+        self.steps[places] = np.maximum(taken if late is None else taken - share * late[over], 1e-6)
         start, to = origin[_at(np.flatnonzero(over), origin)], _at(places, self.ends)
         self.ends[to] = start + torch.from_numpy(share).to(start)[:, None] * (self.climb.theta[to] - start)
         return over
@@ -231,15 +236,17 @@ def _self_influence(asked: Units, rows: np.ndarray, gradient: Tensor) -> np.ndar
     return products * np.array([(run.weights * run.tokens.counts)[asked.members[i]].sum() for i in rows])
 
 
-def combined(found: Walked, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def combined(found: Walked, own: np.ndarray, fitting: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Damage of every unit [n], the mean over the sampled rows that are not its `own` [n, m]; that of the closed form alone, and of the rises read off alone.
 
-    NaN where no sampled row is left.
+    NaN where no sampled row is left. The weights of the closed form are fitted on the units `fitting` [n] alone: an end that was extrapolated far beyond
+    what was seen would set everybody's.
     """
     told = np.stack([np.broadcast_to(found.closed[:, None], own.shape), found.cross], axis=-1)
-    read = np.isfinite(found.rises)
+    seen = np.isfinite(found.rises)
+    read = seen & fitting[:, None]
     scale = np.maximum(told[read].mean(0), 1e-300) if read.any() else np.ones(2)
     fit, _ = nnls(told[read] / scale, found.rises[read]) if read.any() else (np.full(2, np.nan), 0.0)
     closed = (told / scale) @ fit
     mean = lambda values, kept: np.where(kept, values, 0).sum(1) / np.where(kept.any(1), kept.sum(1), np.nan)  # noqa: E731
-    return mean(np.where(read, found.rises, closed), ~own), mean(closed, ~own), mean(found.rises, read)
+    return mean(np.where(seen, found.rises, closed), ~own), mean(closed, ~own), mean(found.rises, seen)

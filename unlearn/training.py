@@ -287,7 +287,7 @@ def prepare(
         version=start,
         change=change,
         holdout=holdout,
-        heldout=unseen_rows(start, change, holdout),
+        heldout=unseen_rows(start, change.after, holdout),
         max_damage=float("inf") if options.max_damage is None else options.max_damage,
         seed=options.seed,
         method=method,

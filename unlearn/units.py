@@ -156,7 +156,7 @@ def units(
     members = tuple(np.array([run.train.index(id) for id in group]) for group in asked.values())
     if sample_rows < 1:
         raise InputError(f"sample_rows {sample_rows} was given; expected at least 1")
-    tokens = unseen_rows(version(run, ORIGINAL), plan(version(run, ORIGINAL), [run.train.ids[0]]), heldout)
+    tokens = unseen_rows(version(run, ORIGINAL), run.train, heldout)
     if tokens is not None and len(tokens) > HELDOUT_ROWS:
         tokens = tokens.select(np.unique(np.linspace(0, len(tokens) - 1, HELDOUT_ROWS).round().astype(int)))
     sample = _sample(run, sample_rows, seed)
