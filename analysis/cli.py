@@ -1,4 +1,4 @@
-"""The `analysis` command: evaluate, lds, tune, report, demo."""
+"""The `analysis` command: evaluate, lds, tune, memorization, ood, report, demo."""
 
 from __future__ import annotations
 
@@ -344,6 +344,150 @@ def tune(
     for row in table:
         shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(shown)
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def memorization(
+    run: RunOption,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            "--truth", help="npz of retrained adapters' losses (unlearn retrain --subsets): what is measured."
+        ),
+    ] = None,
+    damping: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--damping",
+            help="Self-influence with this damping too. May be repeated. Default: mean:0.01, mean:0.1, mean:1.",
+        ),
+    ] = None,
+    canaries: Annotated[
+        Path | None,
+        typer.Option(
+            "--canaries",
+            help='JSON lines {"id", "candidates"}: what else a training row\'s completion could have been.',
+        ),
+    ] = None,
+    heldout: Annotated[
+        Path | None, typer.Option("--heldout", help="Rows like the training rows that the adapter never saw.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Table to write (.csv or .parquet), one line per training row.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many rows to show.")] = 10,
+    resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples.")] = 1000,
+    seed: Annotated[int, typer.Option("--seed", help="Of the intervals, and of the halves of the reliability.")] = 0,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Which training rows are memorised: measured from retrained adapters, forecast without, and do both agree?
+
+    Without --truth the forecasts alone. With --canaries the exposure of secrets, with --heldout that of every row relative
+    to rows never seen.
+    """
+    from analysis.memorization import check_target, read_canaries, tables
+    from analysis.memorization import memorization as measure
+    from analysis.metrics.lds import read_truth
+    from influence.damping import Damping
+    from influence.data import read_examples
+    from influence.errors import InputError
+    from influence.run import Run
+
+    if k < 1:
+        raise InputError(f"-k {k} was given; expected at least 1")
+    if seed < 0 or resamples < 1:
+        raise InputError(f"--seed {seed} and --resamples {resamples} were given; expected at least 0 and 1")
+    if out is not None:
+        check_target(out, overwrite)
+    dampings = None if damping is None else [Damping.parse(rule) for rule in damping]
+    if truth is not None:
+        read_truth(truth)  # a file that is none is refused before the model is loaded
+    secrets = None if canaries is None else read_canaries(canaries)
+    unseen = None if heldout is None else read_examples(heldout)
+    console.quiet_transformers()
+    opened = Run.open(run, device=device, trust_remote_code=trust_remote_code)
+    result = measure(opened, truth, dampings=dampings, canaries=secrets, heldout=unseen, resamples=resamples, seed=seed)
+    if out is not None:
+        result.write(out, overwrite=overwrite)
+    if json:
+        console.emit({"out": None if out is None else str(out), **result.record()}, "", True)
+        return
+    from rich.console import Console
+
+    for table in tables(result, k):
+        Console().print(table, "")
+    lines = [*result.lines(), *([f"{out}: every number of every row"] if out is not None else [])]
+    Console().print(console.printable("\n".join(lines)), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def ood(
+    run: RunOption,
+    heldout: Annotated[
+        Path,
+        typer.Option("--heldout", help="Rows of the training rows' domain that no model saw: .jsonl, .parquet ..."),
+    ],
+    other: Annotated[Path, typer.Option("--other", help="Rows of another domain.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for adapters, measurements, ood.csv, ood.json, ood.png.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="JSON of how the adapter was trained. Default: as recorded beside it."),
+    ] = None,
+    per_kind: Annotated[int, typer.Option("--per-kind", help="Rows to plant of each of the four kinds.")] = 8,
+    repeats: Annotated[int, typer.Option("--repeats", help="How often each planted row is among the rows.")] = 1,
+    references: Annotated[
+        int, typer.Option("--references", help="Adapters to train without the planted rows, for exposure.")
+    ] = 2,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="Of the ascent: adam or sgd.")] = "adam",
+    seed: Annotated[int, typer.Option("--seed", help="Of the planting, the sample of rows and the intervals.")] = 0,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Are rows from outside the training distribution harder to unlearn, at a better trade-off? Two answers, measured.
+
+    Plants rows of four kinds, trains the adapter again with and without them, and unlearns each by gradient ascent. Killed, the
+    same command goes on with the first part that is not finished.
+    """
+    from analysis.ood import lines, study, tables
+    from influence.data import read_examples
+    from influence.errors import InputError
+    from influence.run import Run
+    from unlearn.difficulty import Protocol
+    from unlearn.retrain import Recipe
+
+    if seed < 0:
+        raise InputError(f"--seed {seed} was given; expected at least 0")
+    protocol = Protocol(optimizer=optimizer)
+    how = None if recipe is None else Recipe.read(recipe)
+    unseen, outside = read_examples(heldout), read_examples(other)
+    console.quiet_transformers()
+    result = study(
+        Run.open(run, device=device, trust_remote_code=trust_remote_code),
+        unseen,
+        outside,
+        out,
+        recipe=how,
+        per_kind=per_kind,
+        repeats=repeats,
+        references=references,
+        protocol=protocol,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    if json:
+        console.emit({"out": str(out), **result.record()}, "", True)
+        return
+    from rich.console import Console
+
+    for table in tables(result):
+        Console(width=100).print(table, "")
+    text = console.printable("\n".join([*lines(result), f"{out}/ood.csv: every planted row"]))
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
