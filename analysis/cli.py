@@ -389,20 +389,21 @@ def memorization(
     Without --truth the forecasts alone. With --canaries the exposure of secrets, with --heldout that of every row relative
     to rows never seen.
     """
-    from analysis.memorization import check_target, read_canaries, tables
     from analysis.memorization import memorization as measure
+    from analysis.memorization import read_canaries, tables
     from analysis.metrics.lds import read_truth
     from influence.damping import Damping
     from influence.data import read_examples
     from influence.errors import InputError
     from influence.run import Run
+    from influence.tables import checked_table
 
     if k < 1:
         raise InputError(f"-k {k} was given; expected at least 1")
     if seed < 0 or resamples < 1:
         raise InputError(f"--seed {seed} and --resamples {resamples} were given; expected at least 0 and 1")
     if out is not None:
-        check_target(out, overwrite)
+        checked_table(out, overwrite)
     dampings = None if damping is None else [Damping.parse(rule) for rule in damping]
     if truth is not None:
         read_truth(truth)  # a file that is none is refused before the model is loaded

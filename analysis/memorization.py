@@ -30,7 +30,6 @@ would measure reaches `sqrt(reliability)` (`reliability`).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -58,6 +57,7 @@ from influence.errors import BadRow, DataError, InputError, MismatchError
 from influence.loss import mean_losses
 from influence.path import scaled
 from influence.run import Run
+from influence.tables import write_table
 
 #: Dampings of the self-influences that are made beside the run's own setting.
 DAMPINGS = ("mean:0.01", "mean:0.1", "mean:1")
@@ -237,14 +237,7 @@ class Memorization:
 
     def write(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the table as CSV or Parquet, by the suffix; `InputError` for another one, or a file that is there."""
-        path = check_target(path, overwrite)
-        partial = path.with_name(path.name + ".partial")
-        if path.suffix.lower() == ".csv":
-            self.table.to_csv(partial, index=False)
-        else:
-            self.table.to_parquet(partial, index=False)
-        os.replace(partial, path)
-        return path
+        return write_table(self.table, path, overwrite=overwrite)
 
     def most(self, k: int) -> pd.DataFrame:
         """The k most memorized rows: by what was measured where there is a truth, else by self-influence."""
@@ -610,18 +603,6 @@ def read_canaries(path: str | Path) -> dict[str, list[str]]:
     if not found:
         raise DataError(f"{path} has no canaries; give JSON lines with an id and candidates each")
     return found
-
-
-def check_target(path: str | Path, overwrite: bool) -> Path:
-    """Where a table may be written; `InputError` for another suffix than .csv and .parquet, no folder, or a file that is there."""
-    path = Path(path)
-    if path.suffix.lower() not in (".csv", ".parquet"):
-        raise InputError(f"{path} was given for the table; expected a name that ends in .csv or .parquet: rename it")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists and would be replaced: give another name, or overwrite")
-    if not path.parent.is_dir():
-        raise InputError(f"there is no folder {path.parent} to write {path.name} into: make it, or give another name")
-    return path
 
 
 # ---- tables --------------------------------------------------------------------------------------------------

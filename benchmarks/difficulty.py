@@ -26,11 +26,12 @@ from analysis.memorization import counterfactual_memorization
 from analysis.metrics.lds import read_truth
 from analysis.stats import bootstrap_interval, spearman
 from analysis.world import World, demo_world
-from influence.data import collate, plan_batches
+from influence.data import TokenizedExamples, collate, plan_batches
 from influence.loss import mean_losses, supervised_logits, token_losses
 from influence.run import Run
 from unlearn.difficulty import Measured, Protocol, measure, predict
 from unlearn.forecast import Forecast
+from unlearn.units import units
 
 
 def mrd(run: Run, *, sigma: float = 1e-3, draws: int = 8, seed: int = 0) -> np.ndarray:
@@ -79,12 +80,14 @@ def compare(run: Run, forecasts: dict[int, Forecast], measured: Measured, truth:
     told: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for looks, forecast in forecasts.items():
         told[f"forecast, {looks} look{'s' * (looks > 1)}"] = tuple(
-            forecast.table[c].to_numpy() for c in ("steps", "damage")
+            np.nan_to_num(forecast.table[c].to_numpy(), nan=np.inf) for c in ("steps", "damage")
         )
     groups = [run.train[int(i)].group for i in at]
     known = groups if all(group is not None for group in groups) else None
     calibrated = forecasts[3].calibrated(measured.steps, measured.damage, known)
-    told["calibrated, out of fold"] = tuple(calibrated.table[c].to_numpy() for c in ("steps", "damage"))
+    told["calibrated, out of fold"] = tuple(
+        np.nan_to_num(calibrated.table[c].to_numpy(), nan=np.inf) for c in ("steps", "damage")
+    )
     both = lambda values: (values, values)  # noqa: E731
     for name in ("loss", "base_loss", "gap", "gradient_norm", "tokens", "first_order_steps", "self_influence"):
         told[name] = both(table[name].to_numpy())
@@ -108,10 +111,16 @@ def compare(run: Run, forecasts: dict[int, Forecast], measured: Measured, truth:
             error = np.abs(told[name][0][usable] / measured.steps[usable] - 1)
             lines[name]["median_relative_error"] = float(np.median(error))
     inside = {}
+    half = np.random.default_rng(0).permutation(len(table)) < len(table) // 2
+    hidden = [np.where(half, real, np.nan) for real in (measured.steps, measured.damage)]
+    other = forecasts[3].calibrated(hidden[0], hidden[1], known)  # its intervals are judged on the half it did not see
     for column, real in (("steps", measured.steps), ("damage", measured.damage)):
-        for name, kept in (("uncalibrated", forecasts[3].table), ("calibrated", calibrated.table)):
+        for name, kept, rows in (
+            ("uncalibrated", forecasts[3].table, usable),
+            ("calibrated", other.table, usable & ~half),
+        ):
             low, high = kept[f"{column}_low"].to_numpy(), kept[f"{column}_high"].to_numpy()
-            inside[f"{column}, {name}"] = float(((real >= low) & (real <= high))[usable].mean())
+            inside[f"{column}, {name}"] = float(((real >= low) & (real <= high))[rows].mean())
     assert calibrated.calibration is not None
     ratios = {
         c: np.quantile(real[usable] / table[c].to_numpy()[usable], [0.05, 0.5, 0.95]).tolist()
@@ -130,7 +139,7 @@ def compare(run: Run, forecasts: dict[int, Forecast], measured: Measured, truth:
     }
 
 
-def policies(run: Run, forecast: Forecast, measured: Measured, count: int) -> dict[str, Any]:
+def policies(run: Run, forecast: Forecast, measured: Measured, unseen: TokenizedExamples, count: int) -> dict[str, Any]:
     """Damage of always ascent, always edit, and the recommended way, over evenly spaced rows, with paired intervals."""
     import unlearn
 
@@ -147,12 +156,15 @@ def policies(run: Run, forecast: Forecast, measured: Measured, count: int) -> di
         theta = run.model.snapshot()
         with run.model.at(theta + edit.delta.to(theta)):
             rise = mean_losses(run.model, run.tokens.select(sample)) - before
+            unseen_after = mean_losses(run.model, unseen)
             own = float(mean_losses(run.model, run.tokens.select(np.array([place[measured.names[k]]])))[0])
         kept = np.isfinite(measured.retained[k, -1])
         entries.append(
             {
                 "id": measured.names[k],
                 "ascent": float(measured.damage[k]),
+                "ascent_heldout": float(measured.heldout_damage[k]),
+                "edit_heldout": float((unseen_after - measured.heldout_before).mean()),
                 "edit": float(rise[kept].mean()),
                 "edit_loss": own,
                 "target": float(measured.target[k]),
@@ -176,6 +188,9 @@ def policies(run: Run, forecast: Forecast, measured: Measured, count: int) -> di
         "damage": {name: mean(values) for name, values in ways.items()},
         "recommended minus": {name: mean(ways["recommended"] - ways[name]) for name in ("ascent", "edit")},
         "row-gradients": {name: float(values.mean()) for name, values in cost.items()},
+        "held-out damage": {
+            name: mean(np.array([entry[f"{name}_heldout"] for entry in entries])) for name in ("ascent", "edit")
+        },
         "entries": entries,
     }
 
@@ -230,7 +245,13 @@ def main() -> None:
             result = compare(run, forecasts, measured, world.truth)
             result["seconds"] = {"three forecasts": told, "measured (0 where it was read)": time.monotonic() - clock}
             if options.edits and optimizer == "adam":
-                result["policies"] = policies(run, forecasts[3], measured, options.edits)
+                result["policies"] = policies(
+                    run,
+                    forecasts[3],
+                    measured,
+                    units(run, ids[:1], None, protocol, world.rows("heldout")).heldout,
+                    options.edits,
+                )
             (options.out / f"{world.name}-{optimizer}.json").write_text(json.dumps(result, indent=1))
             print(show(f"{world.name}, {optimizer}", result), "\n")
             print(

@@ -86,7 +86,8 @@ class ParamSpace:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views `[..., rows, cols]` of each leaf in a stack of flat vectors `[..., P]`."""
-        return [flat[..., leaf.slice].unflatten(-1, leaf.shape) for leaf in self.leaves]
+        sizes = [leaf.slice.stop - leaf.slice.start for leaf in self.leaves]
+        return [part.unflatten(-1, leaf.shape) for part, leaf in zip(flat.split(sizes, -1), self.leaves, strict=True)]
 
     def flatten(self, leaves: Sequence[Tensor]) -> Tensor:
         """Inverse of `split`: matrices `[..., rows, cols]` to flat vectors `[..., P]`."""

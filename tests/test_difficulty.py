@@ -549,8 +549,9 @@ def test_files_that_are_something_else(run, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:500])
     before = {path: path.read_bytes() for path in (foreign, text, damaged)}
     for path in before:
-        with pytest.raises((StoreError, MismatchError)):
-            measure(run, out=path, **options)
+        for overwrite in (False, True):
+            with pytest.raises((StoreError, InputError)):
+                measure(run, out=path, overwrite=overwrite, **options)
         with pytest.raises(
             StoreError, match=r"has no measurements of unlearning difficulty|is damaged, truncated, or not"
         ):

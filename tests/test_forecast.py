@@ -52,7 +52,9 @@ def rate_of(gradient, protocol) -> float:
     return protocol.rate * float(gradient.abs().sum() if protocol.optimizer == "adam" else (gradient**2).sum())
 
 
-def walked(run, row: int, target: float, protocol: Protocol, looks: int) -> tuple[float, torch.Tensor]:
+def walked(
+    run, row: int, target: float, protocol: Protocol, looks: int, seen: list | None = None
+) -> tuple[float, torch.Tensor]:
     """The module's walk of one row, with torch.optim and plain losses: steps (not yet corrected), and where it ends."""
     theta = run.model.snapshot().requires_grad_(True)
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[protocol.optimizer]
@@ -67,9 +69,11 @@ def walked(run, row: int, target: float, protocol: Protocol, looks: int) -> tupl
             return gradient_of(run, [row])
 
     now, g = loss(), slope()
+    seen = [] if seen is None else seen
     growth, width, since, taken = torch.zeros_like(g), 1, 0, 0
     pace, faster = rate_of(g, protocol), {"adam": 1.9, "sgd": 4.0}[protocol.optimizer]
     if now >= target:
+        seen.append(True)
         return 0.0, theta.detach()
 
     def go(h: int) -> torch.Tensor:
@@ -85,6 +89,7 @@ def walked(run, row: int, target: float, protocol: Protocol, looks: int) -> tupl
         later = loss()
         if later >= target:
             share = (target - now) / (later - now)
+            seen.append(True)
             return taken + share * h, start + share * (theta.detach() - start)
         new = slope()
         growth, width, g, since = new - g, h, new, 0
@@ -96,10 +101,12 @@ def walked(run, row: int, target: float, protocol: Protocol, looks: int) -> tupl
         since, taken = since + h, taken + h
         if later >= target or ((scan == 3 or taken >= protocol.steps) and later > now):
             share = (target - now) / (later - now)
-            return taken - (1 - share) * h, start + share * (theta.detach() - start)
+            seen.append(share <= 1)
+            return taken - (1 - share) * h, start + min(share, 3) * (theta.detach() - start)  # no further than that
         if taken >= protocol.steps:
             break
         pace, now = max((later - now) / h, 0.1 * pace), later
+    seen.append(False)
     return np.inf, run.model.snapshot()
 
 
@@ -114,7 +121,8 @@ def test_a_forecast_is_a_plain_walk_of_each_row(run, looks):
     words = [(row.prompt, row.completion) for row in run.train]
     for i, told in table.iterrows():
         steps, end = walked(run, int(i), base_loss(run.model, run.tokens[int(i)]), ADAM, looks)
-        assert told["steps"] == pytest.approx(steps / longer if steps / longer <= ADAM.steps else np.inf, rel=1e-7)
+        steps = steps / longer if steps > looks else steps
+        assert told["steps"] == pytest.approx(steps if steps <= ADAM.steps else np.inf, rel=1e-7)
         assert told["moved"] == pytest.approx(float((end - start).norm()), rel=1e-7)
         with run.model.at(end):
             rises = losses_of(run.model, [run.tokens[j] for j in read]) - before
@@ -128,7 +136,9 @@ def test_one_look_under_adam_goes_along_the_sign(run):
     """`moved` = lr steps sqrt(P), for every coordinate moves by lr in a step."""
     table = predict(run, protocol=ADAM, looks=1, sample_rows=6).table
     ok = np.isfinite(table["steps"])
-    expected = ADAM.rate * table["steps"] * lag("adam", 1) * np.sqrt(run.model.space.size)
+    walked_steps = np.where(table["steps"] > 1 / lag("adam", 1), table["steps"] * lag("adam", 1), table["steps"])
+    expected = pd.Series(ADAM.rate * walked_steps * np.sqrt(run.model.space.size))
+    ok &= expected < 3 * ADAM.rate * ADAM.steps * np.sqrt(run.model.space.size)
     np.testing.assert_allclose(table["moved"][ok], expected[ok], rtol=1e-4)
 
 
@@ -139,7 +149,7 @@ def test_with_a_look_at_every_step_the_walk_is_the_ascent(run):
     table = predict(run, protocol=protocol, sample_rows=6, looks=10_000).table
     assert np.isfinite(truth.steps).sum() >= 8
     ok = np.isfinite(truth.steps)
-    np.testing.assert_allclose(table["steps"][ok] * lag("adam", 10_000), truth.steps[ok], rtol=1e-7)
+    np.testing.assert_allclose(table["steps"][ok], truth.steps[ok], rtol=1e-7)
     np.testing.assert_allclose(table["damage"][ok], truth.damage[ok], rtol=1e-6)
     np.testing.assert_allclose(table["read_damage"][ok], truth.damage[ok], rtol=1e-6)
 
@@ -164,7 +174,7 @@ def test_a_flow_at_a_small_rate_under_sgd_is_the_ascent(run):
     ok = np.isfinite(truth.steps)
     assert ok.all()
     np.testing.assert_allclose(table["read_damage"], truth.damage, rtol=1e-6)
-    np.testing.assert_allclose(table["steps"] * lag("sgd", 10_000), truth.steps, rtol=0.02)
+    np.testing.assert_allclose(table["steps"], truth.steps, rtol=0.02)
 
 
 def dense_ekfac(run, number: int) -> torch.Tensor:
@@ -191,9 +201,10 @@ def test_damage_is_read_off_the_rows_hit_hardest_and_fitted_for_the_others(run):
     gradients = torch.stack([gradient_of(run, [j]) for j in range(n)])
     words = np.array([hash((row.prompt, row.completion)) for row in run.train])
     own, before = words[:, None] == words[None], losses_of(run.model, list(run.tokens))
-    closed, cross, rises = np.zeros(n), np.zeros((n, n)), np.full((n, n), np.nan)
+    closed, cross, rises, steps = np.zeros(n), np.zeros((n, n)), np.full((n, n), np.nan), np.zeros(n)
+    seen: list[bool] = []
     for i in range(n):
-        _, end = walked(run, i, base_loss(run.model, run.tokens[i]), ADAM, 2)
+        steps[i], end = walked(run, i, base_loss(run.model, run.tokens[i]), ADAM, 2, seen)
         d, g = end - start, gradients[i]
         assert table["curvature"][i] == pytest.approx(float(g @ average @ g / (g @ g)), rel=1e-8)
         closed[i] = float(d @ average @ d) / 2
@@ -201,12 +212,13 @@ def test_damage_is_read_off_the_rows_hit_hardest_and_fitted_for_the_others(run):
         hit = [j for j in np.argsort(-cross[i]) if not own[i, j]][:6]
         with run.model.at(end):
             rises[i, hit] = losses_of(run.model, [run.tokens[j] for j in hit]) - before[hit]
-    read = np.isfinite(rises)
+    assert not all(seen)  # an extrapolated end teaches nothing about the weights
+    read = np.isfinite(rises) & np.array(seen)[:, None]
     design = np.stack([np.repeat(closed[:, None], n, axis=1)[read], cross[read]], axis=1)
     size = design.mean(0)
     a, b = lsq_linear(design / size, rises[read], bounds=(0, np.inf), tol=1e-14).x / size
     told = a * closed[:, None] + b * cross
-    both = np.where(read, rises, told)
+    both = np.where(np.isfinite(rises), rises, told)
     for i in range(n):
         assert table["closed_damage"][i] == pytest.approx(told[i, ~own[i]].mean(), rel=1e-6)
         assert table["read_damage"][i] == pytest.approx(np.nanmean(rises[i]), rel=1e-6)
@@ -269,7 +281,7 @@ def test_a_groups_features_are_those_of_its_mean_loss(run):
     assert told["loss"] == pytest.approx(losses_of(run.model, [run.tokens[1], run.tokens[4]]).mean(), rel=1e-10)
     truth = measure(run, groups=groups, protocol=ADAM, sample_rows=6)
     many = predict(run, groups=groups, protocol=ADAM, sample_rows=6, looks=10_000).table.iloc[0]
-    assert many["steps"] * lag("adam", 10_000) == pytest.approx(truth.steps[0], rel=1e-7)
+    assert many["steps"] == pytest.approx(truth.steps[0], rel=1e-7)
 
 
 @pytest.mark.parametrize("looks", [1, 2, 3, 5])
@@ -325,7 +337,7 @@ def test_any_rate_gives_a_table_without_nonsense(run, optimizer, lr):
         assert not told.table["reason"].str.contains("nan|inf ").any()
         if lr == 1e-20:
             assert np.isinf(told.table["steps"]).all()
-            assert (told.table["recommended"] == "retrain").all()
+            assert (told.table["recommended"] == "edit").all()
 
 
 def test_steps_cannot_be_negative_where_a_stride_overshoots(run):
@@ -363,9 +375,10 @@ def test_a_row_does_not_depend_on_the_others_but_for_the_closed_forms_weights(ru
     np.testing.assert_allclose(fewer["damage"], many["damage"], rtol=0.5)
 
 
-def walked_by_hand(closed, cross, rises) -> Walked:
+def walked_by_hand(closed, cross, rises, seen=None) -> Walked:
     closed, cross, rises = (np.array(values, dtype=float) for values in (closed, cross, rises))
-    return Walked(np.ones(len(closed)), closed, cross, rises, {})
+    seen = np.ones(len(closed), bool) if seen is None else np.array(seen)
+    return Walked(np.ones(len(closed)), seen, closed, cross, rises, {})
 
 
 def test_a_unit_that_runs_away_does_not_set_the_others_weights():
@@ -374,10 +387,9 @@ def test_a_unit_that_runs_away_does_not_set_the_others_weights():
     closed, cross = [0.1, 0.2, 0.1, 1e6], [[0.0] * 3] * 4
     rises = [[0.1, 0.1, nan], [0.2, 0.2, nan], [0.1, 0.1, nan], [30.0, 30.0, nan]]
     own = np.zeros((4, 3), dtype=bool)
-    alone = combined(walked_by_hand(closed[:3], cross[:3], rises[:3]), own[:3], np.ones(3, bool))[1]
+    alone = combined(walked_by_hand(closed[:3], cross[:3], rises[:3]), own[:3])[1]
     np.testing.assert_allclose(alone, [0.1, 0.2, 0.1], rtol=1e-6)
-    fitting = np.array([True, True, True, False])  # its forecast is beyond the protocol's steps
-    together = combined(walked_by_hand(closed, cross, rises), own, fitting)[1][:3]
+    together = combined(walked_by_hand(closed, cross, rises, [True, True, True, False]), own)[1][:3]
     np.testing.assert_allclose(together, alone, rtol=1e-12)
 
 
@@ -402,7 +414,7 @@ def test_steps_that_the_protocol_does_not_have_are_infinite(run, found):
     assert near.any()
     assert np.isinf(short["steps"][far]).all()
     assert short["damage"][far].isna().all()
-    assert (short["recommended"][far] == "retrain").all()
+    assert (short["recommended"][far] == "edit").all()
     np.testing.assert_allclose(short["steps"][near], found.table["steps"][near], rtol=1e-6)
 
 
@@ -475,7 +487,7 @@ def test_damage_by_hand():
         [[2.0, 4.0, nan], [7.0, 6.0, nan], [nan, nan, nan]],
     )
     own = np.array([[False, False, False], [False, False, True], [True, True, True]])
-    damage, closed, read = combined(found, own, np.ones(3, bool))
+    damage, closed, read = combined(found, own)
     np.testing.assert_allclose(damage, [(2 + 4 + 5) / 3, (7 + 6) / 2, nan], rtol=1e-9)
     np.testing.assert_allclose(closed, [(2 + 4 + 5) / 3, (7 + 6) / 2, nan], rtol=1e-9)
     np.testing.assert_allclose(read, [3, 6.5, nan], rtol=1e-12)
@@ -484,7 +496,7 @@ def test_damage_by_hand():
 def test_weights_are_not_negative_and_what_was_read_off_stands():
     nan = np.nan
     found = walked_by_hand([1.0, 2.0], [[0.0, 0.0]] * 2, [[-0.1, nan], [-0.3, nan]])
-    damage, closed, read = combined(found, np.zeros((2, 2), dtype=bool), np.ones(2, bool))
+    damage, closed, read = combined(found, np.zeros((2, 2), dtype=bool))
     np.testing.assert_allclose(read, [-0.1, -0.3])
     np.testing.assert_allclose(closed, [0, 0])
     np.testing.assert_allclose(damage, [-0.05, -0.15])
@@ -492,16 +504,14 @@ def test_weights_are_not_negative_and_what_was_read_off_stands():
 
 def test_without_anything_read_off_there_is_no_damage():
     damage, closed, read = combined(
-        walked_by_hand([1.0], [[1.0, 2.0]], [[np.nan, np.nan]]), np.ones((1, 2), dtype=bool), np.ones(1, bool)
+        walked_by_hand([1.0], [[1.0, 2.0]], [[np.nan, np.nan]]), np.ones((1, 2), dtype=bool)
     )
     assert np.isnan([damage, closed, read]).all()
 
 
 def test_intervals_are_in_order_where_a_damage_is_below_zero(run, monkeypatch):
     nothing = np.full(10, np.nan)
-    monkeypatch.setattr(
-        "unlearn.forecast.combined", lambda found, own, fitting: (-found.closed, nothing, -found.closed)
-    )
+    monkeypatch.setattr("unlearn.forecast.combined", lambda found, own: (-found.closed, nothing, -found.closed))
     table = predict(run, protocol=ADAM, sample_rows=6).table
     assert (table["damage"] < 0).any()
     in_order(table)
@@ -517,7 +527,7 @@ def test_intervals_are_in_order_where_a_damage_is_below_zero(run, monkeypatch):
         (0.0, 0.0, -2.0, 0.1, "none", "its loss is at the target already"),
         (9.0, 0.01, 1.0, 0.51, "retrain", "51% of all rows: too few are left to hold the adapter in place"),
         (9.0, 0.01, 1.0, 0.5, "ascent", "9 steps for +0.5% of retained loss, at most 1.0% allowed"),
-        (np.inf, np.nan, 1.0, 0.1, "retrain", "ascent is not forecast to reach the target in 30 steps"),
+        (np.inf, np.nan, 1.0, 0.1, "edit", "ascent is not forecast to reach the target in 30 steps"),
         (9.0, np.nan, 1.0, 0.1, "edit", "no retained row tells the damage of ascent"),
         (9.4, 0.02, 1.0, 0.1, "ascent", "9 steps for +1.0% of retained loss, at most 1.0% allowed"),
         (9.0, 0.0201, 1.0, 0.1, "edit", "ascent would cost +1.0% of retained loss, more than 1.0%"),
@@ -790,7 +800,7 @@ def test_a_calibrated_forecast_beyond_the_protocol_is_infinite():
     found = first.calibrated(np.where(some, 1.3 * table["steps"], np.nan), np.where(some, table["damage"], np.nan))
     beyond = 1.3 * table["steps"].to_numpy() > 52
     assert np.isinf(found.table["steps"][beyond]).all()
-    assert (found.table["recommended"][beyond] == "retrain").all()
+    assert (found.table["recommended"][beyond] == "edit").all()
 
 
 def test_a_real_forecast_can_be_calibrated(tmp_path):

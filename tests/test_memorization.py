@@ -449,7 +449,7 @@ def test_writing(run, tmp_path):
         path = found.write(tmp_path / name)
         back = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
         pd.testing.assert_frame_equal(back, found.table, check_exact=True, check_dtype=False)
-        with pytest.raises(InputError, match="exists and would be replaced"):
+        with pytest.raises(InputError, match="exists: name another"):
             found.write(path)
         assert found.write(path, overwrite=True) == path
     with pytest.raises(InputError, match=r"ends in \.csv or \.parquet"):
@@ -529,7 +529,7 @@ def test_command_for_people_is_narrow_and_harmless(made, command, tmp_path):
 def test_command_refuses_before_it_works(made, command, tmp_path):
     (tmp_path / "there.csv").write_text("mine")
     for arguments, words in (
-        (["--out", tmp_path / "there.csv"], "exists and would be replaced"),
+        (["--out", tmp_path / "there.csv"], "exists: name another"),
         (["--out", tmp_path / "t.xlsx"], "ends in .csv or .parquet"),
         (["--damping", "0.1"], "damping '0.1' was given"),
         (["--truth", tmp_path / "no.npz"], "There is no file"),

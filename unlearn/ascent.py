@@ -101,13 +101,6 @@ class Climb:
         self.theta, self.taken = self.theta[at], self.taken[rows]
         self._moments = tuple(moment[at] for moment in self._moments)
 
-    def fork(self) -> Climb:
-        """A copy that can go another way."""
-        other = object.__new__(Climb)
-        other.protocol, other.theta, other.taken = self.protocol, self.theta.clone(), self.taken.copy()
-        other._moments = tuple(moment.clone() for moment in self._moments)
-        return other
-
     def first_rate(self, gradient: Tensor) -> np.ndarray:
         """Rise of the loss in a step along `gradient` [c, P], to first order, as a first step takes it: [c], nats."""
         size = gradient.abs().sum(1) if self._adam else (gradient * gradient).sum(1)

@@ -1,8 +1,9 @@
 """A forecast of difficulty corrected by what was measured of a few rows.
 
 Ridge regression (scikit-learn) of the measured steps and damage on the logarithms of the forecast and its features, standardised,
-with the penalty chosen by leave-one-out. Steps are fitted as `log(measured / forecast)`, so few rows suffice; damage, which may be below 0, as
-`arcsinh(measured / s)`, s the median of the measured sizes: linear in small values, logarithmic in large ones.
+with the penalty chosen by leave-one-out. What is fitted is the correction, so few rows suffice: of steps `log(measured / forecast)`; of damage, which may be
+below 0, `arcsinh(measured / s) - arcsinh(forecast / s)`, s the median of the measured sizes: linear in small values, logarithmic in large ones. Features
+beyond the measured rows' range count as its ends.
 
 Rows that were measured are told what the fits without them say (cross-validation, by the rows' groups where these are known and enough: rows of one
 author teach about each other). The same out-of-fold errors give the intervals, as quantiles with the correction for their number that split conformal
@@ -50,14 +51,16 @@ class Calibration:
     ----------
     features : k strings
     importances : dict
-        For `steps` and `damage`: fall of R^2 (of the transformed target) when a feature is shuffled, by name, the largest first.
+        For the corrections of `steps` and `damage`: fall of R^2 on the measured rows when a feature is shuffled, by name, the largest first.
     steps, damage : arrays [n]
         Out-of-fold forecasts of the measured units, in the order of `rows`.
     spearman : dict
         Of `steps` and `damage` out of fold with what was measured.
     error : float
         Median relative error of the steps, out of fold.
-    measured : int
+    measured, left_out : int
+        Rows that taught something, and measured ones that did not: at their target from the start, or not found to reach it. What is said out of fold is
+        of the former.
     """
 
     features: tuple[str, ...]
@@ -68,16 +71,18 @@ class Calibration:
     spearman: dict[str, float]
     error: float
     measured: int
+    left_out: int
     _fits: dict[str, Any] = field(repr=False)
     _errors: dict[str, np.ndarray] = field(repr=False)
     _unit: float = field(repr=False)
+    _range: tuple[np.ndarray, np.ndarray] = field(repr=False)
 
     def applied(self, table: pd.DataFrame) -> pd.DataFrame:
         """The forecasts of all rows, corrected: those of the measured rows are out of fold. Rows without a finite forecast stay."""
-        out, x = table.copy(), inputs(table, self.features)
+        out, x = table.copy(), np.clip(inputs(table, self.features), *self._range)
         usable = np.isfinite(table["steps"]) & (table["steps"] > 0)
         log = np.log(table["steps"].where(usable, 1.0).to_numpy()) + self._fits["steps"].predict(x)
-        raw = self._fits["damage"].predict(x)
+        raw = np.arcsinh(table["damage"].fillna(0.0).to_numpy() / self._unit) + self._fits["damage"].predict(x)
         log[self.rows], raw[self.rows] = np.log(self.steps), np.arcsinh(self.damage / self._unit)
         low, high = _ends(self._errors["steps"])
         down, up = _ends(self._errors["damage"])
@@ -97,6 +102,7 @@ class Calibration:
         """As JSON holds it."""
         return {
             "measured": self.measured,
+            "left_out": self.left_out,
             "features": list(self.features),
             "importances": self.importances,
             "spearman": self.spearman,
@@ -129,6 +135,11 @@ def calibrate(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    if not len(steps) == len(damage) == len(table) or (groups is not None and len(groups) != len(table)):
+        raise InputError(
+            f"{len(steps)} steps and {len(damage)} damages were given for a forecast of {len(table)} rows; expected one of each a "
+            "row (and of groups), NaN where nothing was measured"
+        )
     rows = np.flatnonzero(
         np.isfinite(steps) & np.isfinite(damage) & (steps > 0) & np.isfinite(table["steps"]) & (table["steps"] > 0)
     )
@@ -141,11 +152,13 @@ def calibrate(
     names = tuple(name for name in FEATURES if name in part and np.isfinite(part[name]).all())
     x, forecast = inputs(part, names), part["steps"].to_numpy()
     unit = max(float(np.median(np.abs(damage[rows]))), 1e-12)
-    wanted = {"steps": np.log(steps[rows] / forecast), "damage": np.arcsinh(damage[rows] / unit)}
+    ahead = np.arcsinh(part["damage"].to_numpy() / unit)
+    wanted = {"steps": np.log(steps[rows] / forecast), "damage": np.arcsinh(damage[rows] / unit) - ahead}
     known = None if groups is None else np.asarray(groups)[rows]
-    enough = known is not None and len(set(known.tolist())) >= FOLDS
+    count = min(FOLDS, len(set(known.tolist()))) if known is not None else 0
+    enough = count >= 3
     folds = (
-        GroupKFold(FOLDS, shuffle=True, random_state=seed) if enough else KFold(FOLDS, shuffle=True, random_state=seed)
+        GroupKFold(count, shuffle=True, random_state=seed) if enough else KFold(FOLDS, shuffle=True, random_state=seed)
     )
     fits, errors, importances, told = {}, {}, {}, {}
     for name, y in wanted.items():
@@ -155,14 +168,26 @@ def calibrate(
         fits[name] = model.fit(x, y)
         falls = np.asarray(permutation_importance(model, x, y, n_repeats=10, random_state=seed)["importances_mean"])
         importances[name] = {names[k]: float(falls[k]) for k in np.argsort(-falls)}
-    found = {"steps": forecast * np.exp(told["steps"]), "damage": unit * np.sinh(told["damage"])}
+    found = {"steps": forecast * np.exp(told["steps"]), "damage": unit * np.sinh(told["damage"] + ahead)}
     ranks = {
         name: float(pd.Series(found[name]).corr(pd.Series(real[rows]), method="spearman"))
         for name, real in (("steps", steps), ("damage", damage))
     }
     error = float(np.median(np.abs(found["steps"] - steps[rows]) / steps[rows]))
     return Calibration(
-        names, importances, rows, found["steps"], found["damage"], ranks, error, len(rows), fits, errors, unit
+        names,
+        importances,
+        rows,
+        found["steps"],
+        found["damage"],
+        ranks,
+        error,
+        measured=len(rows),
+        left_out=int((~np.isnan(steps)).sum()) - len(rows),
+        _fits=fits,
+        _errors=errors,
+        _unit=unit,
+        _range=(x.min(0), x.max(0)),
     )
 
 

@@ -548,7 +548,11 @@ def difficulty(
         typer.Option("--calibrate", help="Unlearn this many rows (drawn by --seed) and correct the forecasts by them."),
     ] = None,
     target: Annotated[
-        str, typer.Option("--target", help="Loss to reach: base (the base model's) or unseen (expected by influence).")
+        str,
+        typer.Option(
+            "--target",
+            help="Loss to reach: base (the base model's) or unseen (expected by influence; costs hundreds of gradients a row).",
+        ),
     ] = "base",
     optimizer: Annotated[str, typer.Option("--optimizer", help="adam or sgd.")] = "adam",
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate. Default: 1e-4 (adam), 5e-3 (sgd).")] = None,
@@ -571,49 +575,57 @@ def difficulty(
     """Forecast how many steps of gradient ascent each training row takes, what that costs the others, and what to do instead.
 
     Nothing is unlearned and no adapter is written. With --measure or --calibrate rows are unlearned in memory, one by one; their
-    measurements are kept beside the table (.h5), so that a killed command goes on.
+    measurements are kept beside the table (.difficulty.h5), so that a killed command goes on.
     """
     import numpy as np
 
     from influence.data import read_examples
     from influence.run import Run
+    from influence.tables import checked_table
     from unlearn import difficulty as known
-    from unlearn.forecast import COLUMNS, checked_table
+    from unlearn.calibration import FEWEST
+    from unlearn.forecast import COLUMNS
+    from unlearn.units import units
 
     protocol = known.Protocol(optimizer=optimizer, lr=lr, target=target, steps=steps)
     out = checked_table(out, overwrite)
-    asked = _ids(ids, ids_file) if ids is not None or ids_file is not None else None
+    wanted = _ids(ids, ids_file) if ids is not None or ids_file is not None else None
     if calibrate is not None and measure:
         raise InputError(
-            "--calibrate N and --measure were given together: --measure unlearns all rows and calibrates nothing"
+            "--calibrate and --measure were given together: --measure unlearns all rows and corrects nothing"
+        )
+    if looks < 1 or seed < 0 or not max_damage >= 0:
+        raise InputError(
+            f"--looks {looks}, --seed {seed} and --max-damage {max_damage:g} were given; expected at least 1, 0 and 0"
         )
     unseen = None if holdout is None else read_examples(holdout)
     console.quiet_transformers()
     opened = Run.open(run, train=_rows_of(run), device=device, trust_remote_code=trust_remote_code)
-    groups = _by_group(opened, asked) if by_group else None
-    units: dict[str, Any] = {"groups": groups} if groups is not None else {"ids": asked}
-    shared: dict[str, Any] = {"protocol": protocol, "heldout": unseen, "seed": seed}
-    forecast = known.predict(opened, **units, **shared, looks=looks, max_damage=max_damage)
-    kept: dict[str, Any] = {"out": out.with_suffix(".h5"), "overwrite": overwrite, **shared}
-    if measure:
-        found = known.measure(opened, **units, **kept)
-        forecast.table.insert(len(COLUMNS), "measured_steps", found.steps)
-        forecast.table.insert(len(COLUMNS) + 1, "measured_damage", found.damage)
-    elif calibrate is not None:
-        names = list(forecast.table["id"])
-        drawn = np.sort(np.random.default_rng(seed).permutation(len(names))[:calibrate])
-        chosen = [names[i] for i in drawn]
-        found = known.measure(
-            opened, **({"groups": {n: groups[n] for n in chosen}} if groups else {"ids": chosen}), **kept
+    groups = _by_group(opened, wanted) if by_group else None
+    count = len(opened.train if wanted is None else wanted) if groups is None else len(groups)
+    if calibrate is not None and not FEWEST <= calibrate <= count:
+        raise InputError(
+            f"--calibrate {calibrate} was given; expected at least {FEWEST}, and at most the {count} rows (or groups) that are asked for"
         )
-        real = np.full((2, len(names)), np.nan)
+    asked = units(opened, None if groups is not None else wanted, groups, protocol, unseen, seed=seed)
+    forecast = known.predict(opened, protocol=protocol, looks=looks, max_damage=max_damage, asked=asked)
+    if measure or calibrate is not None:
+        drawn = np.sort(np.random.default_rng(seed).permutation(count)[:calibrate])
+        beside = out.with_name(out.stem + ".difficulty.h5")
+        found = known.measure(
+            opened, protocol=protocol, heldout=unseen, out=beside, overwrite=overwrite, asked=asked.select(drawn)
+        )
+        real = np.full((2, count), np.nan)
         real[:, drawn] = found.steps, found.damage
-        labels = [] if groups else [opened.train[opened.train.index(id)].group for id in names]
-        whole = [label for label in labels if label is not None]
-        forecast = forecast.calibrated(real[0], real[1], whole if len(whole) == len(names) else None, seed)
+        if calibrate is not None:
+            labels = [] if groups is not None else [opened.train[rows[0]].group for rows in asked.members]
+            known_labels = [label for label in labels if label is not None]
+            forecast = forecast.calibrated(real[0], real[1], known_labels if len(known_labels) == count else None, seed)
+        forecast.table.insert(len(COLUMNS), "measured_steps", real[0])
+        forecast.table.insert(len(COLUMNS) + 1, "measured_damage", real[1])
     forecast.write(out, overwrite=overwrite)
     record = {"out": str(out), "rows": len(forecast), **forecast.record()}
-    record["recommended"] = {key: int(count) for key, count in forecast.table["recommended"].value_counts().items()}
+    record["recommended"] = {key: int(number) for key, number in forecast.table["recommended"].value_counts().items()}
     console.emit(record, _difficulty_text(forecast, out), json)
 
 
@@ -644,7 +656,7 @@ def _difficulty_text(forecast: Any, out: Path) -> str:
             if np.isfinite(row.damage)
             else "unknown"
         )
-        lines.append(f"{steps:>20}  {damage:>26}  {row.recommended:<8} {row.id}")
+        lines.append(f"{steps:>20}  {damage:>26}  {row.recommended:<8} {row.id}".replace("\n", " "))
     if len(table) > 10:
         lines.append(f"... and {len(table) - 10} more, all in {out}")
     told = forecast.table["recommended"].value_counts()
@@ -672,7 +684,7 @@ def _difficulty_text(forecast: Any, out: Path) -> str:
             f"{found.spearman['damage']:.2f} (damage), median error of steps {found.error:.0%}"
         )
         for name, falls in found.importances.items():
-            lines.append(f"what its {name} lean on: " + ", ".join(list(falls)[:4]))
+            lines.append(f"what the correction of {name} leans on: " + ", ".join(list(falls)[:4]))
     lines.append(f"{out}: all {len(table)} rows and their features")
     return console.printable("\n".join(lines))
 

@@ -21,7 +21,7 @@ from influence.loss import supervised_logits, token_losses
 
 @contextmanager
 def copies(model: AdaptedModel, thetas: Tensor, counts: Sequence[int]) -> Iterator[None]:
-    """Within the block row i of a batch of b runs with the LoRA parameters `thetas[i]`, `[b, P]`.
+    """Within the block row i of a batch of b runs with the LoRA parameters `thetas[i]`, `[b, P]`; all rows with those of `[1, P]`.
 
     `counts` [b]: supervised tokens of each row, for an adapted LM head, which sees them all as one sequence.
     """
@@ -32,9 +32,11 @@ def copies(model: AdaptedModel, thetas: Tensor, counts: Sequence[int]) -> Iterat
 
 
 def _branch(weight: Tensor, counts: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Row i of the input `[b, ..., d_in]` times `weight[i]` `[d_out, d_in]` transposed."""
+    """Row i of the input `[b, ..., d_in]` times `weight[i]` `[d_out, d_in]` transposed; a single weight is every row's."""
 
     def forward(x: Tensor) -> Tensor:
+        if len(weight) == 1:
+            return x @ weight[0].to(x.dtype).T
         if x.dim() == 2:  # some decoders flatten rows and tokens
             return forward(x.unflatten(0, (len(weight), -1))).flatten(0, 1)
         if x.shape[0] == len(weight):
@@ -63,7 +65,7 @@ def copy_losses(
     members : c int arrays
         Positions in `tokens` of each copy's rows, at least one each.
     token_budget, max_rows
-        Tokens (padding included) and rows that run at a time.
+        Tokens (padding included) and rows that run at a time; rows of a single copy share its parameters, and are not bounded.
     """
     return _losses(model, thetas, tokens, members, token_budget, max_rows, None)
 
@@ -97,8 +99,8 @@ def _losses(
     shares = np.concatenate([np.full(len(rows), 1 / len(rows)) for rows in members])
     losses = np.zeros(len(members))
     with model.evaluating(), torch.set_grad_enabled(gradient is not None):
-        for rows in plan_batches(chosen, token_budget, max_rows=max_rows):
-            own = torch.from_numpy(owner[rows]).to(thetas.device)
+        for rows in plan_batches(chosen, token_budget, max_rows=max_rows if len(thetas) > 1 else None):
+            own = torch.from_numpy(owner[rows] if len(thetas) > 1 else np.zeros(1, dtype=int)).to(thetas.device)
             here = thetas[own].detach().requires_grad_(gradient is not None)
             with copies(model, here, chosen.counts[rows].tolist()):
                 part = supervised_logits(model, collate(chosen, rows, pad_id=model.pad_id, device=model.device))

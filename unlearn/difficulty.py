@@ -116,6 +116,7 @@ def measure(
     sample_rows: int = SAMPLE_ROWS,
     seed: int = 0,
     overwrite: bool = False,
+    asked: Units | None = None,
 ) -> Measured:
     """Unlearn every row, or group of rows, alone by gradient ascent and measure what it took.
 
@@ -137,7 +138,9 @@ def measure(
     sample_rows, seed
         Size and choice of the sample of training rows whose loss tells the damage.
     overwrite
-        Replace what is in `out`, if it is of another request.
+        Replace what is in `out`, if it is of another request; a file that has no measurements is never replaced.
+    asked
+        What `unlearn.units.units` found for the same arguments, where it was called before.
 
     Raises `InputError` for rows that cannot be asked for, `MismatchError` where `out` is of another request.
     """
@@ -145,7 +148,7 @@ def measure(
     out = None if out is None else Path(out)
     if out is not None and out.suffix not in (".h5", ".hdf5"):
         raise InputError(f"{out} was given for measurements; they are written as HDF5: name a file that ends in .h5")
-    asked = units(run, ids, groups, protocol, heldout, sample_rows, seed)
+    asked = asked or units(run, ids, groups, protocol, heldout, sample_rows, seed)
     if out is None:
         kept = {name: np.zeros(shape, kind) for name, (shape, kind) in _layout(asked, protocol).items()}
         for rows in track(_chunks(asked), "ascent"):
@@ -159,7 +162,9 @@ def measure(
 
 
 def _chunks(asked: Units) -> list[np.ndarray]:
-    return asked.chunks(copies=6)  # parameters, two moments, gradient, the step before, rows that are run
+    return asked.chunks(
+        copies=12
+    )  # parameters, two moments, gradient, the step before, rows that are run, ends that wait
 
 
 def _layout(asked: Units, protocol: Protocol) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -268,9 +273,11 @@ def _claim(out: Path, asked: Units, protocol: Protocol, request: str, overwrite:
     """Lay the file out, or accept one of the same request; another one is refused."""
     if out.exists():
         with open_file(out) as file:
-            same = file.attrs.get("request") == request
-        if same:
+            known = file.attrs.get("request")
+        if known == request:
             return
+        if known is None:
+            raise InputError(f"{out} is no file of measurements and is not replaced: name another one, or move it away")
         if not overwrite:
             raise MismatchError(
                 f"{out} has measurements of another request (other rows, protocol, samples or run): name another file, or "

@@ -14,18 +14,22 @@ from influence.data import Examples
 from influence.errors import InputError
 from influence.progress import track
 from influence.run import Run
+from influence.tables import write_table
 from unlearn.ascent import Protocol
 from unlearn.calibration import Calibration, calibrate
 from unlearn.looks import LOOKS, combined, joined, walk
 from unlearn.recommend import MAX_DAMAGE, recommended
-from unlearn.units import SAMPLE_ROWS, units
+from unlearn.units import SAMPLE_ROWS, Units, units
 
 #: Columns that every forecast begins with; one for each feature follows.
 COLUMNS = ("id", "steps", "steps_low", "steps_high", "damage", "damage_low", "damage_high", "recommended", "reason")
 #: How many times longer the coarse walk is than the ascent, by optimizer and number of looks; found on 50 of the testbed's rows.
 LAG = {("adam", 1): 1.8, ("adam", 2): 1.27, ("adam", 3): 1.16, ("sgd", 1): 5.0, ("sgd", 2): 1.5, ("sgd", 3): 1.15}
 #: Ends of the interval: of steps as factors; of damage d, with the retained loss R, d - (a |d| + c R) and d + (b |d| + c R).
-STEPS_SPREAD = {"adam": (0.83, 1.17), "sgd": (0.8, 1.3)}
+STEPS_SPREAD = {
+    "adam": {1: (0.5, 1.6), 2: (0.75, 1.25), 3: (0.83, 1.17)},
+    "sgd": {1: (0.4, 2.0), 2: (0.6, 1.5), 3: (0.75, 1.35)},
+}
 DAMAGE_SPREAD = (0.6, 1.0, 0.004)
 
 
@@ -84,24 +88,7 @@ class Forecast:
 
     def write(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the table as CSV or Parquet, by the suffix; an existing file is refused without `overwrite`."""
-        path = checked_table(path, overwrite)
-        if path.suffix == ".csv":
-            self.table.to_csv(path, index=False)
-        else:
-            self.table.to_parquet(path, index=False)
-        return path
-
-
-def checked_table(path: str | Path, overwrite: bool) -> Path:
-    """The path of a table to be written; `InputError` for another suffix, a missing folder, or a file that is there."""
-    path = Path(path)
-    if path.suffix not in (".csv", ".parquet"):
-        raise InputError(f"{path} was given for a table; expected a name that ends in .csv or .parquet")
-    if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists: name another file, or give --overwrite to replace it")
-    return path
+        return write_table(self.table, path, overwrite=overwrite)
 
 
 def lag(optimizer: str, looks: int) -> float:
@@ -120,10 +107,12 @@ def predict(
     max_damage: float = MAX_DAMAGE,
     sample_rows: int = SAMPLE_ROWS,
     seed: int = 0,
+    asked: Units | None = None,
 ) -> Forecast:
     """Forecast how hard training rows are to unlearn by gradient ascent, and what to do with each.
 
-    Nothing is unlearned: `looks` gradients and at most ten forward passes a unit (`unlearn.looks`).
+    Nothing is unlearned: of every unit its two losses, `looks` gradients, at most four forward passes, and six of sampled rows (`unlearn.looks`). What is a
+    pass of one row for a row is one of every member for a group.
 
     Parameters
     ----------
@@ -132,7 +121,9 @@ def predict(
     looks
         Gradients a unit. One: a line scan along the first step's direction.
     max_damage
-        Share of the retained rows' mean loss that a recommended method may cost.
+        Share of the retained rows' mean loss that ascent may cost where it is recommended.
+    asked
+        What `unlearn.units.units` found for the same arguments, where it was called before.
 
     Returns
     -------
@@ -140,8 +131,8 @@ def predict(
         Its table has the columns
 
         id                          the row's id, or the group's name
-        steps, steps_low, _high     until the target; infinite where `protocol.steps` would not do. The ends hold nine rows of ten on
-                                    the models the forecast was tried on, or (calibrated) of the measured rows
+        steps, steps_low, _high     until the target; infinite where `protocol.steps` would not do. The ends are those that held
+                                    about nine rows of ten of two small models, at the default rates; calibrated, of the rows that were measured
         damage, damage_low, _high   rise of the sampled training rows' mean loss by then, nats per token
         recommended, reason         edit, ascent, retrain or none (`unlearn.recommend`)
 
@@ -157,15 +148,15 @@ def predict(
     if not max_damage >= 0:
         raise InputError(f"max_damage {max_damage!r} was given; expected 0 or more, as in 0.1 for 10 %")
     protocol = protocol or Protocol()
-    asked = units(run, ids, groups, protocol, heldout, sample_rows, seed)
+    asked = asked or units(run, ids, groups, protocol, heldout, sample_rows, seed)
     parts = [walk(asked, rows, protocol, looks) for rows in track(asked.chunks(copies=9), "looks")]
     found = joined(parts)
     features = found.features
     at_target = asked.now >= asked.target
-    steps = found.steps / lag(protocol.optimizer, looks)
+    steps = np.where(found.steps > looks, found.steps / lag(protocol.optimizer, looks), found.steps)
     steps = np.where(steps <= protocol.steps, steps, np.inf)
-    damage, closed_damage, read_damage = combined(found, asked.own, np.isfinite(steps))
-    short, long = STEPS_SPREAD[protocol.optimizer]
+    damage, closed_damage, read_damage = combined(found, asked.own)
+    short, long = STEPS_SPREAD[protocol.optimizer][min(looks, 3)]
     below, above, always = DAMAGE_SPREAD
     retained = float(asked.sampled_now.mean())
     damage = np.where(at_target, 0.0, np.where(np.isfinite(steps), damage, np.nan))

@@ -33,19 +33,22 @@ from unlearn.units import Units
 
 #: Gradients of a unit, sampled rows whose loss is read off, and forwards at most that look for the crossing.
 LOOKS, READ, SCANS = 3, 6, 4
-#: How much shorter an ascent is than its first step's rise suggests: sets the strides, not the forecast.
+#: How much shorter an ascent is than its first step's rise suggests: sets where the looks are.
 FASTER = {"adam": 1.9, "sgd": 4.0}
+#: Where the crossing was not seen in `SCANS` forwards, damage is told at most this many times the last scan further on.
+FARTHEST = 3.0
 
 
 @dataclass(frozen=True, eq=False)
 class Walked:
     """Ends of the coarse ascents of c units.
 
-    `steps` [c]; `closed` [c] = d^T C d / 2; of every sampled row `cross` [c, m] = (g_j^T d)^2 T_j / 2 and `rises` [c, m], NaN where not read
+    `steps` [c]; whether the crossing was `seen` [c], or extrapolated; `closed` [c] = d^T C d / 2; of every sampled row `cross` [c, m] = (g_j^T d)^2 T_j / 2 and `rises` [c, m], NaN where not read
     off; `features` [c] each.
     """
 
     steps: np.ndarray
+    seen: np.ndarray
     closed: np.ndarray
     cross: np.ndarray
     rises: np.ndarray
@@ -66,7 +69,7 @@ def walk(asked: Units, rows: np.ndarray, protocol: Protocol, looks: int) -> Walk
     products = (d @ asked.sample_gradients.T).double().cpu().numpy()
     cross = products**2 * asked.run.tokens.counts[asked.sample] / 2
     features |= {"moved": d.norm(dim=1).double().cpu().numpy()}
-    return Walked(going.steps, closed_form(asked.run, d), cross, _read(asked, rows, going, cross), features)
+    return Walked(going.steps, going.seen, closed_form(asked.run, d), cross, _read(asked, rows, going, cross), features)
 
 
 def _read(asked: Units, rows: np.ndarray, going: _Going, cross: np.ndarray) -> np.ndarray:
@@ -92,7 +95,7 @@ class _Going:
     def __init__(self, asked: Units, rows: np.ndarray, climb: Climb, now: np.ndarray, gradient: Tensor) -> None:
         self.asked, self.rows, self.climb, self.target = asked, rows, climb, asked.target[rows]
         self.steps, self.ends = np.where(now >= self.target, 0.0, np.inf), climb.theta.clone()
-        self.late = np.zeros(len(rows))
+        self.late, self.seen = np.zeros(len(rows)), self.steps == 0
         self.now, self.live = now.copy(), np.arange(len(rows))
         self.gradient, self.growth = gradient, torch.zeros_like(gradient)
         self.width, self.since = np.ones(len(rows)), np.zeros(len(rows), dtype=int)
@@ -163,8 +166,10 @@ class _Going:
         """Of the copies `over` [live], note where the loss crossed the target in the h steps from `origin`, which were `late` too many."""
         places = self.live[over]
         share = ((self.target - self.now)[places]) / (later[over] - self.now[places])
+        self.seen[places] = share <= 1
         taken = self.climb.taken[places] - (1 - share) * h[over] - self.late[places]
         self.steps[places] = np.maximum(taken if late is None else taken - share * late[over], 1e-6)
+        share = np.minimum(share, FARTHEST)
         start, to = origin[_at(np.flatnonzero(over), origin)], _at(places, self.ends)
         self.ends[to] = start + torch.from_numpy(share).to(start)[:, None] * (self.climb.theta[to] - start)
         return over
@@ -183,7 +188,7 @@ def joined(parts: Sequence[Walked]) -> Walked:
     """Parts of the units, one after the other."""
     whole = lambda name: np.concatenate([getattr(part, name) for part in parts])  # noqa: E731
     features = {name: np.concatenate([part.features[name] for part in parts]) for name in parts[0].features}
-    return Walked(whole("steps"), whole("closed"), whole("cross"), whole("rises"), features)
+    return Walked(whole("steps"), whole("seen"), whole("closed"), whole("cross"), whole("rises"), features)
 
 
 def closed_form(run: Run, d: Tensor) -> np.ndarray:
@@ -225,7 +230,7 @@ def _features(asked: Units, rows: np.ndarray, gradient: Tensor, climb: Climb) ->
 def _self_influence(asked: Units, rows: np.ndarray, gradient: Tensor) -> np.ndarray:
     """First-order rise of each unit's mean loss if it is removed, `sum_i w_i T_i g^T (C + lambda I)^-1 g`, [c], nats per token.
 
-    With the gradient at the adapter and the curvature of the run's last point; NaN where that has no closed inverse.
+    With the unit's mean gradient g at the adapter in the place of each of its rows', and the curvature of the run's last point; NaN where that has no closed inverse.
     """
     point, run = asked.run.points[-1], asked.run
     operator = point.operator()
@@ -236,15 +241,15 @@ def _self_influence(asked: Units, rows: np.ndarray, gradient: Tensor) -> np.ndar
     return products * np.array([(run.weights * run.tokens.counts)[asked.members[i]].sum() for i in rows])
 
 
-def combined(found: Walked, own: np.ndarray, fitting: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def combined(found: Walked, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Damage of every unit [n], the mean over the sampled rows that are not its `own` [n, m]; that of the closed form alone, and of the rises read off alone.
 
-    NaN where no sampled row is left. The weights of the closed form are fitted on the units `fitting` [n] alone: an end that was extrapolated far beyond
-    what was seen would set everybody's.
+    NaN where no sampled row is left. The weights of the closed form are fitted on the units whose crossing was seen: an end that was
+    extrapolated far beyond it would set everybody's.
     """
     told = np.stack([np.broadcast_to(found.closed[:, None], own.shape), found.cross], axis=-1)
     seen = np.isfinite(found.rises)
-    read = seen & fitting[:, None]
+    read = seen & found.seen[:, None]
     scale = np.maximum(told[read].mean(0), 1e-300) if read.any() else np.ones(2)
     fit, _ = nnls(told[read] / scale, found.rises[read]) if read.any() else (np.full(2, np.nan), 0.0)
     closed = (told / scale) @ fit

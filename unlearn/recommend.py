@@ -1,10 +1,10 @@
 """Which way to unlearn a row: by a closed-form edit, by gradient ascent, or by training again.
 
     none      the loss is at its target already
-    retrain   the ascent is forecast not to reach the target in the protocol's steps, or the unit is more than half of all rows: an
-              edit keeps what the other rows hold in place, and there are too few of them
+    retrain   the unit is more than half of all rows: an edit keeps what the other rows hold in place, and there are too few of them
     ascent    its forecast damage is at most `max_damage` of the retained rows' loss: a few gradients do, and nothing need be held
-    edit      otherwise: it holds a sample of retained rows while it moves (`unlearn.relinearise`)
+    edit      otherwise, also where the ascent was not forecast to reach its target, of which an edit is independent: it holds a sample of
+              retained rows while it moves (`unlearn.relinearise`)
 
 On the testbed's single rows an edit to the same target cost a tenth of what ascent cost, at thirty times its gradients (LOG.md).
 """
@@ -41,7 +41,7 @@ def _method(
     if share > MOST:
         return "retrain", f"{share:.0%} of all rows: too few are left to hold the adapter in place"
     if not np.isfinite(steps):
-        return "retrain", f"ascent is not forecast to reach the target in {limit} steps"
+        return "edit", f"ascent is not forecast to reach the target in {limit} steps"
     if not np.isfinite(damage):
         return "edit", "no retained row tells the damage of ascent"
     if damage <= most * retained:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +16,7 @@ from influence.errors import InputError
 from influence.gradients import stream_gradients
 from influence.loss import mean_losses
 from influence.path import scaled
-from influence.run import Run, parts
+from influence.run import Run, parts, spaced
 from unlearn.ascent import Protocol
 from unlearn.copies import copy_gradients, copy_losses
 from unlearn.evidence import unseen_rows
@@ -65,6 +65,12 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def select(self, rows: np.ndarray) -> Units:
+        """The units at `rows` alone."""
+        names, members = (tuple(kept[i] for i in rows) for kept in (self.names, self.members))
+        few = {key: getattr(self, key)[rows] for key in ("now", "base", "target", "own")}
+        return replace(self, names=names, members=members, **few)
 
     @property
     def start(self) -> Tensor:
@@ -119,7 +125,8 @@ class Units:
     @property
     def chunk(self) -> int:
         """How many copies of the parameters take a bounded amount of memory."""
-        return len(parts(self.run, 4096)[0])
+        wider = self.start.dtype.itemsize // self.run.model.dtype.itemsize
+        return max(1, len(parts(self.run, 4096)[0]) // wider)
 
     def chunks(self, copies: int) -> list[np.ndarray]:
         """Units in parts of which `copies` copies of the parameters each take a bounded amount of memory."""
@@ -137,6 +144,8 @@ def units(
     seed: int = 0,
 ) -> Units:
     """Find the rows (`ids`, default all) or `groups` (name: ids), their losses and targets, and the samples.
+
+    With the target `unseen`, `unlearn.unseen` is asked once a unit: gradients of up to `CANDIDATES` rows each where the run has not stored them.
 
     Raises `InputError` for rows and groups given together, none, ids given twice or as one string, an empty sample; `DataError` for an unknown id.
     """
@@ -157,8 +166,13 @@ def units(
     if sample_rows < 1:
         raise InputError(f"sample_rows {sample_rows} was given; expected at least 1")
     tokens = unseen_rows(version(run, ORIGINAL), run.train, heldout)
-    if tokens is not None and len(tokens) > HELDOUT_ROWS:
-        tokens = tokens.select(np.unique(np.linspace(0, len(tokens) - 1, HELDOUT_ROWS).round().astype(int)))
+    if protocol.target == "unseen":
+        whole = [name for name, group in asked.items() if len(group) == len(run.train)]
+        if whole:
+            raise InputError(
+                f"{whole[0]!r} holds every training row: what a model that saw the others would lose on it is not defined; take "
+                "the target base, or fewer rows"
+            )
     sample = _sample(run, sample_rows, seed)
     budget, needed = run.manifest["token_budget"], np.unique(np.concatenate([*members, sample]))
     now, base = np.zeros(len(run.train)), np.zeros(len(run.train))
@@ -170,6 +184,8 @@ def units(
     own = np.array([[hashes[j] in content for j in sample] for content in contents])
     mean = lambda values: np.array([values[rows].mean() for rows in members])  # noqa: E731
     targets = mean(base) if protocol.target == "base" else _unseen(run, asked, now, members, tokens)
+    if tokens is not None:
+        tokens = tokens.select(spaced(len(tokens), HELDOUT_ROWS))
     return Units(run, tuple(asked), members, mean(now), mean(base), targets, sample, now[sample], own, tokens)
 
 
