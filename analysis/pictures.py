@@ -315,17 +315,23 @@ def forecast_plot(
     title, label : str
         `label` names the quantity and its unit.
     root : bool
-        Signed square roots on both axes, which spread small values and allow negative ones.
+        Signed square roots on both axes, which spread small values and allow negative ones; else logarithms.
     """
     figure, panels = _panels(found, title, share=False, height=3.8)
     for axes, (told, (low, high), real) in zip(panels, found.values(), strict=True):
-        axes.hlines(real, low, high, color=_POSITIVE, alpha=0.25, linewidth=1.2, label="interval")
+        axes.hlines(real, low, high, color=_POSITIVE, alpha=0.25, linewidth=1.2, label="interval, to hold 9 of 10")
         axes.plot(told, real, "o", color=_POSITIVE, markersize=3.5, alpha=0.8, label="row")
         ends = np.array([min(told.min(), real.min()), max(told.max(), real.max())])
         axes.plot(ends, ends, ":", color=_MUTED, linewidth=1, label="as forecast")
         if root:
             for scale in (axes.set_xscale, axes.set_yscale):
                 scale("function", functions=(_signed_root, _signed_square))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(4))
+        else:
+            axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                _plain_ticks(axis)
         axes.set(xlabel=f"forecast {label}", ylabel=f"measured {label}")
     panels[0].legend(frameon=False, loc="upper left")
     return figure

@@ -1,13 +1,15 @@
 """A forecast of difficulty corrected by what was measured of a few rows.
 
-Ridge regression (scikit-learn) of the measured steps and damage on the logarithms of the forecast and its features, standardised,
-with the penalty chosen by leave-one-out. What is fitted is the correction, so few rows suffice: of steps `log(measured / forecast)`; of damage, which may be
-below 0, `arcsinh(measured / s) - arcsinh(forecast / s)`, s the median of the measured sizes: linear in small values, logarithmic in large ones. Features
-beyond the measured rows' range count as its ends.
+Ridge regression (scikit-learn) of the measured steps and damage on the logarithms of the forecast and its features,
+standardised, with the penalty chosen by leave-one-out. What is fitted is the correction, so few rows suffice: of
+steps `log(measured / forecast)`; of damage, which may be below 0, `arcsinh(measured / s) - arcsinh(forecast / s)`, s
+the median of the measured sizes: linear in small values, logarithmic in large ones. Features beyond the measured
+rows' range count as its ends.
 
-Rows that were measured are told what the fits without them say (cross-validation, by the rows' groups where these are known and enough: rows of one
-author teach about each other). The same out-of-fold errors give the intervals, as quantiles with the correction for their number that split conformal
-prediction has (Lei et al. 2018, arXiv 1604.04173), and the scores.
+Rows that were measured are told what the fits without them say (cross-validation, by the rows' groups where these are
+known and enough: rows of one author teach about each other). The same out-of-fold errors give the intervals, as
+quantiles with the correction for their number that split conformal prediction has (Lei et al. 2018, arXiv
+1604.04173), and the scores.
 """
 
 from __future__ import annotations
@@ -51,16 +53,19 @@ class Calibration:
     ----------
     features : k strings
     importances : dict
-        For the corrections of `steps` and `damage`: fall of R^2 on the measured rows when a feature is shuffled, by name, the largest first.
+        For the corrections of `steps` and `damage`: fall of R^2 on the measured rows when a feature is shuffled, by
+        name, the largest first.
     steps, damage : arrays [n]
         Out-of-fold forecasts of the measured units, in the order of `rows`.
     spearman : dict
         Of `steps` and `damage` out of fold with what was measured.
+    before : dict
+        The same of the forecast as it was.
     error : float
         Median relative error of the steps, out of fold.
     measured, left_out : int
-        Rows that taught something, and measured ones that did not: at their target from the start, or not found to reach it. What is said out of fold is
-        of the former.
+        Rows that taught something, and measured ones that did not: at their target from the start, or not found to
+        reach it. What is said out of fold is of the former.
     """
 
     features: tuple[str, ...]
@@ -69,6 +74,7 @@ class Calibration:
     steps: np.ndarray = field(repr=False)
     damage: np.ndarray = field(repr=False)
     spearman: dict[str, float]
+    before: dict[str, float]
     error: float
     measured: int
     left_out: int
@@ -106,6 +112,7 @@ class Calibration:
             "features": list(self.features),
             "importances": self.importances,
             "spearman": self.spearman,
+            "spearman_before": self.before,
             "median_relative_error_of_steps": self.error,
             "level": LEVEL,
         }
@@ -169,10 +176,10 @@ def calibrate(
         falls = np.asarray(permutation_importance(model, x, y, n_repeats=10, random_state=seed)["importances_mean"])
         importances[name] = {names[k]: float(falls[k]) for k in np.argsort(-falls)}
     found = {"steps": forecast * np.exp(told["steps"]), "damage": unit * np.sinh(told["damage"] + ahead)}
-    ranks = {
-        name: float(pd.Series(found[name]).corr(pd.Series(real[rows]), method="spearman"))
-        for name, real in (("steps", steps), ("damage", damage))
-    }
+    rank = lambda told, real: float(pd.Series(told).corr(pd.Series(real[rows]), method="spearman"))  # noqa: E731
+    both = (("steps", steps), ("damage", damage))
+    ranks = {name: rank(found[name], real) for name, real in both}
+    before = {name: rank(part[name].to_numpy(), real) for name, real in both}
     error = float(np.median(np.abs(found["steps"] - steps[rows]) / steps[rows]))
     return Calibration(
         names,
@@ -181,6 +188,7 @@ def calibrate(
         found["steps"],
         found["damage"],
         ranks,
+        before,
         error,
         measured=len(rows),
         left_out=int((~np.isnan(steps)).sum()) - len(rows),

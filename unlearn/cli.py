@@ -538,7 +538,11 @@ def difficulty(
     ] = None,
     ids_file: Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line.")] = None,
     by_group: Annotated[
-        bool, typer.Option("--by-group", help="Rows of one group (their field of that name) are unlearned together.")
+        bool,
+        typer.Option(
+            "--by-group",
+            help="All rows of a group (their field of that name) are unlearned together; --ids names any row of it.",
+        ),
     ] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Also unlearn every row alone and add what it took.")
@@ -584,20 +588,22 @@ def difficulty(
     from influence.tables import checked_table
     from unlearn import difficulty as known
     from unlearn.calibration import FEWEST
-    from unlearn.forecast import COLUMNS
     from unlearn.units import units
 
     protocol = known.Protocol(optimizer=optimizer, lr=lr, target=target, steps=steps)
     out = checked_table(out, overwrite)
+    if ids is not None and ids_file is not None:
+        raise InputError("--ids and --ids-file were both given: give one of them")
     wanted = _ids(ids, ids_file) if ids is not None or ids_file is not None else None
     if calibrate is not None and measure:
         raise InputError(
             "--calibrate and --measure were given together: --measure unlearns all rows and corrects nothing"
         )
-    if looks < 1 or seed < 0 or not max_damage >= 0:
-        raise InputError(
-            f"--looks {looks}, --seed {seed} and --max-damage {max_damage:g} were given; expected at least 1, 0 and 0"
-        )
+    for name, value, least in (("--looks", looks, 1), ("--seed", seed, 0), ("--max-damage", max_damage, 0)):
+        if not value >= least:
+            raise InputError(f"{name} {value:g} was given; expected at least {least}")
+    if holdout is not None and not measure and calibrate is None and target == "base":
+        raise InputError("--holdout was given: it is for --target unseen, --measure or --calibrate; leave it out here")
     unseen = None if holdout is None else read_examples(holdout)
     console.quiet_transformers()
     opened = Run.open(run, train=_rows_of(run), device=device, trust_remote_code=trust_remote_code)
@@ -605,7 +611,8 @@ def difficulty(
     count = len(opened.train if wanted is None else wanted) if groups is None else len(groups)
     if calibrate is not None and not FEWEST <= calibrate <= count:
         raise InputError(
-            f"--calibrate {calibrate} was given; expected at least {FEWEST}, and at most the {count} rows (or groups) that are asked for"
+            f"--calibrate {calibrate} was given with {count} rows (or groups) asked for; a calibration takes {FEWEST} of them or more: "
+            "ask for more rows, or leave --calibrate out"
         )
     asked = units(opened, None if groups is not None else wanted, groups, protocol, unseen, seed=seed)
     forecast = known.predict(opened, protocol=protocol, looks=looks, max_damage=max_damage, asked=asked)
@@ -621,8 +628,7 @@ def difficulty(
             labels = [] if groups is not None else [opened.train[rows[0]].group for rows in asked.members]
             known_labels = [label for label in labels if label is not None]
             forecast = forecast.calibrated(real[0], real[1], known_labels if len(known_labels) == count else None, seed)
-        forecast.table.insert(len(COLUMNS), "measured_steps", real[0])
-        forecast.table.insert(len(COLUMNS) + 1, "measured_damage", real[1])
+        forecast = forecast.with_measured(real[0], real[1])
     forecast.write(out, overwrite=overwrite)
     record = {"out": str(out), "rows": len(forecast), **forecast.record()}
     record["recommended"] = {key: int(number) for key, number in forecast.table["recommended"].value_counts().items()}
@@ -630,62 +636,70 @@ def difficulty(
 
 
 def _by_group(run: Any, asked: list[str] | None) -> dict[str, list[str]]:
-    """The asked rows by their group; a row without one is refused."""
+    """All rows of every group that one of the asked rows is in; a row without a group is a unit of its own, by its id."""
+    chosen = {row.id for row in run.train} if asked is None else {run.train[run.train.index(id)].id for id in asked}
+    groups = {row.group for row in run.train if row.id in chosen and row.group is not None}
     found: dict[str, list[str]] = {}
-    for row in run.train if asked is None else [run.train[run.train.index(id)] for id in asked]:
-        if row.group is None:
-            raise InputError(
-                f"row {row.id!r} has no group: --by-group needs the field group in every row that is asked for"
-            )
-        found.setdefault(row.group, []).append(row.id)
+    for row in run.train:
+        if row.group in groups:
+            found.setdefault(row.group, []).append(row.id)
+        elif row.id in chosen:
+            found.setdefault(row.id, []).append(row.id)
     return found
 
 
 def _difficulty_text(forecast: Any, out: Path) -> str:
-    """The hardest rows, how many of each recommendation, and what the calibration says, for a person."""
+    """The hardest rows, how many of each recommendation, what was measured and what the calibration says, for a person."""
     import numpy as np
 
     table = forecast.table.sort_values("steps", ascending=False, kind="stable")
-    lines = [f"{'steps':>20}  {'damage, nats per token':>26}  do       id"]
+    protocol, shown = forecast.protocol, "measured_steps" in table
+    heads = f"{'steps':>20}  {'damage, nats per token':>26}"
+    lines = [heads + (f"  {'measured':>14}" if shown else "") + "  do       id"]
     for row in table.head(10).itertuples():
-        steps = (
-            f"{row.steps:.1f} [{row.steps_low:.1f}, {row.steps_high:.1f}]" if np.isfinite(row.steps) else "not reached"
-        )
-        damage = (
-            f"{row.damage:+.3f} [{row.damage_low:+.3f}, {row.damage_high:+.3f}]"
-            if np.isfinite(row.damage)
-            else "unknown"
-        )
-        lines.append(f"{steps:>20}  {damage:>26}  {row.recommended:<8} {row.id}".replace("\n", " "))
+        steps = f"{row.steps:.1f} [{row.steps_low:.1f}, {row.steps_high:.1f}]" if np.isfinite(row.steps) else "beyond"
+        damage = "unknown"
+        if np.isfinite(row.damage):
+            damage = f"{row.damage:+.3f} [{row.damage_low:+.3f}, {row.damage_high:+.3f}]"
+        line = f"{steps:>20}  {damage:>26}"
+        if shown:
+            line += f"  {'-' if np.isnan(row.measured_steps) else f'{row.measured_steps:.1f} {row.measured_damage:+.3f}':>14}"
+        lines.append(f"{line}  {row.recommended:<8} {row.id}".replace("\n", " "))
     if len(table) > 10:
         lines.append(f"... and {len(table) - 10} more, all in {out}")
     told = forecast.table["recommended"].value_counts()
-    protocol = forecast.protocol
+    aim = "of the base model" if protocol["target"] == "base" else "expected of a model that never saw the row"
     lines += [
         "",
-        f"hardest first; ascent by {protocol['optimizer']}, rate {protocol['lr']:g}, to the loss "
-        + ("of the base model" if protocol["target"] == "base" else "expected of a model that never saw the row"),
-        "recommended: " + ", ".join(f"{method} {count}" for method, count in told.items()),
-        f"retained rows' mean loss now: {forecast.retained_loss:.3f}",
+        f"hardest first; ascent by {protocol['optimizer']}, rate {protocol['lr']:g}, to the loss {aim}; [ ] should hold nine rows of ten",
+        "recommended: "
+        + ", ".join(f"{method} {count}" for method, count in told.items())
+        + f" (ascent where it costs at most {forecast.max_damage:.1%} of the sampled rows' mean loss, "
+        f"{forecast.retained_loss:.3f} nats per token)",
     ]
-    if "measured_steps" in forecast.table:
+    if shown:
         both = forecast.table[["steps", "measured_steps", "damage", "measured_damage"]]
         both = both[np.isfinite(both).all(axis=1) & (both["measured_steps"] > 0)]
-        if len(both) > 2:
+        if len(both) > 2 and forecast.calibration is None:
+            error = (both["steps"] / both["measured_steps"] - 1).abs().median()
             rank = both.corr("spearman")
             lines.append(
-                f"measured: Spearman with the forecast {rank.loc['steps', 'measured_steps']:.2f} (steps), "
-                f"{rank.loc['damage', 'measured_damage']:.2f} (damage), over {len(both)} rows"
+                f"measured against forecast, {len(both)} rows: median error of steps {error:.0%}; Spearman "
+                f"{rank.loc['steps', 'measured_steps']:.2f} (steps), {rank.loc['damage', 'measured_damage']:.2f} (damage)"
             )
-    if forecast.calibration is not None:
-        found = forecast.calibration
+    if (found := forecast.calibration) is not None:
         lines.append(
-            f"calibrated on {found.measured} measured rows; out of fold: Spearman {found.spearman['steps']:.2f} (steps), "
-            f"{found.spearman['damage']:.2f} (damage), median error of steps {found.error:.0%}"
+            f"calibrated on {found.measured} measured rows; out of fold (and before): Spearman {found.spearman['steps']:.2f} "
+            f"({found.before['steps']:.2f}) of steps, {found.spearman['damage']:.2f} ({found.before['damage']:.2f}) of damage; "
+            f"median error of steps {found.error:.0%}"
         )
         for name, falls in found.importances.items():
+            if found.spearman[name] < found.before[name] - 0.02:
+                lines.append(
+                    f"warning: the correction of {name} does harm; measure more rows (--calibrate N), or do without"
+                )
             lines.append(f"what the correction of {name} leans on: " + ", ".join(list(falls)[:4]))
-    lines.append(f"{out}: all {len(table)} rows and their features")
+    lines.append(f"{out}: {_rows(len(table))} and their features")
     return console.printable("\n".join(lines))
 
 

@@ -1,7 +1,7 @@
 """Many copies of one adapter at once: row i of a batch runs with LoRA parameters of its own.
 
-A site's branch `s B A x` becomes `s B_i A_i x_i`, two batched products, so one forward and backward of b rows gives the losses
-and gradients of b different adapters, while the base's weights are read once. Dropout is off.
+A site's branch `s B A x` becomes `s B_i A_i x_i`, two batched products, so one forward and backward of b rows gives
+the losses and gradients of b different adapters, while the base's weights are read once. Dropout is off.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def copy_losses(
     members : c int arrays
         Positions in `tokens` of each copy's rows, at least one each.
     token_budget, max_rows
-        Tokens (padding included) and rows that run at a time; rows of a single copy share its parameters, and are not bounded.
+        Tokens (padding included) and rows that run at a time; rows of a single copy share its parameters, and are not
+        bounded.
     """
     return _losses(model, thetas, tokens, members, token_budget, max_rows, None)
 

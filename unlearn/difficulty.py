@@ -6,8 +6,9 @@ target):
 
     steps      fractional: where the loss crosses the target between two steps, by linear interpolation
     damage     rise of the mean loss of a fixed sample of training rows at the crossing, nats per token
-    area       under the curve of damage against share of the gap, nats per token: low where forgetting costs nothing till late
-    heldout    loss of held-out rows at every level, from which `analysis.ood.exposures` reads relative exposure
+    area       under the curve of damage against share of the gap, nats per token: low where forgetting costs nothing
+    till late heldout    loss of held-out rows at every level, from which `analysis.ood.exposures` reads relative
+    exposure
 
 `predict` answers before any of it (`unlearn.forecast`): a few gradients and forward passes a row.
 """

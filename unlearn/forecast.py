@@ -76,6 +76,20 @@ class Forecast:
         table = recommended(table, self.retained_loss, self.max_damage, self.protocol["steps"])
         return replace(self, table=table, calibration=found)
 
+    def with_measured(self, steps: np.ndarray, damage: np.ndarray) -> Forecast:
+        """The table with `measured_steps` and `measured_damage` [n], NaN where nothing was measured; where it was, they decide
+        what is recommended.
+        """
+        seen = ~np.isnan(steps)
+        table = self.table.assign(
+            steps=np.where(seen, steps, self.table["steps"]), damage=np.where(seen, damage, self.table["damage"])
+        )
+        told = recommended(table, self.retained_loss, self.max_damage, self.protocol["steps"])
+        out = self.table.assign(recommended=told["recommended"], reason=told["reason"])
+        out.insert(len(COLUMNS), "measured_steps", steps)
+        out.insert(len(COLUMNS) + 1, "measured_damage", damage)
+        return replace(self, table=out)
+
     def record(self) -> dict[str, Any]:
         """As JSON holds it: what the table was made with."""
         return {
@@ -111,8 +125,8 @@ def predict(
 ) -> Forecast:
     """Forecast how hard training rows are to unlearn by gradient ascent, and what to do with each.
 
-    Nothing is unlearned: of every unit its two losses, `looks` gradients, at most four forward passes, and six of sampled rows (`unlearn.looks`). What is a
-    pass of one row for a row is one of every member for a group.
+    Nothing is unlearned: of every unit its two losses, `looks` gradients, at most four forward passes, and six of
+    sampled rows (`unlearn.looks`). What is a pass of one row for a row is one of every member for a group.
 
     Parameters
     ----------
@@ -131,17 +145,20 @@ def predict(
         Its table has the columns
 
         id                          the row's id, or the group's name
-        steps, steps_low, _high     until the target; infinite where `protocol.steps` would not do. The ends are those that held
-                                    about nine rows of ten of two small models, at the default rates; calibrated, of the rows that were measured
+        steps, steps_low, _high     until the target; infinite where `protocol.steps` would not do. The ends are those that
+                                    held about nine rows of ten of two small models, at the default rates; calibrated,
+                                    of the rows that were measured
         damage, damage_low, _high   rise of the sampled training rows' mean loss by then, nats per token
         recommended, reason         edit, ascent, retrain or none (`unlearn.recommend`)
 
-        and the features: loss, base_loss and gap (target - loss), nats per token; tokens of the completion; share of all training rows; gradient_norm
-        and gradient_l1 of the mean loss; curvature, g^T C g / g^T g under the run's; self_influence, nats per token (at the adapter itself, first order);
-        alignment, the cosine of the gradient with that of the sampled rows; first_order_steps, gap over the first step's rise; moved, the
-        length of the walk's end |d|; closed_damage and read_damage, what the closed form and the rises read off tell alone.
+        and the features: loss, base_loss and gap (target - loss), nats per token; tokens of the completion; share of
+        all training rows; gradient_norm and gradient_l1 of the mean loss; curvature, g^T C g / g^T g under the run's;
+        self_influence, nats per token (at the adapter itself, first order); alignment, the cosine of the gradient
+        with that of the sampled rows; first_order_steps, gap over the first step's rise; moved, the length of the
+        walk's end |d|; closed_damage and read_damage, what the closed form and the rises read off tell alone.
 
-    The closed form's two weights fit the rises of all units asked for together, so damage depends a little on who else is asked for.
+    The closed form's two weights fit the rises of all units asked for together, so damage depends a little on who
+    else is asked for.
     """
     if type(looks) is not int or looks < 1:
         raise InputError(f"looks {looks!r} was given; expected a whole number of at least 1")

@@ -1,19 +1,22 @@
 """Unlearning difficulty forecast from a few looks: gradients at some points of a coarse ascent, forwards between them.
 
-The ascent that `unlearn.difficulty.measure` runs takes a gradient at every step, tens of them. Here a row's gradient is taken at `looks` points only. Between two, the optimizer's own steps go on
-with a gradient that is carried forward, `g(t) = g + (g - g_before) t / h` up to the next stride's end (h: steps from the look before); after the last look the loss is read off by forwards until it
-crosses the target. At that adapter `theta + d` the damage to a sampled training row j is told in two ways:
+The ascent that `unlearn.difficulty.measure` runs takes a gradient at every step, tens of them. Here a row's gradient
+is taken at `looks` points only. Between two, the optimizer's own steps go on with a gradient that is carried forward,
+`g(t) = g + (g - g_before) t / h` up to the next stride's end (h: steps from the look before); after the last look the
+loss is read off by forwards until it crosses the target. At that adapter `theta + d` the damage to a sampled training
+row j is told in two ways:
 
     read off      the rise of its loss, by a forward pass: of the `READ` rows with the largest (g_j^T d)^2 T_j
-    closed form   a d^T C d / 2 + b (g_j^T d)^2 T_j / 2 for the others: C the run's curvature averaged over its points, g_j the gradient of row j's
-                  mean loss at the adapter, T_j its tokens; a, b >= 0 fit the rises read off of all units asked for
+    closed form   a d^T C d / 2 + b (g_j^T d)^2 T_j / 2 for the others: C the run's curvature averaged over its points,
+                  g_j the gradient of row j's mean loss at the adapter, T_j its tokens; a, b >= 0 fit the rises read off
 
-The curvature tells how much everything moves, the gradients (the cross-influence) who is hit, and the rows that are hit hardest are
-looked at. With one look the walk is a straight line scan along the first step's direction (the sign of the gradient under Adam), and
-one gradient is all that is taken.
+The curvature tells how much everything moves, the gradients (the cross-influence) who is hit, and the rows that are
+hit hardest are looked at. With one look the walk is a straight line scan along the first step's direction (the sign
+of the gradient under Adam), and one gradient is all that is taken.
 
-Why not one look: along an ascent the gradient turns. On a 2.4 M parameter model the cosine with the first gradient falls to 0.4 within fifteen steps of Adam and its norm grows sevenfold (LOG.md), so a line
-scan is 1.8 times too long by a factor that differs from row to row.
+Why not one look: along an ascent the gradient turns. On a 2.4 M parameter model the cosine with the first gradient
+falls to 0.4 within a dozen steps of Adam and its norm grows five- to sevenfold (LOG.md), so a line scan is 1.8 times
+too long by a factor that differs from row to row.
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ FARTHEST = 3.0
 class Walked:
     """Ends of the coarse ascents of c units.
 
-    `steps` [c]; whether the crossing was `seen` [c], or extrapolated; `closed` [c] = d^T C d / 2; of every sampled row `cross` [c, m] = (g_j^T d)^2 T_j / 2 and `rises` [c, m], NaN where not read
-    off; `features` [c] each.
+    `steps` [c]; whether the crossing was `seen` [c], or extrapolated; `closed` [c] = d^T C d / 2; of every sampled
+    row `cross` [c, m] = (g_j^T d)^2 T_j / 2 and `rises` [c, m], NaN where not read off; `features` [c] each.
     """
 
     steps: np.ndarray
@@ -88,8 +91,9 @@ def _read(asked: Units, rows: np.ndarray, going: _Going, cross: np.ndarray) -> n
 class _Going:
     """Coarse ascents on their way: those of the units that are not yet at their targets, by their places in the chunk `live`.
 
-    `gradient` and `growth` [live, P]: at the last look, and what it grew by since the look before, `width` [live] steps earlier;
-    `since` [live]: steps since the look; `pace` [live]: rise of the loss in a step, as last seen; `late` [c]: steps to be taken off.
+    `gradient` and `growth` [live, P]: at the last look, and what it grew by since the look before, `width` [live]
+    steps earlier; `since` [live]: steps since the look; `pace` [live]: rise of the loss in a step, as last seen;
+    `late` [c]: steps to be taken off.
     """
 
     def __init__(self, asked: Units, rows: np.ndarray, climb: Climb, now: np.ndarray, gradient: Tensor) -> None:
@@ -230,7 +234,8 @@ def _features(asked: Units, rows: np.ndarray, gradient: Tensor, climb: Climb) ->
 def _self_influence(asked: Units, rows: np.ndarray, gradient: Tensor) -> np.ndarray:
     """First-order rise of each unit's mean loss if it is removed, `sum_i w_i T_i g^T (C + lambda I)^-1 g`, [c], nats per token.
 
-    With the unit's mean gradient g at the adapter in the place of each of its rows', and the curvature of the run's last point; NaN where that has no closed inverse.
+    With the unit's mean gradient g at the adapter in the place of each of its rows', and the curvature of the run's
+    last point; NaN where that has no closed inverse.
     """
     point, run = asked.run.points[-1], asked.run
     operator = point.operator()
@@ -244,8 +249,8 @@ def _self_influence(asked: Units, rows: np.ndarray, gradient: Tensor) -> np.ndar
 def combined(found: Walked, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Damage of every unit [n], the mean over the sampled rows that are not its `own` [n, m]; that of the closed form alone, and of the rises read off alone.
 
-    NaN where no sampled row is left. The weights of the closed form are fitted on the units whose crossing was seen: an end that was
-    extrapolated far beyond it would set everybody's.
+    NaN where no sampled row is left. The weights of the closed form are fitted on the units whose crossing was seen:
+    an end that was extrapolated far beyond it would set everybody's.
     """
     told = np.stack([np.broadcast_to(found.closed[:, None], own.shape), found.cross], axis=-1)
     seen = np.isfinite(found.rises)

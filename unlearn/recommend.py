@@ -1,12 +1,14 @@
 """Which way to unlearn a row: by a closed-form edit, by gradient ascent, or by training again.
 
     none      the loss is at its target already
-    retrain   the unit is more than half of all rows: an edit keeps what the other rows hold in place, and there are too few of them
-    ascent    its forecast damage is at most `max_damage` of the retained rows' loss: a few gradients do, and nothing need be held
-    edit      otherwise, also where the ascent was not forecast to reach its target, of which an edit is independent: it holds a sample of
+    retrain   the unit is more than half of all rows: an edit keeps what the other rows hold in place, and there are
+    too few of them ascent    its forecast damage is at most `max_damage` of the retained rows' loss: a few gradients
+    do, and nothing need be held edit      otherwise, also where the ascent was not forecast to reach its target, of
+    which an edit is independent: it holds a sample of
               retained rows while it moves (`unlearn.relinearise`)
 
-On the testbed's single rows an edit to the same target cost a tenth of what ascent cost, at thirty times its gradients (LOG.md).
+On the testbed's single rows an edit to the same target cost the others nothing and ascent 5 % of their loss, at
+twenty-five times its gradients (LOG.md).
 """
 
 from __future__ import annotations

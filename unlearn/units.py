@@ -145,9 +145,11 @@ def units(
 ) -> Units:
     """Find the rows (`ids`, default all) or `groups` (name: ids), their losses and targets, and the samples.
 
-    With the target `unseen`, `unlearn.unseen` is asked once a unit: gradients of up to `CANDIDATES` rows each where the run has not stored them.
+    With the target `unseen`, `unlearn.unseen` is asked once a unit: gradients of up to `CANDIDATES` rows each where
+    the run has not stored them.
 
-    Raises `InputError` for rows and groups given together, none, ids given twice or as one string, an empty sample; `DataError` for an unknown id.
+    Raises `InputError` for rows and groups given together, none, ids given twice or as one string, an empty sample;
+    `DataError` for an unknown id.
     """
     if ids is not None and groups is not None:
         raise InputError("ids and groups were given together: give one of them")
