@@ -24,6 +24,8 @@ from influence.errors import InputError
 _DPI = 110
 #: Characters in a line of a row's text.
 _COLUMNS = 108
+#: Ticks of a logarithmic axis of counts.
+_STEPS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500)
 
 
 def ranks_plot(hits: Mapping[str, np.ndarray], title: str, *, most: int = 40) -> Figure:
@@ -331,7 +333,9 @@ def forecast_plot(
         else:
             axes.set(xscale="log", yscale="log")
             for axis in (axes.xaxis, axes.yaxis):
-                _plain_ticks(axis)
+                axis.set_major_locator(FixedLocator(_STEPS))
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set(xlabel=f"forecast {label}", ylabel=f"measured {label}")
     panels[0].legend(frameon=False, loc="upper left")
     return figure

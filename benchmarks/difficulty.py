@@ -30,7 +30,7 @@ from influence.data import TokenizedExamples, collate, plan_batches
 from influence.loss import mean_losses, supervised_logits, token_losses
 from influence.run import Run
 from unlearn.difficulty import Measured, Protocol, measure, predict
-from unlearn.forecast import Forecast
+from unlearn.prediction import Forecast
 from unlearn.units import units
 
 

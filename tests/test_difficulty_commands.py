@@ -16,7 +16,7 @@ from tests.test_cli import write_rows
 from tests.test_store import contents, untouched
 from unlearn.cli import main
 from unlearn.difficulty import read_measured
-from unlearn.forecast import COLUMNS
+from unlearn.prediction import COLUMNS
 from unlearn.retrain import Recipe
 
 #: Enough for a calibration; two groups, and rows without one.

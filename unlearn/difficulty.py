@@ -10,7 +10,7 @@ target):
     till late heldout    loss of held-out rows at every level, from which `analysis.ood.exposures` reads relative
     exposure
 
-`predict` answers before any of it (`unlearn.forecast`): a few gradients and forward passes a row.
+`predict` answers before any of it (`unlearn.prediction`): a few gradients and forward passes a row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from influence.progress import track
 from influence.run import Run
 from influence.store import RowFile, only_writer, open_file, read, read_strings, write_file
 from unlearn.ascent import Climb, Protocol
-from unlearn.forecast import Forecast, predict
+from unlearn.prediction import Forecast, predict
 from unlearn.units import SAMPLE_ROWS, Units, units
 
 __all__ = ["LEVELS", "Forecast", "Measured", "Protocol", "measure", "predict", "read_measured"]

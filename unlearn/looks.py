@@ -210,7 +210,7 @@ def closed_form(run: Run, d: Tensor) -> np.ndarray:
 
 
 def _features(asked: Units, rows: np.ndarray, gradient: Tensor, climb: Climb) -> dict[str, np.ndarray]:
-    """What one look at the adapter tells of each unit; named in `unlearn.forecast.predict`."""
+    """What one look at the adapter tells of each unit; named in `unlearn.prediction.predict`."""
     run, counts = asked.run, asked.run.tokens.counts
     squared = (gradient * gradient).sum(1).double().cpu().numpy()
     gap = asked.target[rows] - asked.now[rows]

@@ -15,8 +15,8 @@ from tests.conftest import build_model, examples, rows
 from tests.test_difficulty import base_loss, data, losses_of, plain_loss, trained, weights_of
 from unlearn.calibration import FEATURES, calibrate
 from unlearn.difficulty import Protocol, measure, predict
-from unlearn.forecast import Forecast, lag
 from unlearn.looks import Walked, combined
+from unlearn.prediction import Forecast, lag
 from unlearn.recommend import recommended
 
 ADAM, SGD = Protocol("adam", 3e-3, steps=40), Protocol("sgd", 0.02, steps=60)
@@ -511,7 +511,7 @@ def test_without_anything_read_off_there_is_no_damage():
 
 def test_intervals_are_in_order_where_a_damage_is_below_zero(run, monkeypatch):
     nothing = np.full(10, np.nan)
-    monkeypatch.setattr("unlearn.forecast.combined", lambda found, own: (-found.closed, nothing, -found.closed))
+    monkeypatch.setattr("unlearn.prediction.combined", lambda found, own: (-found.closed, nothing, -found.closed))
     table = predict(run, protocol=ADAM, sample_rows=6).table
     assert (table["damage"] < 0).any()
     in_order(table)
