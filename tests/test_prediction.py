@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from tests.test_difficulty import base_loss, data, losses_of, plain_loss, traine
 from unlearn.calibration import FEATURES, calibrate
 from unlearn.difficulty import Protocol, measure, predict
 from unlearn.looks import Walked, combined
-from unlearn.prediction import Forecast, lag
+from unlearn.prediction import COLUMNS, Forecast, lag
 from unlearn.recommend import recommended
 
 ADAM, SGD = Protocol("adam", 3e-3, steps=40), Protocol("sgd", 0.02, steps=60)
@@ -86,12 +87,15 @@ def walked(
     for left in range(looks, 1, -1):
         h = int(np.clip(np.round((target - now) / (pace * faster * left)), 1, protocol.steps))
         start = go(h)
-        later = loss()
+        later, new, back = loss(), slope(), 0.0
+        if protocol.optimizer == "sgd" and later > now:  # the integral of dl / |g|^2, ln |g|^2 linear in l: not h, but
+            low, high = rate_of(g, protocol), rate_of(new, protocol)
+            back = h - (later - now) * np.log(high / low) / (high - low)
         if later >= target:
             share = (target - now) / (later - now)
             seen.append(True)
-            return taken + share * h, start + share * (theta.detach() - start)
-        new = slope()
+            return taken + share * (h - back), start + share * (theta.detach() - start)
+        taken -= back
         growth, width, g, since = new - g, h, new, 0
         pace, faster, now, taken = rate_of(new, protocol), 1.25, later, taken + h
     for scan in range(4):
@@ -130,6 +134,48 @@ def test_a_forecast_is_a_plain_walk_of_each_row(run, looks):
         assert told["read_damage"] == pytest.approx(rises[others].mean(), rel=1e-6)
         if np.isfinite(told["steps"]):  # the whole sample is read off
             assert told["damage"] == pytest.approx(rises[others].mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("looks", [2, 3])
+def test_under_sgd_a_stride_is_told_by_the_flow_s_own_clock(run, looks):
+    protocol = Protocol("sgd", 2e-2, steps=2000)
+    table = predict(run, protocol=protocol, looks=looks, sample_rows=2).table
+    compared = 0
+    for i, told in table.iterrows():
+        plain = walked(run, int(i), base_loss(run.model, run.tokens[int(i)]), protocol, looks)[0]
+        if looks < plain < 500:
+            assert told["steps"] == pytest.approx(plain / lag("sgd", looks), rel=1e-6)
+            compared += 1
+    assert compared >= 5
+
+
+def test_what_was_measured_decides_what_is_recommended():
+    table = synthetic(4).assign(steps=10.0, damage=[0.5, 0.0, 0.5, 0.0], gap=1.0, share=0.01)
+    for name in ("steps_low", "steps_high", "damage_low", "damage_high"):
+        table[name] = 0.0
+    forecast = Forecast(
+        table[[*[c for c in COLUMNS if c in table], *[c for c in table if c not in COLUMNS]]], {"steps": 50}, 3, 1.0
+    )
+    forecast = replace(forecast, table=recommended(forecast.table, 1.0, 0.01, 50))
+    assert forecast.table["recommended"].tolist() == ["edit", "ascent", "edit", "ascent"]
+    found = forecast.with_measured(np.array([9.0, 9.0, np.nan, np.nan]), np.array([0.0, 0.5, np.nan, np.nan]))
+    assert found.table["recommended"].tolist() == ["ascent", "edit", "edit", "ascent"]
+    assert found.table["measured_steps"].tolist()[:2] == [9.0, 9.0]
+    assert (found.table["steps"] == 10).all()
+
+
+def test_rows_beyond_what_was_measured_are_corrected_no_further_than_its_ends():
+    """A row barely under its target: forecast of next to nothing stays next to nothing."""
+    table = synthetic(61)
+    rng = np.random.default_rng(0)
+    steps, damage = table["steps"] * rng.uniform(0.8, 1.2, 61), table["damage"] * rng.uniform(0.5, 2, 61)
+    last = table.index[-1]
+    table.loc[last, ["gap", "steps", "damage", "first_order_steps", "moved"]] = [1e-5, 1e-4, 1e-7, 1e-4, 1e-6]
+    real = np.where(np.arange(61) < 60, steps, np.nan), np.where(np.arange(61) < 60, damage, np.nan)
+    told = calibrate(table, *real).applied(table).loc[last]
+    usual = float(np.median(np.abs(damage)))
+    assert abs(told["damage"]) < usual
+    assert 1e-4 / 5 < told["steps"] < 5e-4
 
 
 def test_one_look_under_adam_goes_along_the_sign(run):
