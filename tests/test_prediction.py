@@ -168,14 +168,15 @@ def test_rows_beyond_what_was_measured_are_corrected_no_further_than_its_ends():
     """A row barely under its target: forecast of next to nothing stays next to nothing."""
     table = synthetic(61)
     rng = np.random.default_rng(0)
-    steps, damage = table["steps"] * rng.uniform(0.8, 1.2, 61), table["damage"] * rng.uniform(0.5, 2, 61)
+    steps = table["steps"] * table["gap"] ** 0.5 * rng.uniform(0.9, 1.1, 61)  # a slope that goes on for ever
+    damage = table["damage"] / table["gap"] * rng.uniform(0.9, 1.1, 61)
     last = table.index[-1]
     table.loc[last, ["gap", "steps", "damage", "first_order_steps", "moved"]] = [1e-5, 1e-4, 1e-7, 1e-4, 1e-6]
     real = np.where(np.arange(61) < 60, steps, np.nan), np.where(np.arange(61) < 60, damage, np.nan)
     told = calibrate(table, *real).applied(table).loc[last]
     usual = float(np.median(np.abs(damage)))
-    assert abs(told["damage"]) < usual
-    assert 1e-4 / 5 < told["steps"] < 5e-4
+    assert abs(told["damage"]) < 3 * usual  # without ends it would be thousands of times that
+    assert 0.3e-4 < told["steps"] < 3e-4
 
 
 def test_one_look_under_adam_goes_along_the_sign(run):
