@@ -246,7 +246,9 @@ class Memorization:
 
     def lines(self) -> list[str]:
         """Setting, reliability and notes, for a person."""
-        found = [f"self-influence is with {self.setting}; losses and influences in nats per token"]
+        found = [
+            f"self-influence is with {self.setting}; losses and influences in nats per token; read the influences' order before their size"
+        ]
         if self.reliability is not None:
             one = self.reliability
             found.append(
