@@ -6,9 +6,8 @@ target):
 
     steps      fractional: where the loss crosses the target between two steps, by linear interpolation
     damage     rise of the mean loss of a fixed sample of training rows at the crossing, nats per token
-    area       under the curve of damage against share of the gap, nats per token: low where forgetting costs nothing
-    till late heldout    loss of held-out rows at every level, from which `analysis.ood.exposures` reads relative
-    exposure
+    area       under the curve of damage against share of the gap, nats per token: low where forgetting costs late
+    heldout    loss of held-out rows at every level, from which `analysis.ood.exposures` reads relative exposure
 
 `predict` answers before any of it (`unlearn.prediction`): a few gradients and forward passes a row.
 """
@@ -228,14 +227,12 @@ def _look(
     """Measure the samples under some adapters, each of one unit at one level."""
     thetas = torch.stack([theta for _, _, theta in waiting])
     places, levels = (np.array([entry[k] for entry in waiting]) for k in (0, 1))
-    everything = np.arange(len(asked.sample))
-    rise = asked.sampled_losses(thetas, everything) - asked.sampled_losses(asked.start[None], everything)
+    rise = asked.sampled_losses(thetas) - asked.sampled_now
     found["retained"][places, levels] = np.where(asked.own[rows[places]], np.nan, rise)
     found["heldout"][places, levels] = asked.heldout_losses(thetas)
 
 
 def _measured(asked: Units, protocol: Protocol, kept: Mapping[str, np.ndarray]) -> Measured:
-    start = asked.start[None]
     return Measured(
         asked.names,
         asked.now,
@@ -245,8 +242,8 @@ def _measured(asked: Units, protocol: Protocol, kept: Mapping[str, np.ndarray]) 
         np.array(LEVELS),
         kept["retained"],
         kept["heldout"],
-        asked.sampled_losses(start, np.arange(len(asked.sample)))[0],
-        asked.heldout_losses(start)[0],
+        asked.sampled_now,
+        asked.heldout_losses(asked.start[None])[0],
         tuple(asked.run.train.ids[i] for i in asked.sample),
         protocol.record(),
     )

@@ -148,8 +148,13 @@ def guard_sample(rows: Examples, rest: np.ndarray, seed: int, gone: Collection[s
     with a content in `gone`: a copy of a changed row changes with it, which is no damage.
     """
     own = [row for row in rest.tolist() if rows[row].content_hash not in gone]
-    drawn = sorted(own, key=lambda row: hashlib.sha256(f"{seed} {rows[row].id}".encode()).digest())
-    return np.sort(np.array(drawn[:GUARD_ROWS], dtype=int))
+    return drawn(rows, own, GUARD_ROWS, seed)
+
+
+def drawn(rows: Examples, among: Sequence[int], count: int, seed: int) -> np.ndarray:
+    """At most `count` of the positions `among` in `rows`, in order: those whose ids have the smallest digests with the seed."""
+    order = sorted(among, key=lambda row: hashlib.sha256(f"{seed} {rows[row].id}".encode()).digest())
+    return np.sort(np.array(order[:count], dtype=int))
 
 
 def by_request(change: Change, old: np.ndarray, new: np.ndarray) -> np.ndarray:

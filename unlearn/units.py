@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +18,7 @@ from influence.path import scaled
 from influence.run import Run, parts, spaced
 from unlearn.ascent import Protocol
 from unlearn.copies import copy_gradients, copy_losses
-from unlearn.evidence import unseen_rows
+from unlearn.evidence import drawn, unseen_rows
 from unlearn.measure import Cost
 from unlearn.requests import plan
 from unlearn.unseen import ENOUGH, expected_losses
@@ -86,9 +85,9 @@ class Units:
         """Loss [c] of unit `rows[i]` with the parameters `thetas[i]`, and its gradients [c, P]."""
         return copy_gradients(self.run.model, thetas, self.run.tokens, self._members(rows), **self._bounds(thetas))
 
-    def sampled_losses(self, thetas: Tensor, places: np.ndarray) -> np.ndarray:
-        """Mean losses [c, m] of the sampled training rows at `places` of the sample under every copy."""
-        return self._each(thetas, self.run.tokens.select(self.sample[places]))
+    def sampled_losses(self, thetas: Tensor) -> np.ndarray:
+        """Mean losses [c, m] of the sampled training rows under every copy."""
+        return self._each(thetas, self.run.tokens.select(self.sample))
 
     def heldout_losses(self, thetas: Tensor) -> np.ndarray:
         """Mean losses [c, h] of the held-out rows under every copy; h is 0 where there are none."""
@@ -175,7 +174,7 @@ def units(
                 f"{whole[0]!r} holds every training row: what a model that saw the others would lose on it is not defined; take "
                 "the target base, or fewer rows"
             )
-    sample = _sample(run, sample_rows, seed)
+    sample = drawn(run.train, range(len(run.train)), sample_rows, seed)
     budget, needed = run.manifest["token_budget"], np.unique(np.concatenate([*members, sample]))
     now, base = np.zeros(len(run.train)), np.zeros(len(run.train))
     now[needed] = mean_losses(run.model, run.tokens.select(needed), token_budget=budget)
@@ -189,12 +188,6 @@ def units(
     if tokens is not None:
         tokens = tokens.select(spaced(len(tokens), HELDOUT_ROWS))
     return Units(run, tuple(asked), members, mean(now), mean(base), targets, sample, now[sample], own, tokens)
-
-
-def _sample(run: Run, count: int, seed: int) -> np.ndarray:
-    """Positions of `count` training rows, the same ones for every unit: those with the smallest digests of seed and id."""
-    key = [hashlib.sha256(f"{seed} {id}".encode()).digest() for id in run.train.ids]
-    return np.sort(np.array(sorted(range(len(key)), key=key.__getitem__)[:count]))
 
 
 def _unseen(
