@@ -96,7 +96,14 @@ def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = Fal
         axes.set_ylim(min(0, rho[-1], interval.low) - 0.06, max(0, rho[0], interval.high) + 0.06)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("Spearman correlation,\npredicted and measured loss")
-        axes.set_title("Linear datamodeling score", loc="left", fontweight="bold", fontsize=12, pad=22, color=_INK)
+        axes.set_title(
+            "Linear datamodeling score",
+            loc="left",
+            fontweight="bold",
+            fontsize=12,
+            pad=22,
+            color=_INK,
+        )
         left_out = f" ({result.undefined} undefined, left out)" if result.undefined else ""
         axes.set_xlabel(f"query, sorted by its correlation{left_out}")
         axes.text(
@@ -114,9 +121,13 @@ def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = Fal
 def _target(path: str | os.PathLike[str], overwrite: bool) -> Path:
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg"):
-        raise InputError(f"A picture was asked for as {path}; expected a name that ends in .png or .svg: rename it.")
+        raise InputError(
+            f"A picture was asked for as {path}; expected a name that ends in .png or .svg: rename it."
+        )
     if path.exists() and not overwrite:
-        raise InputError(f"{path} exists and would be replaced: choose another name, or pass overwrite.")
+        raise InputError(
+            f"{path} exists and would be replaced: choose another name, or pass overwrite."
+        )
     return path
 
 

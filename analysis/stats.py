@@ -84,7 +84,9 @@ def bootstrap_interval(
             "write 95 % as 0.95."
         )
     rng = np.random.default_rng(seed)
-    values = np.array([statistic(rng.integers(n, size=n)) for _ in range(resamples)], dtype=np.float64)
+    values = np.array(
+        [statistic(rng.integers(n, size=n)) for _ in range(resamples)], dtype=np.float64
+    )
     defined = values[~np.isnan(values)]
     low = high = float("nan")
     if defined.size:

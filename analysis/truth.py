@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from analysis.metrics.lds import Truth, read_truth
-from influence.data import Examples
 from influence.errors import InputError, MismatchError
+from influence.rows import Examples
 from influence.run import Run
-from influence.scores import Scores
-from unlearn.retrain import Recipe, random_halves, retrain_subsets
+from influence.scorefile import Scores
+from unlearn.retraining.recipe import Recipe
+from unlearn.retraining.subsets import random_halves, retrain_subsets
 
 
 def ready_truth(scores: Scores, path: Path) -> Truth:
@@ -26,7 +27,9 @@ def ready_truth(scores: Scores, path: Path) -> Truth:
     return truth
 
 
-def check_belongs(truth: Truth, query_ids: Sequence[str], train_ids: Sequence[str], source: str) -> None:
+def check_belongs(
+    truth: Truth, query_ids: Sequence[str], train_ids: Sequence[str], source: str
+) -> None:
     """Refuse a truth that says it is of other queries or rows, or of the same ones in another order."""
     for what, ids in (("query", query_ids), ("train", train_ids)):
         if f"{what}_ids" in truth.extra:
@@ -59,14 +62,23 @@ def retrained_truth(
 
 def check_same_ids(scored: Sequence[str], known: Sequence[str], what: str, source: str) -> None:
     """Refuse ids in another order, or others, than those of the scores; `what` is query or train."""
-    scored, known = (np.array(ids, dtype=np.str_).tolist() for ids in (scored, known))  # both as a file holds them
+    scored, known = (
+        np.array(ids, dtype=np.str_).tolist() for ids in (scored, known)
+    )  # both as a file holds them
     if scored == known:
         return
     if sorted(scored) == sorted(known):
         how = "the same ones in another order"
     else:
-        how = "others" if len(scored) == len(known) else f"{len(known)} of them, and the scores {len(scored)}"
-    at = next((i for i, (a, b) in enumerate(zip(scored, known, strict=False)) if a != b), min(len(scored), len(known)))
+        how = (
+            "others"
+            if len(scored) == len(known)
+            else f"{len(known)} of them, and the scores {len(scored)}"
+        )
+    at = next(
+        (i for i, (a, b) in enumerate(zip(scored, known, strict=False)) if a != b),
+        min(len(scored), len(known)),
+    )
     here, there = (repr(ids[at]) if at < len(ids) else "nothing" for ids in (scored, known))
     raise MismatchError(
         f"{what} ids differ: {source} has {how}; the first difference is at position {at}, {there} there and {here} in "

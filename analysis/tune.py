@@ -33,16 +33,20 @@ from analysis.stats import spearman
 from analysis.truth import check_belongs
 from influence.calibration import EDITED_ROWS, Edits, measured_edits, record, some_rows
 from influence.curvature.base import Damped, Invertible
-from influence.data import Examples, TokenizedExamples, read_examples, tokenize
 from influence.errors import InputError, MismatchError, NumericalError
 from influence.fitting import fit
 from influence.geometry import GEOMETRIES
-from influence.loss import MeanLoss
+from influence.measurements import MeanLoss
 from influence.path import DEFAULT_PATH, check_path
 from influence.progress import say, track
+from influence.rows import Examples, read_examples
 from influence.run import AtPoint, Run, write_manifest
-from influence.scores import COPIES, Scores, Setting, queries_at_once
+from influence.scorefile import Scores
+from influence.scores import queries_at_once
+from influence.setting import Setting
 from influence.solvers import CG
+from influence.solvers.named import COPIES
+from influence.tokens import TokenizedExamples, tokenize
 
 DAMPINGS = ("mean:1", "mean:0.1", "mean:0.01", "mean:0.001")
 #: Fewer retrained adapters than this are warned of.
@@ -144,17 +148,25 @@ def tune(
             )
         check_belongs(truth, queries.ids, run.train.ids, "the truth")
         if len(truth.masks) < FEW:
-            say(f"warning: {len(truth.masks)} retrained adapters order settings by chance; some dozens are needed")
+            say(
+                f"warning: {len(truth.masks)} retrained adapters order settings by chance; some dozens are needed"
+            )
     for geometry in geometries:
         if geometry not in GEOMETRIES:
-            raise InputError(f"geometry {geometry!r} was given; expected one of {', '.join(GEOMETRIES)}")
+            raise InputError(
+                f"geometry {geometry!r} was given; expected one of {', '.join(GEOMETRIES)}"
+            )
     paths = [check_path(path) for path in paths]
     runs = {None: run, **_fitted_below(run, geometries, paths)}
     probes = some_rows(run, PROBES, seed)
     max_length = run.manifest["objective"]["max_length"]
-    rows = None if queries is None else tokenize(queries, run.model.tokenizer, max_length=max_length)
+    rows = (
+        None if queries is None else tokenize(queries, run.model.tokenizer, max_length=max_length)
+    )
     judged = [
-        found for folder, one in runs.items() for found in _sweep(one, folder, curvatures, dampings, probes, rows)
+        found
+        for folder, one in runs.items()
+        for found in _sweep(one, folder, curvatures, dampings, probes, rows)
     ]
     if truth is not None:
         found = _by_truth(run, runs, judged, truth, seed, keep)
@@ -162,7 +174,9 @@ def tune(
         found = _by_checks(run, runs, judged, probes, seed, keep)
     if columns < 1 or found.chosen.curvature not in ("ekfac", "kfac"):
         if columns > 0:
-            say(f"note: {found.chosen.name} was chosen, which stands for no exact GGN: nothing to compare with")
+            say(
+                f"note: {found.chosen.name} was chosen, which stands for no exact GGN: nothing to compare with"
+            )
         return found
     exact, residual = exact_agreement(runs[found.chosen.run], found.chosen, probes[:columns])
     return replace(found, exact=exact, exact_residual=residual)
@@ -187,7 +201,9 @@ def exact_agreement(run: Run, one: Judged, rows: np.ndarray) -> tuple[float, flo
         curvature = operator.curvature
         assert isinstance(curvature, Invertible)
         ggn = Damped(point.curvature("ggn"), operator.lam)
-        solution = CG(tolerance=EXACT_TOLERANCE, preconditioner=operator, name="pcg").solve(ggn, asked)
+        solution = CG(tolerance=EXACT_TOLERANCE, preconditioner=operator, name="pcg").solve(
+            ggn, asked
+        )
         worst = max(worst, float(solution.residuals.max()))
         both = ((ours, curvature.solve(asked, operator.lam)), (exact, solution.values))
         for indices, gradients in point.gradient_blocks():
@@ -197,7 +213,9 @@ def exact_agreement(run: Run, one: Judged, rows: np.ndarray) -> tuple[float, flo
     return float(np.mean(spearman(ours, exact))), worst
 
 
-def _fitted_below(run: Run, geometries: Sequence[str], paths: Sequence[Sequence[float]]) -> dict[str | None, Run]:
+def _fitted_below(
+    run: Run, geometries: Sequence[str], paths: Sequence[Sequence[float]]
+) -> dict[str | None, Run]:
     """Runs with other factors, fitted (or found) in `tune/`."""
     own = [point.place for point in run.points]
     scales = tuple(place.scale for place in own)
@@ -248,8 +266,16 @@ def _sweep(
 ) -> list[Judged]:
     """Every setting of one run, with its scores of the queries and its concentration on the probe rows."""
     if curvatures is None:
-        curvatures = ("ekfac", "kfac", "identity") if run.fitted_name == "ekfac" else (run.fitted_name, "identity")
-    grid = [(name, damping) for name in curvatures for damping in (dampings if name != "identity" else (None,))]
+        curvatures = (
+            ("ekfac", "kfac", "identity")
+            if run.fitted_name == "ekfac"
+            else (run.fitted_name, "identity")
+        )
+    grid = [
+        (name, damping)
+        for name in curvatures
+        for damping in (dampings if name != "identity" else (None,))
+    ]
     own = [_scores(point, grid, run.tokens.select(probes)) for point in run.points]
     wanted = [None if queries is None else _scores(point, grid, queries) for point in run.points]
     labels = [point.place.label for point in run.points]
@@ -261,12 +287,26 @@ def _sweep(
             for factor, point in zip(setting.factors, setting.points, strict=True):
                 weights[labels.index(point.place.label)] = factor
 
-            def mixed(parts: list[Any], key: Any = (name, damping), weights: np.ndarray = weights) -> Any:
-                return None if parts[0] is None else np.tensordot(weights, [part[key] for part in parts], axes=1)
+            def mixed(
+                parts: list[Any], key: Any = (name, damping), weights: np.ndarray = weights
+            ) -> Any:
+                return (
+                    None
+                    if parts[0] is None
+                    else np.tensordot(weights, [part[key] for part in parts], axes=1)
+                )
 
             share = concentration(mixed(own), probes)
             judged.append(
-                Judged(folder, run.manifest["geometry"], name, damping or "none", at, share, scores=mixed(wanted))
+                Judged(
+                    folder,
+                    run.manifest["geometry"],
+                    name,
+                    damping or "none",
+                    at,
+                    share,
+                    scores=mixed(wanted),
+                )
             )
     return judged
 
@@ -312,7 +352,9 @@ def _by_truth(
     """Choose by the LDS on one half of the subsets, report it on the other."""
     S = len(truth.masks)
     if S < 8:
-        raise InputError(f"the truth has {S} retrained adapters; tune chooses on half of them: give at least 8")
+        raise InputError(
+            f"the truth has {S} retrained adapters; tune chooses on half of them: give at least 8"
+        )
     order = np.random.default_rng(seed).permutation(S)
     choose, report = order[: S // 2], order[S // 2 :]
     table = [
@@ -348,7 +390,12 @@ def retrained_factor(scores: np.ndarray, masks: np.ndarray, losses: np.ndarray) 
 
 
 def _by_checks(
-    run: Run, runs: dict[str | None, Run], judged: list[Judged], probes: np.ndarray, seed: int, keep: bool
+    run: Run,
+    runs: dict[str | None, Run],
+    judged: list[Judged],
+    probes: np.ndarray,
+    seed: int,
+    keep: bool,
 ) -> Tuning:
     """Choose without retraining."""
     rows = some_rows(run, EDITED_ROWS, seed)
@@ -359,9 +406,15 @@ def _by_checks(
         except NumericalError as error:
             say(f"note: {one.name} is left out, its edits could not be measured: {error}")
             continue
-        table.append(replace(one, agreement=agreement(edits), selectivity=edits.selectivity, factor=edits.factor))
+        table.append(
+            replace(
+                one, agreement=agreement(edits), selectivity=edits.selectivity, factor=edits.factor
+            )
+        )
     if not table:
-        raise NumericalError("no setting's edits could be measured: run with --dtype float32 or float64")
+        raise NumericalError(
+            "no setting's edits could be measured: run with --dtype float32 or float64"
+        )
     found = np.array([[one.concentration, one.selectivity or 0.0] for one in table])
     ranks = rankdata(np.where(np.isfinite(found), found, -np.inf), axis=0).sum(1)
     table = [table[number] for number in np.argsort(-ranks, kind="stable")]
@@ -415,7 +468,11 @@ def table_rows(tuning: Tuning, count: int | None = None) -> Iterator[dict[str, A
         if one.lds is not None:
             row |= {"lds": one.lds.mean, "low": one.lds.interval.low, "high": one.lds.interval.high}
         else:
-            row |= {"agreement": one.agreement, "selectivity": one.selectivity, "calibration": one.factor}
+            row |= {
+                "agreement": one.agreement,
+                "selectivity": one.selectivity,
+                "calibration": one.factor,
+            }
         yield row
 
 
@@ -431,5 +488,7 @@ def default_queries(run: Run) -> Path:
         raise InputError(f"{path} does not say where its queries are: give --queries")
     found = Path(str(attributes["queries"]))
     if read_examples(found).digest != attributes["query_digest"]:
-        raise MismatchError(f"{found} has changed since {path} was made: give --queries, or score again")
+        raise MismatchError(
+            f"{found} has changed since {path} was made: give --queries, or score again"
+        )
     return found

@@ -21,14 +21,16 @@ from scipy.stats import spearmanr
 import influence
 from analysis.metrics.lds import Truth, lds, read_truth
 from analysis.tune import tune
-from influence.data import Examples
+from influence.rows import Examples
 from unlearn import Recipe, random_halves, retrain_subsets
 
 GEOMETRIES = ("function", "adam")
 PATHS = ((1.0,), (0.6,), (0.3, 0.6, 0.9))
 
 
-def table(base: Path, rows: Path, asked: Path, truth_file: Path, seed: int, make_truth: bool) -> dict[str, Any]:
+def table(
+    base: Path, rows: Path, asked: Path, truth_file: Path, seed: int, make_truth: bool
+) -> dict[str, Any]:
     """Every setting's LDS and local checks on one model, best LDS first, and what follows from them."""
     model, train, queries = (
         influence.load(base / "base", base / "adapter"),
@@ -37,7 +39,9 @@ def table(base: Path, rows: Path, asked: Path, truth_file: Path, seed: int, make
     with tempfile.TemporaryDirectory() as folder:
         run = influence.fit(model, train, directory=Path(folder) / "run", seed=seed)
         if make_truth and not truth_file.exists():
-            retrain_subsets(run, random_halves(len(train), 40), queries, out=truth_file, recipe=Recipe())
+            retrain_subsets(
+                run, random_halves(len(train), 40), queries, out=truth_file, recipe=Recipe()
+            )
         truth = read_truth(truth_file)
         return judged(run, truth, queries)
 
@@ -67,36 +71,52 @@ def judged(run: influence.Run, truth: Truth, queries: Examples) -> dict[str, Any
         )
     found.sort(key=lambda row: -row["lds"])
     checks = ("concentration", "selectivity", "agreement")
-    order = {key: float(spearmanr([r["lds"] for r in found], [r[key] for r in found])[0]) for key in checks}  # pyright: ignore[reportArgumentType]
+    order = {
+        key: float(spearmanr([r["lds"] for r in found], [r[key] for r in found])[0])
+        for key in checks
+    }  # pyright: ignore[reportArgumentType]
     return {"rows": found, "rank correlation with the LDS": order}
 
 
 def render(name: str, result: dict[str, Any]) -> str:
     """One model's table as text."""
-    lines = [f"\n{name}", f"{'setting':44} {'factors':24} LDS    interval        conc.  select. agree."]
+    lines = [
+        f"\n{name}",
+        f"{'setting':44} {'factors':24} LDS    interval        conc.  select. agree.",
+    ]
     for row in result["rows"]:
         mark = "  <- chosen without retraining" if row["chosen"] else ""
         lines.append(
             f"{row['setting']:44} {row['factors']:24} {row['lds']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
             f"{row['concentration']:.3f}  {row['selectivity']:6.2f}  {row['agreement']:.3f}{mark}"
         )
-    order = ", ".join(f"{key} {value:.2f}" for key, value in result["rank correlation with the LDS"].items())
-    return "\n".join([*lines, f"Spearman of the LDS over the {len(result['rows'])} settings with: {order}"])
+    order = ", ".join(
+        f"{key} {value:.2f}" for key, value in result["rank correlation with the LDS"].items()
+    )
+    return "\n".join(
+        [*lines, f"Spearman of the LDS over the {len(result['rows'])} settings with: {order}"]
+    )
 
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--testbed", type=Path, required=True)
     parser.add_argument("--demo", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the sampled labels")
     parser.add_argument("--out", type=Path, help="write the tables as JSON")
     args = parser.parse_args()
     T = args.testbed
-    found = {"testbed": table(T, T / "train.jsonl", T / "query.jsonl", T / "truth.npz", args.seed, False)}
+    found = {
+        "testbed": table(T, T / "train.jsonl", T / "query.jsonl", T / "truth.npz", args.seed, False)
+    }
     if args.demo:
         D = args.demo
-        found["demo"] = table(D, D / "train.jsonl", D / "queries.jsonl", D / "truth.npz", args.seed, True)
+        found["demo"] = table(
+            D, D / "train.jsonl", D / "queries.jsonl", D / "truth.npz", args.seed, True
+        )
     for name, result in found.items():
         print(render(name, result))
     if args.out:

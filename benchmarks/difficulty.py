@@ -2,8 +2,8 @@
 
     python benchmarks/difficulty.py --world FOLDER [--world FOLDER] --out DIR [--optimizer adam] [--rows N] [--edits N]
 
-A world is a folder with base/, adapter/, train.jsonl, heldout.jsonl and, maybe, truth.npz (`analysis.world`); `demo` makes the demo's.
-Forecasts are made first, then every row is unlearned alone (`unlearn.difficulty.measure`, whose file is kept in DIR and resumed). For
+A world is a folder with base/, adapter/, train.jsonl, heldout.jsonl and, maybe, truth.npz (`analysis.demo.world`); `demo` makes the demo's.
+Forecasts are made first, then every row is unlearned alone (`unlearn.difficulty.measured.measure`, whose file is kept in DIR and resumed). For
 `--edits N` rows the closed-form edit to the same target is made too, and three policies are compared by the damage they do: always
 ascent, always edit, and what the forecast recommends.
 
@@ -22,16 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.memorization import counterfactual_memorization
+from analysis.demo.world import World, demo_world
 from analysis.metrics.lds import read_truth
 from analysis.stats import bootstrap_interval, spearman
-from analysis.world import World, demo_world
-from influence.data import TokenizedExamples, collate, plan_batches
+from analysis.studies.memorization import counterfactual_memorization
+from influence.batches import collate, plan_batches
 from influence.loss import mean_losses, supervised_logits, token_losses
 from influence.run import Run
-from unlearn.difficulty import Measured, Protocol, measure, predict
-from unlearn.prediction import Forecast
-from unlearn.units import units
+from influence.tokens import TokenizedExamples
+from unlearn.difficulty.forecast import Forecast
+from unlearn.difficulty.measured import Measured, Protocol, measure, predict
+from unlearn.difficulty.units import units
 
 
 def mrd(run: Run, *, sigma: float = 1e-3, draws: int = 8, seed: int = 0) -> np.ndarray:
@@ -46,7 +47,9 @@ def mrd(run: Run, *, sigma: float = 1e-3, draws: int = 8, seed: int = 0) -> np.n
         noise = torch.randn(len(theta), generator=generator).to(theta) * sigma
         with run.model.at(theta + noise):
             after = _token_losses(run)
-        found = np.array([((b - a) / np.minimum(-a, -1e-6)).sum() for a, b in zip(before, after, strict=True)])
+        found = np.array(
+            [((b - a) / np.minimum(-a, -1e-6)).sum() for a, b in zip(before, after, strict=True)]
+        )
         change = found if change is None else change + found
     assert change is not None
     return np.abs(change / draws)
@@ -57,7 +60,8 @@ def _token_losses(run: Run) -> list[np.ndarray]:
     with run.model.evaluating(), torch.no_grad():
         for rows in plan_batches(run.tokens, run.manifest["token_budget"]):
             part = supervised_logits(
-                run.model, collate(run.tokens, rows, pad_id=run.model.pad_id, device=run.model.device)
+                run.model,
+                collate(run.tokens, rows, pad_id=run.model.pad_id, device=run.model.device),
             )
             losses = token_losses(part.logits, part.targets).double().split(part.counts)
             for row, own in zip(rows.tolist(), losses, strict=True):
@@ -71,7 +75,9 @@ def rho(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     return {"spearman": float(spearman(x, y)), "low": found.low, "high": found.high}
 
 
-def compare(run: Run, forecasts: dict[int, Forecast], measured: Measured, truth: Path | None) -> dict[str, Any]:
+def compare(
+    run: Run, forecasts: dict[int, Forecast], measured: Measured, truth: Path | None
+) -> dict[str, Any]:
     """Every forecast and baseline against steps and damage of the rows whose target was above their loss and was reached."""
     table = forecasts[3].table
     place = {id: k for k, id in enumerate(run.train.ids)}
@@ -89,9 +95,19 @@ def compare(run: Run, forecasts: dict[int, Forecast], measured: Measured, truth:
         np.nan_to_num(calibrated.table[c].to_numpy(), nan=np.inf) for c in ("steps", "damage")
     )
     both = lambda values: (values, values)  # noqa: E731
-    for name in ("loss", "base_loss", "gap", "gradient_norm", "tokens", "first_order_steps", "self_influence"):
+    for name in (
+        "loss",
+        "base_loss",
+        "gap",
+        "gradient_norm",
+        "tokens",
+        "first_order_steps",
+        "self_influence",
+    ):
         told[name] = both(table[name].to_numpy())
-    told["gap / squared gradient norm"] = both(table["gap"].to_numpy() / table["gradient_norm"].to_numpy() ** 2)
+    told["gap / squared gradient norm"] = both(
+        table["gap"].to_numpy() / table["gradient_norm"].to_numpy() ** 2
+    )
     told["self-influence over the path"] = both(run.self_influence().values[at].astype(float))
     told["MRD"] = both(mrd(run)[at])
     if truth is not None:
@@ -113,7 +129,9 @@ def compare(run: Run, forecasts: dict[int, Forecast], measured: Measured, truth:
     inside = {}
     half = np.random.default_rng(0).permutation(len(table)) < len(table) // 2
     hidden = [np.where(half, real, np.nan) for real in (measured.steps, measured.damage)]
-    other = forecasts[3].calibrated(hidden[0], hidden[1], known)  # its intervals are judged on the half it did not see
+    other = forecasts[3].calibrated(
+        hidden[0], hidden[1], known
+    )  # its intervals are judged on the half it did not see
     for column, real in (("steps", measured.steps), ("damage", measured.damage)):
         for name, kept, rows in (
             ("uncalibrated", forecasts[3].table, usable),
@@ -139,7 +157,9 @@ def compare(run: Run, forecasts: dict[int, Forecast], measured: Measured, truth:
     }
 
 
-def policies(run: Run, forecast: Forecast, measured: Measured, unseen: TokenizedExamples, count: int) -> dict[str, Any]:
+def policies(
+    run: Run, forecast: Forecast, measured: Measured, unseen: TokenizedExamples, count: int
+) -> dict[str, Any]:
     """Damage of always ascent, always edit, and the recommended way, over evenly spaced rows, with paired intervals."""
     import unlearn
 
@@ -151,13 +171,19 @@ def policies(run: Run, forecast: Forecast, measured: Measured, unseen: Tokenized
         if not np.isfinite(measured.damage[k]) or measured.steps[k] == 0:
             continue
         edit = unlearn.remove(
-            run, [measured.names[k]], until=f"loss={measured.target[k]:.6f}", max_damage=1e6, start="original"
+            run,
+            [measured.names[k]],
+            until=f"loss={measured.target[k]:.6f}",
+            max_damage=1e6,
+            start="original",
         )
         theta = run.model.snapshot()
         with run.model.at(theta + edit.delta.to(theta)):
             rise = mean_losses(run.model, run.tokens.select(sample)) - before
             unseen_after = mean_losses(run.model, unseen)
-            own = float(mean_losses(run.model, run.tokens.select(np.array([place[measured.names[k]]])))[0])
+            own = float(
+                mean_losses(run.model, run.tokens.select(np.array([place[measured.names[k]]])))[0]
+            )
         kept = np.isfinite(measured.retained[k, -1])
         entries.append(
             {
@@ -178,7 +204,10 @@ def policies(run: Run, forecast: Forecast, measured: Measured, unseen: Tokenized
         [entry["ascent" if entry["recommended"] == "ascent" else "edit"] for entry in entries]
     )
     ways["best of both"] = np.minimum(ways["ascent"], ways["edit"])
-    cost = {name: np.array([entry[f"{name}_gradients"] for entry in entries]) for name in ("ascent", "edit")}
+    cost = {
+        name: np.array([entry[f"{name}_gradients"] for entry in entries])
+        for name in ("ascent", "edit")
+    }
     cost["recommended"] = np.where(
         [entry["recommended"] == "ascent" for entry in entries], cost["ascent"], cost["edit"]
     )
@@ -186,10 +215,13 @@ def policies(run: Run, forecast: Forecast, measured: Measured, unseen: Tokenized
     return {
         "rows": len(entries),
         "damage": {name: mean(values) for name, values in ways.items()},
-        "recommended minus": {name: mean(ways["recommended"] - ways[name]) for name in ("ascent", "edit")},
+        "recommended minus": {
+            name: mean(ways["recommended"] - ways[name]) for name in ("ascent", "edit")
+        },
         "row-gradients": {name: float(values.mean()) for name, values in cost.items()},
         "held-out damage": {
-            name: mean(np.array([entry[f"{name}_heldout"] for entry in entries])) for name in ("ascent", "edit")
+            name: mean(np.array([entry[f"{name}_heldout"] for entry in entries]))
+            for name in ("ascent", "edit")
         },
         "entries": entries,
     }
@@ -210,7 +242,8 @@ def show(name: str, result: dict[str, Any]) -> str:
     ]
     for label, line in result["lines"].items():
         cells = [
-            f"{line[c]['spearman']:.3f} [{line[c]['low']:.3f}, {line[c]['high']:.3f}]" for c in ("steps", "damage")
+            f"{line[c]['spearman']:.3f} [{line[c]['low']:.3f}, {line[c]['high']:.3f}]"
+            for c in ("steps", "damage")
         ]
         error = f"{line['median_relative_error']:.0%}" if "median_relative_error" in line else ""
         lines.append(f"| {label} | {cells[0]} | {cells[1]} | {error} |")
@@ -219,7 +252,9 @@ def show(name: str, result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--world", action="append", required=True, help="a world's folder, or demo")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--optimizer", action="append", choices=["adam", "sgd"])
@@ -230,20 +265,39 @@ def main() -> None:
     for folder in options.world:
         kept = options.out / Path(folder).name
         kept.mkdir(exist_ok=True)
-        world = demo_world(kept) if folder == "demo" else World(Path(folder).name, Path(folder).resolve(), kept)
+        world = (
+            demo_world(kept)
+            if folder == "demo"
+            else World(Path(folder).name, Path(folder).resolve(), kept)
+        )
         run = world.run()
-        rows = np.unique(np.linspace(0, len(run.train) - 1, min(options.rows, len(run.train))).round().astype(int))
+        rows = np.unique(
+            np.linspace(0, len(run.train) - 1, min(options.rows, len(run.train)))
+            .round()
+            .astype(int)
+        )
         ids = [run.train.ids[i] for i in rows]
         for optimizer in options.optimizer or ["adam", "sgd"]:
             protocol = Protocol(optimizer=optimizer)
             clock = time.monotonic()
-            forecasts = {looks: predict(run, ids, protocol=protocol, looks=looks) for looks in (3, 2, 1)}
+            forecasts = {
+                looks: predict(run, ids, protocol=protocol, looks=looks) for looks in (3, 2, 1)
+            }
             told = time.monotonic() - clock
             clock = time.monotonic()
-            measured = measure(run, ids, protocol=protocol, heldout=world.rows("heldout"), out=kept / f"{optimizer}.h5")
+            measured = measure(
+                run,
+                ids,
+                protocol=protocol,
+                heldout=world.rows("heldout"),
+                out=kept / f"{optimizer}.h5",
+            )
             forecasts[3].write(kept / f"{optimizer}.csv", overwrite=True)
             result = compare(run, forecasts, measured, world.truth)
-            result["seconds"] = {"three forecasts": told, "measured (0 where it was read)": time.monotonic() - clock}
+            result["seconds"] = {
+                "three forecasts": told,
+                "measured (0 where it was read)": time.monotonic() - clock,
+            }
             if options.edits and optimizer == "adam":
                 result["policies"] = policies(
                     run,
@@ -252,10 +306,14 @@ def main() -> None:
                     units(run, ids[:1], None, protocol, world.rows("heldout")).heldout,
                     options.edits,
                 )
-            (options.out / f"{world.name}-{optimizer}.json").write_text(json.dumps(result, indent=1))
+            (options.out / f"{world.name}-{optimizer}.json").write_text(
+                json.dumps(result, indent=1)
+            )
             print(show(f"{world.name}, {optimizer}", result), "\n")
             print(
-                json.dumps({k: v for k, v in result.items() if k not in ("lines", "importances")}, indent=1)[:6000],
+                json.dumps(
+                    {k: v for k, v in result.items() if k not in ("lines", "importances")}, indent=1
+                )[:6000],
                 flush=True,
             )
 

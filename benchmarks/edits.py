@@ -43,13 +43,16 @@ from unlearners import Edited, Outcome
 import influence
 import unlearn
 from influence.adapter import AdaptedModel
-from influence.data import Example, Examples, TokenizedExamples, collate, plan_batches, tokenize
+from influence.batches import collate, plan_batches
 from influence.errors import NumericalError
 from influence.loss import mean_losses, supervised_logits
 from influence.path import read_parameters
 from influence.progress import say
+from influence.rows import Example, Examples
 from influence.run import Run
-from unlearn.retrain import Recipe, fresh_adapter, train
+from influence.tokens import TokenizedExamples, tokenize
+from unlearn.retraining.recipe import Recipe
+from unlearn.retraining.retrain import fresh_adapter, train
 
 TASKS = ("remove-1", "remove-3", "remove-group", "relabel", "correct")
 #: Repetitions of the removals of one row, of three, and of a group; rows that are changed.
@@ -86,7 +89,9 @@ class Bed:
     @cached_property
     def queries(self) -> Examples:
         """Questions on the rows' facts in other words."""
-        return influence.read_examples(self.folder / ("queries.jsonl" if self.demo else "query.jsonl"))
+        return influence.read_examples(
+            self.folder / ("queries.jsonl" if self.demo else "query.jsonl")
+        )
 
     @cached_property
     def heldout(self) -> Examples:
@@ -151,7 +156,9 @@ class Case:
 def members(rows: Examples) -> dict[str, np.ndarray]:
     """Positions of every group's rows, groups in the order of their first row; rows without a group are in none."""
     names = dict.fromkeys(row.group for row in rows if row.group is not None)
-    return {name: np.array([i for i, row in enumerate(rows) if row.group == name]) for name in names}
+    return {
+        name: np.array([i for i, row in enumerate(rows) if row.group == name]) for name in names
+    }
 
 
 def cases(bed: Bed, tasks: Sequence[str], quick: bool) -> list[Callable[[], Case]]:
@@ -171,9 +178,14 @@ def cases(bed: Bed, tasks: Sequence[str], quick: bool) -> list[Callable[[], Case
             sets = [groups[name] for name in (names[0], *others)][:GROUPS]
         else:
             rows = np.array([rng.choice(groups[name]) for name in drawn[:CHANGED]])
-            found.append(lambda task=task, rows=rows, rng=rng: wrongly_trained(bed, task, rows, rng))
+            found.append(
+                lambda task=task, rows=rows, rng=rng: wrongly_trained(bed, task, rows, rng)
+            )
             continue
-        found += [lambda task=task, rows=rows: removal(bed, task, rows) for rows in (sets[:1] if quick else sets)]
+        found += [
+            lambda task=task, rows=rows: removal(bed, task, rows)
+            for rows in (sets[:1] if quick else sets)
+        ]
     return found
 
 
@@ -194,9 +206,15 @@ def wrongly_trained(bed: Bed, task: str, rows: np.ndarray, rng: np.random.Genera
     right, wrong = list(bed.rows), list(bed.rows)
     for place, row in enumerate(rows.tolist()):
         if task == "relabel":
-            wrong[row] = replace(right[row], completion=right[int(rows[(place + 1) % len(rows)])].completion)
+            wrong[row] = replace(
+                right[row], completion=right[int(rows[(place + 1) % len(rows)])].completion
+            )
         else:
-            others = [k for k, one in enumerate(right) if one.group not in (None, right[row].group) and k not in rows]
+            others = [
+                k
+                for k, one in enumerate(right)
+                if one.group not in (None, right[row].group) and k not in rows
+            ]
             wrong[row] = replace(right[row], prompt=right[int(rng.choice(others))].prompt)
     folder = bed.work / "wrong" / task
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +244,12 @@ def write(rows: Sequence[Example], path: Path) -> None:
     lines = []
     for row in rows:
         named = {"id": row.id, "prompt": row.prompt, "completion": row.completion}
-        lines.append(json.dumps(named | ({} if row.group is None else {"group": row.group}), ensure_ascii=False) + "\n")
+        lines.append(
+            json.dumps(
+                named | ({} if row.group is None else {"group": row.group}), ensure_ascii=False
+            )
+            + "\n"
+        )
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -280,7 +303,9 @@ def log_probabilities(model: AdaptedModel, theta: Tensor, tokens: TokenizedExamp
     found = []
     with model.at(theta), model.evaluating(), torch.no_grad():
         for rows in plan_batches(tokens, unlearners.TOKEN_BUDGET):
-            part = supervised_logits(model, collate(tokens, rows, pad_id=model.pad_id, device=model.device))
+            part = supervised_logits(
+                model, collate(tokens, rows, pad_id=model.pad_id, device=model.device)
+            )
             found.append(part.logits.log_softmax(-1))
     return torch.cat(found)
 
@@ -295,7 +320,9 @@ def membership(members: np.ndarray, others: np.ndarray) -> float:
 
     Above 0.5: still known; 0.5: as if never seen; below: forgotten more than that, which also tells them apart.
     """
-    return float((members[:, None] < others[None]).mean() + 0.5 * (members[:, None] == others[None]).mean())
+    return float(
+        (members[:, None] < others[None]).mean() + 0.5 * (members[:, None] == others[None]).mean()
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,7 +355,8 @@ class Ruler:
         compared["heldout"] = heldout.select(np.arange(0, len(heldout), EVERY_HELDOUT))
         some = {name: tokens for name, tokens in compared.items() if tokens is not None}
         outputs = [
-            {name: log_probabilities(model, theta, tokens) for name, tokens in some.items()} for theta in truth.thetas
+            {name: log_probabilities(model, theta, tokens) for name, tokens in some.items()}
+            for theta in truth.thetas
         ]
         return cls(model, {k: v for k, v in sets.items() if v is not None}, some, outputs, said)
 
@@ -420,7 +448,10 @@ def compare(bed: Bed, case: Case, seeds: Sequence[int]) -> dict[str, Any]:
     say(f"\n{case.task}: {case.label}")
     truth = retrained(bed, case, seeds)
     ruler = Ruler.of(bed, case, truth)
-    whole, (took, wall) = case.rows_after * bed.recipe.epochs, np.mean(truth.seconds, axis=0).tolist()
+    whole, (took, wall) = (
+        case.rows_after * bed.recipe.epochs,
+        np.mean(truth.seconds, axis=0).tolist(),
+    )
     table: dict[str, dict[str, Any]] = {
         "before": ruler.measure(case.run.model.snapshot()) | {"work": 0.0, "seconds": 0.0}
     }
@@ -448,16 +479,31 @@ def compare(bed: Bed, case: Case, seeds: Sequence[int]) -> dict[str, Any]:
     if isinstance(default, EditMade):
         others |= rivals(case, bed.recipe, default)
     for name, method in others.items():
-        if name == WITHIN and default is not None and table["NGDiff"].get("work", np.inf) <= default.work:
+        if (
+            name == WITHIN
+            and default is not None
+            and table["NGDiff"].get("work", np.inf) <= default.work
+        ):
             table[name] = table["NGDiff"] | {"note": "NGDiff itself costs no more than the edit"}
         else:
             enter(name, method)
     own = [ruler.measure(theta, leave_out=k) for k, theta in enumerate(truth.thetas)]
     floor: dict[str, Any] = {key: float(np.mean([one[key] for one in own])) for key in own[0]}
-    floor |= {"each seed": own, "work": whole, "work ratio": 1.0, "seconds": took, "wall": wall, "time ratio": 1.0}
-    table["retrained"] = floor | {"note": f"seeds {', '.join(map(str, seeds))}; KL: each to the others"}
+    floor |= {
+        "each seed": own,
+        "work": whole,
+        "work ratio": 1.0,
+        "seconds": took,
+        "wall": wall,
+        "time ratio": 1.0,
+    }
+    table["retrained"] = floor | {
+        "note": f"seeds {', '.join(map(str, seeds))}; KL: each to the others"
+    }
     edit = (
-        {} if not isinstance(default, EditMade) else {key: default.report[key] for key in ("method", "guard", "rows")}
+        {}
+        if not isinstance(default, EditMade)
+        else {key: default.report[key] for key in ("method", "guard", "rows")}
     )
     return {
         "task": case.task,
@@ -501,7 +547,11 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     parts = []
     for task in dict.fromkeys(result["task"] for result in results):
         own = [result for result in results if result["task"] == task]
-        columns = [key for key in COLUMNS if any(key in row for one in own for row in one["methods"].values())]
+        columns = [
+            key
+            for key in COLUMNS
+            if any(key in row for one in own for row in one["methods"].values())
+        ]
         lines = [f"### {task}", ""]
         lines += [f"* {result['label']}; paraphr.: {result['paraphrase']}" for result in own]
         lines += ["", "| " + " | ".join(["method", *(COLUMNS[key] for key in columns)]) + " |"]
@@ -518,7 +568,15 @@ def cell(rows: Sequence[dict[str, Any]], key: str) -> str:
     values = np.array([row[key] for row in rows if key in row])
     if len(values) == 0 or not np.isfinite(values).any():
         return "-"
-    form = "{:.0f}" if key == "work" else "{:.1f}" if key == "seconds" else "{:.3f}" if "ratio" in key else "{:.2f}"
+    form = (
+        "{:.0f}"
+        if key == "work"
+        else "{:.1f}"
+        if key == "seconds"
+        else "{:.3f}"
+        if "ratio" in key
+        else "{:.2f}"
+    )
     text = form.format(values.mean())
     ranged = len(values) > 1 and key not in ("work ratio", "seconds", "time ratio")
     text += f" [{form.format(values.min())}, {form.format(values.max())}]" if ranged else ""
@@ -527,11 +585,15 @@ def cell(rows: Sequence[dict[str, Any]], key: str) -> str:
 
 def main() -> None:
     """Run the cases and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--testbed", type=Path)
     place.add_argument("--demo", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="fits, trained adapters and results")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="fits, trained adapters and results"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="of the retrained adapters")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--quick", action="store_true", help="one case of each task")
@@ -552,7 +614,11 @@ def main() -> None:
         "tasks": tasks,
         "quick": args.quick,
         "threads": args.threads,
-        "rivals": {"step": unlearners.STEP, "steps": unlearners.STEPS, "retained rows": unlearners.RETAINED},
+        "rivals": {
+            "step": unlearners.STEP,
+            "steps": unlearners.STEPS,
+            "retained rows": unlearners.RETAINED,
+        },
         "edit": {
             "options": "defaults, no held-out rows",
             "rest=0": {"rest": 0, "max_damage": 0.15},

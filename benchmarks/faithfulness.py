@@ -49,8 +49,9 @@ from tasks import (
 import influence
 from analysis.metrics.lds import LDS, LDSDifference, Truth, lds, lds_difference, read_truth
 from analysis.tune import tune
-from influence.data import Examples, tokenize
 from influence.progress import say
+from influence.rows import Examples
+from influence.tokens import tokenize
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("lds", "retrieval", "mislabelled", "loo")
@@ -87,7 +88,9 @@ END = {"path": (1.0,)}  #: at the adapter itself, where every peer looks
 OURS = (
     Ours("ours: default (EK-FAC, path 0.4,0.6,0.8)"),
     Ours("ours: at 0.6 only", {"path": (0.6,)}),
-    Ours("ours: path, function space, mean:0.01", {"geometry": "function"}, {"damping": "mean:0.01"}),
+    Ours(
+        "ours: path, function space, mean:0.01", {"geometry": "function"}, {"damping": "mean:0.01"}
+    ),
     Ours("ours: path, Adam's metric, mean:0.01", {"geometry": "adam"}, {"damping": "mean:0.01"}),
     Ours("ours: checkpoints of epochs 1, 3, 6, 10", replay=(1, 3, 6, 10)),
     Ours("ours: epochs 1, 2, 3 replayed, other seed", replay=(1, 2, 3), replay_seed=1),
@@ -120,10 +123,16 @@ def our_scores(bed: Testbed, seeds: int, truth: Truth | None) -> Found:
                 options = dict(ours.fit)
                 if ours.replay:
                     options["checkpoints"] = replayed(bed, ours.replay, ours.replay_seed)
-                run = next((run for known, run in runs if known == options and not ours.tuned), None)
+                run = next(
+                    (run for known, run in runs if known == options and not ours.tuned), None
+                )
                 if run is None:
                     run = influence.fit(
-                        model, train, directory=Path(folder) / ours.label.replace("/", "-"), seed=seed, **options
+                        model,
+                        train,
+                        directory=Path(folder) / ours.label.replace("/", "-"),
+                        seed=seed,
+                        **options,
                     )
                     if ours.tuned:
                         tune(run, truth=truth, queries=queries, geometries=("function", "adam"))
@@ -131,7 +140,11 @@ def our_scores(bed: Testbed, seeds: int, truth: Truth | None) -> Found:
                         runs.append((options, run))
                 values = run.score(queries, **ours.score).values
                 if ours.normalise:
-                    own = {key: ours.score[key] for key in ("curvature", "damping") if key in ours.score}
+                    own = {
+                        key: ours.score[key]
+                        for key in ("curvature", "damping")
+                        if key in ours.score
+                    }
                     values = values / np.sqrt(run.self_influence(**own).values)
                 found[ours.label].append(values)
     return {label: np.stack(values) for label, values in found.items()}
@@ -142,7 +155,12 @@ def peer_scores(peer: Peer, python: str | None, bed: Testbed, seeds: int) -> np.
     if python is None:
         return f"not run: give --{peer.name} PYTHON"
     script = HERE / "peers" / f"{peer.name}_ekfac.py"
-    settings = [script.read_bytes().decode(), *peer.options, str(seeds), bed.queries.read_text(encoding="utf-8")]
+    settings = [
+        script.read_bytes().decode(),
+        *peer.options,
+        str(seeds),
+        bed.queries.read_text(encoding="utf-8"),
+    ]
     key = hashlib.sha256("\0".join(settings).encode()).hexdigest()[:12]
     out = bed.work / f"{peer.name}-{key}.npz"
     if not out.exists():
@@ -152,7 +170,9 @@ def peer_scores(peer: Peer, python: str | None, bed: Testbed, seeds: int) -> np.
         command += ["--train", str(bed.train), "--queries", str(bed.queries), "--out", str(partial)]
         command += ["--repeat", str(seeds), "--threads", "1", *peer.options]
         try:
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
         except OSError as error:
             return f"failed: {error}"
         if done.returncode:
@@ -173,10 +193,14 @@ def every_score(bed: Testbed, clean: Testbed, args: argparse.Namespace, seeds: i
     found |= {name: scores[None] for name, scores in rival_scores(model, train, queries).items()}
     for peer in PEERS:
         found[peer.label] = peer_scores(peer, pythons[peer.name], bed, seeds)
-    found["bergson ASTRA"] = "not run: give --astra-steps N, at about 1.5 CPU seconds per query and step"
+    found["bergson ASTRA"] = (
+        "not run: give --astra-steps N, at about 1.5 CPU seconds per query and step"
+    )
     if args.astra_steps:
         astra = Peer("bergson ASTRA", "bergson", ("--astra-steps", str(args.astra_steps)))
-        found[astra.label] = peer_scores(astra, args.bergson, replace(bed, queries=clean.queries), 1)
+        found[astra.label] = peer_scores(
+            astra, args.bergson, replace(bed, queries=clean.queries), 1
+        )
     return found
 
 
@@ -185,7 +209,9 @@ def summary(result: LDS | LDSDifference) -> Measured:
     return Measured(result.mean, result.interval.low, result.interval.high)
 
 
-def ask(found: Found, question: Callable[[np.ndarray], dict[str, Measured]], table: dict[str, Any]) -> None:
+def ask(
+    found: Found, question: Callable[[np.ndarray], dict[str, Measured]], table: dict[str, Any]
+) -> None:
     """Put one question to every method's first seed; the answers go into `table[method]`."""
     for method, scores in found.items():
         answers = table.setdefault(method, {})
@@ -223,29 +249,41 @@ def ask_lds(found: Found, truth_file: Path, table: dict[str, Any]) -> None:
     reference = found[REFERENCE]
 
     def question(scores: np.ndarray) -> dict[str, Measured]:
-        other = np.random.default_rng(0).permutation(len(truth.masks))[len(truth.masks) // 2 :]  # as tune halves them
+        other = np.random.default_rng(0).permutation(len(truth.masks))[
+            len(truth.masks) // 2 :
+        ]  # as tune halves them
         answers = {
             "lds": summary(lds(scores, truth.masks, truth.query_loss)),
             "lds half": summary(lds(scores, truth.masks[other], truth.query_loss[other])),
         }
         if not isinstance(reference, str) and not np.shares_memory(scores, reference):
-            answers["lds gain"] = summary(lds_difference(scores, reference[0], truth.masks, truth.query_loss))
+            answers["lds gain"] = summary(
+                lds_difference(scores, reference[0], truth.masks, truth.query_loss)
+            )
         return answers
 
     ask(found, question, table)
     for method, scores in found.items():
         if not isinstance(scores, str):
-            each = [lds(values, truth.masks, truth.query_loss, resamples=1).mean for values in scores]
+            each = [
+                lds(values, truth.masks, truth.query_loss, resamples=1).mean for values in scores
+            ]
             table[method]["lds of each seed"] = each
 
 
-def find_wrong(scores: np.ndarray, wrong: np.ndarray, train: Examples, queries: Examples) -> dict[str, Measured]:
+def find_wrong(
+    scores: np.ndarray, wrong: np.ndarray, train: Examples, queries: Examples
+) -> dict[str, Measured]:
     """Wrong rows found by opposition to their author's queries, and by self-influence where that was computed."""
     groups, asked = ([row.group for row in rows] for rows in (train, queries))
     by = {"opposition": opposition(scores[: len(queries)], groups, asked)}
     if len(scores) > len(queries):
         by["self"] = np.diagonal(scores[len(queries) :])
-    return {f"{key} {name}": value for key, values in by.items() for name, value in mislabelled(values, wrong).items()}
+    return {
+        f"{key} {name}": value
+        for key, values in by.items()
+        for name, value in mislabelled(values, wrong).items()
+    }
 
 
 COLUMNS = {
@@ -285,24 +323,45 @@ def render(table: dict[str, Any]) -> str:
         seeds = " ".join(f"{value:.3f}" for value in answers.get("lds of each seed", []))
         lines.append([method, *(cell(answers, column) for column in columns), seeds])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    notes = [f"{method}: {answers['note']}" for method, answers in table.items() if "note" in answers]
+    text = [
+        "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    notes = [
+        f"{method}: {answers['note']}" for method, answers in table.items() if "note" in answers
+    ]
     return "\n".join([*text, CAPTION, *notes])
 
 
 def main() -> None:
     """Ask every method every question and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--testbed", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("faithfulness-work"), help="kept adapters and peers' scores")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("faithfulness-work"),
+        help="kept adapters and peers' scores",
+    )
     parser.add_argument("--kronfluence", help="python of an environment with kronfluence")
     parser.add_argument("--bergson", help="python of an environment with bergson")
     parser.add_argument(
-        "--astra-steps", type=int, default=0, help="steps per query of bergson's ASTRA (0: leave it out)"
+        "--astra-steps",
+        type=int,
+        default=0,
+        help="steps per query of bergson's ASTRA (0: leave it out)",
     )
-    parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(TASKS), help=", ".join(TASKS))
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of the sampled labels, for the LDS")
-    parser.add_argument("--left-out", type=int, default=LEFT_OUT, help="rows left out, one retraining each")
+    parser.add_argument(
+        "--tasks", type=lambda text: text.split(","), default=list(TASKS), help=", ".join(TASKS)
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="seeds of the sampled labels, for the LDS"
+    )
+    parser.add_argument(
+        "--left-out", type=int, default=LEFT_OUT, help="rows left out, one retraining each"
+    )
     parser.add_argument("--out", type=Path, help="write the table as JSON")
     args = parser.parse_args()
     if unknown := sorted(set(args.tasks) - set(TASKS)):

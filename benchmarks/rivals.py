@@ -16,15 +16,19 @@ from torch import Tensor
 
 import influence
 from influence.adapter import AdaptedModel, ParamSpace
-from influence.data import Examples, TokenizedExamples, collate, plan_batches, tokenize
-from influence.loss import MeanLoss
+from influence.batches import collate, plan_batches
+from influence.measurements import MeanLoss
+from influence.rows import Examples
+from influence.tokens import TokenizedExamples, tokenize
 
 
 def loss_gradients(model: AdaptedModel, tokens: TokenizedExamples, *, mean: bool = True) -> Tensor:
     """Gradients `[n, P]` of every row's cross-entropy: its mean over the supervised tokens, or their sum."""
     out = torch.empty(len(tokens), model.space.size, dtype=model.dtype)
     measurement = MeanLoss() if mean else None
-    for rows, gradients, _ in influence.stream_gradients(model, tokens, measurement=measurement, token_budget=1024):
+    for rows, gradients, _ in influence.stream_gradients(
+        model, tokens, measurement=measurement, token_budget=1024
+    ):
         out[torch.from_numpy(rows)] = gradients.cpu()
     return out
 
@@ -69,7 +73,9 @@ def hidden_states(model: AdaptedModel, tokens: TokenizedExamples, *, last: bool 
         for rows in plan_batches(tokens, 1024):
             batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
             states = model.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                output_hidden_states=True,
             ).hidden_states[-1]
             for row, state, chosen in zip(rows, states, batch.supervised, strict=True):
                 parts[int(row)] = state[chosen][-1] if last else state[chosen].mean(0)
@@ -83,10 +89,14 @@ def repsim(queries: Tensor, train: Tensor) -> np.ndarray:
 
 def cosine(one: Tensor, other: Tensor) -> np.ndarray:
     """Cosine of every row of `one` with every row of `other`."""
-    return (torch.nn.functional.normalize(one, dim=1) @ torch.nn.functional.normalize(other, dim=1).T).numpy()
+    return (
+        torch.nn.functional.normalize(one, dim=1) @ torch.nn.functional.normalize(other, dim=1).T
+    ).numpy()
 
 
-def bm25(queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.5, b: float = 0.75) -> np.ndarray:
+def bm25(
+    queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.5, b: float = 0.75
+) -> np.ndarray:
     """Okapi BM25 (Robertson and Zaragoza 2009, The Probabilistic Relevance Framework, equation 3.15): text alone.
 
     `sum over the words t of q of idf(t) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))`, f = how often t is in d,
@@ -103,7 +113,9 @@ def bm25(queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.5, b
             idf = math.log(1 + (len(found) - holders[word] + 0.5) / (holders[word] + 0.5))
             for i, counts in enumerate(found):
                 if f := counts[word]:
-                    scores[q, i] += times * idf * f * (k1 + 1) / (f + k1 * (1 - b + b * lengths[i] / mean))
+                    scores[q, i] += (
+                        times * idf * f * (k1 + 1) / (f + k1 * (1 - b + b * lengths[i] / mean))
+                    )
     return scores
 
 
@@ -117,12 +129,18 @@ def rival_scores(model: AdaptedModel, train: Examples, queries: Examples) -> dic
     rows, asked = tokenize(train, model.tokenizer), tokenize(queries, model.tokenizer)
     v, g = loss_gradients(model, asked), loss_gradients(model, rows)
     sums = g * torch.from_numpy(rows.counts).to(g)[:, None]
-    texts, questions = ([f"{row.prompt}{row.completion}" for row in part] for part in (train, queries))
+    texts, questions = (
+        [f"{row.prompt}{row.completion}" for row in part] for part in (train, queries)
+    )
     return {
         "gradient dot": gradient_dot(v, sums),
         "gradient cosine": gradient_cosine(v, g),
         "DataInf, released formula": datainf(v, g, model.space),
-        "RepSim, mean of the completion": repsim(hidden_states(model, asked), hidden_states(model, rows)),
-        "RepSim, last token": repsim(hidden_states(model, asked, last=True), hidden_states(model, rows, last=True)),
+        "RepSim, mean of the completion": repsim(
+            hidden_states(model, asked), hidden_states(model, rows)
+        ),
+        "RepSim, last token": repsim(
+            hidden_states(model, asked, last=True), hidden_states(model, rows, last=True)
+        ),
         "BM25, text alone": bm25(questions, texts),
     }

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import influence
-from influence.data import tokenize
 from influence.solvers import ASTRA, CG, SGD, LiSSA, Solver
+from influence.tokens import tokenize
 
 SOLVERS = ("cg", "pcg", "astra", "lissa", "sgd")
 
@@ -40,12 +40,16 @@ def measure(solver: Solver, operator: Any, v: torch.Tensor) -> dict[str, Any]:
 
 def main() -> None:
     """Fit, solve with every solver, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "adapter", "train", "queries"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--run", type=Path, help="run directory; a temporary one without it")
     parser.add_argument("--columns", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=1, help="label draws per row in the EK-FAC fit")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="label draws per row in the EK-FAC fit"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-3)
     parser.add_argument("--damping", default="mean:0.1")
     parser.add_argument("--max-products", type=int, default=300)
@@ -54,7 +58,9 @@ def main() -> None:
     args = parser.parse_args()
     names = args.solvers.split(",")
     if unknown := sorted(set(names) - set(SOLVERS)):
-        parser.error(f"solvers {', '.join(unknown)} were given; expected some of {', '.join(SOLVERS)}")
+        parser.error(
+            f"solvers {', '.join(unknown)} were given; expected some of {', '.join(SOLVERS)}"
+        )
     model = influence.load(args.model, args.adapter)
     train = influence.read_examples(args.train)
     queries = tokenize(influence.read_examples(args.queries)[: args.columns], model.tokenizer)
@@ -64,7 +70,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = args.run or Path(folder) / "run"
         run = influence.fit(
-            model, train, directory=directory, curvature=influence.EKFAC(samples=args.samples), path=(1.0,)
+            model,
+            train,
+            directory=directory,
+            curvature=influence.EKFAC(samples=args.samples),
+            path=(1.0,),
         )
         operator = run.operator("ggn", args.damping)
         preconditioner = run.preconditioner(operator)
@@ -83,11 +93,15 @@ def main() -> None:
     if args.json:
         print(json.dumps({"rows": len(train), "parameters": model.space.size, "solvers": results}))
         return
-    print(f"{len(train)} rows, {model.space.size} parameters, GGN damped by {args.damping}, {len(v)} columns")
+    print(
+        f"{len(train)} rows, {model.space.size} parameters, GGN damped by {args.damping}, {len(v)} columns"
+    )
     print(f"{'':6} {'products':>9} {'converged':>10} {'worst residual':>15}")
     for name, found in results.items():
         converged = f"{sum(found['converged'])}/{len(v)}"
-        print(f"{name:6} {max(found['products']):9} {converged:>10} {max(found['residuals']):15.1e}")
+        print(
+            f"{name:6} {max(found['products']):9} {converged:>10} {max(found['residuals']):15.1e}"
+        )
 
 
 if __name__ == "__main__":

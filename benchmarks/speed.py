@@ -33,12 +33,19 @@ def ours(testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
     train = influence.read_examples(testbed / "train.jsonl")
     queries = influence.read_examples(testbed / "query.jsonl")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    times: dict[str, list[float]] = {"fit_seconds": [], "score_seconds": [], "second_seconds": [], "cpu_seconds": []}
+    times: dict[str, list[float]] = {
+        "fit_seconds": [],
+        "score_seconds": [],
+        "second_seconds": [],
+        "cpu_seconds": [],
+    }
     for _ in range(repeat):
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "run"
             cpu, start = time.process_time(), time.perf_counter()
-            run = influence.fit(model, train, directory=directory, token_budget=token_budget, path=(1.0,))
+            run = influence.fit(
+                model, train, directory=directory, token_budget=token_budget, path=(1.0,)
+            )
             fitted = time.perf_counter()
             run.score(queries, out=directory / "scores.h5")
             scored = time.perf_counter()
@@ -47,7 +54,9 @@ def ours(testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
             times["score_seconds"].append(scored - fitted)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             del run
-            if len(times["fit_seconds"]) == repeat:  # the peers have no such step: it counts in no peak of ours either
+            if (
+                len(times["fit_seconds"]) == repeat
+            ):  # the peers have no such step: it counts in no peak of ours either
                 again = influence.Run.open(directory, model=model, train=train)
                 for number in range(repeat):
                     start = time.perf_counter()
@@ -61,11 +70,13 @@ def bare(testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
     import torch
 
     import influence
-    from influence.data import collate, plan_batches, tokenize
+    from influence.batches import collate, plan_batches
+    from influence.tokens import tokenize
 
     model = influence.load(str(testbed / "base"), str(testbed / "adapter"))
     sets = [
-        tokenize(influence.read_examples(testbed / f"{name}.jsonl"), model.tokenizer) for name in ("train", "query")
+        tokenize(influence.read_examples(testbed / f"{name}.jsonl"), model.tokenizer)
+        for name in ("train", "query")
     ]
     for parameter in model.parameters:
         parameter.requires_grad_(True)
@@ -76,7 +87,9 @@ def bare(testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
             for rows in plan_batches(tokens, token_budget):
                 batch = collate(tokens, rows)
                 labels = torch.where(batch.supervised, batch.input_ids, -100)
-                loss = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+                loss = model.model(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels
+                ).loss
                 torch.autograd.grad(loss, model.parameters)
         seconds.append(time.perf_counter() - start)
     return {"seconds": seconds}
@@ -88,9 +101,21 @@ def run_peer(name: str, python: str, testbed: Path, repeat: int) -> dict[str, An
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.npz"
-        command = [python, str(HERE / "peers" / f"{name}_ekfac.py"), "--model", str(testbed / "base")]
+        command = [
+            python,
+            str(HERE / "peers" / f"{name}_ekfac.py"),
+            "--model",
+            str(testbed / "base"),
+        ]
         command += ["--adapter", str(testbed / "adapter"), "--train", str(testbed / "train.jsonl")]
-        command += ["--queries", str(testbed / "query.jsonl"), "--out", str(out), "--repeat", str(repeat)]
+        command += [
+            "--queries",
+            str(testbed / "query.jsonl"),
+            "--out",
+            str(out),
+            "--repeat",
+            str(repeat),
+        ]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
@@ -106,16 +131,30 @@ def peer_times(name: str, python: str, testbed: Path, repeat: int) -> dict[str, 
 
 def worker(name: str, testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
     """Run one of our own contenders in a fresh process."""
-    command = [sys.executable, __file__, "--testbed", str(testbed), "--repeat", str(repeat), "--worker", name]
+    command = [
+        sys.executable,
+        __file__,
+        "--testbed",
+        str(testbed),
+        "--repeat",
+        str(repeat),
+        "--worker",
+        name,
+    ]
     done = subprocess.run(
-        [*command, "--token-budget", str(token_budget)], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [*command, "--token-budget", str(token_budget)],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     """Run every contender and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--testbed", type=Path, required=True)
     parser.add_argument("--kronfluence", help="python of an environment with kronfluence")
     parser.add_argument("--bergson", help="python of an environment with bergson")
@@ -125,9 +164,18 @@ def main() -> None:
     parser.add_argument("--worker", choices=["ours", "bare"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps({"ours": ours, "bare": bare}[args.worker](args.testbed, args.repeat, args.token_budget)))
+        print(
+            json.dumps(
+                {"ours": ours, "bare": bare}[args.worker](
+                    args.testbed, args.repeat, args.token_budget
+                )
+            )
+        )
         return
-    results = {name: worker(name, args.testbed, args.repeat, args.token_budget) for name in ("bare", "ours")}
+    results = {
+        name: worker(name, args.testbed, args.repeat, args.token_budget)
+        for name in ("bare", "ours")
+    }
     for name, python in (("kronfluence", args.kronfluence), ("bergson", args.bergson)):
         if python:
             results[name] = peer_times(name, python, args.testbed, args.repeat)
@@ -139,11 +187,18 @@ def main() -> None:
     for name in [n for n in results if n != "bare"]:
         found = results[name]
         fit, score = (statistics.median(found[key]) for key in ("fit_seconds", "score_seconds"))
-        peak, work = found["peak_rss_bytes"] / 1e6, (found["peak_rss_bytes"] - found["rss_before_bytes"]) / 1e6
+        peak, work = (
+            found["peak_rss_bytes"] / 1e6,
+            (found["peak_rss_bytes"] - found["rss_before_bytes"]) / 1e6,
+        )
         total = fit + score
-        print(f"{name:12} {fit:7.2f} {score:7.2f} {total:7.2f} {total / floor:7.2f} {peak:8.0f} {work:8.0f}")
+        print(
+            f"{name:12} {fit:7.2f} {score:7.2f} {total:7.2f} {total / floor:7.2f} {peak:8.0f} {work:8.0f}"
+        )
     if "kronfluence" in results:
-        mine = statistics.median(results["ours"]["fit_seconds"]) + statistics.median(results["ours"]["score_seconds"])
+        mine = statistics.median(results["ours"]["fit_seconds"]) + statistics.median(
+            results["ours"]["score_seconds"]
+        )
         found = results["kronfluence"]
         theirs = statistics.median(found["fit_seconds"]) + statistics.median(found["score_seconds"])
         second = statistics.median(results["ours"]["second_seconds"])

@@ -29,10 +29,13 @@ from scipy.stats import rankdata
 import influence
 from analysis.stats import bootstrap_interval, spearman
 from influence.adapter import AdaptedModel
-from influence.data import Examples, TokenizedExamples, collate, tokenize
+from influence.batches import collate
 from influence.loss import mean_losses, supervised_logits, token_losses
 from influence.progress import say
-from unlearn.retrain import Recipe, fresh_adapter, retrain, train
+from influence.rows import Examples
+from influence.tokens import TokenizedExamples, tokenize
+from unlearn.retraining.recipe import Recipe
+from unlearn.retraining.retrain import fresh_adapter, retrain, train
 
 RECIPE = Recipe()  #: how the testbed's adapters were trained
 PLANTED, LEFT_OUT = 20, 12
@@ -70,7 +73,12 @@ class Testbed:
     @classmethod
     def open(cls, folder: Path, work: Path) -> Testbed:
         """The testbed in `folder`; its work folder is named after the contents, so two testbeds never share one."""
-        files = (folder / "base", folder / "adapter", folder / "train.jsonl", folder / "query.jsonl")
+        files = (
+            folder / "base",
+            folder / "adapter",
+            folder / "train.jsonl",
+            folder / "query.jsonl",
+        )
         files += (folder / "heldout.jsonl",)
         weights = sorted(path for part in files[:2] for path in part.glob("*.safetensors"))
         digest = hashlib.sha256()
@@ -86,7 +94,9 @@ class Testbed:
         return model, influence.read_examples(self.train), influence.read_examples(self.queries)
 
 
-def plant(testbed: Testbed, paraphrased: np.ndarray, count: int = PLANTED, seed: int = 0) -> tuple[Testbed, np.ndarray]:
+def plant(
+    testbed: Testbed, paraphrased: np.ndarray, count: int = PLANTED, seed: int = 0
+) -> tuple[Testbed, np.ndarray]:
     """An adapter trained on the same rows, `count` of which answer their question with another author's facts.
 
     The wrong rows are some of those that a query paraphrases, so that there is a clean question on each; their
@@ -105,7 +115,11 @@ def plant(testbed: Testbed, paraphrased: np.ndarray, count: int = PLANTED, seed:
     folder = testbed.work / f"wrong-{count}-{seed}"
     folder.mkdir(exist_ok=True)
     planted = replace(
-        testbed, adapter=folder / "adapter", train=folder / "train.jsonl", queries=folder / "asked.jsonl", work=folder
+        testbed,
+        adapter=folder / "adapter",
+        train=folder / "train.jsonl",
+        queries=folder / "asked.jsonl",
+        work=folder,
     )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     planted.train.write_text(text, encoding="utf-8")
@@ -129,14 +143,21 @@ def replayed(testbed: Testbed, epochs: tuple[int, ...], seed: int = 0) -> list[P
         model, rows, _ = testbed.load()
         with tempfile.TemporaryDirectory() as scratch:
             run = influence.fit(
-                model, rows, directory=scratch, curvature=influence.Identity(), path=(1.0,), store="never"
+                model,
+                rows,
+                directory=scratch,
+                curvature=influence.Identity(),
+                path=(1.0,),
+                store="never",
             )
             recipe = replace(RECIPE, seed=seed)
             retrain(run, out=folder, recipe=recipe, checkpoints=epochs, stop_after=max(epochs))
     return [folder / f"epoch-{epoch}" for epoch in epochs]
 
 
-def left_out(testbed: Testbed, paraphrased: np.ndarray, count: int = LEFT_OUT, seed: int = 0) -> dict[int, np.ndarray]:
+def left_out(
+    testbed: Testbed, paraphrased: np.ndarray, count: int = LEFT_OUT, seed: int = 0
+) -> dict[int, np.ndarray]:
     """Measured change of every query's loss `[Q]`, in nats, when a row's slot is left empty: one entry per row.
 
     The rows are `count` of the `paraphrased` ones. Everything but the one row is as in the training on all rows,
@@ -144,7 +165,9 @@ def left_out(testbed: Testbed, paraphrased: np.ndarray, count: int = LEFT_OUT, s
     """
     model, rows, queries = testbed.load()
     tokens, asked = tokenize(rows, model.tokenizer), tokenize(queries, model.tokenizer)
-    chosen = np.random.default_rng(seed).permutation(paraphrased)[:count]  # fewer rows are the first of more
+    chosen = np.random.default_rng(seed).permutation(paraphrased)[
+        :count
+    ]  # fewer rows are the first of more
     losses = {}
     for row in (None, *chosen.tolist()):
         path = testbed.work / ("trained-on-all.npy" if row is None else f"without-{row}.npy")
@@ -162,7 +185,7 @@ def left_out(testbed: Testbed, paraphrased: np.ndarray, count: int = LEFT_OUT, s
 def train_with_empty_slots(
     model: AdaptedModel, tokens: TokenizedExamples, recipe: Recipe, absent: Collection[int]
 ) -> None:
-    """Train the adapter in place as `unlearn.retrain.train` does, with the slots of the `absent` rows left empty.
+    """Train the adapter in place as `unlearn.retraining.retrain.train` does, with the slots of the `absent` rows left empty.
 
     They keep their place in the order and their tokens in the batch's denominator, but add nothing to its loss:
     `sum over the rows present of l_i / tokens of all rows of the batch`.
@@ -172,12 +195,19 @@ def train_with_empty_slots(
         parameter.requires_grad_(True)
     model.model.train(recipe.dropout)
     optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=recipe.betas, eps=recipe.eps
+        parameters,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        betas=recipe.betas,
+        eps=recipe.eps,
     )
     present = torch.ones(len(tokens))
     present[list(absent)] = 0
     order = torch.Generator().manual_seed(recipe.seed)
-    epochs = [torch.randperm(len(tokens), generator=order).split(recipe.batch_size) for _ in range(recipe.epochs)]
+    epochs = [
+        torch.randperm(len(tokens), generator=order).split(recipe.batch_size)
+        for _ in range(recipe.epochs)
+    ]
     batches = [rows for epoch in epochs for rows in epoch]
     for step, rows in enumerate(batches):
         for group in optimizer.param_groups:

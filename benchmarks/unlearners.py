@@ -27,11 +27,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence.adapter import AdaptedModel
-from influence.data import TokenizedExamples, collate, plan_batches
+from influence.batches import collate, plan_batches
+from influence.cost import Cost
+from influence.gradients import loss_sum_gradient
 from influence.loss import supervised_logits, token_losses
-from unlearn.measure import Cost
-from unlearn.relinearise import loss_sum_gradient
-from unlearn.retrain import Recipe
+from influence.tokens import TokenizedExamples
+from unlearn.retraining.recipe import Recipe
 
 #: Length of a step, and how many there are at most.
 STEP, STEPS = 0.1, 60
@@ -74,13 +75,17 @@ class Outcome:
     reached: bool | None = None
 
 
-def mean_gradient(model: AdaptedModel, tokens: TokenizedExamples, cost: Cost) -> tuple[Tensor, np.ndarray]:
+def mean_gradient(
+    model: AdaptedModel, tokens: TokenizedExamples, cost: Cost
+) -> tuple[Tensor, np.ndarray]:
     """`grad CE` [P] of some rows where the model is, and each row's mean loss `[n]`."""
     weights = np.full(len(tokens), 1 / tokens.counts.sum())
     return loss_sum_gradient(model, tokens, weights, token_budget=TOKEN_BUDGET, cost=cost)
 
 
-def kl_gradient(model: AdaptedModel, tokens: TokenizedExamples, reference: Tensor, cost: Cost) -> Tensor:
+def kl_gradient(
+    model: AdaptedModel, tokens: TokenizedExamples, reference: Tensor, cost: Cost
+) -> Tensor:
     """The gradient `[P]` of `KL(ref || p)`, its mean over the rows' completion tokens, where the model is now."""
     total, count = torch.zeros_like(reference), int(tokens.counts.sum())
     cost.gradients += len(tokens)
@@ -104,21 +109,37 @@ def unit(v: Tensor) -> Tensor:
 # ---- steps until the targets are reached ---------------------------------------------------------------------
 
 
-def ascent(model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator) -> Outcome:
+def ascent(
+    model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator
+) -> Outcome:
     """Gradient ascent on the old contents (and descent on the new ones); no retained row is looked at."""
     return _walk(model, edited, lambda pull, _: unit(pull), Cost())
 
 
-def ascent_descent(model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator) -> Outcome:
+def ascent_descent(
+    model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator
+) -> Outcome:
     """Ascent on the edited rows, descent on as much of the retained ones' mean cross-entropy."""
     cost = Cost()
-    return _walk(model, edited, lambda pull, _: unit(pull - mean_gradient(model, drawn(rest, rng), cost)[0]), cost)
+    return _walk(
+        model,
+        edited,
+        lambda pull, _: unit(pull - mean_gradient(model, drawn(rest, rng), cost)[0]),
+        cost,
+    )
 
 
-def ascent_kl(model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator) -> Outcome:
+def ascent_kl(
+    model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator
+) -> Outcome:
     """Ascent on the edited rows, held to the adapter before by its KL divergence on retained rows."""
     cost, start = Cost(), model.snapshot()
-    return _walk(model, edited, lambda pull, _: unit(pull - kl_gradient(model, drawn(rest, rng), start, cost)), cost)
+    return _walk(
+        model,
+        edited,
+        lambda pull, _: unit(pull - kl_gradient(model, drawn(rest, rng), start, cost)),
+        cost,
+    )
 
 
 def ngdiff(
@@ -135,7 +156,9 @@ def ngdiff(
     def move(pull: Tensor, _: int) -> Tensor:
         return normalised_difference(pull, mean_gradient(model, drawn(rest, rng), cost)[0])
 
-    return _walk(model, edited, move, cost, budget=budget, price=min(RETAINED, len(rest)) + len(edited))
+    return _walk(
+        model, edited, move, cost, budget=budget, price=min(RETAINED, len(rest)) + len(edited)
+    )
 
 
 def normalised_difference(forget: Tensor, retain: Tensor) -> Tensor:
@@ -172,7 +195,12 @@ def _walk(
 
 
 def sign_step(
-    model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator, *, norm: float
+    model: AdaptedModel,
+    edited: Edited,
+    rest: TokenizedExamples,
+    rng: np.random.Generator,
+    *,
+    norm: float,
 ) -> Outcome:
     """`theta + c sign(grad E)`, as long as an edit's delta: `|c sign(grad E)| = norm`."""
     cost = Cost()
@@ -199,14 +227,20 @@ def finetune(
     cost, steps, before = Cost(), 0, model.snapshot()
     with model.at(before), model.evaluating(model.parameters):
         optimizer = torch.optim.AdamW(
-            model.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=recipe.betas, eps=recipe.eps
+            model.parameters,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            betas=recipe.betas,
+            eps=recipe.eps,
         )
         begun, order = clock(), np.zeros(0, dtype=int)
         while (past := clock() - begun) < seconds:
             if len(order) == 0:
                 order = rng.permutation(len(tokens))
             some, order = order[: recipe.batch_size], order[recipe.batch_size :]
-            part = supervised_logits(model, collate(tokens, some, pad_id=model.pad_id, device=model.device))
+            part = supervised_logits(
+                model, collate(tokens, some, pad_id=model.pad_id, device=model.device)
+            )
             optimizer.param_groups[0]["lr"] = recipe.lr * (1 - past / seconds)
             optimizer.zero_grad()
             token_losses(part.logits, part.targets).mean().backward()
@@ -218,7 +252,9 @@ def finetune(
     return Outcome(theta, cost, steps)
 
 
-def llmeraser(model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator) -> Outcome:
+def llmeraser(
+    model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator
+) -> Outcome:
     """LLMEraser as released (Ding et al. 2024, arXiv 2412.00383, github.com/oceanoceanna/LLMEraser, attack_demo.py).
 
     `min_x 1/2 x^T (H + lambda) x - b^T x`, `b = (sum_F grad CE_i - sum_L grad CE_i) / n`, by 20 steps of Adam at 1e-5 from
@@ -252,8 +288,15 @@ def llmeraser(model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng:
 def hessian_product(model: AdaptedModel, tokens: TokenizedExamples, v: Tensor) -> Tensor:
     """`H v` [P], H the Hessian of the rows' mean cross-entropy per token (Pearlmutter 1994)."""
     batch = collate(tokens, np.arange(len(tokens)), pad_id=model.pad_id, device=model.device)
-    with model.evaluating(model.parameters), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+    with (
+        model.evaluating(model.parameters),
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # the others have no second derivative
         part = supervised_logits(model, batch)
         loss = token_losses(part.logits, part.targets).mean()
-        first = model.space.flatten(list(torch.autograd.grad(loss, model.parameters, create_graph=True)))
-        return model.space.flatten(list(torch.autograd.grad(first @ v, model.parameters, materialize_grads=True)))
+        first = model.space.flatten(
+            list(torch.autograd.grad(loss, model.parameters, create_graph=True))
+        )
+        return model.space.flatten(
+            list(torch.autograd.grad(first @ v, model.parameters, materialize_grads=True))
+        )

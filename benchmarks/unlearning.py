@@ -46,15 +46,19 @@ from torch import Tensor
 
 import influence
 import unlearn
-from influence.data import Examples, tokenize
 from influence.errors import ToolkitError
 from influence.loss import mean_losses
 from influence.progress import say
-from unlearn.methods import METHODS, Method, method_of
+from influence.rows import Examples
+from influence.tokens import tokenize
+from unlearn.methods.methods import METHODS, Method, method_of
 
 FACTORS = (1 / 3, 1.0, 3.0)
 STEPS = 60
-EDITS: dict[str, dict[str, Any]] = {"closed-form edit": {}, "closed-form edit, --rest 0": {"rest": 0}}
+EDITS: dict[str, dict[str, Any]] = {
+    "closed-form edit": {},
+    "closed-form edit, --rest 0": {"rest": 0},
+}
 RETRAINED, BEFORE = "retraining", "before"
 
 
@@ -74,7 +78,10 @@ class Ruler:
 
     def outputs_of(self, theta: Tensor) -> dict[str, Tensor]:
         """Log-probabilities on the compared rows."""
-        return {name: log_probabilities(self.model, theta, tokens) for name, tokens in self.compared.items()}
+        return {
+            name: log_probabilities(self.model, theta, tokens)
+            for name, tokens in self.compared.items()
+        }
 
     def measure(self, theta: Tensor, leave_out: int | None = None) -> dict[str, float]:
         """Losses, membership and divergences; `leave_out`: a retrained adapter that is measured itself."""
@@ -147,7 +154,11 @@ class Lines:
 
     def of(self, **keys: Any) -> list[dict[str, Any]]:
         """Those with these values."""
-        return [line for line in self.lines if all(line.get(key) == value for key, value in keys.items())]
+        return [
+            line
+            for line in self.lines
+            if all(line.get(key) == value for key, value in keys.items())
+        ]
 
     def add(self, line: dict[str, Any]) -> dict[str, Any]:
         """Keep one."""
@@ -174,7 +185,9 @@ def study(bed: Bed, percent: int, args: argparse.Namespace) -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     truth = retrained(bed, case, seeds)
     ruler = Ruler(bed, case, truth)
-    goal = unlearn.forecast(case.run, remove=case.ids, start="original")["losses"]["edited"]["target"]
+    goal = unlearn.forecast(case.run, remove=case.ids, start="original")["losses"]["edited"][
+        "target"
+    ]
     general = None if args.tofu is None else general_rows(args.tofu)
     if not lines.of(method=BEFORE):
         lines.add({"method": BEFORE, "goal": goal, **ruler.measure(bed.model.snapshot())})
@@ -187,7 +200,9 @@ def study(bed: Bed, percent: int, args: argparse.Namespace) -> None:
         for seed in seeds:
             if not lines.of(method=name, seed=seed):
                 edit = unlearn.remove(case.run, case.ids, seed=seed, start="original", **options)
-                lines.add({"method": name, "seed": seed, "tuned": True, **line_of(edit, ruler, goal)})
+                lines.add(
+                    {"method": name, "seed": seed, "tuned": True, **line_of(edit, ruler, goal)}
+                )
     for method in methods(args.methods.split(","), args.method):
         for factor in FACTORS:
             one(lines, ruler, case, method, factor, seeds[0], goal, general)
@@ -215,7 +230,9 @@ def one(
     except ToolkitError as error:
         found = {"failed": str(error)}
     lines.add({**keys, **found})
-    say(f"{case.task}: {method.name} x {factor:.2g}, seed {seed}: {found.get('forget')}, {found.get('retained')}")
+    say(
+        f"{case.task}: {method.name} x {factor:.2g}, seed {seed}: {found.get('forget')}, {found.get('retained')}"
+    )
 
 
 # ---- tables --------------------------------------------------------------------------------------------------
@@ -233,7 +250,9 @@ def summary(lines: Lines, name: str) -> dict[str, Any] | None:
     if "factor" in found[0]:
         grid = [line for line in found if line["seed"] == found[0]["seed"]]
         factor = kept_factor(grid, goal)
-        found = [line for line in found if line["factor"] == round(factor, 4) and "failed" not in line]
+        found = [
+            line for line in found if line["factor"] == round(factor, 4) and "failed" not in line
+        ]
         distances = [distance(line, true) for line in grid]
         spread: float | None = max(distances) - min(distances)
     else:
@@ -241,10 +260,16 @@ def summary(lines: Lines, name: str) -> dict[str, Any] | None:
     row: dict[str, Any] = {"method": name, "factor": factor, "spread": spread, "seeds": len(found)}
     for column in COLUMNS:
         values = [line[column] for line in found if column in line]
-        row[column] = [float(np.mean(values)), float(np.min(values)), float(np.max(values))] if values else None
+        row[column] = (
+            [float(np.mean(values)), float(np.min(values)), float(np.max(values))]
+            if values
+            else None
+        )
     row["reached"] = sum(line.get("reached", False) for line in found)
     row["points"] = [(line["retained"], line["forget"]) for line in found]
-    row["ratio"] = None if row["cost"] is None else row["cost"][0] / np.mean([line["cost"] for line in true])
+    row["ratio"] = (
+        None if row["cost"] is None else row["cost"][0] / np.mean([line["cost"] for line in true])
+    )
     return row
 
 
@@ -252,7 +277,9 @@ def distance(line: dict[str, Any], true: Sequence[dict[str, Any]]) -> float:
     """`|forget / retrained - 1| + |retained / retrained - 1|`; a failed run is as far as a model that says nothing right (10)."""
     if "failed" in line:
         return 10.0
-    return sum(abs(line[key] / np.mean([one[key] for one in true]) - 1) for key in ("forget", "retained"))
+    return sum(
+        abs(line[key] / np.mean([one[key] for one in true]) - 1) for key in ("forget", "retained")
+    )
 
 
 def table(lines: Lines, percent: int, names: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
@@ -299,13 +326,27 @@ def plot(rows: list[dict[str, Any]], percent: int, path: Path) -> None:
         color = "black" if exact else colors(place % 20)
         axes.scatter(*points.T, s=14, color=color, alpha=0.5)
         mark = "*" if exact else "s" if row["method"].startswith("closed") else "o"
-        axes.scatter(*points.mean(0), s=220 if exact else 70, color=color, marker=mark, label=row["method"])
+        axes.scatter(
+            *points.mean(0), s=220 if exact else 70, color=color, marker=mark, label=row["method"]
+        )
     first = next(row for row in rows if row["method"] == BEFORE)
     axes.scatter(*first["points"][0], marker="x", s=70, color="gray", label="before")
-    means = np.array([np.mean(row["points"], axis=0) for row in rows if row["points"] and row["method"] != RETRAINED])
+    means = np.array(
+        [
+            np.mean(row["points"], axis=0)
+            for row in rows
+            if row["points"] and row["method"] != RETRAINED
+        ]
+    )
     best = means[[not ((means[:, 0] < x) & (means[:, 1] > y)).any() for x, y in means]]
     best = best[np.argsort(best[:, 0])]
-    axes.plot(*best.T, color="gray", linewidth=0.8, zorder=0, label="front: none keeps more and forgets more")
+    axes.plot(
+        *best.T,
+        color="gray",
+        linewidth=0.8,
+        zorder=0,
+        label="front: none keeps more and forgets more",
+    )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(ticker.StrMethodFormatter("{x:g}"))
@@ -319,13 +360,17 @@ def plot(rows: list[dict[str, Any]], percent: int, path: Path) -> None:
 
 def main() -> None:
     """Run what is missing, print the tables, draw the plots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--testbed", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--percent", default="1,5,10")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--method", action="append", default=[], help="FILE.py:NAME, a method of your own")
+    parser.add_argument(
+        "--method", action="append", default=[], help="FILE.py:NAME, a method of your own"
+    )
     parser.add_argument("--tofu", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", action="store_true")

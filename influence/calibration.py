@@ -18,10 +18,11 @@ import torch
 
 from influence.curvature.base import Invertible
 from influence.errors import InputError
-from influence.loss import MeanLoss, mean_losses
+from influence.loss import mean_losses
+from influence.measurements import MeanLoss
 from influence.progress import say
 from influence.run import Run, parts
-from influence.scores import Setting, setting_name
+from influence.setting import Setting, setting_name
 
 #: Largest predicted rise of the edited row's own mean loss, nats: edits are scaled down to it.
 EDIT_SIZE = 0.5
@@ -71,7 +72,9 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
     """
     run, model = setting.run, setting.run.model
     if not all(isinstance(operator.curvature, Invertible) for operator in setting.operators):
-        raise InputError(f"edits were to be measured for {setting.name}, which has no closed-form inverse: use ekfac")
+        raise InputError(
+            f"edits were to be measured for {setting.name}, which has no closed-form inverse: use ekfac"
+        )
     probes = np.concatenate([rows, np.setdiff1d(probes, rows)])
     deltas = torch.zeros(len(rows), model.space.size, dtype=model.dtype, device=model.device)
     predicted = np.zeros((len(probes), len(rows)))
@@ -81,7 +84,9 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
         weights = torch.from_numpy(run.weights[rows] * factor).to(deltas)
         moves = torch.empty_like(deltas)
         for some in parts(run, len(rows)):
-            solved = operator.curvature.solve(point.gradients_of(rows[some]) * weights[some, None], operator.lam)
+            solved = operator.curvature.solve(
+                point.gradients_of(rows[some]) * weights[some, None], operator.lam
+            )
             moves[torch.from_numpy(some)] = solved
             deltas[torch.from_numpy(some)] += point.geometry.adjoint(solved)
         for some in parts(run, len(probes)):
@@ -108,13 +113,18 @@ def calibrate(run: Run, seed: int = 0) -> dict[str, object]:
         return {}
     if [point.place.scale for point in run.points] == [1.0]:
         return {}
-    if setting_name(run, run.fitted_name, run.manifest["damping"], run.points) in run.manifest["calibration"]:
+    if (
+        setting_name(run, run.fitted_name, run.manifest["damping"], run.points)
+        in run.manifest["calibration"]
+    ):
         return {}
     setting = Setting.of(run, tuned=False, calibrated=False)
     rows = some_rows(run, EDITED_ROWS, seed)
     factor = measured_edits(setting, rows, rows).factor
     if not (np.isfinite(factor) and factor > 0):
-        say(f"note: small edits of {len(rows)} rows did not raise their losses (factor {factor:.2g}): not calibrated")
+        say(
+            f"note: small edits of {len(rows)} rows did not raise their losses (factor {factor:.2g}): not calibrated"
+        )
         return {}
     return record(setting, factor, f"measured edits of {len(rows)} rows")
 

@@ -14,25 +14,42 @@ app = console.app("How much did each training row matter for what a LoRA adapter
 main = console.main(app)
 
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory made by influence fit.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for a program.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON, for a program.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is already there.")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
 CurvatureOption = Annotated[
     str | None,
-    typer.Option("--curvature", help="Another curvature that the run holds: identity, kfac, ggn, hessian ..."),
+    typer.Option(
+        "--curvature", help="Another curvature that the run holds: identity, kfac, ggn, hessian ..."
+    ),
 ]
 CheckpointingOption = Annotated[
-    bool, typer.Option("--checkpointing", help="Recompute activations in the backward: slower, far less memory.")
+    bool,
+    typer.Option(
+        "--checkpointing", help="Recompute activations in the backward: slower, far less memory."
+    ),
 ]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the base model ships.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the base model ships.")
+]
 DampingOption = Annotated[
     str | None,
-    typer.Option("--damping", help="Another damping rule than the fit's: mean:0.1, top:0.01, abs:1e-3 or time:0.5."),
+    typer.Option(
+        "--damping",
+        help="Another damping rule than the fit's: mean:0.1, top:0.01, abs:1e-3 or time:0.5.",
+    ),
 ]
 #: Said under every table of scores.
 ORDER = "Read the order before the size: removing one row of several that teach the same changes far less."
 AtOption = Annotated[
-    str | None, typer.Option("--at", help="Which of the run's points to look at: all, end, or one's label, as in 0.6.")
+    str | None,
+    typer.Option(
+        "--at", help="Which of the run's points to look at: all, end, or one's label, as in 0.6."
+    ),
 ]
 
 
@@ -57,18 +74,27 @@ class ManyValues(TyperCommand):
 def fit(
     adapter: Annotated[str, typer.Option("--adapter", help="PEFT LoRA adapter: folder or hub id.")],
     train: Annotated[
-        Path, typer.Option("--train", help="The rows it was trained on: .jsonl, .parquet or a datasets folder.")
+        Path,
+        typer.Option(
+            "--train", help="The rows it was trained on: .jsonl, .parquet or a datasets folder."
+        ),
     ],
     run: Annotated[Path, typer.Option("--run", help="Directory to make.")],
     model: Annotated[
-        str | None, typer.Option("--model", help="Base model: folder or hub id. Default: the one the adapter records.")
+        str | None,
+        typer.Option(
+            "--model", help="Base model: folder or hub id. Default: the one the adapter records."
+        ),
     ] = None,
     curvature: Annotated[
         str, typer.Option("--curvature", help="ekfac, kfac, fisher, ggn, hessian or identity.")
     ] = "ekfac",
     samples: Annotated[
         int,
-        typer.Option("--samples", help="Label draws per row for ekfac, kfac, fisher (fisher: 0 = the data's labels)."),
+        typer.Option(
+            "--samples",
+            help="Label draws per row for ekfac, kfac, fisher (fisher: 0 = the data's labels).",
+        ),
     ] = 1,
     damping: Annotated[
         str,
@@ -78,7 +104,10 @@ def fit(
         ),
     ] = "mean:0.1",
     reduction: Annotated[
-        str, typer.Option("--reduction", help="Training loss: mean over tokens, or over examples' means.")
+        str,
+        typer.Option(
+            "--reduction", help="Training loss: mean over tokens, or over examples' means."
+        ),
     ] = "token",
     path: Annotated[
         str | None,
@@ -90,20 +119,27 @@ def fit(
     ] = None,
     checkpoints: Annotated[
         list[Path] | None,
-        typer.Option("--checkpoints", help="Adapter folders that training kept, to look there (one or more)."),
+        typer.Option(
+            "--checkpoints", help="Adapter folders that training kept, to look there (one or more)."
+        ),
     ] = None,
     geometry: Annotated[
         str,
-        typer.Option("--geometry", help="raw, function (damping in function space) or adam (the optimiser's metric)."),
+        typer.Option(
+            "--geometry",
+            help="raw, function (damping in function space) or adam (the optimiser's metric).",
+        ),
     ] = "raw",
     optimizer: Annotated[
         Path | None,
         typer.Option(
-            "--optimizer", help="Trainer checkpoint with optimizer.pt, for --geometry adam and --damping time."
+            "--optimizer",
+            help="Trainer checkpoint with optimizer.pt, for --geometry adam and --damping time.",
         ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", help="Truncate rows to so many tokens, as in training.")
+        int | None,
+        typer.Option("--max-length", help="Truncate rows to so many tokens, as in training."),
     ] = None,
     token_budget: Annotated[
         int | None,
@@ -116,11 +152,16 @@ def fit(
     dtype: Annotated[
         str, typer.Option("--dtype", help="The base's type: float32, bfloat16, float16 or float64.")
     ] = "float32",
-    store: Annotated[str, typer.Option("--store", help="Keep the rows' gradients: auto, always or never.")] = "auto",
+    store: Annotated[
+        str, typer.Option("--store", help="Keep the rows' gradients: auto, always or never.")
+    ] = "auto",
     disk_budget: Annotated[
-        float, typer.Option("--disk-budget", help="Most gigabytes of gradients that --store auto keeps.")
+        float,
+        typer.Option("--disk-budget", help="Most gigabytes of gradients that --store auto keeps."),
     ] = 50.0,
-    seed: Annotated[int, typer.Option("--seed", help="Keys the labels sampled from the model.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Keys the labels sampled from the model.")
+    ] = 0,
     checkpointing: CheckpointingOption = False,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
@@ -130,8 +171,8 @@ def fit(
     import time
 
     from influence.damping import Damping
-    from influence.data import read_examples
     from influence.fitting import fit as fit_run
+    from influence.rows import read_examples
 
     if damping != "time":
         Damping.parse(damping)
@@ -173,8 +214,12 @@ def fit(
 @app.command()
 def score(
     run: RunOption,
-    queries: Annotated[Path, typer.Option("--queries", help="Rows whose loss is explained, in the same formats.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Score file (HDF5). Default: scores.h5 in the run.")] = None,
+    queries: Annotated[
+        Path, typer.Option("--queries", help="Rows whose loss is explained, in the same formats.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Score file (HDF5). Default: scores.h5 in the run.")
+    ] = None,
     solver: Annotated[
         str,
         typer.Option(
@@ -183,11 +228,15 @@ def score(
         ),
     ] = "direct",
     tolerance: Annotated[
-        float | None, typer.Option("--tolerance", help="Relative residual that an iterative solver goes to.")
+        float | None,
+        typer.Option("--tolerance", help="Relative residual that an iterative solver goes to."),
     ] = None,
     max_iterations: Annotated[
         int | None,
-        typer.Option("--max-iterations", help="Most products of an iterative solver, each a pass for ggn, hessian."),
+        typer.Option(
+            "--max-iterations",
+            help="Most products of an iterative solver, each a pass for ggn, hessian.",
+        ),
     ] = None,
     measurement: Annotated[
         str,
@@ -199,12 +248,17 @@ def score(
     ] = "loss",
     contrast: Annotated[
         Path | None,
-        typer.Option("--contrast", help="The same prompts with other completions: what made it say A rather than B?"),
+        typer.Option(
+            "--contrast",
+            help="The same prompts with other completions: what made it say A rather than B?",
+        ),
     ] = None,
     curvature: CurvatureOption = None,
     damping: DampingOption = None,
     at: AtOption = None,
-    per_token: Annotated[bool, typer.Option("--per-token", help="Also split scores over the rows' tokens.")] = False,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Also split scores over the rows' tokens.")
+    ] = False,
     per_module: Annotated[
         bool, typer.Option("--per-module", help="Also split scores over the adapted layers.")
     ] = False,
@@ -217,9 +271,9 @@ def score(
     """Score every training row for every query: the predicted change of the query's loss if the row is removed."""
     import time
 
-    from influence.data import read_examples
     from influence.errors import InputError
-    from influence.loss import Contrast
+    from influence.measurements import Contrast
+    from influence.rows import read_examples
 
     examples = read_examples(queries)
     explained: Any = measurement
@@ -259,7 +313,9 @@ def score(
         "seconds": seconds,
     }
     console.emit(result, text, json)
-    if failed and solver != "datainf":  # an approximation by construction: its residual is a fact, not a failure
+    if (
+        failed and solver != "datainf"
+    ):  # an approximation by construction: its residual is a fact, not a failure
         raise typer.Exit(1)
 
 
@@ -267,7 +323,8 @@ def score(
 def self_(
     run: RunOption,
     out: Annotated[
-        Path | None, typer.Option("--out", help="HDF5 file. Default: added to scores.h5 in the run.")
+        Path | None,
+        typer.Option("--out", help="HDF5 file. Default: added to scores.h5 in the run."),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="How many rows to show.")] = 10,
     curvature: CurvatureOption = None,
@@ -285,15 +342,26 @@ def self_(
     _at_least_one("-k", k)
     opened = _open(run, device, checkpointing, trust_remote_code)
     out = out or run / "scores.h5"
-    result = opened.self_influence(out=out, curvature=curvature, damping=damping, at=at, overwrite=overwrite)
+    result = opened.self_influence(
+        out=out, curvature=curvature, damping=damping, at=at, overwrite=overwrite
+    )
     order = np.argsort(-result.values, kind="stable")[:k]
     rows = [
-        {"id": result.train_ids[i], "self_influence": float(result.values[i]), "row": opened.train[int(i)].preview(90)}
+        {
+            "id": result.train_ids[i],
+            "self_influence": float(result.values[i]),
+            "row": opened.train[int(i)].preview(90),
+        }
         for i in order
     ]
     if json:
         console.emit(
-            {"out": str(out), "rows": len(result.values), "worst_residual": result.worst_residual, "top": rows},
+            {
+                "out": str(out),
+                "rows": len(result.values),
+                "worst_residual": result.worst_residual,
+                "top": rows,
+            },
             "",
             True,
         )
@@ -301,45 +369,59 @@ def self_(
     from rich.console import Console
 
     table = _table(
-        f"{out}: the {len(rows)} rows with the highest self-influence of {len(result.values)}", "self-influence"
+        f"{out}: the {len(rows)} rows with the highest self-influence of {len(result.values)}",
+        "self-influence",
     )
     for row in rows:
         table.add_row(f"{row['self_influence']:+.4f}", _cell(row["id"]), _cell(row["row"]))
     Console().print(table)
-    Console().print(f"nats per token; {describe(result.attributes)}. {ORDER}", markup=False, highlight=False)
+    Console().print(
+        f"nats per token; {describe(result.attributes)}. {ORDER}", markup=False, highlight=False
+    )
 
 
 @app.command()
 def top(
     run: RunOption,
-    query: Annotated[str, typer.Option("--query", help="Query id, or its position in the query file.")],
-    scores: Annotated[Path | None, typer.Option("--scores", help="Score file. Default: scores.h5 in the run.")] = None,
+    query: Annotated[
+        str, typer.Option("--query", help="Query id, or its position in the query file.")
+    ],
+    scores: Annotated[
+        Path | None, typer.Option("--scores", help="Score file. Default: scores.h5 in the run.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="Rows of each kind.")] = 10,
     json: JsonOption = False,
 ) -> None:
     """Show the rows whose removal would raise (proponents) and lower (opponents) a query's loss the most."""
-    from influence.data import read_examples
     from influence.errors import InputError, MismatchError
+    from influence.rows import read_examples
     from influence.run import read_manifest
-    from influence.scores import Scores
+    from influence.scorefile import Scores
 
     _at_least_one("-k", k)
     manifest = read_manifest(run)
     path = scores or run / "scores.h5"
     if not path.exists():
-        raise InputError(f"{path} does not exist: make it with influence score --run {run} --queries QUERIES")
+        raise InputError(
+            f"{path} does not exist: make it with influence score --run {run} --queries QUERIES"
+        )
     loaded = Scores.load(path, detail=False)
     if loaded.attributes.get("run_digest") != manifest["digest"]:
-        raise MismatchError(f"{path} belongs to another run than {run}: give the run it was made from")
+        raise MismatchError(
+            f"{path} belongs to another run than {run}: give the run it was made from"
+        )
     position = loaded.query_index(query)
     proponents, opponents = loaded.top(position, k)
     source = manifest["data"]["path"]
     train = read_examples(source) if source and Path(source).exists() else None
     if train is not None and train.digest != manifest["data"]["digest"]:
-        raise MismatchError(f"{source} has changed since {run} was fitted: restore it, or fit a new run")
+        raise MismatchError(
+            f"{source} has changed since {run} was fitted: restore it, or fit a new run"
+        )
     if json:
         entries = {
-            name: [vars(e) for e in part] for name, part in (("proponents", proponents), ("opponents", opponents))
+            name: [vars(e) for e in part]
+            for name, part in (("proponents", proponents), ("opponents", opponents))
         }
         console.emit({"query": loaded.query_ids[position], **entries}, "", True)
         return
@@ -347,14 +429,18 @@ def top(
 
     unit = loaded.attributes.get("unit", "")
     effects = ("raise", "lower") if loaded.attributes.get("rises", True) else ("lower", "raise")
-    for name, part, effect in zip(("proponents", "opponents"), (proponents, opponents), effects, strict=True):
+    for name, part, effect in zip(
+        ("proponents", "opponents"), (proponents, opponents), effects, strict=True
+    ):
         table = _table(
             f"{name} of {console.printable(loaded.query_ids[position])}: removing one would {effect} its {loaded.attributes.get('measurement', 'loss')}",
             f"score ({unit})",
         )
         for entry in part:
             table.add_row(
-                f"{entry.score:+.2e}", _cell(entry.id), _cell(train[entry.index].preview(90)) if train else ""
+                f"{entry.score:+.2e}",
+                _cell(entry.id),
+                _cell(train[entry.index].preview(90)) if train else "",
             )
         Console().print(table)
     if "points" in loaded.attributes:
@@ -366,10 +452,13 @@ def check(
     adapter: Annotated[str, typer.Option("--adapter", help="PEFT LoRA adapter: folder or hub id.")],
     train: Annotated[Path, typer.Option("--train", help="Rows to check on.")],
     model: Annotated[
-        str | None, typer.Option("--model", help="Base model. Default: the one the adapter records.")
+        str | None,
+        typer.Option("--model", help="Base model. Default: the one the adapter records."),
     ] = None,
     rows: Annotated[int, typer.Option("--rows", help="How many rows to check.")] = 8,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="Truncate rows to so many tokens.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Truncate rows to so many tokens.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
         str, typer.Option("--dtype", help="The base's type: float32, bfloat16, float16 or float64.")
@@ -379,15 +468,19 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Compare the streamed per-example gradients of *your* model with a plain one-example loop."""
-    from influence.data import read_examples
     from influence.gradients import check_gradients
+    from influence.rows import read_examples
 
     _at_least_one("--rows", rows)
     examples = read_examples(train)[:rows]
     result = check_gradients(
-        _load(model, adapter, dtype, device, checkpointing, trust_remote_code), examples, max_length=max_length
+        _load(model, adapter, dtype, device, checkpointing, trust_remote_code),
+        examples,
+        max_length=max_length,
     )
-    console.emit({"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}, str(result), json)
+    console.emit(
+        {"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}, str(result), json
+    )
     if not result.ok:
         raise typer.Exit(1)
 
@@ -442,9 +535,14 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
 
 
 def _load(
-    model: str | None, adapter: str, dtype: str, device: str, checkpointing: bool, trust_remote_code: bool
+    model: str | None,
+    adapter: str,
+    dtype: str,
+    device: str,
+    checkpointing: bool,
+    trust_remote_code: bool,
 ) -> Any:
-    from influence.adapter import load
+    from influence.loading import load
 
     console.quiet_transformers()
     return load(
@@ -462,7 +560,9 @@ def _open(run: Path, device: str, checkpointing: bool, trust_remote_code: bool) 
     from influence.run import Run
 
     console.quiet_transformers()
-    opened = Run.open(run, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
+    opened = Run.open(
+        run, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code
+    )
     if (now := opened.manifest.get("now")) is not None:
         say(
             f"note: this run explains the adapter it was fitted on, before the edits that led to {now['adapter']['path']}: rows "

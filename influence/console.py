@@ -19,7 +19,11 @@ from influence.errors import ToolkitError
 def app(help: str) -> typer.Typer:
     """A command group with plain help and no shell-completion options."""
     return typer.Typer(
-        help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
     )
 
 
@@ -31,7 +35,9 @@ def main(application: typer.Typer) -> Callable[[], None]:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.showwarning = _one_line_warning
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of kernels that nobody asked for
+        logging.getLogger("bitsandbytes").setLevel(
+            logging.ERROR
+        )  # it speaks of kernels that nobody asked for
         try:
             application()
         except ToolkitError as error:
@@ -49,7 +55,11 @@ def main(application: typer.Typer) -> Callable[[], None]:
         except (MemoryError, OSError, RuntimeError) as error:
             if os.environ.get("LORA_INFLUENCE_DEBUG"):
                 raise
-            hint = "lower --token-budget, or load the base with --dtype bfloat16; " if _out_of_memory(error) else ""
+            hint = (
+                "lower --token-budget, or load the base with --dtype bfloat16; "
+                if _out_of_memory(error)
+                else ""
+            )
             print(
                 f"error: {type(error).__name__}: {printable(str(error))}\n({hint}LORA_INFLUENCE_DEBUG=1 shows where)",
                 file=sys.stderr,
@@ -69,7 +79,11 @@ def _interrupted() -> None:
 
 def emit(result: dict[str, Any] | list[dict[str, Any]], text: str, as_json: bool) -> None:
     """Print a result: JSON for a program, or text for a person."""
-    print(json.dumps(_finite(result), ensure_ascii=False, default=str, allow_nan=False) if as_json else text)
+    print(
+        json.dumps(_finite(result), ensure_ascii=False, default=str, allow_nan=False)
+        if as_json
+        else text
+    )
 
 
 def quiet_transformers() -> None:

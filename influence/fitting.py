@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
+from influence.batches import collate, plan_batches
 from influence.calibration import calibrate
 from influence.curvature.ekfac import EKFAC, refit_eigenvalues
 from influence.curvature.fisher import Fisher, SampleSpaceFisher
@@ -32,14 +33,21 @@ from influence.curvature.hessian import Hessian
 from influence.curvature.identity import Identity
 from influence.curvature.kfac import KFAC, Kronecker, Moments
 from influence.damping import Damping
-from influence.data import Examples, TokenizedExamples, collate, plan_batches, tokenize, tokenizer_digest
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
 from influence.geometry import GEOMETRIES, Adam, Geometry
 from influence.gradients import Tape, label_uniforms, max_rows, sampled_gradient, tape
-from influence.loss import Supervised, check_rows, loss_gradient, probabilities, supervised_logits, weights
+from influence.loss import (
+    Supervised,
+    check_rows,
+    loss_gradient,
+    probabilities,
+    supervised_logits,
+    weights,
+)
 from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, END, Point, check_path, points
 from influence.progress import say, track
+from influence.rows import Examples
 from influence.run import (
     AUDIT,
     FORMAT,
@@ -52,7 +60,17 @@ from influence.run import (
     run_file,
     write_manifest,
 )
-from influence.store import RowFile, only_writer, open_file, open_rows, read, read_json, write_file, write_json
+from influence.store import (
+    RowFile,
+    only_writer,
+    open_file,
+    open_rows,
+    read,
+    read_json,
+    write_file,
+    write_json,
+)
+from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
 
 CurvatureSpec = EKFAC | KFAC | Fisher | GGN | Hessian | Identity
 STORE = ("auto", "always", "never")
@@ -132,7 +150,9 @@ def fit(
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
     if isinstance(curvature, Hessian | GGN) and model.dtype != next(model.model.parameters()).dtype:
-        say("note: Hessian and GGN products under a bfloat16 base carry its rounding; prefer --dtype float32")
+        say(
+            "note: Hessian and GGN products under a bfloat16 base carry its rounding; prefer --dtype float32"
+        )
     directory = Path(directory)
     state = None if optimizer is None else second_moments(optimizer, model)
     damping = _training_time(damping, state)
@@ -159,7 +179,11 @@ def fit(
         "complete": False,
         "identity": identity,
         "base": {"path": model.base, "digest": model.base_digest},
-        "adapter": {"path": model.adapter, "digest": identity["adapter"], "parameters": model.space.size},
+        "adapter": {
+            "path": model.adapter,
+            "digest": identity["adapter"],
+            "parameters": model.space.size,
+        },
         "data": {
             "path": train.source,
             "digest": train.digest,
@@ -168,7 +192,11 @@ def fit(
             "supervised_tokens": int(tokens.counts.sum()),
         },
         "tokenizer": {"digest": identity["tokenizer"]},
-        "objective": {"reduction": reduction, "max_length": max_length, "N_tok": int(tokens.counts.sum())},
+        "objective": {
+            "reduction": reduction,
+            "max_length": max_length,
+            "N_tok": int(tokens.counts.sum()),
+        },
         "curvature": identity["curvature"],
         "damping": str(damping),
         "points": identity["points"],
@@ -206,7 +234,9 @@ def _calibrate(run: Run) -> None:
 
 def _check_options(geometry: str, store: str, token_budget: int, disk_budget: float) -> None:
     if geometry not in GEOMETRIES:
-        raise InputError(f"geometry {geometry!r} was given; expected one of {', '.join(GEOMETRIES)}")
+        raise InputError(
+            f"geometry {geometry!r} was given; expected one of {', '.join(GEOMETRIES)}"
+        )
     if store not in STORE:
         raise InputError(f"store {store!r} was given; expected auto, always or never")
     if token_budget < 1:
@@ -277,7 +307,9 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
                 "): give a new directory"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    if path.exists():  # a run of ours was here: away with the factors that analysis tune fitted below it
+    if (
+        path.exists()
+    ):  # a run of ours was here: away with the factors that analysis tune fitted below it
         for below in (directory / "tune").glob("*/manifest.json"):
             shutil.rmtree(below.parent)
     for old in _own_files(directory):
@@ -288,7 +320,9 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
 
 def _own_files(directory: Path) -> list[Path]:
     """The files of a run that lie in a directory, whatever its number of points."""
-    numbered = [path for name in ("factors", "gradients", "rows") for path in directory.glob(f"{name}-*.h5")]
+    numbered = [
+        path for name in ("factors", "gradients", "rows") for path in directory.glob(f"{name}-*.h5")
+    ]
     return [path for name in FILES if (path := directory / name).exists()] + numbered
 
 
@@ -315,7 +349,11 @@ def versions() -> dict[str, str]:
 
 
 def work(
-    run: Run, places: Sequence[Point], curvature: CurvatureSpec, disk_budget: float, state: OptimizerState | None
+    run: Run,
+    places: Sequence[Point],
+    curvature: CurvatureSpec,
+    disk_budget: float,
+    state: OptimizerState | None,
 ) -> None:
     """Everything between an empty directory (or an interrupted one) and a complete manifest."""
     n, P = len(run.tokens), run.model.space.size
@@ -347,31 +385,52 @@ def _finished(run: Run, number: int, stored: bool) -> bool:
         if path.exists():
             with open_file(path, run_digest=point_digest(run.digest, number)):
                 pass
-    return all(path.exists() for path in paths) and (not stored or bool(open_rows(paths[1], "done").all()))
+    return all(path.exists() for path in paths) and (
+        not stored or bool(open_rows(paths[1], "done").all())
+    )
 
 
 class _Fit:
     """The fit of one point: the pass over the training rows, its checkpoints, and what is made of it."""
 
     def __init__(
-        self, point: AtPoint, curvature: CurvatureSpec, stored: bool, disk_budget: float, state: OptimizerState | None
+        self,
+        point: AtPoint,
+        curvature: CurvatureSpec,
+        stored: bool,
+        disk_budget: float,
+        state: OptimizerState | None,
     ) -> None:
         run = point.run
-        self.point, self.run, self.model, self.tokens, self.curvature = point, run, run.model, run.tokens, curvature
+        self.point, self.run, self.model, self.tokens, self.curvature = (
+            point,
+            run,
+            run.model,
+            run.tokens,
+            curvature,
+        )
         self.digest, self.weights = point.digest, run.weights
         n, P = len(self.tokens), self.model.space.size
-        self.samples = getattr(curvature, "samples", 1 if isinstance(curvature, GGN | Hessian) else 0)
+        self.samples = getattr(
+            curvature, "samples", 1 if isinstance(curvature, GGN | Hessian) else 0
+        )
         row_bytes = n * P * self.model.dtype.itemsize
         self.store_gradients = stored
         self.store_rows = isinstance(curvature, Fisher) and self.samples > 0
         if isinstance(curvature, EKFAC):  # kept only until the eigenvalues are refitted
-            self.store_rows = _fits(run.manifest["store"], row_bytes * (1 + self.samples), disk_budget)
-        per_example = self.store_gradients or self.store_rows or isinstance(curvature, GGN | Hessian)
+            self.store_rows = _fits(
+                run.manifest["store"], row_bytes * (1 + self.samples), disk_budget
+            )
+        per_example = (
+            self.store_gradients or self.store_rows or isinstance(curvature, GGN | Hessian)
+        )
         self.batches = self.plan(limited=per_example)
         self.geometry = self.coordinates(state)
         # one buffer for every batch's gradients: each set is written to its file before the next is made
         most = max(len(rows) for rows in self.batches) if per_example else 0
-        self.buffer = torch.empty(most, P, dtype=self.model.dtype, device=self.model.device) if most else None
+        self.buffer = (
+            torch.empty(most, P, dtype=self.model.dtype, device=self.model.device) if most else None
+        )
         self.moments: Moments | None = None
         self.created = False  # whether a row file had to be made, so that nothing in it counts
         self.squares = torch.zeros(len(self.model.space.leaves), dtype=torch.float64)
@@ -386,7 +445,9 @@ class _Fit:
     def plan(self, limited: bool) -> list[np.ndarray]:
         """The batches; `limited` in rows too, where every row's gradient is held at once."""
         budget = self.run.manifest["token_budget"]
-        return plan_batches(self.tokens, budget, max_rows=max_rows(self.model.space) if limited else None)
+        return plan_batches(
+            self.tokens, budget, max_rows=max_rows(self.model.space) if limited else None
+        )
 
     def work(self) -> None:
         """Everything between nothing (or an interrupted pass) and this point's factors."""
@@ -434,7 +495,10 @@ class _Fit:
         if self.store_rows and not self.point.file("rows").exists():
             write_file(
                 self.point.file("rows"),
-                attrs={**attrs, "about": "gradient of row i's summed cross-entropy at labels sampled from the model"},
+                attrs={
+                    **attrs,
+                    "about": "gradient of row i's summed cross-entropy at labels sampled from the model",
+                },
                 rows={"rows": ((n * self.samples, P), dtype)},
             )
 
@@ -443,17 +507,28 @@ class _Fit:
         with ExitStack() as files:
             gradients = done = sampled = None
             if self.store_gradients:
-                gradients = files.enter_context(RowFile(self.point.file("gradients"), "gradients", write=True))
-                done = files.enter_context(RowFile(self.point.file("gradients"), "done", write=True))
+                gradients = files.enter_context(
+                    RowFile(self.point.file("gradients"), "gradients", write=True)
+                )
+                done = files.enter_context(
+                    RowFile(self.point.file("gradients"), "done", write=True)
+                )
             if self.store_rows:
                 sampled = files.enter_context(RowFile(self.point.file("rows"), "rows", write=True))
             self.run_batches(first, gradients, done, sampled)
 
-    def run_batches(self, first: int, gradients: RowFile | None, done: RowFile | None, sampled: RowFile | None) -> None:
+    def run_batches(
+        self, first: int, gradients: RowFile | None, done: RowFile | None, sampled: RowFile | None
+    ) -> None:
         """The batches from number `first` on, into the open row files."""
         last = time.monotonic()
         with tape(self.model) as recorder:
-            for number in track(range(first, len(self.batches)), "training rows", total=len(self.batches), done=first):
+            for number in track(
+                range(first, len(self.batches)),
+                "training rows",
+                total=len(self.batches),
+                done=first,
+            ):
                 self.run_batch(recorder, self.batches[number], gradients, done, sampled)
                 if time.monotonic() - last > CHECKPOINT_SECONDS:
                     for file in (gradients, sampled, done):
@@ -461,11 +536,20 @@ class _Fit:
                             file.flush()
                     self.checkpoint(number + 1)
                     last = time.monotonic()
-            if isinstance(self.curvature, EKFAC) and not self.store_rows and first < len(self.batches):
+            if (
+                isinstance(self.curvature, EKFAC)
+                and not self.store_rows
+                and first < len(self.batches)
+            ):
                 self.checkpoint(len(self.batches))  # a second pass follows: do not lose the first
 
     def run_batch(
-        self, recorder: Tape, rows: np.ndarray, gradients: RowFile | None, done: RowFile | None, sampled: RowFile | None
+        self,
+        recorder: Tape,
+        rows: np.ndarray,
+        gradients: RowFile | None,
+        done: RowFile | None,
+        sampled: RowFile | None,
     ) -> None:
         """One batch; its graph is gone when this returns, before the next one is built."""
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
@@ -483,11 +567,19 @@ class _Fit:
             done.write(rows, np.ones(len(rows), np.uint8))
 
     def sampled_backward(
-        self, recorder: Tape, part: Supervised, probs: Tensor, rows: np.ndarray, draw: int, final: bool
+        self,
+        recorder: Tape,
+        part: Supervised,
+        probs: Tensor,
+        rows: np.ndarray,
+        draw: int,
+        final: bool,
     ) -> Tensor | None:
         """One backward at sampled labels: feeds the moments, the squares or the rows, whichever are wanted."""
         ids, counts = self.tokens.ids, self.tokens.counts
-        uniforms = [label_uniforms(self.run.manifest["seed"], draw, ids[i], int(counts[i])) for i in rows]
+        uniforms = [
+            label_uniforms(self.run.manifest["seed"], draw, ids[i], int(counts[i])) for i in rows
+        ]
         gradient = sampled_gradient(part, probs, torch.from_numpy(np.concatenate(uniforms)))
         relative = self.relative_weights(rows)
         sink = None
@@ -498,14 +590,18 @@ class _Fit:
             if sink is not None:
                 sink(leaf, x, g, valid)
             if self.moments is not None:
-                self.moments.add(leaf, *self.geometry.factor(leaf, x, g), valid, relative, inputs=draw == 0)
+                self.moments.add(
+                    leaf, *self.geometry.factor(leaf, x, g), valid, relative, inputs=draw == 0
+                )
 
         recorder.backward(part.logits, gradient, show, last=final)
         if sink is not None and isinstance(self.curvature, GGN | Hessian):
             w = torch.from_numpy(self.weights[rows])
             features = self.geometry.features(sink.rows)
             for number, leaf in enumerate(self.model.space.leaves):
-                self.squares[number] += (features[:, leaf.slice].double().square().sum(1).cpu() * w).sum()
+                self.squares[number] += (
+                    features[:, leaf.slice].double().square().sum(1).cpu() * w
+                ).sum()
         return None if sink is None else sink.rows
 
     def sampled_again(self, recorder: Tape, rows: np.ndarray) -> Iterator[Tensor]:
@@ -514,7 +610,9 @@ class _Fit:
         part = recorder.forward(batch)
         probs = probabilities(part.logits)
         for draw in range(self.samples):
-            found = self.sampled_backward(recorder, part, probs, rows, draw, draw == self.samples - 1)
+            found = self.sampled_backward(
+                recorder, part, probs, rows, draw, draw == self.samples - 1
+            )
             assert found is not None
             yield found
 
@@ -530,7 +628,12 @@ class _Fit:
         write_file(
             self.run.directory / "checkpoint.h5",
             {name: tensor.cpu().numpy() for name, tensor in state.items()},
-            attrs={"run_digest": self.digest, "next": following, "plan": self.plan_digest, "stored": self.stored},
+            attrs={
+                "run_digest": self.digest,
+                "next": following,
+                "plan": self.plan_digest,
+                "stored": self.stored,
+            },
         )
 
     def resume(self) -> int:
@@ -541,7 +644,11 @@ class _Fit:
         with open_file(path) as file:
             if file.attrs.get("run_digest") != self.digest:
                 return 0  # of the point before
-            if file.attrs["plan"] != self.plan_digest or file.attrs["stored"] != self.stored or self.created:
+            if (
+                file.attrs["plan"] != self.plan_digest
+                or file.attrs["stored"] != self.stored
+                or self.created
+            ):
                 return 0
             state = {"squares": self.squares, **(self.moments.state() if self.moments else {})}
             for name, tensor in state.items():
@@ -558,28 +665,48 @@ class _Fit:
     @property
     def plan_digest(self) -> str:
         """SHA-256 over the batches, so that a checkpoint is never continued with another plan."""
-        return hashlib.sha256(b"|".join(rows.astype(np.int64).tobytes() for rows in self.batches)).hexdigest()
+        return hashlib.sha256(
+            b"|".join(rows.astype(np.int64).tobytes() for rows in self.batches)
+        ).hexdigest()
 
     def finish(self) -> None:
         """Turn what the pass left into `factors.h5`."""
         path = self.point.file("factors")
-        attrs = {"run_digest": self.digest, "curvature": self.curvature.name, "point": self.point.place.label}
-        state = {f"geometry/{key}": tensor.cpu().numpy() for key, tensor in self.geometry.state().items()}
+        attrs = {
+            "run_digest": self.digest,
+            "curvature": self.curvature.name,
+            "point": self.point.place.label,
+        }
+        state = {
+            f"geometry/{key}": tensor.cpu().numpy() for key, tensor in self.geometry.state().items()
+        }
         if self.point.place.scale is None:
             state["theta"] = self.point.place.theta.cpu().numpy()
         if self.moments is not None:
             unit = float(self.weights.max())
             kfac = self.moments.kronecker(unit, self.samples)
-            fitted = refit_eigenvalues(kfac, self.sampled_rows()) if isinstance(self.curvature, EKFAC) else kfac
-            write_file(path, state | _kronecker_arrays(kfac, fitted, self.moments.wide_of), attrs=attrs)
+            fitted = (
+                refit_eigenvalues(kfac, self.sampled_rows())
+                if isinstance(self.curvature, EKFAC)
+                else kfac
+            )
+            write_file(
+                path, state | _kronecker_arrays(kfac, fitted, self.moments.wide_of), attrs=attrs
+            )
         elif isinstance(self.curvature, Fisher):
             draws = max(1, self.samples)
             scales = np.sqrt(np.repeat(self.weights, draws) / draws)
             name = "rows" if self.samples else "gradients"
             rows = lambda: map(self.geometry.features, self.stored_blocks(name))  # noqa: E731
-            fisher = SampleSpaceFisher.fit(self.model.space.size, rows, torch.from_numpy(scales).to(self.model.device))
+            fisher = SampleSpaceFisher.fit(
+                self.model.space.size, rows, torch.from_numpy(scales).to(self.model.device)
+            )
             arrays = {"vectors": fisher.vectors, "values": fisher.values, "scales": fisher.scales}
-            write_file(path, state | {name: tensor.cpu().numpy() for name, tensor in arrays.items()}, attrs=attrs)
+            write_file(
+                path,
+                state | {name: tensor.cpu().numpy() for name, tensor in arrays.items()},
+                attrs=attrs,
+            )
         else:
             write_file(path, state | {"trace": self.squares.numpy()}, attrs=attrs)
 
@@ -645,7 +772,11 @@ def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             for first, tensor in seen:
-                same = tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape and tensor.stride() == x.stride()
+                same = (
+                    tensor.data_ptr() == x.data_ptr()
+                    and tensor.shape == x.shape
+                    and tensor.stride() == x.stride()
+                )
                 if tensor is x or same:
                     wide_of[number] = first
                     return
@@ -654,19 +785,24 @@ def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
         return hook
 
     handles = [
-        site.layer.register_forward_pre_hook(note(2 * i), with_kwargs=True) for i, site in enumerate(model.sites)
+        site.layer.register_forward_pre_hook(note(2 * i), with_kwargs=True)
+        for i, site in enumerate(model.sites)
     ]
     try:
         with model.evaluating(), torch.no_grad():
             shortest = np.array([int(np.argmin(tokens.lengths))])
-            supervised_logits(model, collate(tokens, shortest, pad_id=model.pad_id, device=model.device))
+            supervised_logits(
+                model, collate(tokens, shortest, pad_id=model.pad_id, device=model.device)
+            )
     finally:
         for handle in handles:
             handle.remove()
     return wide_of
 
 
-def _kronecker_arrays(kfac: Kronecker, fitted: Kronecker, wide_of: list[int]) -> dict[str, np.ndarray]:
+def _kronecker_arrays(
+    kfac: Kronecker, fitted: Kronecker, wide_of: list[int]
+) -> dict[str, np.ndarray]:
     arrays = {"wide_of": np.array(wide_of)}
     for number, (plain, block) in enumerate(zip(kfac.leaf_blocks, fitted.leaf_blocks, strict=True)):
         tensors = {
@@ -678,5 +814,7 @@ def _kronecker_arrays(kfac: Kronecker, fitted: Kronecker, wide_of: list[int]) ->
         }
         if wide_of[number] == number:
             tensors["wide"] = block.wide
-        arrays |= {f"leaf/{number}/{name}": tensor.cpu().numpy() for name, tensor in tensors.items()}
+        arrays |= {
+            f"leaf/{number}/{name}": tensor.cpu().numpy() for name, tensor in tensors.items()
+        }
     return arrays

@@ -130,7 +130,9 @@ class FunctionSpace:
     def features(self, rows: Tensor) -> Tensor:
         """`U^T G` and `(I - U U^T) G V` of every site, for gradients `rows` [K, P]."""
         out = torch.empty_like(rows)
-        for number, (given, place) in enumerate(zip(self.space.split(rows), self.space.split(out), strict=True)):
+        for number, (given, place) in enumerate(
+            zip(self.space.split(rows), self.space.split(out), strict=True)
+        ):
             site = number // 2
             if self.space.leaves[number].is_A:
                 place.copy_(self.left[site].to(rows) @ given)
@@ -141,7 +143,9 @@ class FunctionSpace:
     def adjoint(self, v: Tensor) -> Tensor:
         """The move of (A, B), `[K, P]`, that features `v` [K, P] stand for."""
         out = torch.empty_like(v)
-        for number, (given, place) in enumerate(zip(self.space.split(v), self.space.split(out), strict=True)):
+        for number, (given, place) in enumerate(
+            zip(self.space.split(v), self.space.split(out), strict=True)
+        ):
             site = number // 2
             if self.space.leaves[number].is_A:
                 place.copy_(self.left[site].T.to(v) @ given)
@@ -164,7 +168,11 @@ class FunctionSpace:
     def state(self) -> dict[str, Tensor]:
         """`left/SITE`, `right/SITE` and `U/SITE`."""
         parts = {"left": self.left, "right": self.right, "U": self.U}
-        return {f"{name}/{site}": tensor for name, tensors in parts.items() for site, tensor in enumerate(tensors)}
+        return {
+            f"{name}/{site}": tensor
+            for name, tensors in parts.items()
+            for site, tensor in enumerate(tensors)
+        }
 
 
 def function_space(model: AdaptedModel) -> FunctionSpace:
@@ -246,7 +254,9 @@ class Adam:
                 "parameter in ParamSpace order"
             )
         if not bool((torch.isfinite(v) & (v >= 0)).all()):
-            raise NumericalError("the second moments hold NaN, infinity or negative values: take another checkpoint")
+            raise NumericalError(
+                "the second moments hold NaN, infinity or negative values: take another checkpoint"
+            )
         root = v.sqrt()
         for leaf in space.leaves:
             part = root[leaf.slice]
@@ -254,7 +264,9 @@ class Adam:
         return cls(space, (root + eps).rsqrt())
 
     @classmethod
-    def from_rms(cls, space: ParamSpace, rows: Iterable[Tensor], weights: Tensor, *, eps: float = 1e-8) -> Adam:
+    def from_rms(
+        cls, space: ParamSpace, rows: Iterable[Tensor], weights: Tensor, *, eps: float = 1e-8
+    ) -> Adam:
         """From training gradients: `v_j = mean_i (n w_i g_ij)^2`, as an optimiser with one row a step would see them.
 
         `rows` gives stacks `[b, P]` of gradients of the summed losses l_i, in the order of the objective's `weights`
@@ -265,10 +277,14 @@ class Adam:
         for stack in rows:
             share = n * weights[seen : seen + len(stack)].to(stack)
             if len(share) == len(stack):
-                total = total.to(stack.device) + (share[:, None] * stack).square().sum(0, dtype=torch.float64)
+                total = total.to(stack.device) + (share[:, None] * stack).square().sum(
+                    0, dtype=torch.float64
+                )
             seen += len(stack)
         if seen != n or n == 0:
-            raise InputError(f"{seen} gradient rows and {n} weights were given; expected one weight for each row")
+            raise InputError(
+                f"{seen} gradient rows and {n} weights were given; expected one weight for each row"
+            )
         return cls.of(space, total / n, eps=eps)
 
     @cached_property
@@ -323,5 +339,7 @@ def load_geometry(name: str, space: ParamSpace, state: Mapping[str, Tensor]) -> 
     if name == "adam":
         return Adam(space, state["scale"])
     sites = range(len(space.leaves) // 2)
-    left, right, U = (tuple(state[f"{part}/{site}"] for site in sites) for part in ("left", "right", "U"))
+    left, right, U = (
+        tuple(state[f"{part}/{site}"] for site in sites) for part in ("left", "right", "U")
+    )
     return FunctionSpace(space, left, right, U)

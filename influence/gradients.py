@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from influence.adapter import AdaptedModel, ParamSpace
-from influence.data import Batch, Examples, TokenizedExamples, collate, plan_batches, tokenize
+from influence.batches import Batch, collate, plan_batches
+from influence.cost import Cost
 from influence.errors import AdapterError, NumericalError
 from influence.loss import (
-    MeanLoss,
-    Measurement,
     Supervised,
     check_rows,
     loss_gradient,
@@ -41,6 +40,9 @@ from influence.loss import (
     supervised_logits,
     token_losses,
 )
+from influence.measurements import MeanLoss, Measurement
+from influence.rows import Examples
+from influence.tokens import TokenizedExamples, tokenize
 
 #: What a tap hands over: leaf number, inputs [b, T, d_in], output gradients [b, T, d_out], valid tokens [b, T].
 Sink = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -61,15 +63,26 @@ class GradientSink:
     """
 
     def __init__(
-        self, space: ParamSpace, size: int, dtype: torch.dtype, device: torch.device, buffer: Tensor | None = None
+        self,
+        space: ParamSpace,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        buffer: Tensor | None = None,
     ) -> None:
         self.space = space
-        self._rows = torch.empty(size, space.size, dtype=dtype, device=device) if buffer is None else buffer[:size]
+        self._rows = (
+            torch.empty(size, space.size, dtype=dtype, device=device)
+            if buffer is None
+            else buffer[:size]
+        )
         self._seen: set[int] = set()
 
     def __call__(self, leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
         """Take one leaf's gradients (a leaf used twice in a forward is summed)."""
-        place = self._rows[:, self.space.leaves[leaf].slice].unflatten(1, self.space.leaves[leaf].shape)
+        place = self._rows[:, self.space.leaves[leaf].slice].unflatten(
+            1, self.space.leaves[leaf].shape
+        )
         if leaf in self._seen:
             place += per_example_gradient(x, g)
         else:
@@ -89,7 +102,9 @@ class _Tap(torch.autograd.Function):
     """`y = x W^T` whose backward shows (x, grad y) to the tape instead of forming a weight gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, tape: Tape, leaf: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, tape: Tape, leaf: int
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tape, ctx.leaf = tape, leaf
         return nn.functional.linear(x, weight)
@@ -136,12 +151,16 @@ class Tape:
     def backward(self, logits: Tensor, gradient: Tensor, sink: Sink, *, last: bool = True) -> None:
         """Send `gradient` [N, V] back from the logits, showing every leaf's (input, output gradient) to `sink`."""
         self.sink = sink
-        torch.autograd.grad(logits, self.anchor, gradient.to(logits.dtype), retain_graph=not last, allow_unused=True)
+        torch.autograd.grad(
+            logits, self.anchor, gradient.to(logits.dtype), retain_graph=not last, allow_unused=True
+        )
         self.sink = None
 
     def new_sink(self, buffer: Tensor | None = None) -> GradientSink:
         """A gradient sink for the current batch."""
-        return GradientSink(self.model.space, len(self.counts), self.model.dtype, self.model.device, buffer)
+        return GradientSink(
+            self.model.space, len(self.counts), self.model.dtype, self.model.device, buffer
+        )
 
     def gradients(
         self, part: Supervised, gradient: Tensor, *, last: bool = True, buffer: Tensor | None = None
@@ -160,8 +179,14 @@ class Tape:
             x, g = x.unflatten(0, (b, T)), g.unflatten(0, (b, T))
         elif x.shape[0] == 1 and x.shape[1] == sum(self.counts) and (b, T) != x.shape[:2]:
             # an adapted LM head sees supervised positions only, one example after the other
-            x, g = (nn.utils.rnn.pad_sequence(list(t[0].split(self.counts)), batch_first=True) for t in (x, g))
-            valid = torch.arange(x.shape[1], device=x.device) < torch.tensor(self.counts, device=x.device)[:, None]
+            x, g = (
+                nn.utils.rnn.pad_sequence(list(t[0].split(self.counts)), batch_first=True)
+                for t in (x, g)
+            )
+            valid = (
+                torch.arange(x.shape[1], device=x.device)
+                < torch.tensor(self.counts, device=x.device)[:, None]
+            )
         if x.shape[:2] != valid.shape:
             raise AdapterError(
                 f"{self.model.space.leaves[leaf].name} sees tokens of shape {tuple(x.shape)} where "
@@ -177,7 +202,10 @@ def tape(model: AdaptedModel) -> Iterator[Tape]:
     recorder = Tape(model)
     leaves = [leaf for site in model.sites for leaf in (site.A, site.B)]
     forwards = {leaf: _tapped_forward(leaf, recorder, number) for number, leaf in enumerate(leaves)}
-    forwards |= {layer: partial(checkpoint, layer.forward, use_reentrant=False) for layer in checkpointed_layers(model)}
+    forwards |= {
+        layer: partial(checkpoint, layer.forward, use_reentrant=False)
+        for layer in checkpointed_layers(model)
+    }
     with model.evaluating(), replaced_forwards(forwards):
         yield recorder
 
@@ -205,7 +233,11 @@ def checkpointed_layers(model: AdaptedModel) -> list[nn.Module]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [m for m in model.model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    return [
+        m
+        for m in model.model.modules()
+        if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
+    ]
 
 
 def _tapped_forward(leaf: nn.Linear, recorder: Tape, number: int) -> Callable[[Tensor], Tensor]:
@@ -268,7 +300,9 @@ def sampled_gradient(part: Supervised, probs: Tensor, uniforms: Tensor) -> Tenso
 def label_uniforms(seed: int, draw: int, id: str, count: int) -> np.ndarray:
     """The uniforms `[count]` that draw example `id`'s labels: a stream keyed by seed, draw and example alone."""
     key = hashlib.sha256(f"{seed}/{draw}/{id}".encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little"))).random(count)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little"))).random(
+        count
+    )
 
 
 # ---- the public self-check -----------------------------------------------------------------------------------
@@ -298,7 +332,11 @@ class GradientCheck:
 
 
 def check_gradients(
-    model: AdaptedModel, examples: Examples, *, max_length: int | None = None, tolerance: float | None = None
+    model: AdaptedModel,
+    examples: Examples,
+    *,
+    max_length: int | None = None,
+    tolerance: float | None = None,
 ) -> GradientCheck:
     """Compare the streamed gradients of *your* model with a plain one-example autograd loop.
 
@@ -316,7 +354,12 @@ def check_gradients(
     errors = {}
     for leaf in model.space.leaves:
         difference = (streamed - loop)[:, leaf.slice].norm(dim=1).max()
-        scale = loop[:, leaf.slice].norm(dim=1).max().clamp(min=1e-6 * float(loop.norm(dim=1).max()) + 1e-30)
+        scale = (
+            loop[:, leaf.slice]
+            .norm(dim=1)
+            .max()
+            .clamp(min=1e-6 * float(loop.norm(dim=1).max()) + 1e-30)
+        )
         errors[leaf.name] = float(difference / scale)
     if tolerance is None:
         base_dtype = next(model.model.parameters()).dtype
@@ -335,5 +378,86 @@ def _loop_gradient(model: AdaptedModel, tokens: TokenizedExamples, index: int) -
         loss = nn.functional.cross_entropy(logits, targets[1:], ignore_index=-100, reduction="sum")
         parts = torch.autograd.grad(loss, model.parameters, allow_unused=True)
     return model.space.flatten(
-        [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters, parts, strict=True)]
+        [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(model.parameters, parts, strict=True)
+        ]
     )
+
+
+def summed_gradient(
+    model: AdaptedModel,
+    tokens: TokenizedExamples,
+    by_logits: Callable[[np.ndarray, Supervised], Tensor],
+    *,
+    token_budget: int,
+    cost: Cost,
+    ahead: Callable[[np.ndarray], None] | None = None,
+) -> Tensor:
+    """The gradient `[P]` of a sum over rows, where the model is now, from its gradient by the supervised logits.
+
+    `by_logits(rows [b], part)` gives that of a batch, `[N, V]`; `ahead(rows)` is called before the batch runs and may move the
+    model meanwhile, which is not allowed while a graph is alive. No row's own gradient is held.
+    """
+    space = model.space
+    total = torch.zeros(space.size, dtype=model.dtype, device=model.device)
+    cost.gradients += len(tokens)
+
+    def add(leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
+        place = total[space.leaves[leaf].slice].unflatten(0, space.leaves[leaf].shape)
+        place += g.flatten(0, 1).T @ x.flatten(0, 1)
+
+    with tape(model) as recorder:
+        for rows in plan_batches(tokens, token_budget) if len(tokens) else []:
+            if ahead is not None:
+                ahead(rows)
+            _one_batch(recorder, tokens, rows, by_logits, add)
+    return total
+
+
+def _one_batch(
+    recorder: Tape,
+    tokens: TokenizedExamples,
+    rows: np.ndarray,
+    by_logits: Callable[[np.ndarray, Supervised], Tensor],
+    add: Callable[[int, Tensor, Tensor, Tensor], None],
+) -> None:
+    """One batch; its graph is gone when this returns."""
+    model = recorder.model
+    part = recorder.forward(collate(tokens, rows, pad_id=model.pad_id, device=model.device))
+    with torch.no_grad():
+        gradient = by_logits(rows, Supervised(part.logits.detach(), part.targets, part.counts))
+    recorder.backward(part.logits, gradient, add)
+
+
+def loss_sum_gradient(
+    model: AdaptedModel,
+    tokens: TokenizedExamples,
+    weights: np.ndarray,
+    *,
+    token_budget: int,
+    cost: Cost,
+) -> tuple[Tensor, np.ndarray]:
+    """The gradient `[P]` of `sum_i weights_i l_i` (l the summed loss) and the mean losses `[n]`, where the model is now."""
+    losses = np.zeros(len(tokens))
+    unit = power_of_two_near(float(np.abs(weights).max()) if len(weights) else 1.0)
+
+    def by_logits(rows: np.ndarray, part: Supervised) -> Tensor:
+        sums = part.per_example(token_losses(part.logits, part.targets)).double()
+        losses[rows] = sums.cpu().numpy() / tokens.counts[rows]
+        gradient = loss_gradient(probabilities(part.logits), part.targets)
+        return gradient * repeated_over_tokens(weights[rows] / unit, part, gradient)
+
+    gradient = summed_gradient(model, tokens, by_logits, token_budget=token_budget, cost=cost)
+    return gradient * unit, losses
+
+
+def power_of_two_near(weight: float) -> float:
+    """A power of 2 near the largest weight, taken out of a backward and put in again: 16-bit bases cannot hold 1 / N_tok."""
+    return 2.0 ** np.floor(np.log2(weight)) if weight > 0 else 1.0
+
+
+def repeated_over_tokens(values: np.ndarray, part: Supervised, like: Tensor) -> Tensor:
+    """Numbers of the rows `[b]` repeated over their tokens, `[N, 1]`."""
+    repeated = np.repeat(np.asarray(values, dtype=np.float64), part.counts)
+    return torch.from_numpy(repeated).to(like)[:, None]

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence.adapter import AdaptedModel, refuse
+from influence.adapter import AdaptedModel
 from influence.errors import AdapterError, InputError, NumericalError
+from influence.loading import refuse
 
 #: Parameters whose name matches go into the Trainer's group without weight decay (`Trainer.get_decay_parameter_names`).
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -66,10 +67,15 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
     folder = Path(checkpoint_dir)
     shapes = _adapter_shapes(folder)
     leaves = {leaf.name: leaf.shape for leaf in model.space.leaves}
-    differing = [name for name in leaves.keys() | shapes.keys() if leaves.get(name) != shapes.get(name)]
+    differing = [
+        name for name in leaves.keys() | shapes.keys() if leaves.get(name) != shapes.get(name)
+    ]
     refuse(
         f"checkpoint {str(folder)!r} is of another adapter than the model's; pass a checkpoint of the run that made it",
-        [f"{name}: {_shape(shapes, name)} there, {_shape(leaves, name)} in the model" for name in sorted(differing)],
+        [
+            f"{name}: {_shape(shapes, name)} there, {_shape(leaves, name)} in the model"
+            for name in sorted(differing)
+        ],
     )
     groups, states = _read_optimizer(folder / "optimizer.pt")
     order = _leaf_order(folder, model, groups)
@@ -79,13 +85,17 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
     for name, (number, beta2) in order.items():
         state = states.get(number)
         if state is None:
-            reasons.append(f"{name}: the optimiser has no state for it (no gradient ever reached it)")
+            reasons.append(
+                f"{name}: the optimiser has no state for it (no gradient ever reached it)"
+            )
             continue
         moment = _second_moment(state)
         if isinstance(moment, str):
             reasons.append(f"{name}: {moment}")
         elif tuple(moment.shape) != leaves[name]:
-            reasons.append(f"{name}: shape {list(moment.shape)} there, {list(leaves[name])} in the model")
+            reasons.append(
+                f"{name}: shape {list(moment.shape)} there, {list(leaves[name])} in the model"
+            )
         else:
             step = _whole(state.get("step", 0))
             if step is None or step < 1:
@@ -98,7 +108,9 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
     refuse(f"the optimiser state in {str(folder)!r} cannot be used", reasons)
     v = model.space.flatten([parts[leaf.name] for leaf in model.space.leaves])
     if not bool((torch.isfinite(v) & (v >= 0)).all()):
-        raise NumericalError(f"the second moments in {str(folder)!r} hold NaN, infinity or negative values")
+        raise NumericalError(
+            f"the second moments in {str(folder)!r} hold NaN, infinity or negative values"
+        )
     return OptimizerState(v, steps, _sum_lr(folder / "trainer_state.json"))
 
 
@@ -122,7 +134,9 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     if not folder.is_dir():
-        raise AdapterError(f"{str(folder)!r} is not a folder: pass a Trainer's checkpoint, as in out/checkpoint-500")
+        raise AdapterError(
+            f"{str(folder)!r} is not a folder: pass a Trainer's checkpoint, as in out/checkpoint-500"
+        )
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         raise AdapterError(
@@ -132,7 +146,9 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise AdapterError(f"{path} cannot be read as safetensors ({error}): copy the checkpoint again") from error
+        raise AdapterError(
+            f"{path} cannot be read as safetensors ({error}): copy the checkpoint again"
+        ) from error
     return {_leaf_name(key): shape for key, shape in found.items()}
 
 
@@ -158,14 +174,19 @@ def _read_optimizer(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[st
         ) from error
     try:
         groups = [dict(group) for group in content["param_groups"] if len(group["params"])]
-        states = {number: {**state, **state.get(_BNB_STATE, {})} for number, state in content["state"].items()}
+        states = {
+            number: {**state, **state.get(_BNB_STATE, {})}
+            for number, state in content["state"].items()
+        }
         betas = [tuple(map(float, group.get("betas", ()))) for group in groups]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AdapterError(
             f"{path} is not a torch optimiser's state_dict (`state` and `param_groups`): pass a Trainer's checkpoint"
         ) from error
     if not groups:
-        raise AdapterError(f"{path} holds no parameters: pass a checkpoint of the run that trained the adapter")
+        raise AdapterError(
+            f"{path} holds no parameters: pass a checkpoint of the run that trained the adapter"
+        )
     for group, pair in zip(groups, betas, strict=True):
         if len(pair) < 2 or not all(0 <= beta < 1 for beta in pair[:2]):
             raise AdapterError(
@@ -175,20 +196,29 @@ def _read_optimizer(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[st
     return groups, states
 
 
-def _leaf_order(folder: Path, model: AdaptedModel, groups: list[dict[str, Any]]) -> dict[str, tuple[Any, float]]:
+def _leaf_order(
+    folder: Path, model: AdaptedModel, groups: list[dict[str, Any]]
+) -> dict[str, tuple[Any, float]]:
     """For every leaf, the optimiser's number of it and its beta2."""
     numbers = [(number, float(group["betas"][1])) for group in groups for number in group["params"]]
     if all("param_names" in group for group in groups):
         names = [_leaf_name(str(name)) for group in groups for name in group["param_names"]]
     else:
-        own = {id(p): leaf.name for p, leaf in zip(model.parameters, model.space.leaves, strict=True)}
+        own = {
+            id(p): leaf.name for p, leaf in zip(model.parameters, model.space.leaves, strict=True)
+        }
         full = [(name, own[id(p)]) for name, p in model.model.named_parameters() if id(p) in own]
         # stable: within each of the Trainer's two groups the order stays; an optimiser with one group has this order too
         # unless a layer's own name looks like a norm's
         exempt = [bool(_NO_DECAY.search(name.lower())) for name, _ in full]
         sizes = [len(group["params"]) for group in groups]
         if sizes == [exempt.count(False), exempt.count(True)]:
-            full = [item for flag in (False, True) for item, e in zip(full, exempt, strict=True) if e == flag]
+            full = [
+                item
+                for flag in (False, True)
+                for item, e in zip(full, exempt, strict=True)
+                if e == flag
+            ]
         elif len(groups) > 1:
             raise AdapterError(
                 f"the optimiser in {str(folder)!r} has {len(groups)} parameter groups of {sizes} parameters without "
@@ -219,7 +249,11 @@ def _second_moment(state: Mapping[str, Any]) -> Tensor | str:
     if moment.is_floating_point():
         return moment if moment.dtype == torch.float64 else moment.float()
     table, scale = state.get("qmap2"), state.get("absmax2")
-    if moment.dtype != torch.uint8 or not isinstance(table, Tensor) or not isinstance(scale, Tensor):
+    if (
+        moment.dtype != torch.uint8
+        or not isinstance(table, Tensor)
+        or not isinstance(scale, Tensor)
+    ):
         return f"an 8-bit second moment without its table and scales (qmap2, absmax2); found {_keys(state)}"
     block = next((size for size in _BLOCKS if -(-moment.numel() // size) == scale.numel()), None)
     if block is None or table.numel() != 256:
@@ -237,12 +271,18 @@ def _sum_lr(path: Path) -> float | None:
         return None
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
-        entries = [(int(e["step"]), float(e["learning_rate"])) for e in log["log_history"] if "learning_rate" in e]
+        entries = [
+            (int(e["step"]), float(e["learning_rate"]))
+            for e in log["log_history"]
+            if "learning_rate" in e
+        ]
         last = int(log["global_step"])
         if not 0 <= last <= MAX_STEPS:
             raise ValueError(f"global_step is {last}, expected at most {MAX_STEPS}")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
-        raise InputError(f"{path} is not a Trainer's state ({error!r}): copy the checkpoint again") from error
+        raise InputError(
+            f"{path} is not a Trainer's state ({error!r}): copy the checkpoint again"
+        ) from error
     if not entries:
         return None
     logged = dict(sorted(entries))

@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from influence.adapter import AdaptedModel, adapter_folder, refuse, weight_key
+from influence.adapter import AdaptedModel, weight_key
 from influence.errors import AdapterError, InputError
+from influence.loading import adapter_folder, refuse
 from influence.progress import say
 
 #: Where a run looks unless told otherwise: the evidence is in benchmarks/README.md.
@@ -49,7 +50,12 @@ class Point:
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: enough to make the point again, given the checkpoint's parameters."""
-        return {"label": self.label, "share": self.share, "scale": self.scale, "digest": self.digest}
+        return {
+            "label": self.label,
+            "share": self.share,
+            "scale": self.scale,
+            "digest": self.digest,
+        }
 
 
 def check_path(path: Sequence[float]) -> tuple[float, ...]:
@@ -59,7 +65,9 @@ def check_path(path: Sequence[float]) -> tuple[float, ...]:
             raise TypeError
         scales = tuple(float(c) for c in path)
     except (TypeError, ValueError):
-        raise InputError(f"path {path!r} was given; expected numbers, as in (0.4, 0.6, 0.8)") from None
+        raise InputError(
+            f"path {path!r} was given; expected numbers, as in (0.4, 0.6, 0.8)"
+        ) from None
     if not all(0 < c <= 1 for c in scales) or len(set(scales)) != len(scales):
         shown = ",".join(f"{c:g}" for c in scales)
         raise InputError(
@@ -79,7 +87,9 @@ def scaled(model: AdaptedModel, scale: float) -> Tensor:
     return theta
 
 
-def points(model: AdaptedModel, path: Sequence[float], checkpoints: Sequence[str | Path] = ()) -> tuple[Point, ...]:
+def points(
+    model: AdaptedModel, path: Sequence[float], checkpoints: Sequence[str | Path] = ()
+) -> tuple[Point, ...]:
     """The points of a run: the checkpoints, then the scales; checkpoints share by learning rate, scales equally.
 
     With both, the checkpoints together and the scales together have as much weight as they have points. Raises
@@ -88,7 +98,9 @@ def points(model: AdaptedModel, path: Sequence[float], checkpoints: Sequence[str
     scales = check_path(path)
     for folder in checkpoints:
         if not Path(folder).is_dir():
-            raise AdapterError(f"there is no checkpoint folder {str(folder)!r}: give the folders that training kept")
+            raise AdapterError(
+                f"there is no checkpoint folder {str(folder)!r}: give the folders that training kept"
+            )
     folders = [adapter_folder(folder).resolve() for folder in checkpoints]
     if not scales and not folders:
         raise InputError("no point of the path was given; give --path 1.0, or leave it out")
@@ -102,19 +114,26 @@ def points(model: AdaptedModel, path: Sequence[float], checkpoints: Sequence[str
         say(f"note: {folder} is left out: training had a learning rate of 0 there")
         del rates[folder]
     if folders and not rates:
-        raise InputError("the learning rate at every given checkpoint is 0: give checkpoints from earlier in training")
+        raise InputError(
+            "the learning rate at every given checkpoint is 0: give checkpoints from earlier in training"
+        )
     total, count, found = sum(rate or 0 for rate in rates.values()), len(scales) + len(rates), []
     labels = _distinct([f"{c:g}" for c in scales], [repr(c) for c in scales])
     taken = {"all", "end", *labels}
     names = _distinct([folder.name for folder in rates], [str(folder) for folder in rates])
-    names = [str(folder) if name in taken else name for folder, name in zip(rates, names, strict=True)]
+    names = [
+        str(folder) if name in taken else name for folder, name in zip(rates, names, strict=True)
+    ]
     for folder, rate, name in zip(rates, rates.values(), names, strict=True):
         theta = read_parameters(model, folder)
         share = (rate or 0) / total * len(rates) / count
         with model.at(theta):
             digest = model.adapter_digest
         found.append(Point(name, share, theta, digest=digest))
-    found += [Point(label, 1 / count, scaled(model, c), scale=c) for label, c in zip(labels, scales, strict=True)]
+    found += [
+        Point(label, 1 / count, scaled(model, c), scale=c)
+        for label, c in zip(labels, scales, strict=True)
+    ]
     return tuple(found)
 
 
@@ -148,14 +167,17 @@ def read_parameters(model: AdaptedModel, folder: Path) -> Tensor:
     ]
     wanted = {weight_key(leaf): leaf for leaf in model.space.leaves}
     reasons += [f"{key} is missing" for key in wanted if key not in tensors]
-    reasons += [f"{key} is not in the adapter" for key in tensors if "lora_" in key and key not in wanted]
+    reasons += [
+        f"{key} is not in the adapter" for key in tensors if "lora_" in key and key not in wanted
+    ]
     reasons += [
         f"{key} has shape {tuple(tensors[key].shape)}, expected {leaf.shape}"
         for key, leaf in wanted.items()
         if key in tensors and tuple(tensors[key].shape) != leaf.shape
     ]
     refuse(
-        f"checkpoint {folder} is not of this adapter's training: give checkpoints of the same configuration", reasons
+        f"checkpoint {folder} is not of this adapter's training: give checkpoints of the same configuration",
+        reasons,
     )
     theta = model.space.flatten([tensors[key].to(model.device, model.dtype) for key in wanted])
     if not bool(torch.isfinite(theta).all()):
@@ -172,7 +194,11 @@ def learning_rate(folder: Path) -> float | None:
     try:
         if (folder / "trainer_state.json").exists():
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            logged = [e for e in state["log_history"] if "learning_rate" in e and e["step"] <= state["global_step"]]
+            logged = [
+                e
+                for e in state["log_history"]
+                if "learning_rate" in e and e["step"] <= state["global_step"]
+            ]
             rate = max(logged, key=lambda e: e["step"])["learning_rate"] if logged else None
         elif (folder / "retrain.json").exists():
             rate = json.loads((folder / "retrain.json").read_text(encoding="utf-8")).get("lr")
@@ -180,7 +206,11 @@ def learning_rate(folder: Path) -> float | None:
             return None
         rate = None if rate is None else float(rate)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the training state beside checkpoint {folder} cannot be read: {error!r}") from error
+        raise InputError(
+            f"the training state beside checkpoint {folder} cannot be read: {error!r}"
+        ) from error
     if rate is not None and not (np.isfinite(rate) and rate >= 0):
-        raise InputError(f"checkpoint {folder} records a learning rate of {rate}; expected 0 or more")
+        raise InputError(
+            f"checkpoint {folder} records a learning rate of {rate}; expected 0 or more"
+        )
     return rate

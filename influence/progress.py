@@ -13,7 +13,9 @@ T = TypeVar("T")
 INTERVAL = 10.0
 
 
-def track(items: Iterable[T], label: str, *, total: int | None = None, done: int = 0) -> Iterator[T]:
+def track(
+    items: Iterable[T], label: str, *, total: int | None = None, done: int = 0
+) -> Iterator[T]:
     """Yield `items` while showing how far along they are; `done` items were done before (a resumed run)."""
     if total is None:
         total = (len(items) if isinstance(items, Sized) else 0) + done
@@ -39,9 +41,20 @@ def say(message: str) -> None:
 
 def _bar(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=total, completed=done)
         for item in items:

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence.adapter import AdaptedModel, load
+from influence.adapter import AdaptedModel
+from influence.batches import plan_batches
 from influence.curvature.base import Curvature, Damped, Invertible
 from influence.curvature.ekfac import EKFAC
 from influence.curvature.fisher import Fisher, Rows, SampleSpaceFisher
@@ -34,17 +35,29 @@ from influence.curvature.identity import Identity, IdentityCurvature
 from influence.curvature.kfac import KFAC, Kronecker, KroneckerBlock
 from influence.curvature.objective import Objective
 from influence.damping import Damping
-from influence.data import Examples, TokenizedExamples, plan_batches, read_examples, tokenize, tokenizer_digest
 from influence.errors import InputError, MismatchError, StoreError
 from influence.geometry import Adam, Geometry, Raw, function_space, load_geometry
 from influence.gradients import max_rows, stream_gradients
-from influence.loss import Measurement, check_rows, weights
+from influence.loading import load
+from influence.loss import check_rows, weights
+from influence.measurements import Measurement
 from influence.path import Point, again, scaled
 from influence.progress import track
-from influence.store import RowFile, only_writer, open_file, open_rows, read, read_group, read_json, write_json
+from influence.rows import Examples, read_examples
+from influence.store import (
+    RowFile,
+    only_writer,
+    open_file,
+    open_rows,
+    read,
+    read_group,
+    read_json,
+    write_json,
+)
+from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
 
 FORMAT = 2
-#: The record of the edits that were made from a run (`unlearn.audit`).
+#: The record of the edits that were made from a run (`unlearn.record.chain`).
 AUDIT = "audit.jsonl"
 SPECIFICATIONS = {spec.name: spec for spec in (EKFAC, KFAC, Fisher, GGN, Hessian, Identity)}
 #: Bytes of gradients read and multiplied at a time, and the fewest rows.
@@ -100,7 +113,9 @@ class Run:
             )
         if train is None:
             if manifest["data"]["path"] is None:
-                raise InputError(f"{directory} was fitted on rows that came from no file: pass them as train=")
+                raise InputError(
+                    f"{directory} was fitted on rows that came from no file: pass them as train="
+                )
             train = read_examples(manifest["data"]["path"])
         found = {
             "base": model.base_digest,
@@ -125,7 +140,9 @@ class Run:
 
     def tokenized(self, rows: Examples) -> TokenizedExamples:
         """Tokens of other rows, truncated as the training rows are; rows that the model cannot take are an error."""
-        found = tokenize(rows, self.model.tokenizer, max_length=self.manifest["objective"]["max_length"])
+        found = tokenize(
+            rows, self.model.tokenizer, max_length=self.manifest["objective"]["max_length"]
+        )
         check_rows(self.model, found)
         return found
 
@@ -169,9 +186,12 @@ class Run:
             theta = None
             if record["scale"] is None:
                 with open_file(
-                    run_file(self.directory, "factors", number), run_digest=point_digest(self.digest, number)
+                    run_file(self.directory, "factors", number),
+                    run_digest=point_digest(self.digest, number),
                 ) as file:
-                    theta = torch.from_numpy(read(file, "theta")).to(self.model.device, self.model.dtype)
+                    theta = torch.from_numpy(read(file, "theta")).to(
+                        self.model.device, self.model.dtype
+                    )
             found.append(AtPoint(self, number, again(self.model, record, theta)))
         return found
 
@@ -187,7 +207,9 @@ class Run:
         """The curvature at the run's last point; see `AtPoint.curvature`."""
         return self.points[-1].curvature(name)
 
-    def operator(self, curvature: str | None = None, damping: str | Damping | None = None) -> Damped:
+    def operator(
+        self, curvature: str | None = None, damping: str | Damping | None = None
+    ) -> Damped:
         """`C + lambda I` at the run's last point; see `AtPoint.operator`."""
         return self.points[-1].operator(curvature, damping)
 
@@ -195,7 +217,9 @@ class Run:
         """The damped EK-FAC of the run's last point; see `AtPoint.preconditioner`."""
         return self.points[-1].preconditioner(operator)
 
-    def gradient_blocks(self, skip: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def gradient_blocks(
+        self, skip: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """The training gradients at the run's last point; see `AtPoint.gradient_blocks`."""
         return self.points[-1].gradient_blocks(skip)
 
@@ -257,7 +281,9 @@ class AtPoint:
                 return geometry_here(self.run, name)
         with open_file(self.file("factors"), run_digest=self.digest) as file:
             arrays = read_group(file, "geometry")
-        state = {key: torch.from_numpy(array).to(self.model.device) for key, array in arrays.items()}
+        state = {
+            key: torch.from_numpy(array).to(self.model.device) for key, array in arrays.items()
+        }
         return load_geometry(name, self.model.space, state)
 
     def curvature(self, name: str | None = None) -> Curvature:
@@ -278,10 +304,13 @@ class AtPoint:
         if name == fitted == "fisher":
             with open_file(path, run_digest=self.digest) as file:
                 tensors = [
-                    torch.from_numpy(read(file, k)).to(self.model.device) for k in ("scales", "vectors", "values")
+                    torch.from_numpy(read(file, k)).to(self.model.device)
+                    for k in ("scales", "vectors", "values")
                 ]
             scales, vectors, values = tensors
-            return SampleSpaceFisher(self.model.space.size, self.fisher_rows(), scales, vectors, values)
+            return SampleSpaceFisher(
+                self.model.space.size, self.fisher_rows(), scales, vectors, values
+            )
         if name in ("ekfac", "kfac") and fitted in (name, "ekfac"):
             return self._load_kronecker(path, name)
         if name in ("ggn", "hessian") and fitted in ("ekfac", "kfac", "ggn", "hessian"):
@@ -293,7 +322,13 @@ class AtPoint:
                 trace = self.curvature(fitted).mean_eigenvalues() * sizes
             budget = self.run.manifest["token_budget"]
             objective = Objective(
-                self.model, self.run.tokens, self.run.weights, trace, budget, self.place.theta, self.geometry
+                self.model,
+                self.run.tokens,
+                self.run.weights,
+                trace,
+                budget,
+                self.place.theta,
+                self.geometry,
             )
             return GGNOperator(objective) if name == "ggn" else HessianOperator(objective)
         raise InputError(
@@ -321,12 +356,16 @@ class AtPoint:
                 )
         return Kronecker(self.model.space, tuple(blocks), name)
 
-    def operator(self, curvature: str | None = None, damping: str | Damping | None = None) -> Damped:
+    def operator(
+        self, curvature: str | None = None, damping: str | Damping | None = None
+    ) -> Damped:
         """`C + lambda I` for a curvature of this run and a damping rule (the fit's by default)."""
         fitted = self.curvature(curvature)
         if fitted.name == "identity":
             return Damped(fitted, torch.ones(1, dtype=torch.float64))
-        return Damped(fitted, Damping.parse(damping or self.run.manifest["damping"]).resolve(fitted))
+        return Damped(
+            fitted, Damping.parse(damping or self.run.manifest["damping"]).resolve(fitted)
+        )
 
     def preconditioner(self, operator: Damped) -> Damped:
         """The run's EK-FAC (or K-FAC) with the operator's own lambda, for preconditioned iterations."""
@@ -357,7 +396,9 @@ class AtPoint:
         if self.gradients_stored:
             self._check_gradients()
             start = 0
-            for block in row_blocks(self.file("gradients"), "gradients", self.digest, self.model.device, label):
+            for block in row_blocks(
+                self.file("gradients"), "gradients", self.digest, self.model.device, label
+            ):
                 indices = np.arange(start, start + len(block))
                 start += len(block)
                 if not skip[indices].all():
@@ -367,7 +408,9 @@ class AtPoint:
         left = [rows for rows in plan if not skip[rows].all()]
         with self.model.at(self.place.theta):
             stream = stream_gradients(self.model, tokens, batches=left)
-            for indices, gradients, _ in track(stream, "training rows", total=len(plan), done=len(plan) - len(left)):
+            for indices, gradients, _ in track(
+                stream, "training rows", total=len(plan), done=len(plan) - len(left)
+            ):
                 yield indices, self.geometry.features(gradients)
 
     @property
@@ -383,7 +426,9 @@ class AtPoint:
 
     def gradients_of(self, rows: np.ndarray) -> Tensor:
         """Gradients of l_i `[b, P]` of some training rows, in their order."""
-        out = torch.empty(len(rows), self.model.space.size, dtype=self.model.dtype, device=self.model.device)
+        out = torch.empty(
+            len(rows), self.model.space.size, dtype=self.model.dtype, device=self.model.device
+        )
         if self.gradients_stored:
             self._check_gradients()
             with RowFile(self.file("gradients"), "gradients") as file:
@@ -394,14 +439,20 @@ class AtPoint:
 
     def query_gradients(self, tokens: TokenizedExamples, measurement: Measurement) -> Tensor:
         """Gradients of m(q), `[Q, P]`, in query order."""
-        out = torch.empty(len(tokens), self.model.space.size, dtype=self.model.dtype, device=self.model.device)
+        out = torch.empty(
+            len(tokens), self.model.space.size, dtype=self.model.dtype, device=self.model.device
+        )
         return self._stream(tokens, measurement, out)
 
-    def _stream(self, tokens: TokenizedExamples, measurement: Measurement | None, out: Tensor) -> Tensor:
+    def _stream(
+        self, tokens: TokenizedExamples, measurement: Measurement | None, out: Tensor
+    ) -> Tensor:
         budget = self.run.manifest["token_budget"]
         options: dict[str, Any] = {} if measurement is None else {"measurement": measurement}
         with self.model.at(self.place.theta):
-            for rows, gradients, _ in stream_gradients(self.model, tokens, token_budget=budget, **options):
+            for rows, gradients, _ in stream_gradients(
+                self.model, tokens, token_budget=budget, **options
+            ):
                 out[torch.from_numpy(rows)] = gradients
         return self.geometry.features(out)
 
@@ -409,7 +460,9 @@ class AtPoint:
         path = self.file("gradients")
         with open_file(path, run_digest=self.digest):
             if not open_rows(path, "done").all():
-                raise StoreError(f"{path} lacks the gradients of some rows: fit the run again with --overwrite")
+                raise StoreError(
+                    f"{path} lacks the gradients of some rows: fit the run again with --overwrite"
+                )
 
     def scale(self, operator: Damped) -> float:
         """Mean self-influence of the training rows under this operator, nats per token: the scale of this point's scores.
@@ -430,7 +483,9 @@ class AtPoint:
                 gradients, part = self.gradients_of(rows[some]), rows[some]
                 solved = invert.curvature.solve(gradients, invert.lam)
                 products = np.array([float(g @ x) for g, x in zip(gradients, solved, strict=True)])
-                total += float((products * self.run.weights[part] / self.run.tokens.counts[part]).sum())
+                total += float(
+                    (products * self.run.weights[part] / self.run.tokens.counts[part]).sum()
+                )
             self._scales[key] = total / len(rows)
         return self._scales[key]
 
@@ -461,7 +516,9 @@ def geometry_here(run: Run, name: str) -> Geometry:
     n = len(run.tokens)
     rows = spaced(n, RMS_ROWS)
     budget, order, blocks = run.manifest["token_budget"], [], []
-    for indices, gradients, _ in stream_gradients(run.model, run.tokens.select(rows), token_budget=budget):
+    for indices, gradients, _ in stream_gradients(
+        run.model, run.tokens.select(rows), token_budget=budget
+    ):
         order.append(indices)
         blocks.append(gradients)
     # so few rows stand for all: n w_i keeps its meaning
@@ -476,7 +533,9 @@ def run_file(directory: Path, name: str, number: int) -> Path:
 
 def point_digest(run_digest: str, number: int) -> str:
     """What the files of a point carry, so that the files of two points cannot be exchanged."""
-    return run_digest if number == 0 else hashlib.sha256(f"{run_digest}/{number}".encode()).hexdigest()
+    return (
+        run_digest if number == 0 else hashlib.sha256(f"{run_digest}/{number}".encode()).hexdigest()
+    )
 
 
 def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
@@ -523,12 +582,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a finished run; anything else is an `InputError` that says what is there."""
     path = directory / "manifest.json"
     if not path.exists():
-        raise InputError(f"{directory} is not a run directory (no manifest.json): make one with influence fit")
+        raise InputError(
+            f"{directory} is not a run directory (no manifest.json): make one with influence fit"
+        )
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise InputError(
             f"{path} has format {manifest.get('format')!r} and this version reads format {FORMAT}: fit the run again"
         )
     if not manifest.get("complete"):
-        raise InputError(f"the fit in {directory} is unfinished: run the same influence fit command again to resume it")
+        raise InputError(
+            f"the fit in {directory} is unfinished: run the same influence fit command again to resume it"
+        )
     return manifest

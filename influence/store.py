@@ -46,7 +46,8 @@ def write_file(
     """
     partial = path.with_name(path.name + ".partial")
     needed = sum(
-        int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in (rows or {}).values()
+        int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        for shape, dtype in (rows or {}).values()
     )
     needed += sum(array.nbytes for array in (arrays or {}).values())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,9 @@ def write_file(
             for name, array in (arrays or {}).items():
                 file.create_dataset(name, data=array)
             for name, values in (strings or {}).items():
-                file.create_dataset(name, data=list(values), dtype=h5py.string_dtype("utf-8"), shape=(len(values),))
+                file.create_dataset(
+                    name, data=list(values), dtype=h5py.string_dtype("utf-8"), shape=(len(values),)
+                )
             for name, (shape, dtype) in (rows or {}).items():
                 _create_contiguous(file, name, shape, dtype)
             file.attrs.update(dict(attrs or {}))
@@ -80,15 +83,25 @@ def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plist.set_obj_track_times(False)  # equal runs give equal files
-    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # the file is extended sparsely, which reads as zeros
-    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape), plist)
+    plist.set_fill_time(
+        h5py.h5d.FILL_TIME_NEVER
+    )  # the file is extended sparsely, which reads as zeros
+    h5py.h5d.create(
+        file.id,
+        name.encode(),
+        h5py.h5t.py_create(np.dtype(dtype)),
+        h5py.h5s.create_simple(shape),
+        plist,
+    )
 
 
 def read(file: h5py.File | h5py.Group, name: str) -> np.ndarray:
     """A whole dataset of an open file as an array."""
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
-        raise StoreError(f"{file.file.filename} lacks {name}: it is damaged or was not written by this toolkit")
+        raise StoreError(
+            f"{file.file.filename} lacks {name}: it is damaged or was not written by this toolkit"
+        )
     return dataset[()]
 
 
@@ -97,7 +110,11 @@ def read_group(file: h5py.File, name: str) -> dict[str, np.ndarray]:
     group = file.get(name)
     found: dict[str, np.ndarray] = {}
     if isinstance(group, h5py.Group):
-        group.visititems(lambda key, item: found.update({key: item[()]}) if isinstance(item, h5py.Dataset) else None)
+        group.visititems(
+            lambda key, item: (
+                found.update({key: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+        )
     return found
 
 
@@ -128,8 +145,13 @@ class RowFile:
 
     def write(self, indices: np.ndarray, rows: np.ndarray) -> None:
         """Write `rows` [b, ...] at the positions `indices` [b]."""
-        for index, row in zip(indices.tolist(), np.ascontiguousarray(rows, dtype=self.dtype), strict=True):
-            data, place = memoryview(np.atleast_1d(row).data).cast("B"), self._offset + index * self._width
+        for index, row in zip(
+            indices.tolist(), np.ascontiguousarray(rows, dtype=self.dtype), strict=True
+        ):
+            data, place = (
+                memoryview(np.atleast_1d(row).data).cast("B"),
+                self._offset + index * self._width,
+            )
             while len(data):  # one call writes at most 2 GB
                 written = os.pwrite(self._file, data, place)
                 data, place = data[written:], place + written
@@ -141,7 +163,9 @@ class RowFile:
         while len(data):
             count = os.preadv(self._file, [data[: 1 << 30]], place)
             if count == 0:
-                raise StoreError("a row file ends before its last row: it is truncated; fit the run again")
+                raise StoreError(
+                    "a row file ends before its last row: it is truncated; fit the run again"
+                )
             data, place = data[count:], place + count
         return out
 
@@ -163,10 +187,14 @@ def _place(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
     with open_file(path) as file:
         dataset = file.get(name)
         if not isinstance(dataset, h5py.Dataset):
-            raise StoreError(f"{path} lacks {name}: it is damaged or was not written by this toolkit")
+            raise StoreError(
+                f"{path} lacks {name}: it is damaged or was not written by this toolkit"
+            )
         shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
     if offset is None and 0 not in shape:
-        raise StoreError(f"{path}: {name} is not stored contiguously, so it was not written by this toolkit")
+        raise StoreError(
+            f"{path}: {name} is not stored contiguously, so it was not written by this toolkit"
+        )
     return shape, dtype, offset or 0
 
 
@@ -200,11 +228,15 @@ def only_writer(place: Path) -> Iterator[None]:
     holds it, also where that is killed.
     """
     key = hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:24]
-    with open(Path(tempfile.gettempdir()) / f"lora-influence-{os.getuid()}-{key}.lock", "w") as handle:
+    with open(
+        Path(tempfile.gettempdir()) / f"lora-influence-{os.getuid()}-{key}.lock", "w"
+    ) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StoreError(f"another process is writing to {place}: wait for it, or give another place") from None
+            raise StoreError(
+                f"another process is writing to {place}: wait for it, or give another place"
+            ) from None
         yield
 
 

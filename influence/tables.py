@@ -17,9 +17,13 @@ def checked_table(path: str | Path, overwrite: bool) -> Path:
     """The path of a table to be written; `InputError` for another suffix, a missing folder, or something that is there."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path} was given for a table; expected a name that ends in {' or '.join(SUFFIXES)}")
+        raise InputError(
+            f"{path} was given for a table; expected a name that ends in {' or '.join(SUFFIXES)}"
+        )
     if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another")
+        raise InputError(
+            f"{path} cannot be written: there is no folder {path.parent}; make it, or name another"
+        )
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file")
     if path.exists() and not overwrite:
@@ -32,8 +36,12 @@ def write_table(table: pd.DataFrame, path: str | Path, *, overwrite: bool = Fals
     path = checked_table(path, overwrite)
     partial = path.with_name(path.name + ".partial")
     if path.suffix.lower() == ".csv":
-        returns = any("\r" in str(value) for value in table.select_dtypes(exclude="number").to_numpy().ravel())
-        table.to_csv(partial, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+        returns = any(
+            "\r" in str(value) for value in table.select_dtypes(exclude="number").to_numpy().ravel()
+        )
+        table.to_csv(
+            partial, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+        )
     else:
         table.to_parquet(partial, index=False)
     os.replace(partial, path)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence.data import collate, plan_batches
+from influence.batches import collate, plan_batches
 from influence.errors import InputError
 from influence.gradients import tape
 from influence.loss import loss_gradient, probabilities
@@ -65,11 +65,18 @@ class Tokenwise:
                 batch = collate(run.tokens, rows, pad_id=model.pad_id, device=model.device)
                 part = recorder.forward(batch)
                 b, T = batch.input_ids.shape[0], batch.input_ids.shape[1] - 1
-                found = torch.zeros(len(solutions), b, T, dtype=solutions.dtype, device=solutions.device)
+                found = torch.zeros(
+                    len(solutions), b, T, dtype=solutions.dtype, device=solutions.device
+                )
                 reads = batch.supervised[:, 1:]  # the positions that the LM head sees
 
                 def show(
-                    leaf: int, x: Tensor, g: Tensor, valid: Tensor, found: Tensor = found, reads: Tensor = reads
+                    leaf: int,
+                    x: Tensor,
+                    g: Tensor,
+                    valid: Tensor,
+                    found: Tensor = found,
+                    reads: Tensor = reads,
                 ) -> None:
                     products = _products(x.to(solutions), g.to(solutions), columns[leaf])
                     if valid is recorder.valid:
@@ -77,12 +84,16 @@ class Tokenwise:
                     else:  # an adapted LM head sees supervised positions only, in order
                         found[:, reads] += products[:, valid]
 
-                recorder.backward(part.logits, loss_gradient(probabilities(part.logits), part.targets), show)
+                recorder.backward(
+                    part.logits, loss_gradient(probabilities(part.logits), part.targets), show
+                )
                 scaled = (found * factor).double().cpu().numpy() * run.weights[rows][:, None]
                 for place, row in enumerate(rows.tolist()):
                     start = self.offsets[row]
                     length = int(run.tokens.lengths[row]) - 1
-                    self.values[queries, start : start + length] += scaled[:, place, :length].astype(np.float32)
+                    self.values[queries, start : start + length] += scaled[
+                        :, place, :length
+                    ].astype(np.float32)
 
 
 def _products(x: Tensor, g: Tensor, columns: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import influence
-from influence.data import tokenize
+from influence.tokens import tokenize
 
 torch.set_num_threads(1)  # these models are so small that threads cost more than they give
 
@@ -65,12 +65,19 @@ def build_tokenizer():
     )
 
 
-def build_base(kind: str = "llama", *, layers: int = 2, seed: int = 0, tie: bool = False, dtype=torch.float64):
+def build_base(
+    kind: str = "llama", *, layers: int = 2, seed: int = 0, tie: bool = False, dtype=torch.float64
+):
     """A causal language model of a few thousand weights."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto import CONFIG_MAPPING
 
-    common = {"vocab_size": 25, "hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 4}
+    common = {
+        "vocab_size": 25,
+        "hidden_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+    }
     common |= {"intermediate_size": 20, "max_position_embeddings": 2048, "tie_word_embeddings": tie}
     common |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
     special = {
@@ -84,7 +91,9 @@ def build_base(kind: str = "llama", *, layers: int = 2, seed: int = 0, tie: bool
     config = CONFIG_MAPPING[kind](**(common | special))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for parameter in model.parameters():  # larger than the usual initialisation, so that nothing is near linear
+    for (
+        parameter
+    ) in model.parameters():  # larger than the usual initialisation, so that nothing is near linear
         parameter.data.mul_(4 if parameter.dim() > 1 else 1)
     return model.eval()
 
@@ -104,9 +113,19 @@ def add_lora(base, *, seed: int = 0, r: int = 2, std: float = 0.3, **options):
     return model
 
 
-def build_model(kind: str = "llama", *, layers: int = 2, tie: bool = False, dtype=torch.float64, seed: int = 0, **lora):
+def build_model(
+    kind: str = "llama",
+    *,
+    layers: int = 2,
+    tie: bool = False,
+    dtype=torch.float64,
+    seed: int = 0,
+    **lora,
+):
     """An `AdaptedModel` around a tiny base and adapter."""
-    model = add_lora(build_base(kind, layers=layers, tie=tie, dtype=dtype, seed=seed), seed=seed, **lora)
+    model = add_lora(
+        build_base(kind, layers=layers, tie=tie, dtype=dtype, seed=seed), seed=seed, **lora
+    )
     if dtype == torch.float64:
         model.double()
     return influence.from_peft(model, build_tokenizer())
@@ -118,9 +137,14 @@ def rows(n: int, seed: int = 0) -> list[dict[str, str]]:
 
     def words(low: int, high: int) -> str:
         count = int(torch.randint(low, high, (1,), generator=generator))
-        return " ".join(WORDS[int(i)] for i in torch.randint(0, len(WORDS), (count,), generator=generator))
+        return " ".join(
+            WORDS[int(i)] for i in torch.randint(0, len(WORDS), (count,), generator=generator)
+        )
 
-    return [{"id": f"r{seed}-{i}", "prompt": words(1, 7), "completion": " " + words(1, 6)} for i in range(n)]
+    return [
+        {"id": f"r{seed}-{i}", "prompt": words(1, 7), "completion": " " + words(1, 6)}
+        for i in range(n)
+    ]
 
 
 def examples(n: int, seed: int = 0):

@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from analysis import pictures
-from analysis.world import demo_world
+from analysis.demo.world import demo_world
+from analysis.studies import pictures
 from notebooks.execute import cleaned, execute
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 #: Folders that only one machine has.
 ABSOLUTE = re.compile(
-    r"(?<![\w.:/])/(home|root|work|tmp|Users|usr|opt|mnt|var|srv|data|workspace)/|\b[A-Z]:\\", re.IGNORECASE
+    r"(?<![\w.:/])/(home|root|work|tmp|Users|usr|opt|mnt|var|srv|data|workspace)/|\b[A-Z]:\\",
+    re.IGNORECASE,
 )
 LONGEST = 6
 
@@ -41,18 +42,24 @@ def code(notebook) -> list:
 
 
 def source(cell) -> ast.Module:
-    return ast.parse("\n".join("" if line.startswith(("%", "!")) else line for line in cell.source.splitlines()))
+    return ast.parse(
+        "\n".join("" if line.startswith(("%", "!")) else line for line in cell.source.splitlines())
+    )
 
 
 def images(notebook) -> int:
-    return sum("image/png" in output.get("data", {}) for cell in code(notebook) for output in cell.outputs)
+    return sum(
+        "image/png" in output.get("data", {}) for cell in code(notebook) for output in cell.outputs
+    )
 
 
 # ---- run -----------------------------------------------------------------------------------------------------
 
 
 def surroundings(worlds: Path, testbed: Path | None = None) -> dict[str, str]:
-    found = {key: value for key, value in os.environ.items() if not key.startswith("LORA_INFLUENCE_")}
+    found = {
+        key: value for key, value in os.environ.items() if not key.startswith("LORA_INFLUENCE_")
+    }
     found |= {"LORA_INFLUENCE_WORLDS": str(worlds), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return found if testbed is None else found | {"LORA_INFLUENCE_TESTBED": str(testbed)}
 
@@ -81,7 +88,9 @@ def runs(worlds: list[Path], testbed: Path | None = None) -> Iterator[Mapping[Pa
             free.put(folder)
 
     with ThreadPoolExecutor(len(worlds)) as pool:
-        yield {path: pool.submit(run, path) for path in reversed(NOTEBOOKS)}  # the longest one is the last
+        yield {
+            path: pool.submit(run, path) for path in reversed(NOTEBOOKS)
+        }  # the longest one is the last
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +126,11 @@ def test_every_claim_holds_on_the_testbed_too(path, executed_on_both):
 
 
 def test_a_claim_that_fails_fails_the_run_and_outputs_are_cleaned(tmp_path):
-    cells = [nbformat.v4.new_code_cell("import sys\nprint('a')\nprint('noise', file=sys.stderr)\nprint('b')\n3")]
+    cells = [
+        nbformat.v4.new_code_cell(
+            "import sys\nprint('a')\nprint('noise', file=sys.stderr)\nprint('b')\n3"
+        )
+    ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "good.ipynb")
     found = execute(tmp_path / "good.ipynb")
     assert [output.get("text") or output["data"] for output in found.cells[0].outputs] == [
@@ -143,18 +156,31 @@ def test_there_are_notebooks():
 def test_outputs_are_kept_of_one_run_from_beginning_to_end(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    assert [cell.execution_count for cell in code(notebook)] == list(
+        range(1, len(code(notebook)) + 1)
+    )
     kinds = {output.output_type for cell in code(notebook) for output in cell.outputs}
     assert kinds <= {"stream", "execute_result", "display_data"}, "an error is no result"
     assert images(notebook) >= 1
-    assert notebook == cleaned(nbformat.read(path, as_version=4)), "run `python notebooks/execute.py`"
-    shown = {kind for cell in code(notebook) for output in cell.outputs for kind in output.get("data", {})}
-    assert shown <= {"image/png", "text/plain"}, "rows are somebody else's text: no HTML of theirs is stored"
+    assert notebook == cleaned(nbformat.read(path, as_version=4)), (
+        "run `python notebooks/execute.py`"
+    )
+    shown = {
+        kind
+        for cell in code(notebook)
+        for output in cell.outputs
+        for kind in output.get("data", {})
+    }
+    assert shown <= {"image/png", "text/plain"}, (
+        "rows are somebody else's text: no HTML of theirs is stored"
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_it_asserts_what_it_claims_and_holds_no_long_function(path):
-    nodes = [node for cell in code(nbformat.read(path, as_version=4)) for node in ast.walk(source(cell))]
+    nodes = [
+        node for cell in code(nbformat.read(path, as_version=4)) for node in ast.walk(source(cell))
+    ]
     assert any(isinstance(node, ast.Assert) for node in nodes)
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = [node.name for node in functions if (node.end_lineno or 0) - node.lineno + 1 > LONGEST]
@@ -180,7 +206,9 @@ def test_nothing_of_one_machine_is_stored(path):
 
 def test_text_of_rows_is_drawn_as_it_is():
     tokens = ["$\\frac{", "</script>", "\x1b[2J", "\n", "$"]
-    figure = pictures.tokens_plot({"$\\oops$ \x07": (tokens, np.array([1.0, -2, 0, 0.5, 3]))}, "title")
+    figure = pictures.tokens_plot(
+        {"$\\oops$ \x07": (tokens, np.array([1.0, -2, 0, 0.5, 3]))}, "title"
+    )
     figure.savefig(io.BytesIO())
     letters = {text.get_text() for text in figure.axes[0].texts}
     assert {"$", "\u21b5", "\u00b7"} <= letters

@@ -52,10 +52,14 @@ def test_every_public_name_has_a_docstring(path):
 
     def look(body, prefix: str, inside_class: bool) -> None:
         for node in body:
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            if not isinstance(
+                node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+            ) or node.name.startswith("_"):
                 continue
             repeated = {ast.unparse(decorator).split("(")[0] for decorator in node.decorator_list}
-            inherited = inside_class and any(d.endswith(("overload", "override", ".setter")) for d in repeated)
+            inherited = inside_class and any(
+                d.endswith(("overload", "override", ".setter")) for d in repeated
+            )
             if not ast.get_docstring(node) and not inherited and "overload" not in repeated:
                 missing.append(prefix + node.name)
             if isinstance(node, ast.ClassDef):
@@ -69,13 +73,25 @@ def test_every_public_name_has_a_docstring(path):
 def test_nothing_read_is_ever_run(path):
     tree = parse(path)
     modules = {module.split(".")[0] for module in imported(tree)}
-    assert modules & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} == set()
+    assert (
+        modules & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+        == set()
+    )
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls = [ast.unparse(node.func) for node in nodes]
-    assert [call for call in calls if call in ("eval", "exec", "compile", "__import__", "os.system")] == []
+    assert [
+        call for call in calls if call in ("eval", "exec", "compile", "__import__", "os.system")
+    ] == []
     loads = [ast.unparse(node) for node in nodes if ast.unparse(node.func) == "torch.load"]
-    assert [call for call in loads if "weights_only=True" not in call] == []  # which unpickles nothing but tensors
-    words = [keyword for node in ast.walk(tree) if isinstance(node, ast.Call) for keyword in node.keywords]
+    assert [
+        call for call in loads if "weights_only=True" not in call
+    ] == []  # which unpickles nothing but tensors
+    words = [
+        keyword
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+    ]
     risky = [k.arg for k in words if isinstance(k.value, ast.Constant) and k.value.value is True]
     assert {"allow_pickle", "shell", "trust_remote_code"} & set(risky) == set()
 
@@ -88,7 +104,11 @@ def test_the_readme_names_every_file_of_the_packages():
 
     def named(path: Path) -> bool:
         """By its file name, or without `.py` in the entry of its folder (`solvers/   base, direct, cg`)."""
-        folder = re.search(rf"^ *{path.parent.name}/ (.*?)(?=^ *[\w-]+(/|\.py) |^```)", text, re.MULTILINE | re.DOTALL)
+        folder = re.search(
+            rf"^ *{path.parent.name}/ (.*?)(?=^ *[\w-]+(/|\.py) |^```)",
+            text,
+            re.MULTILINE | re.DOTALL,
+        )
         inside = folder is not None and re.search(rf"\b{path.stem}\b", folder[1]) is not None
         return path.name in text or (path.parent.parent != ROOT and inside)
 
@@ -100,7 +120,11 @@ def test_pyproject_lists_every_package():
     import tomllib
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES if path.name == "__init__.py"}
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in FILES
+        if path.name == "__init__.py"
+    }
     assert set(settings["tool"]["setuptools"]["packages"]) == found
     assert {".".join(path.parent.relative_to(ROOT).parts) for path in FILES} == found
     for package in PACKAGES:

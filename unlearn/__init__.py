@@ -1,28 +1,59 @@
-"""Change an adapter as if training rows had been absent or different: by closed-form edits, gradient steps, or training again."""
+"""Changes of an adapter, as if training rows had been absent or different.
 
-# not on first use, as in `influence`: a function has the name of its module, which an import would put in its place
-from unlearn.audit import verify
-from unlearn.edits import correct, edit, forecast, relabel, remove
-from unlearn.loop import train
-from unlearn.methods import METHODS, Method
-from unlearn.result import Edit
-from unlearn.retrain import Recipe, random_halves, retrain, retrain_subsets
-from unlearn.terms import Term
+By closed-form edits, by gradient steps, or by training again; and a forecast of how hard each row is to unlearn.
+"""
+
+from typing import TYPE_CHECKING
+
+from influence.front_door import on_first_use
+
+if TYPE_CHECKING:
+    from unlearn import difficulty as difficulty
+    from unlearn import methods as methods
+    from unlearn import terms as terms
+    from unlearn.edits.closed_form import correct, edit, forecast, relabel, remove
+    from unlearn.methods.loop import train
+    from unlearn.methods.methods import METHODS, Method
+    from unlearn.methods.terms import Term
+    from unlearn.record.save import Edit
+    from unlearn.record.verify import verify
+    from unlearn.retraining.recipe import Recipe
+    from unlearn.retraining.retrain import retrain
+    from unlearn.retraining.subsets import random_halves, retrain_subsets
+
+_HOMES = {
+    "edits.closed_form": ("correct", "edit", "forecast", "relabel", "remove"),
+    "methods.loop": ("train",),
+    "methods.methods": ("METHODS", "Method"),
+    "methods.terms": ("Term",),
+    "record.save": ("Edit",),
+    "record.verify": ("verify",),
+    "retraining.recipe": ("Recipe",),
+    "retraining.retrain": ("retrain",),
+    "retraining.subsets": ("random_halves", "retrain_subsets"),
+}
 
 __all__ = [
-    "METHODS",
     "Edit",
+    "METHODS",
     "Method",
     "Recipe",
     "Term",
     "correct",
+    "difficulty",
     "edit",
     "forecast",
+    "methods",
     "random_halves",
     "relabel",
     "remove",
     "retrain",
     "retrain_subsets",
+    "terms",
     "train",
     "verify",
 ]
+
+__getattr__ = on_first_use(
+    __name__, _HOMES, {"difficulty": "difficulty", "methods": "methods", "terms": "terms"}
+)

@@ -9,10 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from influence import console
-from influence.cli import CheckpointingOption, DeviceOption, JsonOption, OverwriteOption, RunOption, TrustOption
+from influence.cli import (
+    CheckpointingOption,
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    RunOption,
+    TrustOption,
+)
 from influence.errors import InputError
+from unlearn.words import difficulty_text, dry_run_text, edit_text, methods_text
 
 app = console.app("Change an adapter as if training rows had been absent or different.")
+
+
 main = console.main(app)
 
 
@@ -24,33 +34,57 @@ def _group() -> None:
 @app.command()
 def retrain(
     run: RunOption,
-    out: Annotated[Path, typer.Option("--out", help="Adapter directory to make; with --subsets the npz of losses.")],
-    ids: Annotated[str | None, typer.Option("--ids", help="Ids of the rows to leave out, separated by commas.")] = None,
-    ids_file: Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line.")] = None,
-    all_rows: Annotated[bool, typer.Option("--all-rows", help="Leave no row out: replay the training.")] = False,
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Adapter directory to make; with --subsets the npz of losses."),
+    ],
+    ids: Annotated[
+        str | None, typer.Option("--ids", help="Ids of the rows to leave out, separated by commas.")
+    ] = None,
+    ids_file: Annotated[
+        Path | None, typer.Option("--ids-file", help="File with one id per line.")
+    ] = None,
+    all_rows: Annotated[
+        bool, typer.Option("--all-rows", help="Leave no row out: replay the training.")
+    ] = False,
     edit: Annotated[
-        Path | None, typer.Option("--edit", help="Train on the rows as they are after this edit (its directory).")
+        Path | None,
+        typer.Option(
+            "--edit", help="Train on the rows as they are after this edit (its directory)."
+        ),
     ] = None,
     keep_epochs: Annotated[
-        str | None, typer.Option("--keep-epochs", help="Also save the adapter after these epochs: 1,3,6,10.")
+        str | None,
+        typer.Option("--keep-epochs", help="Also save the adapter after these epochs: 1,3,6,10."),
     ] = None,
     stop_after: Annotated[
-        int | None, typer.Option("--stop-after", help="Stop after this epoch, at the rates of the whole recipe.")
+        int | None,
+        typer.Option(
+            "--stop-after", help="Stop after this epoch, at the rates of the whole recipe."
+        ),
     ] = None,
     subsets: Annotated[
-        int | None, typer.Option("--subsets", help="Retrain on this many random subsets and measure their losses.")
+        int | None,
+        typer.Option(
+            "--subsets", help="Retrain on this many random subsets and measure their losses."
+        ),
     ] = None,
     fraction: Annotated[
-        float | None, typer.Option("--fraction", help="Share of the rows in a subset. Default: 0.5.")
+        float | None,
+        typer.Option("--fraction", help="Share of the rows in a subset. Default: 0.5."),
     ] = None,
     subset_seed: Annotated[
         int | None, typer.Option("--subset-seed", help="Seed that draws the subsets. Default: 0.")
     ] = None,
     queries: Annotated[
-        Path | None, typer.Option("--queries", help="Rows whose losses are measured under every subset's adapter.")
+        Path | None,
+        typer.Option(
+            "--queries", help="Rows whose losses are measured under every subset's adapter."
+        ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="JSON: lr, epochs, batch_size, schedule, seed ...")
+        Path | None,
+        typer.Option("--recipe", help="JSON: lr, epochs, batch_size, schedule, seed ..."),
     ] = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
@@ -60,10 +94,11 @@ def retrain(
 
     Or, with --subsets, on many random subsets, for analysis lds --truth; killed, the same command goes on.
     """
-    from influence.data import read_examples
+    from influence.rows import read_examples
     from influence.run import Run
-    from unlearn.retrain import Recipe, random_halves, retrain_subsets
-    from unlearn.retrain import retrain as train_again
+    from unlearn.retraining.recipe import Recipe
+    from unlearn.retraining.retrain import retrain as train_again
+    from unlearn.retraining.subsets import random_halves, retrain_subsets
 
     _one_form(ids, ids_file, all_rows, edit, subsets)
     for_one = {"--keep-epochs": keep_epochs, "--stop-after": stop_after}
@@ -85,23 +120,35 @@ def retrain(
             edit=edit,
             overwrite=overwrite,
         )
-        what = f"without {len(removed)} rows" if edit is None else f"on the rows after the edit {edit}"
+        what = (
+            f"without {len(removed)} rows" if edit is None else f"on the rows after the edit {edit}"
+        )
         text = f"{made}: trained {what}"
         text += f"; also after epochs {', '.join(map(str, epochs))}" if epochs else ""
         console.emit({"out": str(made), "removed": removed, "checkpoints": epochs}, text, json)
         return
     if queries is None:
-        raise InputError("--subsets measures the losses of queries: name their file with --queries FILE")
+        raise InputError(
+            "--subsets measures the losses of queries: name their file with --queries FILE"
+        )
     asked = read_examples(queries)
     console.quiet_transformers()
     opened = Run.open(run, device=device)
-    masks = random_halves(len(opened.train), subsets, subset_seed or 0, fraction=0.5 if fraction is None else fraction)
+    masks = random_halves(
+        len(opened.train), subsets, subset_seed or 0, fraction=0.5 if fraction is None else fraction
+    )
     done = retrain_subsets(opened, masks, asked, out=out, recipe=how, overwrite=overwrite)
     text = f"{done.path}: losses of {len(asked)} queries and {masks.shape[1]} rows under {subsets} retrained adapters"
-    console.emit({"out": str(done.path), "subsets": subsets, "queries": len(asked), "rows": masks.shape[1]}, text, json)
+    console.emit(
+        {"out": str(done.path), "subsets": subsets, "queries": len(asked), "rows": masks.shape[1]},
+        text,
+        json,
+    )
 
 
-def _one_form(ids: str | None, ids_file: Path | None, all_rows: bool, edit: Path | None, subsets: int | None) -> None:
+def _one_form(
+    ids: str | None, ids_file: Path | None, all_rows: bool, edit: Path | None, subsets: int | None
+) -> None:
     given = {
         "--ids": ids is not None,
         "--ids-file": ids_file is not None,
@@ -128,11 +175,13 @@ def _epochs(text: str | None) -> list[int]:
     try:
         return sorted({int(part) for part in text.split(",")}) if text is not None else []
     except ValueError:
-        raise InputError(f"--keep-epochs {text!r} was given; expected whole numbers, as in 1,3,6,10") from None
+        raise InputError(
+            f"--keep-epochs {text!r} was given; expected whole numbers, as in 1,3,6,10"
+        ) from None
 
 
 def _ids(ids: str | None, ids_file: Path | None) -> list[str]:
-    from unlearn.requests import read_ids
+    from unlearn.record.change_files import read_ids
 
     if ids_file is not None:
         found = read_ids(ids_file)
@@ -146,70 +195,110 @@ def _ids(ids: str | None, ids_file: Path | None) -> list[str]:
 
 @app.command()
 def verify(
-    run: Annotated[Path | None, typer.Option("--run", help="Run directory whose edits are checked.")] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="One edit's directory, wherever it lies.")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run directory whose edits are checked.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="One edit's directory, wherever it lies.")
+    ] = None,
     apply: Annotated[
-        bool, typer.Option("--apply", help="Also add every recorded move to the old adapter and compare, bit for bit.")
+        bool,
+        typer.Option(
+            "--apply",
+            help="Also add every recorded move to the old adapter and compare, bit for bit.",
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
     """Check the audit chain, every edit's record and adapter, and their digests; exit 1 names what is wrong."""
-    from unlearn import audit
+    from unlearn.record import verify
 
     if run is None and adapter is None:
-        raise InputError("give --run RUN (all its edits) or --adapter DIR (one edit, wherever it lies)")
-    found = audit.verify(run, adapter=adapter, apply=apply)
-    result = {"passed": found.passed, "problems": found.problems, "checked": found.checked, "notes": found.notes}
-    console.emit(result, audit.render(found), json)
+        raise InputError(
+            "give --run RUN (all its edits) or --adapter DIR (one edit, wherever it lies)"
+        )
+    found = verify.verify(run, adapter=adapter, apply=apply)
+    result = {
+        "passed": found.passed,
+        "problems": found.problems,
+        "checked": found.checked,
+        "notes": found.notes,
+    }
+    console.emit(result, verify.render(found), json)
     if not found.passed:
         raise typer.Exit(1)
-
-
-# ---- edits ---------------------------------------------------------------------------------------------------
 
 
 def _edit(
     kind: str,
     run: RunOption,
-    ids: Annotated[str | None, typer.Option("--ids", help="Ids of the rows to remove, separated by commas.")] = None,
-    ids_file: Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line.")] = None,
+    ids: Annotated[
+        str | None, typer.Option("--ids", help="Ids of the rows to remove, separated by commas.")
+    ] = None,
+    ids_file: Annotated[
+        Path | None, typer.Option("--ids-file", help="File with one id per line.")
+    ] = None,
     changes: Annotated[
         Path | None,
-        typer.Option("--changes", help='JSON lines {"id", "completion"}, {"id", "prompt"} ... with the new content.'),
+        typer.Option(
+            "--changes",
+            help='JSON lines {"id", "completion"}, {"id", "prompt"} ... with the new content.',
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Adapter directory to make.")] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="1: the linear answer. Else the most steps. Default: 80.")
+        int | None,
+        typer.Option("--steps", help="1: the linear answer. Else the most steps. Default: 80."),
     ] = None,
     until: Annotated[
-        str, typer.Option("--until", help="expected, loss=X (nats per token), steps=N, norm=X, or converged.")
+        str,
+        typer.Option(
+            "--until", help="expected, loss=X (nats per token), steps=N, norm=X, or converged."
+        ),
     ] = "expected",
     max_damage: Annotated[
         float,
         typer.Option(
-            "--max-damage", help="Allowed relative rise of the retained rows' loss; beyond it nothing is written."
+            "--max-damage",
+            help="Allowed relative rise of the retained rows' loss; beyond it nothing is written.",
         ),
     ] = 0.1,
     rest: Annotated[
-        int | None, typer.Option("--rest", help="Untouched rows in every step; 0: none. Default: 24.")
+        int | None,
+        typer.Option("--rest", help="Untouched rows in every step; 0: none. Default: 24."),
     ] = None,
     holdout: Annotated[
-        Path | None, typer.Option("--holdout", help="Rows the adapter never saw: measured, and a measure of unseen.")
+        Path | None,
+        typer.Option(
+            "--holdout", help="Rows the adapter never saw: measured, and a measure of unseen."
+        ),
     ] = None,
-    curvature: Annotated[str | None, typer.Option("--curvature", help="Another curvature that the run holds.")] = None,
-    damping: Annotated[str | None, typer.Option("--damping", help="Another damping rule than the fit's.")] = None,
+    curvature: Annotated[
+        str | None, typer.Option("--curvature", help="Another curvature that the run holds.")
+    ] = None,
+    damping: Annotated[
+        str | None, typer.Option("--damping", help="Another damping rule than the fit's.")
+    ] = None,
     at: Annotated[
-        str | None, typer.Option("--at", help="Point of the path whose curvature is used. Default: the middle one.")
+        str | None,
+        typer.Option(
+            "--at", help="Point of the path whose curvature is used. Default: the middle one."
+        ),
     ] = None,
-    solver: Annotated[str, typer.Option("--solver", help="direct, cg, pcg, lissa, astra or sgd.")] = "direct",
+    solver: Annotated[
+        str, typer.Option("--solver", help="direct, cg, pcg, lissa, astra or sgd.")
+    ] = "direct",
     start: Annotated[
         str | None,
         typer.Option(
-            "--start", help="Adapter to edit: an earlier edit's directory, or original. Default: the last edit's."
+            "--start",
+            help="Adapter to edit: an earlier edit's directory, or original. Default: the last edit's.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Draws the retained rows.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Write the adapter whatever the damage.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the adapter whatever the damage.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Forecast effect and cost; change and write nothing.")
     ] = False,
@@ -219,11 +308,12 @@ def _edit(
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    from influence.data import read_examples
+    from influence.rows import read_examples
     from influence.run import Run
-    from unlearn import edits, result
-    from unlearn.requests import read_changes
-    from unlearn.retrain import refuse_taken
+    from unlearn.edits import Options, edit, forecast
+    from unlearn.record.change_files import read_changes
+    from unlearn.record.save import refuse_out
+    from unlearn.retraining.retrain import refuse_taken
 
     asked: dict[str, Any] = {"remove": [], "relabel": {}, "correct": {}}
     if kind in ("remove", "edit") and (ids is not None or ids_file is not None):
@@ -231,7 +321,9 @@ def _edit(
             raise InputError("--ids and --ids-file were both given: give one of them")
         asked["remove"] = _ids(ids, ids_file)
     elif kind == "remove":
-        raise InputError("name the rows to remove: --ids A,B,C or --ids-file FILE (one id per line)")
+        raise InputError(
+            "name the rows to remove: --ids A,B,C or --ids-file FILE (one id per line)"
+        )
     if changes is not None:
         found = read_changes(changes, None if kind == "edit" else kind)
         asked = {
@@ -242,12 +334,21 @@ def _edit(
     elif kind in ("relabel", "correct") or not asked["remove"]:
         raise InputError("name the changes: --changes FILE, one JSON object per line")
     if out is None and not dry_run:
-        raise InputError("name the adapter directory to make: --out DIR (or --dry-run, which makes none)")
+        raise InputError(
+            "name the adapter directory to make: --out DIR (or --dry-run, which makes none)"
+        )
     unseen = None if holdout is None else read_examples(holdout)
-    options: dict[str, Any] = {"until": until, "max_damage": max_damage, "curvature": curvature, "damping": damping}
+    options: dict[str, Any] = {
+        "until": until,
+        "max_damage": max_damage,
+        "curvature": curvature,
+        "damping": damping,
+    }
     options |= {"at": at, "solver": solver, "start": start, "seed": seed}
-    options |= {key: value for key, value in (("steps", steps), ("rest", rest)) if value is not None}
-    edits.Options(**options)  # what can be refused before anything is loaded, is
+    options |= {
+        key: value for key, value in (("steps", steps), ("rest", rest)) if value is not None
+    }
+    Options(**options)  # what can be refused before anything is loaded, is
     if out is not None and not dry_run:
         refuse_taken(out, overwrite)
     train = _rows_of(run)
@@ -255,18 +356,24 @@ def _edit(
         for id in [*asked["remove"], *asked["relabel"], *asked["correct"]]:
             train.index(id)
     console.quiet_transformers()
-    opened = Run.open(run, train=train, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
+    opened = Run.open(
+        run,
+        train=train,
+        device=device,
+        checkpointing=checkpointing,
+        trust_remote_code=trust_remote_code,
+    )
     if out is not None and not dry_run:
-        result.refuse_out(opened, out, overwrite)
+        refuse_out(opened, out, overwrite)
     if dry_run:
-        ahead = edits.forecast(opened, **asked, holdout=unseen, **options)
-        console.emit(ahead, _forecast_text(ahead), json)
+        ahead = forecast(opened, **asked, holdout=unseen, **options)
+        console.emit(ahead, dry_run_text(ahead), json)
         return
-    made = edits.edit(opened, **asked, holdout=unseen, **options)
+    made = edit(opened, **asked, holdout=unseen, **options)
     assert out is not None
     report = {**made.report, "guard": {**made.report["guard"], "forced": force and not made.passed}}
     if not made.passed and not force:
-        text = f"not written: the edit that was tried does too much damage\n\n{_edit_text(report)}"
+        text = f"not written: the edit that was tried does too much damage\n\n{edit_text(report)}"
         console.emit({"written": False, "out": None, **report}, text, json)
     made.save(out, force=force, overwrite=overwrite)
     follow = (
@@ -274,13 +381,15 @@ def _edit(
         f"back to the old adapter.\nNext: unlearn verify --run {opened.directory}; analysis report --edit {out} --out report.html"
     )
     console.emit(
-        {"written": True, "out": str(out), **report}, f"{_edit_text(report)}\n\n{console.printable(follow)}", json
+        {"written": True, "out": str(out), **report},
+        f"{edit_text(report)}\n\n{console.printable(follow)}",
+        json,
     )
 
 
 def _rows_of(run: Path) -> Any:
     """The run's training rows, read before the model is loaded; None where they came from no file."""
-    from influence.data import read_examples
+    from influence.rows import read_examples
     from influence.run import read_manifest
 
     path = read_manifest(run)["data"]["path"]
@@ -297,30 +406,50 @@ def _register(kind: str, help: str, sources: tuple[str, ...]) -> None:
         _edit(kind, **given)
 
     command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {value.name: value.annotation for value in parameters} | {"return": None}
+    command.__annotations__ = {value.name: value.annotation for value in parameters} | {
+        "return": None
+    }
     app.command(name=kind, help=help)(command)
 
 
-_register("remove", "Take training rows out of the adapter, without retraining.", ("ids", "ids_file"))
-_register("relabel", "Give training rows another completion, without retraining.", ("changes",))
-_register("correct", "Give training rows another prompt, completion or both, without retraining.", ("changes",))
 _register(
-    "edit", "Several kinds of change in one edit: removals, relabellings, corrections.", ("ids", "ids_file", "changes")
+    "remove", "Take training rows out of the adapter, without retraining.", ("ids", "ids_file")
 )
 
 
-# ---- gradient-based unlearning -------------------------------------------------------------------------------
+_register("relabel", "Give training rows another completion, without retraining.", ("changes",))
+
+
+_register(
+    "correct",
+    "Give training rows another prompt, completion or both, without retraining.",
+    ("changes",),
+)
+
+
+_register(
+    "edit",
+    "Several kinds of change in one edit: removals, relabellings, corrections.",
+    ("ids", "ids_file", "changes"),
+)
 
 
 @app.command()
 def train(
     run: RunOption,
     method: Annotated[
-        str, typer.Option("--method", help="A name from unlearn methods, or FILE.py:NAME with one of your own.")
+        str,
+        typer.Option(
+            "--method", help="A name from unlearn methods, or FILE.py:NAME with one of your own."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Adapter directory to make.")],
-    ids: Annotated[str | None, typer.Option("--ids", help="Ids of the rows to unlearn, separated by commas.")] = None,
-    ids_file: Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line.")] = None,
+    ids: Annotated[
+        str | None, typer.Option("--ids", help="Ids of the rows to unlearn, separated by commas.")
+    ] = None,
+    ids_file: Annotated[
+        Path | None, typer.Option("--ids-file", help="File with one id per line.")
+    ] = None,
     retain: Annotated[
         Path | None, typer.Option("--retain", help="Rows to keep. Default: the run's other rows.")
     ] = None,
@@ -331,59 +460,89 @@ def train(
             help="base (the rows' loss reaches the base model's; the usual default), expected, loss=X, or steps=N.",
         ),
     ] = None,
-    lr: Annotated[str | None, typer.Option("--lr", help="Learning rate, or auto (GeN). Default: by --stride.")] = None,
+    lr: Annotated[
+        str | None, typer.Option("--lr", help="Learning rate, or auto (GeN). Default: by --stride.")
+    ] = None,
     stride: Annotated[
         float | None,
-        typer.Option("--stride", help="Length of the first step over the adapter's. Default: the method's own."),
+        typer.Option(
+            "--stride",
+            help="Length of the first step over the adapter's. Default: the method's own.",
+        ),
     ] = None,
     numbers: Annotated[
-        list[str] | None, typer.Option("--set", help="A number of the method, as in beta=0.05. May be repeated.")
+        list[str] | None,
+        typer.Option("--set", help="A number of the method, as in beta=0.05. May be repeated."),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="The most steps. Default: the method's own.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows to unlearn in a step.")] = 32,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="The most steps. Default: the method's own.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Rows to unlearn in a step.")
+    ] = 32,
     retain_batch_size: Annotated[
-        int | None, typer.Option("--retain-batch-size", help="Retained rows in a step. Default: as many.")
+        int | None,
+        typer.Option("--retain-batch-size", help="Retained rows in a step. Default: as many."),
     ] = None,
     optimizer: Annotated[
-        str | None, typer.Option("--optimizer", help="A class of torch.optim. Default: the method's own.")
+        str | None,
+        typer.Option("--optimizer", help="A class of torch.optim. Default: the method's own."),
     ] = None,
-    schedule: Annotated[str, typer.Option("--schedule", help="constant, linear or cosine.")] = "constant",
+    schedule: Annotated[
+        str, typer.Option("--schedule", help="constant, linear or cosine.")
+    ] = "constant",
     warmup: Annotated[int, typer.Option("--warmup", help="Steps of a linear rise.")] = 0,
-    max_grad_norm: Annotated[float | None, typer.Option("--max-grad-norm", help="Clips the combined gradient.")] = None,
+    max_grad_norm: Annotated[
+        float | None, typer.Option("--max-grad-norm", help="Clips the combined gradient.")
+    ] = None,
     stop_damage: Annotated[
         float | None,
-        typer.Option("--stop-damage", help="Also stop when the retained rows' loss has risen by this share."),
+        typer.Option(
+            "--stop-damage", help="Also stop when the retained rows' loss has risen by this share."
+        ),
     ] = None,
     control: Annotated[
         float | None,
         typer.Option(
-            "--control", help="Mix with the adapter before until this share of the retained rows' likelihood is left."
+            "--control",
+            help="Mix with the adapter before until this share of the retained rows' likelihood is left.",
         ),
     ] = None,
     max_damage: Annotated[
         float | None,
         typer.Option(
-            "--max-damage", help="Allowed relative rise of the retained rows' loss; beyond it nothing is written."
+            "--max-damage",
+            help="Allowed relative rise of the retained rows' loss; beyond it nothing is written.",
         ),
     ] = None,
     holdout: Annotated[
-        Path | None, typer.Option("--holdout", help="Rows the adapter never saw: measured before and after.")
+        Path | None,
+        typer.Option("--holdout", help="Rows the adapter never saw: measured before and after."),
     ] = None,
     start: Annotated[
         str | None,
         typer.Option(
-            "--start", help="Adapter to begin with: an edit's directory, or original. Default: the last edit's."
+            "--start",
+            help="Adapter to begin with: an edit's directory, or original. Default: the last edit's.",
         ),
     ] = None,
     token_budget: Annotated[
         int | None,
-        typer.Option("--token-budget", help="Tokens that run at a time, padding included. Default: the fit's."),
+        typer.Option(
+            "--token-budget",
+            help="Tokens that run at a time, padding included. Default: the fit's.",
+        ),
     ] = None,
     save_every: Annotated[
-        int, typer.Option("--save-every", help="Steps between two saves of the unfinished training.")
+        int,
+        typer.Option("--save-every", help="Steps between two saves of the unfinished training."),
     ] = 25,
-    seed: Annotated[int, typer.Option("--seed", help="Draws batches, random labels and refusals.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Write the adapter whatever the damage.")] = False,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Draws batches, random labels and refusals.")
+    ] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the adapter whatever the damage.")
+    ] = False,
     device: DeviceOption = "auto",
     checkpointing: CheckpointingOption = False,
     trust_remote_code: TrustOption = False,
@@ -395,17 +554,21 @@ def train(
     Killed, the same command goes on; torchrun --nproc-per-node N -m -- unlearn train ... shares the rows out.
     """
     from influence import distributed
-    from influence.data import read_examples
+    from influence.rows import read_examples
     from influence.run import Run
-    from unlearn import loop, result
-    from unlearn.methods import method_of
-    from unlearn.retrain import refuse_taken
-    from unlearn.training import Options, refuse
+    from unlearn.methods import loop
+    from unlearn.methods.methods import method_of
+    from unlearn.methods.options import Options
+    from unlearn.methods.preparation import refuse
+    from unlearn.record import save
+    from unlearn.retraining.retrain import refuse_taken
 
     if ids is not None and ids_file is not None:
         raise InputError("--ids and --ids-file were both given: give one of them")
     if ids is None and ids_file is None:
-        raise InputError("name the rows to unlearn: --ids A,B,C or --ids-file FILE (one id per line)")
+        raise InputError(
+            "name the rows to unlearn: --ids A,B,C or --ids-file FILE (one id per line)"
+        )
     asked = _ids(ids, ids_file)
     chosen = method_of(method, **_numbers(numbers or []))
     options: dict[str, Any] = {
@@ -415,15 +578,27 @@ def train(
         "steps": steps,
         "batch_size": batch_size,
     }
-    options |= {"retain_batch_size": retain_batch_size, "optimizer": optimizer, "schedule": schedule, "warmup": warmup}
+    options |= {
+        "retain_batch_size": retain_batch_size,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "warmup": warmup,
+    }
     options |= {
         "max_grad_norm": max_grad_norm,
         "stop_damage": stop_damage,
         "control": control,
         "max_damage": max_damage,
     }
-    options |= {"start": start, "save_every": save_every, "seed": seed, "token_budget": token_budget}
-    refuse(chosen, Options(**options), retain is not None)  # what can be refused before anything is loaded, is
+    options |= {
+        "start": start,
+        "save_every": save_every,
+        "seed": seed,
+        "token_budget": token_budget,
+    }
+    refuse(
+        chosen, Options(**options), retain is not None
+    )  # what can be refused before anything is loaded, is
     refuse_taken(out, overwrite)
     kept = None if retain is None else read_examples(retain)
     unseen = None if holdout is None else read_examples(holdout)
@@ -433,15 +608,31 @@ def train(
             rows.index(id)
     console.quiet_transformers()
     device = distributed.join(device)
-    opened = Run.open(run, train=rows, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code)
-    result.refuse_out(opened, out, overwrite)
+    opened = Run.open(
+        run,
+        train=rows,
+        device=device,
+        checkpointing=checkpointing,
+        trust_remote_code=trust_remote_code,
+    )
+    save.refuse_out(opened, out, overwrite)
     checkpoint = out.with_name(out.name + ".training")
     made = loop.train(
-        opened, chosen, asked, retain=kept, holdout=unseen, checkpoint=checkpoint, restart=overwrite, **options
+        opened,
+        chosen,
+        asked,
+        retain=kept,
+        holdout=unseen,
+        checkpoint=checkpoint,
+        restart=overwrite,
+        **options,
     )
     if distributed.rank() == 0:
-        report = {**made.report, "guard": {**made.report["guard"], "forced": force and not made.passed}}
-        text = _edit_text(report)
+        report = {
+            **made.report,
+            "guard": {**made.report["guard"], "forced": force and not made.passed},
+        }
+        text = edit_text(report)
         if not made.passed and not force:
             refused = f"not written: the training that was tried does too much damage\n\n{text}"
             console.emit({"written": False, "out": None, **report}, refused, json)
@@ -482,51 +673,22 @@ def _numbers(given: list[str]) -> dict[str, float]:
 @app.command()
 def methods(
     guide: Annotated[
-        bool, typer.Option("--guide", help="How to choose a method's learning rate, and what was measured.")
+        bool,
+        typer.Option(
+            "--guide", help="How to choose a method's learning rate, and what was measured."
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
     """The methods of unlearn train: source, parts, what they need and cost."""
-    from unlearn.guide import guide_text, rates
-    from unlearn.methods import METHODS
+    from unlearn.methods.guide import guide_text, rates
+    from unlearn.methods.methods import METHODS
 
     table = [make().describe() for make in METHODS.values()]
     if guide:
         console.emit({"rule": guide_text(), "measured": rates()}, guide_text(), json)
         return
-    console.emit(table, _methods_text(table), json)
-
-
-def _methods_text(table: list[dict[str, Any]]) -> str:
-    """The methods, each in a few lines."""
-    from unlearn.methods import METHODS
-
-    lines = []
-    for row in table:
-        cost = row["cost_per_step"]
-        parts = [f"{part} {row[part]}" for part in ("targets", "forget", "retain") if row[part] is not None]
-        parts += [f"combine {row['combine']}"] * (row["retain"] is not None)
-        parts += [f"finish {row['finish']}"] * (row["finish"] is not None)
-        rate = "automatic rate" if row["lr"] == "auto" else f"first step {row['stride']:.1%} of the adapter's length"
-        needs = [f"retained rows ({row['retain_rows']})"] * row["needs_retain"]
-        needs += ["the adapter before"] * row["needs_reference"]
-        costs = [f"{cost['per_forget_row']:.3g} row-gradients for each forget row"] * (row["forget"] is not None)
-        costs += [f"{cost['per_retain_row']:.3g} for each retained row"] * row["needs_retain"]
-        numbers = [f"{name}={one.default}" for name, one in inspect.signature(METHODS[row["name"]]).parameters.items()]
-        lines += [
-            f"{row['name']}: {row['title']}",
-            f"    {row['source']}",
-            f"    {'; '.join(parts)}" + (f"; --set {', '.join(numbers)}" if numbers else ""),
-            f"    needs {' and '.join(needs) or 'the forget rows alone'}; a step costs {' and '.join(costs)}",
-            f"    {row['optimizer']}, {rate}; until {row['until']}, at most {row['steps']} steps",
-        ]
-    return "\n".join([*lines, "", "unlearn methods --guide says how to choose a learning rate."])
-
-
-# ---- what a person reads -------------------------------------------------------------------------------------
-
-
-# ---- difficulty ----------------------------------------------------------------------------------------------
+    console.emit(table, methods_text(table), json)
 
 
 @app.command()
@@ -534,9 +696,12 @@ def difficulty(
     run: RunOption,
     out: Annotated[Path, typer.Option("--out", help="Table to write: .csv or .parquet.")],
     ids: Annotated[
-        str | None, typer.Option("--ids", help="Ids of the rows, separated by commas. Default: all.")
+        str | None,
+        typer.Option("--ids", help="Ids of the rows, separated by commas. Default: all."),
     ] = None,
-    ids_file: Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line.")] = None,
+    ids_file: Annotated[
+        Path | None, typer.Option("--ids-file", help="File with one id per line.")
+    ] = None,
     by_group: Annotated[
         bool,
         typer.Option(
@@ -549,7 +714,10 @@ def difficulty(
     ] = False,
     calibrate: Annotated[
         int | None,
-        typer.Option("--calibrate", help="Unlearn this many rows (drawn by --seed) and correct the forecasts by them."),
+        typer.Option(
+            "--calibrate",
+            help="Unlearn this many rows (drawn by --seed) and correct the forecasts by them.",
+        ),
     ] = None,
     target: Annotated[
         str,
@@ -559,18 +727,28 @@ def difficulty(
         ),
     ] = "base",
     optimizer: Annotated[str, typer.Option("--optimizer", help="adam or sgd.")] = "adam",
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate. Default: 1e-4 (adam), 5e-3 (sgd).")] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Learning rate. Default: 1e-4 (adam), 5e-3 (sgd).")
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", help="The most steps.")] = 200,
     looks: Annotated[int, typer.Option("--looks", help="Gradients a row; 1 is a line scan.")] = 3,
     max_damage: Annotated[
         float,
-        typer.Option("--max-damage", help="Share of the retained loss that ascent may cost where it is recommended."),
+        typer.Option(
+            "--max-damage",
+            help="Share of the retained loss that ascent may cost where it is recommended.",
+        ),
     ] = 0.01,
     holdout: Annotated[
         Path | None,
-        typer.Option("--holdout", help="Rows the adapter never saw; measured too, and used by --target unseen."),
+        typer.Option(
+            "--holdout",
+            help="Rows the adapter never saw; measured too, and used by --target unseen.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Draws the retained sample, and the rows of --calibrate.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Draws the retained sample, and the rows of --calibrate.")
+    ] = 0,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
@@ -583,12 +761,12 @@ def difficulty(
     """
     import numpy as np
 
-    from influence.data import read_examples
+    from influence.rows import read_examples
     from influence.run import Run
     from influence.tables import checked_table
     from unlearn import difficulty as known
-    from unlearn.calibration import FEWEST
-    from unlearn.units import units
+    from unlearn.difficulty.calibration import FEWEST
+    from unlearn.difficulty.units import units
 
     protocol = known.Protocol(optimizer=optimizer, lr=lr, target=target, steps=steps)
     out = checked_table(out, overwrite)
@@ -599,11 +777,17 @@ def difficulty(
         raise InputError(
             "--calibrate and --measure were given together: --measure unlearns all rows and corrects nothing"
         )
-    for name, value, least in (("--looks", looks, 1), ("--seed", seed, 0), ("--max-damage", max_damage, 0)):
+    for name, value, least in (
+        ("--looks", looks, 1),
+        ("--seed", seed, 0),
+        ("--max-damage", max_damage, 0),
+    ):
         if not value >= least:
             raise InputError(f"{name} {value:g} was given; expected at least {least}")
     if holdout is not None and not measure and calibrate is None and target == "base":
-        raise InputError("--holdout was given: it is for --target unseen, --measure or --calibrate; leave it out here")
+        raise InputError(
+            "--holdout was given: it is for --target unseen, --measure or --calibrate; leave it out here"
+        )
     unseen = None if holdout is None else read_examples(holdout)
     console.quiet_transformers()
     opened = Run.open(run, train=_rows_of(run), device=device, trust_remote_code=trust_remote_code)
@@ -614,30 +798,51 @@ def difficulty(
             f"--calibrate {calibrate} was given with {count} rows (or groups) asked for; a calibration takes {FEWEST} of them or more: "
             "ask for more rows, or leave --calibrate out"
         )
-    asked = units(opened, None if groups is not None else wanted, groups, protocol, unseen, seed=seed)
-    forecast = known.predict(opened, protocol=protocol, looks=looks, max_damage=max_damage, asked=asked)
+    asked = units(
+        opened, None if groups is not None else wanted, groups, protocol, unseen, seed=seed
+    )
+    forecast = known.predict(
+        opened, protocol=protocol, looks=looks, max_damage=max_damage, asked=asked
+    )
     if measure or calibrate is not None:
         drawn = np.sort(np.random.default_rng(seed).permutation(count)[:calibrate])
         beside = out.with_name(out.stem + ".difficulty.h5")
         found = known.measure(
-            opened, protocol=protocol, heldout=unseen, out=beside, overwrite=overwrite, asked=asked.select(drawn)
+            opened,
+            protocol=protocol,
+            heldout=unseen,
+            out=beside,
+            overwrite=overwrite,
+            asked=asked.select(drawn),
         )
         real = np.full((2, count), np.nan)
         real[:, drawn] = found.steps, found.damage
         if calibrate is not None:
-            labels = [] if groups is not None else [opened.train[rows[0]].group for rows in asked.members]
+            labels = (
+                []
+                if groups is not None
+                else [opened.train[rows[0]].group for rows in asked.members]
+            )
             known_labels = [label for label in labels if label is not None]
-            forecast = forecast.calibrated(real[0], real[1], known_labels if len(known_labels) == count else None, seed)
+            forecast = forecast.calibrated(
+                real[0], real[1], known_labels if len(known_labels) == count else None, seed
+            )
         forecast = forecast.with_measured(real[0], real[1])
     forecast.write(out, overwrite=overwrite)
     record = {"out": str(out), "rows": len(forecast), **forecast.record()}
-    record["recommended"] = {key: int(number) for key, number in forecast.table["recommended"].value_counts().items()}
-    console.emit(record, _difficulty_text(forecast, out), json)
+    record["recommended"] = {
+        key: int(number) for key, number in forecast.table["recommended"].value_counts().items()
+    }
+    console.emit(record, difficulty_text(forecast, out), json)
 
 
 def _by_group(run: Any, asked: list[str] | None) -> dict[str, list[str]]:
     """All rows of every group that one of the asked rows is in; a row without a group is a unit of its own, by its id."""
-    chosen = {row.id for row in run.train} if asked is None else {run.train[run.train.index(id)].id for id in asked}
+    chosen = (
+        {row.id for row in run.train}
+        if asked is None
+        else {run.train[run.train.index(id)].id for id in asked}
+    )
     groups = {row.group for row in run.train if row.id in chosen and row.group is not None}
     found: dict[str, list[str]] = {}
     for row in run.train:
@@ -646,164 +851,6 @@ def _by_group(run: Any, asked: list[str] | None) -> dict[str, list[str]]:
         elif row.id in chosen:
             found.setdefault(row.id, []).append(row.id)
     return found
-
-
-def _difficulty_text(forecast: Any, out: Path) -> str:
-    """The hardest rows, how many of each recommendation, what was measured and what the calibration says, for a person."""
-    import numpy as np
-
-    table = forecast.table.sort_values("steps", ascending=False, kind="stable")
-    protocol, shown = forecast.protocol, "measured_steps" in table
-    heads = f"{'steps':>20}  {'damage, nats per token':>26}"
-    lines = [heads + (f"  {'measured':>14}" if shown else "") + "  do       id"]
-    for row in table.head(10).itertuples():
-        steps = f"{row.steps:.1f} [{row.steps_low:.1f}, {row.steps_high:.1f}]" if np.isfinite(row.steps) else "beyond"
-        damage = "unknown"
-        if np.isfinite(row.damage):
-            damage = f"{row.damage:+.3f} [{row.damage_low:+.3f}, {row.damage_high:+.3f}]"
-        line = f"{steps:>20}  {damage:>26}"
-        if shown:
-            line += f"  {'-' if np.isnan(row.measured_steps) else f'{row.measured_steps:.1f} {row.measured_damage:+.3f}':>14}"
-        lines.append(f"{line}  {row.recommended:<8} {row.id}".replace("\n", " "))
-    if len(table) > 10:
-        lines.append(f"... and {len(table) - 10} more, all in {out}")
-    told = forecast.table["recommended"].value_counts()
-    aim = "of the base model" if protocol["target"] == "base" else "expected of a model that never saw the row"
-    lines += [
-        "",
-        f"hardest first; ascent by {protocol['optimizer']}, rate {protocol['lr']:g}, to the loss {aim}; [ ] should hold nine rows of ten",
-        "recommended: "
-        + ", ".join(f"{method} {count}" for method, count in told.items())
-        + f" (ascent where it costs at most {forecast.max_damage:.1%} of the sampled rows' mean loss, "
-        f"{forecast.retained_loss:.3f} nats per token)",
-    ]
-    if shown:
-        both = forecast.table[["steps", "measured_steps", "damage", "measured_damage"]]
-        both = both[np.isfinite(both).all(axis=1) & (both["measured_steps"] > 0)]
-        if len(both) > 2 and forecast.calibration is None:
-            error = (both["steps"] / both["measured_steps"] - 1).abs().median()
-            rank = both.corr("spearman")
-            lines.append(
-                f"measured against forecast, {len(both)} rows: median error of steps {error:.0%}; Spearman "
-                f"{rank.loc['steps', 'measured_steps']:.2f} (steps), {rank.loc['damage', 'measured_damage']:.2f} (damage)"
-            )
-    if (found := forecast.calibration) is not None:
-        lines.append(
-            f"calibrated on {found.measured} measured rows; out of fold (and before): Spearman {found.spearman['steps']:.2f} "
-            f"({found.before['steps']:.2f}) of steps, {found.spearman['damage']:.2f} ({found.before['damage']:.2f}) of damage; "
-            f"median error of steps {found.error:.0%}"
-        )
-        for name, falls in found.importances.items():
-            if found.spearman[name] < found.before[name] - 0.02:
-                lines.append(
-                    f"warning: the correction of {name} does harm; measure more rows (--calibrate N), or do without"
-                )
-            lines.append(f"what the correction of {name} leans on: " + ", ".join(list(falls)[:4]))
-    lines.append(f"{out}: {_rows(len(table))} and their features")
-    return console.printable("\n".join(lines))
-
-
-def _loss_table(title: str, rows: list[tuple[str, dict[str, Any] | None]], columns: list[tuple[str, str]]) -> str:
-    """Mean losses as lines of text."""
-    head = f"{title:<26}{'rows':>6}" + "".join(f"{name:>12}" for name, _ in columns)
-    lines = [head]
-    for name, found in rows:
-        if found is not None:
-            shown = "".join(f"{_number(found.get(key)):>12}" for _, key in columns)
-            lines.append(f"{name:<26}{found['rows']:>6}{shown}")
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}" if abs(value) < 1e4 else f"{value:.2g}"
-
-
-_WHAT = {"remove": "removed", "relabel": "relabelled", "correct": "corrected", "mixed": "changed"}
-
-
-def _edit_text(report: dict[str, Any]) -> str:
-    """What an edit did, for a person."""
-    losses, guard, cost = report["losses"], report["guard"], report["cost"]
-    columns = [("before", "before"), ("after", "after"), ("goal", "target")]
-    measured = _by_kind(report["rows"])
-    measured += [("retained rows (sample)", losses["retained"]), ("held-out rows", losses["heldout"])]
-    method = report["method"]
-    done = f"{method['name']} against" if "steps_taken" in method else _WHAT[report["kind"]]
-    lines = [f"{done} {_rows(len(report['rows']))}: {report['stopped']}", ""]
-    if method.get("kept") is not None:
-        lines[1:1] = [f"{method['finish']}: {method['kept']:+.3g} times the whole move was kept"]
-    if method.get("lr_last") is not None:
-        lines[1:1] = [f"learning rate {method['lr_first']:.3g}, {method['lr_last']:.3g} in the last step"]
-    lines += [_loss_table("mean loss, nats per token", measured, columns), ""]
-    for title, chosen in (("removed rows", True), ("new contents", False)):
-        rows = [row for row in report["rows"] if (row["action"] == "remove") == chosen]
-        if rows:
-            first, now = (sum(row[key] == 1 for row in rows) for key in ("extraction_before", "extraction_after"))
-            lines.append(
-                f"{title} that the prompt alone draws out word for word: {first} before, {now} after, of {len(rows)}"
-            )
-            short = [row for row in rows if _falls_short(row)]
-            if short:
-                named = ", ".join(row["id"] for row in short[:5]) + (" ..." if len(short) > 5 else "")
-                lines.append(f"{title} that are more than 10 % short of their goal: {len(short)} ({named})")
-    ratio = "" if cost["ratio"] is None else f", {cost['ratio']:.0%} of retraining"
-    damage = "no retained row to measure" if guard["damage"] is None else f"retained loss {guard['damage']:+.1%}"
-    allowed = "any" if guard["max_damage"] == float("inf") else f"{100 * guard['max_damage']:g}%"
-    lines.append(f"{damage} ({allowed} allowed); {cost['total']:.0f} row-gradients{ratio}, {cost['seconds']:.0f} s")
-    if report["reached"] is False:
-        lines.append("warning: the goal was not reached")
-    return console.printable("\n".join(lines))
-
-
-def _rows(count: int) -> str:
-    return f"{count} row" if count == 1 else f"{count} rows"
-
-
-def _falls_short(row: dict[str, Any]) -> bool:
-    """Whether a row is more than a tenth from its goal, on the wrong side."""
-    if row["target"] is None:
-        return False
-    if row["action"] == "remove":
-        return row["after"] < 0.9 * row["target"]
-    return row["after"] > 1.1 * row["target"]
-
-
-def _by_kind(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any] | None]]:
-    """Mean losses of the removed rows, the new contents and the old ones they replace."""
-    kinds = {
-        "removed rows": ([row for row in rows if row["action"] == "remove"], "before", "after", "target"),
-        "new contents": ([row for row in rows if row["action"] != "remove"], "before", "after", "target"),
-        "the contents they replace": (
-            [row for row in rows if row["action"] != "remove"],
-            "old_before",
-            "old_after",
-            "old_target",
-        ),
-    }
-    found: list[tuple[str, dict[str, Any] | None]] = []
-    for title, (chosen, *keys) in kinds.items():
-        known = [[row[key] for row in chosen if row[key] is not None] for key in keys] if chosen else []
-        means = [sum(values) / len(values) if values else None for values in known]
-        if chosen:
-            found.append((title, {"rows": len(chosen), **dict(zip(("before", "after", "target"), means, strict=True))}))
-    return found
-
-
-def _forecast_text(ahead: dict[str, Any]) -> str:
-    """What an edit would do, for a person."""
-    losses, cost = ahead["losses"], ahead["cost"]
-    columns = [("now", "before"), ("goal", "target"), ("linear", "linear")]
-    named = [*_by_kind(ahead["rows"]), ("all of them", losses["edited"])]
-    named += [("retained rows (sample)", losses["retained"]), ("held-out rows", losses["heldout"])]
-    table = _loss_table("mean loss, nats per token", named, columns)
-    ratio = "" if cost["ratio"] is None else f" ({cost['ratio']:.0%} of retraining)"
-    return (
-        f"dry run: {_rows(len(ahead['rows']))} would be {_WHAT[ahead['kind']]}; nothing was changed or written\n\n{table}\n\n"
-        "goal: where the edit stops (removed rows: the loss expected of a model that never saw them; new contents: the retained "
-        "rows' loss).\nlinear: what one linear step (--steps 1) is forecast to do; where that is far from the goal, only the "
-        "default, which takes several, will get there.\n"
-        f"cost: about {cost['row_gradients']} row-gradients{ratio}, about {cost['seconds']:.0f} s here, plus loading"
-    )
 
 
 if __name__ == "__main__":

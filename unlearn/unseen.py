@@ -26,14 +26,16 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
+from influence.batches import collate
+from influence.cost import Cost
 from influence.curvature.base import Invertible
-from influence.data import TokenizedExamples, collate
-from influence.loss import SumLoss, mean_losses, supervised_logits
+from influence.loss import mean_losses, supervised_logits
+from influence.measurements import SumLoss
 from influence.path import scaled
 from influence.run import AtPoint, Run, parts, spaced
-from unlearn.measure import Cost
-from unlearn.requests import Change
-from unlearn.versions import Version
+from influence.tokens import TokenizedExamples
+from unlearn.record.change import Change
+from unlearn.record.version import Version
 
 #: Loss of rows that an adapter never saw over the base model's loss on them, where no held-out rows tell it.
 UNSEEN = 1.2
@@ -77,7 +79,11 @@ class Expected:
 
 
 def expected_losses(
-    change: Change, now: np.ndarray, heldout: TokenizedExamples | None, heldout_now: np.ndarray | None, cost: Cost
+    change: Change,
+    now: np.ndarray,
+    heldout: TokenizedExamples | None,
+    heldout_now: np.ndarray | None,
+    cost: Cost,
 ) -> Expected:
     """Estimate, for every row of S, the loss of a model that never saw S (but the new contents, where there are any).
 
@@ -89,7 +95,9 @@ def expected_losses(
     rho = UNSEEN
     with model.at(scaled_to(version, 0.0)):
         base = mean_losses(model, change.old, token_budget=budget)
-        new_base = mean_losses(model, change.new, token_budget=budget) if len(change.new) else np.zeros(0)
+        new_base = (
+            mean_losses(model, change.new, token_budget=budget) if len(change.new) else np.zeros(0)
+        )
         cost.forwards += len(base) + len(new_base)
         if heldout is not None and heldout_now is not None and len(heldout) >= ENOUGH:
             some = spaced(len(heldout), CANDIDATES)
@@ -118,7 +126,11 @@ def shares(change: Change, cost: Cost) -> np.ndarray:
     for point in points:
         found = _influence(change, point, looked, kept, cost)
         influence += found / max(float(found[np.arange(len(looked)), looked].mean()), 1e-300)
-    usual = np.median(influence[:, s + np.flatnonzero(ordinary)], axis=1) if ordinary.any() else np.zeros(len(looked))
+    usual = (
+        np.median(influence[:, s + np.flatnonzero(ordinary)], axis=1)
+        if ordinary.any()
+        else np.zeros(len(looked))
+    )
     excess = np.maximum(0, influence - usual[:, None]) ** POWER
     total = excess.sum(1)
     own = np.where(total > 0, excess[:, :s].sum(1) / np.where(total > 0, total, 1), 1.0)
@@ -127,7 +139,9 @@ def shares(change: Change, cost: Cost) -> np.ndarray:
     return out
 
 
-def _influence(change: Change, point: AtPoint, looked: np.ndarray, kept: np.ndarray, cost: Cost) -> np.ndarray:
+def _influence(
+    change: Change, point: AtPoint, looked: np.ndarray, kept: np.ndarray, cost: Cost
+) -> np.ndarray:
     """`g_i^T (C + lambda I)^-1 w_j g_j` at a point, `[looked, s + k + r]`: of S on itself, kept rows and new contents.
 
     Every gradient is taken once (those of S twice); the solved ones wait in the host's memory.
@@ -142,7 +156,9 @@ def _influence(change: Change, point: AtPoint, looked: np.ndarray, kept: np.ndar
         solved[torch.from_numpy(some)] = curvature.solve(gradients, lam).cpu()
     out = np.zeros((len(looked), s + k + r))
     for others in parts(run, s + k):
-        out[:, others] = (solved @ _gradients(version, point, rows[others], cost).cpu().T).double().numpy()
+        out[:, others] = (
+            (solved @ _gradients(version, point, rows[others], cost).cpu().T).double().numpy()
+        )
     for others in parts(run, r) if r else []:
         cost.gradients += len(others)
         found = point.query_gradients(change.new.select(others), SumLoss())
@@ -183,7 +199,9 @@ def candidates(change: Change) -> tuple[np.ndarray, np.ndarray]:
     related = mates[spaced(len(mates), half)] if len(mates) else mates
     if len(related) < half:
         left = np.setdiff1d(rest, related)
-        related = np.concatenate([related, left[_most_similar(change, left)[: half - len(related)]]])
+        related = np.concatenate(
+            [related, left[_most_similar(change, left)[: half - len(related)]]]
+        )
     others = np.setdiff1d(rest, related)
     others = others[spaced(len(others), half)]
     return np.concatenate([related, others]), np.arange(len(related) + len(others)) >= len(related)
@@ -194,10 +212,14 @@ def _most_similar(change: Change, rows: np.ndarray) -> np.ndarray:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     text = [row.preview(4000) for row in change.version.rows]
-    matrix = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]").fit_transform(text)
+    matrix = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]").fit_transform(
+        text
+    )
     nearest = np.zeros(len(rows))
     for some in np.array_split(change.rows, -(-len(change.rows) // 64)):
-        nearest = np.maximum(nearest, np.asarray((matrix[rows] @ matrix[some].T).max(axis=1).todense()).ravel())
+        nearest = np.maximum(
+            nearest, np.asarray((matrix[rows] @ matrix[some].T).max(axis=1).todense()).ravel()
+        )
     return np.argsort(-nearest, kind="stable")
 
 
@@ -246,25 +268,32 @@ class Reference:
         target = torch.from_numpy(self.targets[rows]).to(base)
         share = _mix(base, adapter, labels, counts, target)
         mixed = base.addcmul_(
-            adapter, torch.repeat_interleave(share, torch.tensor(counts, device=base.device))[:, None]
+            adapter,
+            torch.repeat_interleave(share, torch.tensor(counts, device=base.device))[:, None],
         )
         return [part.clone() for part in mixed.log_softmax(-1).split(counts)]
 
 
-def _mix(base: Tensor, difference: Tensor, labels: Tensor, counts: list[int], target: Tensor) -> Tensor:
+def _mix(
+    base: Tensor, difference: Tensor, labels: Tensor, counts: list[int], target: Tensor
+) -> Tensor:
     """The shares a [b] of the adapter at which the rows' mean losses are `target` [b], by bisection."""
     lengths = torch.tensor(counts, device=base.device)
     owner = torch.repeat_interleave(torch.arange(len(counts), device=base.device), lengths)
     low, high = torch.full_like(target, BEYOND), torch.ones_like(target)
     for _ in range(20):
         half = (low + high) / 2
-        losses = torch.nn.functional.cross_entropy(base + half[owner, None] * difference, labels, reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            base + half[owner, None] * difference, labels, reduction="none"
+        )
         mean = torch.zeros_like(target).index_add_(0, owner, losses) / lengths
         low, high = torch.where(mean > target, half, low), torch.where(mean > target, high, half)
     return high
 
 
-def _logits(model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray) -> tuple[Tensor, Tensor, list[int]]:
+def _logits(
+    model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray
+) -> tuple[Tensor, Tensor, list[int]]:
     batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
     with model.evaluating(), torch.no_grad():
         part = supervised_logits(model, batch)

@@ -19,9 +19,11 @@ def extraction_strength(right: Sequence[ArrayLike]) -> NDArray[np.float64]:
 
     1: the prompt alone is enough (k = 0); 0: even the last token is wrong (k = T), so nothing can be drawn out (Carlini et
     al. 2021, arXiv 2012.07805, as a share). Versions that search k below T only never reach 0. The formula is that of the
-    record of edits, `unlearn.measure.strength`.
+    record of edits, `unlearn.record.losses.strength`.
     """
-    from unlearn.measure import strength  # here: the metrics that need arrays alone do not wait for torch
+    from unlearn.record.losses import (
+        strength,
+    )  # here: the metrics that need arrays alone do not wait for torch
 
     return np.array([strength(row) for row in checked_tokens(right, "right", bool)])
 

@@ -166,7 +166,10 @@ def lds_difference(
     """
     masks, losses = _check_truth(masks, losses)
     predictions = np.stack(
-        [_predictions(scores_a, masks, losses, "scores_a"), _predictions(scores_b, masks, losses, "scores_b")]
+        [
+            _predictions(scores_a, masks, losses, "scores_a"),
+            _predictions(scores_b, masks, losses, "scores_b"),
+        ]
     )
 
     def per_query(subsets: NDArray[np.intp]) -> NDArray[np.float64]:
@@ -192,7 +195,9 @@ def _summary(
 
     everything = np.arange(subsets)
     values = per_query(everything)
-    interval = bootstrap_interval(mean_of_defined, subsets, resamples=resamples, level=level, seed=seed)
+    interval = bootstrap_interval(
+        mean_of_defined, subsets, resamples=resamples, level=level, seed=seed
+    )
     undefined = int(np.isnan(values).sum())
     return values, mean_of_defined(everything), interval, subsets, len(values), undefined
 
@@ -209,14 +214,18 @@ def _predictions(
             f"{losses.shape}, [queries, train] = {(queries, n)} was expected: pass one row per query and one "
             "column per training example, in the order of the masks."
         )
-    _refuse_not_finite(scores, name, "look for the queries or examples that gave them, and score those again")
+    _refuse_not_finite(
+        scores, name, "look for the queries or examples that gave them, and score those again"
+    )
     # Subsets whose predictions are equal but for the order of summation must tie, not be ranked by rounding.
     resolution = np.abs(scores).sum(axis=1, keepdims=True) * 2.0**-40
     predictions = -(scores @ masks.T.astype(np.float64))
     return np.round(predictions / np.where(resolution > 0, resolution, 1))
 
 
-def _check_truth(masks: ArrayLike, losses: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def _check_truth(
+    masks: ArrayLike, losses: ArrayLike
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Check masks [S, n] and losses [S, Q] against each other."""
     masks = np.asarray(masks)
     losses = np.asarray(losses, dtype=np.float64)
@@ -235,7 +244,9 @@ def _check_truth(masks: ArrayLike, losses: ArrayLike) -> tuple[NDArray[np.bool_]
             f"There are {len(masks)} retrained models; expected at least 3 for a rank correlation, and some "
             "dozens for a useful interval: retrain on more random halves."
         )
-    _refuse_not_finite(losses, "losses", "measure those again, or leave out the retrained models that diverged")
+    _refuse_not_finite(
+        losses, "losses", "measure those again, or leave out the retrained models that diverged"
+    )
     return masks, losses
 
 
@@ -318,7 +329,9 @@ def _read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray]:
         with file:
             return {key: file[key] for key in file.files}
     except FileNotFoundError:
-        raise InputError(f"There is no file {path}; expected an .npz of retrained losses: check the path.") from None
+        raise InputError(
+            f"There is no file {path}; expected an .npz of retrained losses: check the path."
+        ) from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = "it holds no plain arrays" if "pickle" in str(error) else str(error)
         raise InputError(

@@ -55,7 +55,9 @@ def exponential(values: ArrayLike) -> NDArray[np.float64]:
     return np.exp(np.minimum(values, LARGEST_EXPONENT))
 
 
-def checked(values: ArrayLike, name: str, ndim: int = 1, rows: int | None = None) -> NDArray[np.float64]:
+def checked(
+    values: ArrayLike, name: str, ndim: int = 1, rows: int | None = None
+) -> NDArray[np.float64]:
     """Give `values` as float64 [n] or [n, k]; refuse other shapes, no value at all, NaN, infinity, another n than `rows`."""
     shape = "[n], one number per row," if ndim == 1 else "[n, k], as many numbers for every row,"
     try:
@@ -65,7 +67,9 @@ def checked(values: ArrayLike, name: str, ndim: int = 1, rows: int | None = None
             f"{name} cannot be read as an array of numbers; expected {shape} of floats: pad or select rows of unequal length."
         ) from None
     if array.ndim != ndim or array.size == 0:
-        raise InputError(f"{name} has shape {array.shape}; expected {shape} and at least one: pass such an array.")
+        raise InputError(
+            f"{name} has shape {array.shape}; expected {shape} and at least one: pass such an array."
+        )
     _refuse_other_length(len(array), name, rows)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
@@ -77,10 +81,14 @@ def checked(values: ArrayLike, name: str, ndim: int = 1, rows: int | None = None
     return array
 
 
-def checked_tokens(values: Sequence[ArrayLike], name: str, kind: type, rows: int | None = None) -> list[NDArray[Any]]:
+def checked_tokens(
+    values: Sequence[ArrayLike], name: str, kind: type, rows: int | None = None
+) -> list[NDArray[Any]]:
     """Give one array [T_i] per row, of `bool` or `float`; refuse no rows, rows without tokens, NaN, another n than `rows`."""
     if len(values) == 0:
-        raise InputError(f"{name} has no rows; expected one array of tokens per row, at least one: pass some rows.")
+        raise InputError(
+            f"{name} has no rows; expected one array of tokens per row, at least one: pass some rows."
+        )
     _refuse_other_length(len(values), name, rows)
     if kind is float:
         return [checked(row, f"{name}[{i}]") for i, row in enumerate(values)]

@@ -76,11 +76,16 @@ def min_k(log_probs: Sequence[ArrayLike], k: float = 0.2) -> NDArray[np.float64]
 
     `max(1, floor(k T))` tokens of a row's T.
     """
-    return np.array([_mean_of_lowest(row, k) for row in checked_tokens(log_probs, "log_probs", float)])
+    return np.array(
+        [_mean_of_lowest(row, k) for row in checked_tokens(log_probs, "log_probs", float)]
+    )
 
 
 def min_k_plus_plus(
-    log_probs: Sequence[ArrayLike], means: Sequence[ArrayLike], stds: Sequence[ArrayLike], k: float = 0.2
+    log_probs: Sequence[ArrayLike],
+    means: Sequence[ArrayLike],
+    stds: Sequence[ArrayLike],
+    k: float = 0.2,
 ) -> NDArray[np.float64]:
     """Min-K %++: as `min_k`, of `(log p - mu) / sigma` (Zhang et al. 2024, arXiv 2404.02936), [n].
 
@@ -98,7 +103,9 @@ def min_k_plus_plus(
                 "completion token: take all three from the same forward pass."
             )
         if (sigma[i] < 0).any():
-            raise InputError(f"stds[{i}] has a negative value; expected standard deviations: pass roots of variances.")
+            raise InputError(
+                f"stds[{i}] has a negative value; expected standard deviations: pass roots of variances."
+            )
         scores[i] = _mean_of_lowest((own - mu[i]) / np.maximum(sigma[i], SMALLEST_SPREAD), k)
     return scores
 
@@ -130,11 +137,15 @@ def attack(
     """
     members, non_members = checked(members, "members"), checked(non_members, "non_members")
     if not all(0 <= fpr <= 1 for fpr in fprs):
-        raise InputError(f"fprs is {tuple(fprs)}; expected shares between 0 and 1: write 1 % as 0.01.")
+        raise InputError(
+            f"fprs is {tuple(fprs)}; expected shares between 0 and 1: write 1 % as 0.01."
+        )
     n, m = len(members), len(non_members)
     rng = np.random.default_rng(seed)
 
-    def drawn_again(_: NDArray[np.intp]) -> float:  # two groups: the indices of one sample do not serve
+    def drawn_again(
+        _: NDArray[np.intp],
+    ) -> float:  # two groups: the indices of one sample do not serve
         return _auc(members[rng.integers(n, size=n)], non_members[rng.integers(m, size=m)])
 
     interval = bootstrap_interval(drawn_again, n + m, resamples=resamples, level=level, seed=seed)
@@ -152,7 +163,9 @@ def privleak(auc: float, auc_retrained: float) -> float:
     """
     for name, value in (("auc", auc), ("auc_retrained", auc_retrained)):
         if not 0 <= value <= 1:
-            raise InputError(f"{name} is {value}; expected an area between 0 and 1: pass `attack(...).auc`.")
+            raise InputError(
+                f"{name} is {value}; expected an area between 0 and 1: pass `attack(...).auc`."
+            )
     if auc_retrained == 1:
         raise InputError(
             "auc_retrained is 1, and PrivLeak divides by 1 - auc_retrained; expected a retrained model that cannot tell all rows "
@@ -168,16 +181,22 @@ def _auc(members: NDArray[np.float64], non_members: NDArray[np.float64]) -> floa
     return float((ranks.sum() - n * (n + 1) / 2) / (n * len(non_members)))
 
 
-def _true_positive_rate(members: NDArray[np.float64], non_members: NDArray[np.float64], fpr: float) -> float:
+def _true_positive_rate(
+    members: NDArray[np.float64], non_members: NDArray[np.float64], fpr: float
+) -> float:
     allowed = _whole_part(fpr * len(non_members))
     if allowed >= len(non_members):
         return 1.0
-    return float((members > np.sort(non_members)[::-1][allowed]).mean())  # the best of those that may not be taken
+    return float(
+        (members > np.sort(non_members)[::-1][allowed]).mean()
+    )  # the best of those that may not be taken
 
 
 def _mean_of_lowest(values: NDArray[np.float64], k: float) -> float:
     if not 0 < k <= 1:
-        raise InputError(f"k is {k}; expected a share of the tokens above 0 and up to 1: write 20 % as 0.2.")
+        raise InputError(
+            f"k is {k}; expected a share of the tokens above 0 and up to 1: write 20 % as 0.2."
+        )
     return float(np.sort(values)[: max(1, _whole_part(k * len(values)))].mean())
 
 

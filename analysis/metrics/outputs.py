@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
-from influence.data import Batch, Examples, TokenizedExamples, Tokens, collate, plan_batches, tokenize
+from influence.batches import Batch, collate, plan_batches
 from influence.errors import BadRow, DataError, InputError, NumericalError
 from influence.gradients import stream_gradients
-from influence.loss import MeanLoss, supervised_logits
+from influence.loss import supervised_logits
+from influence.measurements import MeanLoss
+from influence.rows import Examples
+from influence.tokens import TokenizedExamples, Tokens, tokenize
 
 #: Positions whose whole distribution is held in float64 at once.
 _POSITIONS = 256
@@ -67,15 +70,23 @@ def outputs(model: AdaptedModel, tokens: TokenizedExamples, *, token_budget: int
     found: list[list[np.ndarray]] = [[] for _ in tokens]
     with model.evaluating(), torch.no_grad():
         for rows in plan_batches(tokens, token_budget):
-            part = supervised_logits(model, collate(tokens, rows, pad_id=model.pad_id, device=model.device))
-            columns = [values.cpu().split(part.counts) for values in _reduced(part.logits, part.targets)]
+            part = supervised_logits(
+                model, collate(tokens, rows, pad_id=model.pad_id, device=model.device)
+            )
+            columns = [
+                values.cpu().split(part.counts) for values in _reduced(part.logits, part.targets)
+            ]
             for row, *own in zip(rows, *columns, strict=True):
                 found[row] = [values.numpy() for values in own]
     log_probs, mean, std, right = (list(column) for column in zip(*found, strict=True))
     sums = np.array([-values.sum() for values in log_probs])
     if not np.isfinite(sums).all():
-        raise NumericalError(f"the loss of {int((~np.isfinite(sums)).sum())} rows is NaN or infinite")
-    return Outputs(list(tokens.ids), sums / tokens.counts, sums, tokens.counts, log_probs, mean, std, right)
+        raise NumericalError(
+            f"the loss of {int((~np.isfinite(sums)).sum())} rows is NaN or infinite"
+        )
+    return Outputs(
+        list(tokens.ids), sums / tokens.counts, sums, tokens.counts, log_probs, mean, std, right
+    )
 
 
 def _reduced(logits: Tensor, targets: Tensor) -> list[Tensor]:
@@ -92,10 +103,14 @@ def _reduced(logits: Tensor, targets: Tensor) -> list[Tensor]:
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-def gradient_norms(model: AdaptedModel, tokens: TokenizedExamples, *, token_budget: int = 4096) -> np.ndarray:
+def gradient_norms(
+    model: AdaptedModel, tokens: TokenizedExamples, *, token_budget: int = 4096
+) -> np.ndarray:
     """Euclidean norm of every row's gradient of its mean loss by the LoRA parameters, `[n]`, nats per token."""
     norms = np.zeros(len(tokens))
-    for rows, gradients, _ in stream_gradients(model, tokens, measurement=MeanLoss(), token_budget=token_budget):
+    for rows, gradients, _ in stream_gradients(
+        model, tokens, measurement=MeanLoss(), token_budget=token_budget
+    ):
         norms[rows] = gradients.double().norm(dim=1).cpu().numpy()
     return norms
 
@@ -120,30 +135,40 @@ def generate(
     if not able.all():
         why = "no prompt (a text, or an empty one), or one that takes all of the model's positions"
         bad = [BadRow(int(at) + 1, examples[at].id, why) for at in np.flatnonzero(~able)]
-        raise DataError(f"{len(bad)} of {len(examples)} rows cannot be continued; leave them out:", bad)
+        raise DataError(
+            f"{len(bad)} of {len(examples)} rows cannot be continued; leave them out:", bad
+        )
     prompts = _prompts(tokenize(examples, model.tokenizer))
     limits = np.minimum(max_new_tokens, _room(model, prompts))
     texts = [""] * len(examples)
     for limit in np.unique(limits).tolist():
         rows = np.flatnonzero(limits == limit)
-        for row, text in zip(rows, _continued(model, prompts.select(rows), limit, token_budget), strict=True):
+        for row, text in zip(
+            rows, _continued(model, prompts.select(rows), limit, token_budget), strict=True
+        ):
             texts[row] = text
     return texts
 
 
 def continuable(model: AdaptedModel, examples: Examples) -> np.ndarray:
     """Whether each row has a prompt, and one that leaves the model a position to go on, bool `[n]`."""
-    able = np.array([bool(example.prompt) or example.messages is not None for example in examples], dtype=bool)
+    able = np.array(
+        [bool(example.prompt) or example.messages is not None for example in examples], dtype=bool
+    )
     places = np.flatnonzero(able)
     if len(places):
-        able[places] = _room(model, _prompts(tokenize(examples.select(places), model.tokenizer))) >= 1
+        able[places] = (
+            _room(model, _prompts(tokenize(examples.select(places), model.tokenizer))) >= 1
+        )
     return able
 
 
 def _prompts(tokens: TokenizedExamples) -> TokenizedExamples:
     """Each row up to its first supervised token."""
     cut = [row.input_ids[: int(row.supervised.argmax())] for row in tokens]
-    return TokenizedExamples([Tokens(ids, np.zeros(len(ids), dtype=bool)) for ids in cut], tokens.ids)
+    return TokenizedExamples(
+        [Tokens(ids, np.zeros(len(ids), dtype=bool)) for ids in cut], tokens.ids
+    )
 
 
 def _room(model: AdaptedModel, prompts: TokenizedExamples) -> np.ndarray:
@@ -152,7 +177,9 @@ def _room(model: AdaptedModel, prompts: TokenizedExamples) -> np.ndarray:
     return (positions or np.iinfo(np.int64).max) - prompts.lengths
 
 
-def _continued(model: AdaptedModel, prompts: TokenizedExamples, limit: int, token_budget: int) -> list[str]:
+def _continued(
+    model: AdaptedModel, prompts: TokenizedExamples, limit: int, token_budget: int
+) -> list[str]:
     """At most `limit` new tokens for each prompt, as text."""
     texts = [""] * len(prompts)
     # what stays of a token are its keys and values, a fraction of what a forward holds

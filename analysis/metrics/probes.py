@@ -23,14 +23,14 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from influence.adapter import DTYPES, AdaptedModel, Site, refuse
-from influence.data import TokenizedExamples
+from influence.adapter import AdaptedModel, Site
+from influence.cost import Cost
 from influence.errors import InputError
-from influence.gradients import replaced_forwards
+from influence.gradients import loss_sum_gradient, replaced_forwards
+from influence.loading import DTYPES, refuse
 from influence.loss import mean_losses
 from influence.progress import track
-from unlearn.measure import Cost
-from unlearn.relinearise import loss_sum_gradient
+from influence.tokens import TokenizedExamples
 
 #: A relearning curve has at most so many points after its start.
 _POINTS = 10
@@ -94,7 +94,9 @@ def relearn(
             f"relearning on {k} of {len(forget)} forget rows was asked for; expected at least one to train on and one to hold back"
         )
     if steps < 1 or not 0 < lr < np.inf:
-        raise InputError(f"relearning for {steps} steps at a rate of {lr} was asked for; expected both above 0")
+        raise InputError(
+            f"relearning for {steps} steps at a rate of {lr} was asked for; expected both above 0"
+        )
     order = np.random.default_rng(seed).permutation(len(forget))
     chosen, rest = forget.select(np.sort(order[:k])), forget.select(np.sort(order[k:]))
     weights = 1 / (k * chosen.counts)
@@ -109,13 +111,22 @@ def relearn(
                 trained.append(mean_losses(model, chosen, token_budget=token_budget).mean())
                 values.append(mean_losses(model, rest, token_budget=token_budget))
             if step < steps:
-                theta.grad, _ = loss_sum_gradient(model, chosen, weights, token_budget=token_budget, cost=Cost())
+                theta.grad, _ = loss_sum_gradient(
+                    model, chosen, weights, token_budget=token_budget, cost=Cost()
+                )
         if step < steps:
             optimiser.step()
     table = np.array(values)
     back = None if level is None else crossing(at, table.mean(1), level)
     return Relearned(
-        np.array(at), np.array(trained), table.mean(1), table, list(chosen.ids), list(rest.ids), level, back
+        np.array(at),
+        np.array(trained),
+        table.mean(1),
+        table,
+        list(chosen.ids),
+        list(rest.ids),
+        level,
+        back,
     )
 
 
@@ -125,7 +136,12 @@ def crossing(steps: ArrayLike, losses: ArrayLike, level: float) -> float | None:
     `steps` [m] rise; `losses` [m]. A curve that starts there crosses at its first step.
     """
     at, curve = np.asarray(steps, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    if at.shape != curve.shape or at.ndim != 1 or not len(at) or not np.isfinite([*at, *curve, level]).all():
+    if (
+        at.shape != curve.shape
+        or at.ndim != 1
+        or not len(at)
+        or not np.isfinite([*at, *curve, level]).all()
+    ):
         raise InputError(
             f"a curve of {at.shape} steps and {curve.shape} losses with level {level} was given; expected as many steps as "
             "losses, at least one, all finite"
@@ -144,7 +160,9 @@ def crossing(steps: ArrayLike, losses: ArrayLike, level: float) -> float | None:
 
 
 @contextmanager
-def quantise(model: AdaptedModel, *, bits: int = 4, group: int | None = None) -> Iterator[AdaptedModel]:
+def quantise(
+    model: AdaptedModel, *, bits: int = 4, group: int | None = None
+) -> Iterator[AdaptedModel]:
     """Within the block every adapted layer computes with its effective weight `W + s B A` rounded by `rounded`.
 
     As if the adapter had been merged and the layer quantised, weights only. No weight is written: each forward rounds anew, so
@@ -193,8 +211,12 @@ def _check_grid(bits: int, group: int | None) -> None:
         )
 
 
-def _rounded_forward(site: Site, bits: int, group: int | None, x: Tensor, *_: Any, **__: Any) -> Tensor:
+def _rounded_forward(
+    site: Site, bits: int, group: int | None, x: Tensor, *_: Any, **__: Any
+) -> Tensor:
     base = site.layer.get_base_layer()
-    weight = base.weight.T if hasattr(base, "nf") else base.weight  # Conv1D holds its weight as [in, out]
+    weight = (
+        base.weight.T if hasattr(base, "nf") else base.weight
+    )  # Conv1D holds its weight as [in, out]
     effective = weight.to(site.B.weight.dtype) + site.scaling * (site.B.weight @ site.A.weight)
     return nn.functional.linear(x, rounded(effective, bits, group).to(x.dtype), base.bias)

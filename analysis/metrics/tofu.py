@@ -124,7 +124,9 @@ def forget_quality(ratios: ArrayLike, retain_ratios: ArrayLike) -> ForgetQuality
         _refuse_outside(sample, name, "truth ratios", math.inf)
     result: Any = ks_2samp(ratios, retain_ratios, method="exact")
     n, m = len(ratios), len(retain_ratios)
-    return ForgetQuality(float(result.pvalue), float(result.statistic), n, m, 2 / math.comb(n + m, n))
+    return ForgetQuality(
+        float(result.pvalue), float(result.statistic), n, m, 2 / math.comb(n + m, n)
+    )
 
 
 def answer_probability(losses: ArrayLike) -> NDArray[np.float64]:
@@ -153,8 +155,15 @@ def rouge(references: Sequence[str], generated: Sequence[str]) -> Rouge:
             "one: pass both for the same rows."
         )
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(reference, text) for reference, text in zip(references, generated, strict=True)]
-    return Rouge(*(np.array([float(score[kind].recall) for score in scores]) for kind in ("rouge1", "rougeL")))
+    scores = [
+        scorer.score(reference, text) for reference, text in zip(references, generated, strict=True)
+    ]
+    return Rouge(
+        *(
+            np.array([float(score[kind].recall) for score in scores])
+            for kind in ("rouge1", "rougeL")
+        )
+    )
 
 
 def model_utility(sets: Mapping[str, UtilitySet]) -> Utility:
@@ -175,18 +184,24 @@ def model_utility(sets: Mapping[str, UtilitySet]) -> Utility:
             if values is None:
                 missing.append(f"{name} {part.name}")
             else:
-                parts[f"{name} {part.name}"] = _mean(values, f"{name} {part.name}", is_ratio=part.name == "truth_ratio")
+                parts[f"{name} {part.name}"] = _mean(
+                    values, f"{name} {part.name}", is_ratio=part.name == "truth_ratio"
+                )
     if not parts:
         raise InputError(
             "No part of model utility was given; expected at least one of the nine: pass a UtilitySet per set."
         )
-    value = len(parts) / sum(1 / part for part in parts.values()) if min(parts.values()) > 0 else 0.0
+    value = (
+        len(parts) / sum(1 / part for part in parts.values()) if min(parts.values()) > 0 else 0.0
+    )
     return Utility(value, parts, tuple(missing))
 
 
 def _mean(values: ArrayLike, name: str, is_ratio: bool) -> float:
     values = checked(values, name)
-    _refuse_outside(values, name, "truth ratios" if is_ratio else "shares", math.inf if is_ratio else 1)
+    _refuse_outside(
+        values, name, "truth ratios" if is_ratio else "shares", math.inf if is_ratio else 1
+    )
     return float(np.maximum(0, 1 - values).mean() if is_ratio else values.mean())
 
 

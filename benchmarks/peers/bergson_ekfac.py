@@ -101,7 +101,9 @@ def write_rows(source: Path, tokenizer: Any, target: Path) -> None:
     rows = []
     for line in source.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        encoded = tokenizer(row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(
+            row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True
+        )
         ids = [*encoded["input_ids"], tokenizer.eos_token_id]
         ends = [end for _, end in encoded["offset_mapping"]]
         supervised = [*(end > len(row["prompt"]) for end in ends), True]
@@ -150,7 +152,10 @@ def pipeline(folder: Path, repeat: int, tokenizer: Path, args: argparse.Namespac
             query=QuerySetConfig(dataset=str(folder / "queries"), aggregation="none"),
             inversion_cfg=InversionConfig(apply_batch_size=args.apply_batch),
             astra=AstraConfig(
-                num_steps=args.astra_steps, lr=args.astra_lr, batch_size=args.astra_batch, seed=args.seed + repeat
+                num_steps=args.astra_steps,
+                lr=args.astra_lr,
+                batch_size=args.astra_batch,
+                seed=args.seed + repeat,
             ),
         ),
     )
@@ -202,19 +207,29 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--adapter", type=Path, required=True, help="folder of the PEFT LoRA adapter")
+    parser.add_argument(
+        "--adapter", type=Path, required=True, help="folder of the PEFT LoRA adapter"
+    )
     parser.add_argument("--train", type=Path, required=True, help="training rows, JSON lines")
     parser.add_argument("--queries", type=Path, required=True, help="query rows, JSON lines")
     parser.add_argument("--out", type=Path, required=True, help="NumPy .npz file to write")
     parser.add_argument("--repeat", type=int, default=1, help="runs; run r has seed SEED + r")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--token-batch", type=int, default=512, help="tokens per batch, padding included")
-    parser.add_argument("--apply-batch", type=int, default=40, help="query gradients inverted at a time")
-    parser.add_argument("--astra-steps", type=int, default=0, help="steps of ASTRA per query (0: EK-FAC alone)")
+    parser.add_argument(
+        "--token-batch", type=int, default=512, help="tokens per batch, padding included"
+    )
+    parser.add_argument(
+        "--apply-batch", type=int, default=40, help="query gradients inverted at a time"
+    )
+    parser.add_argument(
+        "--astra-steps", type=int, default=0, help="steps of ASTRA per query (0: EK-FAC alone)"
+    )
     parser.add_argument("--astra-lr", type=float, default=0.01, help="its step size (momentum 0.9)")
     parser.add_argument("--astra-batch", type=int, default=16, help="training rows per step of it")
-    parser.add_argument("--command", action="store_true", help="also time the command line, once per repeat")
+    parser.add_argument(
+        "--command", action="store_true", help="also time the command line, once per repeat"
+    )
     return parser.parse_args()
 
 

@@ -48,7 +48,9 @@ def read_rows(path: Path, tokenizer: Any) -> list[Row]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        encoded = tokenizer(row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(
+            row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True
+        )
         ids = [*encoded["input_ids"], tokenizer.eos_token_id]
         ends = [end for _, end in encoded["offset_mapping"]]
         supervised = [*(end > len(row["prompt"]) for end in ends), True]
@@ -83,10 +85,14 @@ class CompletionLoss(Task):
     def __init__(self, modules: list[str]) -> None:
         self.modules = modules
 
-    def compute_train_loss(self, batch: Batch, model: nn.Module, sample: bool = False) -> torch.Tensor:
+    def compute_train_loss(
+        self, batch: Batch, model: nn.Module, sample: bool = False
+    ) -> torch.Tensor:
         """Summed loss of a batch, with labels drawn from the model if ``sample``."""
         targets = batch["labels"][:, 1:]
-        first = int((targets != -100).any(dim=0).nonzero()[0])  # no logits for positions that predict nothing
+        first = int(
+            (targets != -100).any(dim=0).nonzero()[0]
+        )  # no logits for positions that predict nothing
         positions = torch.arange(first, targets.shape[1])
         logits = model(
             input_ids=batch["input_ids"],
@@ -128,7 +134,9 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--adapter", type=Path, required=True, help="folder of the PEFT LoRA adapter")
+    parser.add_argument(
+        "--adapter", type=Path, required=True, help="folder of the PEFT LoRA adapter"
+    )
     parser.add_argument("--train", type=Path, required=True, help="training rows, JSON lines")
     parser.add_argument("--queries", type=Path, required=True, help="query rows, JSON lines")
     parser.add_argument("--out", type=Path, required=True, help="NumPy .npz file to write")
@@ -136,9 +144,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit-batch", type=int, default=16, help="rows per batch while fitting")
-    parser.add_argument("--score-batch", type=int, default=16, help="training rows per batch while scoring")
-    parser.add_argument("--query-batch", type=int, default=8, help="queries per batch while scoring")
-    parser.add_argument("--damping", type=float, help="damping (default: 0.1 of the mean eigenvalue)")
+    parser.add_argument(
+        "--score-batch", type=int, default=16, help="training rows per batch while scoring"
+    )
+    parser.add_argument(
+        "--query-batch", type=int, default=8, help="queries per batch while scoring"
+    )
+    parser.add_argument(
+        "--damping", type=float, help="damping (default: 0.1 of the mean eigenvalue)"
+    )
     return parser.parse_args()
 
 
@@ -156,7 +170,11 @@ def main() -> None:
     train, queries = read_rows(args.train, tokenizer), read_rows(args.queries, tokenizer)
     train_order, query_order = by_length(train), by_length(queries)
     train, queries = [train[i] for i in train_order], [queries[i] for i in query_order]
-    names = [name for name, leaf in model.named_modules() if isinstance(leaf, nn.Linear) and "lora_" in name]
+    names = [
+        name
+        for name, leaf in model.named_modules()
+        if isinstance(leaf, nn.Linear) and "lora_" in name
+    ]
     task = CompletionLoss(names)
     model = prepare_model(model, task)
     loader = DataLoaderKwargs(collate_fn=collate)

@@ -92,14 +92,18 @@ class Damped:
         return out
 
 
-def dense(curvature: Curvature, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+def dense(
+    curvature: Curvature, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+) -> Tensor:
     """The whole matrix C, `[P, P]`, column by column, made symmetric; for small P and for tests."""
     rows = torch.eye(curvature.size, dtype=dtype, device=device)
     matrix = torch.cat([curvature.matvec(part) for part in rows.split(64)])
     return (matrix + matrix.T) / 2
 
 
-def as_linear_operator(operator: Curvature | Damped, device: torch.device | str = "cpu") -> sla.LinearOperator:
+def as_linear_operator(
+    operator: Curvature | Damped, device: torch.device | str = "cpu"
+) -> sla.LinearOperator:
     """A SciPy `LinearOperator` [P, P] (float64 outside, the model's type inside) of C or of C + lambda I."""
     size = operator.curvature.size if isinstance(operator, Damped) else operator.size
 
@@ -108,5 +112,10 @@ def as_linear_operator(operator: Curvature | Damped, device: torch.device | str 
         return operator.matvec(rows).double().cpu().numpy().T
 
     one = lambda vector: matmat(vector.reshape(-1, 1)).ravel()  # noqa: E731
-    functions: dict[str, Any] = {"matvec": one, "rmatvec": one, "matmat": matmat, "dtype": np.float64}
+    functions: dict[str, Any] = {
+        "matvec": one,
+        "rmatvec": one,
+        "matmat": matmat,
+        "dtype": np.float64,
+    }
     return sla.LinearOperator((size, size), **functions)

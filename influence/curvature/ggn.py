@@ -27,7 +27,9 @@ class GGN:
     name: str = field(default="ggn", init=False)
 
 
-def ggn_products(part: Supervised, weights: Tensor, parameters: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+def ggn_products(
+    part: Supervised, weights: Tensor, parameters: list[Tensor], v: list[Tensor]
+) -> list[Tensor]:
     """GGN of `sum_i w_i l_i` of one batch times each row of `v` (leaves `[K, ...]`).
 
     `u -> J^T u` is linear in u, so its derivative along v is `J v` (Pearlmutter's trick, transposed): no forward-mode
@@ -37,10 +39,14 @@ def ggn_products(part: Supervised, weights: Tensor, parameters: list[Tensor], v:
     counts = torch.tensor(part.counts, device=weights.device)
     token_weights = torch.repeat_interleave(weights, counts).to(probs)[:, None]
     dummy = torch.zeros_like(part.logits, requires_grad=True)
-    transposed = torch.autograd.grad(part.logits, parameters, dummy, create_graph=True, materialize_grads=True)
+    transposed = torch.autograd.grad(
+        part.logits, parameters, dummy, create_graph=True, materialize_grads=True
+    )
     out = [torch.zeros_like(column) for column in v]
     for k in range(len(v[0])):
-        (Jv,) = torch.autograd.grad(transposed, dummy, [column[k] for column in v], retain_graph=True)
+        (Jv,) = torch.autograd.grad(
+            transposed, dummy, [column[k] for column in v], retain_graph=True
+        )
         Jv = Jv.to(probs)
         HJv = token_weights * probs * (Jv - (probs * Jv).sum(-1, keepdim=True))
         back = torch.autograd.grad(
@@ -73,4 +79,6 @@ class GGNOperator(SecondDerivative):
     def _top(self) -> float:
         operator = as_linear_operator(self, self.objective.model.device)
         start = np.random.default_rng(0).standard_normal(self.size)
-        return float(sla.eigsh(operator, k=1, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)[0])  # pyright: ignore[reportArgumentType]
+        return float(
+            sla.eigsh(operator, k=1, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)[0]
+        )  # pyright: ignore[reportArgumentType]

@@ -25,14 +25,22 @@ class Hessian:
     name: str = field(default="hessian", init=False)
 
 
-def hessian_products(part: Supervised, weights: Tensor, parameters: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+def hessian_products(
+    part: Supervised, weights: Tensor, parameters: list[Tensor], v: list[Tensor]
+) -> list[Tensor]:
     """Hessian of `sum_i w_i l_i` of one batch times each row of `v` (leaves `[K, ...]`): backward over backward."""
     sums = part.per_example(token_losses(part.logits, part.targets))
-    first = torch.autograd.grad((weights.to(sums) * sums).sum(), parameters, create_graph=True, materialize_grads=True)
+    first = torch.autograd.grad(
+        (weights.to(sums) * sums).sum(), parameters, create_graph=True, materialize_grads=True
+    )
     out = [torch.zeros_like(column) for column in v]
     for k in range(len(v[0])):
         second = torch.autograd.grad(
-            first, parameters, [column[k] for column in v], retain_graph=True, materialize_grads=True
+            first,
+            parameters,
+            [column[k] for column in v],
+            retain_graph=True,
+            materialize_grads=True,
         )
         for total, term in zip(out, second, strict=True):
             total[k] = term

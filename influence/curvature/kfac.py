@@ -72,7 +72,9 @@ class DenseMoment:
         """Eigenvectors `[d, d]`, eigenvalues `[d]` (clipped at 0), and the mean eigenvalue of the complement, 0."""
         matrix = self.state.double()
         if not bool(torch.isfinite(matrix).all()):
-            raise NumericalError("a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64")
+            raise NumericalError(
+                "a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64"
+            )
         values, vectors = torch.linalg.eigh(matrix, UPLO="L")
         return vectors, values.clamp(min=0), 0.0
 
@@ -80,7 +82,9 @@ class DenseMoment:
 class SketchedMoment:
     """`sum_n x_n x_n^T` through its product with a random `[d, k]` matrix, and its trace."""
 
-    def __init__(self, width: int, rank: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, width: int, rank: int, seed: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         test = torch.randn(width, rank, generator=generator, dtype=torch.float64)
         self.test = torch.linalg.qr(test).Q.to(device, dtype)
@@ -98,7 +102,9 @@ class SketchedMoment:
         width, rank = sketch.shape
         shift = torch.finfo(self.state.dtype).eps * float(torch.linalg.matrix_norm(sketch))
         if not shift >= 0:
-            raise NumericalError("a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64")
+            raise NumericalError(
+                "a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64"
+            )
         test = self.test.double()
         shifted = sketch + shift * test
         core = test.T @ shifted
@@ -118,7 +124,13 @@ class Moments:
     """
 
     def __init__(
-        self, space: ParamSpace, wide_of: list[int], options: KFAC, seed: int, dtype: torch.dtype, device: torch.device
+        self,
+        space: ParamSpace,
+        wide_of: list[int],
+        options: KFAC,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.space, self.wide_of, self.dtype = space, wide_of, dtype
         self.narrow = [DenseMoment(min(leaf.shape), dtype, device) for leaf in space.leaves]
@@ -128,11 +140,20 @@ class Moments:
             if width <= options.max_width or width <= options.rank:
                 self.wide[number] = DenseMoment(width, dtype, device)
             else:
-                self.wide[number] = SketchedMoment(width, options.rank, seed + number, dtype, device)
+                self.wide[number] = SketchedMoment(
+                    width, options.rank, seed + number, dtype, device
+                )
         self.mass = torch.zeros(len(space.leaves), dtype=torch.float64)
 
     def add(
-        self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, weights: Tensor | None, *, inputs: bool = True
+        self,
+        leaf: int,
+        x: Tensor,
+        g: Tensor,
+        valid: Tensor,
+        weights: Tensor | None,
+        *,
+        inputs: bool = True,
     ) -> None:
         """Add a batch of one leaf: `x` [b, T, d_in], `g` [b, T, d_out], `valid` [b, T], relative weights [b].
 
@@ -188,7 +209,9 @@ class Moments:
             factor = weight / samples / max(float(self.mass[number]), 1.0)
             eigenvalues = factor * narrow_values[:, None] * wide_values[None, :]
             blocks.append(
-                KroneckerBlock(leaf, narrow_vectors, wide_vectors, eigenvalues, factor * narrow_values * rest)
+                KroneckerBlock(
+                    leaf, narrow_vectors, wide_vectors, eigenvalues, factor * narrow_values * rest
+                )
             )
         return Kronecker(self.space, tuple(blocks), name)
 
@@ -262,20 +285,25 @@ class Kronecker:
     def solve(self, v: Tensor, lam: Tensor) -> Tensor:
         """`(C + lambda I)^-1 v` for every row of `v` [K, P]; `lam` [leaves]."""
         damped = zip(self.leaf_blocks, lam.tolist(), strict=True)
-        return self._apply(v, ((1 / (block.eigenvalues + x), 1 / (block.rest + x)) for block, x in damped))
+        return self._apply(
+            v, ((1 / (block.eigenvalues + x), 1 / (block.rest + x)) for block, x in damped)
+        )
 
     def _apply(self, v: Tensor, spectra: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         out = torch.empty_like(v)
         for block, (inside, outside) in zip(self.leaf_blocks, spectra, strict=True):
             coordinates, off = block.rotate(v[:, block.leaf.slice])
             scaled = coordinates * inside.to(v)
-            out[:, block.leaf.slice] = block.unrotate(scaled, None if off is None else off * outside.to(v)[:, None])
+            out[:, block.leaf.slice] = block.unrotate(
+                scaled, None if off is None else off * outside.to(v)[:, None]
+            )
         return out
 
     def mean_eigenvalues(self) -> Tensor:
         """Trace over size of each leaf, `[leaves]`."""
         traces = [
-            block.eigenvalues.sum() + block.rest.sum() * (wide_side(block.leaf) - block.wide.shape[1])
+            block.eigenvalues.sum()
+            + block.rest.sum() * (wide_side(block.leaf) - block.wide.shape[1])
             for block in self.leaf_blocks
         ]
         sizes = torch.tensor([block.leaf.stop - block.leaf.start for block in self.leaf_blocks])

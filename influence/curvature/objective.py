@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence.adapter import AdaptedModel
-from influence.data import Batch, TokenizedExamples, collate, plan_batches
+from influence.batches import Batch, collate, plan_batches
 from influence.errors import AdapterError, NumericalError
 from influence.geometry import Geometry, Raw
 from influence.loss import Supervised, supervised_logits
+from influence.tokens import TokenizedExamples
 
 #: (batch, weights [b], parameters, v as leaves [K, rows, cols]) -> products as leaves [K, rows, cols]
 Products = Callable[[Supervised, Tensor, list[Tensor], list[Tensor]], list[Tensor]]
@@ -67,7 +68,9 @@ class Objective:
 
     def mean_eigenvalues(self) -> Tensor:
         """The GGN's trace over size of each leaf, `[leaves]`."""
-        return self.trace / torch.tensor([leaf.stop - leaf.start for leaf in self.model.space.leaves])
+        return self.trace / torch.tensor(
+            [leaf.stop - leaf.start for leaf in self.model.space.leaves]
+        )
 
     def product(self, v: Tensor, products: Products, only: np.ndarray | None = None) -> Tensor:
         """Sum over the batches (of the rows `only`) of a second-derivative product with every row of `v` [K, P]."""
@@ -80,7 +83,9 @@ class Objective:
                 part = supervised_logits(self.model, batch)
                 out += space.flatten(products(part, weights, parameters, columns)).to(v)
         if not bool(torch.isfinite(out).all()):
-            raise NumericalError("a curvature product is NaN or infinite: load the model in float32 or float64")
+            raise NumericalError(
+                "a curvature product is NaN or infinite: load the model in float32 or float64"
+            )
         return self.geometry.features(out)
 
 

@@ -41,7 +41,9 @@ class ASTRA:
 
     def __post_init__(self) -> None:
         if self.step is not None and not self.step > 0:
-            raise InputError(f"ASTRA was given step {self.step}; expected a positive number, or None to estimate it")
+            raise InputError(
+                f"ASTRA was given step {self.step}; expected a positive number, or None to estimate it"
+            )
         if not isinstance(self.preconditioner.curvature, Invertible):
             raise InputError(
                 f"ASTRA was given the preconditioner {self.preconditioner.curvature.name!r}, which has no closed-form "
@@ -74,7 +76,9 @@ class ASTRA:
         # a best iterate of zero tells nothing; the EK-FAC answer does, whatever its residual
         untouched = ~found.best.any(dim=1) & rhs.any(dim=1)
         found.best[untouched] = self._precondition(rhs[untouched])
-        return Solution.checked(operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message)
+        return Solution.checked(
+            operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message
+        )
 
     def _precondition(self, r: Tensor) -> Tensor:
         assert isinstance(self.preconditioner.curvature, Invertible)

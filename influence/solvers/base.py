@@ -28,7 +28,13 @@ class Solution:
 
     @classmethod
     def checked(
-        cls, operator: Damped, rhs: Tensor, values: Tensor, tolerance: float, iterations: Tensor, message: str = ""
+        cls,
+        operator: Damped,
+        rhs: Tensor,
+        values: Tensor,
+        tolerance: float,
+        iterations: Tensor,
+        message: str = "",
     ) -> Solution:
         """Measure every column's residual; a column above `tolerance` is not converged."""
         residuals = relative_residuals(operator, rhs, values)
@@ -62,7 +68,9 @@ class Solver(Protocol):
 def relative_residuals(operator: Damped, rhs: Tensor, values: Tensor) -> Tensor:
     """`|(C + lambda) x - v| / |v|` of each row, `[K]` float64; 0 where v = 0 and x = 0."""
     if not bool(torch.isfinite(rhs).all()):
-        raise NumericalError("a right-hand side holds NaN or infinity: the query's gradient is not finite")
+        raise NumericalError(
+            "a right-hand side holds NaN or infinity: the query's gradient is not finite"
+        )
     difference = (operator.matvec(values) - rhs).double().norm(dim=1)
     scale = rhs.double().norm(dim=1)
     residuals = torch.where(scale > 0, difference / scale.clamp(min=1e-300), difference)

@@ -65,7 +65,14 @@ class CG:
         return Solution.checked(operator, rhs, x, self.tolerance, iterations, message)
 
     def _cycle(
-        self, operator: Damped, x: Tensor, r: Tensor, scale: Tensor, start: Tensor, iterations: Tensor, failed: Tensor
+        self,
+        operator: Damped,
+        x: Tensor,
+        r: Tensor,
+        scale: Tensor,
+        start: Tensor,
+        iterations: Tensor,
+        failed: Tensor,
     ) -> None:
         """Run CG on the columns in `start` until each meets the tolerance, the limit, or negative curvature."""
         rows = start.nonzero().squeeze(1)
@@ -76,7 +83,9 @@ class CG:
             Ap = operator.matvec(p)
             pAp = (p * Ap).sum(1)
             iterations[rows.cpu()] += 1
-            if time.monotonic() - told > 10:  # a product may be a pass over the data: do not iterate in silence
+            if (
+                time.monotonic() - told > 10
+            ):  # a product may be a pass over the data: do not iterate in silence
                 told = time.monotonic()
                 left = float((r[rows].norm(dim=1) / scale[rows]).max())
                 say(

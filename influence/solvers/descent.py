@@ -66,7 +66,9 @@ class Batches:
                 )
             count = operator.curvature.count
             if not 1 <= size <= count:
-                raise InputError(f"{solver} was given batch_size {size}; expected 1 to {count}, the training rows")
+                raise InputError(
+                    f"{solver} was given batch_size {size}; expected 1 to {count}, the training rows"
+                )
             size = None if size == count else size
         return cls(operator, size, np.random.default_rng(seed))
 
@@ -93,7 +95,9 @@ class Batches:
         return self.operator.curvature.matvec_on(v, rows) + v * self.operator.diagonal(v)
 
 
-def top_eigenvalue(batches: Batches, like: Tensor, precondition: Precondition | None = None) -> tuple[float, int]:
+def top_eigenvalue(
+    batches: Batches, like: Tensor, precondition: Precondition | None = None
+) -> tuple[float, int]:
     """The largest eigenvalue (in size) of `P^-1 (C + lambda I)`, times `MARGIN`, and the products spent on it.
 
     Power iteration in the norm of P, where the matrix is symmetric, on one random vector of the shape of `like` [P].
@@ -110,7 +114,10 @@ def top_eigenvalue(batches: Batches, like: Tensor, precondition: Precondition | 
             w = batches.matvec(u, rows)
             products += 1
             Pw = w if precondition is None else precondition(w)
-            before, estimate = estimate, float(((w * Pw).sum() / (u * Pu).sum()).clamp(min=0).sqrt())
+            before, estimate = (
+                estimate,
+                float(((w * Pw).sum() / (u * Pu).sum()).clamp(min=0).sqrt()),
+            )
             if not estimate > 0 or abs(estimate - before) < POWER_CHANGE * estimate:
                 break
             Pu, u = w / w.norm(), Pw / w.norm()
@@ -144,7 +151,9 @@ class Descent:
         count, device = len(self.rhs), self.rhs.device
         self.best = torch.zeros_like(self.rhs)
         self.scale = self.rhs.norm(dim=1).clamp(min=torch.finfo(self.rhs.dtype).tiny)
-        self.residuals = self.rhs.norm(dim=1) / self.scale  # those of x = 0: one, or zero where v = 0
+        self.residuals = (
+            self.rhs.norm(dim=1) / self.scale
+        )  # those of x = 0: one, or zero where v = 0
         self.limit = torch.zeros_like(self.residuals)
         self.previous = -self.rhs
         self.iterations = torch.zeros(count, dtype=torch.int64, device=device)
@@ -152,7 +161,9 @@ class Descent:
         self.diverged = torch.zeros(count, dtype=torch.bool, device=device)
         self.indefinite = torch.zeros(count, dtype=torch.bool, device=device)
 
-    def judge(self, rows: Tensor, x: Tensor, g: Tensor, adapt: bool, signed: bool) -> tuple[Tensor, Tensor]:
+    def judge(
+        self, rows: Tensor, x: Tensor, g: Tensor, adapt: bool, signed: bool
+    ) -> tuple[Tensor, Tensor]:
         """Keep what is better, give up what has grown; `(relative residuals [k], to be started again [k])`.
 
         `x`, `g` [k, P]: iterates of the columns `rows` and `(C + lambda I) x - v` there. Where `signed`, growth
@@ -185,7 +196,9 @@ class Descent:
                 "I is not positive definite; raise the damping or use the GGN instead of the Hessian"
             )
         zero = int((~self.best.any(dim=1) & self.rhs.any(dim=1)).sum())
-        tail = "the best iterates are returned" + (f" (for {zero} columns no step improved on x = 0)" if zero else "")
+        tail = "the best iterates are returned" + (
+            f" (for {zero} columns no step improved on x = 0)" if zero else ""
+        )
         return "; ".join([*parts, tail]) if parts else ""
 
 
@@ -208,7 +221,9 @@ def descend(
     `adapt` says that the step is an estimate: a column that diverges starts again from its best iterate with half of
     it. `spent` products were used for that estimate, and count.
     """
-    state = Descent(batches.operator, rhs, torch.full((len(rhs), 1), step, dtype=rhs.dtype, device=rhs.device))
+    state = Descent(
+        batches.operator, rhs, torch.full((len(rhs), 1), step, dtype=rhs.dtype, device=rhs.device)
+    )
     state.iterations += spent
     full = batches.size is None
     x, average = first.clone(), first.clone()
@@ -223,10 +238,14 @@ def descend(
             state.iterations[rows] += int(full)
             residuals, again = state.judge(rows, shown, g, adapt, full)
             ended = state.diverged | state.indefinite
-            if bool(again.any()):  # no step this time: the next product measures the best iterate again
+            if bool(
+                again.any()
+            ):  # no step this time: the next product measures the best iterate again
                 x[rows[again]] = average[rows[again]] = state.best[rows[again]]
                 u[rows[again]], g[again] = 0, 0
-            going = (residuals > tolerance) & ~ended[rows] & (state.iterations[rows] < max_iterations)
+            going = (
+                (residuals > tolerance) & ~ended[rows] & (state.iterations[rows] < max_iterations)
+            )
             rows, g = rows[going], g[going]
             if time.monotonic() - told > 10 and len(rows):  # a product may be a pass over the data
                 told = time.monotonic()

@@ -42,4 +42,6 @@ class Direct:
                 f"the direct solver was asked to invert a {curvature.name} of {curvature.size} parameters, which has "
                 f"no closed form and is formed densely only up to {DENSE_LIMIT}: use the solver cg or pcg"
             )
-        return Solution.checked(operator, rhs, values, self.tolerance, torch.zeros(len(rhs), dtype=torch.int64))
+        return Solution.checked(
+            operator, rhs, values, self.tolerance, torch.zeros(len(rhs), dtype=torch.int64)
+        )

@@ -38,12 +38,16 @@ class LiSSA:
 
     def __post_init__(self) -> None:
         if self.scale is not None and not self.scale > 0:
-            raise InputError(f"LiSSA was given scale {self.scale}; expected a positive number, or None to estimate it")
+            raise InputError(
+                f"LiSSA was given scale {self.scale}; expected a positive number, or None to estimate it"
+            )
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
         """Solve for every row of `rhs` [K, P]; a column that diverges returns its best iterate and says so."""
         batches = Batches.of(operator, self.batch_size, self.seed, self.name)
-        scale, spent = (self.scale, 0) if self.scale is not None else top_eigenvalue(batches, rhs[0])
+        scale, spent = (
+            (self.scale, 0) if self.scale is not None else top_eigenvalue(batches, rhs[0])
+        )
         found = descend(
             batches,
             rhs,
@@ -59,4 +63,6 @@ class LiSSA:
             f"scale c = {1 / float(found.step.min()):.3g} is below the top eigenvalue of C + lambda I (of a mini-batch, with "
             "batch_size); give a larger scale, or none to have it estimated"
         )
-        return Solution.checked(operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message)
+        return Solution.checked(
+            operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message
+        )

@@ -48,12 +48,16 @@ class SGD:
                 f"SGD was given learning_rate {self.learning_rate}; expected a positive number, or None to estimate it"
             )
         if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise InputError(f"SGD was given momentum {self.momentum}; expected 0 to 1 (exclusive), or None")
+            raise InputError(
+                f"SGD was given momentum {self.momentum}; expected 0 to 1 (exclusive), or None"
+            )
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
         """Solve for every row of `rhs` [K, P]; a column that diverges returns its best iterate and says so."""
         batches = Batches.of(operator, self.batch_size, self.seed, self.name)
-        top, spent = (1 / self.learning_rate, 0) if self.learning_rate else top_eigenvalue(batches, rhs[0])
+        top, spent = (
+            (1 / self.learning_rate, 0) if self.learning_rate else top_eigenvalue(batches, rhs[0])
+        )
         momentum, rate = self.momentum, 1 / top
         if momentum is None:
             momentum = max(0.0, 1 - (float(operator.lam.min()) / top) ** 0.5) ** 2
@@ -77,4 +81,6 @@ class SGD:
             f"learning rate {float(found.step.max()):.3g} is too large for the top eigenvalue of C + lambda I; give a smaller "
             "one, or none to have it estimated"
         )
-        return Solution.checked(operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message)
+        return Solution.checked(
+            operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message
+        )

@@ -1,0 +1,135 @@
+"""Rows that carry other answers to their prompts: a paraphrase of the right one, and wrong ones, as TOFU's truth ratio needs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from influence.errors import BadRow, DataError
+from influence.rows import Example, Examples, examples_from_rows, read_examples
+
+#: Names under which a row may carry a paraphrase of its completion, and wrong ones: ours, then TOFU's.
+PARAPHRASED, PERTURBED = (
+    ("paraphrased_completion", "paraphrased_answer"),
+    ("perturbed_completions", "perturbed_answer"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Examples and, where they carry them, other answers to their prompts.
+
+    `paraphrased[i]` says what row i's completion says in other words, `perturbed[i]` are wrong answers of the paraphrase's form;
+    None and () where row i has none.
+    """
+
+    examples: Examples
+    paraphrased: tuple[str | None, ...] = field(repr=False)
+    perturbed: tuple[tuple[str, ...], ...] = field(repr=False)
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        """Some of the rows."""
+        return Rows(
+            self.examples.select(indices),
+            tuple(self.paraphrased[i] for i in indices),
+            tuple(self.perturbed[i] for i in indices),
+        )
+
+
+def read_rows(path: str | Path) -> Rows:
+    """Read rows as `influence.read_examples` does, and from JSON lines also their other answers (see `rows`)."""
+    examples = read_examples(path)
+    if Path(path).is_dir() or Path(path).suffix.lower() not in (".jsonl", ".json"):
+        return without_answers(examples)
+    with Path(path).open("rb") as lines:
+        decoded = [line.decode("utf-8-sig").strip() for line in lines]
+    return _with_answers(examples, [json.loads(line) for line in decoded if line])
+
+
+def rows(records: Iterable[Mapping[str, Any]]) -> Rows:
+    """Rows from Python records, with other answers.
+
+    `paraphrased_completion` (string) and `perturbed_completions` (strings) stand where the completion does, as they are. Under
+    TOFU's names, `paraphrased_answer` and `perturbed_answer`, they get the white space that the completion begins with. A row has
+    both or neither. Raises `DataError` that lists every other row.
+    """
+    found = list(records)
+    return _with_answers(examples_from_rows(found), found)
+
+
+def without_answers(examples: Examples) -> Rows:
+    """Rows that carry no other answers."""
+    return Rows(examples, (None,) * len(examples), ((),) * len(examples))
+
+
+def _with_answers(examples: Examples, records: list[Any]) -> Rows:
+    paraphrased: list[str | None] = []
+    perturbed: list[tuple[str, ...]] = []
+    bad: list[BadRow] = []
+    for number, (example, record) in enumerate(zip(examples, records, strict=True), start=1):
+        (one, lead), (many, leads) = (
+            _answer(example, record, names) for names in (PARAPHRASED, PERTURBED)
+        )
+        several = [many] if isinstance(many, str) else many
+        if one is None and several is None:
+            paraphrased.append(None)
+            perturbed.append(())
+        elif example.text is not None:
+            bad.append(
+                BadRow(
+                    number, example.id, "a text has no completion that other answers could replace"
+                )
+            )
+        elif not (isinstance(one, str) and one and _strings(several)):
+            bad.append(
+                BadRow(
+                    number,
+                    example.id,
+                    f"expected a string {PARAPHRASED[0]!r} and a list of strings {PERTURBED[0]!r}, all non-empty, or "
+                    "neither of them",
+                )
+            )
+        else:
+            paraphrased.append(lead + one)
+            perturbed.append(tuple(leads + text for text in several))
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(examples)} rows have other answers that cannot be used:", bad
+        )
+    return Rows(examples, tuple(paraphrased), tuple(perturbed))
+
+
+def _answer(example: Example, record: Mapping[str, Any], names: tuple[str, str]) -> tuple[Any, str]:
+    """The value under the first name that is there, and what to put before it."""
+    ours, theirs = (record.get(name) for name in names)
+    if ours is not None or theirs is None:
+        return ours, ""
+    own = completion(example)
+    return theirs, own[: len(own) - len(own.lstrip())]
+
+
+def _strings(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(isinstance(text, str) and text for text in values)
+    )
+
+
+def completion(example: Example) -> str:
+    """The text that is supervised in a row: its completion, its last answer, or all of it."""
+    if example.messages is not None:
+        return str(example.messages[-1]["content"])
+    return example.text if example.text is not None else str(example.completion)
+
+
+def answering(example: Example, text: str) -> Example:
+    """The row with another completion."""
+    if example.messages is None:
+        return replace(example, completion=text)
+    return replace(
+        example, messages=(*example.messages[:-1], {**example.messages[-1], "content": text})
+    )

@@ -1,0 +1,189 @@
+"""What is explained of a query: a number m(q) of its completion's log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from influence.errors import InputError
+from influence.loss import Supervised, accurate, log_probabilities, token_losses
+from influence.rows import Examples
+from influence.tokens import TokenizedExamples
+
+
+class Measurement(Protocol):
+    """What is explained of a query: m(q), a function of its supervised (masked) logits."""
+
+    @property
+    def name(self) -> str:
+        """The measurement's name, for the record."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """The unit of m(q)."""
+        ...
+
+    @property
+    def rises(self) -> bool:
+        """Whether m(q) rises when the model gets worse at the query, as a loss does (a margin falls)."""
+        ...
+
+    def values(self, part: Supervised) -> Tensor:
+        """`m(q)` of every example of a batch, `[b]`, differentiable by `part.logits`."""
+        ...
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """The default measurement m(q): mean cross-entropy over the query's completion tokens, nats."""
+
+    name: str = field(default="loss", init=False)
+    unit: str = field(default="nats per token", init=False)
+    rises: bool = field(default=True, init=False)
+
+    def values(self, part: Supervised) -> Tensor:
+        """Mean loss of every example, `[b]`."""
+        sums = part.per_example(token_losses(part.logits, part.targets))
+        return sums / torch.tensor(part.counts).to(sums)
+
+
+@dataclass(frozen=True)
+class SumLoss:
+    """Summed cross-entropy of the completion, `-log p(completion given prompt)`, nats."""
+
+    name: str = field(default="sum", init=False)
+    unit: str = field(default="nats", init=False)
+    rises: bool = field(default=True, init=False)
+
+    def values(self, part: Supervised) -> Tensor:
+        """Summed loss of every example, `[b]`."""
+        return part.per_example(token_losses(part.logits, part.targets))
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Cross-entropy of one completion token, nats: the one at `position` (from 0; -1 is the last, the end token)."""
+
+    position: int = 0
+    unit: str = field(default="nats", init=False)
+    rises: bool = field(default=True, init=False)
+
+    @property
+    def name(self) -> str:
+        """`token:POSITION`."""
+        return f"token:{self.position}"
+
+    def check(self, queries: TokenizedExamples) -> None:
+        """Refuse queries that have no such token."""
+        short = [
+            (id, count)
+            for id, count in zip(queries.ids, queries.counts, strict=True)
+            if not self._inside(count)
+        ]
+        if short:
+            raise InputError(
+                f"measurement {self.name} was given; query {short[0][0]!r} has {short[0][1]} completion tokens (end token "
+                "included): give a position that every query has, or score the others apart"
+            )
+
+    def _inside(self, count: int) -> bool:
+        return -count <= self.position < count
+
+    def values(self, part: Supervised) -> Tensor:
+        """That token's loss in every example, `[b]`; an `InputError` where one is too short."""
+        if not all(self._inside(count) for count in part.counts):
+            raise InputError(
+                f"measurement {self.name} was given; a query has {min(part.counts)} completion tokens (end token included): "
+                "give a position that every query has"
+            )
+        return torch.stack(
+            [
+                own[self.position]
+                for own in token_losses(part.logits, part.targets).split(part.counts)
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class MeanMargin:
+    """Mean correct-class log-odds `log p / (1 - p)` over the completion tokens (Park et al. 2023, TRAK)."""
+
+    name: str = field(default="margin", init=False)
+    unit: str = field(default="log-odds per token", init=False)
+    rises: bool = field(default=False, init=False)
+
+    def values(self, part: Supervised) -> Tensor:
+        """Mean margin of every example, `[b]`."""
+        logits, targets = accurate(part.logits), part.targets
+        correct = logits.gather(-1, targets.unsqueeze(-1))
+        others = logits.scatter(-1, targets.unsqueeze(-1), -torch.inf).logsumexp(-1)
+        sums = part.per_example(correct.squeeze(-1) - others)
+        return sums / torch.tensor(part.counts).to(sums)
+
+
+@dataclass(frozen=True)
+class Custom:
+    """Your own m(q): `function(log_probs [T, V], targets [T]) -> scalar` for each query's T supervised tokens.
+
+    `log_probs` are the model's log-probabilities at these tokens, in at least float32; the function must be
+    differentiable by them. `name` goes on record and tells two functions apart. `rises`: whether it rises when the model
+    gets worse, which says who is a proponent.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    name: str
+    unit: str = "as the function gives it"
+    rises: bool = True
+
+    def values(self, part: Supervised) -> Tensor:
+        """The function's value for every example, `[b]`."""
+        log_probs = log_probabilities(part.logits)
+        pairs = zip(log_probs.split(part.counts), part.targets.split(part.counts), strict=True)
+        values = [self.function(own, targets) for own, targets in pairs]
+        for value in values:
+            if not (isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad):
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(
+                    f"measurement {self.name!r} returned {shape}; expected a scalar tensor computed from log_probs by "
+                    "differentiable operations"
+                )
+        return torch.stack(values)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What made it say A rather than B: `m(q) = log p(B) - log p(A)`, nats; A is the query, B its row in `against`.
+
+    As with a loss, positive scores belong to rows that favour A: removing them moves the odds towards B.
+    """
+
+    against: Examples
+    name: str = field(default="contrast", init=False)
+    unit: str = field(default="nats", init=False)
+    rises: bool = field(default=True, init=False)
+
+    def check(self, queries: Examples) -> None:
+        """Refuse rows that do not pair up with the queries: another number, or another prompt."""
+        if len(self.against) != len(queries):
+            raise InputError(
+                f"{len(queries)} queries and {len(self.against)} rows to contrast them with were given; expected one for "
+                "each query, in the same order"
+            )
+        for number, (query, other) in enumerate(zip(queries, self.against, strict=True), start=1):
+            if query.prompt != other.prompt:
+                raise InputError(
+                    f"row {number} of the contrast ({other.id!r}) has another prompt than query {query.id!r}; give the same "
+                    "prompts, in the same order, with the other completions"
+                )
+
+
+MEASUREMENTS: dict[str, Measurement] = {
+    "loss": MeanLoss(),
+    "sum": SumLoss(),
+    "margin": MeanMargin(),
+}

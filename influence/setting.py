@@ -1,0 +1,164 @@
+"""What scores are made with: the points that are looked at, and the damped curvature at each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from influence.curvature.base import Damped
+from influence.damping import Damping
+from influence.errors import InputError, NumericalError
+from influence.run import AtPoint, Run
+from influence.solvers import Solver
+
+
+@dataclass(frozen=True)
+class Setting:
+    """With what scores are made: the points that are looked at, and the damped curvature at each of them.
+
+    `run` holds the factors and `owner` is the run that was asked, which may be one above it (`analysis tune`).
+    `factors` [points]: what the points' scores are multiplied by before they are added (`kappa a_p` in the module's
+    convention); `rule` is the damping as it was asked for, None for the identity.
+    """
+
+    owner: Run
+    run: Run
+    points: tuple[AtPoint, ...]
+    operators: tuple[Damped, ...]
+    factors: np.ndarray
+    rule: str | None
+    calibration: str
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        curvature: str | None = None,
+        damping: str | Damping | None = None,
+        at: str | None = None,
+        *,
+        tuned: bool = True,
+        calibrated: bool = True,
+    ) -> Setting:
+        """Option by option, what is typed wins over what `analysis tune` chose, which wins over the fit's.
+
+        A point that only the run itself has (`at`) is looked at there.
+        """
+        if damping is not None and curvature == "identity":
+            raise InputError(
+                f"damping {damping} was given with the curvature identity, which means C + lambda I := I and has none: leave "
+                "it out, or give another curvature"
+            )
+        owner, chosen = run, run.tuned if tuned else None
+        if chosen is not None:
+            there = {"all", "end", *(point.place.label for point in chosen.run.points)}
+            if at is None or at in there:
+                run = chosen.run
+            plain = "identity" in (
+                curvature,
+                chosen.curvature,
+            )  # whose damping and points are no other curvature's
+            at = at or (None if plain and curvature not in (None, chosen.curvature) else chosen.at)
+            damping = damping or (None if plain else chosen.damping)
+            curvature = curvature or chosen.curvature
+        points = points_of(run, curvature, at)
+        operators = tuple(point.operator(curvature, damping) for point in points)
+        shares = np.array([point.place.share for point in points])
+        scales = np.ones(len(points))
+        if len(points) > 1:
+            scales = np.array(
+                [point.scale(operator) for point, operator in zip(points, operators, strict=True)]
+            )
+            if not (np.isfinite(scales).all() and (scales > 0).all()):
+                raise NumericalError(
+                    f"the mean self-influence at the points {', '.join(p.place.label for p in points)} is {scales}: points "
+                    "without gradients cannot be averaged; give --at one of the others"
+                )
+        shares = shares / shares.sum()
+        factors = shares * (shares @ scales) / scales
+        identity = operators[0].curvature.name == "identity"
+        rule = None if identity else str(Damping.parse(damping or run.manifest["damping"]))
+        setting = cls(owner, run, points, operators, factors, rule, "none")
+        return setting.calibrated() if calibrated else setting
+
+    def calibrated(self) -> Setting:
+        """The same with the manifest's calibration, where that was measured for this very setting."""
+        found = self.run.manifest.get("calibration", {}).get(self.name)
+        if not found:
+            return self
+        return replace(self, factors=self.factors * found["factor"], calibration=found["source"])
+
+    @property
+    def name(self) -> str:
+        """The setting in one line: geometry, curvature, damping, points."""
+        return setting_name(self.run, self.operators[0].curvature.name, self.rule, self.points)
+
+    def each(self) -> Iterator[tuple[AtPoint, Damped]]:
+        """The points with their operators."""
+        return zip(self.points, self.operators, strict=True)
+
+    def provenance(self, solver: Solver) -> dict[str, Any]:
+        """What a score file records of the setting."""
+        run = self.run
+        return {
+            "curvature": self.operators[0].curvature.name,
+            "geometry": run.manifest["geometry"],
+            "solver": solver.name,
+            "damping": self.rule or "none",
+            "lambda": _short(
+                np.squeeze(np.stack([operator.lam.numpy() for operator in self.operators]))
+            ),
+            "points": [point.place.label for point in self.points],
+            "factors": self.factors,
+            "calibration": self.calibration,
+            "run_digest": self.owner.digest,
+            "factors_digest": run.digest,
+            "base_digest": run.manifest["base"]["digest"],
+            "adapter_digest": run.manifest["adapter"]["digest"],
+            "data_digest": run.manifest["data"]["digest"],
+            "version": run.manifest["versions"]["lora-influence"],
+        }
+
+
+def setting_name(run: Run, curvature: str, rule: str | None, points: Sequence[AtPoint]) -> str:
+    """What a setting's calibration is kept under in the manifest."""
+    labels = ",".join(point.place.label for point in points)
+    return f"{run.manifest['geometry']} {curvature} {rule or 'undamped'} at {labels}"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _short(lam: np.ndarray) -> np.ndarray:
+    """Every lambda, or, where an HDF5 attribute (64 KB) cannot hold them, the smallest and the largest of each point."""
+    return lam if lam.size <= 4096 else np.stack([lam.min(-1), lam.max(-1)], -1)
+
+
+def points_of(run: Run, curvature: str | None, at: str | None) -> tuple[AtPoint, ...]:
+    """The points that a request looks at."""
+    identity = (curvature or run.fitted_name) == "identity"
+    at = at or ("end" if identity else "all")
+    if at == "all":
+        return tuple(run.points)
+    if at == "end":
+        if run.end.number is None and not identity:
+            labels = ", ".join(point.place.label for point in run.points)
+            raise InputError(
+                f"--at end was given, and this run has factors at {labels} only: give one of these, or fit another run with "
+                "--path 1.0"
+            )
+        return (run.end,)
+    for point in run.points:
+        if at == point.place.label or _number(at) == point.place.scale is not None:
+            return (point,)
+    labels = ", ".join(point.place.label for point in run.points)
+    raise InputError(
+        f"--at {at!r} was given; expected all, end, or one of the run's points: {labels}"
+    )

@@ -1,0 +1,275 @@
+"""Choosing a setting: what is swept equals what is scored, the choice is kept and obeyed, sizes are calibrated."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+import influence
+from analysis.metrics.lds import Truth
+from analysis.tune import agreement, concentration, forget, retrained_factor, table_rows, tune
+from influence.calibration import measured_edits, some_rows
+from influence.errors import InputError, MismatchError
+from influence.setting import Setting
+from influence.store import read_json
+from tests.conftest import build_model, examples
+
+PATH = (0.5, 0.9)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"])
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    return influence.fit(model, examples(14), directory=tmp_path / "run", path=PATH)
+
+
+def linear_truth(run, queries, subsets=24, noise=0.0, **setting) -> Truth:
+    """Losses as if the scores of a setting were the whole truth."""
+    generator = np.random.default_rng(0)
+    masks = generator.random((subsets, len(run.train))) < 0.5
+    values = run.score(queries, **setting).values
+    losses = 3.0 - masks @ values.T.astype(float)
+    return Truth(masks, losses + noise * generator.standard_normal(losses.shape))
+
+
+def test_every_setting_of_the_table_is_scored_as_influence_scores_it(run):
+    queries = examples(3, seed=9)
+    truth = linear_truth(run, queries)
+    found = tune(run, truth=truth, queries=queries, dampings=("mean:1", "mean:0.01"), keep=False)
+    assert (
+        len(found.judged) == (2 * 2 + 1) * 3
+    )  # ekfac and kfac with two dampings, identity; all points and each
+    run.manifest["calibration"] = {}
+    for one in found.judged:
+        damping = None if one.damping == "none" else one.damping
+        expected = run.score(queries, curvature=one.curvature, damping=damping, at=one.at).values
+        np.testing.assert_allclose(
+            one.scores, expected, rtol=2e-5, atol=2e-6 * np.abs(expected).max()
+        )
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"curvature": "kfac", "damping": "mean:0.01", "at": "0.9"}, {"at": "0.5"}]
+)
+def test_the_setting_that_is_the_truth_is_chosen_kept_and_obeyed(run, wanted):
+    queries = examples(3, seed=9)
+    truth = linear_truth(run, queries, **wanted)
+    found = tune(run, truth=truth, queries=queries)
+    best = {"curvature": "ekfac", "damping": "mean:0.1"} | wanted
+    assert {key: vars(found.chosen)[key] for key in best} == best
+    assert found.held_out.mean == pytest.approx(1.0)
+    again = influence.Run.open(run.directory, model=run.model, train=run.train)
+    (kept,) = [
+        found
+        for found in again.manifest["calibration"].values()
+        if found["source"].startswith("retraining")
+    ]
+    uncalibrated = Setting.of(again, calibrated=False)
+    np.testing.assert_allclose(Setting.of(again).factors, uncalibrated.factors * kept["factor"])
+    again.manifest["calibration"] = {}
+    plain = influence.Run.open(run.directory, model=run.model, train=run.train)
+    plain.manifest |= {"tuned": None, "calibration": {}}
+    np.testing.assert_array_equal(
+        again.score(queries).values, plain.score(queries, **wanted).values
+    )
+    # what is typed wins over what was chosen, option by option; the identity has points of its own
+    for typed in (
+        {"curvature": "ekfac", "damping": "mean:1"},
+        {"at": "all"},
+        {"curvature": "kfac"},
+        {"damping": "top:1"},
+    ):
+        expected = plain.score(queries, **(best | typed)).values
+        np.testing.assert_array_equal(again.score(queries, **typed).values, expected)
+    plainly = {"curvature": "identity"}
+    np.testing.assert_array_equal(
+        again.score(queries, **plainly).values, plain.score(queries, **plainly).values
+    )
+    with pytest.raises(InputError, match="has none: leave it out"):
+        again.score(queries, curvature="identity", damping="mean:1")
+    only = again.score(queries, damping="mean:10").attributes
+    assert (only["curvature"], only["damping"]) == (best["curvature"], "mean:10")
+
+
+def test_queries_in_chunks_give_the_same_table(run, monkeypatch):
+    queries = examples(5, seed=9)
+    truth = linear_truth(run, queries)
+    options = {"truth": truth, "queries": queries, "dampings": ("mean:1",), "keep": False}
+    expected = {one.name: (one.scores, one.concentration) for one in tune(run, **options).judged}
+    monkeypatch.setattr("analysis.tune.queries_at_once", lambda *_: 2)
+    for one in tune(run, **options).judged:
+        np.testing.assert_allclose(one.scores, expected[one.name][0], rtol=1e-10, atol=1e-14)
+        assert one.concentration == pytest.approx(expected[one.name][1])
+
+
+def test_the_factor_of_a_truth_in_other_units_is_found(run):
+    queries = examples(3, seed=9)
+    run.manifest["calibration"] = {}
+    truth = linear_truth(run, queries)
+    values = run.score(queries).values
+    assert retrained_factor(values * 4, truth.masks, truth.query_loss) == pytest.approx(0.25)
+    tune(run, truth=truth, queries=queries, dampings=("mean:0.1",), curvatures=("ekfac",))
+    again = influence.Run.open(run.directory, model=run.model, train=run.train)
+    assert again.manifest["tuned"]["at"] == "all"
+    np.testing.assert_allclose(again.score(queries).values, values, rtol=1e-4)
+
+
+def test_other_factors_are_fitted_below_the_run_and_used(model, tmp_path, capfd):
+    run = influence.fit(model, examples(12), directory=tmp_path / "run", path=(1.0,))
+    queries = examples(3, seed=9)
+    other = influence.fit(
+        model, examples(12), directory=tmp_path / "other", geometry="function", path=(1.0,)
+    )
+    other.manifest["calibration"] = {}
+    truth = linear_truth(other, queries, damping="mean:0.001")
+    found = tune(
+        run,
+        truth=truth,
+        queries=queries,
+        curvatures=("ekfac",),
+        geometries=("function",),
+        paths=[PATH],
+    )
+    assert "fitting path-0.5,0.9 below" in capfd.readouterr().err
+    assert (found.chosen.run, found.chosen.damping) == ("tune/geometry-function", "mean:0.001")
+    again = influence.Run.open(run.directory, model=run.model, train=run.train)
+    factor = read_json(run.directory / "tune" / "geometry-function" / "manifest.json")[
+        "calibration"
+    ]
+    (factor,) = [found["factor"] for name, found in factor.items() if "mean:0.001" in name]
+    scores = again.score(queries, out=tmp_path / "s.h5")
+    np.testing.assert_allclose(
+        scores.values, other.score(queries, damping="mean:0.001").values * factor, rtol=1e-5
+    )
+    assert scores.attributes["geometry"] == "function"
+    influence.fit(
+        model, examples(12), directory=tmp_path / "run", path=(1.0,), seed=3, overwrite=True
+    )
+    assert not list((tmp_path / "run" / "tune").iterdir())  # the factors of the run before
+
+
+def test_without_a_truth_the_checks_choose_and_tell_what_they_found(run):
+    found = tune(run, dampings=("mean:0.1", "mean:0.01"))
+    rows = list(table_rows(found))
+    assert len(rows) == (2 * 2 + 1) * 3
+    assert all(
+        np.isfinite([row["concentration"], row["selectivity"], row["calibration"]]).all()
+        for row in rows
+    )
+    assert run.manifest["tuned"]["at"] == found.chosen.at
+    assert (
+        json.loads((run.directory / "manifest.json").read_text())["tuned"] == run.manifest["tuned"]
+    )
+
+
+def test_small_edits_are_predicted_to_first_order(model, tmp_path):
+    """At the adapter itself with a strong damping an edit is small, and its measured effect is the predicted one."""
+    run = influence.fit(model, examples(14), directory=tmp_path / "run", path=(1.0,))
+    setting = Setting.of(run, "ekfac", "abs:100", calibrated=False)
+    edits = measured_edits(setting, some_rows(run, 4), some_rows(run, 9))
+    assert edits.predicted.shape == edits.measured.shape == (9, 4)
+    np.testing.assert_allclose(
+        edits.measured, edits.predicted, rtol=0.02, atol=2e-4 * np.abs(edits.predicted).max()
+    )
+    assert edits.factor == pytest.approx(1, abs=0.01)
+    assert agreement(edits) > 0.99
+    own = run.self_influence(damping="abs:100").values[edits.rows]
+    np.testing.assert_allclose(np.diagonal(edits.predicted), own * edits.sizes, rtol=1e-5)
+
+
+def test_averages_are_calibrated_when_they_are_fitted(run):
+    found = run.manifest["calibration"]
+    ((name, found),) = found.items()
+    assert name == "raw ekfac mean:0.1 at 0.5,0.9"
+    queries = examples(3, seed=9)
+    default, other = run.score(queries), run.score(queries, damping="mean:0.2")
+    assert (default.attributes["calibration"], other.attributes["calibration"]) == (
+        found["source"],
+        "none",
+    )
+    setting = Setting.of(run, calibrated=False)
+    np.testing.assert_allclose(Setting.of(run).factors, setting.factors * found["factor"])
+
+
+def test_the_choice_is_compared_with_the_exact_ggn(run):
+    found = tune(run, dampings=("mean:1",), curvatures=("ekfac", "kfac"), columns=2, keep=False)
+    assert found.exact_residual <= 1e-2
+    assert 0.5 < found.exact <= 1
+    first = int(some_rows(run, 2)[0])
+    queries = run.train[first : first + 1]
+    run.manifest["calibration"] = {}
+    chosen = {"at": found.chosen.at, "damping": "mean:1"}
+    ours = run.score(queries, curvature=found.chosen.curvature, **chosen).values[0]
+    exact = run.score(queries, curvature="ggn", solver="pcg", **chosen).values[0]
+    assert spearmanr(ours, exact)[0] > 0.5
+
+
+def test_concentration_leaves_a_row_s_own_score_out():
+    scores = np.array([[9.0, 1.0, 1.0, 2.0], [1.0, 9.0, 0.0, 0.0]])
+    assert concentration(scores, np.array([0, 1])) == pytest.approx((0.5 + 1.0) / 2)
+    assert concentration(np.zeros((2, 3)), np.array([0, 1])) == 0
+
+
+def test_other_people_s_files_stay(model, tmp_path):
+    """Overwriting a folder that holds no run, or one with strangers below it, removes nothing but a run's own files."""
+    for made in (False, True):
+        folder = tmp_path / str(made)
+        (folder / "tune" / "notes").mkdir(parents=True)
+        (folder / "tune" / "notes" / "precious.txt").write_text("mine")
+        (folder / "tune" / "precious.txt").write_text("mine")
+        for seed in range(1 + made):
+            influence.fit(
+                model, examples(4), directory=folder, path=(1.0,), seed=seed, overwrite=True
+            )
+        assert (folder / "tune" / "precious.txt").read_text() == "mine"
+        assert (folder / "tune" / "notes" / "precious.txt").exists()
+
+
+def test_a_truth_of_other_ids_is_refused(run):
+    queries = examples(3, seed=9)
+    truth = linear_truth(run, queries)
+    for key, ids in (("query_ids", queries.ids), ("train_ids", run.train.ids)):
+        named = Truth(truth.masks, truth.query_loss, None, {key: np.array(ids[::-1])})
+        with pytest.raises(
+            MismatchError, match="ids differ: the truth has the same ones in another order"
+        ):
+            tune(run, truth=named, queries=queries)
+    assert not run.manifest.get("tuned")
+
+
+def test_a_choice_can_be_dropped(run):
+    expected = run.score(examples(2, seed=9)).values
+    tune(run, dampings=("mean:1",), curvatures=("kfac",))
+    assert not np.array_equal(run.score(examples(2, seed=9)).values, expected)
+    forget(run)
+    again = influence.Run.open(run.directory, model=run.model, train=run.train)
+    np.testing.assert_array_equal(again.score(examples(2, seed=9)).values, expected)
+
+
+def test_wrong_requests(run, model, tmp_path):
+    queries = examples(3, seed=9)
+    truth = linear_truth(run, queries)
+    for options, sentence in (
+        ({"truth": truth}, "together, or neither"),
+        ({"truth": truth, "queries": examples(2, seed=9)}, "the truth is of 3 queries and 14 rows"),
+        ({"curvatures": ("ggn",)}, "ggn has no closed-form inverse"),
+        (
+            {"truth": Truth(truth.masks[:4], truth.query_loss[:4]), "queries": queries},
+            "give at least 8",
+        ),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            tune(run, **options)
+    assert not run.manifest.get("tuned")
+    ggn = influence.fit(
+        model, examples(6), curvature=influence.GGN(), directory=tmp_path / "ggn", path=(1.0,)
+    )
+    with pytest.raises(InputError, match="fit one with ekfac"):
+        tune(ggn)

@@ -1,0 +1,231 @@
+"""Streamed per-example gradients against one-example loops that share no code with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import influence
+from influence.batches import collate
+from influence.errors import AdapterError
+from influence.gradients import label_uniforms, stream_gradients, tape
+from influence.loss import mean_losses, sample_labels
+from influence.measurements import MEASUREMENTS
+from tests.conftest import add_lora, build_base, build_model, build_tokenizer, examples, tokens_of
+
+ARCHITECTURES = ["llama", "qwen2", "gpt2", "mistral", "gemma", "phi"]
+LORA = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {".*0.*": 3}, "alpha_pattern": {".*1.*": 5}},
+    "few sites": {"exclude_modules": r".*\.0\..*"},
+    "head": {"target_modules": "HEAD"},
+}
+
+
+def head_targets(kind: str) -> list[str]:
+    inner = {"gpt2": ["c_attn"], "phi": ["q_proj", "dense"]}.get(kind, ["q_proj", "v_proj"])
+    return [*inner, "lm_head"]
+
+
+def oracle(model, tokens) -> torch.Tensor:
+    """Each example alone through the whole PEFT model in plain autograd; the loss written out token by token."""
+    out = []
+    for item in tokens:
+        ids = torch.from_numpy(item.input_ids)[None]
+        for parameter in model.model.parameters():
+            parameter.requires_grad_(False)
+        leaves = [
+            w
+            for s in model.sites
+            for w in (s.layer.lora_A["default"].weight, s.layer.lora_B["default"].weight)
+        ]
+        for w in leaves:
+            w.requires_grad_(True)
+        logp = model.model(input_ids=ids).logits[0].log_softmax(-1)
+        loss = sum(-logp[t - 1, ids[0, t]] for t in range(1, ids.shape[1]) if item.supervised[t])
+        parts = torch.autograd.grad(loss, leaves, allow_unused=True)
+        out.append(
+            torch.cat(
+                [
+                    (torch.zeros_like(w) if g is None else g).ravel()
+                    for w, g in zip(leaves, parts, strict=True)
+                ]
+            )
+        )
+        for w in leaves:
+            w.requires_grad_(False)
+    return torch.stack(out)
+
+
+def streamed(model, tokens, **options) -> torch.Tensor:
+    out = torch.full((len(tokens), model.space.size), torch.nan, dtype=model.dtype)
+    for rows, gradients, _ in stream_gradients(model, tokens, **options):
+        out[torch.from_numpy(rows)] = gradients
+    return out
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("option", LORA)
+def test_streamed_gradients_equal_the_one_example_loop(kind, option):
+    lora = dict(LORA[option])
+    if lora.get("target_modules") == "HEAD":
+        lora["target_modules"] = head_targets(kind)
+    model = build_model(kind, tie=option != "head", **lora)
+    tokens = tokens_of(model, examples(7))
+    expected = oracle(model, tokens)
+    assert expected.norm(dim=1).min() > 1e-3
+    for budget in (1, 30, 1000):
+        for padding in ("right", "left"):
+            found = streamed(model, tokens, token_budget=budget, padding=padding)
+            error = (found - expected).norm() / expected.norm()
+            assert error < 1e-10, (budget, padding)
+
+
+def test_dropout_is_off_and_everything_is_put_back():
+    model = build_model("phi")
+    model.model.train()
+    for parameter in model.parameters:
+        parameter.requires_grad_(True)
+    tokens = tokens_of(model, examples(3))
+    first, second = streamed(model, tokens), streamed(model, tokens)
+    assert torch.equal(first, second)
+    assert model.model.training
+    assert all(parameter.requires_grad for parameter in model.parameters)
+    assert all(
+        "forward" not in vars(site.A) and "forward" not in vars(site.B) for site in model.sites
+    )
+
+
+def saved_elements(model, tokens) -> int:
+    """Elements of the tensors that the graph of one forward keeps."""
+    kept = {}
+    with (
+        tape(model) as recorder,
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+        ),
+    ):
+        recorder.forward(collate(tokens, np.arange(len(tokens))))
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gradient_checkpointing_changes_no_number_and_saves_memory(kind):
+    model = build_model(kind, layers=6)
+    model.model.train()  # dropout (a quarter on every LoRA branch) must stay off all the same
+    tokens = tokens_of(model, examples(12))
+    expected, plain = streamed(model, tokens), saved_elements(model, tokens)
+    base = model.model.get_base_model()
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+    assert torch.equal(streamed(model, tokens), streamed(model, tokens))
+    assert (streamed(model, tokens) - expected).norm() / expected.norm() < 1e-10
+    assert saved_elements(model, tokens) < 0.4 * plain
+    assert all("forward" not in vars(module) for module in model.model.modules())
+
+
+def test_checkpointed_fit_with_two_backwards_gives_the_same_run(tmp_path):
+    model = build_model("llama")
+    plain = (
+        influence.fit(model, examples(6), directory=tmp_path / "plain")
+        .score(examples(2, seed=1))
+        .values
+    )
+    base = model.model.get_base_model()
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+    again = (
+        influence.fit(model, examples(6), directory=tmp_path / "again")
+        .score(examples(2, seed=1))
+        .values
+    )
+    np.testing.assert_allclose(again, plain, rtol=1e-6)
+
+
+def test_order_does_not_matter():
+    model = build_model("llama")
+    tokens = tokens_of(model, examples(6))
+    order = np.array([4, 0, 5, 2, 1, 3])
+    found = streamed(model, tokens, batches=[order[:4], order[4:]])
+    assert (found - streamed(model, tokens)).norm() / found.norm() < 1e-10
+
+
+def test_float32_and_bfloat16_accumulate_in_float32():
+    exact = streamed(model64 := build_model("llama"), tokens_of(model64, examples(6)))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        base = build_base("llama").to(dtype)
+        model = influence.from_peft(add_lora(base), build_tokenizer())
+        model.restore(model64.snapshot())
+        tokens = tokens_of(model, examples(6))
+        found = streamed(model, tokens)
+        assert found.dtype == torch.float32
+        assert (found - exact).norm() / exact.norm() < tolerance
+        assert (found - streamed(model, tokens, token_budget=1)).norm() / found.norm() < max(
+            1e-5, tolerance / 2
+        )
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_measurement_gradients_equal_finite_differences(name):
+    tiny = build_model("gpt2", layers=1)  # no float32 inside, as Llama's RMSNorm has
+    tokens = tokens_of(tiny, examples(3))
+    measurement = MEASUREMENTS[name]
+    found = streamed(tiny, tokens, measurement=measurement)
+    direction = torch.randn(
+        tiny.space.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+
+    def values(step: float) -> np.ndarray:
+        with tiny.moved(step * direction):
+            parts = {
+                int(i): v
+                for rows, _, vs in stream_gradients(tiny, tokens, measurement=measurement)
+                for i, v in zip(rows, vs, strict=True)
+            }
+        return np.array([parts[i] for i in range(3)])
+
+    slope = (values(1e-5) - values(-1e-5)) / 2e-5
+    np.testing.assert_allclose((found @ direction).numpy(), slope, rtol=1e-6, atol=1e-8)
+
+
+def test_mean_losses_are_the_models_own(tiny):
+    data = examples(5)
+    tokens = tokens_of(tiny, data)
+    for item, found in zip(tokens, mean_losses(tiny, tokens), strict=True):
+        ids = torch.from_numpy(item.input_ids)[None]
+        logp = tiny.model(input_ids=ids).logits[0].log_softmax(-1)
+        supervised = [t for t in range(ids.shape[1]) if item.supervised[t]]
+        expected = -sum(logp[t - 1, ids[0, t]].item() for t in supervised) / len(supervised)
+        assert abs(found - expected) < 1e-10
+
+
+def test_sampled_labels_follow_the_model_and_the_key_alone():
+    probs = torch.tensor([[0.1, 0.0, 0.6, 0.3]], dtype=torch.float64).expand(40_000, 4)
+    uniforms = torch.from_numpy(label_uniforms(0, 0, "a", 40_000))
+    share = torch.bincount(sample_labels(probs, uniforms), minlength=4) / 40_000
+    assert share[1] == 0
+    assert (share - probs[0]).abs().max() < 0.01  # 4 standard errors
+    assert np.array_equal(label_uniforms(0, 0, "a", 5), label_uniforms(0, 0, "a", 9)[:5])
+    assert not np.array_equal(label_uniforms(0, 0, "a", 5), label_uniforms(0, 0, "b", 5))
+    assert not np.array_equal(label_uniforms(0, 0, "a", 5), label_uniforms(0, 1, "a", 5))
+    assert not np.array_equal(label_uniforms(0, 0, "a", 5), label_uniforms(1, 0, "a", 5))
+
+
+def test_public_check_passes_and_can_fail(tiny, monkeypatch):
+    result = influence.check_gradients(tiny, examples(4))
+    assert result.ok
+    assert "agree" in str(result)
+    monkeypatch.setattr(
+        "influence.gradients.per_example_gradient", lambda x, g: torch.bmm(g.mT, x) * 1.001
+    )
+    broken = influence.check_gradients(tiny, examples(4))
+    assert not broken.ok
+    assert "DISAGREE" in str(broken)
+
+
+def test_routed_tokens_are_refused(tiny):
+    with tape(tiny) as recorder:
+        recorder.sink = lambda *_: None
+        recorder.valid, recorder.counts = torch.ones(3, 5, dtype=torch.bool), [2, 2, 2]
+        with pytest.raises(AdapterError, match="routed experts mix the tokens"):
+            recorder.show(0, torch.zeros(7, 16), torch.zeros(7, 2))

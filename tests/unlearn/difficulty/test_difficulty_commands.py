@@ -1,0 +1,193 @@
+"""`unlearn difficulty`, as a person calls it: the table's columns, what is measured beside it, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import influence
+import unlearn
+from tests.conftest import rows
+from tests.influence.test_adapter import save
+from tests.influence.test_cli import write_rows
+from tests.influence.test_store import contents, untouched
+from unlearn.cli import main
+from unlearn.difficulty.forecast import COLUMNS
+from unlearn.difficulty.measured import read_measured
+from unlearn.retraining.recipe import Recipe
+
+#: Enough for a calibration; two groups, and rows without one.
+ROWS = [row | ({"group": f"g{i % 2}"} if i < 20 else {}) for i, row in enumerate(rows(26))]
+FAST = ("--lr", "3e-3", "--steps", "60")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on disk of an adapter that was trained on its rows."""
+    at = tmp_path_factory.mktemp("difficulty")
+    save(at, layers=1, target_modules=["q_proj", "v_proj"])
+    write_rows(at / "train.jsonl", ROWS)
+    write_rows(at / "unseen.jsonl", rows(9, seed=7))
+    train = influence.read_examples(at / "train.jsonl")
+    start = influence.fit(
+        influence.load(at / "base", at / "adapter", device="cpu"),
+        train,
+        directory=at / "start",
+        path=(1.0,),
+    )
+    recipe = Recipe(lr=2e-2, epochs=30, batch_size=4, dropout=False)
+    unlearn.retrain(start, [], out=at / "trained", recipe=recipe)
+    influence.fit(
+        influence.load(at / "base", at / "trained", device="cpu"),
+        train,
+        directory=at / "run",
+        path=(0.6, 1.0),
+    )
+    return at / "run"
+
+
+@pytest.fixture
+def call(run, run_main, tmp_path):
+    def call(*arguments, out="t.csv"):
+        given = ["--run", run, "--out", tmp_path / out, "--device", "cpu", *FAST, *arguments]
+        return run_main(main, "unlearn", "difficulty", *given)
+
+    return call
+
+
+def test_every_row_is_forecast_and_nothing_else_is_written(call, run, tmp_path):
+    with untouched(run):
+        done = call()
+    assert done.status == 0, done.err
+    table = pd.read_csv(tmp_path / "t.csv", dtype={"id": str})
+    assert tuple(table.columns[: len(COLUMNS)]) == COLUMNS
+    assert table["id"].tolist() == [row["id"] for row in ROWS]
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    assert "recommended: " in done.out
+    assert max(len(line) for line in done.out.splitlines() if "t.csv" not in line) < 160
+
+
+def test_measured_rows_stand_beside_their_forecast_and_decide(call, tmp_path):
+    done = call("--ids", "r0-3,r0-5,r0-21", "--measure", "--json", out="t.parquet")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["rows"] == 3
+    table, found = (
+        pd.read_parquet(tmp_path / "t.parquet"),
+        read_measured(tmp_path / "t.difficulty.h5"),
+    )
+    assert tuple(table.columns[: len(COLUMNS) + 2]) == (
+        *COLUMNS,
+        "measured_steps",
+        "measured_damage",
+    )
+    np.testing.assert_array_equal(table["measured_steps"], found.steps)
+    np.testing.assert_array_equal(table["measured_damage"], found.damage)
+    allowed = 0.01 * json.loads(done.out)["retained_loss"]
+    for row in table.itertuples():
+        if 0 < row.measured_steps < np.inf:
+            assert (row.recommended == "ascent") == (row.measured_damage <= allowed)
+
+
+def test_a_second_call_measures_nothing_again(call, tmp_path, monkeypatch):
+    assert call("--ids", "r0-3,r0-5", "--measure").status == 0
+    first = (tmp_path / "t.csv").read_bytes()
+    monkeypatch.setattr(
+        "unlearn.difficulty.measured._climb", lambda *_: pytest.fail("a row was unlearned again")
+    )
+    assert call("--ids", "r0-3,r0-5", "--measure", "--overwrite").status == 0
+    assert (tmp_path / "t.csv").read_bytes() == first
+
+
+def test_calibrated_rows_say_what_was_measured_and_how_good_it_is(call, tmp_path):
+    done = call("--calibrate", "22")
+    if (
+        done.status
+    ):  # too few of the drawn rows reached their targets in this tiny world: said, not guessed
+        assert "a calibration needs at least" in done.err
+        done = call("--calibrate", "26", "--steps", "400", "--overwrite")
+    assert done.status == 0, done.err
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert table["measured_steps"].notna().sum() in (22, 26)
+    assert "out of fold (and before)" in done.out
+
+
+def test_groups_are_whole_and_rows_without_one_are_units(call, tmp_path):
+    done = call("--by-group", "--ids", "r0-0,r0-22")
+    assert done.status == 0, done.err
+    table = pd.read_csv(tmp_path / "t.csv", dtype={"id": str})
+    assert table["id"].tolist() == ["g0", "r0-22"]
+    np.testing.assert_allclose(table["share"], [10 / 26, 1 / 26])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--ids", "nobody"), "nobody"),
+        (("--ids", "r0-1,r0-1"), "more than once"),
+        (("--ids", "r0-1", "--ids-file", "x.txt"), "--ids and --ids-file were both given"),
+        (("--calibrate", "5"), "--calibrate 5"),
+        (("--calibrate", "-3"), "--calibrate -3"),
+        (("--calibrate", "20", "--measure"), "--calibrate and --measure"),
+        (("--looks", "0"), "--looks 0"),
+        (("--seed", "-1"), "--seed -1"),
+        (("--max-damage", "-1"), "--max-damage -1"),
+        (("--optimizer", "adagrad"), "adagrad"),
+        (("--target", "zero"), "zero"),
+        (("--holdout", "HELD"), "--holdout was given"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_written(call, run, tmp_path, arguments, said):
+    arguments = [run.parent / "unseen.jsonl" if one == "HELD" else one for one in arguments]
+    done = call(*arguments)
+    assert done.status == 2
+    assert said in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_that_is_there_is_lost(call, tmp_path):
+    for name in ("t.csv", "t.difficulty.h5"):
+        (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    assert call("--ids", "r0-1").status == 2
+    assert (
+        call("--ids", "r0-1", "--measure", "--overwrite").status != 0
+    )  # the measurements' place is taken by something else
+    assert contents(tmp_path) == before
+    (tmp_path / "folder.csv").mkdir()
+    assert call("--overwrite", out="folder.csv").status == 2
+    assert call(out="nowhere/t.csv").status == 2
+    assert call(out="t.xlsx").status == 2
+
+
+def test_hostile_ids_stay_one_line_and_come_back(run_main, run, tmp_path):
+    hostile = ["a,b", 'q"uote', "x\rr0-1", "line\nrecommended: none 10", "=1+1", "007"]
+    write_rows(
+        tmp_path / "train.jsonl",
+        [row | {"id": id} for row, id in zip(rows(6), hostile, strict=True)],
+    )
+    model = influence.load(run.parent / "base", run.parent / "trained", device="cpu")
+    influence.fit(
+        model,
+        influence.read_examples(tmp_path / "train.jsonl"),
+        directory=tmp_path / "run",
+        path=(1.0,),
+    )
+    done = run_main(
+        main,
+        "unlearn",
+        "difficulty",
+        "--run",
+        tmp_path / "run",
+        "--out",
+        tmp_path / "t.csv",
+        "--device",
+        "cpu",
+    )
+    assert done.status == 0, done.err
+    table = pd.read_csv(tmp_path / "t.csv", dtype={"id": str}, keep_default_na=False)
+    assert table["id"].tolist() == hostile
+    assert sum(line.startswith("recommended:") for line in done.out.splitlines()) == 1
+    assert "\r" not in done.out

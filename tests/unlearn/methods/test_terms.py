@@ -1,0 +1,639 @@
+"""The terms of unlearning: numbers derived by hand, plain sums in float64, and the laws that each must obey."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import influence
+from influence import distributed
+from influence.adapter import AdaptedModel
+from influence.cost import Cost
+from influence.errors import InputError, NumericalError
+from influence.tokens import TokenizedExamples
+from tests.conftest import add_lora, build_base, build_model, build_tokenizer, examples, tokens_of
+from unlearn.methods import terms
+from unlearn.methods.batches import TermBatches
+from unlearn.methods.reference import ReferenceAdapter, frozen
+from unlearn.methods.targets import Target
+from unlearn.methods.terms import Part, Term
+
+LN2, LN3 = math.log(2), math.log(3)
+
+
+def part_of(
+    logits: Tensor,
+    labels: list[int],
+    counts: list[int],
+    reference: Tensor | None = None,
+    wanted: Tensor | None = None,
+    other: Part | None = None,
+) -> Part:
+    """A part whose reference has these logits; without them, asking for it fails."""
+
+    def asked() -> Tensor:
+        assert reference is not None, "nobody may ask"
+        return reference
+
+    def losses() -> Tensor:
+        return torch.nn.functional.cross_entropy(asked(), torch.tensor(labels), reduction="none")
+
+    return Part(logits, torch.tensor(labels), counts, asked, losses, wanted, other)
+
+
+def logits_of(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+
+
+# ---- numbers by hand -----------------------------------------------------------------------------------------
+
+
+def test_ascent_and_descent_by_hand():
+    """Two words. Logits (0, 0): p = (1/2, 1/2), so word 0 costs ln 2. Logits (ln 3, 0): p = (3/4, 1/4), so word 1 costs ln 4."""
+    part = part_of(logits_of([0, 0], [LN3, 0]), [0, 1], [1, 1])
+    assert terms.descent.function(part).tolist() == pytest.approx([LN2, 2 * LN2], abs=1e-14)
+    assert terms.ascent.function(part).tolist() == pytest.approx([-LN2, -2 * LN2], abs=1e-14)
+
+
+def test_divergence_by_hand():
+    """p_ref = (1/2, 1/2), p = (3/4, 1/4): KL(p_ref || p) = 1/2 ln(2/3) + 1/2 ln 2 = 1/2 ln(4/3).
+
+    The other way round it would be 3/4 ln(3/2) + 1/4 ln(1/2) = 3/4 ln 3 - ln 2 = 0.1308, not 0.1438.
+    The gradient by the logits is p - p_ref = (1/4, -1/4).
+    """
+    logits = logits_of([LN3, 0])
+    value = terms.divergence.function(
+        part_of(logits, [0], [1], reference=torch.zeros(1, 2, dtype=torch.float64))
+    )
+    assert value.tolist() == pytest.approx([math.log(4 / 3) / 2], abs=1e-14)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert gradient[0].tolist() == pytest.approx([0.25, -0.25], abs=1e-14)
+
+
+def test_matching_by_hand():
+    """q = (1/4, 3/4), p = (1/2, 1/2): KL(q || p) = 1/4 ln(1/2) + 3/4 ln(3/2) = 3/4 ln 3 - ln 2. Gradient p - q = (1/4, -1/4)."""
+    logits = logits_of([0, 0])
+    wanted = torch.tensor([[0.25, 0.75]], dtype=torch.float64).log()
+    value = terms.matching.function(part_of(logits, [0], [1], wanted=wanted))
+    assert value.tolist() == pytest.approx([0.75 * LN3 - LN2], abs=1e-14)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert gradient[0].tolist() == pytest.approx([0.25, -0.25], abs=1e-14)
+
+
+@pytest.mark.parametrize(("beta", "wanted"), [(1.0, 2 * math.log(3 / 2)), (2.0, math.log(5 / 4))])
+def test_npo_by_hand(beta, wanted):
+    """One row of two tokens: l = ln 2 + ln 4 = ln 8 (sum, not mean); the reference says 1/2 to both, l_ref = ln 4; l - l_ref = ln 2.
+
+    beta = 1: -2 log sigma(ln 2) = -2 ln(2/3) = 2 ln(3/2). beta = 2: -1 log sigma(ln 4) = -ln(4/5) = ln(5/4).
+    """
+    part = part_of(
+        logits_of([0, 0], [LN3, 0]), [0, 1], [2], reference=torch.zeros(2, 2, dtype=torch.float64)
+    )
+    assert terms.npo(beta).function(part).tolist() == pytest.approx([wanted], abs=1e-14)
+
+
+@pytest.mark.parametrize(("gamma", "wanted"), [(0.0, math.log(9 / 8)), (LN2, math.log(5 / 4))])
+def test_simnpo_by_hand(gamma, wanted):
+    """l / T = (ln 8) / 2 and beta = 2: beta l / T = ln 8.
+
+    gamma = 0: -(2/2) log sigma(ln 8) = -ln(8/9) = ln(9/8). gamma = ln 2: -log sigma(ln 4) = ln(5/4).
+    """
+    part = part_of(logits_of([0, 0], [LN3, 0]), [0, 1], [2])
+    assert terms.simnpo(2.0, gamma).function(part).tolist() == pytest.approx([wanted], abs=1e-14)
+
+
+def test_dpo_by_hand():
+    """l - l_ref = ln 2 as above. The other completion, one token: p' = 3/4, p'_ref = 1/4, so l' - l'_ref = ln(4/3) - ln 4 = -ln 3.
+
+    beta = 1: -2 log sigma(ln 2 + ln 3) = -2 ln(6/7) = 2 ln(7/6): less than at the reference (2 ln 2), the other one is liked.
+    """
+    other = part_of(
+        logits_of([LN3, 0]), [0], [1], reference=torch.tensor([[0, LN3]], dtype=torch.float64)
+    )
+    part = part_of(
+        logits_of([0, 0], [LN3, 0]),
+        [0, 1],
+        [2],
+        reference=torch.zeros(2, 2, dtype=torch.float64),
+        other=other,
+    )
+    assert terms.dpo(1.0).function(part).tolist() == pytest.approx([2 * math.log(7 / 6)], abs=1e-14)
+
+
+# ---- against plain sums --------------------------------------------------------------------------------------
+
+
+def log_softmax(row: np.ndarray) -> np.ndarray:
+    shifted = row.astype(np.float64) - row.max()
+    return shifted - math.log(sum(math.exp(x) for x in shifted))
+
+
+def summed(logits: np.ndarray, labels: list[int], counts: list[int]) -> list[float]:
+    """`l` of every row, by a loop."""
+    out, at = [], 0
+    for count in counts:
+        out.append(sum(-log_softmax(logits[t])[labels[t]] for t in range(at, at + count)))
+        at += count
+    return out
+
+
+def kl(q: np.ndarray, logits: np.ndarray) -> float:
+    p = np.exp(log_softmax(logits))
+    return sum(a * math.log(a / b) for a, b in zip(q, p, strict=True) if a > 0)
+
+
+def minus_log_sigma(x: float) -> float:
+    return math.log1p(math.exp(-x))
+
+
+CASES = {"mixed": [3, 1, 4], "one token each": [1, 1, 1, 1], "one row": [5], "one token": [1]}
+
+
+def drawn(counts: list[int], seed: int = 0, scale: float = 2.0, vocabulary: int = 7) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda n: scale * torch.randn(n, vocabulary, generator=generator, dtype=torch.float64)  # noqa: E731
+    n, others = sum(counts), [1 + i % 3 for i in range(len(counts))]
+    label = lambda n: torch.randint(vocabulary, (n,), generator=generator).tolist()  # noqa: E731
+    return {
+        "counts": counts,
+        "logits": make(n),
+        "labels": label(n),
+        "reference": make(n),
+        "wanted": make(n).log_softmax(-1),
+        "other_counts": others,
+        "other_logits": make(sum(others)),
+        "other_labels": label(sum(others)),
+        "other_reference": make(sum(others)),
+    }
+
+
+def part_drawn(case: dict, dtype: torch.dtype = torch.float64) -> Part:
+    accurate = torch.float64 if dtype == torch.float64 else torch.float32
+    logits, other_logits = (
+        case[key].to(dtype).clone().requires_grad_() for key in ("logits", "other_logits")
+    )
+    reference, other_reference = (
+        case[key].to(dtype).to(accurate) for key in ("reference", "other_reference")
+    )
+    other = part_of(
+        other_logits, case["other_labels"], case["other_counts"], reference=other_reference
+    )
+    return part_of(
+        logits,
+        case["labels"],
+        case["counts"],
+        reference=reference,
+        wanted=case["wanted"],
+        other=other,
+    )
+
+
+def plain(name: str, case: dict) -> list[float]:
+    """A term's values by loops over Python floats; beta 0.3, gamma 0.4."""
+    logits, reference = case["logits"].numpy(), case["reference"].numpy()
+    labels, counts, n = case["labels"], case["counts"], len(case["labels"])
+    own, before = summed(logits, labels, counts), summed(reference, labels, counts)
+    excess = [a - b for a, b in zip(own, before, strict=True)]
+    if name == "npo":
+        return [2 / 0.3 * minus_log_sigma(0.3 * x) for x in excess]
+    if name == "simnpo":
+        return [
+            2 / 0.3 * minus_log_sigma(0.3 * a / t - 0.4) for a, t in zip(own, counts, strict=True)
+        ]
+    if name == "dpo":
+        rest = case["other_labels"], case["other_counts"]
+        now, then = (
+            summed(case["other_logits"].numpy(), *rest),
+            summed(case["other_reference"].numpy(), *rest),
+        )
+        return [
+            2 / 0.3 * minus_log_sigma(0.3 * (x - (a - b)))
+            for x, a, b in zip(excess, now, then, strict=True)
+        ]
+    if name == "divergence":
+        return [kl(np.exp(log_softmax(reference[t])), logits[t]) for t in range(n)]
+    if name == "matching":
+        return [kl(np.exp(case["wanted"].numpy()[t]), logits[t]) for t in range(n)]
+    sign = {"ascent": 1, "descent": -1}[name]
+    return [sign * float(log_softmax(logits[t])[labels[t]]) for t in range(n)]
+
+
+TERMS = {
+    "ascent": terms.ascent,
+    "descent": terms.descent,
+    "divergence": terms.divergence,
+    "matching": terms.matching,
+    "npo": terms.npo(0.3),
+    "simnpo": terms.simnpo(0.3, 0.4),
+    "dpo": terms.dpo(0.3),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("kind", CASES)
+def test_values_are_those_of_plain_loops(name, kind):
+    case = drawn(CASES[kind], seed=len(kind))
+    values = TERMS[name].function(part_drawn(case))
+    assert values.tolist() == pytest.approx(plain(name, case), rel=1e-12, abs=1e-13)
+    assert len(values) == (len(case["counts"]) if TERMS[name].per == "row" else len(case["labels"]))
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_logits_are_worked_on_in_float32(name, dtype):
+    """A model in half precision rounds its logits; nothing after that may lose more than float32 does."""
+    case = drawn([40, 3, 1], seed=1, vocabulary=50)
+    rounded = {
+        key: value.to(dtype).double() if isinstance(value, Tensor) and key != "wanted" else value
+        for key, value in case.items()
+    }
+    part = part_drawn(case, dtype)
+    values = TERMS[name].function(part)
+    assert values.dtype in (torch.float32, torch.float64)
+    assert values.tolist() == pytest.approx(plain(name, rounded), rel=3e-6, abs=3e-6)
+    (gradient,) = torch.autograd.grad(values.sum(), part.logits)
+    assert bool(torch.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_rows_value_does_not_depend_on_the_rows_beside_it(name):
+    together = drawn([3, 1, 4])
+    values = TERMS[name].function(part_drawn(together))
+    alone = dict(together, counts=[1], other_counts=[2], labels=together["labels"][3:4])
+    alone |= {key: together[key][3:4] for key in ("logits", "reference", "wanted")}
+    alone |= {
+        key: together[key][1:3] for key in ("other_logits", "other_labels", "other_reference")
+    }
+    at = 1 if TERMS[name].per == "row" else 3
+    assert TERMS[name].function(part_drawn(alone)).tolist() == pytest.approx(
+        [values[at].item()], rel=1e-13
+    )
+
+
+# ---- what is asked -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_asks_what_it_says_it_asks(name):
+    """`reference` and `logits` decide what a method costs and whether it needs the adapter before."""
+    case, asked = drawn([3, 1, 4]), set()
+    part = part_drawn(case)
+    for one in (part, part.other):
+        assert one is not None
+        logits, losses = one.reference_logits_of, one.reference_losses_of
+        one.reference_logits_of = lambda logits=logits: (asked.add("logits"), logits())[1]
+        one.reference_losses_of = lambda losses=losses: (asked.add("losses"), losses())[1]
+    term = TERMS[name]
+    term.function(part)
+    assert term.reference == bool(asked)
+    assert term.logits == ("logits" in asked)
+
+
+def test_terms_that_need_a_target_say_which():
+    part = part_of(logits_of([0, 1]), [0], [1], reference=torch.zeros(1, 2))
+    for term, target in ((terms.matching, "predicted"), (terms.dpo(), "refusals")):
+        with pytest.raises(AssertionError, match=target):
+            term.function(part)
+
+
+# ---- laws ----------------------------------------------------------------------------------------------------
+
+
+def at_reference(case: dict) -> dict:
+    return case | {
+        "reference": case["logits"].clone(),
+        "other_reference": case["other_logits"].clone(),
+    }
+
+
+def by_logits(values: Tensor, part: Part) -> Tensor:
+    return torch.autograd.grad(values.sum(), part.logits, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 1.0, 20.0])
+def test_npos_gradient_at_the_reference_is_that_of_minus_the_summed_loss(beta):
+    """d/dx of -(2/beta) log sigma(beta x) is -2 (1 - sigma(beta x)) = -1 at x = 0, whatever beta; the value there is (2/beta) ln 2."""
+    part = part_drawn(at_reference(drawn([3, 1, 4])))
+    values = terms.npo(beta).function(part)
+    assert values.tolist() == pytest.approx([2 / beta * LN2] * 3, rel=1e-12)
+    own = by_logits(-part.per_row(part.losses), part)
+    assert float((by_logits(values, part) - own).abs().max()) < 1e-10
+    assert float((by_logits(terms.ascent.function(part), part) - own).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_npos_gradient_elsewhere_is_ascents_with_the_papers_weight(beta):
+    """Zhang et al., eq. 4: each row's ascent gradient times 2 p^beta / (p^beta + p_ref^beta), p the probability of the whole row."""
+    case = drawn([3, 1, 4])
+    part = part_drawn(case)
+    own = [
+        summed(case[key].numpy(), case["labels"], case["counts"]) for key in ("logits", "reference")
+    ]
+    p, p_ref = (np.exp(-np.array(loss) * beta) for loss in own)
+    weight = np.repeat(2 * p / (p + p_ref), case["counts"])
+    wanted = torch.from_numpy(weight)[:, None] * by_logits(terms.ascent.function(part), part)
+    assert float((by_logits(terms.npo(beta).function(part), part) - wanted).abs().max()) < 1e-12
+
+
+def test_dpos_gradient_at_the_reference_prefers_the_other_completion():
+    """At the reference it is -(grad l - grad l'), whatever beta: rates compare with NPO's."""
+    for beta in (0.01, 0.1, 5.0):
+        case = at_reference(drawn([3, 1, 4]))
+        part = part_drawn(case)
+        assert part.other is not None
+        values = terms.dpo(beta).function(part).sum()
+        own, other = torch.autograd.grad(
+            values, (part.logits, part.other.logits), retain_graph=True
+        )
+        towards = torch.autograd.grad(part.other.losses.sum(), part.other.logits)[0]
+        assert float((own - by_logits(terms.ascent.function(part), part)).abs().max()) < 1e-12
+        assert float((other - towards).abs().max()) < 1e-12
+
+
+def test_npo_is_at_least_zero_and_falls_as_the_loss_rises():
+    losses = torch.linspace(-500, 500, 101, dtype=torch.float64)
+    for beta in (0.01, 0.1, 1.0):
+        part = part_of(torch.zeros(101, 2), [0] * 101, [1] * 101, reference=torch.zeros(101, 2))
+        part.losses = losses  # type: ignore[misc]
+        part.reference_losses = torch.zeros(101, dtype=torch.float64)  # type: ignore[misc]
+        values = terms.npo(beta).function(part)
+        assert bool((values >= 0).all())
+        assert bool((values.diff() <= 0).all())
+        assert float(values[-1]) <= 2 / beta * math.exp(-500 * beta)
+        assert values[0].item() == pytest.approx(
+            2 * 500, abs=2 / beta * math.exp(-500 * beta)
+        )  # far below the reference it is a line of slope -2
+
+
+@pytest.mark.parametrize("beta", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_npo_tends_to_ascent_as_beta_falls(beta):
+    """-(2/beta) log sigma(beta x) = (2/beta) ln 2 - x + beta x^2 / 4 - ...; the series alternates, so the error is below its term."""
+    case = drawn([3, 1, 4])
+    part = part_drawn(case)
+    x = part.excess.detach()
+    found = (terms.npo(beta).function(part) - 2 / beta * LN2).detach()
+    assert bool(((found + x).abs() <= beta * x**2 / 4 + 1e-9).all())
+    difference = by_logits(terms.npo(beta).function(part), part) - by_logits(
+        terms.ascent.function(part), part
+    )
+    assert float(difference.abs().max()) <= beta * float(x.abs().max()) / 2 + 1e-12
+
+
+def test_npo_and_simnpo_stay_finite_where_a_row_is_far_from_the_reference():
+    far = torch.tensor([[1e4, 0.0], [0.0, 1e4]], dtype=torch.float32, requires_grad=True)
+    for term in (terms.npo(1.0), terms.simnpo(1.0)):
+        part = part_of(far, [0, 0], [1, 1], reference=torch.tensor([[0.0, 1e4], [1e4, 0.0]]))
+        values = term.function(part)
+        assert bool(torch.isfinite(values).all())
+        assert bool(torch.isfinite(by_logits(values, part)).all())
+
+
+def test_simnpo_sees_means_and_npo_sums():
+    """A row and the same row ten times as long: SimNPO says the same of both, and pulls each token a tenth as hard.
+
+    NPO without a reference (l_ref = 0) would say sigma(10 beta l): of a long row it has long let go.
+    """
+    one, long = logits_of([0.5, -0.5]), logits_of(*[[0.5, -0.5]] * 10)
+    short_part, long_part = part_of(one, [0], [1]), part_of(long, [0] * 10, [10])
+    term = terms.simnpo(2.0, 0.1)
+    short_value, long_value = term.function(short_part), term.function(long_part)
+    assert short_value.item() == pytest.approx(long_value.item(), rel=1e-14)
+    short_gradient, long_gradient = (
+        by_logits(short_value, short_part),
+        by_logits(long_value, long_part),
+    )
+    assert torch.allclose(short_gradient / 10, long_gradient[3:4], rtol=1e-12, atol=0)
+    for part in (short_part, long_part):
+        part.reference_losses = torch.zeros(len(part.labels), dtype=torch.float64)  # type: ignore[misc]
+    weights = [
+        by_logits(terms.npo(2.0).function(part), part)[0, 0] for part in (short_part, long_part)
+    ]
+    assert 0 < float(weights[1]) < 0.05 * float(weights[0])
+
+
+def test_divergence_and_its_gradient_vanish_at_the_reference():
+    part = part_drawn(at_reference(drawn([3, 1, 4])))
+    values = terms.divergence.function(part)
+    assert values.abs().max() == 0
+    assert float(by_logits(values, part).abs().max()) < 1e-15
+
+
+def test_divergences_are_at_least_zero():
+    for seed in range(30):
+        case = drawn([5, 2], seed=seed, scale=0.01 if seed % 2 else 8.0)
+        for name in ("divergence", "matching"):
+            assert float(TERMS[name].function(part_drawn(case)).detach().min()) >= -1e-15
+
+
+def test_impossible_words_are_harmless():
+    """A word with logit -inf before (p_ref = 0) adds nothing to KL(p_ref || p), and pulls its logit by p alone.
+
+    By hand: p_ref = (1/2, 1/2, 0), p = (1/4, 1/4, 1/2): KL = ln 2, gradient p - p_ref = (-1/4, -1/4, 1/2).
+    """
+    logits = logits_of([0, 0, LN2])
+    gone = torch.tensor([[0, 0, -torch.inf]], dtype=torch.float64)
+    for part, term in (
+        (part_of(logits, [0], [1], reference=gone), terms.divergence),
+        (part_of(logits, [0], [1], wanted=gone.log_softmax(-1)), terms.matching),
+    ):
+        values = term.function(part)
+        assert values.item() == pytest.approx(LN2, abs=1e-14)
+        assert by_logits(values, part)[0].tolist() == pytest.approx([-0.25, -0.25, 0.5], abs=1e-14)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_words_that_are_impossible_before_and_now_are_harmless(name):
+    """Some models mask part of their vocabulary with -inf, at all times; no label is one of them."""
+    case = drawn([3, 1, 4])
+    masked = {
+        key: case[key].clone()
+        for key in ("logits", "reference", "other_logits", "other_reference", "wanted")
+    }
+    for value in masked.values():
+        value[:, 6] = -torch.inf
+    masked["wanted"] = masked["wanted"].log_softmax(-1)
+    case |= masked | {"labels": [label % 6 for label in case["labels"]]}
+    case |= {"other_labels": [label % 6 for label in case["other_labels"]]}
+    part = part_drawn(case)
+    values = TERMS[name].function(part)
+    assert bool(torch.isfinite(values).all())
+    gradient = by_logits(values, part)
+    assert bool(torch.isfinite(gradient).all())
+    assert float(gradient[:, 6].abs().max()) == 0
+
+
+# ---- in the loop ---------------------------------------------------------------------------------------------
+
+
+def side_of(
+    model: AdaptedModel,
+    before: ReferenceAdapter | None,
+    term: Term,
+    *,
+    tokens: TokenizedExamples | None = None,
+    target: Target | None = None,
+    batch_size: int = 6,
+    token_budget: int = 4096,
+) -> TermBatches:
+    tokens = tokens_of(model, examples(6)) if tokens is None else tokens
+    return TermBatches(
+        model, tokens, term, target or Target(), before, batch_size, token_budget, 0, 1, Cost()
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", ["phi", "gpt2"]
+)  # whose norms keep float64, where Llama's round gradients to float32
+def test_npo_in_the_loop_starts_along_gradient_ascent(kind):
+    """ga is a mean over N_tok tokens, NPO one over n rows of sums: at the reference its gradient is N_tok / n times ga's."""
+    model = build_model(kind, layers=1)
+    with model.evaluating(model.parameters), frozen(model) as before:
+        ga = side_of(model, before, terms.ascent, token_budget=20).look(0)
+        for beta in (0.1, 3.0):
+            npo = side_of(model, before, terms.npo(beta), token_budget=20).look(0)
+            tokens = int(tokens_of(model, examples(6)).counts.sum())
+            wanted = ga.gradient * tokens / 6
+            assert float((npo.gradient - wanted).norm() / wanted.norm()) < 1e-10
+            assert npo.value == pytest.approx(2 / beta * LN2, rel=1e-10)
+        kept = side_of(model, before, terms.divergence).look(0)
+        assert abs(kept.value) < 1e-12
+        assert float(kept.gradient.norm()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_start_where_they_should(dtype):
+    """The LoRA parameters and all terms are float32; the reference runs the very same operations, so its KL is zero."""
+    model = build_model("llama", layers=1, dtype=dtype)
+    with model.evaluating(model.parameters), frozen(model) as before:
+        kept = side_of(model, before, terms.divergence).look(0)
+        assert abs(kept.value) < 1e-6
+        look = side_of(model, before, terms.npo(0.1)).look(0)
+        assert look.value == pytest.approx(20 * LN2, rel=1e-5)
+        ga = side_of(model, before, terms.ascent).look(0)
+        cosine = (
+            look.gradient.double()
+            @ ga.gradient.double()
+            / look.gradient.double().norm()
+            / ga.gradient.double().norm()
+        )
+        assert float(cosine) > 0.999
+        assert look.gradient.dtype == torch.float32
+
+
+def test_a_term_of_ones_own_is_checked():
+    model = build_model("llama", layers=1)
+    with model.evaluating(model.parameters):
+        square = side_of(model, None, Term("square", lambda part: part.losses**2)).look(0)
+        assert square.value > 0
+        wrong = [
+            Term("one number", lambda part: part.losses.sum()),
+            Term("by row", lambda part: part.per_row(part.losses)),
+            Term("no such", lambda part: part.losses, per="word"),
+        ]
+        for term in wrong:
+            with pytest.raises(InputError, match=f"the term {term.name} gave values of shape"):
+                side_of(model, None, term).look(0)
+        with pytest.raises(
+            NumericalError, match="the term nothing or its gradient is NaN or infinite in step 4"
+        ):
+            side_of(model, None, Term("nothing", lambda part: part.losses * float("nan"))).look(3)
+        infinite = Term(
+            "steep", lambda part: (part.losses - part.losses.detach()).abs().clamp(min=0).sqrt()
+        )
+        with pytest.raises(
+            NumericalError, match="the term steep"
+        ):  # a finite value, and a gradient that is not
+            side_of(model, None, infinite).look(0)
+
+
+def test_a_look_tells_the_rows_own_losses_whatever_the_term():
+    """Stopping rules read the mean loss of the rows' own tokens, also where the term is about other labels."""
+    model = build_model("llama", layers=1)
+    tokens = tokens_of(model, examples(6))
+    labels = [torch.full((int(count),), 5) for count in tokens.counts]
+    with model.evaluating(model.parameters):
+        own = side_of(model, None, terms.descent, batch_size=4).look(0)
+        other = side_of(
+            model, None, terms.descent, batch_size=4, token_budget=9, target=Target(labels=labels)
+        ).look(0)
+    assert other.rows.tolist() == own.rows.tolist()
+    assert other.losses == pytest.approx(own.losses, rel=1e-12)
+    assert own.loss == pytest.approx(own.value, rel=1e-12)
+    assert other.loss == pytest.approx(own.loss, rel=1e-12)
+    assert abs(other.value - own.value) > 1e-3
+
+
+def test_a_matrix_that_no_row_reaches_has_a_zero_gradient():
+    """An expert that no token is sent to, or a layer that this input skips: fits and edits take such adapters."""
+    base = build_base("gpt2", layers=1)
+    base.transformer.h[0].unused = torch.nn.Linear(16, 16).double()
+    peft = add_lora(base, target_modules=["c_attn", "unused"]).double()
+    model = influence.from_peft(peft, build_tokenizer())
+    with model.evaluating(model.parameters):
+        look = side_of(model, None, terms.ascent).look(0)
+    found = dict(
+        zip(
+            (leaf.name for leaf in model.space.leaves),
+            model.space.split(look.gradient),
+            strict=True,
+        )
+    )
+    assert all(bool(own.any()) == ("unused" not in name) for name, own in found.items())
+
+
+def test_rows_of_a_step_are_an_epochs_permutation_and_depend_on_the_seed_alone():
+    model = build_model("llama", layers=1)
+    tokens = tokens_of(model, examples(7))
+    side = side_of(model, None, terms.ascent, tokens=tokens, batch_size=3)
+    epoch = [side.rows(step) for step in range(3)]
+    assert [len(rows_) for rows_ in epoch] == [3, 3, 1]
+    assert sorted(np.concatenate(epoch).tolist()) == list(range(7))
+    assert np.array_equal(side.rows(1), epoch[1])  # whatever was asked before
+    again = [side.rows(step) for step in range(3, 6)]
+    assert sorted(np.concatenate(again).tolist()) == list(range(7))
+    assert not np.array_equal(np.concatenate(again), np.concatenate(epoch))
+    for other in (replace(side, seed=1), replace(side, stream=2)):
+        assert not np.array_equal(
+            np.concatenate([other.rows(step) for step in range(3)]), np.concatenate(epoch)
+        )
+    assert sorted(replace(side, batch_size=99).rows(5).tolist()) == list(range(7))
+
+
+def test_processes_share_a_step_and_add_up_to_the_whole(monkeypatch):
+    """Three processes with every third row each: gradients, values and losses sum to those of one process."""
+    model = build_model("llama", layers=1)
+    tokens = tokens_of(model, examples(5))
+    with model.evaluating(model.parameters), frozen(model) as before:
+        moved = model.snapshot() * 1.2
+        for term in (terms.ascent, terms.npo(0.5), terms.divergence):
+            with model.at(moved):
+                whole = side_of(model, before, term, tokens=tokens).look(2)
+                told: list[list[Tensor]] = []
+                for rank in range(3):
+                    sums: list[Tensor] = []
+                    monkeypatch.setattr(
+                        distributed, "shard", lambda rows_, rank=rank: rows_[rank::3]
+                    )
+                    monkeypatch.setattr(
+                        distributed,
+                        "add_up",
+                        lambda tensor, sums=sums: (sums.append(tensor), tensor)[1],
+                    )
+                    side_of(model, before, term, tokens=tokens).look(2)
+                    told.append(sums)
+                monkeypatch.undo()
+            gradient, values = (sum(one[i] for one in told) for i in (0, 1))
+            assert isinstance(gradient, Tensor)
+            assert isinstance(values, Tensor)
+            assert torch.allclose(gradient, whole.gradient, rtol=1e-10, atol=1e-14)
+            assert values[-5:].tolist() == pytest.approx(whole.losses.tolist(), rel=1e-12)
+            assert float(values[0]) == pytest.approx(whole.value, rel=1e-10, abs=1e-14)
+
+
+def test_the_rows_above_are_of_mixed_lengths():
+    assert len(set(tokens_of(build_model("gpt2", layers=1), examples(6)).counts.tolist())) > 2

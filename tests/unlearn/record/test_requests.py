@@ -1,0 +1,447 @@
+"""What may be asked of an edit, and what is refused before any work: with which sentence, and nothing written."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import influence
+import unlearn
+from influence.errors import DataError, InputError
+from influence.rows import Examples, read_examples
+from influence.tokens import tokenize
+from tests.conftest import build_model, examples, fit_end
+from tests.influence.test_store import untouched
+from unlearn.edits.options import Options
+from unlearn.record.change import plan
+from unlearn.record.change_files import read_changes, read_ids, write_rows
+from unlearn.record.version import version
+from unlearn.stopping import Until
+
+HOSTILE = [
+    "line\u2028break\u2029 and\x85next",
+    "\v\f\x1c\x1d",
+    "ta\tb\r\nend",
+    '"quoted" \\ {}',
+    "\U0001f98a\u202e",
+]
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+ROWS = [
+    {"id": "a1", "group": "ann", "prompt": "the red fox", "completion": " runs"},
+    {"id": "a2", "group": "ann", "prompt": "a lazy dog", "completion": " and cats sleep"},
+    {"id": "7", "prompt": "birds sing", "completion": " loud songs at dawn"},
+    {"id": "t1", "text": "old cats sleep in warm sun"},
+    {
+        "id": "m1",
+        "messages": [
+            {"role": "user", "content": "the fox"},
+            {"role": "assistant", "content": "runs"},
+            {"role": "user", "content": "and the dog"},
+            {"role": "assistant", "content": "sleep"},
+        ],
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    model = build_model("gpt2", layers=1, target_modules=["mlp.c_proj"], r=1)
+    model.tokenizer.chat_template = CHAT
+    data = influence.examples_from_rows(ROWS)
+    return fit_end(
+        model,
+        data,
+        curvature=influence.Identity(),
+        directory=tmp_path_factory.mktemp("requests") / "run",
+    )
+
+
+def refused(run, message, error=InputError, **asked):
+    """The call is refused with this sentence, by the plan and by the edit, and no file of the run changes."""
+    with untouched(run.directory):
+        with pytest.raises(error, match=message):
+            plan(version(run), **asked)
+        with pytest.raises(error, match=message):
+            unlearn.edit(run, **asked)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({}, InputError, "no change was asked for: name at least one row"),
+        ({"relabel": {}, "correct": {}}, InputError, "no change was asked for"),
+        (
+            {"remove": ["a11"]},
+            DataError,
+            r"no example has the id 'a11', among 5; the nearest are .*a1",
+        ),
+        ({"relabel": {"zzz": " runs"}}, DataError, "no example has the id 'zzz'"),
+        (
+            {"remove": ["a1", "a2", "a1"]},
+            InputError,
+            "ids are given more than once: 'a1'; name each row once",
+        ),
+        ({"remove": ["a1"], "relabel": {"a1": " sleep"}}, InputError, "given more than once: 'a1'"),
+        (
+            {"relabel": {"a1": " runs"}},
+            InputError,
+            "relabel of 'a1' changes nothing: the row has this content already",
+        ),
+        (
+            {"correct": {"a1": {"prompt": "the red fox"}}},
+            InputError,
+            "correct of 'a1' changes nothing",
+        ),
+        (
+            {"correct": {"t1": {"text": ROWS[3]["text"]}}},
+            InputError,
+            "correct of 't1' changes nothing",
+        ),
+        ({"relabel": {"a1": "   runs"}}, InputError, "the change of 'a1' changes no token"),
+        ({"remove": ["a1", "a2", "7", "t1", "m1"]}, InputError, "all rows would be removed"),
+        (
+            {"relabel": {"t1": " sleep"}},
+            InputError,
+            r"'t1' is a text without a completion: correct it with .*\"text\"",
+        ),
+        ({"relabel": {"a1": 3}}, DataError, "the new completion of 'a1' is 3; expected a string"),
+        (
+            {"relabel": {"a1": None}},
+            DataError,
+            "the new completion of 'a1' is None; expected a string",
+        ),
+        (
+            {"relabel": {"a1": ""}},
+            DataError,
+            "'completion' is empty; there is nothing to supervise",
+        ),
+        (
+            {"correct": {"a1": {}}},
+            DataError,
+            "the change of 'a1' is {}; expected new prompt, completion, messages or text",
+        ),
+        ({"correct": {"a1": "text"}}, DataError, "the change of 'a1' is 'text'; expected new"),
+        ({"correct": {"a1": {"text": "the"}}}, DataError, "ambiguous"),
+        ({"correct": {"t1": {"prompt": "the"}}}, DataError, "has 'prompt' but no 'completion'"),
+        (
+            {"correct": {"m1": {"prompt": "the"}}},
+            InputError,
+            "'m1' is a conversation: give its new \"messages\"",
+        ),
+        ({"relabel": {"a1": " fox \ud800"}}, DataError, "Unicode|unicode|surrogate"),
+        ({"correct": {"a1": {"prompt": "the " * 3000}}}, DataError, "rows do not fit the model"),
+    ],
+)
+def test_wrong_requests_say_what_to_do_and_write_nothing(run, asked, error, message):
+    refused(run, message, error, **asked)
+
+
+@pytest.mark.parametrize("ids", ["a1", "7"])
+def test_ids_as_one_string_are_refused(run, ids):
+    """'a1' would otherwise be read as the rows 'a' and '1'; '7' even as a row that there is."""
+    for call in (unlearn.remove, lambda run, ids: unlearn.edit(run, remove=ids)):
+        with (
+            untouched(run.directory),
+            pytest.raises(InputError, match=r"were given as one string; expected a list, as in"),
+        ):
+            call(run, ids)
+
+
+def test_held_out_rows_that_are_training_rows_are_refused(run):
+    holdout = Examples([*examples(2, seed=4), run.train[1]])
+    with (
+        untouched(run.directory),
+        pytest.raises(
+            InputError, match=r"1 held-out rows are training rows .or new contents. word for word"
+        ),
+    ):
+        unlearn.remove(run, ["a1"], holdout=holdout)
+    with pytest.raises(InputError, match="the held-out file has no rows"):
+        unlearn.remove(run, ["a1"], holdout=Examples([]))
+
+
+def test_held_out_rows_that_are_new_contents_are_refused(run):
+    """A row that this very edit teaches was not held out."""
+    holdout = influence.examples_from_rows([{"prompt": "the red fox", "completion": " and cats"}])
+    with pytest.raises(InputError, match="training rows"):
+        unlearn.relabel(run, {"a1": " and cats"}, holdout=holdout, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps 0 was given; expected 1"),
+        ({"steps": -3}, "steps -3 was given"),
+        (
+            {"steps": 1, "until": "loss=2"},
+            "steps 1, the linear answer, has no stopping rule, and loss=2 was given",
+        ),
+        ({"steps": 1, "until": "converged"}, "has no stopping rule, and converged was given"),
+        ({"max_damage": -0.1}, "max_damage -0.1 was given; expected 0 or more"),
+        ({"max_damage": float("nan")}, "max_damage nan was given"),
+        ({"max_damage": float("inf")}, "max_damage inf was given"),
+        ({"rest": -1}, "rest -1 and seed 0 were given; expected 0 or more"),
+        ({"seed": -1}, "rest 24 and seed -1 were given"),
+        ({"solver": "datainf"}, "solver datainf inverts the empirical Fisher of all rows"),
+        *(
+            ({"until": text}, "expected one of expected, loss=X")
+            for text in (
+                "",
+                "soon",
+                "expected=3",
+                "converged=1",
+                "loss",
+                "loss=",
+                "loss=0",
+                "loss=-1",
+                "loss=nan",
+            )
+        ),
+        *(
+            ({"until": text}, "N whole")
+            for text in ("steps=2.5", "steps=0", "norm=", "norm=x", "Loss=2")
+        ),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(run, options, message):
+    with pytest.raises(InputError, match=message):
+        Options(**options)
+    with untouched(run.directory), pytest.raises(InputError, match=message):
+        unlearn.remove(run, ["a1"], **options)
+
+
+def test_an_infinite_number_of_steps_is_refused():
+    with pytest.raises(InputError, match="N whole"):
+        Until.parse("steps=inf")
+
+
+@pytest.mark.parametrize("solver", ["newton", "pcg"])
+def test_wrong_solvers_are_refused(run, solver):
+    with untouched(run.directory), pytest.raises(InputError, match=r"solver|EK-FAC"):
+        unlearn.remove(run, ["a1"], solver=solver)
+
+
+def test_wrong_curvatures_points_and_damping_are_refused(run):
+    for options, message in (
+        ({"curvature": "kfac"}, "was asked of a run fitted with 'identity'"),
+        ({"at": "0.3"}, r"--at '0.3' was given"),
+        ({"curvature": "identity", "damping": "mean:0.1"}, "has none: leave it out"),
+        ({"start": "nowhere"}, "nowhere is no adapter of the run .*: give 'original'"),
+    ):
+        with untouched(run.directory), pytest.raises(InputError, match=message):
+            unlearn.remove(run, ["a1"], **options)
+
+
+@pytest.mark.parametrize("text", ["expected", "converged", "loss=2.5", "steps=7", "norm=0.25"])
+def test_stopping_rules_are_written_as_they_are_read(text):
+    assert str(Until.parse(text)) == text
+    assert Until.parse(Until.parse(text)) == Until.parse(text)
+
+
+# ---- what is understood --------------------------------------------------------------------------------------
+
+
+def contents(change):
+    return {request.before.id: request.after for request in change.requests}
+
+
+def test_a_relabelled_row_keeps_id_group_and_prompt(run):
+    after = contents(plan(version(run), relabel={"a1": " sleep"}))["a1"]
+    assert (after.id, after.group, after.prompt, after.completion) == (
+        "a1",
+        "ann",
+        "the red fox",
+        " sleep",
+    )
+
+
+def test_a_correction_changes_what_it_names(run):
+    asked = {
+        "a1": {"prompt": "a dog"},
+        "a2": {"prompt": "a", "completion": " fox"},
+        "t1": {"text": "the sun"},
+    }
+    after = contents(plan(version(run), correct=asked | {"7": {"completion": " dawn"}}))
+    assert (after["a1"].prompt, after["a1"].completion) == ("a dog", " runs")
+    assert (after["a2"].prompt, after["a2"].completion) == ("a", " fox")
+    assert after["t1"].text == "the sun"
+    assert (after["7"].prompt, after["7"].completion, after["7"].group) == (
+        "birds sing",
+        " dawn",
+        None,
+    )
+
+
+def test_relabelling_a_conversation_replaces_its_last_answer(run):
+    for asked in ({"relabel": {"m1": "sing"}}, {"correct": {"m1": {"completion": "sing"}}}):
+        after = contents(plan(version(run), **asked))["m1"]
+        assert [m["content"] for m in after.messages] == ["the fox", "runs", "and the dog", "sing"]
+        assert [m["role"] for m in after.messages] == ["user", "assistant"] * 2
+    messages = [{"role": "user", "content": "dawn"}, {"role": "assistant", "content": "sun"}]
+    after = contents(plan(version(run), correct={"m1": {"messages": messages}}))["m1"]
+    assert [dict(m) for m in after.messages] == messages
+
+
+def test_the_parts_of_a_plan_fit_together(run):
+    change = plan(
+        version(run), remove=["7"], relabel={"a2": " sing"}, correct={"a1": {"prompt": "sun"}}
+    )
+    assert change.kind == "mixed"
+    assert [(r.action, r.before.id) for r in change.requests] == [
+        ("remove", "7"),
+        ("relabel", "a2"),
+        ("correct", "a1"),
+    ]
+    assert change.rows.tolist() == [2, 1, 0]
+    assert change.replaced.tolist() == [False, True, True]
+    assert change.old.ids == ["7", "a2", "a1"]
+    assert change.new.ids == ["a2", "a1"]
+    assert change.rest.tolist() == [3, 4]
+    assert change.after.ids == ["a1", "a2", "t1", "m1"]
+    assert change.tokens_after.ids == change.after.ids
+    again = tokenize(change.after, run.model.tokenizer)
+    for own, other in zip(change.tokens_after, again, strict=True):
+        np.testing.assert_array_equal(own.input_ids, other.input_ids)
+    for request, kept in zip(change.requests, (False, True, True), strict=True):
+        record = request.record()
+        assert set(record) == {"id", "action", "content_before", "content_after"}
+        assert (record["content_after"] is not None) == kept
+        assert len(record["content_before"]) == 16
+
+
+def test_another_split_of_the_same_tokens_is_a_change(run):
+    """`prompt` shorter, `completion` longer: other tokens are trained on."""
+    change = plan(version(run), correct={"a1": {"prompt": "the red", "completion": " fox runs"}})
+    assert change.new.counts[0] == change.old.counts[0] + 1
+
+
+def test_removing_all_rows_but_relabelling_one_is_allowed(run):
+    change = plan(version(run), remove=["a1", "a2", "t1", "m1"], relabel={"7": " at dawn"})
+    assert change.after.ids == ["7"]
+    assert len(change.rest) == 0
+
+
+# ---- files ---------------------------------------------------------------------------------------------------
+
+
+def file_of(tmp_path, *lines):
+    path = tmp_path / "changes.jsonl"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_changes_are_sorted_into_kinds(tmp_path):
+    path = file_of(
+        tmp_path,
+        json.dumps({"id": "a1", "completion": " x"}),
+        "",
+        json.dumps({"id": 7, "prompt": "y"}),
+        json.dumps({"id": "a2", "action": "remove"}),
+        json.dumps({"id": "m1", "completion": "z", "action": "correct"}),
+        json.dumps({"id": "t1", "text": "w", "prompt": None, "note": "ignored"}),
+    )
+    found = read_changes(path)
+    assert found["remove"] == {"a2": None}
+    assert found["relabel"] == {"a1": " x"}
+    assert found["correct"] == {
+        "7": {"prompt": "y"},
+        "m1": {"completion": "z"},
+        "t1": {"text": "w"},
+    }
+
+
+def test_bad_lines_are_listed_all_at_once(tmp_path):
+    path = file_of(
+        tmp_path,
+        "{not json",
+        "[1]",
+        '{"completion": "x"}',
+        '{"id": true, "completion": "x"}',
+        '{"id": "a", "completion": "x", "action": "forget"}',
+        '{"id": "b", "completion": "x"}',
+        '{"id": "b", "completion": "y"}',
+        '{"id": "c", "action": "remove", "completion": "y"}',
+        '{"id": "d", "action": "relabel", "prompt": "y"}',
+        '{"id": "e"}',
+        "[" * 100_000,
+    )
+    with pytest.raises(DataError, match=r"10 lines of .*changes.jsonl cannot be used") as caught:
+        read_changes(path)
+    text = str(caught.value)
+    for sentence in (
+        "line 1: not JSON",
+        'line 2: expected an object with an "id"',
+        'line 3: expected an object with an "id"',
+        'line 4: expected an object with an "id"',
+        "line 5: action 'forget'; expected one of remove, relabel, correct",
+        "line 7: id 'b' was there before; name each row once",
+        "line 8: row 'c' is to be removed and has new content",
+        "line 9: row 'd' has prompt; a relabelling needs a \"completion\" and nothing else",
+        "line 10: row 'e' has no new content",
+        "line 11: not JSON",
+    ):
+        assert sentence in text
+    assert "line 6" not in text
+
+
+def test_a_file_of_one_kind_refuses_the_others(tmp_path):
+    path = file_of(tmp_path, '{"id": "a", "action": "remove"}', '{"id": "b", "prompt": "x"}')
+    with pytest.raises(
+        DataError, match=r"line 1: action 'remove' in a file of relabel; unlearn edit takes several"
+    ):
+        read_changes(path, "relabel")
+    with pytest.raises(DataError, match=r"line 2: row 'b' has prompt; a relabelling needs"):
+        read_changes(path, "relabel")
+
+
+def test_empty_missing_and_binary_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no change; give one JSON object per line"):
+        read_changes(file_of(tmp_path, "", "  "))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_changes(tmp_path / "missing.jsonl")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\xd8")
+    for read in (read_changes, read_ids):
+        with pytest.raises(InputError, match="cannot be read"):
+            read(tmp_path / "binary")
+
+
+def test_ids_are_read_one_a_line(tmp_path):
+    path = tmp_path / "ids"
+    path.write_bytes(b"\xef\xbb\xbfa1\r\n\n a2 \nrow with spaces\n")
+    assert read_ids(path) == ["a1", "a2", "row with spaces"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_changes_with_any_characters_are_read_as_they_were_written(tmp_path, text):
+    """JSON allows U+2028, U+0085 and such inside strings: only a line feed ends a line."""
+    path = file_of(
+        tmp_path,
+        json.dumps({"id": "a", "completion": text}, ensure_ascii=False),
+        '{"id": "b", "text": "x"}',
+    )
+    assert read_changes(path) == {
+        "remove": {},
+        "relabel": {"a": text},
+        "correct": {"b": {"text": "x"}},
+    }
+
+
+def test_written_rows_are_read_back_the_same(tmp_path):
+    rows = influence.examples_from_rows(
+        [
+            *ROWS,
+            *(
+                {"id": f"h{i}", "prompt": text, "completion": text}
+                for i, text in enumerate(HOSTILE)
+            ),
+        ]
+    )
+    write_rows(rows, tmp_path / "rows.jsonl")
+    again = read_examples(tmp_path / "rows.jsonl")
+    assert again == rows
+    assert again.digest == rows.digest

@@ -1,0 +1,25 @@
+"""Closed-form edits: rows removed, relabelled or corrected by one formula."""
+
+from typing import TYPE_CHECKING
+
+from influence.front_door import on_first_use
+
+if TYPE_CHECKING:
+    from unlearn.edits.closed_form import correct, edit, forecast, relabel, remove
+    from unlearn.edits.options import Options
+
+_HOMES = {
+    "closed_form": ("correct", "edit", "forecast", "relabel", "remove"),
+    "options": ("Options",),
+}
+
+__all__ = [
+    "Options",
+    "correct",
+    "edit",
+    "forecast",
+    "relabel",
+    "remove",
+]
+
+__getattr__ = on_first_use(__name__, _HOMES)

@@ -1,0 +1,269 @@
+"""A training by gradient steps as it is asked for: how it runs, when it stops, on which rows; refused before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from influence import distributed
+from influence.errors import InputError
+from influence.loss import mean_losses
+from influence.progress import say
+from influence.rows import Examples
+from influence.run import Run
+from influence.tokens import TokenizedExamples
+from unlearn.methods.methods import Method, controlled
+from unlearn.methods.options import Options
+from unlearn.methods.targets import predicted, refusals, refuse_texts
+from unlearn.record.before_after import Evidence, State, Targets
+from unlearn.record.change import Change, plan
+from unlearn.record.sample import unseen_rows
+from unlearn.record.version import version
+from unlearn.stopping import Stop
+from unlearn.unseen import Expected, expected_losses, scaled_to
+
+
+@dataclass(eq=False, kw_only=True)
+class Work(Evidence):
+    """One training in the making."""
+
+    method: Method
+    options: Options
+    stop: Stop
+    kept: TokenizedExamples
+    kept_digest: str
+    kept_source: str | None
+
+    @property
+    def forget(self) -> TokenizedExamples:
+        """The forget rows."""
+        return self.change.old
+
+    @property
+    def steps(self) -> int:
+        """The most steps."""
+        if self.stop.kind == "steps":
+            return int(self.stop.value or 0)
+        return self.options.steps or self.method.steps
+
+    @property
+    def automatic(self) -> bool:
+        """Whether GeN changes the rate on the way."""
+        return self.options.lr == "auto" or (self.options.lr is None and self.method.automatic)
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate, where it does not follow from the stride."""
+        if isinstance(self.options.lr, float | int):
+            return float(self.options.lr)
+        return self.method.lr if self.options.stride is None else None
+
+    @property
+    def stride(self) -> float:
+        """Length of the first step's move over the adapter's."""
+        return self.method.stride if self.options.stride is None else self.options.stride
+
+    def expected(self, before: State) -> Expected:
+        """The forget rows' losses under the base; where the rule or the target needs it, those of a model that never saw them."""
+        if self.stop.kind == "expected" or self.method.target is predicted:
+            return expected_losses(
+                self.change, before.old.loss, self.heldout, before.unseen, self.cost
+            )
+        with self.version.model.at(scaled_to(self.version, 0.0)) as model:
+            base = mean_losses(model, self.forget, token_budget=self.budget)
+        self.cost.forwards += len(base)
+        nothing = np.full(len(base), np.nan)
+        return Expected(before.old.loss, base, nothing, float("nan"), np.zeros(0))
+
+    def targets(self, expected: Expected, before: State) -> Targets:
+        """The loss that each forget row should reach."""
+        goal = np.asarray(distributed.first(np.maximum(expected.now, expected.base)))
+        if self.stop.kind == "loss" and self.stop.value is not None:
+            goal = np.full_like(goal, self.stop.value)
+        elif self.stop.kind == "expected":
+            goal = np.asarray(distributed.first(expected.expected))
+        return Targets(goal, np.zeros(0), goal)
+
+    @property
+    def budget(self) -> int:
+        """Tokens that run at a time."""
+        return self.options.token_budget or super().budget
+
+    def describe(self, log: Sequence[dict[str, Any]], kept: float | None) -> dict[str, Any]:
+        """The method and how it was run, for the record; `kept`: the share of the whole move that a finish kept."""
+        options, method = self.options, self.method
+        optimizer = options.optimizer or method.optimizer
+        return {
+            **method.describe(),
+            "curvature": None,
+            "geometry": None,
+            "damping": None,
+            "points": None,
+            "lambda": None,
+            "solver": None,
+            "lr": "auto" if self.automatic else self.lr,
+            "stride": self.stride if self.lr is None else None,
+            "optimizer": optimizer
+            if isinstance(optimizer, str)
+            else getattr(optimizer, "__name__", str(optimizer)),
+            "schedule": options.schedule,
+            "warmup": options.warmup,
+            "batch_size": options.batch_size,
+            "retain_batch_size": self.retain_batch_size,
+            "retain": None
+            if not method.needs_retain
+            else {"rows": len(self.kept), "digest": self.kept_digest, "source": self.kept_source},
+            "steps": self.steps,
+            "steps_taken": len(log),
+            "lr_first": log[0]["lr"] if log else None,
+            "lr_last": log[-1]["lr"] if log else None,
+            "kept": kept,
+            "token_budget": self.budget,
+            "until": str(self.stop),
+            "stop_damage": options.stop_damage,
+            "max_damage": options.max_damage,
+            "max_grad_norm": options.max_grad_norm,
+            "seed": options.seed,
+        }
+
+    @property
+    def retain_batch_size(self) -> int:
+        """Retained rows in a step."""
+        return self.options.retain_batch_size or self.options.batch_size
+
+    def request(self) -> dict[str, Any]:
+        """All that a training depends on, in JSON's own types."""
+        found = {
+            "run": self.run.digest,
+            "adapter": self.version.digest,
+            "rows": [row.record() for row in self.change.requests],
+            "retained rows": self.kept_digest,
+            "held-out rows": None if self.holdout is None else self.holdout.digest,
+            **{
+                key: value
+                for key, value in self.describe([], None).items()
+                if key not in ("title", "max_damage", "token_budget")
+            },
+        }
+        return json.loads(json.dumps(found, default=str))
+
+
+def prepare(
+    run: Run,
+    method: Method,
+    ids: Sequence[str],
+    retain: Examples | None,
+    holdout: Examples | None,
+    options: Options,
+) -> Work:
+    """Everything that can be refused, refused."""
+    refuse(method, options, retain is not None)
+    if options.control is not None:
+        method = controlled(method, options.control)
+    if options.until is not None:
+        stop = Stop.parse(options.until)
+    elif options.steps is not None and method.until.startswith("steps"):
+        stop = Stop("steps", options.steps)
+    else:
+        stop = Stop.parse(method.until)
+    start = version(run, options.start)
+    change = plan(start, list(ids), None, None)
+    if method.target is refusals:
+        refuse_texts(request.before for request in change.requests)
+    others = _others(change)
+    kept, digest, source = (
+        start.tokens.select(others),
+        start.rows.select(others.tolist()).digest,
+        None,
+    )
+    if retain is not None:
+        kept, digest, source = _retained(run, change, retain), retain.digest, retain.source
+        unseen = set() if holdout is None else {row.content_hash for row in holdout}
+        both = [row.id for row in retain if row.content_hash in unseen]
+        if both:
+            raise InputError(
+                f"{len(both)} retained rows are held-out rows, word for word (the first is {both[0]!r}), and the training would see them: "
+                "give every row to one of them"
+            )
+    elif method.general and distributed.rank() == 0:
+        say(
+            f"warning: {method.name} is meant for general rows (--retain F); without them it takes the run's other rows, as its "
+            "in-distribution form does"
+        )
+    if method.needs_retain and len(kept) == 0:
+        raise InputError(
+            f"every other row is a row to unlearn word for word, and method {method.name} needs some to keep: give them with --retain F"
+        )
+    return Work(
+        version=start,
+        change=change,
+        holdout=holdout,
+        heldout=unseen_rows(start, change.after, holdout),
+        max_damage=float("inf") if options.max_damage is None else options.max_damage,
+        seed=options.seed,
+        method=method,
+        options=options,
+        stop=stop,
+        kept=kept,
+        kept_digest=digest,
+        kept_source=source,
+    )
+
+
+def _others(change: Change) -> np.ndarray:
+    """The untouched rows, without word-for-word copies of rows to unlearn, which a training would both raise and lower."""
+    rows, gone = change.version.rows, {request.before.content_hash for request in change.requests}
+    copies = [int(row) for row in change.rest if rows[int(row)].content_hash in gone]
+    if copies and distributed.rank() == 0:
+        ids = ", ".join(rows[row].id for row in copies[:3])
+        more = ", ..." if len(copies) > 3 else ""
+        say(
+            f"warning: the text of rows to unlearn stands in {len(copies)} other row{'s' * (len(copies) > 1)} too ({ids}{more}): not retained here, "
+            "but not removed either; name such rows too if they must go"
+        )
+    return np.setdiff1d(change.rest, copies)
+
+
+def refuse(method: Method, options: Options, retain: bool) -> None:
+    """Refuse what does not go together, before anything is loaded; `retain`: whether retained rows are given."""
+    if options.control is not None:
+        controlled(method, options.control)
+    if retain and not method.needs_retain:
+        raise InputError(
+            f"method {method.name} looks at no retained rows, and some were given: leave them out"
+        )
+    automatic = options.lr == "auto" or (options.lr is None and method.automatic)
+    if automatic and not method.needs_retain:
+        raise InputError(
+            f"lr auto reads the retained rows' loss, and method {method.name} runs none: give a number"
+        )
+    if automatic and options.schedule != "constant":
+        raise InputError(
+            f"lr auto and schedule {options.schedule!r} were given: leave one of them out"
+        )
+    if automatic and options.warmup:
+        raise InputError(f"lr auto and warmup {options.warmup} were given: leave one of them out")
+    if options.until is not None and options.steps is not None:
+        stop = Stop.parse(options.until)
+        if stop.kind == "steps" and stop.value != options.steps:
+            raise InputError(
+                f"until {stop} and steps {options.steps} were given: leave one of them out"
+            )
+
+
+def _retained(run: Run, change: Change, retain: Examples) -> TokenizedExamples:
+    """The tokens of given retained rows; forget rows among them are an error."""
+    if len(retain) == 0:
+        raise InputError("the file of retained rows has no rows: give some, or leave it out")
+    gone = {request.before.content_hash: request.before.id for request in change.requests}
+    both = [gone[row.content_hash] for row in retain if row.content_hash in gone]
+    if both:
+        raise InputError(
+            f"{len(both)} retained rows are rows to unlearn, word for word ({', '.join(both[:3])}{', ...' if len(both) > 3 else ''}): take them "
+            "out of the retained rows"
+        )
+    return run.tokenized(retain)

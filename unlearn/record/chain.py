@@ -1,0 +1,357 @@
+"""The record of every edit: append-only, hash-chained, and verified from the files alone.
+
+    OUT/edit.json       the record of one edit, with the SHA-256 of every other file of its adapter directory
+    run/audit.jsonl     one line per saved edit: the SHA-256 of its edit.json, and the hash of the line before
+    run/manifest.json   key `audit`: how many lines there are and the hash of the last one, the chain's head
+
+A line is the canonical JSON of its entry, `hash` = SHA-256 over the canonical JSON without `hash` (linked time-stamps:
+Haber and Stornetta 1991). So a change of any byte of a line, a record or an adapter is found, and so are lines that
+were removed, added, repeated or reordered. The chain holds no secret: who can write the run *and* every adapter can
+make another consistent history. A copy of the head, which `verify` prints, kept where they cannot write, closes that
+gap.
+
+An append writes the line, then the manifest. A kill between the two leaves one line more than the manifest counts,
+which is accepted and settled by the next append; a kill inside the line leaves an unfinished one, which is told apart
+from damage by the manifest's head (it is the line before) and removed by the next append.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from influence.errors import MismatchError, StoreError
+from influence.run import read_manifest
+from influence.store import only_writer, read_json, write_json
+from unlearn.record.folder import RECORD, Verification, check_folder, facts_of
+from unlearn.record.plain import (
+    _KINDS,
+    as_json,
+    canonical,
+    clipped,
+    parse_object,
+    read_plain,
+    reason_of,
+    shortened,
+    typed_value_at,
+)
+
+CHAIN, MANIFEST = "audit.jsonl", "manifest.json"
+#: What the first line has in place of the hash of the line before.
+START = "0" * 64
+
+
+#: How often, and after how many seconds, an append asks again for the lock: an edit is too dear to lose for it.
+ATTEMPTS, PAUSE = 50, 0.1
+
+
+_ENTRY = {"number": int, "ids": list} | dict.fromkeys(
+    (
+        "time",
+        "kind",
+        "edit",
+        "record",
+        "adapter_before",
+        "adapter_after",
+        "run",
+        "previous",
+        "hash",
+    ),
+    str,
+)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The lines that are sound in themselves with their places, what is wrong, and where an append goes on."""
+
+    path: Path
+    lines: list[tuple[int, dict[str, Any]]]
+    problems: list[str]
+    head: str  # hash of the last line
+    size: int  # bytes of the complete lines
+    pending: bool = False  # one line more than the manifest counts
+    torn: str | None = None  # the sentence about an unfinished line
+
+
+def append(
+    run_directory: Path,
+    folder: Path,
+    *,
+    expect: str | None = None,
+    publish: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Append the sealed edit in `folder`, its final place, to the run's chain; return the entry.
+
+    `publish` is called under the chain's lock, before the line is written, to move the folder to its place. `expect`:
+    the hash that the last line must still have, where the edit was made from the last one's adapter. An edit that the chain
+    has already (same place, same record) is not appended twice. Raises `StoreError` naming the
+    line where the chain so far is broken, or the file where the folder is not as its record says: nothing is appended
+    then; `MismatchError` where the edit is of another run, or another edit was saved meanwhile.
+    """
+    run_directory, folder = Path(run_directory), Path(folder).resolve()
+    with _lock(run_directory / CHAIN):
+        manifest = checked_manifest(run_directory)
+        chain = sound_chain(run_directory, manifest)
+        if expect is not None and chain.head != expect:
+            raise MismatchError(
+                f"another edit was saved to {chain.path} while this one was made ({chain.lines[-1][1]['edit'] if chain.lines else 'none'}"
+                " is the last now), and this one does not contain it: nothing was written. Make the edit again, or say with "
+                "--start which adapter it is meant for"
+            )
+        if publish is not None:
+            publish()
+        entry = _entry(folder, chain, manifest)
+        there = [
+            old
+            for _, old in chain.lines
+            if (old["edit"], old["record"]) == (entry["edit"], entry["record"])
+        ]
+        if chain.pending or there:
+            _settle(run_directory, len(chain.lines), chain.head, chain.lines[-1][1])
+        if there:
+            return there[-1]
+        _write_line(chain, canonical(entry) + b"\n")
+        _settle(run_directory, entry["number"], entry["hash"], entry)
+    return entry
+
+
+def _entry(folder: Path, chain: Chain, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The next line: what it repeats from the record, checked against the folder, the run and the lines so far."""
+    try:
+        data = read_plain(folder / RECORD)
+        facts = facts_of(parse_object(data))
+    except (OSError, ValueError, RecursionError, StoreError) as error:
+        raise StoreError(
+            f"{folder / RECORD} cannot be recorded: {reason_of(error)}; save the edit again"
+        ) from error
+    if facts["run"] != manifest["digest"]:
+        raise MismatchError(
+            f"{folder} is an edit of the run {facts['run'][:12]} and {chain.path.parent} is the run "
+            f"{manifest['digest'][:12]}: give the run that it was made from"
+        )
+    entry: dict[str, Any] = {
+        "number": len(chain.lines) + 1,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    entry |= facts | {
+        "edit": str(folder),
+        "record": hashlib.sha256(data).hexdigest(),
+        "previous": chain.head,
+    }
+    entry["hash"] = hashlib.sha256(canonical(entry)).hexdigest()
+    found = Verification()
+    check_folder(found, folder, entry, f"line {entry['number']}")
+    if entry["adapter_before"] not in _adapters(manifest, [old for _, old in chain.lines]):
+        found.problems.append(f"{folder / RECORD}: {_unknown_before(entry)}")
+    if not found.passed:
+        raise StoreError(f"nothing was appended to {chain.path}: {'; '.join(found.problems)}")
+    return entry
+
+
+def _write_line(chain: Chain, line: bytes) -> None:
+    """Write a line after the last complete one and wait until it is on the disk."""
+    try:
+        with open(os.open(chain.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as handle:
+            handle.truncate(chain.size)  # an unfinished line, if there is one, was never counted
+            handle.seek(chain.size)
+            handle.write(line)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise StoreError(
+            f"{chain.path} could not be written: {reason_of(error)}; mend that, then save the edit again"
+        ) from error
+
+
+def _settle(run_directory: Path, count: int, head: str, last: Mapping[str, Any]) -> None:
+    """The manifest follows: the chain's length and head, and the adapter that the last edit made."""
+    manifest = read_json(run_directory / MANIFEST)  # the latest: others write their keys too
+    write_json(
+        run_directory / MANIFEST,
+        manifest | {"audit": {"entries": count, "head": head}, "now": newest_adapter(last)},
+    )
+
+
+def newest_adapter(last: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the adapter that the last line made."""
+    return as_json({"adapter": {"path": last["edit"], "digest": last["adapter_after"]}})
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        for attempt in range(ATTEMPTS):
+            try:
+                stack.enter_context(only_writer(path))
+                break
+            except StoreError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(PAUSE)
+        yield
+
+
+def entries(run_directory: Path) -> list[dict[str, Any]]:
+    """The chain's lines, checked; `StoreError` naming the bad line where it is broken. An unfinished one is no line."""
+    run_directory = Path(run_directory)
+    return [entry for _, entry in sound_chain(run_directory, checked_manifest(run_directory)).lines]
+
+
+def sound_chain(run_directory: Path, manifest: dict[str, Any]) -> Chain:
+    chain = read_chain(run_directory, manifest)
+    if chain.problems:
+        more = (
+            f" (and {len(chain.problems) - 1} more: unlearn verify lists them)"
+            if len(chain.problems) > 1
+            else ""
+        )
+        raise StoreError(
+            f"the record of edits is broken: {chain.problems[0]}{more}. Restore it from a copy; or move {chain.path} away "
+            "as evidence, delete the key audit of manifest.json, and begin a new one"
+        )
+    return chain
+
+
+def read_chain(run_directory: Path, manifest: dict[str, Any]) -> Chain:
+    """Read and check `audit.jsonl`: each line, how it follows from the one before, and the manifest's count and head."""
+    path, problems = run_directory / CHAIN, []
+    try:
+        data = read_plain(path)
+    except FileNotFoundError:
+        data = b""
+    except (OSError, StoreError) as error:
+        return Chain(path, [], [f"{path}: {reason_of(error)}"], START, 0)
+    *raws, tail = data.split(b"\n")
+    lines: list[tuple[int, dict[str, Any]]] = []
+    known = _adapters(manifest, [])
+    hashes: list[str | None] = [START]  # of each line as it states it; None where it cannot be read
+    number = 0
+    for place, raw in enumerate(raws, 1):
+        entry, wrong = _line(raw)
+        if entry is None:
+            hashes.append(None)
+            number += 1
+        else:
+            if not wrong:
+                lines.append((place, entry))
+            if entry["number"] != number + 1:
+                wrong.append(
+                    f"its number is {entry['number']}, expected {number + 1}: lines were removed or moved"
+                )
+            if hashes[-1] is not None and entry["previous"] != hashes[-1]:
+                wrong.append(
+                    f"it follows a line with hash {entry['previous']}, the line before has {hashes[-1]}"
+                )
+            if entry["run"] != manifest["digest"]:
+                wrong.append(
+                    f"it is of run {entry['run']}, expected {manifest['digest']}: was the run fitted anew?"
+                )
+            if entry["adapter_before"] not in known:
+                wrong.append(_unknown_before(entry))
+            known.add(entry["adapter_after"])
+            hashes.append(entry["hash"])
+            number = entry["number"]
+        problems += [f"{path} line {place}: {clipped(reason)}" for reason in wrong]
+
+    count, head = _audit(manifest)
+    told = f"{run_directory / MANIFEST} counts {count} with head {head}"
+    pending, torn = False, None
+    if tail and len(raws) == count and hashes[-1] == head:
+        torn = (
+            f"{path} line {count + 1} is unfinished: an append was killed there. The {count} before it are those that "
+            "manifest.json counts; the next edit that is saved removes it"
+        )
+    elif tail:
+        problems.append(
+            f"{path} line {len(raws) + 1} has no end, and {told}: the file was cut or changed"
+        )
+    elif len(raws) == count + 1 and hashes[count] == head:
+        pending = not problems
+    elif len(raws) != count:
+        problems.append(f"{path} has {len(raws)} lines, and {told}: lines were removed or added")
+    elif hashes[-1] != head:
+        problems.append(f"{path} line {count}: its hash is {hashes[-1]}, and {told}")
+    return Chain(path, lines, problems, hashes[-1] or START, len(data) - len(tail), pending, torn)
+
+
+def _line(raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
+    """One line by itself: its entry (None if it is none), and what is wrong with it."""
+    try:
+        entry = parse_object(raw)
+    except (ValueError, RecursionError) as error:
+        return None, [f"it is no JSON object ({reason_of(error)})"]
+    wrong = [
+        f"{key} is {shortened(entry.get(key))}, expected {_KINDS[kind]}"
+        for key, kind in _ENTRY.items()
+        if type(entry.get(key)) is not kind
+    ]
+    wrong += [f"it has an unknown key {shortened(key)}" for key in entry if key not in _ENTRY]
+    if not wrong and not all(type(id) is str for id in entry["ids"]):
+        wrong.append("ids holds something else than text")
+    if not wrong and not 1 <= entry["number"] < 2**31:
+        wrong.append("its number is none of a line")
+    if not wrong and not os.path.isabs(entry["edit"]):
+        wrong.append(f"edit is {shortened(entry['edit'])}, expected an absolute path")
+    if wrong:
+        return None, wrong
+    if canonical(entry) != raw:
+        wrong.append(
+            "its bytes are not the canonical JSON of its content: it was written by something else"
+        )
+    content = hashlib.sha256(
+        canonical({key: value for key, value in entry.items() if key != "hash"})
+    ).hexdigest()
+    if content != entry["hash"]:
+        wrong.append(f"its hash is {entry['hash']}, its content has {content}: it was changed")
+    return entry, wrong
+
+
+def _adapters(manifest: dict[str, Any], before: list[dict[str, Any]]) -> set[str]:
+    """Digests of the adapters that a line may start from: the run's own, and what earlier lines made."""
+    return {manifest["identity"]["adapter"], *(entry["adapter_after"] for entry in before)}
+
+
+def _unknown_before(entry: dict[str, Any]) -> str:
+    return f"it starts from adapter {entry['adapter_before']}, which is neither the run's nor made by an earlier line"
+
+
+def checked_manifest(run_directory: Path) -> dict[str, Any]:
+    """The manifest of a finished run; `InputError` where there is none, `StoreError` where it is damaged."""
+    path = run_directory / MANIFEST
+    try:
+        if os.path.lexists(path):
+            parse_object(read_plain(path))  # whatever read_manifest would stumble over
+        manifest = read_manifest(run_directory)
+        digest, identity = (
+            typed_value_at(manifest, "digest", str),
+            typed_value_at(manifest, "identity", dict),
+        )
+        typed_value_at(manifest, "identity.adapter", str)
+        _audit(manifest)
+        content = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        if content != digest:
+            raise StoreError(f"its digest is {digest}, its identity has {content}: it was changed")
+    except (OSError, ValueError, RecursionError, StoreError) as error:
+        raise StoreError(f"{path} is damaged: {reason_of(error)}") from error
+    return manifest
+
+
+def _audit(manifest: dict[str, Any]) -> tuple[int, str]:
+    """How many lines the manifest counts, and the hash of the last."""
+    if "audit" not in manifest:
+        return 0, START
+    count, head = (
+        typed_value_at(manifest, "audit.entries", int),
+        typed_value_at(manifest, "audit.head", str),
+    )
+    if not 0 <= count < 2**31:
+        raise StoreError("audit.entries is no count of lines")
+    return count, head

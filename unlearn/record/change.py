@@ -1,0 +1,245 @@
+"""What is asked of an edit: which training rows go, and which change into what; checked before any work.
+
+The three tasks of LLMEraser (Ding et al. 2024, arXiv 2412.00383) are three kinds of change of one row:
+
+* `remove` (instance removal): the row is gone.
+* `relabel` (response correction): the same prompt, another completion.
+* `correct` (query modification): another prompt, another completion, or both; also another text.
+
+A `Change` replaces the rows S by S': `old` holds all of S, `new` those that stay with other content, in the order of the
+requests. Requests of several kinds may go into one edit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from influence.errors import DataError, InputError
+from influence.loss import weights
+from influence.rows import Example, Examples, examples_from_rows
+from influence.tokens import TokenizedExamples, Tokens
+from unlearn.record.version import Version
+
+ACTIONS = ("remove", "relabel", "correct")
+
+
+CONTENT = ("prompt", "completion", "messages", "text")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row's change: the row as it is, and as it will be (None: removed)."""
+
+    action: str
+    before: Example
+    after: Example | None
+
+    def record(self) -> dict[str, Any]:
+        """What the record keeps: id, action and content hashes; never the text."""
+        after = None if self.after is None else self.after.content_hash
+        given = {"id": self.before.id, "action": self.action}
+        return {**given, "content_before": self.before.content_hash, "content_after": after}
+
+
+@dataclass(frozen=True)
+class Change:
+    """The rows S of a version that go or change, and what takes their place.
+
+    Attributes
+    ----------
+    version : Version
+        The adapter and rows that are changed.
+    requests : tuple of Request
+        In the order they were made.
+    rows : int array [s]
+        Positions of S in the version's rows, request by request.
+    replaced : bool array [s]
+        Which of S change rather than go.
+    new : TokenizedExamples
+        The `replaced.sum()` new contents S'.
+    old_weights, new_weights : float64 arrays
+        The objective's weights `w` of S [s] and S'. They keep the fit's N_tok: nothing is renormalised.
+    """
+
+    version: Version
+    requests: tuple[Request, ...]
+    rows: np.ndarray
+    replaced: np.ndarray
+    new: TokenizedExamples
+    old_weights: np.ndarray
+    new_weights: np.ndarray
+
+    @property
+    def kind(self) -> str:
+        """`remove`, `relabel`, `correct`, or `mixed`."""
+        actions = {request.action for request in self.requests}
+        return actions.pop() if len(actions) == 1 else "mixed"
+
+    @property
+    def lineage(self) -> dict[str, list[str]]:
+        """Ids of the fit's rows that are gone, and of those that are changed, after this change and the edits before it."""
+        removed = self.version.removed | {
+            request.before.id for request in self.requests if request.after is None
+        }
+        changed = self.version.changed | {
+            request.before.id for request in self.requests if request.after is not None
+        }
+        return {"removed": sorted(removed), "changed": sorted(changed - removed)}
+
+    @property
+    def old(self) -> TokenizedExamples:
+        """The tokens of S."""
+        return self.version.tokens.select(self.rows)
+
+    @property
+    def rest(self) -> np.ndarray:
+        """Positions of the untouched rows in the version's rows."""
+        return np.setdiff1d(np.arange(len(self.version.rows)), self.rows)
+
+    @property
+    def after(self) -> Examples:
+        """The training rows after the edit."""
+        changes = {request.before.id: request.after for request in self.requests}
+        kept = (changes.get(row.id, row) for row in self.version.rows)
+        return Examples(row for row in kept if row is not None)
+
+    @property
+    def tokens_after(self) -> TokenizedExamples:
+        """The tokens of the training rows after the edit, in the order of `after`."""
+        return self._after[0]
+
+    @property
+    def weights_after(self) -> np.ndarray:
+        """The weights `w` of the training rows after the edit, `[n']`."""
+        return self._after[1]
+
+    @property
+    def _after(self) -> tuple[TokenizedExamples, np.ndarray]:
+        tokens = self.version.tokens
+        own, ids, w = list(tokens), list(tokens.ids), self.version.weights.copy()
+        for place, row in enumerate(self.rows[self.replaced].tolist()):
+            own[row], w[row] = self.new[place], self.new_weights[place]
+        keep = np.setdiff1d(np.arange(len(own)), self.rows[~self.replaced])
+        return TokenizedExamples([own[i] for i in keep], [ids[i] for i in keep]), w[keep]
+
+
+def plan(
+    version: Version,
+    remove: Sequence[str] = (),
+    relabel: Mapping[str, str] | None = None,
+    correct: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Change:
+    """Check what is asked and find its rows.
+
+    Raises `DataError` for an unknown id (naming the nearest) or unusable new content, `InputError` for a row that is asked
+    for twice, was removed by an earlier edit, would not change, or where no training row would be left.
+    """
+    relabel, correct = relabel or {}, correct or {}
+    asked = [
+        *((id, "remove") for id in remove),
+        *((id, "relabel") for id in relabel),
+        *((id, "correct") for id in correct),
+    ]
+    if not asked:
+        raise InputError("no change was asked for: name at least one row")
+    ids = [id for id, _ in asked]
+    repeated = sorted(id for id, times in Counter(ids).items() if times > 1)
+    if repeated:
+        raise InputError(
+            f"ids are given more than once: {', '.join(map(repr, repeated[:10]))}; name each row once"
+        )
+    gone = [id for id in ids if id in version.removed]
+    if gone:
+        raise InputError(
+            f"{', '.join(map(repr, gone[:10]))} {'was' if len(gone) == 1 else 'were'} removed by an earlier edit and no "
+            "training row any more: leave it out, or start from an adapter before that edit (--start original, or its directory)"
+        )
+    rows = np.array([version.rows.index(id) for id in ids])
+    requests = []
+    for id, action in asked:
+        before = version.rows[version.rows.index(id)]
+        after = None
+        if action == "relabel":
+            after = _relabelled(before, relabel[id])
+        elif action == "correct":
+            after = _corrected(before, correct[id])
+        if after is not None and after.content_hash == before.content_hash:
+            raise InputError(
+                f"{action} of {id!r} changes nothing: the row has this content already; leave it out"
+            )
+        requests.append(Request(action, before, after))
+    if len(remove) == len(version.rows):
+        raise InputError(
+            "all rows would be removed: nothing that the adapter was trained on would be left"
+        )
+    replaced = np.array([request.after is not None for request in requests])
+    contents = Examples(request.after for request in requests if request.after is not None)
+    new = version.run.tokenized(contents)
+    tokens = version.tokens.select(rows[replaced])
+    pairs = zip(new.ids, tokens, new, strict=True)
+    same = [
+        id
+        for id, a, b in pairs
+        if all(np.array_equal(x, y) for x, y in zip(_arrays(a), _arrays(b), strict=True))
+    ]
+    if same:
+        raise InputError(
+            f"the change of {', '.join(map(repr, same[:10]))} changes no token that the adapter is trained on (the "
+            "tokenizer writes both the same way, or truncation cuts the difference off): leave it out"
+        )
+    return Change(
+        version,
+        tuple(requests),
+        rows,
+        replaced,
+        new,
+        version.weights[rows],
+        row_weights(version, new.counts),
+    )
+
+
+def _arrays(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    return tokens.input_ids, tokens.supervised
+
+
+def row_weights(version: Version, counts: np.ndarray) -> np.ndarray:
+    """The weights `w` of rows with these token counts in the fit's objective, its N_tok (or n) kept, `[k]`."""
+    manifest = version.run.manifest
+    if manifest["objective"]["reduction"] == "token":
+        return np.full(len(counts), 1 / manifest["objective"]["N_tok"])
+    return weights(counts, "example") * len(counts) / manifest["data"]["rows"]
+
+
+def _relabelled(row: Example, completion: Any) -> Example:
+    if not isinstance(completion, str):
+        raise DataError(f"the new completion of {row.id!r} is {completion!r}; expected a string")
+    if row.text is not None:
+        raise InputError(
+            f'{row.id!r} is a text without a completion: correct it with {{"id", "text"}} instead'
+        )
+    return _corrected(row, {"completion": completion})
+
+
+def _corrected(row: Example, content: Mapping[str, Any]) -> Example:
+    """The row with other content, checked by the rules of training rows."""
+    if not isinstance(content, Mapping) or not set(content) & set(CONTENT):
+        raise DataError(
+            f"the change of {row.id!r} is {content!r}; expected new {', '.join(CONTENT[:-1])} or text"
+        )
+    content = {key: value for key, value in content.items() if key in CONTENT and value is not None}
+    if row.messages is not None and "messages" not in content:
+        if set(content) != {"completion"}:
+            raise InputError(
+                f'{row.id!r} is a conversation: give its new "messages", or a "completion" for its last answer'
+            )
+        last = {**row.messages[-1], "content": content["completion"]}
+        content = {"messages": [*map(dict, row.messages[:-1]), last]}
+    elif row.prompt is not None:
+        content = {"prompt": row.prompt, "completion": row.completion} | content
+    named = {"id": row.id, **({} if row.group is None else {"group": row.group})}
+    return replace(examples_from_rows([{**named, **content}])[0], id=row.id, group=row.group)

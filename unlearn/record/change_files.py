@@ -1,0 +1,103 @@
+"""Changes, ids and rows in files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from influence.errors import DataError, InputError
+from influence.rows import Example
+from unlearn.record.change import ACTIONS, CONTENT
+
+
+def read_changes(path: Path, only: str | None = None) -> dict[str, dict[str, Any]]:
+    """Requests by kind from JSON lines, for `plan`: `{"id", "completion"}` and so on, or `{"id", "action": "remove"}`.
+
+    Without an `action` a row is a relabelling if it has a completion only, else a correction; with `only` (`relabel`,
+    `correct`) all rows are of that kind. Bad lines are listed all at once.
+    """
+    found: dict[str, dict[str, Any]] = {"remove": {}, "relabel": {}, "correct": {}}
+    problems: list[str] = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # splitlines would also split inside JSON strings
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number}: not JSON ({error})")
+            continue
+        problem = _sort_in(row, only, found)
+        if problem:
+            problems.append(f"line {number}: {problem}")
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:50])
+        raise DataError(f"{len(problems)} lines of {path} cannot be used:\n{shown}")
+    if not any(found.values()):
+        raise InputError(
+            f'{path} holds no change; give one JSON object per line, as in {{"id": ..., "completion": ...}}'
+        )
+    return found
+
+
+def _sort_in(row: Any, only: str | None, found: dict[str, dict[str, Any]]) -> str:
+    """Add one request to its kind; returns what is wrong with it, or nothing."""
+    if (
+        not isinstance(row, dict)
+        or not isinstance(row.get("id"), str | int)
+        or isinstance(row.get("id"), bool)
+    ):
+        return 'expected an object with an "id"'
+    id, content = str(row["id"]), {key: row[key] for key in CONTENT if row.get(key) is not None}
+    action = (
+        row.get("action") or only or ("relabel" if set(content) == {"completion"} else "correct")
+    )
+    if action not in ACTIONS:
+        return f"action {action!r}; expected one of {', '.join(ACTIONS)}"
+    if only is not None and action != only:
+        return f"action {action!r} in a file of {only}; unlearn edit takes several kinds at once"
+    if any(id in kind for kind in found.values()):
+        return f"id {id!r} was there before; name each row once"
+    if action == "remove":
+        if content:
+            return f"row {id!r} is to be removed and has new content: leave one of them out"
+        found["remove"][id] = None
+    elif action == "relabel":
+        if set(content) != {"completion"}:
+            return f'row {id!r} has {", ".join(content) or "no content"}; a relabelling needs a "completion" and nothing else'
+        found["relabel"][id] = content["completion"]
+    elif not content:
+        return f'row {id!r} has no new content; expected a "prompt", a "completion", "messages" or a "text"'
+    else:
+        found["correct"][id] = content
+    return ""
+
+
+def read_ids(path: Path) -> list[str]:
+    """Ids from a file, one per line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--ids-file {path} cannot be read: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def write_rows(rows: Iterable[Example], path: Path) -> None:
+    """Write rows as JSON lines that `read_examples` reads."""
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            content = {
+                key: getattr(row, key)
+                for key in ("id", "group", *CONTENT)
+                if getattr(row, key) is not None
+            }
+            if row.messages is not None:
+                content["messages"] = [dict(message) for message in row.messages]
+            file.write(json.dumps(content, ensure_ascii=False) + "\n")

@@ -1,0 +1,60 @@
+"""What is measured of rows before and after an edit: their loss, and how much of them can be drawn out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from influence.adapter import AdaptedModel
+from influence.batches import collate, plan_batches
+from influence.cost import Cost
+from influence.errors import NumericalError
+from influence.loss import supervised_logits, token_losses
+from influence.tokens import TokenizedExamples
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Of every row: `loss` [n], mean cross-entropy per completion token, nats, and `extraction` [n] strength.
+
+    Extraction strength is `1 - k / T`: k is the least number of completion tokens after which greedy decoding gives the rest
+    of the T completion tokens word for word (Carlini et al. 2021, as a share). 1: the prompt alone is enough; 0: never.
+    """
+
+    loss: np.ndarray = field(repr=False)
+    extraction: np.ndarray = field(repr=False)
+
+
+def measure(
+    model: AdaptedModel,
+    tokens: TokenizedExamples,
+    *,
+    token_budget: int = 4096,
+    cost: Cost | None = None,
+) -> Measured:
+    """Run rows forward once, where the model is now. Greedy decoding is read off the right text's own logits."""
+    loss, extraction = np.zeros(len(tokens)), np.zeros(len(tokens))
+    if cost is not None:
+        cost.forwards += len(tokens)
+    with model.evaluating(), torch.no_grad():
+        for rows in plan_batches(tokens, token_budget) if len(tokens) else []:
+            part = supervised_logits(
+                model, collate(tokens, rows, pad_id=model.pad_id, device=model.device)
+            )
+            sums = part.per_example(token_losses(part.logits, part.targets).double())
+            loss[rows] = sums.cpu().numpy() / tokens.counts[rows]
+            right = (part.logits.argmax(-1) == part.targets).split(part.counts)
+            extraction[rows] = [strength(own.cpu().numpy()) for own in right]
+    if not np.isfinite(loss).all():
+        raise NumericalError(
+            f"the loss of {int((~np.isfinite(loss)).sum())} rows is NaN or infinite"
+        )
+    return Measured(loss, extraction)
+
+
+def strength(right: np.ndarray) -> float:
+    """Share of the tokens after the last one that greedy decoding gets wrong; `right` [T], bool."""
+    wrong = np.flatnonzero(~right)
+    return 1.0 if len(wrong) == 0 else 1 - (int(wrong[-1]) + 1) / len(right)

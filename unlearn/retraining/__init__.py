@@ -1,0 +1,1 @@
+"""The exact answer: the adapter trained again on other rows."""

@@ -1,0 +1,334 @@
+"""Adapters trained again on many random subsets of the rows, and the losses that scores are judged by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence.errors import InputError, MismatchError, NumericalError, StoreError
+from influence.loss import mean_losses
+from influence.progress import say
+from influence.rows import Examples
+from influence.run import Run
+from influence.store import only_writer
+from influence.tokens import tokenizer_digest
+from unlearn.retraining.recipe import Recipe, recipe_of
+from unlearn.retraining.retrain import (
+    _digests,
+    _own_randomness,
+    _save,
+    fresh_adapter,
+    renewed_adapter,
+    train,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Retrained:
+    """Losses measured under retrained adapters, one row per subset.
+
+    Attributes
+    ----------
+    path : Path
+        The `.npz` that holds them.
+    masks : bool array [S, n]
+        True where a training row was kept.
+    query_loss : array [S, Q]
+        Mean cross-entropy per completion token of each query, nats.
+    train_loss : array [S, n]
+        The same of every training row, kept or not.
+    """
+
+    path: Path
+    masks: np.ndarray = field(repr=False)
+    query_loss: np.ndarray = field(repr=False)
+    train_loss: np.ndarray = field(repr=False)
+
+
+def random_halves(
+    n: int, count: int, seed: int = 0, groups: Sequence[Any] | None = None, *, fraction: float = 0.5
+) -> np.ndarray:
+    """Draw `count` random subsets of n rows, each of `fraction` of them: bool [count, n], True = kept.
+
+    With `groups` [n] (any labels) whole groups are kept or left out, `fraction` of the groups in each subset.
+    Subset k depends on the seed and k only: a longer list begins with the shorter one.
+    """
+    labels = (
+        np.arange(n)
+        if groups is None
+        else np.unique([str(g) for g in groups], return_inverse=True)[1]
+    )
+    if len(labels) != n:
+        raise InputError(f"{len(labels)} groups were given for {n} rows; give one per row")
+    units = int(labels.max()) + 1 if n else 0
+    kept = round(fraction * units)
+    if count < 1 or not 1 <= kept < units:
+        raise InputError(
+            f"{count} subsets of {fraction:g} of {units} {'rows' if groups is None else 'groups'} were asked for; "
+            "expected at least one subset, which keeps something and leaves something out"
+        )
+    masks = np.empty((count, n), bool)
+    for k in range(count):
+        chosen = np.random.default_rng([seed, k]).permutation(units)[:kept]
+        masks[k] = np.isin(labels, chosen)
+    return masks
+
+
+def retrain_subsets(
+    run: Run,
+    masks: np.ndarray,
+    queries: Examples | None = None,
+    *,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    seeds: Sequence[int] | None = None,
+    keep_adapters: bool = False,
+    overwrite: bool = False,
+) -> Retrained:
+    """Train an adapter on every subset of the rows and measure its losses: what scores are judged by.
+
+    Called again after a kill, with the same request, it goes on with the first subset that is not done; a finished
+    one returns at once. The file is replaced whole after each subset, and holds the subsets that are done: it can
+    be read at any time.
+
+    Parameters
+    ----------
+    run
+        As in `retrain`.
+    masks : bool array [S, n]
+        True where a row is kept, as from `random_halves`.
+    queries
+        Rows whose losses are measured beside those of the training rows, truncated like these.
+    out
+        The `.npz` to write, or a directory, for `truth.npz` in it. It holds `masks`, `query_loss`, `train_loss` and
+        `seeds` of the subsets that are done, `done` [S], `train_ids`, `query_ids`, and `request` (JSON: the recipe
+        and the digests of all that the losses depend on) with the `run_digest` of the run they were made from.
+    recipe
+        As in `retrain`.
+    seeds
+        Seed of each subset, `[S]`, in place of the recipe's.
+    keep_adapters
+        Also save every adapter, as `subset-000`, ... in the directory (for `truth.npz`: in a directory `truth`).
+    overwrite
+        Replace a file that was made from another request.
+
+    Raises
+    ------
+    InputError
+        For masks that do not fit the rows; `MismatchError`, naming what differs, for a file of another request.
+    NumericalError
+        When all others are done and saved, naming the subsets whose losses were not finite.
+    """
+    masks = _check_masks(masks, len(run.train))
+    recipe = recipe or recipe_of(run)
+    seeds = [recipe.seed] * len(masks) if seeds is None else [int(seed) for seed in seeds]
+    if len(seeds) != len(masks):
+        raise InputError(f"{len(seeds)} seeds were given for {len(masks)} subsets; give one each")
+    queries = queries or Examples()
+    query_tokens = run.tokenized(queries)
+    file, folder = _places(Path(out))
+    request = _request(run, masks, queries, recipe, seeds)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(file):
+        done, query_loss, train_loss = _resume(file, request, masks.shape, len(queries), overwrite)
+        if keep_adapters:
+            done &= [
+                (folder / f"subset-{k:03d}" / "retrain.json").exists() for k in range(len(masks))
+            ]
+        names = {
+            "train_ids": np.array(run.train.ids, dtype=np.str_),
+            "query_ids": np.array(queries.ids, dtype=np.str_),
+            "request": np.array(json.dumps(request)),
+            "run_digest": np.array(run.digest),
+        }
+        left = np.flatnonzero(~done)
+        failed: dict[int, str] = {}
+        start, model = time.monotonic(), None
+        for count, k in enumerate(left.tolist(), start=1):
+            kept = np.flatnonzero(masks[k])
+            own = replace(recipe, seed=seeds[k])
+            try:
+                with _own_randomness(run.model):
+                    model = (
+                        fresh_adapter(run.model, own.seed)
+                        if model is None
+                        else renewed_adapter(model, run.model, own.seed)
+                    )
+                    loss = train(model, run.tokens.select(kept), own)
+                query_loss[k] = mean_losses(model, query_tokens)
+                train_loss[k] = mean_losses(model, run.tokens)
+            except NumericalError as error:
+                failed[k] = str(error)
+                say(f"warning: subset {k} failed: {error}")
+                continue
+            if keep_adapters:
+                record = {
+                    "subset": k,
+                    "rows": len(kept),
+                    "epoch": own.epochs,
+                    "recipe": asdict(own),
+                    "loss": loss,
+                }
+                _save(model, folder / f"subset-{k:03d}", {**record, **_digests(run, model)})
+            done[k] = True
+            _write(
+                file,
+                masks=masks[done],
+                query_loss=query_loss[done],
+                train_loss=train_loss[done],
+                seeds=np.array(seeds, dtype=np.int64)[done],
+                done=done,
+                **names,
+            )
+            seconds = (time.monotonic() - start) / count * (len(left) - count)
+            ahead = f", about {seconds:.0f} s left" if count < len(left) else ""
+            say(f"retrained subset {k}: {int(done.sum())} of {len(masks)} done{ahead}")
+    if failed:
+        shown = "; ".join(f"subset {k}: {reason}" for k, reason in list(failed.items())[:5])
+        raise NumericalError(
+            f"{len(failed)} of {len(masks)} subsets have no finite losses ({shown}); the {int(done.sum())} others are in "
+            f"{file}"
+        )
+    return Retrained(file, masks, query_loss, train_loss)
+
+
+def _check_masks(masks: Any, n: int) -> np.ndarray:
+    masks = np.asarray(masks)
+    if masks.dtype != np.bool_ or masks.ndim != 2 or masks.shape[1] != n or len(masks) == 0:
+        raise InputError(
+            f"masks of type {masks.dtype} and shape {masks.shape} were given; expected bool [subsets, {n}], True where a "
+            "row of the run is kept: make them with unlearn.random_halves"
+        )
+    empty = np.flatnonzero(~masks.any(axis=1))
+    if len(empty):
+        raise InputError(
+            f"subsets {', '.join(map(str, empty[:5]))} keep no row: nothing is left to train on"
+        )
+    return masks
+
+
+def _places(out: Path) -> tuple[Path, Path]:
+    """The truth file, and the directory of the adapters."""
+    if out.suffix == ".npz":
+        return out, out.with_suffix("")
+    if out.is_file():
+        raise InputError(
+            f"{out} is a file that does not end in .npz: give FILE.npz, or a directory"
+        )
+    return out / "truth.npz", out
+
+
+def _request(
+    run: Run, masks: np.ndarray, queries: Examples, recipe: Recipe, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """All that the losses depend on, in JSON's own types."""
+    config = run.model.model.peft_config[run.model.model.active_adapters[0]].to_dict()
+    told = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "init_lora_weights",
+        "rank_pattern",
+        "alpha_pattern",
+    )
+    kind = {"space": run.model.space.digest, **{key: config.get(key) for key in told}}
+    packed = np.packbits(masks).tobytes()
+    request = {
+        "base": run.model.base_digest,
+        "adapter configuration": _sha256(json.dumps(kind, sort_keys=True, default=str).encode()),
+        "training rows": run.train.digest,
+        "queries": queries.digest,
+        "tokenizer": tokenizer_digest(run.model.tokenizer),
+        "max_length": run.manifest["objective"]["max_length"],
+        "dtype": str(next(run.model.model.parameters()).dtype).removeprefix("torch."),
+        "number of subsets": len(masks),
+        "masks": _sha256(packed),
+        "seeds": list(seeds),
+        **{f"recipe's {name}": value for name, value in asdict(recipe).items()},
+    }
+    return json.loads(json.dumps(request))
+
+
+def _resume(
+    file: Path, request: dict[str, Any], shape: tuple[int, int], queries: int, overwrite: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Done flags [S] and losses [S, Q], [S, n] so far; NaN where there is none yet."""
+    done, query_loss, train_loss = (
+        np.zeros(shape[0], bool),
+        np.full((shape[0], queries), np.nan),
+        np.full(shape, np.nan),
+    )
+    if not file.exists():
+        return done, query_loss, train_loss
+    try:
+        with open(file, "rb") as handle, zipfile.ZipFile(handle):
+            pass  # numpy would also take a single array
+        with np.load(file, allow_pickle=False) as found:
+            arrays = {key: found[key] for key in found.files}
+        known = json.loads(str(arrays["request"])) if "request" in arrays else {}
+        differences = [
+            f"{key} is {_short(known.get(key))}, now {_short(value)}"
+            for key, value in request.items()
+            if known.get(key, ...) != value
+        ]
+        if not differences:
+            done[:] = arrays["done"]
+            query_loss[done], train_loss[done] = arrays["query_loss"], arrays["train_loss"]
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        if overwrite:
+            return np.zeros(shape[0], bool), query_loss, train_loss
+        raise StoreError(
+            f"{file} is damaged or no .npz ({error}): move it away, or --overwrite"
+        ) from error
+    if differences and not overwrite:
+        if not known:
+            raise InputError(
+                f"{file} was not written by retraining subsets: give another file, or --overwrite"
+            )
+        raise MismatchError(
+            f"{file} holds other subsets: {'; '.join(differences)}. Ask for the same ones to go on, give another file, or "
+            "--overwrite"
+        )
+    return done, query_loss, train_loss
+
+
+def _write(file: Path, **arrays: np.ndarray) -> None:
+    """Write the file whole beside its name and move it into place."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        with open(partial, "wb") as handle:
+            np.savez(handle, **arrays)  # pyright: ignore[reportArgumentType]
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(f"{file} could not be written: {error}") from error
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
