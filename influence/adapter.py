@@ -1,7 +1,7 @@
 """A base model with one LoRA adapter, seen as a point in a flat parameter space.
 
-A *site* is one adapted layer, `y = W x + s B A x`. A *leaf* is one of its two trainable matrices; the flat
-order is site after site in module order, A before B, each matrix row-major:
+A *site* is one adapted layer, `y = W x + s B A x`. A *leaf* is one of its two trainable matrices;
+the flat order is site after site in module order, A before B, each matrix row-major:
 
     theta = [A_1.ravel(), B_1.ravel(), A_2.ravel(), B_2.ravel(), ...]        shape [P]
 
@@ -103,8 +103,9 @@ class Site:
 class AdaptedModel:
     """A base model with exactly one active LoRA adapter, ready to be differentiated.
 
-    Made by `load` (from folders or hub ids) or `from_peft` (from a live `PeftModel`). `base` and `adapter` are
-    the references it was loaded from, for the record only; identity is told by the digests.
+    Made by `load` (from folders or hub ids) or `from_peft` (from a live `PeftModel`). `base` and
+    `adapter` are the references it was loaded from, for the record only; identity is told by the
+    digests.
     """
 
     model: Any
@@ -144,8 +145,9 @@ class AdaptedModel:
         """Set the LoRA parameters to `theta`, `[P]`."""
         if theta.shape != (self.space.size,):
             raise InputError(
-                f"a parameter vector of shape {tuple(theta.shape)} was given, but this adapter has "
-                f"{self.space.size} LoRA parameters: pass a flat vector [{self.space.size}] in ParamSpace order"
+                f"a parameter vector of shape {tuple(theta.shape)} was given, but this adapter "
+                f"has {self.space.size} LoRA parameters: pass a flat vector [{self.space.size}] "
+                "in ParamSpace order"
             )
         for parameter, value in zip(self.parameters, self.space.split(theta), strict=True):
             parameter.copy_(value)

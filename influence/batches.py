@@ -21,8 +21,9 @@ class Batch:
     """Padded rows, ready for a model.
 
     `indices` int64 [b]: the rows' positions in the tokenised examples; `input_ids` int64 [b, T];
-    `attention_mask` int64 [b, T]: 1 for a token, 0 for padding; `supervised` bool [b, T]: is it a target;
-    `position_ids` int64 [b, T]: 0, 1, ... over each row's own tokens, on whichever side it is padded.
+    `attention_mask` int64 [b, T]: 1 for a token, 0 for padding; `supervised` bool [b, T]: is it a
+    target; `position_ids` int64 [b, T]: 0, 1, ... over each row's own tokens, on whichever side it
+    is padded.
     """
 
     indices: np.ndarray
@@ -45,12 +46,13 @@ class Batch:
 def plan_batches(
     tokens: TokenizedExamples, token_budget: int, *, max_rows: int | None = None
 ) -> list[np.ndarray]:
-    """Group examples of similar length into batches of at most `token_budget` tokens, padding included.
+    """Group examples of similar length into batches of at most `token_budget` tokens, padding
+    included.
 
-    Returns the indices int64 [b] of each batch: every index once, rows x longest <= token_budget, and at most
-    `max_rows` rows; an example longer than the budget is a batch of its own. The batch with the most padded
-    tokens comes first, so that memory runs out at once or not at all. The plan depends on the lengths, counts
-    and order of the examples alone.
+    Returns the indices int64 [b] of each batch: every index once, rows x longest <= token_budget,
+    and at most `max_rows` rows; an example longer than the budget is a batch of its own. The batch
+    with the most padded tokens comes first, so that memory runs out at once or not at all. The plan
+    depends on the lengths, counts and order of the examples alone.
 
     Errors: DataError for a budget or `max_rows` below 1.
     """
@@ -80,7 +82,8 @@ def collate(
 ) -> Batch:
     """Pad the examples at `indices` to the longest of them.
 
-    Padding is masked by position, so any `pad_id` in the vocabulary does, the end-of-sequence id included.
+    Padding is masked by position, so any `pad_id` in the vocabulary does, the end-of-sequence id
+    included.
     """
     if padding not in ("right", "left"):
         raise DataError(f"padding is {padding!r}; it must be 'right' or 'left'")

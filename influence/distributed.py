@@ -1,6 +1,7 @@
 """Several processes at one piece of work (`torchrun`): rows are shared out, sums are added up once.
 
-Without `torchrun` every function here is that of one process. On CPUs processes talk by gloo, on GPUs by nccl.
+Without `torchrun` every function here is that of one process. On CPUs processes talk by gloo, on
+GPUs by nccl.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ def on_first_use(
 ) -> Callable[[str], Any]:
     """The `__getattr__` of a package that hands names on.
 
-    `homes` has the names by the module below the package that defines them; `modules` the modules that are handed on
-    themselves, by the name that they have here.
+    `homes` has the names by the module below the package that defines them; `modules` the modules
+    that are handed on themselves, by the name that they have here.
     """
     home_of = {name: module for module, names in homes.items() for name in names}
     whole = modules or {}

@@ -1,16 +1,18 @@
 """Per-example gradients of the LoRA parameters, streamed.
 
-At a site `y = W x + s B A x` with input x_t and output gradient d_t at token t, and `G = sum_t d_t x_t^T`:
+At a site `y = W x + s B A x` with input x_t and output gradient d_t at token t, and `G = sum_t d_t
+x_t^T`:
 
     grad_A = s B^T G = sum_t (s B^T d_t) x_t^T        [r, d_in]
     grad_B = s G A^T = sum_t (s d_t) (A x_t)^T        [d_out, r]
 
-Both are a leaf's *output gradient* times its *input*, summed over the tokens of one example, and the backward
-pass computes both factors anyway. So each leaf (`lora_A`, `lora_B`) is run through a tap, an autograd function
-that hands `(input, output gradient)` to a sink in the backward pass and asks for no weight gradient. G itself
-is never formed; base weights get no gradient; the backward stops at the lowest adapted layer; merged
-projections, Conv1D and quantised bases need no case of their own, and neither does gradient checkpointing,
-because the backward runs once whatever was recomputed.
+Both are a leaf's *output gradient* times its *input*, summed over the tokens of one example, and
+the backward pass computes both factors anyway. So each leaf (`lora_A`, `lora_B`) is run through a
+tap, an autograd function that hands `(input, output gradient)` to a sink in the backward pass and
+asks for no weight gradient. G itself is never formed; base weights get no gradient; the backward
+stops at the lowest adapted layer; merged projections, Conv1D and quantised bases need no case of
+their own, and neither does gradient checkpointing, because the backward runs once whatever was
+recomputed.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from influence.measurements import MeanLoss, Measurement
 from influence.rows import Examples
 from influence.tokens import TokenizedExamples, tokenize
 
-#: What a tap hands over: leaf number, inputs [b, T, d_in], output gradients [b, T, d_out], valid tokens [b, T].
+#: What a tap hands over: leaf number, inputs [b, T, d_in], output gradients [b, T, d_out], valid
+#: tokens [b, T].
 Sink = Callable[[int, Tensor, Tensor, Tensor], None]
 
 #: Rows of a batch are limited so that their gradients take at most this many bytes.
@@ -129,16 +132,16 @@ class Tape:
     def forward(self, batch: Batch) -> Supervised:
         """Supervised logits of a batch, with the taps in the graph."""
         real = batch.attention_mask.bool()
-        # A position is valid if a token follows it: the last token of a row is an input in some batches and
-        # cut off in others, and must count in none.
+        # A position is valid if a token follows it: the last token of a row is an input in some
+        # batches and cut off in others, and must count in none.
         self.valid = real[:, :-1] & real[:, 1:]
         with torch.enable_grad():
             part = supervised_logits(self.model, batch)
         self.counts = part.counts
         if not bool(torch.isfinite(part.logits.detach().sum(dtype=torch.float64))):
             raise NumericalError(
-                "the model gives NaN or infinite logits on the training or query rows; load it with another "
-                "--dtype, or check it on the rows' text"
+                "the model gives NaN or infinite logits on the training or query rows; load it "
+                "with another --dtype, or check it on the rows' text"
             )
         return part
 
@@ -189,9 +192,10 @@ class Tape:
             )
         if x.shape[:2] != valid.shape:
             raise AdapterError(
-                f"{self.model.space.leaves[leaf].name} sees tokens of shape {tuple(x.shape)} where "
-                f"{tuple(valid.shape)} + (width,) was expected: routed experts mix the tokens of different "
-                "examples, so their per-example gradients are not supported; adapt attention and shared layers only"
+                f"{self.model.space.leaves[leaf].name} sees tokens of shape {tuple(x.shape)} "
+                f"where {tuple(valid.shape)} + (width,) was expected: routed experts mix the "
+                "tokens of different examples, so their per-example gradients are not supported; "
+                "adapt attention and shared layers only"
             )
         self.sink(leaf, x, g, valid)
 
@@ -228,8 +232,9 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 def checkpointed_layers(model: AdaptedModel) -> list[nn.Module]:
     """The decoder layers for which gradient checkpointing is enabled.
 
-    transformers itself checkpoints in training mode only; here the layers are recomputed in evaluation mode too, so
-    that memory holds one layer's activations instead of all, for about one more forward per backward.
+    transformers itself checkpoints in training mode only; here the layers are recomputed in
+    evaluation mode too, so that memory holds one layer's activations instead of all, for about one
+    more forward per backward.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -260,12 +265,13 @@ def stream_gradients(
 ) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
     """Yield `(indices [b], gradients [b, P], values [b])`, batch after batch.
 
-    Without `measurement`: the gradient and value of `l_i`, the **summed** cross-entropy in nats. With one: of
-    m(q). Gradients have the LoRA parameters' type. One example's gradient
-    does not depend on its batch, its padding or the order.
+    Without `measurement`: the gradient and value of `l_i`, the **summed** cross-entropy in nats.
+    With one: of m(q). Gradients have the LoRA parameters' type. One example's gradient does not
+    depend on its batch, its padding or the order.
 
-    `batches` overrides the length-bucketed plan; `padding` is `right` or `left` (with eager attention and left
-    padding some models give NaN at padded positions; right padding needs no mask at all).
+    `batches` overrides the length-bucketed plan; `padding` is `right` or `left` (with eager
+    attention and left padding some models give NaN at padded positions; right padding needs no mask
+    at all).
     """
     if batches is None:
         batches = plan_batches(tokens, token_budget, max_rows=max_rows(model.space))
@@ -326,8 +332,8 @@ class GradientCheck:
         worst = max(self.errors, key=lambda name: self.errors[name])
         verdict = "agree" if self.ok else "DISAGREE"
         return (
-            f"streamed and one-example gradients {verdict} on {self.examples} examples: worst relative error "
-            f"{self.errors[worst]:.1e} at {worst} (tolerance {self.tolerance:.0e})"
+            f"streamed and one-example gradients {verdict} on {self.examples} examples: worst "
+            f"relative error {self.errors[worst]:.1e} at {worst} (tolerance {self.tolerance:.0e})"
         )
 
 
@@ -340,9 +346,10 @@ def check_gradients(
 ) -> GradientCheck:
     """Compare the streamed gradients of *your* model with a plain one-example autograd loop.
 
-    The loop runs each example alone, without taps, with the full logits, and differentiates the summed
-    cross-entropy by the LoRA parameters. The error of a leaf is `max_i |g_i - loop_i| / max_i |loop_i|`
-    (Euclidean norms; a leaf whose gradient vanishes is measured against 1e-6 of the whole gradient's). Default tolerance: 1e-10 in float64, 1e-4 in float32 and 5e-2 where a base
+    The loop runs each example alone, without taps, with the full logits, and differentiates the
+    summed cross-entropy by the LoRA parameters. The error of a leaf is `max_i |g_i - loop_i| /
+    max_i |loop_i|` (Euclidean norms; a leaf whose gradient vanishes is measured against 1e-6 of the
+    whole gradient's). Default tolerance: 1e-10 in float64, 1e-4 in float32 and 5e-2 where a base
     computes in 16 bits (bfloat16, float16, or 8-bit layers).
     """
     tokens = tokenize(examples, model.tokenizer, max_length=max_length)
@@ -394,10 +401,12 @@ def summed_gradient(
     cost: Cost,
     ahead: Callable[[np.ndarray], None] | None = None,
 ) -> Tensor:
-    """The gradient `[P]` of a sum over rows, where the model is now, from its gradient by the supervised logits.
+    """The gradient `[P]` of a sum over rows, where the model is now, from its gradient by the
+    supervised logits.
 
-    `by_logits(rows [b], part)` gives that of a batch, `[N, V]`; `ahead(rows)` is called before the batch runs and may move the
-    model meanwhile, which is not allowed while a graph is alive. No row's own gradient is held.
+    `by_logits(rows [b], part)` gives that of a batch, `[N, V]`; `ahead(rows)` is called before the
+    batch runs and may move the model meanwhile, which is not allowed while a graph is alive. No
+    row's own gradient is held.
     """
     space = model.space
     total = torch.zeros(space.size, dtype=model.dtype, device=model.device)

@@ -37,25 +37,28 @@ def load(
     Parameters
     ----------
     base
-        Folder or hub id of the base model; None takes the base recorded in the adapter's configuration.
+        Folder or hub id of the base model; None takes the base recorded in the adapter's
+        configuration.
     adapter
-        Folder or hub id of a PEFT LoRA adapter (`adapter_config.json` and `adapter_model.safetensors`).
+        Folder or hub id of a PEFT LoRA adapter (`adapter_config.json` and
+        `adapter_model.safetensors`).
     dtype
-        `float32`, `bfloat16`, `float16` or `float64`: type of the base's weights. The LoRA parameters, their gradients
-        and all sums are float32 under a bfloat16 base, else of the same type. A quantised base keeps its own.
+        `float32`, `bfloat16`, `float16` or `float64`: type of the base's weights. The LoRA
+        parameters, their gradients and all sums are float32 under a bfloat16 base, else of the same
+        type. A quantised base keeps its own.
     device
         `auto` (cuda, else cpu) or any torch device that has float64 (mps does not).
     checkpointing
-        Recompute each layer's activations in the backward: memory for one layer instead of all, for about one more
-        forward per backward. The numbers stay the same.
+        Recompute each layer's activations in the backward: memory for one layer instead of all, for
+        about one more forward per backward. The numbers stay the same.
     trust_remote_code
         Passed on to transformers; off unless asked for.
 
     Raises
     ------
     AdapterError
-        Listing, at once, every reason why the adapter is not supported or does not belong to this base
-        (told by site names and shapes, never by the recorded path).
+        Listing, at once, every reason why the adapter is not supported or does not belong to this
+        base (told by site names and shapes, never by the recorded path).
     """
     from peft import PeftModel
 
@@ -74,8 +77,8 @@ def load(
     body = _load_base(str(base), DTYPES[dtype], resolve_device(device), trust_remote_code)
     shapes = _tensor_shapes(folder / "adapter_model.safetensors")
     refuse(
-        f"adapter {str(adapter)!r} was not made for base {str(base)!r} (judged by its sites' names and shapes); "
-        "pass the base it was trained on",
+        f"adapter {str(adapter)!r} was not made for base {str(base)!r} (judged by its sites' "
+        "names and shapes); pass the base it was trained on",
         _misfits(body, shapes),
     )
     with warnings.catch_warnings():
@@ -90,7 +93,8 @@ def load(
     )
     wanted = [weight_key(leaf) for leaf in loaded.space.leaves]
     refuse(
-        f"adapter {str(adapter)!r} is incomplete: its configuration names layers whose weights its file lacks",
+        f"adapter {str(adapter)!r} is incomplete: its configuration names layers whose weights "
+        "its file lacks",
         [f"{key.removeprefix(PREFIX)} is missing" for key in wanted if key not in shapes],
     )
     if checkpointing:
@@ -101,22 +105,23 @@ def load(
 def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") -> AdaptedModel:
     """Wrap a live `PeftModel` with one active, unmerged LoRA adapter on linear layers.
 
-    The model is put in evaluation mode and its LoRA parameters in float32 (float64 stays); nothing else of it
-    changes. Raises `AdapterError` with every reason at once; `NumericalError` for NaN or infinite weights.
+    The model is put in evaluation mode and its LoRA parameters in float32 (float64 stays); nothing
+    else of it changes. Raises `AdapterError` with every reason at once; `NumericalError` for NaN or
+    infinite weights.
     """
     from peft import PeftModel
     from peft.tuners.lora.layer import LoraLayer
 
     if not isinstance(model, PeftModel):
         raise AdapterError(
-            f"a {type(model).__name__} was given; expected a peft.PeftModel with a LoRA adapter. A merged model "
-            "has no LoRA parameters left: use the adapter from before merging"
+            f"a {type(model).__name__} was given; expected a peft.PeftModel with a LoRA adapter. "
+            "A merged model has no LoRA parameters left: use the adapter from before merging"
         )
     active = list(model.active_adapters)
     if len(active) != 1:
         raise AdapterError(
-            f"{len(active)} adapters are active ({', '.join(active)}); influence is computed for exactly one: "
-            "call model.set_adapter(NAME) first"
+            f"{len(active)} adapters are active ({', '.join(active)}); influence is computed for "
+            "exactly one: call model.set_adapter(NAME) first"
         )
     name = active[0]
     config = model.peft_config[name]
@@ -139,12 +144,13 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
         A, B = layer.lora_A[name], layer.lora_B[name]
         if name in layer.lora_variant:
             reasons.append(
-                f"{path}: LoRA variant {type(layer.lora_variant[name]).__name__} is not supported, its branch is "
-                "not s B A x; plain LoRA and rsLoRA are"
+                f"{path}: LoRA variant {type(layer.lora_variant[name]).__name__} is not "
+                "supported, its branch is not s B A x; plain LoRA and rsLoRA are"
             )
         elif not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)) or B.bias is not None:
             reasons.append(
-                f"{path}: LoRA on {type(layer.get_base_layer()).__name__} is not supported; on nn.Linear and Conv1D it is"
+                f"{path}: LoRA on {type(layer.get_base_layer()).__name__} is not supported; on "
+                "nn.Linear and Conv1D it is"
             )
         else:
             sites.append(Site(path, layer, A, B, float(layer.scaling[name])))
@@ -156,8 +162,9 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
     ]
     if outside and not reasons:
         reasons.append(
-            f"{len(outside)} trainable parameters lie outside the LoRA sites ({', '.join(outside[:3])}, ...): "
-            "their influence would be missed; freeze them or train an adapter without them"
+            f"{len(outside)} trainable parameters lie outside the LoRA sites "
+            f"({', '.join(outside[:3])}, ...): their influence would be missed; freeze them or "
+            "train an adapter without them"
         )
     if not sites and not reasons:
         reasons.append("it has no LoRA layer")
@@ -165,7 +172,8 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
 
     model.eval()
     for module in model.modules():
-        # bitsandbytes repacks 4-bit weights in place for a CPU kernel that has no backward; keep it from doing so
+        # bitsandbytes repacks 4-bit weights in place for a CPU kernel that has no backward; keep it
+        # from doing so
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     for site in sites:
@@ -175,8 +183,8 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
     _refuse_nan(model)
     if all(not site.B.weight.any() for site in sites):
         warnings.warn(
-            "every B is zero: this adapter is fresh (untrained), so the gradients of every A vanish and half of "
-            "each score is missing; train the adapter first",
+            "every B is zero: this adapter is fresh (untrained), so the gradients of every A "
+            "vanish and half of each score is missing; train the adapter first",
             stacklevel=2,
         )
     shapes = [
@@ -195,7 +203,8 @@ def resolve_device(device: str) -> torch.device:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"device {device!r} was given; expected auto, cpu, cuda, cuda:1 ... that this machine has and that knows float64: {reason}"
+                f"device {device!r} was given; expected auto, cpu, cuda, cuda:1 ... that this "
+                f"machine has and that knows float64: {reason}"
             ) from error
         return chosen
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -240,25 +249,28 @@ def adapter_folder(adapter: str | Path) -> Path:
             folder = Path(snapshot_download(str(adapter), allow_patterns=patterns))
         except Exception as error:
             raise AdapterError(
-                f"adapter {str(adapter)!r} is neither a local folder nor a hub id that could be fetched: {error}"
+                f"adapter {str(adapter)!r} is neither a local folder nor a hub id that could be "
+                f"fetched: {error}"
             ) from error
     if not folder.is_dir():
         raise AdapterError(
-            f"adapter {str(adapter)!r} is not a folder: pass the folder that holds adapter_config.json"
+            f"adapter {str(adapter)!r} is not a folder: pass the folder that holds "
+            "adapter_config.json"
         )
     if not (folder / "adapter_config.json").exists():
         if (folder / "config.json").exists():
             raise AdapterError(
-                f"{str(adapter)!r} is a full model (config.json, no adapter_config.json): a merged adapter has no "
-                "LoRA parameters left; pass the adapter folder from before merging"
+                f"{str(adapter)!r} is a full model (config.json, no adapter_config.json): a "
+                "merged adapter has no LoRA parameters left; pass the adapter folder from before "
+                "merging"
             )
         raise AdapterError(
             f"{str(adapter)!r} has no adapter_config.json: pass the folder of a PEFT adapter"
         )
     if not (folder / "adapter_model.safetensors").exists():
         raise AdapterError(
-            f"{str(adapter)!r} has no adapter_model.safetensors; pickled weights (.bin) are never loaded: save the "
-            "adapter again with save_pretrained(..., safe_serialization=True)"
+            f"{str(adapter)!r} has no adapter_model.safetensors; pickled weights (.bin) are never "
+            "loaded: save the adapter again with save_pretrained(..., safe_serialization=True)"
         )
     return folder
 
@@ -291,12 +303,13 @@ def _load_base(base: str, dtype: torch.dtype, device: torch.device, trust_remote
         saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
         if not quantised and saved in ("bfloat16", "float16") and dtype == torch.float32:
             say(
-                f"note: the base is saved as {saved} and loaded as float32; --dtype {saved} takes half the memory"
+                f"note: the base is saved as {saved} and loaded as float32; --dtype {saved} takes "
+                "half the memory"
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(
-            f"base model {base!r} could not be loaded: {error}\nPass a folder or hub id of a causal language model "
-            "saved as safetensors (--model BASE)"
+            f"base model {base!r} could not be loaded: {error}\nPass a folder or hub id of a "
+            "causal language model saved as safetensors (--model BASE)"
         ) from error
     return model if quantised else model.to(device)  # pyright: ignore[reportArgumentType]
 
@@ -308,7 +321,8 @@ def _load_tokenizer(source: str, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise AdapterError(
-            f"no tokenizer could be loaded from {source!r}: {error}\nSave one beside the base (or the adapter)"
+            f"no tokenizer could be loaded from {source!r}: {error}\nSave one beside the base (or "
+            "the adapter)"
         ) from error
 
 
@@ -365,12 +379,24 @@ def _unsupported_options(config: Mapping[str, Any]) -> list[str]:
     if kind != "LORA":
         return [f"it is a {kind} adapter; LoRA adapters are supported"]
     checks = {
-        "use_dora": "DoRA also trains a magnitude per output, which is not a LoRA matrix; plain LoRA and rsLoRA are supported",
-        "modules_to_save": "modules_to_save trains whole modules whose influence would be missed; train without it",
-        "trainable_token_indices": "trainable token embeddings are not LoRA matrices; train without them",
-        "target_parameters": "LoRA on bare parameters (fused experts) has no linear layer to read; target linear layers",
+        "use_dora": (
+            "DoRA also trains a magnitude per output, which is not a LoRA matrix; plain LoRA and "
+            "rsLoRA are supported"
+        ),
+        "modules_to_save": (
+            "modules_to_save trains whole modules whose influence would be missed; train without it"
+        ),
+        "trainable_token_indices": (
+            "trainable token embeddings are not LoRA matrices; train without them"
+        ),
+        "target_parameters": (
+            "LoRA on bare parameters (fused experts) has no linear layer to read; target linear "
+            "layers"
+        ),
         "lora_bias": "lora_bias trains a bias beside B; train without it",
-        "alora_invocation_tokens": "activated LoRA changes where the adapter acts; plain LoRA is supported",
+        "alora_invocation_tokens": (
+            "activated LoRA changes where the adapter acts; plain LoRA is supported"
+        ),
         "use_qalora": "QA-LoRA pools the input of A; plain LoRA is supported",
         "use_bdlora": "block-diagonal LoRA is not supported; plain LoRA is",
     }
@@ -399,6 +425,7 @@ def _refuse_nan(model: Any) -> None:
     ]
     if bad:
         raise NumericalError(
-            f"{len(bad)} weights hold NaN or infinity ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}): "
-            "influence of such a model means nothing; save it again from a sound checkpoint"
+            f"{len(bad)} weights hold NaN or infinity "
+            f"({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}): influence of such a model "
+            "means nothing; save it again from a sound checkpoint"
         )

@@ -1,8 +1,9 @@
 """From token ids to supervised logits and losses: the only place that shifts and masks.
 
-Token t is predicted from the tokens before it, so the logits of position t - 1 are matched with token t, and
-only positions whose *next* token is supervised reach the LM head. All results are flat over supervised
-positions, example after example: N of them in a batch of b examples, `counts[i]` of them in example i.
+Token t is predicted from the tokens before it, so the logits of position t - 1 are matched with
+token t, and only positions whose *next* token is supervised reach the LM head. All results are flat
+over supervised positions, example after example: N of them in a batch of b examples, `counts[i]` of
+them in example i.
 
 Losses are cross-entropies in nats. `l_i` is the **sum** over example i's supervised tokens.
 """
@@ -44,8 +45,8 @@ class Supervised:
 def supervised_logits(model: AdaptedModel, batch: Batch) -> Supervised:
     """Run the model on a batch and return the logits that predict its supervised tokens.
 
-    Right padding needs no attention mask in a causal model (no real token sees it); left padding gets its mask
-    and positions. Raises `NumericalError` if a logit is NaN.
+    Right padding needs no attention mask in a causal model (no real token sees it); left padding
+    gets its mask and positions. Raises `NumericalError` if a logit is NaN.
     """
     inputs = {"input_ids": batch.input_ids[:, :-1]}
     if not bool(batch.attention_mask[:, 0].all()):
@@ -103,8 +104,8 @@ def check_rows(model: AdaptedModel, tokens: TokenizedExamples) -> None:
             )
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(tokens)} rows do not fit the model: truncate long ones with --max-length, and use the "
-            "tokenizer that the model was trained with:",
+            f"{len(bad)} of {len(tokens)} rows do not fit the model: truncate long ones with "
+            "--max-length, and use the tokenizer that the model was trained with:",
             bad,
         )
 
@@ -132,7 +133,8 @@ def loss_gradient(probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one label per position from the model's own distribution by inverting its cumulative sum.
+    """Draw one label per position from the model's own distribution by inverting its cumulative
+    sum.
 
     `probs` [N, V], `uniforms` [N] in [0, 1): label = the first v with cdf[v] > u. Returns `[N]`.
     """
@@ -149,8 +151,8 @@ def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
 def weights(counts: np.ndarray, reduction: str) -> np.ndarray:
     """The training objective's weights `w_i`, `[n]` float64, from the supervised token counts T_i.
 
-    `J = sum_i w_i l_i`: `token` gives `1 / N_tok` (what Hugging Face trainers minimise), `example` gives
-    `1 / (n T_i)`.
+    `J = sum_i w_i l_i`: `token` gives `1 / N_tok` (what Hugging Face trainers minimise), `example`
+    gives `1 / (n T_i)`.
     """
     counts = np.asarray(counts, dtype=np.float64)
     if reduction == "token":

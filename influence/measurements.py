@@ -87,8 +87,9 @@ class TokenLoss:
         ]
         if short:
             raise InputError(
-                f"measurement {self.name} was given; query {short[0][0]!r} has {short[0][1]} completion tokens (end token "
-                "included): give a position that every query has, or score the others apart"
+                f"measurement {self.name} was given; query {short[0][0]!r} has {short[0][1]} "
+                "completion tokens (end token included): give a position that every query has, or "
+                "score the others apart"
             )
 
     def _inside(self, count: int) -> bool:
@@ -98,8 +99,8 @@ class TokenLoss:
         """That token's loss in every example, `[b]`; an `InputError` where one is too short."""
         if not all(self._inside(count) for count in part.counts):
             raise InputError(
-                f"measurement {self.name} was given; a query has {min(part.counts)} completion tokens (end token included): "
-                "give a position that every query has"
+                f"measurement {self.name} was given; a query has {min(part.counts)} completion "
+                "tokens (end token included): give a position that every query has"
             )
         return torch.stack(
             [
@@ -128,11 +129,12 @@ class MeanMargin:
 
 @dataclass(frozen=True)
 class Custom:
-    """Your own m(q): `function(log_probs [T, V], targets [T]) -> scalar` for each query's T supervised tokens.
+    """Your own m(q): `function(log_probs [T, V], targets [T]) -> scalar` for each query's T
+    supervised tokens.
 
-    `log_probs` are the model's log-probabilities at these tokens, in at least float32; the function must be
-    differentiable by them. `name` goes on record and tells two functions apart. `rises`: whether it rises when the model
-    gets worse, which says who is a proponent.
+    `log_probs` are the model's log-probabilities at these tokens, in at least float32; the function
+    must be differentiable by them. `name` goes on record and tells two functions apart. `rises`:
+    whether it rises when the model gets worse, which says who is a proponent.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -149,17 +151,19 @@ class Custom:
             if not (isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad):
                 shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(
-                    f"measurement {self.name!r} returned {shape}; expected a scalar tensor computed from log_probs by "
-                    "differentiable operations"
+                    f"measurement {self.name!r} returned {shape}; expected a scalar tensor "
+                    "computed from log_probs by differentiable operations"
                 )
         return torch.stack(values)
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """What made it say A rather than B: `m(q) = log p(B) - log p(A)`, nats; A is the query, B its row in `against`.
+    """What made it say A rather than B: `m(q) = log p(B) - log p(A)`, nats; A is the query, B its
+    row in `against`.
 
-    As with a loss, positive scores belong to rows that favour A: removing them moves the odds towards B.
+    As with a loss, positive scores belong to rows that favour A: removing them moves the odds
+    towards B.
     """
 
     against: Examples
@@ -171,14 +175,15 @@ class Contrast:
         """Refuse rows that do not pair up with the queries: another number, or another prompt."""
         if len(self.against) != len(queries):
             raise InputError(
-                f"{len(queries)} queries and {len(self.against)} rows to contrast them with were given; expected one for "
-                "each query, in the same order"
+                f"{len(queries)} queries and {len(self.against)} rows to contrast them with were "
+                "given; expected one for each query, in the same order"
             )
         for number, (query, other) in enumerate(zip(queries, self.against, strict=True), start=1):
             if query.prompt != other.prompt:
                 raise InputError(
-                    f"row {number} of the contrast ({other.id!r}) has another prompt than query {query.id!r}; give the same "
-                    "prompts, in the same order, with the other completions"
+                    f"row {number} of the contrast ({other.id!r}) has another prompt than query "
+                    f"{query.id!r}; give the same prompts, in the same order, with the other "
+                    "completions"
                 )
 
 

@@ -1,11 +1,13 @@
-"""What a Hugging Face Trainer checkpoint remembers of the optimiser: Adam's second moments, and the learning rates.
+"""What a Hugging Face Trainer checkpoint remembers of the optimiser: Adam's second moments, and the
+learning rates.
 
-A checkpoint folder holds `optimizer.pt` (the optimiser's state, keyed by integers), `adapter_model.safetensors`
-(the adapter at that step, by name) and `trainer_state.json` (the log). The integers count the trainable parameters in the
-optimiser's order: the Trainer makes one group with weight decay and one without, each in `named_parameters()` order.
-The order is taken from `param_names` where the optimiser recorded them, else rebuilt in that way, and every shape is
-checked. `optimizer.pt` is a pickle, and is read by torch's restricted reader alone (`weights_only=True`), which knows
-tensors and plain containers and calls nothing.
+A checkpoint folder holds `optimizer.pt` (the optimiser's state, keyed by integers),
+`adapter_model.safetensors` (the adapter at that step, by name) and `trainer_state.json` (the log).
+The integers count the trainable parameters in the optimiser's order: the Trainer makes one group
+with weight decay and one without, each in `named_parameters()` order. The order is taken from
+`param_names` where the optimiser recorded them, else rebuilt in that way, and every shape is
+checked. `optimizer.pt` is a pickle, and is read by torch's restricted reader alone
+(`weights_only=True`), which knows tensors and plain containers and calls nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from influence.adapter import AdaptedModel
 from influence.errors import AdapterError, InputError, NumericalError
 from influence.loading import refuse
 
-#: Parameters whose name matches go into the Trainer's group without weight decay (`Trainer.get_decay_parameter_names`).
+#: Parameters whose name matches go into the Trainer's group without weight decay
+#: (`Trainer.get_decay_parameter_names`).
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-#: A LoRA matrix's name in a model or a file: PEFT's prefix, the leaf's name, the adapter's name, `weight`.
+#: A LoRA matrix's name in a model or a file: PEFT's prefix, the leaf's name, the adapter's name,
+#: `weight`.
 _LEAF_NAME = re.compile(r"(?:.*\bbase_model\.model\.)?(?P<leaf>.+\.lora_[AB])(?:\.[^.]+)?\.weight")
 _BNB_STATE = "__bnb_optimizer_quant_state__"
 #: Block sizes of bitsandbytes' 8-bit states, today's and the one before.
@@ -40,9 +44,10 @@ MAX_STEPS = 10**8
 class OptimizerState:
     """What Adam knew at a checkpoint.
 
-    `v` [P] are the bias-corrected second moments in ParamSpace order, `v_t / (1 - beta2^t)`, of the gradients of the
-    trainer's objective (of whatever its gradient clipping left of them); `steps` is t, the optimiser steps so far;
-    `sum_lr` the sum of the learning rate over them, None where the log has none.
+    `v` [P] are the bias-corrected second moments in ParamSpace order, `v_t / (1 - beta2^t)`, of the
+    gradients of the trainer's objective (of whatever its gradient clipping left of them); `steps`
+    is t, the optimiser steps so far; `sum_lr` the sum of the learning rate over them, None where
+    the log has none.
     """
 
     v: Tensor
@@ -51,18 +56,22 @@ class OptimizerState:
 
 
 def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> OptimizerState:
-    """Read Adam's second moments for every LoRA parameter of `model` from a Hugging Face Trainer checkpoint folder.
+    """Read Adam's second moments for every LoRA parameter of `model` from a Hugging Face Trainer
+    checkpoint folder.
 
-    AdamW of torch and AdamW of bitsandbytes are understood, its 8-bit and paged states too (dequantised block by block).
+    AdamW of torch and AdamW of bitsandbytes are understood, its 8-bit and paged states too
+    (dequantised block by block).
 
-    `sum_lr` interpolates the logged learning rates linearly over the steps, the first and last logged ones held before
-    and after: exact with a log at every step; a warm-up within the first logging interval is not seen. (Trainers
-    versions of transformers log the rate of the step that follows.)
+    `sum_lr` interpolates the logged learning rates linearly over the steps, the first and last
+    logged ones held before and after: exact with a log at every step; a warm-up within the first
+    logging interval is not seen. (Trainers versions of transformers log the rate of the step that
+    follows.)
 
     Raises
     ------
     AdapterError
-        If the folder is no such checkpoint, belongs to another adapter, or its optimiser is no Adam; says which.
+        If the folder is no such checkpoint, belongs to another adapter, or its optimiser is no
+        Adam; says which.
     """
     folder = Path(checkpoint_dir)
     shapes = _adapter_shapes(folder)
@@ -71,7 +80,8 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
         name for name in leaves.keys() | shapes.keys() if leaves.get(name) != shapes.get(name)
     ]
     refuse(
-        f"checkpoint {str(folder)!r} is of another adapter than the model's; pass a checkpoint of the run that made it",
+        f"checkpoint {str(folder)!r} is of another adapter than the model's; pass a checkpoint of "
+        "the run that made it",
         [
             f"{name}: {_shape(shapes, name)} there, {_shape(leaves, name)} in the model"
             for name in sorted(differing)
@@ -100,7 +110,8 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
             step = _whole(state.get("step", 0))
             if step is None or step < 1:
                 reasons.append(
-                    f"{name}: its step is {state.get('step')!r}; a state without a step cannot be bias-corrected"
+                    f"{name}: its step is {state.get('step')!r}; a state without a step cannot be "
+                    "bias-corrected"
                 )
                 continue
             steps = max(steps, step)
@@ -135,12 +146,14 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     if not folder.is_dir():
         raise AdapterError(
-            f"{str(folder)!r} is not a folder: pass a Trainer's checkpoint, as in out/checkpoint-500"
+            f"{str(folder)!r} is not a folder: pass a Trainer's checkpoint, as in "
+            "out/checkpoint-500"
         )
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         raise AdapterError(
-            f"{str(folder)!r} has no adapter_model.safetensors: pass a checkpoint that a Trainer saved of a PEFT model"
+            f"{str(folder)!r} has no adapter_model.safetensors: pass a checkpoint that a Trainer "
+            "saved of a PEFT model"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -162,15 +175,17 @@ def _read_optimizer(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[st
     """The groups that hold parameters, and the state of each parameter."""
     if not path.exists():
         raise AdapterError(
-            f"{str(path.parent)!r} has no optimizer.pt: a Trainer writes one unless save_only_model is set; states that "
-            "DeepSpeed or FSDP split over several files are not supported"
+            f"{str(path.parent)!r} has no optimizer.pt: a Trainer writes one unless "
+            "save_only_model is set; states that DeepSpeed or FSDP split over several files are "
+            "not supported"
         )
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdapterError(
-            f"{path} is damaged or holds more than tensors and plain values; nothing in it was run: {reason}"
+            f"{path} is damaged or holds more than tensors and plain values; nothing in it was "
+            f"run: {reason}"
         ) from error
     try:
         groups = [dict(group) for group in content["param_groups"] if len(group["params"])]
@@ -181,7 +196,8 @@ def _read_optimizer(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[st
         betas = [tuple(map(float, group.get("betas", ()))) for group in groups]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AdapterError(
-            f"{path} is not a torch optimiser's state_dict (`state` and `param_groups`): pass a Trainer's checkpoint"
+            f"{path} is not a torch optimiser's state_dict (`state` and `param_groups`): pass a "
+            "Trainer's checkpoint"
         ) from error
     if not groups:
         raise AdapterError(
@@ -190,8 +206,8 @@ def _read_optimizer(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[st
     for group, pair in zip(groups, betas, strict=True):
         if len(pair) < 2 or not all(0 <= beta < 1 for beta in pair[:2]):
             raise AdapterError(
-                f"{path} is not of Adam or AdamW, which alone keep a second moment per parameter and have two betas; "
-                f"found an optimiser with {_keys(group)}"
+                f"{path} is not of Adam or AdamW, which alone keep a second moment per parameter "
+                f"and have two betas; found an optimiser with {_keys(group)}"
             )
     return groups, states
 
@@ -208,8 +224,8 @@ def _leaf_order(
             id(p): leaf.name for p, leaf in zip(model.parameters, model.space.leaves, strict=True)
         }
         full = [(name, own[id(p)]) for name, p in model.model.named_parameters() if id(p) in own]
-        # stable: within each of the Trainer's two groups the order stays; an optimiser with one group has this order too
-        # unless a layer's own name looks like a norm's
+        # stable: within each of the Trainer's two groups the order stays; an optimiser with one
+        # group has this order too unless a layer's own name looks like a norm's
         exempt = [bool(_NO_DECAY.search(name.lower())) for name, _ in full]
         sizes = [len(group["params"]) for group in groups]
         if sizes == [exempt.count(False), exempt.count(True)]:
@@ -221,15 +237,17 @@ def _leaf_order(
             ]
         elif len(groups) > 1:
             raise AdapterError(
-                f"the optimiser in {str(folder)!r} has {len(groups)} parameter groups of {sizes} parameters without "
-                "names; expected one group, or the Trainer's two: which parameter is which cannot be told"
+                f"the optimiser in {str(folder)!r} has {len(groups)} parameter groups of {sizes} "
+                "parameters without names; expected one group, or the Trainer's two: which "
+                "parameter is which cannot be told"
             )
         names = [name for _, name in full]
     wanted = {leaf.name for leaf in model.space.leaves}
     if len(names) != len(numbers) or set(names) != wanted:
         raise AdapterError(
-            f"the optimiser in {str(folder)!r} holds {len(numbers)} parameters, the adapter {len(wanted)} LoRA matrices"
-            f"{'' if set(names) == wanted else ' of other names'}: pass a checkpoint of the run that trained exactly them"
+            f"the optimiser in {str(folder)!r} holds {len(numbers)} parameters, the adapter "
+            f"{len(wanted)} LoRA matrices{'' if set(names) == wanted else ' of other names'}: "
+            "pass a checkpoint of the run that trained exactly them"
         )
     return dict(zip(names, numbers, strict=True))
 
@@ -245,7 +263,10 @@ def _second_moment(state: Mapping[str, Any]) -> Tensor | str:
     """The second moment as it is kept, float32 or float64; or the sentence that says why there is none."""
     moment = state.get("exp_avg_sq", state.get("state2"))
     if not isinstance(moment, Tensor):
-        return f"no second moment per parameter; found {_keys(state)}. Only Adam and AdamW (also 8-bit) keep one"
+        return (
+            f"no second moment per parameter; found {_keys(state)}. Only Adam and AdamW (also "
+            "8-bit) keep one"
+        )
     if moment.is_floating_point():
         return moment if moment.dtype == torch.float64 else moment.float()
     table, scale = state.get("qmap2"), state.get("absmax2")
@@ -254,12 +275,16 @@ def _second_moment(state: Mapping[str, Any]) -> Tensor | str:
         or not isinstance(table, Tensor)
         or not isinstance(scale, Tensor)
     ):
-        return f"an 8-bit second moment without its table and scales (qmap2, absmax2); found {_keys(state)}"
+        return (
+            "an 8-bit second moment without its table and scales (qmap2, absmax2); found "
+            f"{_keys(state)}"
+        )
     block = next((size for size in _BLOCKS if -(-moment.numel() // size) == scale.numel()), None)
     if block is None or table.numel() != 256:
         return (
-            f"an 8-bit second moment of {moment.numel()} values with {scale.numel()} scales and a table of "
-            f"{table.numel()}; expected one scale for each {_BLOCKS[0]} values and a table of 256"
+            f"an 8-bit second moment of {moment.numel()} values with {scale.numel()} scales and a "
+            f"table of {table.numel()}; expected one scale for each {_BLOCKS[0]} values and a "
+            "table of 256"
         )
     spread = scale.float().repeat_interleave(block)[: moment.numel()]
     return (table.float()[moment.flatten().long()] * spread).view(moment.shape)

@@ -1,12 +1,16 @@
-"""The path from the base to the adapter, and the points on it where gradients and curvature are taken.
+"""The path from the base to the adapter, and the points on it where gradients and curvature are
+taken.
 
-An adapter that stopped early and memorises its rows has nearly vanished gradients at its end: what is left there
-is what training did *not* learn. Further back the rows still pull. So a run looks at several points:
+An adapter that stopped early and memorises its rows has nearly vanished gradients at its end: what
+is left there is what training did *not* learn. Further back the rows still pull. So a run looks at
+several points:
 
-* `c` in (0, 1]: the adapter with every `B` replaced by `c B`; 0 would be the base, 1 is the adapter itself.
-* training checkpoints, where they were kept (as TracIn does, Pruthi et al. 2020, arXiv 2002.08484; with a
-  curvature per segment of training, SOURCE, Bae et al. 2024, arXiv 2405.12186). Each is weighted by the learning
-  rate that training had there, where that is recorded, because that is how far its gradients moved the adapter.
+* `c` in (0, 1]: the adapter with every `B` replaced by `c B`; 0 would be the base, 1 is the adapter
+  itself.
+* training checkpoints, where they were kept (as TracIn does, Pruthi et al. 2020, arXiv 2002.08484;
+  with a curvature per segment of training, SOURCE, Bae et al. 2024, arXiv 2405.12186). Each is
+  weighted by the learning rate that training had there, where that is recorded, because that is how
+  far its gradients moved the adapter.
 
 What is made of several points is said in `influence.scores`.
 """
@@ -17,7 +21,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from torch import Tensor
 from influence.adapter import AdaptedModel, weight_key
 from influence.errors import AdapterError, InputError
 from influence.loading import adapter_folder, refuse
+from influence.manifest import PointRecord
 from influence.progress import say
 
 #: Where a run looks unless told otherwise: the evidence is in benchmarks/README.md.
@@ -48,14 +52,9 @@ class Point:
     scale: float | None = None
     digest: str | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> PointRecord:
         """What the manifest keeps: enough to make the point again, given the checkpoint's parameters."""
-        return {
-            "label": self.label,
-            "share": self.share,
-            "scale": self.scale,
-            "digest": self.digest,
-        }
+        return PointRecord(self.label, self.share, self.scale, self.digest)
 
 
 def check_path(path: Sequence[float]) -> tuple[float, ...]:
@@ -71,8 +70,8 @@ def check_path(path: Sequence[float]) -> tuple[float, ...]:
     if not all(0 < c <= 1 for c in scales) or len(set(scales)) != len(scales):
         shown = ",".join(f"{c:g}" for c in scales)
         raise InputError(
-            f"path {shown} was given; expected different numbers above 0 (the base, where no A has a gradient) and up to 1 "
-            "(the adapter), as in 0.4,0.6,0.8 or 1.0"
+            f"path {shown} was given; expected different numbers above 0 (the base, where no A "
+            "has a gradient) and up to 1 (the adapter), as in 0.4,0.6,0.8 or 1.0"
         )
     return scales
 
@@ -90,16 +89,19 @@ def scaled(model: AdaptedModel, scale: float) -> Tensor:
 def points(
     model: AdaptedModel, path: Sequence[float], checkpoints: Sequence[str | Path] = ()
 ) -> tuple[Point, ...]:
-    """The points of a run: the checkpoints, then the scales; checkpoints share by learning rate, scales equally.
+    """The points of a run: the checkpoints, then the scales; checkpoints share by learning rate,
+    scales equally.
 
-    With both, the checkpoints together and the scales together have as much weight as they have points. Raises
-    `AdapterError` where a checkpoint is not of this adapter's shape, `InputError` for a path outside (0, 1].
+    With both, the checkpoints together and the scales together have as much weight as they have
+    points. Raises `AdapterError` where a checkpoint is not of this adapter's shape, `InputError`
+    for a path outside (0, 1].
     """
     scales = check_path(path)
     for folder in checkpoints:
         if not Path(folder).is_dir():
             raise AdapterError(
-                f"there is no checkpoint folder {str(folder)!r}: give the folders that training kept"
+                f"there is no checkpoint folder {str(folder)!r}: give the folders that training "
+                "kept"
             )
     folders = [adapter_folder(folder).resolve() for folder in checkpoints]
     if not scales and not folders:
@@ -115,7 +117,8 @@ def points(
         del rates[folder]
     if folders and not rates:
         raise InputError(
-            "the learning rate at every given checkpoint is 0: give checkpoints from earlier in training"
+            "the learning rate at every given checkpoint is 0: give checkpoints from earlier in "
+            "training"
         )
     total, count, found = sum(rate or 0 for rate in rates.values()), len(scales) + len(rates), []
     labels = _distinct([f"{c:g}" for c in scales], [repr(c) for c in scales])
@@ -142,12 +145,12 @@ def _distinct(short: list[str], full: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) else full
 
 
-def again(model: AdaptedModel, record: dict[str, Any], theta: Tensor | None) -> Point:
+def point_from_record(model: AdaptedModel, record: PointRecord, theta: Tensor | None) -> Point:
     """A point from its record in the manifest; `theta` [P] where it is a checkpoint."""
-    if record["scale"] is not None:
-        theta = scaled(model, record["scale"])
+    if record.scale is not None:
+        theta = scaled(model, record.scale)
     assert theta is not None
-    return Point(record["label"], record["share"], theta, record["scale"], record["digest"])
+    return Point(record.label, record.share, theta, record.scale, record.digest)
 
 
 def read_parameters(model: AdaptedModel, folder: Path) -> Tensor:
@@ -176,7 +179,8 @@ def read_parameters(model: AdaptedModel, folder: Path) -> Tensor:
         if key in tensors and tuple(tensors[key].shape) != leaf.shape
     ]
     refuse(
-        f"checkpoint {folder} is not of this adapter's training: give checkpoints of the same configuration",
+        f"checkpoint {folder} is not of this adapter's training: give checkpoints of the same "
+        "configuration",
         reasons,
     )
     theta = model.space.flatten([tensors[key].to(model.device, model.dtype) for key in wanted])
@@ -188,8 +192,8 @@ def read_parameters(model: AdaptedModel, folder: Path) -> Tensor:
 def learning_rate(folder: Path) -> float | None:
     """The learning rate that training had at a checkpoint, or None where it is not recorded.
 
-    From `trainer_state.json` (Hugging Face trainers log it; the last entry up to the checkpoint's step counts) or
-    `retrain.json` (`unlearn retrain`).
+    From `trainer_state.json` (Hugging Face trainers log it; the last entry up to the checkpoint's
+    step counts) or `retrain.json` (`unlearn retrain`).
     """
     try:
         if (folder / "trainer_state.json").exists():

@@ -30,8 +30,8 @@ _FORMS = "'prompt' and 'completion', or 'messages', or 'text'"
 class Example:
     """One row: an id, an optional group, and exactly one kind of content.
 
-    Content is `prompt` with `completion`, or `messages` (mappings with at least `role` and `content`, the
-    last one the assistant's), or `text`. Anything else is a DataError.
+    Content is `prompt` with `completion`, or `messages` (mappings with at least `role` and
+    `content`, the last one the assistant's), or `text`. Anything else is a DataError.
     """
 
     id: str
@@ -60,7 +60,8 @@ class Example:
         return sha256(canonical(content))[:16]
 
     def preview(self, width: int = 60) -> str:
-        """Return the content as one readable line of at most `width` characters, `prompt → completion`.
+        """Return the content as one readable line of at most `width` characters, `prompt →
+        completion`.
 
         Control characters become spaces, so a row cannot move a terminal's cursor.
         """
@@ -152,13 +153,14 @@ class Examples(Sequence[Example]):
 def read_examples(path: str | PathLike[str]) -> Examples:
     """Read examples from JSON lines (.jsonl, .json), Parquet, or a folder saved by `datasets`.
 
-    A row is `{"prompt", "completion"}` (strings), or `{"messages": [{"role", "content"}, ...]}` whose last
-    message is the assistant's, or `{"text"}`; `id` (string or integer) and `group` are optional, other keys
-    are ignored, and null means absent. A row without an id gets its content hash as id, the second of equal
-    rows the hash with `#2`, the third `#3`.
+    A row is `{"prompt", "completion"}` (strings), or `{"messages": [{"role", "content"}, ...]}`
+    whose last message is the assistant's, or `{"text"}`; `id` (string or integer) and `group` are
+    optional, other keys are ignored, and null means absent. A row without an id gets its content
+    hash as id, the second of equal rows the hash with `#2`, the third `#3`.
 
-    Errors: DataError for a missing, empty or unreadable file and for an unknown format; one DataError that
-    lists every unusable row (its line number in JSON lines, else its row number) with the reason.
+    Errors: DataError for a missing, empty or unreadable file and for an unknown format; one
+    DataError that lists every unusable row (its line number in JSON lines, else its row number)
+    with the reason.
     """
     source = Path(path)
     if source.is_dir():
@@ -194,7 +196,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text.startswith("[") and number == 1:
                     raise DataError(
-                        f"{path} starts with '[': one JSON array; write one JSON object per line instead, "
+                        f"{path} starts with '[': one JSON array; write one JSON object per line "
+                        "instead, "
                         'for example with jq -c ".[]"'
                     )
                 if text:

@@ -2,14 +2,15 @@
 
 Two ways of writing, both plain HDF5 to every reader:
 
-* *Whole files* (factors, checkpoints) are written beside their final name and renamed, so a name always
-  holds a complete file.
-* *Row files* (gradients, scores) are laid out once, contiguously and at full size, closed, and renamed into
-  place; rows are then written at the dataset's offset. HDF5's own metadata never changes again, so a process
-  killed half-way leaves a valid file whose `/done` tells which rows count. Their space is reserved when they are
-  laid out, so a disk cannot run full half-way.
+* *Whole files* (factors, checkpoints) are written beside their final name and renamed, so a name
+  always holds a complete file.
+* *Row files* (gradients, scores) are laid out once, contiguously and at full size, closed, and
+  renamed into place; rows are then written at the dataset's offset. HDF5's own metadata never
+  changes again, so a process killed half-way leaves a valid file whose `/done` tells which rows
+  count. Their space is reserved when they are laid out, so a disk cannot run full half-way.
 
-Every file carries the digest of the run it belongs to; a foreign, damaged or truncated file is refused by name.
+Every file carries the digest of the run it belongs to; a foreign, damaged or truncated file is
+refused by name.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def write_file(
 ) -> None:
     """Write a whole HDF5 file and move it into place atomically.
 
-    `arrays` are stored as they are, `strings` as UTF-8, `rows` (`name: (shape, dtype)`) are laid out
-    contiguously at full size for `open_rows`, reading as zeros until written.
+    `arrays` are stored as they are, `strings` as UTF-8, `rows` (`name: (shape, dtype)`) are laid
+    out contiguously at full size for `open_rows`, reading as zeros until written.
     """
     partial = path.with_name(path.name + ".partial")
     needed = sum(
@@ -54,8 +55,8 @@ def write_file(
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise StoreError(
-            f"{path} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on its disk: free some space, choose "
-            "another directory, or use --store never"
+            f"{path} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on its disk: "
+            "free some space, choose another directory, or use --store never"
         )
     try:
         with h5py.File(partial, "w", libver=("earliest", "v110")) as file:
@@ -124,9 +125,11 @@ def read_strings(file: h5py.File, name: str) -> list[str]:
 
 
 class RowFile:
-    """The rows `[n, ...]` of a dataset laid out by `write_file(rows=...)`, read and written by offset.
+    """The rows `[n, ...]` of a dataset laid out by `write_file(rows=...)`, read and written by
+    offset.
 
-    For the large ones: rows that were read or written do not stay in this process's memory, as mapped ones would.
+    For the large ones: rows that were read or written do not stay in this process's memory, as
+    mapped ones would.
     """
 
     def __init__(self, path: Path, name: str, *, write: bool = False) -> None:
@@ -207,25 +210,28 @@ def open_file(path: Path, *, run_digest: str | None = None) -> Iterator[h5py.Fil
         raise StoreError(f"{path} does not exist") from None
     except OSError as error:
         raise StoreError(
-            f"{path} is damaged, truncated, or not an HDF5 file ({error}); move it away and run the command again"
+            f"{path} is damaged, truncated, or not an HDF5 file ({error}); move it away and run "
+            "the command again"
         ) from error
     with file:
         if run_digest is not None:
             found = file.attrs.get("run_digest")
             if found != run_digest:
                 raise MismatchError(
-                    f"{path} belongs to another run (digest {str(found)[:12]}, this run has {run_digest[:12]}): give "
-                    "the file of this run, or move the foreign one away and run the command again"
+                    f"{path} belongs to another run (digest {str(found)[:12]}, this run has "
+                    f"{run_digest[:12]}): give the file of this run, or move the foreign one away "
+                    "and run the command again"
                 )
         yield file
 
 
 @contextmanager
 def only_writer(place: Path) -> Iterator[None]:
-    """Hold the lock of a directory or file while writing to it; a second process is refused, not queued.
+    """Hold the lock of a directory or file while writing to it; a second process is refused, not
+    queued.
 
-    The lock is the operating system's, on an empty file in its temporary folder: it ends with the process that
-    holds it, also where that is killed.
+    The lock is the operating system's, on an empty file in its temporary folder: it ends with the
+    process that holds it, also where that is killed.
     """
     key = hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:24]
     with open(

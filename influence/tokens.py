@@ -3,14 +3,15 @@
 ::
 
     read_examples(path) -> Examples -> tokenize(examples, tokenizer) -> TokenizedExamples
-                                         plan_batches(tokens, budget) -> collate(tokens, indices) -> Batch
+                                         plan_batches(tokens, budget) -> collate(tokens, indices) ->
+                                         Batch
 
 Every row becomes one token sequence of which a suffix is *supervised*: the completion with its
-end-of-sequence token, the last assistant turn, or a whole text. Where that suffix starts is found from
-character positions in the rendered string, never by comparing token ids, so a tokenizer whose padding token
-is its end-of-sequence token needs no special case, and a token merged across the end of the prompt is
-supervised because it spells part of the completion. The suffix reaches the end of the sequence, so no token
-is kept after the last supervised one.
+end-of-sequence token, the last assistant turn, or a whole text. Where that suffix starts is found
+from character positions in the rendered string, never by comparing token ids, so a tokenizer whose
+padding token is its end-of-sequence token needs no special case, and a token merged across the end
+of the prompt is supervised because it spells part of the completion. The suffix reaches the end of
+the sequence, so no token is kept after the last supervised one.
 
 Shapes: n examples, T tokens in one of them (or in the longest of a batch), b rows in a batch.
 """
@@ -40,8 +41,8 @@ _ROWS_PER_CALL = 2048  # rows given to the tokenizer at once: enough for its thr
 class Tokens:
     """One tokenised example.
 
-    `input_ids` int64 [T]; `supervised` bool [T]: is token t a target. `supervised[0]` is False, because
-    nothing precedes it to predict it from, and the last token is always supervised.
+    `input_ids` int64 [T]; `supervised` bool [T]: is token t a target. `supervised[0]` is False,
+    because nothing precedes it to predict it from, and the last token is always supervised.
     """
 
     input_ids: np.ndarray
@@ -52,11 +53,12 @@ class Tokens:
 
 
 class TokenizedExamples(Sequence[Tokens]):
-    """The tokens of a sequence of examples, in the same order; a slice of it is again `TokenizedExamples`.
+    """The tokens of a sequence of examples, in the same order; a slice of it is again
+    `TokenizedExamples`.
 
-    `lengths` int64 [n]: tokens of each; `counts` int64 [n]: supervised tokens of each (the T_i of the
-    convention, at least 1); `ids`: the examples' ids; `truncated`: how many lost supervised tokens to
-    `max_length`.
+    `lengths` int64 [n]: tokens of each; `counts` int64 [n]: supervised tokens of each (the T_i of
+    the convention, at least 1); `ids`: the examples' ids; `truncated`: how many lost supervised
+    tokens to `max_length`.
     """
 
     def __init__(
@@ -106,8 +108,8 @@ class TokenizedExamples(Sequence[Tokens]):
 class _Rendered:
     """A row as one string, and how to read it.
 
-    Tokens that end after character `boundary` are supervised (-1: all are); a `chat` already carries its
-    special tokens and its end of turn as text.
+    Tokens that end after character `boundary` are supervised (-1: all are); a `chat` already
+    carries its special tokens and its end of turn as text.
     """
 
     text: str
@@ -120,25 +122,28 @@ def tokenize(
 ) -> TokenizedExamples:
     """Render and tokenise examples, and mark the tokens that are targets.
 
-    * prompt and completion: concatenated and tokenised once, as one string, with the special tokens the
-      tokenizer adds; supervised from the first token that ends beyond the prompt; end-of-sequence appended
-      and supervised, unless the last token is one already.
+    * prompt and completion: concatenated and tokenised once, as one string, with the special tokens
+      the tokenizer adds; supervised from the first token that ends beyond the prompt;
+      end-of-sequence appended and supervised, unless the last token is one already.
     * text: the same with every token supervised but the first.
-    * messages: rendered by the tokenizer's chat template and tokenised without adding anything; supervised
-      from where the template's own generation prompt ends or, if the template writes something else there
-      before an answer, from where the answer starts. Templates that print today's date get 26 July 2024
-      (the default of the Llama 3 templates), so that tokens do not depend on the day.
+    * messages: rendered by the tokenizer's chat template and tokenised without adding anything;
+      supervised from where the template's own generation prompt ends or, if the template writes
+      something else there before an answer, from where the answer starts. Templates that print
+      today's date get 26 July 2024 (the default of the Llama 3 templates), so that tokens do not
+      depend on the day.
 
-    A tokenizer without offsets (a slow one) supervises from the first token at which prompt and whole differ.
-    `max_length` (tokens, the appended one included) cuts on the right.
+    A tokenizer without offsets (a slow one) supervises from the first token at which prompt and
+    whole differ. `max_length` (tokens, the appended one included) cuts on the right.
 
-    Errors: DataError without a chat template when a row has messages; one DataError that lists every row that
-    its template refuses, and one that lists every row left without a supervised token. Warnings: a tokenizer
-    without an end-of-sequence token; rows that lose some of their supervised tokens.
+    Errors: DataError without a chat template when a row has messages; one DataError that lists
+    every row that its template refuses, and one that lists every row left without a supervised
+    token. Warnings: a tokenizer without an end-of-sequence token; rows that lose some of their
+    supervised tokens.
     """
     if max_length is not None and max_length < 2:
         raise DataError(
-            f"max_length is {max_length}; it must be at least 2, because a first token is never a target"
+            f"max_length is {max_length}; it must be at least 2, because a first token is never a "
+            "target"
         )
     rendered = _render(examples, tokenizer)
     if tokenizer.eos_token_id is None and not all(row.chat for row in rendered):
@@ -167,8 +172,8 @@ def tokenize(
         raise DataError(f"{len(bad)} of {len(examples)} rows have no supervised token:", bad)
     if any(cut):
         warnings.warn(
-            f"{sum(cut)} of {len(examples)} rows are longer than max_length={max_length} and lose supervised "
-            f"tokens at their end; max_length={longest} keeps them all",
+            f"{sum(cut)} of {len(examples)} rows are longer than max_length={max_length} and lose "
+            f"supervised tokens at their end; max_length={longest} keeps them all",
             stacklevel=2,
         )
     return TokenizedExamples(tokens, examples.ids, cut)
@@ -178,8 +183,8 @@ def _unsupervised(length: int, first: int, max_length: int | None) -> str:
     """Say why a row of `length` tokens, supervised from position `first`, has no target left."""
     if first < length:
         return (
-            f"max_length={max_length} cuts off all {length - first} supervised tokens of its {length}; "
-            f"max_length={first + 1} keeps the first of them, max_length={length} all"
+            f"max_length={max_length} cuts off all {length - first} supervised tokens of its "
+            f"{length}; max_length={first + 1} keeps the first of them, max_length={length} all"
         )
     if length < 2:
         return (
@@ -196,9 +201,9 @@ def _render(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[_Ren
             tokenizer.get_chat_template()
         except (ValueError, AttributeError) as error:
             raise DataError(
-                f"{conversations} of {len(examples)} rows have messages, but the tokenizer has no chat "
-                "template; set tokenizer.chat_template, load a tokenizer saved with one, or give the rows as "
-                "prompt and completion"
+                f"{conversations} of {len(examples)} rows have messages, but the tokenizer has no "
+                "chat template; set tokenizer.chat_template, load a tokenizer saved with one, or "
+                "give the rows as prompt and completion"
             ) from error
     rendered: list[_Rendered] = []
     bad: list[BadRow] = []
@@ -237,7 +242,8 @@ def _render_chat(
             ),
         )
 
-    # A template is a program of the model's author: it may refuse a conversation with any exception.
+    # A template is a program of the model's author: it may refuse a conversation with any
+    # exception.
     try:
         whole = template(messages)
     except Exception as error:
@@ -251,8 +257,9 @@ def _render_chat(
     if before is not None and whole.startswith(before):
         return _Rendered(whole, len(before), chat=True)
 
-    # Where would another answer stand? Asking the template is exact where searching for a short answer is not
-    # ("end" occurs in "<|im_end|>"), and works for templates that strip or rewrite what they print.
+    # Where would another answer stand? Asking the template is exact where searching for a short
+    # answer is not ("end" occurs in "<|im_end|>"), and works for templates that strip or rewrite
+    # what they print.
     answer, marker = str(messages[-1]["content"]), "b1946ac92492d2347c6235b4d2611184"
     try:
         before, found, _ = template(
@@ -271,7 +278,8 @@ def _render_chat(
 
 
 def _without_clock(program: str) -> str:
-    """Give a chat template a fixed day: a macro of its own hides the clock that transformers lends it.
+    """Give a chat template a fixed day: a macro of its own hides the clock that transformers lends
+    it.
 
     The line break after the macro is eaten by the block before it, so a template renders as it did.
     """
@@ -325,7 +333,8 @@ def _encode_part(
     if tokenizer.is_fast:
         out = call([row.text for row in rendered], offsets=True)
         for row, ids, spans in zip(rendered, out["input_ids"], out["offset_mapping"], strict=True):
-            # Added special tokens span (0, 0): before the completion they do not count, after it they follow.
+            # Added special tokens span (0, 0): before the completion they do not count, after it
+            # they follow.
             ends_after = (t for t, (_, end) in enumerate(spans) if end > row.boundary)
             yield ids, next(ends_after, len(ids))
         return
@@ -339,9 +348,9 @@ def _encode_part(
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the SHA-256, in hex, of everything that decides token ids or rendering.
 
-    That is the tokenizer's own JSON (the sorted vocabulary of one that has none), the special token ids, the
-    chat template, and what it makes of a probe with and without special tokens. Not the class, the name, or
-    the truncation and padding state, which every call changes.
+    That is the tokenizer's own JSON (the sorted vocabulary of one that has none), the special token
+    ids, the chat template, and what it makes of a probe with and without special tokens. Not the
+    class, the name, or the truncation and padding state, which every call changes.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
     if backend is not None:

@@ -2,9 +2,9 @@
 
     x <- x - a P^-1 ( (C_B + lambda I) x - v ),        P = EK-FAC + lambda I
 
-The first step from x = 0 is a full one, so the first iterate is the EK-FAC answer `P^-1 v`; the rest correct it.
-A step a = 1 diverges where an eigenvalue of `P^-1 (C + lambda I)` exceeds 2, which nothing rules out: a is at most
-one over the top one.
+The first step from x = 0 is a full one, so the first iterate is the EK-FAC answer `P^-1 v`; the
+rest correct it. A step a = 1 diverges where an eigenvalue of `P^-1 (C + lambda I)` exceeds 2, which
+nothing rules out: a is at most one over the top one.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from influence.solvers.descent import Batches, descend, top_eigenvalue
 class ASTRA:
     """ASTRA to a relative residual of `tolerance` per column, in at most `max_iterations` products.
 
-    `preconditioner`: a damped curvature with a closed-form inverse (EK-FAC with the same damping, as a rule). `step`
-    is a; None: `min(1, 1 / top eigenvalue of P^-1 (C + lambda I))`, by power iteration (its products count). With all
-    rows the best iterate is returned, whose residual is at most that of `P^-1 v`. `batch_size` rows per product, drawn
-    with `seed`, return the average of the iterates.
+    `preconditioner`: a damped curvature with a closed-form inverse (EK-FAC with the same damping,
+    as a rule). `step` is a; None: `min(1, 1 / top eigenvalue of P^-1 (C + lambda I))`, by power
+    iteration (its products count). With all rows the best iterate is returned, whose residual is at
+    most that of `P^-1 v`. `batch_size` rows per product, drawn with `seed`, return the average of
+    the iterates.
     """
 
     preconditioner: Damped
@@ -42,12 +43,13 @@ class ASTRA:
     def __post_init__(self) -> None:
         if self.step is not None and not self.step > 0:
             raise InputError(
-                f"ASTRA was given step {self.step}; expected a positive number, or None to estimate it"
+                f"ASTRA was given step {self.step}; expected a positive number, or None to "
+                "estimate it"
             )
         if not isinstance(self.preconditioner.curvature, Invertible):
             raise InputError(
-                f"ASTRA was given the preconditioner {self.preconditioner.curvature.name!r}, which has no closed-form "
-                "inverse; give a damped EK-FAC or K-FAC"
+                f"ASTRA was given the preconditioner {self.preconditioner.curvature.name!r}, "
+                "which has no closed-form inverse; give a damped EK-FAC or K-FAC"
             )
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
@@ -70,8 +72,8 @@ class ASTRA:
             spent=spent,
         )
         message = found.message(
-            f"step a = {float(found.step.max()):.3g} is above twice the inverse of the top eigenvalue of P^-1 (C + lambda I); "
-            "give a smaller step, or none to have it estimated"
+            f"step a = {float(found.step.max()):.3g} is above twice the inverse of the top "
+            "eigenvalue of P^-1 (C + lambda I); give a smaller step, or none to have it estimated"
         )
         # a best iterate of zero tells nothing; the EK-FAC answer does, whatever its residual
         untouched = ~found.best.any(dim=1) & rhs.any(dim=1)

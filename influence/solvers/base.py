@@ -16,8 +16,9 @@ from influence.errors import NumericalError
 class Solution:
     """What a solver found, column by column (K right-hand sides).
 
-    `values` [K, P]; `residuals` [K], the true `|(C + lambda) x - v| / |v|`, computed after the fact by one more
-    product; `converged` [K]; `iterations` [K]; `message`: why a column did not converge, or empty.
+    `values` [K, P]; `residuals` [K], the true `|(C + lambda) x - v| / |v|`, computed after the fact
+    by one more product; `converged` [K]; `iterations` [K]; `message`: why a column did not
+    converge, or empty.
     """
 
     values: Tensor
@@ -41,8 +42,9 @@ class Solution:
         converged = residuals <= tolerance
         if not message and not bool(converged.all()):
             message = (
-                f"{int((~converged).sum())} of {len(rhs)} columns have a relative residual above {tolerance:.0e} "
-                f"(worst {float(residuals.max()):.1e}): raise the damping or the number of iterations"
+                f"{int((~converged).sum())} of {len(rhs)} columns have a relative residual above "
+                f"{tolerance:.0e} (worst {float(residuals.max()):.1e}): raise the damping or the "
+                "number of iterations"
             )
         return cls(values, residuals, converged, iterations, message)
 
@@ -50,7 +52,8 @@ class Solution:
 class Solver(Protocol):
     """Inverts a damped curvature. A numerical failure is a value in the solution, not an exception.
 
-    `approximate`: a formula with an error of its own, which no tolerance or number of iterations removes.
+    `approximate`: a formula with an error of its own, which no tolerance or number of iterations
+    removes.
     """
 
     approximate: ClassVar[bool]

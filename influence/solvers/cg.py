@@ -1,8 +1,9 @@
 """Preconditioned conjugate gradients on many right-hand sides, each stopped on its own residual.
 
-Hestenes & Stiefel 1952; preconditioned form as in Saad 2003, algorithm 9.1. Columns share the products (one
-pass over the data for all of them), not the Krylov space. A mean residual would hide a hard column, so every
-column has its own alpha, beta and stopping test; a converged one is frozen and leaves the product.
+Hestenes & Stiefel 1952; preconditioned form as in Saad 2003, algorithm 9.1. Columns share the
+products (one pass over the data for all of them), not the Krylov space. A mean residual would hide
+a hard column, so every column has its own alpha, beta and stopping test; a converged one is frozen
+and leaves the product.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from influence.solvers.base import Solution
 
 @dataclass(frozen=True)
 class CG:
-    """Conjugate gradients to a relative residual of `tolerance` per column, in at most `max_iterations` products.
+    """Conjugate gradients to a relative residual of `tolerance` per column, in at most
+    `max_iterations` products.
 
-    `preconditioner` is a damped curvature with a closed-form inverse (EK-FAC with the same damping, as a rule).
-    When the recursion's residual reaches the tolerance the true one is measured; where rounding has let the two
-    part, the iteration restarts from there.
+    `preconditioner` is a damped curvature with a closed-form inverse (EK-FAC with the same damping,
+    as a rule). When the recursion's residual reaches the tolerance the true one is measured; where
+    rounding has let the two part, the iteration restarts from there.
     """
 
     tolerance: float = 1e-5
@@ -46,7 +48,8 @@ class CG:
         while bool(active.any()):
             before = int(iterations.max())
             self._cycle(operator, x, r, scale, active, iterations, failed)
-            # the true residual: restart the columns it does not satisfy, as long as restarting helps
+            # the true residual: restart the columns it does not satisfy, as long as restarting
+            # helps
             rows = active.nonzero().squeeze(1)
             r[rows] = rhs[rows] - operator.matvec(x[rows])
             now = r.norm(dim=1) / scale
@@ -59,8 +62,9 @@ class CG:
         message = ""
         if bool(failed.any()):
             message = (
-                f"{int(failed.sum())} of {len(rhs)} columns met a direction of negative curvature: C + lambda I is not "
-                "positive definite; raise the damping or use the GGN instead of the Hessian"
+                f"{int(failed.sum())} of {len(rhs)} columns met a direction of negative "
+                "curvature: C + lambda I is not positive definite; raise the damping or use the "
+                "GGN instead of the Hessian"
             )
         return Solution.checked(operator, rhs, x, self.tolerance, iterations, message)
 
@@ -89,7 +93,8 @@ class CG:
                 told = time.monotonic()
                 left = float((r[rows].norm(dim=1) / scale[rows]).max())
                 say(
-                    f"{self.name}: {int(iterations.max())} products, {len(rows)} columns left, worst residual {left:.1e}"
+                    f"{self.name}: {int(iterations.max())} products, {len(rows)} columns left, "
+                    f"worst residual {left:.1e}"
                 )
             bad = ~(pAp > 0)
             failed[rows[bad]] = True

@@ -2,14 +2,14 @@
 
     u <- beta u + P^-1 ( (C_B + lambda I) x - v ),        x <- x - a u
 
-C_B is the curvature on b rows drawn afresh for every step (all rows: C itself), P a preconditioner, beta the
-momentum. The fixed point is the solution of `(C + lambda I) x = v`, whatever a, P and beta are. Columns share the
-products and nothing else: each has its own step and its own stopping test.
+C_B is the curvature on b rows drawn afresh for every step (all rows: C itself), P a preconditioner,
+beta the momentum. The fixed point is the solution of `(C + lambda I) x = v`, whatever a, P and beta
+are. Columns share the products and nothing else: each has its own step and its own stopping test.
 
-With all rows the bracket is the residual of x, so the best iterate of every column is known and returned. With
-mini-batches x keeps wandering around the solution; what is measured, now and then by a full product, and
-returned is the average of the iterates, late ones weighted more (polynomial decay: Shamir & Zhang 2013,
-arXiv 1212.1824, section 4).
+With all rows the bracket is the residual of x, so the best iterate of every column is known and
+returned. With mini-batches x keeps wandering around the solution; what is measured, now and then by
+a full product, and returned is the average of the iterates, late ones weighted more (polynomial
+decay: Shamir & Zhang 2013, arXiv 1212.1824, section 4).
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ from influence.progress import say
 #: `P^-1 r` for every row of r [k, P].
 Precondition = Callable[[Tensor], Tensor]
 
-#: A residual so many times the larger of the first iterate's and 1 (that of x = 0) is divergence: neither momentum nor
-#: a preconditioner, under which residuals may rise before they fall, gets there while it converges.
+#: A residual so many times the larger of the first iterate's and 1 (that of x = 0) is divergence:
+#: neither momentum nor a preconditioner, under which residuals may rise before they fall, gets
+#: there while it converges.
 GROWTH = 10.0
 #: A mini-batch gradient so many times |v| calls for a check at once: overflow is a few steps away.
 ALARM = 1e4
 #: An estimated step that diverged is halved so many times before the column is given up.
 HALVINGS = 4
-#: Power iteration: products at most, their relative change at which it stops, and mini-batches it is tried on.
+#: Power iteration: products at most, their relative change at which it stops, and mini-batches it
+#: is tried on.
 POWER_PRODUCTS, POWER_CHANGE, POWER_BATCHES = 12, 0.01, 4
-#: It approaches the top eigenvalue from below: the estimate times this is taken. Without momentum, steps converge up
-#: to twice the inverse top eigenvalue, so an estimate of half the truth would still do.
+#: It approaches the top eigenvalue from below: the estimate times this is taken. Without momentum,
+#: steps converge up to twice the inverse top eigenvalue, so an estimate of half the truth would
+#: still do.
 MARGIN = 1.1
 #: A full product (a check) per so many passes' worth of mini-batches.
 CHECK_EVERY = 4
@@ -61,13 +64,15 @@ class Batches:
         if size is not None:
             if not isinstance(operator.curvature, Subsampled):
                 raise InputError(
-                    f"{solver} was given batch_size {size}, and the curvature {operator.curvature.name!r} has no products "
-                    "on a subset of its rows (ggn and hessian have): leave batch_size out"
+                    f"{solver} was given batch_size {size}, and the curvature "
+                    f"{operator.curvature.name!r} has no products on a subset of its rows (ggn "
+                    "and hessian have): leave batch_size out"
                 )
             count = operator.curvature.count
             if not 1 <= size <= count:
                 raise InputError(
-                    f"{solver} was given batch_size {size}; expected 1 to {count}, the training rows"
+                    f"{solver} was given batch_size {size}; expected 1 to {count}, the training "
+                    "rows"
                 )
             size = None if size == count else size
         return cls(operator, size, np.random.default_rng(seed))
@@ -98,11 +103,12 @@ class Batches:
 def top_eigenvalue(
     batches: Batches, like: Tensor, precondition: Precondition | None = None
 ) -> tuple[float, int]:
-    """The largest eigenvalue (in size) of `P^-1 (C + lambda I)`, times `MARGIN`, and the products spent on it.
+    """The largest eigenvalue (in size) of `P^-1 (C + lambda I)`, times `MARGIN`, and the products
+    spent on it.
 
-    Power iteration in the norm of P, where the matrix is symmetric, on one random vector of the shape of `like` [P].
-    With mini-batches the largest over several of them: a step that contracts on every batch is stable however
-    they follow each other.
+    Power iteration in the norm of P, where the matrix is symmetric, on one random vector of the
+    shape of `like` [P]. With mini-batches the largest over several of them: a step that contracts
+    on every batch is stable however they follow each other.
     """
     generator = torch.Generator().manual_seed(0)
     top, products = 0.0, 0
@@ -129,9 +135,9 @@ def top_eigenvalue(
 class Descent:
     """The state of one descent over K columns: the best iterate of each, and how each one ended.
 
-    `best` [K, P] with relative residuals `residuals` [K]; `iterations` [K] counts products, mini-batch ones where
-    batches are mini; `step` [K], the last a; `diverged`, `indefinite` [K]: given up for too long a step, or for a
-    direction of negative curvature.
+    `best` [K, P] with relative residuals `residuals` [K]; `iterations` [K] counts products,
+    mini-batch ones where batches are mini; `step` [K], the last a; `diverged`, `indefinite` [K]:
+    given up for too long a step, or for a direction of negative curvature.
     """
 
     operator: Damped
@@ -164,10 +170,12 @@ class Descent:
     def judge(
         self, rows: Tensor, x: Tensor, g: Tensor, adapt: bool, signed: bool
     ) -> tuple[Tensor, Tensor]:
-        """Keep what is better, give up what has grown; `(relative residuals [k], to be started again [k])`.
+        """Keep what is better, give up what has grown; `(relative residuals [k], to be started
+        again [k])`.
 
-        `x`, `g` [k, P]: iterates of the columns `rows` and `(C + lambda I) x - v` there. Where `signed`, growth
-        without overshooting (g keeps its direction) tells a negative eigenvalue from a step that is too long.
+        `x`, `g` [k, P]: iterates of the columns `rows` and `(C + lambda I) x - v` there. Where
+        `signed`, growth without overshooting (g keeps its direction) tells a negative eigenvalue
+        from a step that is too long.
         """
         residuals = torch.nan_to_num(g.norm(dim=1) / self.scale[rows], nan=torch.inf)
         better = residuals < self.residuals[rows]
@@ -192,8 +200,9 @@ class Descent:
             parts.append(f"{int(self.diverged.sum())} of {len(self.rhs)} columns diverged: {cause}")
         if bool(self.indefinite.any()):
             parts.append(
-                f"{int(self.indefinite.sum())} of {len(self.rhs)} columns met a direction of negative curvature: C + lambda "
-                "I is not positive definite; raise the damping or use the GGN instead of the Hessian"
+                f"{int(self.indefinite.sum())} of {len(self.rhs)} columns met a direction of "
+                "negative curvature: C + lambda I is not positive definite; raise the damping or "
+                "use the GGN instead of the Hessian"
             )
         zero = int((~self.best.any(dim=1) & self.rhs.any(dim=1)).sum())
         tail = "the best iterates are returned" + (
@@ -216,10 +225,11 @@ def descend(
     momentum: float = 0.0,
     spent: int = 0,
 ) -> Descent:
-    """Iterate from x = `first` (what the first step from x = 0 gives) until every column of `rhs` [K, P] has ended.
+    """Iterate from x = `first` (what the first step from x = 0 gives) until every column of `rhs`
+    [K, P] has ended.
 
-    `adapt` says that the step is an estimate: a column that diverges starts again from its best iterate with half of
-    it. `spent` products were used for that estimate, and count.
+    `adapt` says that the step is an estimate: a column that diverges starts again from its best
+    iterate with half of it. `spent` products were used for that estimate, and count.
     """
     state = Descent(
         batches.operator, rhs, torch.full((len(rhs), 1), step, dtype=rhs.dtype, device=rhs.device)
@@ -251,7 +261,8 @@ def descend(
                 told = time.monotonic()
                 worst = float(state.residuals[rows].max())
                 say(
-                    f"{name}: {int(state.iterations.max())} products, {len(rows)} columns left, worst residual {worst:.1e}"
+                    f"{name}: {int(state.iterations.max())} products, {len(rows)} columns left, "
+                    f"worst residual {worst:.1e}"
                 )
         if not len(rows):
             break

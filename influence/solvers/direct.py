@@ -12,7 +12,8 @@ from influence.curvature.base import Damped, Invertible, dense
 from influence.errors import InputError
 from influence.solvers.base import Solution
 
-#: Above this many parameters a dense P x P matrix is refused (4096^2 float64 = 134 MB, minutes of products).
+#: Above this many parameters a dense P x P matrix is refused (4096^2 float64 = 134 MB, minutes of
+#: products).
 DENSE_LIMIT = 4096
 
 
@@ -20,8 +21,8 @@ DENSE_LIMIT = 4096
 class Direct:
     """`x = (C + lambda I)^-1 v` without iterating.
 
-    K-FAC, EK-FAC, the sample-space Fisher and the identity have closed forms. The Hessian and the GGN are
-    formed densely and LU-factorised, up to `DENSE_LIMIT` parameters.
+    K-FAC, EK-FAC, the sample-space Fisher and the identity have closed forms. The Hessian and the
+    GGN are formed densely and LU-factorised, up to `DENSE_LIMIT` parameters.
     """
 
     tolerance: float = 1e-3
@@ -39,8 +40,9 @@ class Direct:
             values = torch.linalg.solve(matrix, rhs.double().T).T.to(rhs)
         else:
             raise InputError(
-                f"the direct solver was asked to invert a {curvature.name} of {curvature.size} parameters, which has "
-                f"no closed form and is formed densely only up to {DENSE_LIMIT}: use the solver cg or pcg"
+                f"the direct solver was asked to invert a {curvature.name} of {curvature.size} "
+                "parameters, which has no closed form and is formed densely only up to "
+                f"{DENSE_LIMIT}: use the solver cg or pcg"
             )
         return Solution.checked(
             operator, rhs, values, self.tolerance, torch.zeros(len(rhs), dtype=torch.int64)

@@ -1,10 +1,12 @@
-"""LiSSA: the Neumann series of the inverse, one product per term (Agarwal, Bullins & Hazan 2017; Koh & Liang 2017).
+"""LiSSA: the Neumann series of the inverse, one product per term (Agarwal, Bullins & Hazan 2017;
+Koh & Liang 2017).
 
     x <- x + ( v - (C_B + lambda I) x ) / c
 
-from x = 0. It converges to the solution of `(C + lambda I) x = v` where c is above half the top eigenvalue of
-`C + lambda I`, in a number of products that grows with c over the smallest one: the slowest of the solvers here. Two
-released implementations subtract `lambda x` with the wrong sign, and so solve `(C - lambda I) x = v`.
+from x = 0. It converges to the solution of `(C + lambda I) x = v` where c is above half the top
+eigenvalue of `C + lambda I`, in a number of products that grows with c over the smallest one: the
+slowest of the solvers here. Two released implementations subtract `lambda x` with the wrong sign,
+and so solve `(C - lambda I) x = v`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from influence.solvers.descent import Batches, descend, top_eigenvalue
 class LiSSA:
     """LiSSA to a relative residual of `tolerance` per column, in at most `max_iterations` products.
 
-    `scale` is c; None: a little above the top eigenvalue, by power iteration (its products count). `batch_size` rows
-    per product, drawn with `seed`; None: all. With mini-batches the average of the iterates is returned.
+    `scale` is c; None: a little above the top eigenvalue, by power iteration (its products count).
+    `batch_size` rows per product, drawn with `seed`; None: all. With mini-batches the average of
+    the iterates is returned.
     """
 
     tolerance: float = 1e-5
@@ -39,7 +42,8 @@ class LiSSA:
     def __post_init__(self) -> None:
         if self.scale is not None and not self.scale > 0:
             raise InputError(
-                f"LiSSA was given scale {self.scale}; expected a positive number, or None to estimate it"
+                f"LiSSA was given scale {self.scale}; expected a positive number, or None to "
+                "estimate it"
             )
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
@@ -60,8 +64,9 @@ class LiSSA:
             spent=spent,
         )
         message = found.message(
-            f"scale c = {1 / float(found.step.min()):.3g} is below the top eigenvalue of C + lambda I (of a mini-batch, with "
-            "batch_size); give a larger scale, or none to have it estimated"
+            f"scale c = {1 / float(found.step.min()):.3g} is below the top eigenvalue of C + "
+            "lambda I (of a mini-batch, with batch_size); give a larger scale, or none to have it "
+            "estimated"
         )
         return Solution.checked(
             operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message

@@ -1,9 +1,12 @@
-"""SGD on the quadratic whose minimum is the solution, with heavy-ball momentum (LLMEraser's form, arXiv 2412.00383).
+"""SGD on the quadratic whose minimum is the solution, with heavy-ball momentum (LLMEraser's form,
+arXiv 2412.00383).
 
-    min_x  1/2 x^T (C + lambda I) x - v^T x,        u <- beta u + (C_B + lambda I) x - v,   x <- x - eta u
+    min_x  1/2 x^T (C + lambda I) x - v^T x,        u <- beta u + (C_B + lambda I) x - v,   x <- x -
+    eta u
 
-from x = 0. The gradient is written by hand. The released implementation differentiates a gradient without
-`create_graph`, whose minimum is `2 C^-1 v`, and takes 20 Adam steps of 1e-5, which is no solve.
+from x = 0. The gradient is written by hand. The released implementation differentiates a gradient
+without `create_graph`, whose minimum is `2 C^-1 v`, and takes 20 Adam steps of 1e-5, which is no
+solve.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ STOCHASTIC_MOMENTUM = 0.9
 class SGD:
     """SGD to a relative residual of `tolerance` per column, in at most `max_iterations` products.
 
-    `learning_rate` is eta; None: 1/L, L the top eigenvalue of `C + lambda I` by power iteration (its products count);
-    heavy ball is stable up to almost 4/L. `momentum` is beta; None: `(1 - sqrt(m / L))^2` with m the smallest lambda,
-    a lower bound of the spectrum where C >= 0, which contracts every direction by at least `1 - sqrt(m / L)` a step.
-    `batch_size` rows per product, drawn with `seed`; None: all. Mini-batches take `eta = (1 - beta) / L` and
-    a beta of at most `STOCHASTIC_MOMENTUM`, and return the average of the iterates.
+    `learning_rate` is eta; None: 1/L, L the top eigenvalue of `C + lambda I` by power iteration
+    (its products count); heavy ball is stable up to almost 4/L. `momentum` is beta; None: `(1 -
+    sqrt(m / L))^2` with m the smallest lambda, a lower bound of the spectrum where C >= 0, which
+    contracts every direction by at least `1 - sqrt(m / L)` a step. `batch_size` rows per product,
+    drawn with `seed`; None: all. Mini-batches take `eta = (1 - beta) / L` and a beta of at most
+    `STOCHASTIC_MOMENTUM`, and return the average of the iterates.
     """
 
     tolerance: float = 1e-5
@@ -45,7 +49,8 @@ class SGD:
     def __post_init__(self) -> None:
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError(
-                f"SGD was given learning_rate {self.learning_rate}; expected a positive number, or None to estimate it"
+                f"SGD was given learning_rate {self.learning_rate}; expected a positive number, "
+                "or None to estimate it"
             )
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise InputError(
@@ -78,8 +83,8 @@ class SGD:
             spent=spent,
         )
         message = found.message(
-            f"learning rate {float(found.step.max()):.3g} is too large for the top eigenvalue of C + lambda I; give a smaller "
-            "one, or none to have it estimated"
+            f"learning rate {float(found.step.max()):.3g} is too large for the top eigenvalue of "
+            "C + lambda I; give a smaller one, or none to have it estimated"
         )
         return Solution.checked(
             operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message
