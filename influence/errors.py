@@ -27,7 +27,7 @@ class ToolkitError(Exception):
 
 
 class InputError(ToolkitError):
-    """The call was wrong; nothing was done and nothing was written."""
+    """The call was wrong, so nothing was done and nothing was written."""
 
     exit_status = 2
 
@@ -46,8 +46,16 @@ class BadRow:
         return f"row {self.number}{name}: {self.reason}"
 
 
+class UnusableRow(Exception):
+    """The reason why one row cannot be used.
+
+    Raised and caught inside `rows` and `tokens`, where the reasons of all rows are gathered into one
+    `DataError`. No caller of the toolkit sees it.
+    """
+
+
 class DataError(InputError):
-    """Rows that cannot be used; lists all of them at once in `.rows`."""
+    """Rows that cannot be used, all of them at once in `.rows`."""
 
     def __init__(self, message: str, rows: Sequence[BadRow] = ()) -> None:
         self.rows = tuple(rows)
@@ -62,7 +70,7 @@ class AdapterError(InputError):
 
 
 class MismatchError(InputError):
-    """A run directory, or a file in it, that was made from something else; names what differs."""
+    """A run directory, or a file in it, that was made from something else. Names what differs."""
 
 
 class WorkError(ToolkitError):

@@ -1,4 +1,14 @@
-"""Rows as they are given: one row, rows by id, and reading them from files."""
+"""Rows as they are given: one row, rows by id, and reading them from files.
+
+::
+
+    file or Python rows -> numbered rows -> content checked -> Example -> Examples
+
+A reader of a format yields `(number, row)`: the number that a person sees (the line in JSON lines)
+and the row as a mapping, or a `BadRow` where it cannot be decoded. `_examples` then checks every
+row by the same rules and lists all that cannot be used at once. A new format is one more reader
+and one more line in `read_examples`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +16,7 @@ import hashlib
 import json
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -15,14 +25,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, SupportsIndex, cast, overload
 
-from influence.errors import BadRow, DataError
+from influence.errors import BadRow, DataError, UnusableRow
+from influence.messages import kind_of, listed, one_line
 
+#: The keys of a row that hold content, of which a row has one kind.
 _CONTENT = ("prompt", "completion", "messages", "text")
-
-
+#: What may be given to `read_examples`, for messages.
 _FORMATS = "a .jsonl, .json or .parquet file, or a folder saved by Dataset.save_to_disk"
-
-
+#: What a row may hold, for messages.
 _FORMS = "'prompt' and 'completion', or 'messages', or 'text'"
 
 
@@ -50,23 +60,22 @@ class Example:
 
     @cached_property
     def content_hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the content as canonical JSON, without id and group."""
+        """First 16 hex digits of the SHA-256 of the content, without id and group."""
         if self.messages is not None:
             content: dict[str, Any] = {"messages": [dict(message) for message in self.messages]}
         else:
             content = {
                 key: getattr(self, key) for key in _CONTENT if getattr(self, key) is not None
             }
-        return sha256(canonical(content))[:16]
+        return sha256_of_text(canonical_json(content))[:16]
 
     def preview(self, width: int = 60) -> str:
-        """Return the content as one readable line of at most `width` characters, `prompt →
-        completion`.
+        """Return the content as one line `prompt → completion` of at most `width` characters.
 
         Control characters become spaces, so a row cannot move a terminal's cursor.
         """
         if self.text is not None:
-            return clip(self.text, width)
+            return one_line(self.text, width)
         if self.messages is not None:
             *earlier, tail = [str(message["content"]) for message in self.messages]
             head = earlier[-1] if earlier else ""
@@ -74,13 +83,13 @@ class Example:
             head, tail = self.prompt or "", self.completion or ""
         room = width - len(" → ")
         if not head.strip() or room < 4:
-            return clip(tail, width)
-        head = clip(head, max(room // 2, room - len(clip(tail, room))))
-        return f"{head} → {clip(tail, room - len(head))}"
+            return one_line(tail, width)
+        head = one_line(head, max(room // 2, room - len(one_line(tail, room))))
+        return f"{head} → {one_line(tail, room - len(head))}"
 
 
 class Examples(Sequence[Example]):
-    """An immutable sequence of examples; a slice of it is again `Examples`."""
+    """An immutable sequence of examples, whose slices are `Examples` too."""
 
     def __init__(self, examples: Iterable[Example] = (), *, source: str | None = None) -> None:
         self._examples = tuple(examples)
@@ -124,17 +133,20 @@ class Examples(Sequence[Example]):
     def digest(self) -> str:
         """SHA-256, in hex, over every id, content hash and group, in order."""
         lines = (
-            canonical([example.id, example.content_hash, example.group])
+            canonical_json([example.id, example.content_hash, example.group])
             for example in self._examples
         )
-        return sha256("\n".join(lines))
+        return sha256_of_text("\n".join(lines))
 
     @cached_property
     def _positions(self) -> dict[str, int]:
         return {example.id: at for at, example in reversed(list(enumerate(self._examples)))}
 
     def index(self, id: str) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the position of the example with this id; an unknown one is a DataError with the nearest."""
+        """Return the position of the example with this id.
+
+        An unknown id is a DataError that names the nearest ones.
+        """
         if id in self._positions:
             return self._positions[id]
         near = get_close_matches(str(id), self._positions, n=3)
@@ -146,7 +158,7 @@ class Examples(Sequence[Example]):
         raise DataError(f"no example has the id {id!r}, among {len(self)}; {hint}")
 
     def select(self, indices: Iterable[SupportsIndex]) -> Examples:
-        """Return the examples at these positions, in this order; a position may repeat."""
+        """Return the examples at these positions, in this order. A position may repeat."""
         return Examples(self._examples[operator.index(i)] for i in indices)
 
 
@@ -189,7 +201,10 @@ def examples_from_rows(rows: Iterable[Mapping[str, Any]]) -> Examples:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line number, row), the row a BadRow if its line does not decode; blank lines are skipped."""
+    """Yield (line number, row), a BadRow in place of a line that does not decode.
+
+    Blank lines are skipped and counted, so numbers are those of an editor.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -197,29 +212,23 @@ def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
                 if text.startswith("[") and number == 1:
                     raise DataError(
                         f"{path} starts with '[': one JSON array; write one JSON object per line "
-                        "instead, "
-                        'for example with jq -c ".[]"'
+                        'instead, for example with jq -c ".[]"'
                     )
                 if text:
                     yield number, json.loads(text)
+                continue
             except UnicodeDecodeError as error:
-                yield (
-                    number,
-                    BadRow(number, None, f"not UTF-8 (byte {error.start + 1}: {error.reason})"),
-                )
+                reason = f"not UTF-8 (byte {error.start + 1}: {error.reason})"
             except json.JSONDecodeError as error:
-                yield (
-                    number,
-                    BadRow(number, None, f"not JSON ({error.msg}, at character {error.colno})"),
-                )
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # a number of 5,000 digits, 100,000 brackets
-                yield number, BadRow(number, None, f"not JSON that can be read ({error})")
+                reason = f"not JSON ({error.msg}, at character {error.colno})"
+            # a number of 5,000 digits, or 100,000 brackets
+            except (ValueError, RecursionError) as error:
+                reason = f"not JSON that can be read ({error})"
+            yield number, BadRow(number, None, reason)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield (row number, row) of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -233,6 +242,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _dataset_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield (row number, row) of a folder saved by `Dataset.save_to_disk`."""
     split_file = path / "dataset_dict.json"
     if split_file.exists():
         try:
@@ -261,15 +271,18 @@ def _dataset_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _columns(names: Sequence[str], path: Path) -> list[str]:
-    """Keep the columns that are read; none that holds content is an error."""
+    """Return the columns that are read. Names without content are a DataError."""
     if not set(names) & set(_CONTENT):
         raise DataError(f"{path} has the columns {listed(names) or '(none)'}; expected {_FORMS}")
     return [name for name in names if name in (*_CONTENT, "id", "group")]
 
 
 def _examples(rows: Iterable[tuple[int, object]], source: str) -> Examples:
-    """Turn numbered rows into examples, or list all unusable ones; `source` is named in the headline."""
-    parsed: list[Example | None] = []  # id "" = still without
+    """Turn numbered rows into examples, or list all unusable ones.
+
+    `source` is named in the headline of the error.
+    """
+    parsed: list[Example | None] = []  # a row without an id has "" until all are read
     bad: list[BadRow] = []
     first_with: dict[str, int] = {}
     for number, row in rows:
@@ -280,48 +293,45 @@ def _examples(rows: Iterable[tuple[int, object]], source: str) -> Examples:
         name = None
         try:
             if not isinstance(row, Mapping):
-                raise _UnusableError(
-                    f"not an object but {kind(row)}; expected an object with {_FORMS}"
+                raise UnusableRow(
+                    f"not an object but {kind_of(row)}; expected an object with {_FORMS}"
                 )
             name = _label(row, "id")
             if name is not None and first_with.setdefault(name, number) != number:
-                raise _UnusableError(
+                raise UnusableRow(
                     f"its id is already that of row {first_with[name]}; "
                     "ids must differ: use `group` for what several rows share"
                 )
             example = Example(id=name or "", group=_label(row, "group"), **_content(row))
             try:
                 _ = example.content_hash
-            except (
-                TypeError,
-                ValueError,
-            ) as error:  # a date, bytes, or a lone surrogate, inside a message
-                raise _UnusableError(f"a message holds what JSON cannot: {error}") from error
+            # a date, bytes, or a lone surrogate, inside a message
+            except (TypeError, ValueError) as error:
+                raise UnusableRow(f"a message holds what JSON cannot: {error}") from error
             parsed[-1] = example
-        except _UnusableError as error:
+        except UnusableRow as error:
             bad.append(BadRow(number, name, str(error)))
     if not parsed:
         raise DataError(f"there are no rows{source}; give at least one")
     if bad:
         raise DataError(f"{len(bad)} of {len(parsed)} rows{source} cannot be used:", bad)
+    return Examples(_with_ids(cast(list[Example], parsed), first_with))
 
+
+def _with_ids(examples: Iterable[Example], taken: Container[str]) -> Iterator[Example]:
+    """Give every example without an id its content hash, with `#2`, `#3` where that is taken."""
     copies: Counter[str] = Counter()
-    examples = []
-    for example in cast(list[Example], parsed):
-        if not example.id:
-            content_hash = example.content_hash
-            name = None
-            while name is None or name in first_with:
-                copies[content_hash] += 1
-                copy = copies[content_hash]
-                name = content_hash if copy == 1 else f"{content_hash}#{copy}"
-            example = replace(example, id=name)
-        examples.append(example)
-    return Examples(examples)
-
-
-class _UnusableError(Exception):
-    """Why one row cannot be used."""
+    for example in examples:
+        if example.id:
+            yield example
+            continue
+        content_hash = example.content_hash
+        name = None
+        while name is None or name in taken:
+            copies[content_hash] += 1
+            copy = copies[content_hash]
+            name = content_hash if copy == 1 else f"{content_hash}#{copy}"
+        yield replace(example, id=name)
 
 
 def _label(row: Mapping[str, Any], key: str) -> str | None:
@@ -330,14 +340,12 @@ def _label(row: Mapping[str, Any], key: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (str, Integral)):
-        raise _UnusableError(f"{key!r} must be a string or an integer, not {kind(value)}")
+        raise UnusableRow(f"{key!r} must be a string or an integer, not {kind_of(value)}")
     if value == "":
-        raise _UnusableError(f"{key!r} is empty; leave it out or give it a value")
+        raise UnusableRow(f"{key!r} is empty; leave it out or give it a value")
     label = str(value)
-    if "\0" in label or not is_unicode(label):
-        raise _UnusableError(
-            f"{key!r} holds a NUL or a lone surrogate, which no score file can store"
-        )
+    if "\0" in label or not _is_unicode(label):
+        raise UnusableRow(f"{key!r} holds a NUL or a lone surrogate, which no score file can store")
     return label
 
 
@@ -346,23 +354,23 @@ def _content(row: Mapping[str, Any]) -> dict[str, Any]:
     given = [key for key in _CONTENT if row.get(key) is not None]
     forms = {"prompt" if key == "completion" else key for key in given}
     if not forms:
-        raise _UnusableError(
+        raise UnusableRow(
             f"has no content, only the keys {listed(row) or '(none)'}; expected {_FORMS}"
         )
     if len(forms) > 1:
-        raise _UnusableError(f"is ambiguous, with {listed(given)}; keep one of: {_FORMS}")
+        raise UnusableRow(f"is ambiguous, with {listed(given)}; keep one of: {_FORMS}")
     if "text" in forms:
         return {"text": _string(row["text"], "'text'")}
     if "messages" in forms:
         return {"messages": _messages(row["messages"])}
     for key in given:
         if isinstance(row[key], (list, tuple, Mapping)):
-            raise _UnusableError(
+            raise UnusableRow(
                 f"{key!r} is a conversation, not a string; put all its turns in 'messages'"
             )
-    for key, other in (("prompt", "completion"), ("completion", "prompt")):
+    for key, partner in (("prompt", "completion"), ("completion", "prompt")):
         if key not in given:
-            raise _UnusableError(f"has {other!r} but no {key!r}")
+            raise UnusableRow(f"has {partner!r} but no {key!r}")
     return {
         "prompt": _string(row["prompt"], "'prompt'", may_be_empty=True),
         "completion": _string(row["completion"], "'completion'"),
@@ -370,23 +378,26 @@ def _content(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(messages: object) -> tuple[dict[str, Any], ...]:
-    """Check a conversation; keys beyond role and content are kept for the template, nulls dropped."""
+    """Check a conversation.
+
+    Keys beyond role and content are kept for the chat template, nulls are dropped.
+    """
     if not isinstance(messages, (list, tuple)):
-        raise _UnusableError(f"'messages' must be a list, not {kind(messages)}")
+        raise UnusableRow(f"'messages' must be a list, not {kind_of(messages)}")
     if not messages:
-        raise _UnusableError(
+        raise UnusableRow(
             "'messages' is empty; expected turns of which the last is the assistant's"
         )
     checked = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):
-            raise _UnusableError(f"message {number} must be an object, not {kind(message)}")
+            raise UnusableRow(f"message {number} must be an object, not {kind_of(message)}")
         _string(message.get("role"), f"'role' of message {number}")
         last = number == len(messages)
         _string(message.get("content"), f"'content' of message {number}", may_be_empty=not last)
         checked.append({str(key): value for key, value in message.items() if value is not None})
     if checked[-1]["role"] != "assistant":
-        raise _UnusableError(
+        raise UnusableRow(
             f"the last message is by {checked[-1]['role']!r}; it must be by 'assistant'"
         )
     return tuple(checked)
@@ -394,46 +405,29 @@ def _messages(messages: object) -> tuple[dict[str, Any], ...]:
 
 def _string(value: object, name: str, may_be_empty: bool = False) -> str:
     if value is None:
-        raise _UnusableError(f"{name} is missing")
+        raise UnusableRow(f"{name} is missing")
     if not isinstance(value, str):
-        raise _UnusableError(f"{name} must be a string, not {kind(value)}")
+        raise UnusableRow(f"{name} must be a string, not {kind_of(value)}")
     if not value and not may_be_empty:
-        raise _UnusableError(f"{name} is empty; there is nothing to supervise")
-    if not is_unicode(value):
-        raise _UnusableError(f"{name} holds a lone surrogate, which is not text")
+        raise UnusableRow(f"{name} is empty; there is nothing to supervise")
+    if not _is_unicode(value):
+        raise UnusableRow(f"{name} holds a lone surrogate, which is not text")
     return str(value)
 
 
-def canonical(value: object) -> str:
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and without spaces: equal values give equal text, so it can be hashed."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def sha256(text: str) -> str:
+def sha256_of_text(text: str) -> str:
+    """SHA-256 of the text in UTF-8, 64 hex digits."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def is_unicode(text: str) -> bool:
+def _is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
-
-
-def listed(names: Iterable[object]) -> str:
-    return ", ".join(repr(name) for name in names)
-
-
-def kind(value: object) -> str:
-    """Name a value's type in words of the file, not of Python."""
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, Mapping):
-        return "an object"
-    names = {str: "a string", int: "an integer", float: "a number", list: "a list", tuple: "a list"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
-
-
-def clip(text: str, width: int) -> str:
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= width else line[: max(width - 1, 0)].rstrip() + "…"

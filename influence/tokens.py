@@ -1,10 +1,8 @@
-"""Examples and their tokens: reading, rendering, label masks, content ids, length-bucketed batches.
+"""Rows to tokens and label masks: which tokens of a row are targets.
 
 ::
 
-    read_examples(path) -> Examples -> tokenize(examples, tokenizer) -> TokenizedExamples
-                                         plan_batches(tokens, budget) -> collate(tokens, indices) ->
-                                         Batch
+    Examples -> text of each row -> token ids and the first target -> TokenizedExamples
 
 Every row becomes one token sequence of which a suffix is *supervised*: the completion with its
 end-of-sequence token, the last assistant turn, or a whole text. Where that suffix starts is found
@@ -13,7 +11,10 @@ padding token is its end-of-sequence token needs no special case, and a token me
 of the prompt is supervised because it spells part of the completion. The suffix reaches the end of
 the sequence, so no token is kept after the last supervised one.
 
-Shapes: n examples, T tokens in one of them (or in the longest of a batch), b rows in a batch.
+The mask of a chat is `chat_mask_start`; that of a prompt with its completion is in `_render`; how
+characters become tokens is `_encode_part`.
+
+Shapes: n examples, T tokens in one of them.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from __future__ import annotations
 import json
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast, overload
 
 import numpy as np
 
-from influence.errors import BadRow, DataError
-from influence.rows import Examples, _UnusableError, canonical, sha256
+from influence.errors import BadRow, DataError, UnusableRow
+from influence.rows import Examples, canonical_json, sha256_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ class TokenizedExamples(Sequence[Tokens]):
 
     @property
     def truncated(self) -> int:
-        """How many of these examples lost some, not all, of their supervised tokens to `max_length`."""
+        """How many examples lost some, not all, of their supervised tokens to `max_length`."""
         return sum(self._cut)
 
     def __len__(self) -> int:
@@ -95,7 +96,7 @@ class TokenizedExamples(Sequence[Tokens]):
         return iter(self._tokens)
 
     def select(self, indices: Iterable[SupportsIndex]) -> TokenizedExamples:
-        """Return the examples at these positions, in this order; a position may repeat."""
+        """Return the examples at these positions, in this order. A position may repeat."""
         at = [operator.index(i) for i in indices]
         return TokenizedExamples(
             tokens=[self._tokens[i] for i in at],
@@ -216,7 +217,7 @@ def _render(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[_Ren
         else:
             try:
                 rendered.append(_render_chat(example.messages, tokenizer))
-            except _UnusableError as error:
+            except UnusableRow as error:
                 bad.append(BadRow(number, example.id, str(error)))
     if bad:
         raise DataError(
@@ -228,10 +229,10 @@ def _render(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[_Ren
 def _render_chat(
     messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> _Rendered:
-    """Render a conversation and find where its last answer starts."""
+    """Render a conversation by the tokenizer's chat template and find where its mask starts."""
     program = _without_clock(cast(str, tokenizer.get_chat_template()))
 
-    def template(turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+    def render(turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         return cast(
             str,
             tokenizer.apply_chat_template(
@@ -242,46 +243,61 @@ def _render_chat(
             ),
         )
 
-    # A template is a program of the model's author: it may refuse a conversation with any
-    # exception.
+    # A template is a program of the model's author: it may refuse a conversation with any error.
     try:
-        whole = template(messages)
+        whole = render(messages)
     except Exception as error:
-        raise _UnusableError(
+        raise UnusableRow(
             f"the chat template refuses it: {error or type(error).__name__}"
         ) from error
-    try:
-        before = template(messages[:-1], add_generation_prompt=True)
-    except Exception:  # many refuse a conversation without a user's turn
-        before = None
-    if before is not None and whole.startswith(before):
-        return _Rendered(whole, len(before), chat=True)
+    return _Rendered(whole, chat_mask_start(whole, messages, render), chat=True)
 
-    # Where would another answer stand? Asking the template is exact where searching for a short
+
+def chat_mask_start(
+    whole: str, messages: Sequence[Mapping[str, Any]], render: Callable[..., str]
+) -> int:
+    """The character of a rendered chat after which tokens are targets: the label mask of chats.
+
+    This decides which tokens of a conversation are supervised: those of the last answer, with the
+    end of turn that the template writes after it. `whole` is `render(messages)`, and
+    `render(turns, add_generation_prompt=False)` asks the chat template. Three ways, in this order:
+
+    1. where the template's own generation prompt ends, if the chat starts with it;
+    2. where a marker in place of the answer stands, if the chat starts with what precedes it;
+    3. where the answer last occurs in the chat.
+
+    Errors: UnusableRow where the template does not print the answer at all.
+    """
+    try:
+        prompt = render(messages[:-1], add_generation_prompt=True)
+    except Exception:  # many refuse a conversation without a user's turn
+        prompt = None
+    if prompt is not None and whole.startswith(prompt):
+        return len(prompt)
+
+    # Asking the template where another answer would stand is exact where searching for a short
     # answer is not ("end" occurs in "<|im_end|>"), and works for templates that strip or rewrite
     # what they print.
     answer, marker = str(messages[-1]["content"]), "b1946ac92492d2347c6235b4d2611184"
     try:
-        before, found, _ = template(
-            [*messages[:-1], {**messages[-1], "content": marker}]
-        ).partition(marker)
+        marked = render([*messages[:-1], {**messages[-1], "content": marker}])
     except Exception:
-        before, found = "", ""
-    if found and whole.startswith(before):
-        return _Rendered(whole, len(before), chat=True)
-    boundary = whole.rfind(answer.strip() or answer)
-    if boundary < 0:
-        raise _UnusableError(
+        marked = ""
+    before, printed, _ = marked.partition(marker)
+    if printed and whole.startswith(before):
+        return len(before)
+    start = whole.rfind(answer.strip() or answer)
+    if start < 0:
+        raise UnusableRow(
             "the chat template does not print the last message, so its tokens are unknown"
         )
-    return _Rendered(whole, boundary, chat=True)
+    return start
 
 
 def _without_clock(program: str) -> str:
-    """Give a chat template a fixed day: a macro of its own hides the clock that transformers lends
-    it.
+    """Give a chat template a fixed day.
 
-    The line break after the macro is eaten by the block before it, so a template renders as it did.
+    A macro of its own hides the clock that transformers lends it. The line break after the macro is eaten by the block before it, so a template renders as it did.
     """
     if "strftime_now" not in program:
         return program
@@ -296,15 +312,15 @@ def _without_clock(program: str) -> str:
 def _encode(
     rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], int]]:
-    """Tokenise strings in large calls; return ids and the position of the first supervised token of each."""
+    """Tokenise strings in large calls: the ids and the first supervised position of each row."""
     encoded: list[tuple[list[int], int]] = [([], 0)] * len(rendered)
     eos = cast("int | None", tokenizer.eos_token_id)
     for chat in (False, True):
         rows = [i for i, row in enumerate(rendered) if row.chat is chat]
         for start in range(0, len(rows), _ROWS_PER_CALL):
             part = rows[start : start + _ROWS_PER_CALL]
-            found = _encode_part([rendered[i] for i in part], tokenizer)
-            for i, (ids, first) in zip(part, found, strict=True):
+            pairs = _encode_part([rendered[i] for i in part], tokenizer)
+            for i, (ids, first) in zip(part, pairs, strict=True):
                 if not chat and eos is not None:
                     if not ids or ids[-1] != eos:
                         ids = [*ids, eos]
@@ -316,7 +332,10 @@ def _encode(
 def _encode_part(
     rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], int]]:
-    """Tokenise rows of one kind in one call (two without offsets); as `_encode`, nothing appended yet."""
+    """Tokenise rows of one kind in one call, two for a tokenizer without offsets.
+
+    Yields what `_encode` returns, with nothing appended yet.
+    """
 
     def call(texts: list[str], offsets: bool = False) -> Mapping[str, Any]:
         return tokenizer(
@@ -367,4 +386,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     special_ids = {
         name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")
     }
-    return sha256(canonical([rules, special_ids, getattr(tokenizer, "chat_template", None), calls]))
+    return sha256_of_text(
+        canonical_json([rules, special_ids, getattr(tokenizer, "chat_template", None), calls])
+    )
