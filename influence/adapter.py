@@ -30,7 +30,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Leaf:
-    """One trainable matrix: its name, its shape, and its place `[start:stop]` in the flat vector."""
+    """One trainable matrix: its name, shape, and place `[start:stop]` in the flat vector."""
 
     name: str
     shape: tuple[int, int]
@@ -39,7 +39,7 @@ class Leaf:
 
     @property
     def is_A(self) -> bool:
-        """Whether this is the A (input side, `[r, d_in]`) of its site; else it is B, `[d_out, r]`."""
+        """Whether this is the A of its site, `[r, d_in]`, and not the B, `[d_out, r]`."""
         return self.name.endswith(".lora_A")
 
     @property
@@ -50,7 +50,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class ParamSpace:
-    """The one flat order of the LoRA parameters; `size` is P."""
+    """The one flat order of the LoRA parameters, of which there are `size` (P)."""
 
     leaves: tuple[Leaf, ...]
 
@@ -71,7 +71,7 @@ class ParamSpace:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over names and shapes in order; two adapters with equal digests share their coordinates."""
+        """SHA-256 over names and shapes in order. Equal digests mean equal coordinates."""
         text = json.dumps([(leaf.name, leaf.shape) for leaf in self.leaves])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -122,7 +122,10 @@ class AdaptedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The LoRA parameters' type: float32 or float64; gradients and curvature are held in it."""
+        """The type of the LoRA parameters, float32 or float64.
+
+        Gradients and curvature are held in it.
+        """
         return self.sites[0].A.weight.dtype
 
     @property
@@ -132,7 +135,10 @@ class AdaptedModel:
 
     @property
     def pad_id(self) -> int:
-        """A token id for padding; its value never matters, padded positions reach no loss."""
+        """A token id for padding.
+
+        Its value never matters, because padded positions reach no loss.
+        """
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return 0 if pad is None else int(pad)
 
@@ -154,7 +160,10 @@ class AdaptedModel:
 
     @contextmanager
     def at(self, theta: Tensor) -> Iterator[AdaptedModel]:
-        """Within the block the LoRA parameters are `theta` [P]; afterwards what they were, bit for bit."""
+        """Set the LoRA parameters to `theta` [P] within the block.
+
+        Afterwards they are what they were, bit for bit.
+        """
         before = self.snapshot()
         try:
             self.restore(theta)
@@ -164,20 +173,29 @@ class AdaptedModel:
 
     @contextmanager
     def moved(self, delta: Tensor) -> Iterator[AdaptedModel]:
-        """Within the block the adapter is at `theta + delta`; afterwards back at theta, bit for bit."""
+        """Move the adapter to `theta + delta` within the block.
+
+        Afterwards it is back at theta, bit for bit.
+        """
         with self.at(self.snapshot() + delta.to(self.device, self.dtype)):
             yield self
 
     @property
     def adapter_digest(self) -> str:
-        """SHA-256 over the LoRA matrices and their scalings: what the adapter does, not where it lies."""
+        """SHA-256 over the LoRA matrices and their scalings.
+
+        It is of what the adapter does, not of where it lies.
+        """
         header = json.dumps([self.space.digest, [site.scaling for site in self.sites]])
         names = (leaf.name for leaf in self.space.leaves)
         return _digest_tensors(header, dict(zip(names, self.parameters, strict=True)))
 
     @contextmanager
     def evaluating(self, trainable: Sequence[Tensor] = ()) -> Iterator[AdaptedModel]:
-        """Within the block dropout is off and only `trainable` require gradients; afterwards all is as it was."""
+        """Switch dropout off within the block and let only `trainable` require gradients.
+
+        Afterwards every module and flag is as it was.
+        """
         modes = [(module, module.training) for module in self.model.modules()]
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         own = {id(parameter) for parameter in trainable}

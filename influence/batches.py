@@ -1,5 +1,8 @@
 """Length-bucketed batches of rows, padded.
 
+A plan says which rows go together; `collate` makes one of its batches. A row's tokens are the same
+in every batch, so no result depends on the plan.
+
 Shapes: b rows in a batch, T tokens in the longest of them.
 """
 
@@ -46,11 +49,10 @@ class Batch:
 def plan_batches(
     tokens: TokenizedExamples, token_budget: int, *, max_rows: int | None = None
 ) -> list[np.ndarray]:
-    """Group examples of similar length into batches of at most `token_budget` tokens, padding
-    included.
+    """Group examples of similar length into batches of at most `token_budget` tokens.
 
-    Returns the indices int64 [b] of each batch: every index once, rows x longest <= token_budget,
-    and at most `max_rows` rows; an example longer than the budget is a batch of its own. The batch
+    Padding counts. Returns the indices int64 [b] of each batch: every index once, rows x longest <=
+    token_budget, and at most `max_rows` rows; an example longer than the budget is a batch of its own. The batch
     with the most padded tokens comes first, so that memory runs out at once or not at all. The plan
     depends on the lengths, counts and order of the examples alone.
 

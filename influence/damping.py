@@ -28,7 +28,9 @@ RULES = ("mean", "top", "abs", "time")
 
 @dataclass(frozen=True)
 class Damping:
-    """`value` times the block's mean eigenvalue (`mean`), its top eigenvalue (`top`), as it is
+    """How large lambda is: a rule and its number.
+
+    lambda is `value` times the block's mean eigenvalue (`mean`) or its top one (`top`), `value` itself
     (`abs`), or 1 / value (`time`).
 
     `time:T` is training-time damping: stopping after a total learning rate T holds the parameters

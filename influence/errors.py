@@ -66,7 +66,7 @@ class DataError(InputError):
 
 
 class AdapterError(InputError):
-    """A base model or adapter whose influence cannot be computed, with what is possible instead."""
+    """A base or adapter whose influence cannot be computed, with what is possible instead."""
 
 
 class MismatchError(InputError):

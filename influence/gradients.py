@@ -55,7 +55,10 @@ GRADIENT_BYTES = 1 << 30
 
 
 def per_example_gradient(x: Tensor, g: Tensor) -> Tensor:
-    """Gradient of one linear leaf for each example: `x` [b, T, d_in], `g` [b, T, d_out] to [b, d_out, d_in]."""
+    """Gradient of one linear leaf for each example, `[b, d_out, d_in]`.
+
+    `x` [b, T, d_in] are its inputs, `g` [b, T, d_out] its output gradients.
+    """
     return torch.bmm(g.mT, x)
 
 
@@ -94,7 +97,7 @@ class GradientSink:
 
     @property
     def rows(self) -> Tensor:
-        """The gradients `[b, P]`; zero for leaves that no loss reached."""
+        """The gradients `[b, P]`, with zeros for leaves that no loss reached."""
         for number, leaf in enumerate(self.space.leaves):
             if number not in self._seen:
                 self._rows[:, leaf.slice] = 0
@@ -102,7 +105,7 @@ class GradientSink:
 
 
 class _Tap(torch.autograd.Function):
-    """`y = x W^T` whose backward shows (x, grad y) to the tape instead of forming a weight gradient."""
+    """`y = x W^T` whose backward shows (x, grad y) to the tape and forms no weight gradient."""
 
     @staticmethod
     def forward(
@@ -120,7 +123,7 @@ class _Tap(torch.autograd.Function):
 
 
 class Tape:
-    """The taps of one model: run a batch forward once, then backward as often as there are losses."""
+    """The taps of one model: one forward per batch, then one backward per loss."""
 
     def __init__(self, model: AdaptedModel) -> None:
         self.model = model
@@ -146,13 +149,16 @@ class Tape:
         return part
 
     def run(self, batch: Batch, measurement: Measurement | None) -> tuple[Tensor, np.ndarray]:
-        """Gradients `[b, P]` and values `[b]` of one batch; its graph is gone when this returns."""
+        """Gradients `[b, P]` and values `[b]` of one batch, whose graph is gone afterwards."""
         part = self.forward(batch)
         values, gradient = output_gradient(part, measurement)
         return self.gradients(part, gradient), values.double().cpu().numpy()
 
     def backward(self, logits: Tensor, gradient: Tensor, sink: Sink, *, last: bool = True) -> None:
-        """Send `gradient` [N, V] back from the logits, showing every leaf's (input, output gradient) to `sink`."""
+        """Send `gradient` [N, V] back from the logits to a sink.
+
+        Every leaf's (input, output gradient) is shown to `sink`. `last`: the graph is freed.
+        """
         self.sink = sink
         torch.autograd.grad(
             logits, self.anchor, gradient.to(logits.dtype), retain_graph=not last, allow_unused=True
@@ -202,7 +208,10 @@ class Tape:
 
 @contextmanager
 def tape(model: AdaptedModel) -> Iterator[Tape]:
-    """Put the taps in, switch every weight gradient and dropout off; put everything back afterwards."""
+    """Put the taps in and switch weight gradients and dropout off within the block.
+
+    Afterwards everything is put back.
+    """
     recorder = Tape(model)
     leaves = [leaf for site in model.sites for leaf in (site.A, site.B)]
     forwards = {leaf: _tapped_forward(leaf, recorder, number) for number, leaf in enumerate(leaves)}
@@ -216,7 +225,10 @@ def tape(model: AdaptedModel) -> Iterator[Tape]:
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Within the block these modules run other forwards; afterwards their own (also one set on the instance)."""
+    """Run other forwards in these modules within the block.
+
+    Afterwards their own run again, also one that was set on the instance.
+    """
     before = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -282,7 +294,10 @@ def stream_gradients(
 
 
 def output_gradient(part: Supervised, measurement: Measurement | None) -> tuple[Tensor, Tensor]:
-    """Value `[b]` and gradient by the logits `[N, V]` of the summed loss (None) or of a measurement."""
+    """Value `[b]` and gradient by the logits `[N, V]` of a measurement.
+
+    None is the summed loss.
+    """
     if measurement is None or isinstance(measurement, MeanLoss):  # without a graph
         sums = part.per_example(token_losses(part.logits.detach(), part.targets))
         gradient = loss_gradient(probabilities(part.logits), part.targets)
@@ -299,12 +314,15 @@ def output_gradient(part: Supervised, measurement: Measurement | None) -> tuple[
 
 
 def sampled_gradient(part: Supervised, probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Gradient by the logits `[N, V]` of the summed cross-entropy of labels drawn from the model."""
+    """Gradient by the logits `[N, V]` of the summed loss of labels drawn from the model."""
     return loss_gradient(probs, sample_labels(probs, uniforms.to(probs.device)))
 
 
 def label_uniforms(seed: int, draw: int, id: str, count: int) -> np.ndarray:
-    """The uniforms `[count]` that draw example `id`'s labels: a stream keyed by seed, draw and example alone."""
+    """The uniforms `[count]` that draw example `id`'s labels.
+
+    The stream is keyed by seed, draw and example alone, so labels do not depend on batches.
+    """
     key = hashlib.sha256(f"{seed}/{draw}/{id}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little"))).random(
         count
@@ -316,7 +334,7 @@ def label_uniforms(seed: int, draw: int, id: str, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """Result of `check_gradients`: the largest relative error of each leaf, and whether all are within tolerance."""
+    """Largest relative error of each leaf in `check_gradients`, and the verdict."""
 
     errors: dict[str, float]
     tolerance: float
@@ -377,6 +395,7 @@ def check_gradients(
 
 
 def _loop_gradient(model: AdaptedModel, tokens: TokenizedExamples, index: int) -> Tensor:
+    """Gradient `[P]` of one example's summed loss by plain autograd, without taps."""
     ids = torch.from_numpy(tokens[index].input_ids).to(model.device)
     targets = torch.where(torch.from_numpy(tokens[index].supervised).to(model.device), ids, -100)
     with model.evaluating(model.parameters), torch.enable_grad():

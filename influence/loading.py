@@ -1,4 +1,9 @@
-"""Base and adapter from folders or the hub, and every refusal of what cannot be read rightly."""
+"""Models from folders or the hub, and every refusal of an adapter that cannot be read rightly.
+
+`load` reads a base and an adapter by name and hands a `PeftModel` to `from_peft`, which checks it,
+finds its sites and returns an `AdaptedModel`. What is refused is refused with all its reasons at
+once, before any work. Weights are read from safetensors only.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +201,10 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` to cuda where there is one, else cpu; anything else as torch reads it."""
+    """A torch device by name, where `auto` is cuda if there is one and else cpu.
+
+    Errors: InputError for a device that this machine lacks or that does not know float64.
+    """
     if device != "auto":
         try:
             torch.empty(0, device=(chosen := torch.device(device)), dtype=torch.float64)
@@ -211,7 +219,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _refuse_mistyped_path(place: str | Path | None) -> None:
-    """A path that does not exist, in a folder that does, is a slip and no hub id: do not ask the network for it."""
+    """Refuse a path that does not exist in a folder that does.
+
+    It is a slip and no hub id, so the network is not asked for it.
+    """
     path = Path(place) if place is not None else Path(".")
     if not path.exists() and str(path.parent) != "." and path.parent.is_dir():
         there = ", ".join(
@@ -223,12 +234,16 @@ def _refuse_mistyped_path(place: str | Path | None) -> None:
 
 
 def _reference(place: str | Path) -> str:
-    """A local folder as an absolute path, so that a run opens from anywhere; a hub id as it is."""
+    """A local folder as an absolute path, so that a run opens from anywhere. A hub id stays."""
     return str(Path(place).resolve()) if Path(place).exists() else str(place)
 
 
 def adapter_folder(adapter: str | Path) -> Path:
-    """The local folder of an adapter, fetched from the hub (configuration and safetensors only) if need be."""
+    """The local folder of an adapter, fetched from the hub if need be.
+
+    Only the configuration, the safetensors file and the tokenizer are fetched. Errors: AdapterError
+    that says what the folder lacks.
+    """
     folder = Path(adapter)
     if (
         not folder.exists()
@@ -339,7 +354,7 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _misfits(base: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Sites of the adapter that the base lacks or whose shapes differ; empty if it fits."""
+    """Sites of the adapter that the base lacks or whose shapes differ. Empty if it fits."""
     modules = dict(base.named_modules())
     reasons = []
     for key, shape in shapes.items():
@@ -365,7 +380,7 @@ def _misfits(base: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def _features(module: Any) -> tuple[int | None, int | None]:
-    """Input and output width of a linear layer, of transformers' Conv1D, or of a quantised linear."""
+    """Input and output width of a linear layer, a Conv1D of transformers, or a quantised linear."""
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
     if hasattr(module, "nf"):  # Conv1D holds its weight as [in, out]
@@ -374,7 +389,7 @@ def _features(module: Any) -> tuple[int | None, int | None]:
 
 
 def _unsupported_options(config: Mapping[str, Any]) -> list[str]:
-    """Reasons why an adapter configuration is not supported; empty if it is."""
+    """Reasons why an adapter configuration is not supported. Empty if it is."""
     kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
     if kind != "LORA":
         return [f"it is a {kind} adapter; LoRA adapters are supported"]

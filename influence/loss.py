@@ -28,7 +28,7 @@ REDUCTIONS = ("token", "example")
 
 @dataclass(frozen=True)
 class Supervised:
-    """The supervised positions of a batch.
+    """The logits and targets at the supervised positions of a batch.
 
     `logits` [N, V] (attached to the graph), `targets` [N], `counts` [b] (sum N), in example order.
     """
@@ -64,7 +64,7 @@ def supervised_logits(model: AdaptedModel, batch: Batch) -> Supervised:
 
 @contextmanager
 def _only_supervised_reach_head(model: AdaptedModel, mask: Tensor) -> Iterator[bool]:
-    """Hand the LM head only the hidden states `[b, T, d]` under `mask` `[b, T]`, as `[1, N, d]`.
+    """Hand the LM head only the hidden states [b, T, d] under `mask` [b, T], as [1, N, d].
 
     What follows the head (soft-capping, scaling) acts element by element and is unchanged by this.
     """
@@ -80,7 +80,11 @@ def _only_supervised_reach_head(model: AdaptedModel, mask: Tensor) -> Iterator[b
 
 
 def check_rows(model: AdaptedModel, tokens: TokenizedExamples) -> None:
-    """Refuse rows that the model cannot take: longer than its positions, or ids beyond its embedding."""
+    """Refuse rows that the model cannot take.
+
+    These are rows longer than its positions and ids beyond its embedding. Errors: DataError that
+    lists all of them.
+    """
     config = model.model.get_base_model().config
     positions = getattr(config, "max_position_embeddings", None)
     vocabulary = model.model.get_input_embeddings().num_embeddings
@@ -111,7 +115,10 @@ def check_rows(model: AdaptedModel, tokens: TokenizedExamples) -> None:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each supervised token, `-log softmax(logits)[target]`, `[N]`, nats, at least float32."""
+    """Cross-entropy of each supervised token, `-log softmax(logits)[target]`, `[N]`.
+
+    In nats, at least float32, attached to the graph.
+    """
     return torch.nn.functional.cross_entropy(accurate(logits), targets, reduction="none")
 
 
@@ -133,8 +140,7 @@ def loss_gradient(probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one label per position from the model's own distribution by inverting its cumulative
-    sum.
+    """Draw one label per position from the model's own distribution.
 
     `probs` [N, V], `uniforms` [N] in [0, 1): label = the first v with cdf[v] > u. Returns `[N]`.
     """
@@ -149,7 +155,7 @@ def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def weights(counts: np.ndarray, reduction: str) -> np.ndarray:
-    """The training objective's weights `w_i`, `[n]` float64, from the supervised token counts T_i.
+    """The training objective's weights `w_i`, `[n]` float64, from the token counts T_i.
 
     `J = sum_i w_i l_i`: `token` gives `1 / N_tok` (what Hugging Face trainers minimise), `example`
     gives `1 / (n T_i)`.
@@ -182,4 +188,5 @@ def mean_losses(
 
 
 def accurate(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 where they are: 16 bits are too few for a softmax."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,4 +1,9 @@
-"""What is explained of a query: a number m(q) of its completion's log-probabilities."""
+"""What is explained of a query: a number m(q) of its completion's log-probabilities.
+
+A measurement maps the supervised logits of a batch to one value per query, `[b]`, and says its unit
+and whether it rises when the model gets worse. Scores explain the gradient of that value. A new
+measurement is one class here and, if it has a name of its own, one line in `MEASUREMENTS`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,10 @@ class Measurement(Protocol):
 
     @property
     def rises(self) -> bool:
-        """Whether m(q) rises when the model gets worse at the query, as a loss does (a margin falls)."""
+        """Whether m(q) rises when the model gets worse at the query, as a loss does.
+
+        A margin falls.
+        """
         ...
 
     def values(self, part: Supervised) -> Tensor:
@@ -40,7 +48,7 @@ class Measurement(Protocol):
 
 @dataclass(frozen=True)
 class MeanLoss:
-    """The default measurement m(q): mean cross-entropy over the query's completion tokens, nats."""
+    """Mean cross-entropy over the query's completion tokens, nats. The default measurement."""
 
     name: str = field(default="loss", init=False)
     unit: str = field(default="nats per token", init=False)
@@ -67,7 +75,10 @@ class SumLoss:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Cross-entropy of one completion token, nats: the one at `position` (from 0; -1 is the last, the end token)."""
+    """Cross-entropy of the completion token at `position`, nats.
+
+    Positions count from 0; -1 is the last, the end token.
+    """
 
     position: int = 0
     unit: str = field(default="nats", init=False)
@@ -96,7 +107,10 @@ class TokenLoss:
         return -count <= self.position < count
 
     def values(self, part: Supervised) -> Tensor:
-        """That token's loss in every example, `[b]`; an `InputError` where one is too short."""
+        """That token's loss in every example, `[b]`.
+
+        Errors: InputError where a completion is too short.
+        """
         if not all(self._inside(count) for count in part.counts):
             raise InputError(
                 f"measurement {self.name} was given; a query has {min(part.counts)} completion "
@@ -112,7 +126,10 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class MeanMargin:
-    """Mean correct-class log-odds `log p / (1 - p)` over the completion tokens (Park et al. 2023, TRAK)."""
+    """Mean log-odds `log p / (1 - p)` of the correct token over the completion.
+
+    Park et al. 2023 (TRAK).
+    """
 
     name: str = field(default="margin", init=False)
     unit: str = field(default="log-odds per token", init=False)
@@ -129,8 +146,10 @@ class MeanMargin:
 
 @dataclass(frozen=True)
 class Custom:
-    """Your own m(q): `function(log_probs [T, V], targets [T]) -> scalar` for each query's T
-    supervised tokens.
+    """Your own m(q), computed from a query's log-probabilities.
+
+    `function(log_probs [T, V], targets [T]) -> scalar` is called for each query with its T supervised
+    tokens.
 
     `log_probs` are the model's log-probabilities at these tokens, in at least float32; the function
     must be differentiable by them. `name` goes on record and tells two functions apart. `rises`:
@@ -159,8 +178,9 @@ class Custom:
 
 @dataclass(frozen=True)
 class Contrast:
-    """What made it say A rather than B: `m(q) = log p(B) - log p(A)`, nats; A is the query, B its
-    row in `against`.
+    """What made it say A rather than B: `m(q) = log p(B) - log p(A)`, nats.
+
+    A is the query, B its row in `against`.
 
     As with a loss, positive scores belong to rows that favour A: removing them moves the odds
     towards B.

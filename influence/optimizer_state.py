@@ -1,5 +1,4 @@
-"""What a Hugging Face Trainer checkpoint remembers of the optimiser: Adam's second moments, and the
-learning rates.
+"""Adam's second moments and the learning rates in a Hugging Face Trainer checkpoint.
 
 A checkpoint folder holds `optimizer.pt` (the optimiser's state, keyed by integers),
 `adapter_model.safetensors` (the adapter at that step, by name) and `trainer_state.json` (the log).
@@ -56,8 +55,7 @@ class OptimizerState:
 
 
 def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> OptimizerState:
-    """Read Adam's second moments for every LoRA parameter of `model` from a Hugging Face Trainer
-    checkpoint folder.
+    """Read Adam's second moments of every LoRA parameter from a Trainer checkpoint folder.
 
     AdamW of torch and AdamW of bitsandbytes are understood, its 8-bit and paged states too
     (dequantised block by block).
@@ -134,6 +132,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+    """A parameter's shape for a message, or `missing`."""
     return str(list(shapes[name])) if name in shapes else "missing"
 
 
@@ -166,7 +165,10 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _leaf_name(parameter: str) -> str:
-    """The leaf's name of a parameter's (`base_model.model.X.lora_A.default.weight` to `X.lora_A`); others as they are."""
+    """The leaf's name in a parameter's name.
+
+    `base_model.model.X.lora_A.default.weight` gives `X.lora_A`; other names stay as they are.
+    """
     match = _LEAF_NAME.fullmatch(parameter)
     return match["leaf"] if match else parameter
 
@@ -256,11 +258,15 @@ def _leaf_order(
 
 
 def _keys(state: Mapping[str, Any]) -> str:
+    """The keys of a mapping for a message."""
     return ", ".join(sorted(str(key) for key in state)) or "nothing"
 
 
 def _second_moment(state: Mapping[str, Any]) -> Tensor | str:
-    """The second moment as it is kept, float32 or float64; or the sentence that says why there is none."""
+    """The second moment as it is kept, float32 or float64.
+
+    Where there is none, the sentence that says why.
+    """
     moment = state.get("exp_avg_sq", state.get("state2"))
     if not isinstance(moment, Tensor):
         return (
@@ -291,7 +297,10 @@ def _second_moment(state: Mapping[str, Any]) -> Tensor | str:
 
 
 def _sum_lr(path: Path) -> float | None:
-    """The learning rates of the log, interpolated over the steps 1 ... global_step, and summed; None without any."""
+    """The learning rates of the log summed over the steps 1 ... global_step.
+
+    They are interpolated between the logged steps. None without any.
+    """
     if not path.exists():
         return None
     try:

@@ -1,5 +1,4 @@
-"""The path from the base to the adapter, and the points on it where gradients and curvature are
-taken.
+"""The path from the base to the adapter, and the points on it where gradients are taken.
 
 An adapter that stopped early and memorises its rows has nearly vanished gradients at its end: what
 is left there is what training did *not* learn. Further back the rows still pull. So a run looks at
@@ -44,7 +43,7 @@ _SAME = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_
 
 @dataclass(frozen=True)
 class Point:
-    """One point of the path: the LoRA parameters there `theta` [P], and its share of the average."""
+    """One point of the path: the LoRA parameters `theta` [P] and their share of the average."""
 
     label: str
     share: float
@@ -53,12 +52,12 @@ class Point:
     digest: str | None = None
 
     def record(self) -> PointRecord:
-        """What the manifest keeps: enough to make the point again, given the checkpoint's parameters."""
+        """What the manifest keeps: the point without its parameters."""
         return PointRecord(self.label, self.share, self.scale, self.digest)
 
 
 def check_path(path: Sequence[float]) -> tuple[float, ...]:
-    """The scales as floats, in (0, 1], each once; anything else is an `InputError`."""
+    """The scales as floats in (0, 1], each once. Anything else is an `InputError`."""
     try:
         if isinstance(path, str):
             raise TypeError
@@ -77,7 +76,10 @@ def check_path(path: Sequence[float]) -> tuple[float, ...]:
 
 
 def scaled(model: AdaptedModel, scale: float) -> Tensor:
-    """The LoRA parameters `[P]` with every B multiplied by `scale`; at 1, the adapter's own bits."""
+    """The LoRA parameters `[P]` with every B multiplied by `scale`.
+
+    At 1 they are the adapter's own bits.
+    """
     theta = model.snapshot()
     if scale != 1:
         for leaf in model.space.leaves:
@@ -89,8 +91,9 @@ def scaled(model: AdaptedModel, scale: float) -> Tensor:
 def points(
     model: AdaptedModel, path: Sequence[float], checkpoints: Sequence[str | Path] = ()
 ) -> tuple[Point, ...]:
-    """The points of a run: the checkpoints, then the scales; checkpoints share by learning rate,
-    scales equally.
+    """The points of a run: the checkpoints, then the scales.
+
+    Checkpoints share by their learning rates, scales equally.
 
     With both, the checkpoints together and the scales together have as much weight as they have
     points. Raises `AdapterError` where a checkpoint is not of this adapter's shape, `InputError`
@@ -146,7 +149,10 @@ def _distinct(short: list[str], full: list[str]) -> list[str]:
 
 
 def point_from_record(model: AdaptedModel, record: PointRecord, theta: Tensor | None) -> Point:
-    """A point from its record in the manifest; `theta` [P] where it is a checkpoint."""
+    """A point from its record in the manifest.
+
+    `theta` [P] is needed where the point is a checkpoint; a scale is applied to the adapter.
+    """
     if record.scale is not None:
         theta = scaled(model, record.scale)
     assert theta is not None
@@ -154,7 +160,10 @@ def point_from_record(model: AdaptedModel, record: PointRecord, theta: Tensor | 
 
 
 def read_parameters(model: AdaptedModel, folder: Path) -> Tensor:
-    """The LoRA parameters `[P]` of another PEFT adapter of the same configuration, from its safetensors file."""
+    """The LoRA parameters `[P]` of another adapter of the same configuration.
+
+    Errors: AdapterError that lists every difference.
+    """
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")

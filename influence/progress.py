@@ -16,7 +16,10 @@ INTERVAL = 10.0
 def track(
     items: Iterable[T], label: str, *, total: int | None = None, done: int = 0
 ) -> Iterator[T]:
-    """Yield `items` while showing how far along they are; `done` items were done before (a resumed run)."""
+    """Yield `items` and show how far along they are.
+
+    `done` items were done before, by a run that is resumed. `total` counts them too.
+    """
     if total is None:
         total = (len(items) if isinstance(items, Sized) else 0) + done
     if sys.stderr.isatty():

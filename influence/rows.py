@@ -416,7 +416,7 @@ def _string(value: object, name: str, may_be_empty: bool = False) -> str:
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys and without spaces: equal values give equal text, so it can be hashed."""
+    """JSON with sorted keys and without spaces, so that equal values have equal hashes."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 

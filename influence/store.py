@@ -80,6 +80,7 @@ def write_file(
 
 
 def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+    """Lay a dataset out at full size, in one piece, without writing to it."""
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -107,7 +108,7 @@ def read(file: h5py.File | h5py.Group, name: str) -> np.ndarray:
 
 
 def read_group(file: h5py.File, name: str) -> dict[str, np.ndarray]:
-    """Every dataset under a group, by its name in the group; nothing where there is no such group."""
+    """Every dataset under a group, by its name in the group. Empty without such a group."""
     group = file.get(name)
     found: dict[str, np.ndarray] = {}
     if isinstance(group, h5py.Group):
@@ -125,8 +126,9 @@ def read_strings(file: h5py.File, name: str) -> list[str]:
 
 
 class RowFile:
-    """The rows `[n, ...]` of a dataset laid out by `write_file(rows=...)`, read and written by
-    offset.
+    """The rows `[n, ...]` of a dataset, read and written by offset.
+
+    The dataset was laid out by `write_file(rows=...)`.
 
     For the large ones: rows that were read or written do not stay in this process's memory, as
     mapped ones would.
@@ -203,7 +205,7 @@ def _place(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
 
 @contextmanager
 def open_file(path: Path, *, run_digest: str | None = None) -> Iterator[h5py.File]:
-    """Open an HDF5 file for reading; optionally insist that it belongs to the run with this digest."""
+    """Open an HDF5 file for reading, and insist that it belongs to a run if one is given."""
     try:
         file = h5py.File(path, "r")
     except FileNotFoundError:
@@ -227,8 +229,9 @@ def open_file(path: Path, *, run_digest: str | None = None) -> Iterator[h5py.Fil
 
 @contextmanager
 def only_writer(place: Path) -> Iterator[None]:
-    """Hold the lock of a directory or file while writing to it; a second process is refused, not
-    queued.
+    """Hold the lock of a directory or file while writing to it.
+
+    A second process is refused, not queued.
 
     The lock is the operating system's, on an empty file in its temporary folder: it ends with the
     process that holds it, also where that is killed.
@@ -247,7 +250,7 @@ def only_writer(place: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a damaged file is a `StoreError`."""
+    """Read a JSON object. A damaged file is a `StoreError`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,7 @@
-"""Tables that people take away: CSV or Parquet by the suffix, never half written, never over another file."""
+"""Tables that people take away, as CSV or Parquet.
+
+The suffix says which. A table is never half written, and replaces another file only when asked to.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ SUFFIXES = (".csv", ".parquet")
 
 
 def checked_table(path: str | Path, overwrite: bool) -> Path:
-    """The path of a table to be written; `InputError` for another suffix, a missing folder, or something that is there."""
+    """The path of a table to be written.
+
+    Errors: InputError for another suffix, a missing folder, or a file that is there already.
+    """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(
@@ -32,7 +38,10 @@ def checked_table(path: str | Path, overwrite: bool) -> Path:
 
 
 def write_table(table: pd.DataFrame, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a table, moved into place when it is whole. In CSV texts are quoted where they must be, so that no id can end its line."""
+    """Write a table, moved into place when it is whole.
+
+    In CSV texts are quoted where they must be, so that no id can end its line.
+    """
     path = checked_table(path, overwrite)
     partial = path.with_name(path.name + ".partial")
     if path.suffix.lower() == ".csv":

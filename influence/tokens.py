@@ -54,8 +54,7 @@ class Tokens:
 
 
 class TokenizedExamples(Sequence[Tokens]):
-    """The tokens of a sequence of examples, in the same order; a slice of it is again
-    `TokenizedExamples`.
+    """The tokens of a sequence of examples in the same order. A slice is `TokenizedExamples` too.
 
     `lengths` int64 [n]: tokens of each; `counts` int64 [n]: supervised tokens of each (the T_i of
     the convention, at least 1); `ids`: the examples' ids; `truncated`: how many lost supervised
@@ -256,7 +255,7 @@ def _render_chat(
 def chat_mask_start(
     whole: str, messages: Sequence[Mapping[str, Any]], render: Callable[..., str]
 ) -> int:
-    """The character of a rendered chat after which tokens are targets: the label mask of chats.
+    """The label mask of a chat: the character of its text after which tokens are targets.
 
     This decides which tokens of a conversation are supervised: those of the last answer, with the
     end of turn that the template writes after it. `whole` is `render(messages)`, and
@@ -296,6 +295,8 @@ def chat_mask_start(
 
 def _without_clock(program: str) -> str:
     """Give a chat template a fixed day.
+
+    A macro of its own hides the clock that transformers lends it.
 
     A macro of its own hides the clock that transformers lends it. The line break after the macro is eaten by the block before it, so a template renders as it did.
     """
