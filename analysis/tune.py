@@ -5,17 +5,17 @@ Three ways to judge a setting, from the best to the cheapest:
 * *retraining*: the linear datamodeling score against losses of adapters retrained on random subsets. The subsets are
   split in two halves: the setting is chosen on one and its score reported on the other.
 * *measured edits*: some training rows are taken out of the adapter by the setting's own edit, a little of each, and the
-  loss of these and of other rows is measured by forward passes: how much the edited row's loss rises against how much
-  all others move (*selectivity*).
+  loss of these and of other rows is measured by forward passes: how much the edited row's loss
+  rises against how much all others move (*selectivity*).
 * *concentration*: the share of its sum of absolute scores that a row's strongest score has, mean over probe rows. What is
   mere noise spreads over all rows alike.
 
-Either of the two alone is misled: selectivity, which is measured at the adapter, favours points near it; concentration
-favours points near the base. Without retraining the setting with the best sum of both ranks is chosen, a rule found on
-two models and tried on a third (benchmarks/README.md).
+Either of the two alone is misled: selectivity, which is measured at the adapter, favours points
+near it; concentration favours points near the base. Without retraining the setting with the best
+sum of both ranks is chosen, a rule found on two models and tried on a third (benchmarks/README.md).
 
-One set of stored gradients serves every curvature, damping and point of a run. Another geometry or path needs factors of
-its own: those are fitted below the run, in `tune/`, and said so.
+One set of stored gradients serves every curvature, damping and point of a run. Another geometry or
+path needs factors of its own: those are fitted below the run, in `tune/`, and said so.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from influence.curvature.base import Damped, Invertible
 from influence.errors import InputError, MismatchError, NumericalError
 from influence.fitting import fit
 from influence.geometry import GEOMETRIES
+from influence.manifest import TunedRecord
 from influence.measurements import MeanLoss
 from influence.path import DEFAULT_PATH, check_path
 from influence.progress import say, track
 from influence.rows import Examples, read_examples
-from influence.run import AtPoint, Run, write_manifest
+from influence.run import AtPoint, Run, update_manifest
 from influence.scorefile import Scores
 from influence.scores import queries_at_once
 from influence.setting import Setting
@@ -61,8 +62,9 @@ PROBES = 32
 class Judged:
     """One setting of the grid with what was found of it; `lds` where it was judged by retraining.
 
-    `run` is the folder of its factors below the run, None for the run's own. `agreement` is Spearman's rho of predicted
-    and measured changes of the rows that were not edited; `selectivity` and `factor` as in `influence.calibration.Edits`.
+    `run` is the folder of its factors below the run, None for the run's own. `agreement` is
+    Spearman's rho of predicted and measured changes of the rows that were not edited; `selectivity`
+    and `factor` as in `influence.calibration.Edits`.
     """
 
     run: str | None
@@ -87,8 +89,9 @@ class Judged:
 class Tuning:
     """The table, best first, the setting that was chosen, and, with a truth, its LDS on the half not chosen on.
 
-    `exact`, where it was asked for: Spearman's rho, mean over some probe rows, of the chosen setting's scores with those of
-    the exact GGN at the same points and lambda, solved by preconditioned CG to the residual `exact_residual`.
+    `exact`, where it was asked for: Spearman's rho, mean over some probe rows, of the chosen
+    setting's scores with those of the exact GGN at the same points and lambda, solved by
+    preconditioned CG to the residual `exact_residual`.
     """
 
     judged: list[Judged]
@@ -119,37 +122,42 @@ def tune(
     run
         A finished run with a closed-form curvature.
     truth, queries
-        Losses of retrained adapters and the rows they were measured on; without them the local checks decide.
+        Losses of retrained adapters and the rows they were measured on; without them the local
+        checks decide.
     curvatures, dampings
         The grid; by default every closed form that the run holds, and `DAMPINGS`.
     geometries, paths
-        Further factors to fit below the run (`tune/`): each geometry at the run's own points, each path in the run's
-        geometry. A run at the adapter alone always gets the default path too.
+        Further factors to fit below the run (`tune/`): each geometry at the run's own points, each
+        path in the run's geometry. A run at the adapter alone always gets the default path too.
     columns
-        Compare the chosen setting with the exact GGN on so many probe rows; each product of the solver is a pass over the
-        training rows, and there may be hundreds.
+        Compare the chosen setting with the exact GGN on so many probe rows; each product of the
+        solver is a pass over the training rows, and there may be hundreds.
     seed
         Draws the halves of the truth, the edited rows and the probes.
     keep
-        Record the choice (and its calibration) in the manifest: later scores use it unless told otherwise.
+        Record the choice (and its calibration) in the manifest: later scores use it unless told
+        otherwise.
     """
     if (truth is None) != (queries is None):
         raise InputError("give the truth and the queries it was measured on together, or neither")
     if run.fitted_name in ("ggn", "hessian"):
         raise InputError(
-            f"tune sweeps closed-form curvatures and this run was fitted with {run.fitted_name!r}: fit one with ekfac"
+            f"tune sweeps closed-form curvatures and this run was fitted with "
+            f"{run.fitted_name!r}: fit one with ekfac"
         )
     if truth is not None and queries is not None:
         shape = (len(queries), len(run.train))
         if (truth.query_loss.shape[1], truth.masks.shape[1]) != shape:
             raise InputError(
-                f"the truth is of {truth.query_loss.shape[1]} queries and {truth.masks.shape[1]} rows; the queries and the "
+                f"the truth is of {truth.query_loss.shape[1]} queries and {truth.masks.shape[1]} "
+                f"rows; the queries and the "
                 f"run have {shape[0]} and {shape[1]}: give the files that belong together"
             )
         check_belongs(truth, queries.ids, run.train.ids, "the truth")
         if len(truth.masks) < FEW:
             say(
-                f"warning: {len(truth.masks)} retrained adapters order settings by chance; some dozens are needed"
+                f"warning: {len(truth.masks)} retrained adapters order settings by chance; some "
+                f"dozens are needed"
             )
     for geometry in geometries:
         if geometry not in GEOMETRIES:
@@ -159,7 +167,7 @@ def tune(
     paths = [check_path(path) for path in paths]
     runs = {None: run, **_fitted_below(run, geometries, paths)}
     probes = some_rows(run, PROBES, seed)
-    max_length = run.manifest["objective"]["max_length"]
+    max_length = run.manifest.objective.max_length
     rows = (
         None if queries is None else tokenize(queries, run.model.tokenizer, max_length=max_length)
     )
@@ -175,7 +183,8 @@ def tune(
     if columns < 1 or found.chosen.curvature not in ("ekfac", "kfac"):
         if columns > 0:
             say(
-                f"note: {found.chosen.name} was chosen, which stands for no exact GGN: nothing to compare with"
+                f"note: {found.chosen.name} was chosen, which stands for no exact GGN: nothing to "
+                f"compare with"
             )
         return found
     exact, residual = exact_agreement(runs[found.chosen.run], found.chosen, probes[:columns])
@@ -191,7 +200,8 @@ def _setting(run: Run, one: Judged) -> Setting:
 def exact_agreement(run: Run, one: Judged, rows: np.ndarray) -> tuple[float, float]:
     """Spearman's rho of a setting's scores with the exact GGN's, mean over some training rows as queries; the residual.
 
-    The GGN has the setting's lambda, block by block, and is solved by CG preconditioned with the run's EK-FAC.
+    The GGN has the setting's lambda, block by block, and is solved by CG preconditioned with the
+    run's EK-FAC.
     """
     setting = _setting(run, one)
     tokens, worst = run.tokens.select(rows), 0.0
@@ -225,13 +235,14 @@ def _fitted_below(
     for path in paths:
         if tuple(path) != scales:
             label = ",".join(f"{c:g}" for c in path)
-            wanted[f"path-{label}"] = {"path": tuple(path), "geometry": run.manifest["geometry"]}
+            wanted[f"path-{label}"] = {"path": tuple(path), "geometry": run.manifest.geometry}
     for geometry in geometries:
-        if geometry == run.manifest["geometry"]:
+        if geometry == run.manifest.geometry:
             continue
         if None in scales:
             raise InputError(
-                "geometries can be swept along --path only, and this run looks at checkpoints: fit one for each"
+                "geometries can be swept along --path only, and this run looks at checkpoints: "
+                "fit one for each"
             )
         wanted[f"geometry-{geometry}"] = {"path": scales, "geometry": geometry}
     found: dict[str | None, Run] = {}
@@ -243,14 +254,14 @@ def _fitted_below(
             run.train,
             directory=run.directory / "tune" / name,
             curvature=run.specification,
-            damping=manifest["damping"],
-            reduction=manifest["objective"]["reduction"],
-            max_length=manifest["objective"]["max_length"],
-            token_budget=manifest["token_budget"],
-            store=manifest["store"],
-            disk_budget=manifest["disk_budget"],
-            seed=manifest["seed"],
-            optimizer=manifest["optimizer"] if options["geometry"] == "adam" else None,
+            damping=manifest.damping,
+            reduction=manifest.objective.reduction,
+            max_length=manifest.objective.max_length,
+            token_budget=manifest.token_budget,
+            store=manifest.store,
+            disk_budget=manifest.disk_budget,
+            seed=manifest.seed,
+            optimizer=manifest.optimizer if options["geometry"] == "adam" else None,
             **options,
         )
     return found
@@ -300,7 +311,7 @@ def _sweep(
             judged.append(
                 Judged(
                     folder,
-                    run.manifest["geometry"],
+                    run.manifest.geometry,
                     name,
                     damping or "none",
                     at,
@@ -316,7 +327,8 @@ def _scores(
 ) -> dict[tuple[str, str | None], np.ndarray]:
     """Scores `[q, n]` at one point for every setting of the grid: one pass over the training gradients.
 
-    All settings' solutions are held beside one another; queries that do not fit so are taken in chunks, a pass for each.
+    All settings' solutions are held beside one another; queries that do not fit so are taken in
+    chunks, a pass for each.
     """
     run, curvatures = point.run, {key: point.operator(*key) for key in grid}
     found = {key: np.empty((len(tokens), len(run.train))) for key in grid}
@@ -326,7 +338,8 @@ def _scores(
         for key, operator in curvatures.items():
             if not isinstance(operator.curvature, Invertible):
                 raise InputError(
-                    f"tune sweeps closed-form curvatures; {key[0]} has no closed-form inverse: leave it out"
+                    f"tune sweeps closed-form curvatures; {key[0]} has no closed-form inverse: "
+                    f"leave it out"
                 )
             solved[key] = operator.curvature.solve(asked, operator.lam)
         for indices, gradients in point.gradient_blocks():
@@ -339,7 +352,8 @@ def _scores(
 def concentration(scores: np.ndarray, own: np.ndarray) -> float:
     """Mean over probe rows of the largest share that another training row has in the sum of absolute scores.
 
-    `scores` [k, n]; `own` [k] are the probes' own positions, which are left out: every method finds those.
+    `scores` [k, n]; `own` [k] are the probes' own positions, which are left out: every method finds
+    those.
     """
     size = np.abs(scores)
     size[np.arange(len(own)), own] = 0
@@ -382,7 +396,8 @@ def _by_truth(
 def retrained_factor(scores: np.ndarray, masks: np.ndarray, losses: np.ndarray) -> float:
     """Measured over predicted changes of the queries' losses from subset to subset, least squares through the origin.
 
-    `scores` [Q, n], `masks` [S, n], `losses` [S, Q]; each query's mean over the subsets is taken out of both.
+    `scores` [Q, n], `masks` [S, n], `losses` [S, Q]; each query's mean over the subsets is taken
+    out of both.
     """
     predicted = -(masks.astype(np.float64) @ scores.T)
     predicted -= predicted.mean(0)
@@ -439,22 +454,17 @@ def agreement(edits: Edits) -> float:
 
 def _keep(run: Run, holder: Run, best: Judged, factor: float, source: str, found: str) -> None:
     """Record the choice in the run's manifest, and its calibration in that of the run that holds the factors."""
-    tuned = {
-        "run": best.run,
-        "curvature": best.curvature,
-        "damping": None if best.damping == "none" else best.damping,
-        "at": best.at,
-        "found": found,
-    }
+    damping = None if best.damping == "none" else best.damping
+    tuned = TunedRecord(best.run, best.curvature, damping, best.at, found)
     if np.isfinite(factor) and factor > 0:
-        known = holder.manifest["calibration"] | record(_setting(holder, best), factor, source)
-        write_manifest(holder, calibration=known)
-    write_manifest(run, tuned=tuned)
+        calibration = record(_setting(holder, best), factor, source)
+        update_manifest(holder, calibration={**holder.manifest.calibration, **calibration})
+    update_manifest(run, tuned=tuned)
 
 
 def forget(run: Run) -> None:
     """Drop what `tune` chose: later scores use what the run was fitted with."""
-    write_manifest(run, tuned=None)
+    update_manifest(run, tuned=None)
 
 
 def table_rows(tuning: Tuning, count: int | None = None) -> Iterator[dict[str, Any]]:
@@ -481,7 +491,8 @@ def default_queries(run: Run) -> Path:
     path = run.directory / "scores.h5"
     if not path.exists():
         raise InputError(
-            f"tune against a truth needs the queries it was measured on: give --queries, or make {path} first"
+            f"tune against a truth needs the queries it was measured on: give --queries, or make "
+            f"{path} first"
         )
     attributes = Scores.load(path, detail=False).attributes
     if not attributes.get("queries"):

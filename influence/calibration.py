@@ -19,6 +19,7 @@ import torch
 from influence.curvature.base import Invertible
 from influence.errors import InputError
 from influence.loss import mean_losses
+from influence.manifest import CalibrationRecord
 from influence.measurements import MeanLoss
 from influence.progress import say
 from influence.run import Run, parts
@@ -94,7 +95,7 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
             predicted[some] += (asked @ moves.T).double().cpu().numpy()
     own = predicted[np.arange(len(rows)), np.arange(len(rows))]
     sizes = np.minimum(1.0, EDIT_SIZE / np.maximum(np.abs(own), 1e-12))
-    budget = run.manifest["token_budget"]
+    budget = run.manifest.token_budget
     before = mean_losses(model, tokens, token_budget=budget)
     measured = np.empty_like(predicted)
     for number, delta in enumerate(deltas):
@@ -103,7 +104,7 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
     return Edits(rows, probes, sizes, predicted * sizes, measured)
 
 
-def calibrate(run: Run, seed: int = 0) -> dict[str, object]:
+def calibrate(run: Run, seed: int = 0) -> dict[str, CalibrationRecord]:
     """The calibration of the fit's own setting by a few measured edits, for its manifest; empty where there is none.
 
     At the adapter itself there is nothing to measure: scores are the edit's own first-order effect there. Matrix-free
@@ -114,8 +115,8 @@ def calibrate(run: Run, seed: int = 0) -> dict[str, object]:
     if [point.place.scale for point in run.points] == [1.0]:
         return {}
     if (
-        setting_name(run, run.fitted_name, run.manifest["damping"], run.points)
-        in run.manifest["calibration"]
+        setting_name(run, run.fitted_name, run.manifest.damping, run.points)
+        in run.manifest.calibration
     ):
         return {}
     setting = Setting.of(run, tuned=False, calibrated=False)
@@ -129,6 +130,6 @@ def calibrate(run: Run, seed: int = 0) -> dict[str, object]:
     return record(setting, factor, f"measured edits of {len(rows)} rows")
 
 
-def record(setting: Setting, factor: float, source: str) -> dict[str, object]:
+def record(setting: Setting, factor: float, source: str) -> dict[str, CalibrationRecord]:
     """What the manifest keeps of a calibration."""
-    return {setting.name: {"factor": factor, "source": source}}
+    return {setting.name: CalibrationRecord(factor, source)}

@@ -203,12 +203,12 @@ def fit(
     seconds = time.perf_counter() - start
     stored = "stored" if result.gradients_stored else "not stored (scores will pass over the rows)"
     text = (
-        f"{run}: {curvature} on {manifest['data']['rows']} rows ({manifest['data']['supervised_tokens']} supervised "
-        f"tokens), {manifest['adapter']['parameters']} LoRA parameters, damping {manifest['damping']}; points {', '.join(point['label'] for point in manifest['points'])}; gradients "
+        f"{run}: {curvature} on {manifest.data.rows} rows ({manifest.data.supervised_tokens} supervised "
+        f"tokens), {manifest.adapter.parameters} LoRA parameters, damping {manifest.damping}; points {', '.join(point.label for point in manifest.points)}; gradients "
         f"{stored}; "
         f"{seconds:.1f} s"
     )
-    console.emit({"run": str(run), "seconds": seconds, "manifest": manifest}, text, json)
+    console.emit({"run": str(run), "seconds": seconds, "manifest": manifest.as_json()}, text, json)
 
 
 @app.command()
@@ -394,8 +394,8 @@ def top(
 ) -> None:
     """Show the rows whose removal would raise (proponents) and lower (opponents) a query's loss the most."""
     from influence.errors import InputError, MismatchError
+    from influence.manifest import read_manifest
     from influence.rows import read_examples
-    from influence.run import read_manifest
     from influence.scorefile import Scores
 
     _at_least_one("-k", k)
@@ -406,15 +406,15 @@ def top(
             f"{path} does not exist: make it with influence score --run {run} --queries QUERIES"
         )
     loaded = Scores.load(path, detail=False)
-    if loaded.attributes.get("run_digest") != manifest["digest"]:
+    if loaded.attributes.get("run_digest") != manifest.digest:
         raise MismatchError(
             f"{path} belongs to another run than {run}: give the run it was made from"
         )
     position = loaded.query_index(query)
     proponents, opponents = loaded.top(position, k)
-    source = manifest["data"]["path"]
+    source = manifest.data.path
     train = read_examples(source) if source and Path(source).exists() else None
-    if train is not None and train.digest != manifest["data"]["digest"]:
+    if train is not None and train.digest != manifest.data.digest:
         raise MismatchError(
             f"{source} has changed since {run} was fitted: restore it, or fit a new run"
         )
@@ -563,9 +563,9 @@ def _open(run: Path, device: str, checkpointing: bool, trust_remote_code: bool) 
     opened = Run.open(
         run, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code
     )
-    if (now := opened.manifest.get("now")) is not None:
+    if (now := opened.manifest.now) is not None:
         say(
-            f"note: this run explains the adapter it was fitted on, before the edits that led to {now['adapter']['path']}: rows "
+            f"note: this run explains the adapter it was fitted on, before the edits that led to {now.adapter.path}: rows "
             "that they removed or changed are scored as they were. Fit a run of the edited adapter for scores after them"
         )
     return opened

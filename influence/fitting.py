@@ -8,13 +8,12 @@ on with the point, and the batch, that it was at.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,21 +43,33 @@ from influence.loss import (
     supervised_logits,
     weights,
 )
+from influence.manifest import (
+    AUDIT,
+    FORMAT,
+    AdapterSource,
+    DataSource,
+    Manifest,
+    ObjectiveRecord,
+    Source,
+    TokenizerSource,
+    begun_manifest,
+    differences,
+    digest_of,
+    recorded_identity,
+    write_manifest,
+)
 from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, END, Point, check_path, points
 from influence.progress import say, track
 from influence.rows import Examples
 from influence.run import (
-    AUDIT,
-    FORMAT,
     AtPoint,
     Run,
-    differing,
     geometry_here,
     point_digest,
     row_blocks,
     run_file,
-    write_manifest,
+    update_manifest,
 )
 from influence.store import (
     RowFile,
@@ -66,9 +77,7 @@ from influence.store import (
     open_file,
     open_rows,
     read,
-    read_json,
     write_file,
-    write_json,
 )
 from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
 
@@ -158,58 +167,23 @@ def fit(
     damping = _training_time(damping, state)
     places = points(model, scales, checkpoints)
     tokens = tokenize(train, model.tokenizer, max_length=max_length)
-    identity = {
-        "base": model.base_digest,
-        "adapter": model.adapter_digest,
-        "data": train.digest,
-        "tokenizer": tokenizer_digest(model.tokenizer),
-        "reduction": reduction,
-        "max_length": max_length,
-        "curvature": {"name": curvature.name, **asdict(curvature)},
-        "seed": seed,
-        "points": [place.record() for place in places],
-        "geometry": geometry,
-        "optimizer": None if state is None or geometry != "adam" else _digest(state.v),
-        "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
-        "store": store,
-    }
-    manifest = {
-        "format": FORMAT,
-        "digest": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-        "complete": False,
-        "identity": identity,
-        "base": {"path": model.base, "digest": model.base_digest},
-        "adapter": {
-            "path": model.adapter,
-            "digest": identity["adapter"],
-            "parameters": model.space.size,
-        },
-        "data": {
-            "path": train.source,
-            "digest": train.digest,
-            "rows": len(train),
-            "tokens": int(tokens.lengths.sum()),
-            "supervised_tokens": int(tokens.counts.sum()),
-        },
-        "tokenizer": {"digest": identity["tokenizer"]},
-        "objective": {
-            "reduction": reduction,
-            "max_length": max_length,
-            "N_tok": int(tokens.counts.sum()),
-        },
-        "curvature": identity["curvature"],
-        "damping": str(damping),
-        "points": identity["points"],
-        "geometry": geometry,
-        "optimizer": None if optimizer is None else str(Path(optimizer).resolve()),
-        "store": store,
-        "disk_budget": disk_budget,
-        "seed": seed,
-        "token_budget": token_budget,
-        "dtype": identity["dtype"],
-        "versions": versions(),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    manifest = _manifest(
+        model,
+        train,
+        tokens,
+        curvature,
+        damping=str(damping),
+        reduction=reduction,
+        places=places,
+        geometry=geometry,
+        optimizer=optimizer,
+        state=state,
+        max_length=max_length,
+        token_budget=token_budget,
+        store=store,
+        disk_budget=disk_budget,
+        seed=seed,
+    )
     weights(tokens.counts, reduction)  # refuses an unknown reduction before anything is written
     check_rows(model, tokens)
     with only_writer(directory):
@@ -221,6 +195,72 @@ def fit(
     return run
 
 
+def _manifest(
+    model: AdaptedModel,
+    train: Examples,
+    tokens: TokenizedExamples,
+    curvature: CurvatureSpec,
+    *,
+    damping: str,
+    reduction: str,
+    places: Sequence[Point],
+    geometry: str,
+    optimizer: str | Path | None,
+    state: OptimizerState | None,
+    max_length: int | None,
+    token_budget: int,
+    store: str,
+    disk_budget: float,
+    seed: int,
+) -> Manifest:
+    """What the run is made from, before anything is computed."""
+    records = tuple(place.record() for place in places)
+    specification = {"name": curvature.name, **asdict(curvature)}
+    dtype = str(next(model.model.parameters()).dtype).removeprefix("torch.")
+    tokenizer, adapter = tokenizer_digest(model.tokenizer), model.adapter_digest
+    supervised = int(tokens.counts.sum())
+    identity = {
+        "base": model.base_digest,
+        "adapter": adapter,
+        "data": train.digest,
+        "tokenizer": tokenizer,
+        "reduction": reduction,
+        "max_length": max_length,
+        "curvature": specification,
+        "seed": seed,
+        "points": [asdict(record) for record in records],
+        "geometry": geometry,
+        "optimizer": None if state is None or geometry != "adam" else _digest(state.v),
+        "dtype": dtype,
+        "store": store,
+    }
+    return Manifest(
+        format=FORMAT,
+        digest=digest_of(identity),
+        complete=False,
+        identity=identity,
+        base=Source(model.base, model.base_digest),
+        adapter=AdapterSource(model.adapter, adapter, model.space.size),
+        data=DataSource(
+            train.source, train.digest, len(train), int(tokens.lengths.sum()), supervised
+        ),
+        tokenizer=TokenizerSource(tokenizer),
+        objective=ObjectiveRecord(reduction, max_length, supervised),
+        curvature=specification,
+        damping=damping,
+        points=records,
+        geometry=geometry,
+        optimizer=None if optimizer is None else str(Path(optimizer).resolve()),
+        store=store,
+        disk_budget=disk_budget,
+        seed=seed,
+        token_budget=token_budget,
+        dtype=dtype,
+        versions=versions(),
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
 def _calibrate(run: Run) -> None:
     """Measure how large the scores of the fit's own setting are, unless that is known; a failure is told, not raised."""
     try:
@@ -229,7 +269,7 @@ def _calibrate(run: Run) -> None:
         say(f"note: the size of the scores could not be measured ({error}); they stay uncalibrated")
         return
     if found:
-        write_manifest(run, calibration={**run.manifest["calibration"], **found})
+        update_manifest(run, calibration={**run.manifest.calibration, **found})
 
 
 def _check_options(geometry: str, store: str, token_budget: int, disk_budget: float) -> None:
@@ -261,7 +301,7 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
 
 
-def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def _claim(directory: Path, manifest: Manifest, overwrite: bool) -> Manifest | None:
     """Make the directory this fit's own: return the manifest of a finished identical fit, or None to go on."""
     path = directory / "manifest.json"
     if directory.exists() and not directory.is_dir():
@@ -271,33 +311,17 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
             f"{directory} holds the record of edits ({AUDIT}), which is evidence and never replaced: give another --run directory"
         )
     if path.exists():
-        found = read_json(path)
-        differences = differing(found.get("identity", {}), manifest["identity"])
-        if not differences and not overwrite:
-            if not found.get("complete"):
+        different = differences(recorded_identity(directory), manifest.identity)
+        if not different and not overwrite:
+            existing = begun_manifest(directory)
+            if not existing.complete:
                 return None
-            _tidy(directory, found)
-            # what is no part of the factors follows the latest call: damping, and where the same things lie now
-            current = {**found, "damping": manifest["damping"]}
-            for key in ("base", "adapter", "data"):
-                current[key] = {**found[key], "path": manifest[key]["path"] or found[key]["path"]}
-            if current["damping"] != found["damping"]:
-                say(
-                    f"note: the damping of {directory} was {found['damping']} and is now {current['damping']}; scores made "
-                    "before keep theirs"
-                    + (
-                        "; later ones use what analysis tune chose (analysis tune --forget drops it)"
-                        if found.get("tuned")
-                        else ""
-                    )
-                )
-            if current != found:
-                write_json(path, current)
-            return current
-        if differences and not overwrite:
+            _tidy(directory, existing)
+            return _follow_latest_call(directory, existing, manifest)
+        if different and not overwrite:
             raise MismatchError(
-                f"{directory} holds a run made from something else: {'; '.join(differences)}. Give another --run "
-                "directory, or --overwrite to replace it"
+                f"{directory} holds a run made from something else: {'; '.join(different)}. Give "
+                "another --run directory, or --overwrite to replace it"
             )
     elif directory.exists() and any(directory.iterdir()):
         foreign = [path.name for path in _own_files(directory)]
@@ -307,15 +331,38 @@ def _claim(directory: Path, manifest: dict[str, Any], overwrite: bool) -> dict[s
                 "): give a new directory"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    if (
-        path.exists()
-    ):  # a run of ours was here: away with the factors that analysis tune fitted below it
+    if path.exists():
+        # a run of ours was here: away with the factors that analysis tune fitted below it
         for below in (directory / "tune").glob("*/manifest.json"):
             shutil.rmtree(below.parent)
     for old in _own_files(directory):
         old.unlink()
-    write_json(path, manifest)
+    write_manifest(directory, manifest)
     return None
+
+
+def _follow_latest_call(directory: Path, existing: Manifest, asked: Manifest) -> Manifest:
+    """A finished run's manifest with what is no part of its factors: damping, and where the same things lie now."""
+    current = replace(
+        existing,
+        damping=asked.damping,
+        base=replace(existing.base, path=asked.base.path or existing.base.path),
+        adapter=replace(existing.adapter, path=asked.adapter.path or existing.adapter.path),
+        data=replace(existing.data, path=asked.data.path or existing.data.path),
+    )
+    if current.damping != existing.damping:
+        chosen = (
+            "; later ones use what analysis tune chose (analysis tune --forget drops it)"
+            if existing.tuned
+            else ""
+        )
+        say(
+            f"note: the damping of {directory} was {existing.damping} and is now {current.damping}; "
+            f"scores made before keep theirs{chosen}"
+        )
+    if current != existing:
+        write_manifest(directory, current)
+    return current
 
 
 def _own_files(directory: Path) -> list[Path]:
@@ -326,11 +373,11 @@ def _own_files(directory: Path) -> list[Path]:
     return [path for name in FILES if (path := directory / name).exists()] + numbered
 
 
-def _tidy(directory: Path, manifest: dict[str, Any]) -> None:
+def _tidy(directory: Path, manifest: Manifest) -> None:
     """Remove what only an unfinished fit needs (also where it was killed before it could)."""
     (directory / "checkpoint.h5").unlink(missing_ok=True)
-    if manifest["curvature"]["name"] != "fisher":
-        for number in range(len(manifest["points"])):
+    if manifest.curvature_name != "fisher":
+        for number in range(len(manifest.points)):
             run_file(directory, "rows", number).unlink(missing_ok=True)
 
 
@@ -361,7 +408,7 @@ def work(
         _refuse_large_gram(n * max(1, curvature.samples))
     row_bytes = n * P * run.model.dtype.itemsize
     empirical = isinstance(curvature, Fisher) and curvature.samples == 0
-    stored = _fits(run.manifest["store"], row_bytes * len(places), disk_budget) or empirical
+    stored = _fits(run.manifest.store, row_bytes * len(places), disk_budget) or empirical
     left = disk_budget - row_bytes * (len(places) - 1) if stored else disk_budget
     if stored:
         _refuse_small_disk(run, row_bytes * len(places))
@@ -372,8 +419,8 @@ def work(
             say(f"point {number + 1} of {len(places)}: {place.label}")
         with run.model.at(place.theta):
             _Fit(AtPoint(run, number, place), curvature, stored, left, state).work()
-    run.manifest |= {"gradients_stored": stored, "calibration": {}, "complete": True}
-    write_json(run.directory / "manifest.json", run.manifest)
+    run.manifest = replace(run.manifest, gradients_stored=stored, calibration={}, complete=True)
+    write_manifest(run.directory, run.manifest)
     _tidy(run.directory, run.manifest)
 
 
@@ -418,9 +465,7 @@ class _Fit:
         self.store_gradients = stored
         self.store_rows = isinstance(curvature, Fisher) and self.samples > 0
         if isinstance(curvature, EKFAC):  # kept only until the eigenvalues are refitted
-            self.store_rows = _fits(
-                run.manifest["store"], row_bytes * (1 + self.samples), disk_budget
-            )
+            self.store_rows = _fits(run.manifest.store, row_bytes * (1 + self.samples), disk_budget)
         per_example = (
             self.store_gradients or self.store_rows or isinstance(curvature, GGN | Hessian)
         )
@@ -437,14 +482,14 @@ class _Fit:
 
     def coordinates(self, state: OptimizerState | None) -> Geometry:
         """The geometry at this point; Adam's from the optimiser's state, or from gradients of some training rows."""
-        name = self.run.manifest["geometry"]
+        name = self.run.manifest.geometry
         if name == "adam" and state is not None:
             return Adam.of(self.model.space, state.v.to(self.model.device))
         return geometry_here(self.run, name)
 
     def plan(self, limited: bool) -> list[np.ndarray]:
         """The batches; `limited` in rows too, where every row's gradient is held at once."""
-        budget = self.run.manifest["token_budget"]
+        budget = self.run.manifest.token_budget
         return plan_batches(
             self.tokens, budget, max_rows=max_rows(self.model.space) if limited else None
         )
@@ -457,7 +502,7 @@ class _Fit:
                 self.model.space,
                 shared if self.geometry.shares_inputs else list(range(len(shared))),
                 self.curvature,
-                self.run.manifest["seed"],
+                self.run.manifest.seed,
                 self.model.dtype,
                 self.model.device,
             )
@@ -578,7 +623,7 @@ class _Fit:
         """One backward at sampled labels: feeds the moments, the squares or the rows, whichever are wanted."""
         ids, counts = self.tokens.ids, self.tokens.counts
         uniforms = [
-            label_uniforms(self.run.manifest["seed"], draw, ids[i], int(counts[i])) for i in rows
+            label_uniforms(self.run.manifest.seed, draw, ids[i], int(counts[i])) for i in rows
         ]
         gradient = sampled_gradient(part, probs, torch.from_numpy(np.concatenate(uniforms)))
         relative = self.relative_weights(rows)

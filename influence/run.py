@@ -13,7 +13,6 @@ Gradients and rows are stored in the parameters' own coordinates; the geometry's
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,25 +39,20 @@ from influence.geometry import Adam, Geometry, Raw, function_space, load_geometr
 from influence.gradients import max_rows, stream_gradients
 from influence.loading import load
 from influence.loss import check_rows, weights
+from influence.manifest import Manifest, change_manifest, differences, read_manifest
 from influence.measurements import Measurement
-from influence.path import Point, again, scaled
+from influence.path import Point, point_from_record, scaled
 from influence.progress import track
 from influence.rows import Examples, read_examples
 from influence.store import (
     RowFile,
-    only_writer,
     open_file,
     open_rows,
     read,
     read_group,
-    read_json,
-    write_json,
 )
 from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
 
-FORMAT = 2
-#: The record of the edits that were made from a run (`unlearn.record.chain`).
-AUDIT = "audit.jsonl"
 SPECIFICATIONS = {spec.name: spec for spec in (EKFAC, KFAC, Fisher, GGN, Hessian, Identity)}
 #: Bytes of gradients read and multiplied at a time, and the fewest rows.
 BLOCK_BYTES = 32 << 20
@@ -79,7 +73,7 @@ class Run:
     """
 
     directory: Path
-    manifest: dict[str, Any] = field(repr=False)
+    manifest: Manifest = field(repr=False)
     model: AdaptedModel = field(repr=False)
     train: Examples
     tokens: TokenizedExamples = field(repr=False)
@@ -104,87 +98,84 @@ class Run:
         manifest = read_manifest(directory)
         if model is None:
             model = load(
-                manifest["base"]["path"],
-                manifest["adapter"]["path"],
-                dtype=manifest["dtype"],
+                manifest.base.path,
+                manifest.adapter.path,
+                dtype=manifest.dtype,
                 device=device,
                 checkpointing=checkpointing,
                 trust_remote_code=trust_remote_code,
             )
         if train is None:
-            if manifest["data"]["path"] is None:
+            if manifest.data.path is None:
                 raise InputError(
                     f"{directory} was fitted on rows that came from no file: pass them as train="
                 )
-            train = read_examples(manifest["data"]["path"])
-        found = {
+            train = read_examples(manifest.data.path)
+        given = {
             "base": model.base_digest,
             "adapter": model.adapter_digest,
             "data": train.digest,
             "tokenizer": tokenizer_digest(model.tokenizer),
             "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
         }
-        differences = differing(manifest["identity"], found)
-        if differences:
+        different = differences(manifest.identity, given)
+        if different:
             raise MismatchError(
-                f"{directory} was made from something else: {'; '.join(differences)}. Restore what it was made from "
-                "(paths in manifest.json), or fit a new run"
+                f"{directory} was made from something else: {'; '.join(different)}. Restore what it "
+                "was made from (paths in manifest.json), or fit a new run"
             )
-        tokens = tokenize(train, model.tokenizer, max_length=manifest["objective"]["max_length"])
+        tokens = tokenize(train, model.tokenizer, max_length=manifest.objective.max_length)
         return cls(directory, manifest, model, train, tokens)
 
     @property
     def digest(self) -> str:
         """SHA-256 of what the run was made from; every file of the run carries it."""
-        return self.manifest["digest"]
+        return self.manifest.digest
 
     def tokenized(self, rows: Examples) -> TokenizedExamples:
         """Tokens of other rows, truncated as the training rows are; rows that the model cannot take are an error."""
-        found = tokenize(
-            rows, self.model.tokenizer, max_length=self.manifest["objective"]["max_length"]
-        )
+        found = tokenize(rows, self.model.tokenizer, max_length=self.manifest.objective.max_length)
         check_rows(self.model, found)
         return found
 
     @cached_property
     def weights(self) -> np.ndarray:
         """The objective's weights `w_i`, `[n]` float64."""
-        return weights(self.tokens.counts, self.manifest["objective"]["reduction"])
+        return weights(self.tokens.counts, self.manifest.objective.reduction)
 
     @property
     def fitted_name(self) -> str:
         """Name of the curvature that was fitted."""
-        return self.manifest["curvature"]["name"]
+        return self.manifest.curvature_name
 
     @property
     def specification(self) -> Any:
         """The curvature as it was asked of `fit`, such as `EKFAC(samples=1)`."""
-        options = {key: value for key, value in self.manifest["curvature"].items() if key != "name"}
-        return SPECIFICATIONS[self.fitted_name](**options)
+        return SPECIFICATIONS[self.fitted_name](**self.manifest.curvature_options)
 
     @property
     def gradients_stored(self) -> bool:
         """Whether the training gradients are on disk, so that scoring needs no training pass."""
-        return bool(self.manifest.get("gradients_stored"))
+        return self.manifest.gradients_stored
 
     @property
     def tuned(self) -> Tuned | None:
         """The setting that `analysis tune` chose, if it was run."""
-        found = self.manifest.get("tuned")
-        if found is None:
+        chosen = self.manifest.tuned
+        if chosen is None:
             return None
         run = self
-        if found["run"] is not None:
-            run = Run.open(self.directory / found["run"], model=self.model, train=self.train)
-        return Tuned(run, found["curvature"], found["damping"], found["at"])
+        if chosen.run is not None:
+            run = Run.open(self.directory / chosen.run, model=self.model, train=self.train)
+        return Tuned(run, chosen.curvature, chosen.damping, chosen.at)
 
     @cached_property
     def points(self) -> list[AtPoint]:
         """The run at each of its points, in order."""
         found = []
-        for number, record in enumerate(self.manifest["points"]):
+        for number, record in enumerate(self.manifest.points):
             theta = None
-            if record["scale"] is None:
+            if record.scale is None:
                 with open_file(
                     run_file(self.directory, "factors", number),
                     run_digest=point_digest(self.digest, number),
@@ -192,7 +183,7 @@ class Run:
                     theta = torch.from_numpy(read(file, "theta")).to(
                         self.model.device, self.model.dtype
                     )
-            found.append(AtPoint(self, number, again(self.model, record, theta)))
+            found.append(AtPoint(self, number, point_from_record(self.model, record, theta)))
         return found
 
     @cached_property
@@ -275,8 +266,8 @@ class AtPoint:
     @cached_property
     def geometry(self) -> Geometry:
         """The coordinates in which gradients are compared and curvature is formed."""
-        name = self.run.manifest["geometry"]
-        if self.number is None and not (name == "adam" and self.run.manifest["optimizer"]):
+        name = self.run.manifest.geometry
+        if self.number is None and not (name == "adam" and self.run.manifest.optimizer):
             with self.model.at(self.place.theta):
                 return geometry_here(self.run, name)
         with open_file(self.file("factors"), run_digest=self.digest) as file:
@@ -320,7 +311,7 @@ class AtPoint:
             else:
                 sizes = torch.tensor([leaf.stop - leaf.start for leaf in self.model.space.leaves])
                 trace = self.curvature(fitted).mean_eigenvalues() * sizes
-            budget = self.run.manifest["token_budget"]
+            budget = self.run.manifest.token_budget
             objective = Objective(
                 self.model,
                 self.run.tokens,
@@ -363,9 +354,7 @@ class AtPoint:
         fitted = self.curvature(curvature)
         if fitted.name == "identity":
             return Damped(fitted, torch.ones(1, dtype=torch.float64))
-        return Damped(
-            fitted, Damping.parse(damping or self.run.manifest["damping"]).resolve(fitted)
-        )
+        return Damped(fitted, Damping.parse(damping or self.run.manifest.damping).resolve(fitted))
 
     def preconditioner(self, operator: Damped) -> Damped:
         """The run's EK-FAC (or K-FAC) with the operator's own lambda, for preconditioned iterations."""
@@ -421,7 +410,7 @@ class AtPoint:
         return torch.from_numpy(self.run.weights[np.concatenate(self._plan())])
 
     def _plan(self) -> list[np.ndarray]:
-        budget = self.run.manifest["token_budget"]
+        budget = self.run.manifest.token_budget
         return plan_batches(self.run.tokens, budget, max_rows=max_rows(self.model.space))
 
     def gradients_of(self, rows: np.ndarray) -> Tensor:
@@ -447,7 +436,7 @@ class AtPoint:
     def _stream(
         self, tokens: TokenizedExamples, measurement: Measurement | None, out: Tensor
     ) -> Tensor:
-        budget = self.run.manifest["token_budget"]
+        budget = self.run.manifest.token_budget
         options: dict[str, Any] = {} if measurement is None else {"measurement": measurement}
         with self.model.at(self.place.theta):
             for rows, gradients, _ in stream_gradients(
@@ -491,7 +480,7 @@ class AtPoint:
 
     def fisher_rows(self) -> Rows:
         """A stream of the sample-space Fisher's rows."""
-        name = "gradients" if self.run.manifest["curvature"]["samples"] == 0 else "rows"
+        name = "gradients" if self.run.manifest.curvature["samples"] == 0 else "rows"
         blocks = lambda: row_blocks(self.file(name), name, self.digest, self.model.device)  # noqa: E731
         return lambda: (self.geometry.features(block) for block in blocks())
 
@@ -515,7 +504,7 @@ def geometry_here(run: Run, name: str) -> Geometry:
         return Raw()
     n = len(run.tokens)
     rows = spaced(n, RMS_ROWS)
-    budget, order, blocks = run.manifest["token_budget"], [], []
+    budget, order, blocks = run.manifest.token_budget, [], []
     for indices, gradients, _ in stream_gradients(
         run.model, run.tokens.select(rows), token_budget=budget
     ):
@@ -538,25 +527,6 @@ def point_digest(run_digest: str, number: int) -> str:
     )
 
 
-def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """What differs between two run identities, in words; digests are shortened."""
-
-    def short(value: Any) -> str:
-        text = value if isinstance(value, str) else json.dumps(value)
-        return text[:12] if len(text) == 64 else text
-
-    def short_points(points: Any) -> str:
-        return ",".join(point["label"] for point in points) if points else "nothing"
-
-    return [
-        f"{key} is {short_points(found.get(key))} there and {short_points(expected[key])} here"
-        if key == "points" and short_points(found.get(key)) != short_points(expected[key])
-        else f"{key} is {short(found.get(key))} there and {short(expected[key])} here"
-        for key in expected
-        if found.get(key) != expected[key]
-    ]
-
-
 def row_blocks(
     path: Path, name: str, run_digest: str, device: torch.device, label: str | None = None
 ) -> Iterator[Tensor]:
@@ -570,28 +540,6 @@ def row_blocks(
             yield torch.from_numpy(rows.read(start, min(start + step, len(rows)))).to(device)
 
 
-def write_manifest(run: Run, **keys: Any) -> None:
-    """Set some keys of a run's manifest, in memory and on disk, where the others stay what they are by now."""
-    path = run.directory / "manifest.json"
-    with only_writer(run.directory / AUDIT):  # which edits hold while they write their own keys
-        run.manifest = {**read_json(path), **keys}
-        write_json(path, run.manifest)
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a finished run; anything else is an `InputError` that says what is there."""
-    path = directory / "manifest.json"
-    if not path.exists():
-        raise InputError(
-            f"{directory} is not a run directory (no manifest.json): make one with influence fit"
-        )
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"{path} has format {manifest.get('format')!r} and this version reads format {FORMAT}: fit the run again"
-        )
-    if not manifest.get("complete"):
-        raise InputError(
-            f"the fit in {directory} is unfinished: run the same influence fit command again to resume it"
-        )
-    return manifest
+def update_manifest(run: Run, **changes: Any) -> None:
+    """Set some fields of a run's manifest, in memory and on disk, where the others stay what they are by now."""
+    run.manifest = change_manifest(run.directory, **changes)

@@ -135,7 +135,7 @@ def score(
         with_limits(one, {key: value for key, value in limits.items() if value is not None})
         for one in solvers
     ]
-    max_length = run.manifest["objective"]["max_length"]
+    max_length = run.manifest.objective.max_length
     tokens = tokenize(queries, run.model.tokenizer, max_length=max_length)
     check_rows(run.model, tokens)
     if isinstance(explained, TokenLoss):

@@ -80,16 +80,16 @@ class Setting:
         shares = shares / shares.sum()
         factors = shares * (shares @ scales) / scales
         identity = operators[0].curvature.name == "identity"
-        rule = None if identity else str(Damping.parse(damping or run.manifest["damping"]))
+        rule = None if identity else str(Damping.parse(damping or run.manifest.damping))
         setting = cls(owner, run, points, operators, factors, rule, "none")
         return setting.calibrated() if calibrated else setting
 
     def calibrated(self) -> Setting:
         """The same with the manifest's calibration, where that was measured for this very setting."""
-        found = self.run.manifest.get("calibration", {}).get(self.name)
-        if not found:
+        known = self.run.manifest.calibration.get(self.name)
+        if known is None:
             return self
-        return replace(self, factors=self.factors * found["factor"], calibration=found["source"])
+        return replace(self, factors=self.factors * known.factor, calibration=known.source)
 
     @property
     def name(self) -> str:
@@ -105,7 +105,7 @@ class Setting:
         run = self.run
         return {
             "curvature": self.operators[0].curvature.name,
-            "geometry": run.manifest["geometry"],
+            "geometry": run.manifest.geometry,
             "solver": solver.name,
             "damping": self.rule or "none",
             "lambda": _short(
@@ -116,17 +116,17 @@ class Setting:
             "calibration": self.calibration,
             "run_digest": self.owner.digest,
             "factors_digest": run.digest,
-            "base_digest": run.manifest["base"]["digest"],
-            "adapter_digest": run.manifest["adapter"]["digest"],
-            "data_digest": run.manifest["data"]["digest"],
-            "version": run.manifest["versions"]["lora-influence"],
+            "base_digest": run.manifest.base.digest,
+            "adapter_digest": run.manifest.adapter.digest,
+            "data_digest": run.manifest.data.digest,
+            "version": run.manifest.versions["lora-influence"],
         }
 
 
 def setting_name(run: Run, curvature: str, rule: str | None, points: Sequence[AtPoint]) -> str:
     """What a setting's calibration is kept under in the manifest."""
     labels = ",".join(point.place.label for point in points)
-    return f"{run.manifest['geometry']} {curvature} {rule or 'undamped'} at {labels}"
+    return f"{run.manifest.geometry} {curvature} {rule or 'undamped'} at {labels}"
 
 
 def _number(text: str) -> float | None:

@@ -59,7 +59,7 @@ class Tokenwise:
         """Add `factor` times the scores at one point, for the `solutions` [K, P] of these queries [K]."""
         run, model = point.run, point.model
         columns = model.space.split(point.geometry.adjoint(solutions))
-        plan = plan_batches(run.tokens, run.manifest["token_budget"])
+        plan = plan_batches(run.tokens, run.manifest.token_budget)
         with model.at(point.place.theta), tape(model) as recorder:
             for rows in track(plan, "training rows, token by token"):
                 batch = collate(run.tokens, rows, pad_id=model.pad_id, device=model.device)

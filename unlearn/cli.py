@@ -389,10 +389,10 @@ def _edit(
 
 def _rows_of(run: Path) -> Any:
     """The run's training rows, read before the model is loaded; None where they came from no file."""
+    from influence.manifest import read_manifest
     from influence.rows import read_examples
-    from influence.run import read_manifest
 
-    path = read_manifest(run)["data"]["path"]
+    path = read_manifest(run).data.path
     return None if path is None else read_examples(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import json
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_every_setting_of_the_table_is_scored_as_influence_scores_it(run):
     assert (
         len(found.judged) == (2 * 2 + 1) * 3
     )  # ekfac and kfac with two dampings, identity; all points and each
-    run.manifest["calibration"] = {}
+    run.manifest = replace(run.manifest, calibration={})
     for one in found.judged:
         damping = None if one.damping == "none" else one.damping
         expected = run.score(queries, curvature=one.curvature, damping=damping, at=one.at).values
@@ -68,14 +69,14 @@ def test_the_setting_that_is_the_truth_is_chosen_kept_and_obeyed(run, wanted):
     again = influence.Run.open(run.directory, model=run.model, train=run.train)
     (kept,) = [
         found
-        for found in again.manifest["calibration"].values()
+        for found in again.manifest.calibration.values()
         if found["source"].startswith("retraining")
     ]
     uncalibrated = Setting.of(again, calibrated=False)
-    np.testing.assert_allclose(Setting.of(again).factors, uncalibrated.factors * kept["factor"])
-    again.manifest["calibration"] = {}
+    np.testing.assert_allclose(Setting.of(again).factors, uncalibrated.factors * kept.factor)
+    again.manifest = replace(again.manifest, calibration={})
     plain = influence.Run.open(run.directory, model=run.model, train=run.train)
-    plain.manifest |= {"tuned": None, "calibration": {}}
+    plain.manifest = replace(plain.manifest, tuned=None, calibration={})
     np.testing.assert_array_equal(
         again.score(queries).values, plain.score(queries, **wanted).values
     )
@@ -111,13 +112,13 @@ def test_queries_in_chunks_give_the_same_table(run, monkeypatch):
 
 def test_the_factor_of_a_truth_in_other_units_is_found(run):
     queries = examples(3, seed=9)
-    run.manifest["calibration"] = {}
+    run.manifest = replace(run.manifest, calibration={})
     truth = linear_truth(run, queries)
     values = run.score(queries).values
     assert retrained_factor(values * 4, truth.masks, truth.query_loss) == pytest.approx(0.25)
     tune(run, truth=truth, queries=queries, dampings=("mean:0.1",), curvatures=("ekfac",))
     again = influence.Run.open(run.directory, model=run.model, train=run.train)
-    assert again.manifest["tuned"]["at"] == "all"
+    assert again.manifest.tuned.at == "all"
     np.testing.assert_allclose(again.score(queries).values, values, rtol=1e-4)
 
 
@@ -127,7 +128,7 @@ def test_other_factors_are_fitted_below_the_run_and_used(model, tmp_path, capfd)
     other = influence.fit(
         model, examples(12), directory=tmp_path / "other", geometry="function", path=(1.0,)
     )
-    other.manifest["calibration"] = {}
+    other.manifest = replace(other.manifest, calibration={})
     truth = linear_truth(other, queries, damping="mean:0.001")
     found = tune(
         run,
@@ -143,7 +144,7 @@ def test_other_factors_are_fitted_below_the_run_and_used(model, tmp_path, capfd)
     factor = read_json(run.directory / "tune" / "geometry-function" / "manifest.json")[
         "calibration"
     ]
-    (factor,) = [found["factor"] for name, found in factor.items() if "mean:0.001" in name]
+    (factor,) = [found.factor for name, found in factor.items() if "mean:0.001" in name]
     scores = again.score(queries, out=tmp_path / "s.h5")
     np.testing.assert_allclose(
         scores.values, other.score(queries, damping="mean:0.001").values * factor, rtol=1e-5
@@ -163,9 +164,9 @@ def test_without_a_truth_the_checks_choose_and_tell_what_they_found(run):
         np.isfinite([row["concentration"], row["selectivity"], row["calibration"]]).all()
         for row in rows
     )
-    assert run.manifest["tuned"]["at"] == found.chosen.at
+    assert run.manifest.tuned.at == found.chosen.at
     assert (
-        json.loads((run.directory / "manifest.json").read_text())["tuned"] == run.manifest["tuned"]
+        json.loads((run.directory / "manifest.json").read_text())["tuned"] == run.manifest.tuned
     )
 
 
@@ -185,7 +186,7 @@ def test_small_edits_are_predicted_to_first_order(model, tmp_path):
 
 
 def test_averages_are_calibrated_when_they_are_fitted(run):
-    found = run.manifest["calibration"]
+    found = run.manifest.calibration
     ((name, found),) = found.items()
     assert name == "raw ekfac mean:0.1 at 0.5,0.9"
     queries = examples(3, seed=9)
@@ -195,7 +196,7 @@ def test_averages_are_calibrated_when_they_are_fitted(run):
         "none",
     )
     setting = Setting.of(run, calibrated=False)
-    np.testing.assert_allclose(Setting.of(run).factors, setting.factors * found["factor"])
+    np.testing.assert_allclose(Setting.of(run).factors, setting.factors * found.factor)
 
 
 def test_the_choice_is_compared_with_the_exact_ggn(run):
@@ -204,7 +205,7 @@ def test_the_choice_is_compared_with_the_exact_ggn(run):
     assert 0.5 < found.exact <= 1
     first = int(some_rows(run, 2)[0])
     queries = run.train[first : first + 1]
-    run.manifest["calibration"] = {}
+    run.manifest = replace(run.manifest, calibration={})
     chosen = {"at": found.chosen.at, "damping": "mean:1"}
     ours = run.score(queries, curvature=found.chosen.curvature, **chosen).values[0]
     exact = run.score(queries, curvature="ggn", solver="pcg", **chosen).values[0]
@@ -241,7 +242,7 @@ def test_a_truth_of_other_ids_is_refused(run):
             MismatchError, match="ids differ: the truth has the same ones in another order"
         ):
             tune(run, truth=named, queries=queries)
-    assert not run.manifest.get("tuned")
+    assert not run.manifest.tuned
 
 
 def test_a_choice_can_be_dropped(run):
@@ -267,7 +268,7 @@ def test_wrong_requests(run, model, tmp_path):
     ):
         with pytest.raises(InputError, match=sentence):
             tune(run, **options)
-    assert not run.manifest.get("tuned")
+    assert not run.manifest.tuned
     ggn = influence.fit(
         model, examples(6), curvature=influence.GGN(), directory=tmp_path / "ggn", path=(1.0,)
     )

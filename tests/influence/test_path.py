@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import influence
 from influence import scorefile
 from influence.errors import AdapterError, InputError, MismatchError
+from influence.manifest import CalibrationRecord
 from influence.run import Run
 from influence.scorefile import Scores
 from influence.setting import Setting
@@ -117,8 +119,8 @@ def plain_gradients(model, data, measure=plain_loss) -> torch.Tensor:
 
 def kappa(run: Run) -> float:
     """The calibration of a run's default setting."""
-    (found,) = run.manifest["calibration"].values() or ({"factor": 1.0},)
-    return found["factor"]
+    (found,) = run.manifest.calibration.values() or (CalibrationRecord(1.0, "none"),)
+    return found.factor
 
 
 def singles(model, data, queries, folder, path, *, of=None, **options):
@@ -338,7 +340,7 @@ def test_labels_tell_points_apart(model, tmp_path):
         fitted = influence.fit(model, data, path=(0.4, 0.4000001), directory=tmp_path / "run")
     except InputError:
         return
-    labels = [point["label"] for point in fitted.manifest["points"]]
+    labels = [point.label for point in fitted.manifest.points]
     assert len(set(labels)) == len(labels)
 
 
@@ -360,7 +362,8 @@ class Interruption(Exception):
 def test_a_calibrated_score_of_one_point_is_calibrated_once(model, tmp_path, monkeypatch):
     """Killed after the sum was made and before the file was moved into place: it must not be multiplied again."""
     fitted = fit_end(model, examples(5), directory=tmp_path / "run")
-    fitted.manifest["calibration"] = {Setting.of(fitted).name: {"factor": 3.0, "source": "by hand"}}
+    known = {Setting.of(fitted).name: CalibrationRecord(3.0, "by hand")}
+    fitted.manifest = replace(fitted.manifest, calibration=known)
     queries = examples(2, seed=1)
     expected = fitted.score(queries).values
 
@@ -463,7 +466,7 @@ def test_checkpoints_count_by_their_learning_rate(model, tmp_path, double, capfd
         f"note: {folders[2]} is left out: training had a learning rate of 0 there"
         in capfd.readouterr().err
     )
-    assert [point["label"] for point in fitted.manifest["points"]] == ["a", "b"]
+    assert [point.label for point in fitted.manifest.points] == ["a", "b"]
     found = at_checkpoints(model, data, queries, tmp_path, folders[:2])
     scores, own = averaged(found, [0.75, 0.25])
     close(fitted.score(queries).values, kappa(fitted) * scores)
@@ -499,7 +502,7 @@ def test_checkpoints_and_scales_share(model, tmp_path, double):
     fitted = influence.fit(
         model, data, checkpoints=folders, path=(0.8,), directory=tmp_path / "run"
     )
-    assert [point["share"] for point in fitted.manifest["points"]] == pytest.approx(
+    assert [point.share for point in fitted.manifest.points] == pytest.approx(
         [1 / 2, 1 / 6, 1 / 3]
     )
     found = at_checkpoints(model, data, queries, tmp_path / "x", folders)
@@ -521,7 +524,7 @@ def test_a_checkpoint_that_is_left_out_takes_no_share(model, tmp_path):
     fitted = influence.fit(
         model, examples(4), checkpoints=folders, path=(0.8,), directory=tmp_path / "run"
     )
-    assert [point["share"] for point in fitted.manifest["points"]] == pytest.approx([0.5, 0.5])
+    assert [point.share for point in fitted.manifest.points] == pytest.approx([0.5, 0.5])
 
 
 def test_another_checkpoint_is_another_run(model, tmp_path):
@@ -545,7 +548,7 @@ def test_checkpoints_of_one_name_are_told_apart(model, tmp_path):
         fitted = influence.fit(model, examples(4), checkpoints=folders, directory=tmp_path / "run")
     except InputError:
         return
-    labels = [point["label"] for point in fitted.manifest["points"]]
+    labels = [point.label for point in fitted.manifest.points]
     assert len(set(labels)) == len(labels)
 
 

@@ -868,7 +868,7 @@ def test_plain_h5py_reads_the_scores(tmp_path):
     digests |= {"data": examples(N).digest}
     assert {name: attributes[f"{name}_digest"] for name in digests} == digests
     assert attributes["query_digest"] == queries.digest
-    assert attributes["version"] == run.manifest["versions"]["lora-influence"]
+    assert attributes["version"] == run.manifest.versions["lora-influence"]
 
 
 def test_self_influence_and_scores_share_a_file_without_harm(tmp_path):

@@ -18,7 +18,6 @@ from damage by the manifest's head (it is the line before) and removed by the ne
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from influence.errors import MismatchError, StoreError
-from influence.run import read_manifest
-from influence.store import only_writer, read_json, write_json
+from influence.manifest import (
+    AuditRecord,
+    Manifest,
+    NowRecord,
+    Source,
+    change_under_lock,
+    digest_of,
+    read_manifest,
+)
+from influence.store import only_writer
 from unlearn.record.folder import RECORD, Verification, check_folder, facts_of
 from unlearn.record.plain import (
     _KINDS,
@@ -40,7 +47,6 @@ from unlearn.record.plain import (
     read_plain,
     reason_of,
     shortened,
-    typed_value_at,
 )
 
 CHAIN, MANIFEST = "audit.jsonl", "manifest.json"
@@ -123,7 +129,7 @@ def append(
     return entry
 
 
-def _entry(folder: Path, chain: Chain, manifest: dict[str, Any]) -> dict[str, Any]:
+def _entry(folder: Path, chain: Chain, manifest: Manifest) -> dict[str, Any]:
     """The next line: what it repeats from the record, checked against the folder, the run and the lines so far."""
     try:
         data = read_plain(folder / RECORD)
@@ -132,10 +138,10 @@ def _entry(folder: Path, chain: Chain, manifest: dict[str, Any]) -> dict[str, An
         raise StoreError(
             f"{folder / RECORD} cannot be recorded: {reason_of(error)}; save the edit again"
         ) from error
-    if facts["run"] != manifest["digest"]:
+    if facts["run"] != manifest.digest:
         raise MismatchError(
             f"{folder} is an edit of the run {facts['run'][:12]} and {chain.path.parent} is the run "
-            f"{manifest['digest'][:12]}: give the run that it was made from"
+            f"{manifest.digest[:12]}: give the run that it was made from"
         )
     entry: dict[str, Any] = {
         "number": len(chain.lines) + 1,
@@ -173,16 +179,12 @@ def _write_line(chain: Chain, line: bytes) -> None:
 
 def _settle(run_directory: Path, count: int, head: str, last: Mapping[str, Any]) -> None:
     """The manifest follows: the chain's length and head, and the adapter that the last edit made."""
-    manifest = read_json(run_directory / MANIFEST)  # the latest: others write their keys too
-    write_json(
-        run_directory / MANIFEST,
-        manifest | {"audit": {"entries": count, "head": head}, "now": newest_adapter(last)},
-    )
+    change_under_lock(run_directory, audit=AuditRecord(count, head), now=newest_adapter(last))
 
 
-def newest_adapter(last: Mapping[str, Any]) -> dict[str, Any]:
+def newest_adapter(last: Mapping[str, Any]) -> NowRecord:
     """What the manifest says of the adapter that the last line made."""
-    return as_json({"adapter": {"path": last["edit"], "digest": last["adapter_after"]}})
+    return NowRecord(Source(as_json(last["edit"]), last["adapter_after"]))
 
 
 @contextmanager
@@ -205,7 +207,7 @@ def entries(run_directory: Path) -> list[dict[str, Any]]:
     return [entry for _, entry in sound_chain(run_directory, checked_manifest(run_directory)).lines]
 
 
-def sound_chain(run_directory: Path, manifest: dict[str, Any]) -> Chain:
+def sound_chain(run_directory: Path, manifest: Manifest) -> Chain:
     chain = read_chain(run_directory, manifest)
     if chain.problems:
         more = (
@@ -220,7 +222,7 @@ def sound_chain(run_directory: Path, manifest: dict[str, Any]) -> Chain:
     return chain
 
 
-def read_chain(run_directory: Path, manifest: dict[str, Any]) -> Chain:
+def read_chain(run_directory: Path, manifest: Manifest) -> Chain:
     """Read and check `audit.jsonl`: each line, how it follows from the one before, and the manifest's count and head."""
     path, problems = run_directory / CHAIN, []
     try:
@@ -250,9 +252,9 @@ def read_chain(run_directory: Path, manifest: dict[str, Any]) -> Chain:
                 wrong.append(
                     f"it follows a line with hash {entry['previous']}, the line before has {hashes[-1]}"
                 )
-            if entry["run"] != manifest["digest"]:
+            if entry["run"] != manifest.digest:
                 wrong.append(
-                    f"it is of run {entry['run']}, expected {manifest['digest']}: was the run fitted anew?"
+                    f"it is of run {entry['run']}, expected {manifest.digest}: was the run fitted anew?"
                 )
             if entry["adapter_before"] not in known:
                 wrong.append(_unknown_before(entry))
@@ -261,7 +263,7 @@ def read_chain(run_directory: Path, manifest: dict[str, Any]) -> Chain:
             number = entry["number"]
         problems += [f"{path} line {place}: {clipped(reason)}" for reason in wrong]
 
-    count, head = _audit(manifest)
+    count, head = _counted(manifest)
     told = f"{run_directory / MANIFEST} counts {count} with head {head}"
     pending, torn = False, None
     if tail and len(raws) == count and hashes[-1] == head:
@@ -314,44 +316,40 @@ def _line(raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
     return entry, wrong
 
 
-def _adapters(manifest: dict[str, Any], before: list[dict[str, Any]]) -> set[str]:
+def _adapters(manifest: Manifest, before: list[dict[str, Any]]) -> set[str]:
     """Digests of the adapters that a line may start from: the run's own, and what earlier lines made."""
-    return {manifest["identity"]["adapter"], *(entry["adapter_after"] for entry in before)}
+    return {manifest.identity["adapter"], *(entry["adapter_after"] for entry in before)}
 
 
 def _unknown_before(entry: dict[str, Any]) -> str:
     return f"it starts from adapter {entry['adapter_before']}, which is neither the run's nor made by an earlier line"
 
 
-def checked_manifest(run_directory: Path) -> dict[str, Any]:
+def checked_manifest(run_directory: Path) -> Manifest:
     """The manifest of a finished run; `InputError` where there is none, `StoreError` where it is damaged."""
     path = run_directory / MANIFEST
     try:
         if os.path.lexists(path):
             parse_object(read_plain(path))  # whatever read_manifest would stumble over
         manifest = read_manifest(run_directory)
-        digest, identity = (
-            typed_value_at(manifest, "digest", str),
-            typed_value_at(manifest, "identity", dict),
-        )
-        typed_value_at(manifest, "identity.adapter", str)
-        _audit(manifest)
-        content = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        if content != digest:
-            raise StoreError(f"its digest is {digest}, its identity has {content}: it was changed")
+        if not isinstance(manifest.identity.get("adapter"), str):
+            adapter = shortened(manifest.identity.get("adapter"))
+            raise StoreError(f"identity.adapter is {adapter}, expected text")
+        _counted(manifest)
+        content = digest_of(manifest.identity)
+        if content != manifest.digest:
+            raise StoreError(
+                f"its digest is {manifest.digest}, its identity has {content}: it was changed"
+            )
     except (OSError, ValueError, RecursionError, StoreError) as error:
         raise StoreError(f"{path} is damaged: {reason_of(error)}") from error
     return manifest
 
 
-def _audit(manifest: dict[str, Any]) -> tuple[int, str]:
+def _counted(manifest: Manifest) -> tuple[int, str]:
     """How many lines the manifest counts, and the hash of the last."""
-    if "audit" not in manifest:
+    if manifest.audit is None:
         return 0, START
-    count, head = (
-        typed_value_at(manifest, "audit.entries", int),
-        typed_value_at(manifest, "audit.head", str),
-    )
-    if not 0 <= count < 2**31:
+    if not 0 <= manifest.audit.entries < 2**31:
         raise StoreError("audit.entries is no count of lines")
-    return count, head
+    return manifest.audit.entries, manifest.audit.head

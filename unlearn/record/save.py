@@ -16,8 +16,9 @@ from torch import Tensor
 from influence.adapter import weight_key
 from influence.errors import InputError, WorkError
 from influence.loading import adapter_folder
+from influence.manifest import read_manifest
 from influence.run import Run
-from influence.store import only_writer, read_json
+from influence.store import only_writer
 from unlearn.record.chain import append, entries
 from unlearn.record.change import Change
 from unlearn.record.change_files import write_rows
@@ -108,7 +109,7 @@ class Edit:
                     os.replace(replaced, out)
                 raise
             shutil.rmtree(replaced, ignore_errors=True)
-        run.manifest = read_json(run.directory / "manifest.json")
+        run.manifest = read_manifest(run.directory)
         return out
 
     def _write(self, folder: Path) -> None:
@@ -164,7 +165,7 @@ def refuse_out(run: Run, out: Path, overwrite: bool) -> None:
     """Refuse an output directory that holds something, or that the run, its base, its adapter, its rows or an edit needs."""
     sources = [
         str(run.directory),
-        *(run.manifest[key]["path"] for key in ("adapter", "base", "data")),
+        *(part.path for part in (run.manifest.adapter, run.manifest.base, run.manifest.data)),
     ]
     for place in sources:
         if place and Path(place).exists() and _inside(out, Path(place)):

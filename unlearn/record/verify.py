@@ -146,7 +146,7 @@ def _checked_chain(found: Verification, run_directory: Path) -> Chain | None:
     chain = read_chain(run_directory, manifest)
     found.problems.extend([*chain.problems, *([chain.torn] if chain.torn else [])])
     count = len(chain.lines)
-    now, last = manifest.get("now"), chain.lines[-1][1] if chain.lines else None
+    now, last = manifest.now, chain.lines[-1][1] if chain.lines else None
     told = newest_adapter(last) if last else None
     if now != told and not chain.pending and not chain.problems:
         found.problems.append(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from influence.adapter import weight_key
 from influence.errors import InputError, MismatchError, StoreError
+from influence.manifest import AuditRecord
 from tests.conftest import build_model, examples, fit_end
 from unlearn.record import chain, plain
 from unlearn.record import folder as checks
@@ -96,11 +97,30 @@ def place(tmp_path) -> SimpleNamespace:
     number = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     run = tmp_path / "run"
     run.mkdir()
+    nowhere = {"path": None, "digest": "d" * 64}
+    sizes = {"rows": 1, "tokens": 2, "supervised_tokens": 1}
     manifest = {
         "format": 2,
         "digest": number,
-        "identity": identity,
         "complete": True,
+        "identity": identity,
+        "base": nowhere,
+        "adapter": nowhere | {"parameters": 24},
+        "data": nowhere | sizes,
+        "tokenizer": {"digest": "e" * 64},
+        "objective": {"reduction": "token", "max_length": None, "N_tok": 1},
+        "curvature": {"name": "identity"},
+        "damping": "mean:0.1",
+        "points": [{"label": "0.4", "share": 1.0, "scale": 0.4, "digest": None}],
+        "geometry": "raw",
+        "optimizer": None,
+        "store": "auto",
+        "disk_budget": 1.0,
+        "seed": 0,
+        "token_budget": 1,
+        "dtype": "float32",
+        "versions": {},
+        "created": "2026-11-21T00:00:00Z",
         "other": "kept",
     }
     (run / "manifest.json").write_text(json.dumps(manifest))
@@ -849,7 +869,7 @@ def test_an_edit_of_a_real_adapter(tmp_path):
     again = fit_end(
         model, examples(4), directory=tmp_path / "run"
     )  # a finished fit keeps the record
-    assert again.manifest["audit"] == {"entries": 1, "head": entries(run.directory)[0]["hash"]}
+    assert again.manifest.audit == AuditRecord(1, entries(run.directory)[0]["hash"])
 
 
 # ---- hostile files -------------------------------------------------------------------------------------------
