@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 from influence.front_door import on_first_use
 
 if TYPE_CHECKING:
-    from analysis.evaluation.evaluation import Options, evaluate
+    from analysis.evaluation.evaluation import evaluate
+    from analysis.evaluation.options import Options
 
 _HOMES = {
-    "evaluation": ("Options", "evaluate"),
+    "evaluation": ("evaluate",),
+    "options": ("Options",),
 }
 
 __all__ = [

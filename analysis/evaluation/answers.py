@@ -11,7 +11,8 @@ from typing import Any
 from influence.errors import BadRow, DataError
 from influence.rows import Example, Examples, examples_from_rows, read_examples
 
-#: Names under which a row may carry a paraphrase of its completion, and wrong ones: ours, then TOFU's.
+#: Names under which a row may carry a paraphrase of its completion, and wrong ones: ours, then
+#: TOFU's.
 PARAPHRASED, PERTURBED = (
     ("paraphrased_completion", "paraphrased_answer"),
     ("perturbed_completions", "perturbed_answer"),
@@ -22,8 +23,8 @@ PARAPHRASED, PERTURBED = (
 class Rows:
     """Examples and, where they carry them, other answers to their prompts.
 
-    `paraphrased[i]` says what row i's completion says in other words, `perturbed[i]` are wrong answers of the paraphrase's form;
-    None and () where row i has none.
+    `paraphrased[i]` says what row i's completion says in other words, `perturbed[i]` are wrong
+    answers of the paraphrase's form; None and () where row i has none.
     """
 
     examples: Examples
@@ -52,9 +53,10 @@ def read_rows(path: str | Path) -> Rows:
 def rows(records: Iterable[Mapping[str, Any]]) -> Rows:
     """Rows from Python records, with other answers.
 
-    `paraphrased_completion` (string) and `perturbed_completions` (strings) stand where the completion does, as they are. Under
-    TOFU's names, `paraphrased_answer` and `perturbed_answer`, they get the white space that the completion begins with. A row has
-    both or neither. Raises `DataError` that lists every other row.
+    `paraphrased_completion` (string) and `perturbed_completions` (strings) stand where the
+    completion does, as they are. Under TOFU's names, `paraphrased_answer` and `perturbed_answer`,
+    they get the white space that the completion begins with. A row has both or neither. Raises
+    `DataError` that lists every other row.
     """
     found = list(records)
     return _with_answers(examples_from_rows(found), found)
@@ -88,7 +90,8 @@ def _with_answers(examples: Examples, records: list[Any]) -> Rows:
                 BadRow(
                     number,
                     example.id,
-                    f"expected a string {PARAPHRASED[0]!r} and a list of strings {PERTURBED[0]!r}, all non-empty, or "
+                    f"expected a string {PARAPHRASED[0]!r} and a list of strings "
+                    f"{PERTURBED[0]!r}, all non-empty, or "
                     "neither of them",
                 )
             )

@@ -109,7 +109,8 @@ def _membership_lines(result: Mapping[str, Any]) -> list[str]:
         lines.append(f'With {held} held-out rows "1 %" allows no false positive at all.')
     if not beside:
         lines.append(
-            "An AUC off 0.5 may also say that forget and held-out rows differ in kind: --reference, an adapter\n"
+            "An AUC off 0.5 may also say that forget and held-out rows differ in kind: "
+            "--reference, an adapter\n"
             "trained without the forget rows, tells the two apart."
         )
     return lines
@@ -142,18 +143,21 @@ def _single_lines(result: Mapping[str, Any]) -> list[str]:
     lines = []
     if (quality := result["forget_quality"]) is not None:
         lines.append(
-            f"forget quality, p-value    {quality['value']:.3g} (smallest possible {quality['floor']:.2g})"
+            f"forget quality, p-value    {quality['value']:.3g} (smallest possible "
+            f"{quality['floor']:.2g})"
         )
     if result["generalized_exposure"] is not None:
         lines.append(
-            f"generalized exposure       {result['generalized_exposure']:+.3f} bits per token against the reference"
+            f"generalized exposure       {result['generalized_exposure']:+.3f} bits per token "
+            f"against the reference"
         )
     if (relative := result["relative_exposure"]) is not None:
         beside = (
             f"; the reference's {relative['reference']:+.3f}" if "reference" in relative else ""
         )
         lines.append(
-            f"relative exposure          {relative['adapter']:+.3f} bits per token against held-out rows{beside}"
+            f"relative exposure          {relative['adapter']:+.3f} bits per token against "
+            f"held-out rows{beside}"
         )
     if (utility := result["utility"]) is not None:
         beside = (
