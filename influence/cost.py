@@ -1,4 +1,4 @@
-"""Work, counted in rows that are run."""
+"""Work, counted in rows that are run through the model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from dataclasses import dataclass
 
 @dataclass
 class Cost:
-    """Work done: rows run forward and backward, and rows run forward only, which count a third."""
+    """Work done so far.
+
+    Attributes
+    ----------
+    gradients : int
+        Rows run forward and backward.
+    forwards : int
+        Rows run forward only.
+    """
 
     gradients: int = 0
     forwards: int = 0
 
     @property
     def total(self) -> float:
-        """In row-gradients."""
+        """Work in row-gradients: a backward takes about two forwards, so a forward counts a third."""
         return self.gradients + self.forwards / 3

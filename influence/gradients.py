@@ -329,7 +329,7 @@ def label_uniforms(seed: int, draw: int, id: str, count: int) -> np.ndarray:
     )
 
 
-# ---- the public self-check -----------------------------------------------------------------------------------
+# ---- the public self-check -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -411,25 +411,40 @@ def _loop_gradient(model: AdaptedModel, tokens: TokenizedExamples, index: int) -
     )
 
 
+# ---- the gradient of a weighted sum --------------------------------------------------------------
+
+
 def summed_gradient(
     model: AdaptedModel,
     tokens: TokenizedExamples,
     by_logits: Callable[[np.ndarray, Supervised], Tensor],
     *,
     token_budget: int,
-    cost: Cost,
-    ahead: Callable[[np.ndarray], None] | None = None,
+    cost: Cost | None = None,
+    before_batch: Callable[[np.ndarray], None] | None = None,
 ) -> Tensor:
-    """The gradient `[P]` of a sum over rows, where the model is now, from its gradient by the
-    supervised logits.
+    """Gradient `[P]` of a sum over rows, where the model is now.
 
-    `by_logits(rows [b], part)` gives that of a batch, `[N, V]`; `ahead(rows)` is called before the
-    batch runs and may move the model meanwhile, which is not allowed while a graph is alive. No
-    row's own gradient is held.
+    At a leaf with inputs x_t and output gradients d_t this is `sum_t d_t x_t^T` over the tokens of
+    all rows at once: no row's own gradient is formed.
+
+    Parameters
+    ----------
+    model, tokens
+        The n rows are run in batches of at most `token_budget` tokens.
+    by_logits
+        Gives, for a batch's rows `[b]` and its supervised logits `[N, V]` (without a graph), the
+        sum's gradient by these logits, `[N, V]`.
+    cost
+        Counts each row once, as forward and backward.
+    before_batch
+        Is called with a batch's rows before the batch runs, and may move the model meanwhile, which
+        `by_logits` must not: a graph is alive then.
     """
     space = model.space
     total = torch.zeros(space.size, dtype=model.dtype, device=model.device)
-    cost.gradients += len(tokens)
+    if cost is not None:
+        cost.gradients += len(tokens)
 
     def add(leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
         place = total[space.leaves[leaf].slice].unflatten(0, space.leaves[leaf].shape)
@@ -437,20 +452,20 @@ def summed_gradient(
 
     with tape(model) as recorder:
         for rows in plan_batches(tokens, token_budget) if len(tokens) else []:
-            if ahead is not None:
-                ahead(rows)
-            _one_batch(recorder, tokens, rows, by_logits, add)
+            if before_batch is not None:
+                before_batch(rows)
+            _send_back(recorder, tokens, rows, by_logits, add)
     return total
 
 
-def _one_batch(
+def _send_back(
     recorder: Tape,
     tokens: TokenizedExamples,
     rows: np.ndarray,
     by_logits: Callable[[np.ndarray, Supervised], Tensor],
-    add: Callable[[int, Tensor, Tensor, Tensor], None],
+    add: Sink,
 ) -> None:
-    """One batch; its graph is gone when this returns."""
+    """Run one batch forward and backward. A function, so that its graph is gone when it returns."""
     model = recorder.model
     part = recorder.forward(collate(tokens, rows, pad_id=model.pad_id, device=model.device))
     with torch.no_grad():
@@ -464,9 +479,13 @@ def loss_sum_gradient(
     weights: np.ndarray,
     *,
     token_budget: int,
-    cost: Cost,
+    cost: Cost | None = None,
 ) -> tuple[Tensor, np.ndarray]:
-    """The gradient `[P]` of `sum_i weights_i l_i` (l the summed loss) and the mean losses `[n]`, where the model is now."""
+    """Gradient `[P]` of `sum_i weights_i l_i`, and the rows' mean losses `[n]`, where the model is now.
+
+    `l_i` is the summed cross-entropy of row i in nats; `weights` [n] may be negative. The mean losses
+    are in nats per completion token. `cost` counts each row once, as forward and backward.
+    """
     losses = np.zeros(len(tokens))
     unit = power_of_two_near(float(np.abs(weights).max()) if len(weights) else 1.0)
 
@@ -481,11 +500,15 @@ def loss_sum_gradient(
 
 
 def power_of_two_near(weight: float) -> float:
-    """A power of 2 near the largest weight, taken out of a backward and put in again: 16-bit bases cannot hold 1 / N_tok."""
+    """The power of 2 at or below a weight; 1 for a weight of 0.
+
+    It is taken out of the weights before a backward and multiplied in again afterwards, which changes
+    no digit: 16-bit bases cannot hold weights of 1 / N_tok.
+    """
     return 2.0 ** np.floor(np.log2(weight)) if weight > 0 else 1.0
 
 
 def repeated_over_tokens(values: np.ndarray, part: Supervised, like: Tensor) -> Tensor:
-    """Numbers of the rows `[b]` repeated over their tokens, `[N, 1]`."""
+    """Numbers of the rows `[b]` repeated over their tokens, `[N, 1]`, of the type of `like`."""
     repeated = np.repeat(np.asarray(values, dtype=np.float64), part.counts)
     return torch.from_numpy(repeated).to(like)[:, None]

@@ -1,33 +1,43 @@
-"""Stopping rules, and where steps ended: what edits and trainings share."""
+"""Stopping rules of edits and trainings, and the record of where the steps ended."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
-from torch import Tensor
 
 from influence.errors import InputError
 
-#: How near to its goal, relative to it, a loss must come.
+if TYPE_CHECKING:  # the command line reads the rules before it needs torch
+    from torch import Tensor
+
+#: A mean loss is at its target when it is this near, relative to the target. A choice.
 NEAR = 0.03
 
 
 @dataclass(frozen=True)
-class Until:
-    """A stopping rule: `expected`, `loss=X` (nats per token), `steps=N`, `norm=X` (length of the whole move), `converged`."""
+class StoppingRule:
+    """A rule of one kind, with a number where the kind takes one: the base of the rules below.
 
-    WORDS: ClassVar[tuple[str, ...]] = ("expected", "converged")
-    NUMBERS: ClassVar[tuple[str, ...]] = ("loss", "steps", "norm")
-    CHOICES: ClassVar[str] = "expected, loss=X (nats per token), steps=N, norm=X, converged"
+    Attributes
+    ----------
+    kind : str
+        One of `WORDS` or `NUMBERS`.
+    value : float or None
+        The number of a kind in `NUMBERS`, finite and above 0; None for `WORDS`.
+    """
+
+    WORDS: ClassVar[tuple[str, ...]] = ()
+    NUMBERS: ClassVar[tuple[str, ...]] = ()
+    CHOICES: ClassVar[str] = ""
 
     kind: str = "expected"
     value: float | None = None
 
     @classmethod
     def parse(cls, text: str | Self) -> Self:
-        """From `loss=2.5` and so on."""
+        """Read a rule as it is typed, `loss=2.5` for one. Raises `InputError` for anything else."""
         if isinstance(text, cls):
             return text
         kind, equals, number = str(text).partition("=")
@@ -40,21 +50,59 @@ class Until:
         sound = np.isfinite(value) and value > 0 and (kind != "steps" or value == round(value))
         if kind not in cls.NUMBERS or not sound:
             raise InputError(
-                f"stopping rule {text!r} was given; expected one of {cls.CHOICES}, with X above 0 and N whole"
+                f"stopping rule {text!r} was given; expected one of {cls.CHOICES}, "
+                "with X above 0 and N whole"
             )
         return cls(kind, value)
 
     def __str__(self) -> str:
-        """As it is typed."""
+        """The rule as it is typed."""
         return self.kind if self.value is None else f"{self.kind}={self.value:g}"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step: its number, length, the radius it had to stay in, M's predicted and measured fall, and what came of it.
+class EditRule(StoppingRule):
+    """When an edit stops.
 
-    `forget` is the mean loss of the rows that rise, `learn` of those that fall, after it; `retained` that of the drawn retained
-    rows before it, and `damage` its relative rise so far; nats per token.
+    `expected`, `loss=X` (nats per token), `steps=N`, `norm=X` (length of the whole move), or
+    `converged`.
+    """
+
+    WORDS = ("expected", "converged")
+    NUMBERS = ("loss", "steps", "norm")
+    CHOICES = "expected, loss=X (nats per token), steps=N, norm=X, converged"
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether the rule looks at the changed rows' losses."""
+        return self.kind in ("expected", "loss")
+
+
+class TrainingRule(StoppingRule):
+    """When a training stops: `base`, `expected`, `loss=X` (nats per token) or `steps=N`."""
+
+    WORDS = ("base", "expected")
+    NUMBERS = ("loss", "steps")
+    CHOICES = "base, expected, loss=X (nats per token), steps=N"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of an edit, as `edit.json` lists it; losses are in nats per token.
+
+    Attributes
+    ----------
+    step : int
+        Its number, from 1.
+    length, radius : float
+        Its length, and the radius of the trust region that it had to stay in (None: not yet known).
+    predicted, measured : float
+        Fall of the merit M (`unlearn.edits.steps`) by the linear forecast, and as it was.
+    accepted : bool
+        Whether the step was kept; else it was taken back.
+    forget, learn : float or None
+        Mean loss, after the step, of the rows that rise and of those that fall.
+    retained, damage : float or None
+        Mean loss of the drawn retained rows before the step, and its relative rise since the start.
     """
 
     step: int
@@ -70,18 +118,22 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
-    """Where the steps led: parameters `[P]`, the steps, and why they ended. `reached`: the stopping rule held."""
+class Ending:
+    """Where the steps of an edit or training ended.
+
+    Attributes
+    ----------
+    theta : Tensor [P]
+        The parameters there.
+    steps : list of StepRecord
+        The steps of an edit; empty for trainings, which have a log of their own.
+    stopped : str
+        Why the steps ended, for the reader of the record.
+    reached : bool or None
+        Whether the stopping rule held.
+    """
 
     theta: Tensor
-    steps: list[Step] = field(repr=False)
+    steps: list[StepRecord] = field(repr=False)
     stopped: str
     reached: bool | None
-
-
-class Stop(Until):
-    """A stopping rule: `base`, `expected`, `loss=X` or `steps=N`."""
-
-    WORDS = ("base", "expected")
-    NUMBERS = ("loss", "steps")
-    CHOICES = "base, expected, loss=X (nats per token), steps=N"

@@ -1,4 +1,8 @@
-"""Goals of an edit: the loss that each changed row should reach, and what is minimised on the way."""
+"""Goals of an edit: the loss that each changed row should reach, and the merit that is lowered for it.
+
+`unlearn.edits.steps` has the formula of the merit M. Its gradient is taken by the logits, row by row
+of a batch, and sent back once: no autograd graph of the terms is built.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,28 @@ from influence.gradients import power_of_two_near, repeated_over_tokens, summed_
 from influence.loss import Supervised, loss_gradient, probabilities, token_losses
 from influence.tokens import TokenizedExamples
 from unlearn.stopping import NEAR
-from unlearn.unseen import Reference
+from unlearn.unseen_outputs import ExpectedOutputs
+
+#: Share of a row's target at which the hinge turns from a parabola into a line. At 0.5 the removed
+#: author's KL to retraining is 1.53, at 0.2 it is 2.00 (LOG.md, 2026-11-21, "Closed-form edits").
+BEND = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Pull:
-    """M at some parameters: its value, gradient `[P]`, and the goals' mean losses `[m]`, nats per token."""
+class Merit:
+    """M at some parameters.
 
-    merit: float
+    Attributes
+    ----------
+    value : float
+        M, nats per token.
+    gradient : Tensor [P]
+        By the LoRA parameters.
+    losses : float64 array [m]
+        Mean loss of each row, nats per token.
+    """
+
+    value: float
     gradient: Tensor
     losses: np.ndarray
 
@@ -40,8 +58,8 @@ class Goals:
     rises : bool array [m]
         Whether the loss should rise to its target (removed and replaced) or fall to it (new).
     removed : bool array [m]
-        Rows that are drawn to `reference` as well.
-    reference : Reference or None
+        Rows whose outputs are drawn to `outputs` as well.
+    outputs : ExpectedOutputs or None
         Of these very rows.
     """
 
@@ -49,67 +67,90 @@ class Goals:
     targets: np.ndarray
     rises: np.ndarray
     removed: np.ndarray
-    reference: Reference | None = None
+    outputs: ExpectedOutputs | None = None
 
     def gaps(self, losses: np.ndarray) -> np.ndarray:
-        """How much is missing to each goal, nats, `[m]`; 0 where it is reached."""
-        return np.maximum(0, np.where(self.rises, self.targets - losses, losses - self.targets))
+        """How much is missing to each target, nats, `[m]`; 0 where it is reached."""
+        return np.maximum(0, _missing(losses, self.targets, self.rises))
 
     def reached(self, losses: np.ndarray) -> bool:
-        """Whether the rows that rise, and those that fall, are on average near their goals."""
+        """Whether the rows that rise, and those that fall, are on average near their targets."""
         gaps, sides = self.gaps(losses), (self.rises, ~self.rises)
         return all(
             gaps[side].mean() <= NEAR * self.targets[side].mean() for side in sides if side.any()
         )
 
-    def pull(self, model: AdaptedModel, *, token_budget: int, cost: Cost) -> Pull:
-        """M and its gradient where the model is now: one forward and backward of every row."""
-        tokens, each = self.tokens, 1 / float(self.tokens.counts.sum())
-        share, unit = tokens.counts * each, power_of_two_near(each)
-        losses, merits = np.zeros(len(tokens)), np.zeros(len(tokens))
-        references: list[Tensor] = []
+    def merit(self, model: AdaptedModel, *, token_budget: int, cost: Cost) -> Merit:
+        """M and its gradient where the model is now: one forward and backward of every row.
 
-        def ahead(rows: np.ndarray) -> None:
-            references.clear()
-            if self.reference is not None and self.removed[rows].any():
-                references.append(self.reference.of(rows[self.removed[rows]]))
+        Raises `NumericalError` where either is NaN or infinite.
+        """
+        tokens, per_token = self.tokens, 1 / float(self.tokens.counts.sum())
+        share, unit = tokens.counts * per_token, power_of_two_near(per_token)
+        losses, values = np.zeros(len(tokens)), np.zeros(len(tokens))
+        log_q: Tensor | None = None
+
+        def before_batch(rows: np.ndarray) -> None:
+            # Outputs that are not in memory move the model, which no graph may see.
+            nonlocal log_q
+            log_q = None
+            if self.outputs is not None and self.removed[rows].any():
+                log_q = self.outputs.of(rows[self.removed[rows]])
 
         def by_logits(rows: np.ndarray, part: Supervised) -> Tensor:
-            lengths = tokens.counts[rows]
+            targets, rises = self.targets[rows], self.rises[rows]
             sums = part.per_example(token_losses(part.logits, part.targets)).double()
-            losses[rows] = sums.cpu().numpy() / lengths
-            gap = np.where(
-                self.rises[rows],
-                self.targets[rows] - losses[rows],
-                losses[rows] - self.targets[rows],
-            )
-            width = 0.5 * self.targets[rows]
-            merits[rows] = share[rows] * np.where(
-                gap < width, np.maximum(gap, 0) ** 2 / (2 * width), gap - width / 2
-            )
-            slope = np.clip(gap / width, 0, 1) * np.where(self.rises[rows], -1, 1) * (each / unit)
+            losses[rows] = sums.cpu().numpy() / tokens.counts[rows]
+            hinge, slope = _hinge(_missing(losses[rows], targets, rises), BEND * targets)
+            values[rows] = share[rows] * hinge
+            # M falls where a loss that should rise does.
+            slope = slope * np.where(rises, -1, 1) * (per_token / unit)
             probs = probabilities(part.logits)
             gradient = loss_gradient(probs, part.targets) * repeated_over_tokens(slope, part, probs)
-            for log_q in references:
-                where = torch.from_numpy(np.repeat(self.removed[rows], part.counts)).to(
-                    probs.device
-                )
-                log_p = torch.log_softmax(part.logits[where].to(log_q), -1)
-                divergence = torch.zeros(len(where), dtype=log_q.dtype, device=log_q.device)
-                divergence[where] = (log_q.exp() * (log_q - log_p)).sum(-1)
-                kl = part.per_example(divergence).double().cpu().numpy() / lengths
-                merits[rows] += share[rows] * kl
-                gradient[where] += (probs[where] - log_q.exp().to(probs)) * (each / unit)
+            if log_q is not None:
+                of_removed = torch.from_numpy(np.repeat(self.removed[rows], part.counts))
+                of_removed = of_removed.to(probs.device)
+                divergence = _divergence(log_q, part, of_removed)
+                values[rows] += share[rows] * (divergence / tokens.counts[rows])
+                difference = probs[of_removed] - log_q.exp().to(probs)
+                gradient[of_removed] += difference * (per_token / unit)
             return gradient
 
         gradient = summed_gradient(
-            model, tokens, by_logits, token_budget=token_budget, cost=cost, ahead=ahead
+            model,
+            tokens,
+            by_logits,
+            token_budget=token_budget,
+            cost=cost,
+            before_batch=before_batch,
         )
         gradient = gradient * unit
-        merit = float(merits.sum())
-        if not (np.isfinite(merit) and bool(torch.isfinite(gradient).all())):
+        value = float(values.sum())
+        if not (np.isfinite(value) and bool(torch.isfinite(gradient).all())):
             raise NumericalError(
-                "the loss of the changed rows became NaN or infinite: nothing is written. Raise the damping, or load the base "
-                "in float32"
+                "the loss of the changed rows became NaN or infinite: nothing is written. "
+                "Raise the damping, or load the base in float32"
             )
-        return Pull(merit, gradient, losses)
+        return Merit(value, gradient, losses)
+
+
+def _missing(losses: np.ndarray, targets: np.ndarray, rises: np.ndarray) -> np.ndarray:
+    """How far each loss is from its target, nats; below 0 where it is beyond."""
+    return np.where(rises, targets - losses, losses - targets)
+
+
+def _hinge(x: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`h(x)` and its derivative: 0 for x <= 0, a parabola up to `width`, then a line of slope 1."""
+    value = np.where(x < width, np.maximum(x, 0) ** 2 / (2 * width), x - width / 2)
+    return value, np.clip(x / width, 0, 1)
+
+
+def _divergence(log_q: Tensor, part: Supervised, of_removed: Tensor) -> np.ndarray:
+    """`KL(q || p)` summed over each row's tokens, `[b]`; 0 for rows that are not removed.
+
+    `log_q` [R, V] holds the removed rows' tokens, at the positions `of_removed` [N] of the batch.
+    """
+    log_p = torch.log_softmax(part.logits[of_removed].to(log_q), -1)
+    by_token = torch.zeros(len(of_removed), dtype=log_q.dtype, device=log_q.device)
+    by_token[of_removed] = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return part.per_example(by_token).double().cpu().numpy()

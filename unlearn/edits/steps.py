@@ -1,31 +1,38 @@
-"""Re-linearised edits: bounded steps, the gradient taken again after each, a trust region, a stopping rule.
+"""Re-linearised edits: bounded steps in a trust region, the gradient taken again after each.
 
-The rows S that go or change, and their new contents S', each have a goal: a loss to rise to (what a model that never saw the
-row would have, `unlearn.unseen`) or to fall to (the retained rows' mean loss). What is brought down is, in nats per token,
+The rows S that go or change, and their new contents S', each have a target: a loss to rise to (what
+a model that never saw the row would have, `unlearn.unseen`) or to fall to (the retained rows' mean
+loss). What is brought down is the merit, in nats per token (`unlearn.edits.goals`),
 
-    M = sum_i v_i [ KL(q_i || p_i) + h(t_i - L_i) ]   +   sum_j v_j h(+-(t_j - L_j)),      v = T / sum T
+    M = sum_i v_i [ KL(q_i || p_i) + h(t_i - L_i) ]  +  sum_j v_j h(+-(t_j - L_j)),   v = T / sum T
 
-over removed rows i (q_i: what a model that never saw the row might say; `Reference`) and replaced contents j, with L the mean
-loss, t its goal, and h(x) = 0 for x <= 0, x^2 / 2s up to s = t/2, then x - s/2: rows at their goal are left alone. A step is
+over removed rows i (q_i: what a model that never saw the row might say; `unlearn.unseen_outputs`)
+and replaced contents j, with L the mean loss, t its target, T its tokens, and h(x) = 0 for x <= 0,
+x^2 / 2s up to s = t/2, then x - s/2: rows at their target are left alone. A step is
 
-    delta_k = length * d / |d|,      d = (C' + lambda I)^-1 ( -grad M / |grad M| - b grad R / |grad R| )
+    delta_k = length * d / |d|,    d = (C' + lambda I)^-1 ( -grad M / |grad M| - b grad R / |grad R| )
 
-with R the mean loss of a fixed number of untouched rows, drawn anew for each step, the preconditioner kept. It lowers M by at
-most a tenth of what it was at first, by the linear forecast (`STRIDE`), and stays in a radius (1.5 times the first step) that grows
-and shrinks with measured over predicted change; a step that raises M is taken back. b is 1, doubles where the drawn rows have lost more than half of what
-`max_damage` allows, and is halved (at last 0) where the step would raise M.
+with R the mean loss of a fixed number of retained rows, drawn anew for each step. The preconditioner
+is kept from step to step. The length is limited twice:
 
-Two things differ from the plain `g_S(theta_k) - g_S'(theta_k) - [g_rest(theta_k) - g_rest(theta_0)]`, because of what
-was measured on the testbed (LOG.md): raising a removed row's loss by its own labels alone makes the adapter wrong in a way
-that no retrained one is (KL to it 3.5 nats, before the edit 2.9; towards q 1.7), and the normalised difference of both parts
-(NGDiff, Bu et al. 2024, arXiv 2410.22086) keeps the retained loss where a sum of weighted gradients does not.
+* by the linear forecast: a step promises at most `STRIDE` of what M was at first;
+* by a radius, which begins at 1.5 times the first step and then shrinks and grows with the measured
+  over the predicted fall of M. A step that raises M is taken back.
+
+b is 1, doubles where the drawn rows have lost more than half of what `max_damage` allows, and is
+halved (at last 0) where the step would raise M.
+
+Two things differ from the plain `g_S(theta_k) - g_S'(theta_k) - [g_rest(theta_k) - g_rest(theta_0)]`,
+because of what was measured on tofu-tiny (LOG.md, 2026-11-21, "Closed-form edits"). Raising a removed
+row's loss by its own labels alone makes the adapter wrong in a way that no retrained one is: KL to
+it 3.5 nats, before the edit 2.9, towards q 1.7. And the normalised difference of both parts (NGDiff,
+Bu et al. 2024, arXiv 2410.22086) keeps the retained loss where a sum of weighted gradients does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,173 +45,297 @@ from influence.gradients import loss_sum_gradient
 from influence.loss import mean_losses
 from influence.progress import track
 from influence.tokens import TokenizedExamples
-from unlearn.edits.goals import Goals, Pull
-from unlearn.stopping import Step, Until, Walk
+from unlearn.edits.goals import Goals, Merit
+from unlearn.stopping import EditRule, Ending, StepRecord
 
-#: The share of M at first that a step may lower it by, as the linear forecast says.
+#: The share of M at first that a step may lower it by, as the linear forecast says. Twentieths cost
+#: twice the work and end in the same place (tofu-tiny; LOG.md, 2026-11-21, "Closed-form edits").
 STRIDE = 0.1
 
-
-#: Untouched rows in a step.
-REST = 24
-
-
-#: Measured over predicted change below which the radius shrinks, above which it grows.
+#: Measured over predicted fall of M below which the radius shrinks, above which it grows. A choice.
 POOR, GOOD = 0.3, 0.8
 
+#: The radius after a step, over the step's length: after the first one, after a poor one, after one
+#: that was taken back. A choice.
+FIRST, SHRUNK, TAKEN_BACK = 1.5, 0.6, 0.4
 
-#: Steps taken back in a row before the edit gives up.
+#: Factor by which the radius grows, and by which the retained part's weight falls back to 1. A choice.
+GROWTH = 1.5
+
+#: The most that the retained part's weight b may be. A choice.
+HEAVIEST = 8.0
+
+#: Steps taken back in a row before the edit gives up. A choice.
 RETRIES = 6
 
 
 @dataclass(frozen=True, eq=False)
-class Rest:
-    """The untouched rows, of which each step draws `count`; `max_damage` is the rise of their loss that is allowed."""
+class RetainedRows:
+    """The retained rows, and how the steps use them.
+
+    Attributes
+    ----------
+    tokens : TokenizedExamples
+        All of them, n rows.
+    count : int
+        Rows that a step draws, where there are so many; 0: steps look at the changed rows alone.
+    seed : int
+        Seed of the draws.
+    max_damage : float
+        Relative rise of their mean loss that is allowed.
+    """
 
     tokens: TokenizedExamples
     count: int
     seed: int
     max_damage: float
 
-    def __len__(self) -> int:
+    @property
+    def drawn(self) -> int:
+        """Rows that each step draws."""
         return min(self.count, len(self.tokens))
+
+
+@dataclass(frozen=True)
+class RetainedLoss:
+    """What a step saw of its drawn retained rows: mean `loss`, and `damage`, its relative rise so far.
+
+    Both are None where no row was drawn.
+    """
+
+    loss: float | None = None
+    damage: float | None = None
+
+
+@dataclass
+class TrustRegion:
+    """How far a step may go.
+
+    Attributes
+    ----------
+    first : float
+        M before the first step.
+    radius : float
+        The longest step; infinite until one was taken.
+    """
+
+    first: float
+    radius: float = float("inf")
+
+    @property
+    def known_radius(self) -> float | None:
+        """The radius, or None before the first step."""
+        return None if self.radius == float("inf") else self.radius
+
+    def length(self, merit: float, slope: float) -> float:
+        """The next step's length, where M is `merit` and falls by `slope` a unit of length.
+
+        Not more than half of what is left of M is promised at a time, so the last steps get shorter
+        on the way to the targets.
+        """
+        return min(self.radius, min(STRIDE * self.first, merit / 2) / slope)
+
+    def judge(self, length: float, predicted: float, measured: float) -> None:
+        """Set the radius after a step of this length, from the predicted and the measured fall of M."""
+        if not measured > 0:
+            self.radius = TAKEN_BACK * length
+        elif measured < POOR * predicted:
+            self.radius = SHRUNK * length
+        elif self.radius == float("inf"):  # only after the first step: the forecast had no limit
+            self.radius = FIRST * length
+        elif measured > GOOD * predicted and length >= self.radius:
+            # A shorter step was held back by the forecast, so it says nothing about the radius.
+            self.radius *= GROWTH
 
 
 def walk(
     model: AdaptedModel,
     theta: Tensor,
     goals: Goals,
-    rest: Rest,
+    retained: RetainedRows,
     precondition: Callable[[Tensor], Tensor],
     *,
-    until: Until,
+    until: EditRule,
     steps: int,
     token_budget: int,
     cost: Cost,
-) -> Walk:
-    """Take steps from `theta` [P] until the rule holds, or `steps` of them. `precondition` is `(C' + lambda I)^-1` of `[P]`."""
-    start, done, rng = theta, [], np.random.default_rng(rest.seed)
-    radius, weight, refused = float("inf"), 1.0, 0
-    before: dict[int, float] = {}
-    budget: dict[str, Any] = {"token_budget": token_budget, "cost": cost}
+) -> Ending:
+    """Take steps from `theta` [P] until the rule holds, or at most `steps` of them.
+
+    `precondition` is `(C' + lambda I)^-1` of a gradient `[P]`. Raises `NumericalError` where a loss or
+    a step is NaN or infinite.
+    """
     if len(goals.tokens) == 0:
-        return Walk(
+        return Ending(
             theta, [], "every row was at its goal already: the adapter stays as it is", True
         )
     with model.at(theta):
-        here = goals.pull(model, **budget)
-    first = here.merit
+        merit = goals.merit(model, token_budget=token_budget, cost=cost)
     most = int(until.value or 0) if until.kind == "steps" else steps
-    for number in track(range(1, most + 1), "steps (it may stop before)"):
-        if until.kind in ("expected", "loss") and goals.reached(here.losses):
-            return Walk(theta, done, _reached(goals, here, until), True)
-        with model.at(start):
-            drawn = (
-                rng.choice(len(rest.tokens), len(rest), replace=False)
-                if len(rest)
-                else np.zeros(0, dtype=int)
-            )
-            new = np.array([row for row in drawn.tolist() if row not in before], dtype=int)
-            if len(new):
-                cost.forwards += len(new)
-                found = mean_losses(model, rest.tokens.select(new), token_budget=token_budget)
-                before |= dict(zip(new.tolist(), found.tolist(), strict=True))
-        with model.at(theta):
-            move, retained, damage = _direction(
-                model, here, rest, drawn, before, weight, precondition, budget
-            )
-        weight = (
-            min(8.0, 2 * weight)
-            if damage is not None and damage > rest.max_damage / 2
-            else max(1.0, weight / 1.5)
-        )
-        slope = -float(here.gradient.double() @ move.double())
-        if not slope > 0:
-            return Walk(
-                theta,
-                done,
-                "no step lowers what is left: the retained rows hold it",
-                until.kind == "steps",
-            )
-        length = min(radius, min(STRIDE * first, here.merit / 2) / slope)
-        finished = False
-        if until.kind == "norm":
-            length, finished = _within(theta - start, move, length, float(until.value or 0))
-        with model.at(theta + length * move):
-            there = goals.pull(model, **budget)
-        predicted, measured = slope * length, here.merit - there.merit
-        good = measured > 0
-        after = there if good else here
-        done.append(
-            Step(
-                number,
-                length,
-                None if radius == float("inf") else radius,
-                predicted,
-                measured,
-                good,
-                _mean(after.losses[goals.rises]),
-                _mean(after.losses[~goals.rises]),
-                retained,
-                damage,
-            )
-        )
-        if good:
-            theta, here, refused = theta + length * move, there, 0
-            if measured < POOR * predicted:
-                radius = 0.6 * length
-            elif measured > GOOD * predicted and length >= radius:
-                radius *= 1.5
-            radius = min(radius, 1.5 * length) if len(done) == 1 else radius
-            if finished:
-                return Walk(
-                    theta, done, f"the move has the length {until.value:g} that was asked for", True
+    return _Walk(
+        model=model,
+        start=theta,
+        theta=theta,
+        merit=merit,
+        goals=goals,
+        retained=retained,
+        precondition=precondition,
+        until=until,
+        most=most,
+        token_budget=token_budget,
+        cost=cost,
+        region=TrustRegion(merit.value),
+        rng=np.random.default_rng(retained.seed),
+        losses_before=np.full(len(retained.tokens), np.nan),
+    ).to_its_end()
+
+
+@dataclass(eq=False, kw_only=True)
+class _Walk:
+    """A walk on its way: what does not change, then where it stands."""
+
+    model: AdaptedModel
+    start: Tensor
+    goals: Goals
+    retained: RetainedRows
+    precondition: Callable[[Tensor], Tensor]
+    until: EditRule
+    most: int
+    token_budget: int
+    cost: Cost
+    rng: np.random.Generator
+
+    theta: Tensor
+    merit: Merit
+    region: TrustRegion
+    losses_before: np.ndarray
+    weight: float = 1.0
+    taken_back: int = 0
+    steps: list[StepRecord] = field(default_factory=list)
+
+    def to_its_end(self) -> Ending:
+        """Step until the rule holds, no step helps, or `most` steps were tried."""
+        for number in track(range(1, self.most + 1), "steps (it may stop before)"):
+            if self.at_the_goals:
+                return self.ended(_goals_text(self.goals, self.merit, self.until), True)
+            direction, seen = self.direction(self.draw())
+            self.weigh(seen)
+            slope = -float(self.merit.gradient.double() @ direction.double())
+            if not slope > 0:
+                return self.ended(
+                    "no step lowers what is left: the retained rows hold it",
+                    self.until.kind == "steps",
                 )
+            length, at_the_norm = self.length(direction, slope)
+            accepted = self.take(number, direction, length, slope, seen)
+            if accepted and at_the_norm:
+                norm = f"{self.until.value:g}"
+                return self.ended(f"the move has the length {norm} that was asked for", True)
+            if self.taken_back == RETRIES:
+                return self.ended(
+                    f"{RETRIES} steps in a row made things worse and were taken back", False
+                )
+        if self.until.kind == "steps":
+            return self.ended(f"{self.most} steps were taken, as asked", True)
+        if self.at_the_goals:
+            return self.ended(_goals_text(self.goals, self.merit, self.until), True)
+        return self.ended(f"{self.most} steps were not enough: raise --steps", False)
+
+    def ended(self, why: str, reached: bool) -> Ending:
+        """The ending where the walk stands."""
+        return Ending(self.theta, self.steps, why, reached)
+
+    @property
+    def at_the_goals(self) -> bool:
+        """Whether the rule looks at the rows' losses, and they are at their targets."""
+        return self.until.by_loss and self.goals.reached(self.merit.losses)
+
+    # -- one step, part by part
+
+    def draw(self) -> np.ndarray:
+        """Draw this step's retained rows `[drawn]`, and measure the losses at the start of new ones."""
+        if self.retained.drawn == 0:
+            return np.zeros(0, dtype=int)
+        tokens = self.retained.tokens
+        rows = self.rng.choice(len(tokens), self.retained.drawn, replace=False)
+        new = rows[np.isnan(self.losses_before[rows])]
+        if len(new):
+            # Only drawn rows are measured at the start: measuring all of them would cost a pass over
+            # the training rows before the first step.
+            self.cost.forwards += len(new)
+            with self.model.at(self.start):
+                self.losses_before[new] = mean_losses(
+                    self.model, tokens.select(new), token_budget=self.token_budget
+                )
+        return rows
+
+    def direction(self, rows: np.ndarray) -> tuple[Tensor, RetainedLoss]:
+        """The step's direction `[P]`, of length 1, and what was seen of the drawn retained rows."""
+        downhill = -_unit(self.merit.gradient)
+        if len(rows) == 0:
+            return _unit(self.precondition(downhill)), RetainedLoss()
+        tokens = self.retained.tokens.select(rows)
+        weights = np.full(len(rows), 1 / tokens.counts.sum())
+        with self.model.at(self.theta):
+            gradient, losses = loss_sum_gradient(
+                self.model, tokens, weights, token_budget=self.token_budget, cost=self.cost
+            )
+        before, loss = np.mean(self.losses_before[rows]), float(losses.mean())
+        seen = RetainedLoss(loss, float((loss - before) / before))
+        # Both parts have length 1 before they are solved (NGDiff): so the retained rows weigh as much
+        # as the changed ones however small their gradient is.
+        towards, held = self.precondition(downhill), self.precondition(_unit(gradient))
+        for weight in (self.weight, self.weight / 2, self.weight / 4):
+            # As much of the retained part as still goes downhill in M.
+            direction = _unit(towards - weight * held)
+            if float(direction @ self.merit.gradient) < 0:
+                return direction, seen
+        return _unit(towards), seen
+
+    def weigh(self, seen: RetainedLoss) -> None:
+        """Set the retained part's weight for the next step by what this one saw."""
+        if seen.damage is not None and seen.damage > self.retained.max_damage / 2:
+            self.weight = min(HEAVIEST, 2 * self.weight)
         else:
-            radius, refused = 0.4 * length, refused + 1
-            if refused == RETRIES:
-                return Walk(
-                    theta,
-                    done,
-                    f"{RETRIES} steps in a row made things worse and were taken back",
-                    False,
-                )
-    if until.kind == "steps":
-        return Walk(theta, done, f"{most} steps were taken, as asked", True)
-    if until.kind in ("expected", "loss") and goals.reached(here.losses):
-        return Walk(theta, done, _reached(goals, here, until), True)
-    return Walk(theta, done, f"{most} steps were not enough: raise --steps", False)
+            self.weight = max(1.0, self.weight / GROWTH)
 
+    def length(self, direction: Tensor, slope: float) -> tuple[float, bool]:
+        """The step's length, and whether the whole move has the length that was asked for then."""
+        length = self.region.length(self.merit.value, slope)
+        if self.until.kind == "norm":
+            return _within(self.theta - self.start, direction, length, float(self.until.value or 0))
+        return length, False
 
-def _direction(
-    model: AdaptedModel,
-    here: Pull,
-    rest: Rest,
-    drawn: np.ndarray,
-    before: dict[int, float],
-    weight: float,
-    precondition: Callable[[Tensor], Tensor],
-    budget: dict[str, Any],
-) -> tuple[Tensor, float | None, float | None]:
-    """The step's direction `[P]` of length 1, the drawn retained rows' mean loss, and its relative rise so far."""
-    pull, retained, damage = -_unit(here.gradient), None, None
-    if len(drawn):
-        tokens = rest.tokens.select(drawn)
-        weights = np.full(len(drawn), 1 / tokens.counts.sum())
-        gradient, losses = loss_sum_gradient(model, tokens, weights, **budget)
-        earlier, retained = np.mean([before[row] for row in drawn.tolist()]), float(losses.mean())
-        damage = float((retained - earlier) / earlier)
-        towards, held = precondition(pull), precondition(_unit(gradient))
-        for share in (
-            weight,
-            weight / 2,
-            weight / 4,
-        ):  # as much of the retained part as still goes downhill
-            move = _unit(towards - share * held)
-            if float(move @ here.gradient) < 0:
-                return move, retained, damage
-        return _unit(towards), retained, damage
-    return _unit(precondition(pull)), retained, damage
+    def take(
+        self, number: int, direction: Tensor, length: float, slope: float, seen: RetainedLoss
+    ) -> bool:
+        """Try the step, keep it where it lowers M, and note it. Returns whether it was kept."""
+        theta = self.theta + length * direction
+        with self.model.at(theta):
+            merit = self.goals.merit(self.model, token_budget=self.token_budget, cost=self.cost)
+        predicted, measured = slope * length, self.merit.value - merit.value
+        accepted = measured > 0
+        if accepted:
+            self.theta, self.merit, self.taken_back = theta, merit, 0
+        else:
+            self.taken_back += 1
+        rises, losses = self.goals.rises, self.merit.losses
+        self.steps.append(
+            StepRecord(
+                step=number,
+                length=length,
+                radius=self.region.known_radius,
+                predicted=predicted,
+                measured=measured,
+                accepted=accepted,
+                forget=_mean(losses[rises]),
+                learn=_mean(losses[~rises]),
+                retained=seen.loss,
+                damage=seen.damage,
+            )
+        )
+        self.region.judge(length, predicted, measured)
+        return accepted
 
 
 def _unit(v: Tensor) -> Tensor:
@@ -215,28 +346,35 @@ def _unit(v: Tensor) -> Tensor:
     return v if float(length) == 0 else (v.double() / length).to(v)
 
 
-def _within(moved: Tensor, move: Tensor, length: float, norm: float) -> tuple[float, bool]:
-    """The step length at which the whole move is at most `norm` long, and whether it is that long then."""
-    a, b = float(moved.double() @ move.double()), float(moved.double().square().sum())
+def _within(moved: Tensor, direction: Tensor, length: float, norm: float) -> tuple[float, bool]:
+    """The step length at which the whole move is at most `norm` long, and whether it is that long.
+
+    The positive root s of `|moved + s direction|^2 = norm^2`, for a direction of length 1.
+    """
+    a, b = float(moved.double() @ direction.double()), float(moved.double().square().sum())
     most = -a + float(np.sqrt(max(0.0, a * a - b + norm * norm)))
     return (most, True) if most <= length else (length, False)
 
 
-def _reached(goals: Goals, here: Pull, until: Until) -> str:
+def _goals_text(goals: Goals, merit: Merit, until: EditRule) -> str:
+    """Which rows rose and fell to what, in a sentence."""
     parts = []
     for side, verb in ((goals.rises, "rose"), (~goals.rises, "fell")):
-        if side.any():
-            expected = (
-                "expected of a model that never saw them"
-                if verb == "rose"
-                else "the mean of the retained rows"
-            )
-            asked = until.kind == "loss" and (verb == "fell" or bool(goals.removed[side].all()))
-            parts.append(
-                f"the mean loss of {int(side.sum())} {'row' if side.sum() == 1 else 'rows'} {verb} to "
-                f"{here.losses[side].mean():.2f} nats per token ({goals.targets[side].mean():.2f} is "
-                f"{'what was asked for' if asked else expected})"
-            )
+        if not side.any():
+            continue
+        given = until.kind == "loss" and (verb == "fell" or bool(goals.removed[side].all()))
+        if given:
+            source = "what was asked for"
+        elif verb == "rose":
+            source = "expected of a model that never saw them"
+        else:
+            source = "the mean of the retained rows"
+        count, loss, target = int(side.sum()), merit.losses[side].mean(), goals.targets[side].mean()
+        rows = f"{count} {'row' if count == 1 else 'rows'}"
+        parts.append(
+            f"the mean loss of {rows} {verb} to {loss:.2f} nats per token "
+            f"({target:.2f} is {source})"
+        )
     return "; ".join(parts)
 
 
