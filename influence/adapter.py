@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from influence.errors import InputError
 
+#: What PEFT puts before a layer's own path in parameter names and safetensors keys.
 PREFIX = "base_model.model."
 
 
@@ -198,11 +199,11 @@ class AdaptedModel:
         """
         modes = [(module, module.training) for module in self.model.modules()]
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        own = {id(parameter) for parameter in trainable}
+        wanted = {id(parameter) for parameter in trainable}
         self.model.eval()
         for parameter, flag in flags:
-            if flag != (id(parameter) in own):
-                parameter.requires_grad_(id(parameter) in own)
+            if flag != (id(parameter) in wanted):
+                parameter.requires_grad_(id(parameter) in wanted)
         try:
             yield self
         finally:
@@ -215,11 +216,11 @@ class AdaptedModel:
     @cached_property
     def base_digest(self) -> str:
         """SHA-256 over the base's weights and buffers in their loaded type."""
-        own = {id(parameter) for parameter in self.parameters}
+        adapted = {id(parameter) for parameter in self.parameters}
         tensors = {
             name.removeprefix(PREFIX): tensor
             for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if isinstance(tensor, Tensor) and id(tensor) not in own and ".lora_" not in name
+            if isinstance(tensor, Tensor) and id(tensor) not in adapted and ".lora_" not in name
         }
         return _digest_tensors(type(self.model.get_base_model()).__name__, tensors)
 
@@ -237,7 +238,7 @@ def accepts(model: Any, argument: str) -> bool:
 def _digest_tensors(header: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over a header and every tensor's name, type, shape and bytes, in name order."""
 
-    def one(item: tuple[str, Tensor]) -> str:
+    def digest_of(item: tuple[str, Tensor]) -> str:
         name, tensor = item
         data = tensor.detach().cpu().contiguous()
         digest = hashlib.sha256(f"{name} {data.dtype} {tuple(data.shape)}".encode())
@@ -245,5 +246,5 @@ def _digest_tensors(header: str, tensors: Mapping[str, Tensor]) -> str:
         return digest.hexdigest()
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        digests = list(pool.map(one, sorted(tensors.items())))
+        digests = list(pool.map(digest_of, sorted(tensors.items())))
     return hashlib.sha256("\n".join([header, *digests]).encode()).hexdigest()

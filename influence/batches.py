@@ -52,9 +52,9 @@ def plan_batches(
     """Group examples of similar length into batches of at most `token_budget` tokens.
 
     Padding counts. Returns the indices int64 [b] of each batch: every index once, rows x longest <=
-    token_budget, and at most `max_rows` rows; an example longer than the budget is a batch of its own. The batch
-    with the most padded tokens comes first, so that memory runs out at once or not at all. The plan
-    depends on the lengths, counts and order of the examples alone.
+    token_budget, and at most `max_rows` rows; an example longer than the budget is a batch of its
+    own. The batch with the most padded tokens comes first, so that memory runs out at once or not
+    at all. The plan depends on the lengths, counts and order of the examples alone.
 
     Errors: DataError for a budget or `max_rows` below 1.
     """

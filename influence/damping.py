@@ -30,8 +30,8 @@ RULES = ("mean", "top", "abs", "time")
 class Damping:
     """How large lambda is: a rule and its number.
 
-    lambda is `value` times the block's mean eigenvalue (`mean`) or its top one (`top`), `value` itself
-    (`abs`), or 1 / value (`time`).
+    lambda is `value` times the block's mean eigenvalue (`mean`) or its top one (`top`), `value`
+    itself (`abs`), or 1 / value (`time`).
 
     `time:T` is training-time damping: stopping after a total learning rate T holds the parameters
     near their start as a proximal term of strength about 1/T would, in the metric of the optimiser

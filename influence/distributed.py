@@ -1,12 +1,13 @@
-"""Several processes at one piece of work (`torchrun`): rows are shared out, sums are added up once.
+"""Several processes at one piece of work: rows are shared out, sums are added up.
 
-Without `torchrun` every function here is that of one process. On CPUs processes talk by gloo, on
-GPUs by nccl.
+`torchrun` starts them. Without it every function here is that of one process. On CPUs processes
+talk by gloo, on GPUs by nccl.
 """
 
 from __future__ import annotations
 
 import os
+from typing import overload
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor
 
 
 def join(device: str = "auto") -> str:
-    """Join the other processes where `torchrun` started this one; gives the device to work on, each process a GPU of its own."""
+    """Join the other processes where `torchrun` started this one, and return the device to use.
+
+    Each process gets a GPU of its own, where there are GPUs.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     gpu = torch.cuda.is_available() and not device.startswith("cpu")
@@ -46,12 +50,15 @@ def world() -> int:
 
 
 def shard(rows: np.ndarray) -> np.ndarray:
-    """The share of some rows that is done here."""
+    """The share of `rows` [n] that this process does: every `world()`-th from its rank on."""
     return rows[rank() :: world()]
 
 
 def first(values: np.ndarray) -> np.ndarray:
-    """The first process's values in all of them, so that what is decided by them is decided alike; float64."""
+    """The first process's values in all processes, float64.
+
+    What is decided by them is then decided alike everywhere.
+    """
     if not dist.is_initialized():
         return values
     shared = torch.from_numpy(np.array(values, dtype=np.float64))
@@ -60,8 +67,28 @@ def first(values: np.ndarray) -> np.ndarray:
     return shared.cpu().numpy()
 
 
-def add_up(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+@overload
+def add_up(sums: Tensor) -> Tensor: ...
+
+
+@overload
+def add_up(sums: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+def add_up(sums: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    """The sum of a tensor, or of every tensor of a dictionary, over all processes, in place.
+
+    All processes give the same names with the same shapes and types; the order of the names does
+    not matter. With one process nothing is done.
+    """
+    if not dist.is_initialized():
+        return sums
+    # every process must add up the same tensor at the same time, whatever order its names came in
+    for tensor in [sums] if isinstance(sums, Tensor) else [sums[name] for name in sorted(sums)]:
+        # processes exchange whole blocks of memory, on GPUs those of a GPU
+        shared = tensor.contiguous()
+        shared = shared.cuda() if dist.get_backend() == "nccl" else shared
+        dist.all_reduce(shared)
+        if shared is not tensor:
+            tensor.copy_(shared)
+    return sums

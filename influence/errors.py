@@ -49,8 +49,8 @@ class BadRow:
 class UnusableRow(Exception):
     """The reason why one row cannot be used.
 
-    Raised and caught inside `rows` and `tokens`, where the reasons of all rows are gathered into one
-    `DataError`. No caller of the toolkit sees it.
+    Raised and caught inside `rows` and `tokens`, where the reasons of all rows are gathered into
+    one `DataError`. No caller of the toolkit sees it.
     """
 
 

@@ -20,6 +20,7 @@ from influence.adapter import PREFIX, AdaptedModel, ParamSpace, Site, weight_key
 from influence.errors import AdapterError, InputError, NumericalError
 from influence.progress import say
 
+#: Types of a base's weights, by the name that `load` takes.
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -115,7 +116,6 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
     infinite weights.
     """
     from peft import PeftModel
-    from peft.tuners.lora.layer import LoraLayer
 
     if not isinstance(model, PeftModel):
         raise AdapterError(
@@ -128,9 +128,39 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
             f"{len(active)} adapters are active ({', '.join(active)}); influence is computed for "
             "exactly one: call model.set_adapter(NAME) first"
         )
-    name = active[0]
-    config = model.peft_config[name]
-    reasons = _unsupported_options(config.to_dict())
+    sites, reasons = _lora_sites(model, active[0])
+    refuse("this adapter cannot be used", reasons)
+
+    model.eval()
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights in place for a CPU kernel that has no backward; keep it
+        # from doing so
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+    for site in sites:
+        for module in (site.A, site.B):
+            if module.weight.dtype not in (torch.float32, torch.float64):
+                module.to(torch.float32)
+    _refuse_nan(model)
+    if all(not site.B.weight.any() for site in sites):
+        warnings.warn(
+            "every B is zero: this adapter is fresh (untrained), so the gradients of every A "
+            "vanish and half of each score is missing; train the adapter first",
+            stacklevel=2,
+        )
+    shapes = [
+        (f"{site.name}.lora_{side}", tuple(getattr(site, side).weight.shape))
+        for site in sites
+        for side in "AB"
+    ]
+    return AdaptedModel(model, tokenizer, tuple(sites), ParamSpace.of(shapes), base, adapter)
+
+
+def _lora_sites(model: Any, name: str) -> tuple[list[Site], list[str]]:
+    """The sites of the adapter `name` in module order, and every reason why it is not supported."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    reasons = _unsupported_options(model.peft_config[name].to_dict())
     sites: list[Site] = []
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -159,11 +189,11 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
             )
         else:
             sites.append(Site(path, layer, A, B, float(layer.scaling[name])))
-    own = {id(weight) for site in sites for weight in (site.A.weight, site.B.weight)}
+    adapted = {id(weight) for site in sites for weight in (site.A.weight, site.B.weight)}
     outside = [
         key
         for key, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in own
+        if parameter.requires_grad and id(parameter) not in adapted
     ]
     if outside and not reasons:
         reasons.append(
@@ -173,31 +203,7 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
         )
     if not sites and not reasons:
         reasons.append("it has no LoRA layer")
-    refuse("this adapter cannot be used", reasons)
-
-    model.eval()
-    for module in model.modules():
-        # bitsandbytes repacks 4-bit weights in place for a CPU kernel that has no backward; keep it
-        # from doing so
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-    for site in sites:
-        for module in (site.A, site.B):
-            if module.weight.dtype not in (torch.float32, torch.float64):
-                module.to(torch.float32)
-    _refuse_nan(model)
-    if all(not site.B.weight.any() for site in sites):
-        warnings.warn(
-            "every B is zero: this adapter is fresh (untrained), so the gradients of every A "
-            "vanish and half of each score is missing; train the adapter first",
-            stacklevel=2,
-        )
-    shapes = [
-        (f"{site.name}.lora_{side}", tuple(getattr(site, side).weight.shape))
-        for site in sites
-        for side in "AB"
-    ]
-    return AdaptedModel(model, tokenizer, tuple(sites), ParamSpace.of(shapes), base, adapter)
+    return sites, reasons
 
 
 def resolve_device(device: str) -> torch.device:
@@ -225,11 +231,10 @@ def _refuse_mistyped_path(place: str | Path | None) -> None:
     """
     path = Path(place) if place is not None else Path(".")
     if not path.exists() and str(path.parent) != "." and path.parent.is_dir():
-        there = ", ".join(
-            sorted(child.name for child in path.parent.iterdir() if child.is_dir())[:8]
-        )
+        folders = sorted(child.name for child in path.parent.iterdir() if child.is_dir())
+        neighbours = ", ".join(folders[:8])
         raise AdapterError(
-            f"there is no folder {str(place)!r}; {path.parent} has {there or 'no folders'}"
+            f"there is no folder {str(place)!r}; {path.parent} has {neighbours or 'no folders'}"
         )
 
 

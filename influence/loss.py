@@ -23,6 +23,7 @@ from influence.batches import Batch, collate, plan_batches
 from influence.errors import BadRow, DataError, InputError, NumericalError
 from influence.tokens import TokenizedExamples
 
+#: Training objectives by name, as `weights` reads them.
 REDUCTIONS = ("token", "example")
 
 
@@ -91,21 +92,11 @@ def check_rows(model: AdaptedModel, tokens: TokenizedExamples) -> None:
     bad = []
     for number, (id, item) in enumerate(zip(tokens.ids, tokens, strict=True), start=1):
         if positions and len(item.input_ids) - 1 > positions:  # the last token is only a target
-            bad.append(
-                BadRow(
-                    number,
-                    id,
-                    f"{len(item.input_ids)} tokens, and the model has {positions} positions",
-                )
-            )
+            reason = f"{len(item.input_ids)} tokens, and the model has {positions} positions"
+            bad.append(BadRow(number, id, reason))
         elif int(item.input_ids.max()) >= vocabulary:
-            bad.append(
-                BadRow(
-                    number,
-                    id,
-                    f"token id {int(item.input_ids.max())}, and the model embeds {vocabulary}",
-                )
-            )
+            reason = f"token id {int(item.input_ids.max())}, and the model embeds {vocabulary}"
+            bad.append(BadRow(number, id, reason))
     if bad:
         raise DataError(
             f"{len(bad)} of {len(tokens)} rows do not fit the model: truncate long ones with "
@@ -142,12 +133,12 @@ def loss_gradient(probs: Tensor, targets: Tensor) -> Tensor:
 def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one label per position from the model's own distribution.
 
-    `probs` [N, V], `uniforms` [N] in [0, 1): label = the first v with cdf[v] > u. Returns `[N]`.
+    Its cumulative sum is inverted: `probs` [N, V], `uniforms` [N] in [0, 1), label = the first v
+    with cdf[v] > u. Returns `[N]`.
     """
     out = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
-    for start in range(
-        0, len(probs), 256
-    ):  # float64 sums, or rare labels of a large vocabulary would be lost
+    # sums in float64, or rare labels of a large vocabulary would be lost; 256 rows bound the memory
+    for start in range(0, len(probs), 256):
         cdf = probs[start : start + 256].cumsum(-1, dtype=torch.float64)
         u = uniforms[start : start + 256].to(cdf) * cdf[:, -1]
         out[start : start + 256] = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).squeeze(-1)

@@ -91,17 +91,13 @@ class TokenLoss:
 
     def check(self, queries: TokenizedExamples) -> None:
         """Refuse queries that have no such token."""
-        short = [
-            (id, count)
-            for id, count in zip(queries.ids, queries.counts, strict=True)
-            if not self._inside(count)
-        ]
-        if short:
-            raise InputError(
-                f"measurement {self.name} was given; query {short[0][0]!r} has {short[0][1]} "
-                "completion tokens (end token included): give a position that every query has, or "
-                "score the others apart"
-            )
+        for id, count in zip(queries.ids, queries.counts, strict=True):
+            if not self._inside(count):
+                raise InputError(
+                    f"measurement {self.name} was given; query {id!r} has {count} completion "
+                    "tokens (end token included): give a position that every query has, or score "
+                    "the others apart"
+                )
 
     def _inside(self, count: int) -> bool:
         return -count <= self.position < count
@@ -118,8 +114,8 @@ class TokenLoss:
             )
         return torch.stack(
             [
-                own[self.position]
-                for own in token_losses(part.logits, part.targets).split(part.counts)
+                losses[self.position]
+                for losses in token_losses(part.logits, part.targets).split(part.counts)
             ]
         )
 
@@ -148,8 +144,8 @@ class MeanMargin:
 class Custom:
     """Your own m(q), computed from a query's log-probabilities.
 
-    `function(log_probs [T, V], targets [T]) -> scalar` is called for each query with its T supervised
-    tokens.
+    `function(log_probs [T, V], targets [T]) -> scalar` is called for each query with its T
+    supervised tokens.
 
     `log_probs` are the model's log-probabilities at these tokens, in at least float32; the function
     must be differentiable by them. `name` goes on record and tells two functions apart. `rises`:
@@ -165,7 +161,7 @@ class Custom:
         """The function's value for every example, `[b]`."""
         log_probs = log_probabilities(part.logits)
         pairs = zip(log_probs.split(part.counts), part.targets.split(part.counts), strict=True)
-        values = [self.function(own, targets) for own, targets in pairs]
+        values = [self.function(of_query, targets) for of_query, targets in pairs]
         for value in values:
             if not (isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad):
                 shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -198,15 +194,16 @@ class Contrast:
                 f"{len(queries)} queries and {len(self.against)} rows to contrast them with were "
                 "given; expected one for each query, in the same order"
             )
-        for number, (query, other) in enumerate(zip(queries, self.against, strict=True), start=1):
-            if query.prompt != other.prompt:
+        for number, (query, partner) in enumerate(zip(queries, self.against, strict=True), start=1):
+            if query.prompt != partner.prompt:
                 raise InputError(
-                    f"row {number} of the contrast ({other.id!r}) has another prompt than query "
+                    f"row {number} of the contrast ({partner.id!r}) has another prompt than query "
                     f"{query.id!r}; give the same prompts, in the same order, with the other "
                     "completions"
                 )
 
 
+#: Measurements by the name that `--measurement` takes; `token:K` and the contrast have options.
 MEASUREMENTS: dict[str, Measurement] = {
     "loss": MeanLoss(),
     "sum": SumLoss(),

@@ -136,7 +136,7 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
     return str(list(shapes[name])) if name in shapes else "missing"
 
 
-# ---- reading -------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -156,12 +156,12 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise AdapterError(
             f"{path} cannot be read as safetensors ({error}): copy the checkpoint again"
         ) from error
-    return {_leaf_name(key): shape for key, shape in found.items()}
+    return {_leaf_name(key): shape for key, shape in shapes.items()}
 
 
 def _leaf_name(parameter: str) -> str:
@@ -222,10 +222,11 @@ def _leaf_order(
     if all("param_names" in group for group in groups):
         names = [_leaf_name(str(name)) for group in groups for name in group["param_names"]]
     else:
-        own = {
+        leaf_of = {
             id(p): leaf.name for p, leaf in zip(model.parameters, model.space.leaves, strict=True)
         }
-        full = [(name, own[id(p)]) for name, p in model.model.named_parameters() if id(p) in own]
+        parameters = model.model.named_parameters()
+        full = [(name, leaf_of[id(p)]) for name, p in parameters if id(p) in leaf_of]
         # stable: within each of the Trainer's two groups the order stays; an optimiser with one
         # group has this order too unless a layer's own name looks like a norm's
         exempt = [bool(_NO_DECAY.search(name.lower())) for name, _ in full]
@@ -254,7 +255,7 @@ def _leaf_order(
     return dict(zip(names, numbers, strict=True))
 
 
-# ---- one parameter's state -----------------------------------------------------------------------------------
+# ---- one parameter's state -----------------------------------------------------------------------
 
 
 def _keys(state: Mapping[str, Any]) -> str:

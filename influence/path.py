@@ -93,54 +93,67 @@ def points(
 ) -> tuple[Point, ...]:
     """The points of a run: the checkpoints, then the scales.
 
-    Checkpoints share by their learning rates, scales equally.
-
-    With both, the checkpoints together and the scales together have as much weight as they have
-    points. Raises `AdapterError` where a checkpoint is not of this adapter's shape, `InputError`
-    for a path outside (0, 1].
+    Checkpoints share by their learning rates, scales equally. With both, the checkpoints together
+    and the scales together have as much weight as they have points. Raises `AdapterError` where a
+    checkpoint is not of this adapter's shape, `InputError` for a path outside (0, 1].
     """
     scales = check_path(path)
+    folders = _checkpoint_folders(checkpoints)
+    if not scales and not folders:
+        raise InputError("no point of the path was given; give --path 1.0, or leave it out")
+    rates = _rates(folders)
+    labels = _distinct([f"{c:g}" for c in scales], [repr(c) for c in scales])
+    # `--at` names one point: a folder called like a scale, `all` or `end` is named in full
+    taken = {"all", "end", *labels}
+    names = _distinct([folder.name for folder in rates], [str(folder) for folder in rates])
+    names = [
+        str(folder) if name in taken else name for folder, name in zip(rates, names, strict=True)
+    ]
+    total, count = sum(rates.values()), len(scales) + len(rates)
+    result = []
+    for (folder, rate), name in zip(rates.items(), names, strict=True):
+        theta = read_parameters(model, folder)
+        share = rate / total * len(rates) / count
+        with model.at(theta):
+            digest = model.adapter_digest
+        result.append(Point(name, share, theta, digest=digest))
+    for label, c in zip(labels, scales, strict=True):
+        result.append(Point(label, 1 / count, scaled(model, c), scale=c))
+    return tuple(result)
+
+
+def _checkpoint_folders(checkpoints: Sequence[str | Path]) -> list[Path]:
+    """The folders of the checkpoints' adapters, absolute."""
     for folder in checkpoints:
         if not Path(folder).is_dir():
             raise AdapterError(
                 f"there is no checkpoint folder {str(folder)!r}: give the folders that training "
                 "kept"
             )
-    folders = [adapter_folder(folder).resolve() for folder in checkpoints]
-    if not scales and not folders:
-        raise InputError("no point of the path was given; give --path 1.0, or leave it out")
-    rates = {folder: learning_rate(folder) for folder in folders}
-    if len(rates) < len(folders):
+    return [adapter_folder(folder).resolve() for folder in checkpoints]
+
+
+def _rates(folders: Sequence[Path]) -> dict[Path, float]:
+    """The learning rate by which each checkpoint counts, above 0.
+
+    All count as 1 where one does not record its rate. Those at a rate of 0 are left out.
+    """
+    recorded = {folder: learning_rate(folder) for folder in folders}
+    if len(recorded) < len(folders):
         raise InputError("a checkpoint was given twice: give each once")
-    if None in rates.values():
+    if None in recorded.values():
         say("note: not every checkpoint records its learning rate; all checkpoints count equally")
-        rates = dict.fromkeys(folders, 1.0)
-    for folder in [folder for folder, rate in rates.items() if rate == 0]:
-        say(f"note: {folder} is left out: training had a learning rate of 0 there")
-        del rates[folder]
+        recorded = dict.fromkeys(folders, 1.0)
+    for folder, rate in recorded.items():
+        if rate == 0:
+            say(f"note: {folder} is left out: training had a learning rate of 0 there")
+    rates = {folder: rate for folder, rate in recorded.items() if rate}
     if folders and not rates:
         raise InputError(
             "the learning rate at every given checkpoint is 0: give checkpoints from earlier in "
             "training"
         )
-    total, count, found = sum(rate or 0 for rate in rates.values()), len(scales) + len(rates), []
-    labels = _distinct([f"{c:g}" for c in scales], [repr(c) for c in scales])
-    taken = {"all", "end", *labels}
-    names = _distinct([folder.name for folder in rates], [str(folder) for folder in rates])
-    names = [
-        str(folder) if name in taken else name for folder, name in zip(rates, names, strict=True)
-    ]
-    for folder, rate, name in zip(rates, rates.values(), names, strict=True):
-        theta = read_parameters(model, folder)
-        share = (rate or 0) / total * len(rates) / count
-        with model.at(theta):
-            digest = model.adapter_digest
-        found.append(Point(name, share, theta, digest=digest))
-    found += [
-        Point(label, 1 / count, scaled(model, c), scale=c)
-        for label, c in zip(labels, scales, strict=True)
-    ]
-    return tuple(found)
+    return rates
 
 
 def _distinct(short: list[str], full: list[str]) -> list[str]:
@@ -171,11 +184,11 @@ def read_parameters(model: AdaptedModel, folder: Path) -> Tensor:
             raise ValueError("adapter_config.json holds no JSON object")
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"checkpoint {folder} cannot be read: {error}") from error
-    own = model.model.peft_config[model.model.active_adapters[0]].to_dict()
+    expected = model.model.peft_config[model.model.active_adapters[0]].to_dict()
     reasons = [
-        f"{key} is {config.get(key)!r} there and {own.get(key)!r} in the adapter"
+        f"{key} is {config.get(key)!r} there and {expected.get(key)!r} in the adapter"
         for key in _SAME
-        if (config.get(key) or None) != (own.get(key) or None)
+        if (config.get(key) or None) != (expected.get(key) or None)
     ]
     wanted = {weight_key(leaf): leaf for leaf in model.space.leaves}
     reasons += [f"{key} is missing" for key in wanted if key not in tensors]
@@ -208,11 +221,11 @@ def learning_rate(folder: Path) -> float | None:
         if (folder / "trainer_state.json").exists():
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             logged = [
-                e
-                for e in state["log_history"]
-                if "learning_rate" in e and e["step"] <= state["global_step"]
+                entry
+                for entry in state["log_history"]
+                if "learning_rate" in entry and entry["step"] <= state["global_step"]
             ]
-            rate = max(logged, key=lambda e: e["step"])["learning_rate"] if logged else None
+            rate = max(logged, key=lambda entry: entry["step"])["learning_rate"] if logged else None
         elif (folder / "retrain.json").exists():
             rate = json.loads((folder / "retrain.json").read_text(encoding="utf-8")).get("lr")
         else:

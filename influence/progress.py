@@ -25,21 +25,33 @@ def track(
     if sys.stderr.isatty():
         yield from _bar(items, label, total, done)
         return
-    start = last = time.monotonic()
+    start, due = time.monotonic(), NowAndThen()
     count = done
     for item in items:
         yield item
         count += 1
-        now = time.monotonic()
-        if now - last > INTERVAL:
-            last = now
-            left = (now - start) / (count - done) * (total - count)
-            print(f"{label}: {count}/{total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+        if due():
+            seconds = (time.monotonic() - start) / (count - done) * (total - count)
+            say(f"{label}: {count}/{total}, about {seconds:.0f} s left")
 
 
 def say(message: str) -> None:
     """One plain line on standard error."""
     print(message, file=sys.stderr, flush=True)
+
+
+class NowAndThen:
+    """A clock that is due every `INTERVAL` seconds, for work that must not run in silence."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self) -> bool:
+        """Whether the interval is over. If it is, the next one begins."""
+        if time.monotonic() - self._last <= INTERVAL:
+            return False
+        self._last = time.monotonic()
+        return True
 
 
 def _bar(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]:

@@ -85,9 +85,8 @@ def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plist.set_obj_track_times(False)  # equal runs give equal files
-    plist.set_fill_time(
-        h5py.h5d.FILL_TIME_NEVER
-    )  # the file is extended sparsely, which reads as zeros
+    # the file is extended sparsely, which reads as zeros
+    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     h5py.h5d.create(
         file.id,
         name.encode(),
@@ -110,14 +109,15 @@ def read(file: h5py.File | h5py.Group, name: str) -> np.ndarray:
 def read_group(file: h5py.File, name: str) -> dict[str, np.ndarray]:
     """Every dataset under a group, by its name in the group. Empty without such a group."""
     group = file.get(name)
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
+
+    def visit(key: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            arrays[key] = item[()]
+
     if isinstance(group, h5py.Group):
-        group.visititems(
-            lambda key, item: (
-                found.update({key: item[()]}) if isinstance(item, h5py.Dataset) else None
-            )
-        )
-    return found
+        group.visititems(visit)
+    return arrays
 
 
 def read_strings(file: h5py.File, name: str) -> list[str]:
@@ -153,10 +153,8 @@ class RowFile:
         for index, row in zip(
             indices.tolist(), np.ascontiguousarray(rows, dtype=self.dtype), strict=True
         ):
-            data, place = (
-                memoryview(np.atleast_1d(row).data).cast("B"),
-                self._offset + index * self._width,
-            )
+            data = memoryview(np.atleast_1d(row).data).cast("B")
+            place = self._offset + index * self._width
             while len(data):  # one call writes at most 2 GB
                 written = os.pwrite(self._file, data, place)
                 data, place = data[written:], place + written
@@ -217,10 +215,10 @@ def open_file(path: Path, *, run_digest: str | None = None) -> Iterator[h5py.Fil
         ) from error
     with file:
         if run_digest is not None:
-            found = file.attrs.get("run_digest")
-            if found != run_digest:
+            digest = file.attrs.get("run_digest")
+            if digest != run_digest:
                 raise MismatchError(
-                    f"{path} belongs to another run (digest {str(found)[:12]}, this run has "
+                    f"{path} belongs to another run (digest {str(digest)[:12]}, this run has "
                     f"{run_digest[:12]}): give the file of this run, or move the foreign one away "
                     "and run the command again"
                 )
@@ -237,9 +235,8 @@ def only_writer(place: Path) -> Iterator[None]:
     process that holds it, also where that is killed.
     """
     key = hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:24]
-    with open(
-        Path(tempfile.gettempdir()) / f"lora-influence-{os.getuid()}-{key}.lock", "w"
-    ) as handle:
+    lock = Path(tempfile.gettempdir()) / f"lora-influence-{os.getuid()}-{key}.lock"
+    with open(lock, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -298,7 +298,8 @@ def _without_clock(program: str) -> str:
 
     A macro of its own hides the clock that transformers lends it.
 
-    A macro of its own hides the clock that transformers lends it. The line break after the macro is eaten by the block before it, so a template renders as it did.
+    A macro of its own hides the clock that transformers lends it. The line break after the macro is
+    eaten by the block before it, so a template renders as it did.
     """
     if "strftime_now" not in program:
         return program

@@ -1,4 +1,7 @@
-"""Solvers of `(C + lambda I) x = v`; one file each, each returns a `Solution` with per-column residuals."""
+"""Solvers of `(C + lambda I) x = v`, one file each.
+
+Each returns a `Solution` with the true residual of every column.
+"""
 
 from influence.solvers.astra import ASTRA
 from influence.solvers.base import Solution, Solver

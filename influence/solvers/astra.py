@@ -22,7 +22,9 @@ from influence.solvers.descent import Batches, descend, top_eigenvalue
 
 @dataclass(frozen=True)
 class ASTRA:
-    """ASTRA to a relative residual of `tolerance` per column, in at most `max_iterations` products.
+    """ASTRA, each column stopped on its own residual.
+
+    Every column ends at a relative residual of `tolerance`, or after `max_iterations` products.
 
     `preconditioner`: a damped curvature with a closed-form inverse (EK-FAC with the same damping,
     as a rule). `step` is a; None: `min(1, 1 / top eigenvalue of P^-1 (C + lambda I))`, by power
@@ -39,6 +41,7 @@ class ASTRA:
     seed: int = 0
     name: str = "astra"
     approximate: ClassVar[bool] = False
+    copies: ClassVar[int] = 12  # the iteration of `descend` and its products, as in LiSSA
 
     def __post_init__(self) -> None:
         if self.step is not None and not self.step > 0:
@@ -53,13 +56,16 @@ class ASTRA:
             )
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
-        """Solve for every row of `rhs` [K, P]; a column that diverges returns its best iterate and says so."""
+        """Solve for every row of `rhs` [K, P].
+
+        A column that diverges returns its best iterate, unconverged, and the message says so.
+        """
         batches = Batches.of(operator, self.batch_size, self.seed, self.name)
         step, spent = self.step, 0
         if step is None:
             top, spent = top_eigenvalue(batches, rhs[0], self._precondition)
             step = min(1.0, 1 / top)
-        found = descend(
+        descent = descend(
             batches,
             rhs,
             self._precondition(rhs),
@@ -71,15 +77,15 @@ class ASTRA:
             precondition=self._precondition,
             spent=spent,
         )
-        message = found.message(
-            f"step a = {float(found.step.max()):.3g} is above twice the inverse of the top "
+        message = descent.message(
+            f"step a = {float(descent.step.max()):.3g} is above twice the inverse of the top "
             "eigenvalue of P^-1 (C + lambda I); give a smaller step, or none to have it estimated"
         )
         # a best iterate of zero tells nothing; the EK-FAC answer does, whatever its residual
-        untouched = ~found.best.any(dim=1) & rhs.any(dim=1)
-        found.best[untouched] = self._precondition(rhs[untouched])
+        untouched = ~descent.best.any(dim=1) & rhs.any(dim=1)
+        descent.best[untouched] = self._precondition(rhs[untouched])
         return Solution.checked(
-            operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message
+            operator, rhs, descent.best, self.tolerance, descent.iterations.cpu(), message
         )
 
     def _precondition(self, r: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""What a solver takes and returns: `(C + lambda I) x = v` for many right-hand sides at once, as rows."""
+"""What a solver takes and returns.
+
+It solves `(C + lambda I) x = v` for many right-hand sides at once, given as rows [K, P].
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ from torch import Tensor
 from influence.curvature.base import Damped
 from influence.errors import NumericalError
 
+#: What a solver that does not say its `copies` is taken to hold: as many as any solver here.
+MOST_COPIES = 12
+
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver found, column by column (K right-hand sides).
+    """The answer of a solver, column by column (K right-hand sides).
 
     `values` [K, P]; `residuals` [K], the true `|(C + lambda) x - v| / |v|`, computed after the fact
     by one more product; `converged` [K]; `iterations` [K]; `message`: why a column did not
@@ -37,7 +43,10 @@ class Solution:
         iterations: Tensor,
         message: str = "",
     ) -> Solution:
-        """Measure every column's residual; a column above `tolerance` is not converged."""
+        """Measure every column's residual.
+
+        A column above `tolerance` is not converged.
+        """
         residuals = relative_residuals(operator, rhs, values)
         converged = residuals <= tolerance
         if not message and not bool(converged.all()):
@@ -50,10 +59,15 @@ class Solution:
 
 
 class Solver(Protocol):
-    """Inverts a damped curvature. A numerical failure is a value in the solution, not an exception.
+    """A way to invert a damped curvature.
+
+    A numerical failure is a value in the solution, not an exception. A solver is a frozen dataclass
+    in a file of its own.
 
     `approximate`: a formula with an error of its own, which no tolerance or number of iterations
-    removes.
+    removes. A solver may also have `copies`, an int: the vectors [K, P] that it holds beside the
+    right-hand sides, counted in its code, by which queries are solved in chunks that fit the
+    memory. One without it is taken to hold `MOST_COPIES`.
     """
 
     approximate: ClassVar[bool]
@@ -69,7 +83,10 @@ class Solver(Protocol):
 
 
 def relative_residuals(operator: Damped, rhs: Tensor, values: Tensor) -> Tensor:
-    """`|(C + lambda) x - v| / |v|` of each row, `[K]` float64; 0 where v = 0 and x = 0."""
+    """`|(C + lambda) x - v| / |v|` of each row, `[K]` float64.
+
+    0 where v = 0 and x = 0. Errors: NumericalError for a right-hand side that is not finite.
+    """
     if not bool(torch.isfinite(rhs).all()):
         raise NumericalError(
             "a right-hand side holds NaN or infinity: the query's gradient is not finite"

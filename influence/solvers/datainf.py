@@ -1,5 +1,6 @@
-"""DataInf: the mean of the inverses in place of the inverse of the mean (Kwon et al. 2024, arXiv
-2310.00902).
+"""DataInf: the mean of the inverses in place of the inverse of the mean.
+
+Kwon et al. 2024 (arXiv 2310.00902).
 
 On each block (leaf), with g_i the gradient of l_i at the data's labels and weights w_i,
 
@@ -26,8 +27,9 @@ from influence.solvers.base import Solution, relative_residuals
 
 @dataclass(frozen=True)
 class DataInf:
-    """DataInf from `rows`, a stream of the gradients of l_i as blocks [b, P], in the order of
-    `weights` [n].
+    """DataInf from a stream of the training rows' gradients.
+
+    `rows` gives the gradients of l_i as blocks [b, P], in the order of `weights` [n].
 
     `blocks` are the leaves, each with one lambda. One stream over the rows serves all columns; sums
     are float64.
@@ -39,9 +41,14 @@ class DataInf:
     tolerance: float = 1e-3
     name: str = "datainf"
     approximate: ClassVar[bool] = True
+    # v, the sums and a quotient, in float64 beside a float32 model; the answer and its residual
+    copies: ClassVar[int] = 10
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
-        """Approximate the solution for every row of `rhs` [K, P]; the residual is against `operator` as it is."""
+        """Approximate the solution for every row of `rhs` [K, P].
+
+        The residual is against `operator` as it is.
+        """
         n, v = len(self.weights), rhs.double()
         diagonal = operator.diagonal(v)
         lam = [float(diagonal[block][0]) for block in self.blocks]

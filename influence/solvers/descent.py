@@ -14,7 +14,6 @@ decay: Shamir & Zhang 2013, arXiv 1212.1824, section 4).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from influence.curvature.base import Damped, Subsampled
 from influence.errors import InputError
-from influence.progress import say
+from influence.progress import NowAndThen, say
 
 #: `P^-1 r` for every row of r [k, P].
 Precondition = Callable[[Tensor], Tensor]
@@ -40,9 +39,9 @@ HALVINGS = 4
 #: Power iteration: products at most, their relative change at which it stops, and mini-batches it
 #: is tried on.
 POWER_PRODUCTS, POWER_CHANGE, POWER_BATCHES = 12, 0.01, 4
-#: It approaches the top eigenvalue from below: the estimate times this is taken. Without momentum,
-#: steps converge up to twice the inverse top eigenvalue, so an estimate of half the truth would
-#: still do.
+#: Power iteration approaches the top eigenvalue from below: the estimate times this is taken.
+#: Without momentum, steps converge up to twice the inverse top eigenvalue, so an estimate of half
+#: the truth would still do.
 MARGIN = 1.1
 #: A full product (a check) per so many passes' worth of mini-batches.
 CHECK_EVERY = 4
@@ -52,7 +51,10 @@ DECAY = 3.0
 
 @dataclass(frozen=True)
 class Batches:
-    """Products of `C + lambda I` on all rows, or on `size` rows drawn without replacement, independently every time."""
+    """Products of `C + lambda I` on all rows or on mini-batches.
+
+    A mini-batch is `size` rows drawn without replacement, independently every time.
+    """
 
     operator: Damped
     size: int | None
@@ -60,7 +62,10 @@ class Batches:
 
     @classmethod
     def of(cls, operator: Damped, size: int | None, seed: int, solver: str) -> Batches:
-        """Check that the curvature can be subsampled, where it must be; a batch of all rows is no mini-batch."""
+        """Check that the curvature can be multiplied on some rows, where it must be.
+
+        A batch of all rows is no mini-batch.
+        """
         if size is not None:
             if not isinstance(operator.curvature, Subsampled):
                 raise InputError(
@@ -103,8 +108,9 @@ class Batches:
 def top_eigenvalue(
     batches: Batches, like: Tensor, precondition: Precondition | None = None
 ) -> tuple[float, int]:
-    """The largest eigenvalue (in size) of `P^-1 (C + lambda I)`, times `MARGIN`, and the products
-    spent on it.
+    """The largest eigenvalue (in size) of `P^-1 (C + lambda I)`, and the products it took.
+
+    The eigenvalue comes times `MARGIN`.
 
     Power iteration in the norm of P, where the matrix is symmetric, on one random vector of the
     shape of `like` [P]. With mini-batches the largest over several of them: a step that contracts
@@ -120,10 +126,8 @@ def top_eigenvalue(
             w = batches.matvec(u, rows)
             products += 1
             Pw = w if precondition is None else precondition(w)
-            before, estimate = (
-                estimate,
-                float(((w * Pw).sum() / (u * Pu).sum()).clamp(min=0).sqrt()),
-            )
+            before = estimate
+            estimate = float(((w * Pw).sum() / (u * Pu).sum()).clamp(min=0).sqrt())
             if not estimate > 0 or abs(estimate - before) < POWER_CHANGE * estimate:
                 break
             Pu, u = w / w.norm(), Pw / w.norm()
@@ -133,14 +137,14 @@ def top_eigenvalue(
 
 @dataclass
 class Descent:
-    """The state of one descent over K columns: the best iterate of each, and how each one ended.
+    """The state of one descent over K columns.
 
-    `best` [K, P] with relative residuals `residuals` [K]; `iterations` [K] counts products,
-    mini-batch ones where batches are mini; `step` [K], the last a; `diverged`, `indefinite` [K]:
-    given up for too long a step, or for a direction of negative curvature.
+    `best` [K, P] is the best iterate of each column, with relative residuals `residuals` [K];
+    `iterations` [K] counts products, mini-batch ones where batches are mini; `step` [K], the last
+    a; `diverged`, `indefinite` [K]: given up for too long a step, or for a direction of negative
+    curvature.
     """
 
-    operator: Damped
     rhs: Tensor
     step: Tensor
     best: Tensor = field(init=False)
@@ -157,9 +161,8 @@ class Descent:
         count, device = len(self.rhs), self.rhs.device
         self.best = torch.zeros_like(self.rhs)
         self.scale = self.rhs.norm(dim=1).clamp(min=torch.finfo(self.rhs.dtype).tiny)
-        self.residuals = (
-            self.rhs.norm(dim=1) / self.scale
-        )  # those of x = 0: one, or zero where v = 0
+        # those of x = 0: one, or zero where v = 0
+        self.residuals = self.rhs.norm(dim=1) / self.scale
         self.limit = torch.zeros_like(self.residuals)
         self.previous = -self.rhs
         self.iterations = torch.zeros(count, dtype=torch.int64, device=device)
@@ -170,8 +173,9 @@ class Descent:
     def judge(
         self, rows: Tensor, x: Tensor, g: Tensor, adapt: bool, signed: bool
     ) -> tuple[Tensor, Tensor]:
-        """Keep what is better, give up what has grown; `(relative residuals [k], to be started
-        again [k])`.
+        """Keep the iterates that are better and give up the columns that have grown.
+
+        Returns the relative residuals [k] and which columns start again [k].
 
         `x`, `g` [k, P]: iterates of the columns `rows` and `(C + lambda I) x - v` there. Where
         `signed`, growth without overshooting (g keeps its direction) tells a negative eigenvalue
@@ -193,8 +197,19 @@ class Descent:
         self.step[rows[again]] *= 0.5
         return residuals, again
 
+    def report(self, name: str, rows: Tensor) -> None:
+        """Say how far the columns `rows` [k] are that have not ended."""
+        worst = float(self.residuals[rows].max())
+        say(
+            f"{name}: {int(self.iterations.max())} products, {len(rows)} columns left, "
+            f"worst residual {worst:.1e}"
+        )
+
     def message(self, cause: str) -> str:
-        """Why columns were given up, or empty; `cause` is the solver's sentence for a step that is too long."""
+        """Why columns were given up, or empty.
+
+        `cause` is the solver's sentence for a step that is too long.
+        """
         parts = []
         if bool(self.diverged.any()):
             parts.append(f"{int(self.diverged.sum())} of {len(self.rhs)} columns diverged: {cause}")
@@ -225,21 +240,20 @@ def descend(
     momentum: float = 0.0,
     spent: int = 0,
 ) -> Descent:
-    """Iterate from x = `first` (what the first step from x = 0 gives) until every column of `rhs`
-    [K, P] has ended.
+    """Iterate until every column of `rhs` [K, P] has ended.
+
+    It begins at x = `first`, what the first step from x = 0 gives.
 
     `adapt` says that the step is an estimate: a column that diverges starts again from its best
     iterate with half of it. `spent` products were used for that estimate, and count.
     """
-    state = Descent(
-        batches.operator, rhs, torch.full((len(rhs), 1), step, dtype=rhs.dtype, device=rhs.device)
-    )
+    state = Descent(rhs, torch.full((len(rhs), 1), step, dtype=rhs.dtype, device=rhs.device))
     state.iterations += spent
     full = batches.size is None
     x, average = first.clone(), first.clone()
     u = -rhs if precondition is None else -precondition(rhs)
     rows, g = (state.residuals > tolerance).nonzero().squeeze(1), -rhs
-    told, taken, alarm = time.monotonic(), 1, False
+    due, taken, alarm = NowAndThen(), 1, False
     while len(rows):
         last = int(state.iterations[rows].max()) >= max_iterations
         if full or last or alarm or taken % batches.check_every == 0:
@@ -248,22 +262,16 @@ def descend(
             state.iterations[rows] += int(full)
             residuals, again = state.judge(rows, shown, g, adapt, full)
             ended = state.diverged | state.indefinite
-            if bool(
-                again.any()
-            ):  # no step this time: the next product measures the best iterate again
+            # no step this time: the next product measures the best iterate again
+            if bool(again.any()):
                 x[rows[again]] = average[rows[again]] = state.best[rows[again]]
                 u[rows[again]], g[again] = 0, 0
             going = (
                 (residuals > tolerance) & ~ended[rows] & (state.iterations[rows] < max_iterations)
             )
             rows, g = rows[going], g[going]
-            if time.monotonic() - told > 10 and len(rows):  # a product may be a pass over the data
-                told = time.monotonic()
-                worst = float(state.residuals[rows].max())
-                say(
-                    f"{name}: {int(state.iterations.max())} products, {len(rows)} columns left, "
-                    f"worst residual {worst:.1e}"
-                )
+            if len(rows) and due():  # a product may be a pass over the data
+                state.report(name, rows)
         if not len(rows):
             break
         if not full:

@@ -1,5 +1,6 @@
-"""LiSSA: the Neumann series of the inverse, one product per term (Agarwal, Bullins & Hazan 2017;
-Koh & Liang 2017).
+"""LiSSA: the Neumann series of the inverse, one product per term.
+
+Agarwal, Bullins & Hazan 2017; Koh & Liang 2017.
 
     x <- x + ( v - (C_B + lambda I) x ) / c
 
@@ -24,7 +25,9 @@ from influence.solvers.descent import Batches, descend, top_eigenvalue
 
 @dataclass(frozen=True)
 class LiSSA:
-    """LiSSA to a relative residual of `tolerance` per column, in at most `max_iterations` products.
+    """LiSSA, each column stopped on its own residual.
+
+    Every column ends at a relative residual of `tolerance`, or after `max_iterations` products.
 
     `scale` is c; None: a little above the top eigenvalue, by power iteration (its products count).
     `batch_size` rows per product, drawn with `seed`; None: all. With mini-batches the average of
@@ -38,6 +41,8 @@ class LiSSA:
     seed: int = 0
     name: str = "lissa"
     approximate: ClassVar[bool] = False
+    # best, x, average, u and the gradient of `descend`, and what a product and masks copy of them
+    copies: ClassVar[int] = 12
 
     def __post_init__(self) -> None:
         if self.scale is not None and not self.scale > 0:
@@ -47,12 +52,15 @@ class LiSSA:
             )
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
-        """Solve for every row of `rhs` [K, P]; a column that diverges returns its best iterate and says so."""
+        """Solve for every row of `rhs` [K, P].
+
+        A column that diverges returns its best iterate, unconverged, and the message says so.
+        """
         batches = Batches.of(operator, self.batch_size, self.seed, self.name)
         scale, spent = (
             (self.scale, 0) if self.scale is not None else top_eigenvalue(batches, rhs[0])
         )
-        found = descend(
+        descent = descend(
             batches,
             rhs,
             rhs / scale,
@@ -63,11 +71,11 @@ class LiSSA:
             name=self.name,
             spent=spent,
         )
-        message = found.message(
-            f"scale c = {1 / float(found.step.min()):.3g} is below the top eigenvalue of C + "
+        message = descent.message(
+            f"scale c = {1 / float(descent.step.min()):.3g} is below the top eigenvalue of C + "
             "lambda I (of a mini-batch, with batch_size); give a larger scale, or none to have it "
             "estimated"
         )
         return Solution.checked(
-            operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message
+            operator, rhs, descent.best, self.tolerance, descent.iterations.cpu(), message
         )

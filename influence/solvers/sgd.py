@@ -1,5 +1,6 @@
-"""SGD on the quadratic whose minimum is the solution, with heavy-ball momentum (LLMEraser's form,
-arXiv 2412.00383).
+"""SGD on the quadratic whose minimum is the solution, with heavy-ball momentum.
+
+LLMEraser's form (arXiv 2412.00383).
 
     min_x  1/2 x^T (C + lambda I) x - v^T x,        u <- beta u + (C_B + lambda I) x - v,   x <- x -
     eta u
@@ -27,7 +28,9 @@ STOCHASTIC_MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class SGD:
-    """SGD to a relative residual of `tolerance` per column, in at most `max_iterations` products.
+    """SGD, each column stopped on its own residual.
+
+    Every column ends at a relative residual of `tolerance`, or after `max_iterations` products.
 
     `learning_rate` is eta; None: 1/L, L the top eigenvalue of `C + lambda I` by power iteration
     (its products count); heavy ball is stable up to almost 4/L. `momentum` is beta; None: `(1 -
@@ -45,6 +48,7 @@ class SGD:
     seed: int = 0
     name: str = "sgd"
     approximate: ClassVar[bool] = False
+    copies: ClassVar[int] = 12  # the iteration of `descend` and its products, as in LiSSA
 
     def __post_init__(self) -> None:
         if self.learning_rate is not None and not self.learning_rate > 0:
@@ -58,7 +62,10 @@ class SGD:
             )
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
-        """Solve for every row of `rhs` [K, P]; a column that diverges returns its best iterate and says so."""
+        """Solve for every row of `rhs` [K, P].
+
+        A column that diverges returns its best iterate, unconverged, and the message says so.
+        """
         batches = Batches.of(operator, self.batch_size, self.seed, self.name)
         top, spent = (
             (1 / self.learning_rate, 0) if self.learning_rate else top_eigenvalue(batches, rhs[0])
@@ -70,7 +77,7 @@ class SGD:
                 momentum = min(momentum, STOCHASTIC_MOMENTUM)
         if self.learning_rate is None and batches.size is not None:
             rate *= 1 - momentum
-        found = descend(
+        descent = descend(
             batches,
             rhs,
             rhs * rate,
@@ -82,10 +89,10 @@ class SGD:
             momentum=momentum,
             spent=spent,
         )
-        message = found.message(
-            f"learning rate {float(found.step.max()):.3g} is too large for the top eigenvalue of "
+        message = descent.message(
+            f"learning rate {float(descent.step.max()):.3g} is too large for the top eigenvalue of "
             "C + lambda I; give a smaller one, or none to have it estimated"
         )
         return Solution.checked(
-            operator, rhs, found.best, self.tolerance, found.iterations.cpu(), message
+            operator, rhs, descent.best, self.tolerance, descent.iterations.cpu(), message
         )
