@@ -1,4 +1,7 @@
-"""The terms that methods of your own are made of, under the name that their files import: see `unlearn.methods.terms`."""
+"""The terms that methods are made of, under the name that files of your own import.
+
+They live in `unlearn.methods.terms`.
+"""
 
 from unlearn.methods.terms import (
     Part,

@@ -1,4 +1,4 @@
-"""Gradient-based unlearning: methods as compositions of a target, terms and a combination, in one loop."""
+"""Gradient-based unlearning: methods as compositions of parts, run by one loop."""
 
 from typing import TYPE_CHECKING
 
@@ -8,12 +8,14 @@ if TYPE_CHECKING:
     from unlearn.methods.loop import train
     from unlearn.methods.methods import METHODS, Method, method_of
     from unlearn.methods.options import Options
+    from unlearn.methods.targets import Setup, Target, TargetRule
     from unlearn.methods.terms import Term
 
 _HOMES = {
     "methods": ("METHODS", "Method", "method_of"),
     "loop": ("train",),
     "options": ("Options",),
+    "targets": ("Setup", "Target", "TargetRule"),
     "terms": ("Term",),
 }
 
@@ -21,6 +23,9 @@ __all__ = [
     "METHODS",
     "Method",
     "Options",
+    "Setup",
+    "Target",
+    "TargetRule",
     "Term",
     "method_of",
     "train",

@@ -1,15 +1,17 @@
 """How the gradients of the forget term and of the retain term become one direction.
 
-`combine(forget, retain, step)` takes both gradients `[P]` (None where a method has no such term), accumulated over the whole step
-and summed over all processes, and gives the gradient `[P]` that the optimizer gets. With g_F the gradient of the forget rows' loss
-(so that the term -CE has -g_F) and g_R that of the retained rows' loss:
+`combine(forget, retain, step)` takes both gradients `[P]` (None where a method has no such term),
+accumulated over the whole step and summed over all processes, and gives the gradient `[P]` that the
+optimizer gets. With g_F the gradient of the forget rows' loss (so that the term -CE has -g_F) and
+g_R that of the retained rows' loss:
 
-    weighted     -g_F + w g_R                        Yao et al. 2024, arXiv 2402.15159 (w = 1)
-    normalised   -g_F / |g_F| + g_R / |g_R|          NGDiff, Bu et al. 2024, arXiv 2410.22086
-    sparse       g_R + c (1 - t/T) sign(theta)       l1-sparse, Jia et al. 2023, arXiv 2304.04934; T steps
+    weighted     -g_F + w g_R                    Yao et al. 2024, arXiv 2402.15159 (w = 1)
+    normalised   -g_F / |g_F| + g_R / |g_R|      NGDiff, Bu et al. 2024, arXiv 2410.22086
+    sparse       g_R + c (1 - t/T) sign(theta)   l1-sparse, Jia et al. 2023, arXiv 2304.04934
 
-For `normalised`, g with `<g_R, g> >= 0 >= <g_F, g>`: a step along -g lowers the retained loss and raises the forget loss to
-first order, and it is zero only where both gradients are parallel.
+where T is the number of steps. `normalised` gives g with `<g_R, g> >= 0 >= <g_F, g>`: a step along
+-g lowers the retained loss and raises the forget loss to first order, and it is zero only where
+both gradients are parallel.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ class Weighted:
     def __call__(self, forget: Tensor | None, retain: Tensor | None, step: Step) -> Tensor:
         """`forget + w retain`, `[P]`."""
         if forget is None or retain is None:
-            found = forget if retain is None else retain
-            assert found is not None
-            return found
+            gradient = forget if retain is None else retain
+            assert gradient is not None
+            return gradient
         return forget + self.retain_weight * retain
 
     def __str__(self) -> str:
@@ -57,7 +59,7 @@ class Normalised:
     """The sum of both, each divided by its length."""
 
     def __call__(self, forget: Tensor | None, retain: Tensor | None, step: Step) -> Tensor:
-        """`forget / |forget| + retain / |retain|`, `[P]`; a zero gradient stays zero."""
+        """`forget / |forget| + retain / |retain|`, `[P]`, where a zero gradient stays zero."""
         assert forget is not None
         assert retain is not None
         return unit(forget) + unit(retain)
@@ -69,7 +71,7 @@ class Normalised:
 
 @dataclass(frozen=True)
 class Sparse:
-    """The retain term with an l1 penalty on the LoRA parameters that falls linearly to zero over the steps."""
+    """The retain term with an l1 penalty on the parameters that falls linearly to zero."""
 
     penalty: float = 5e-4
 
@@ -87,7 +89,7 @@ class Sparse:
 
 
 def unit(v: Tensor) -> Tensor:
-    """`v / |v|`; zero stays zero."""
+    """`v / |v|`, where zero stays zero."""
     largest = v.abs().max()
     if not largest > 0:
         return v
@@ -96,8 +98,7 @@ def unit(v: Tensor) -> Tensor:
 
 
 def above_zero(name: str, value: float, *, or_zero: bool = False) -> None:
-    """Refuse a method's number that is not finite, or below zero, or zero unless `or_zero`."""
+    """Refuse a method's number that is not finite, below zero, or zero unless `or_zero`."""
     if not (0 <= value < float("inf")) or (value == 0 and not or_zero):
-        raise InputError(
-            f"{name} {value:g} was given; expected a number {'of at least' if or_zero else 'above'} 0"
-        )
+        bound = "of at least" if or_zero else "above"
+        raise InputError(f"{name} {value:g} was given; expected a number {bound} 0")

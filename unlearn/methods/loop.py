@@ -1,25 +1,26 @@
 """One loop for every method of gradient-based unlearning.
 
-A step takes a batch of forget rows and one of retained rows, in parts of a token budget (gradient accumulation without a knob) and
-shared out over processes, forms both terms' gradients `[P]`, adds them up once, combines them, and hands the result to an
-optimizer of torch. Terms are means over all tokens or rows of the step, so neither parts nor processes change them. Dropout is off.
+A step takes a batch of forget rows and one of retained rows, in parts of a token budget (gradient
+accumulation without a knob) and shared out over processes, forms both terms' gradients `[P]`, adds
+them up once, combines them, and hands the result to an optimizer of torch. Terms are means over all
+tokens or rows of the step, so neither parts nor processes change them. Dropout is off.
 
-It stops when the forget rows have reached their goal (default: the base model's mean loss on them), the last step shortened by
-bisection so that they just have (with batches smaller than the set, the way since they were last seen below it); or when retained
-rows have lost `stop_damage`. What it did is measured and recorded like a closed-form edit (`unlearn.record.before_after`),
-and saved in the same way; every step's terms, losses, gradient norms and their cosine are in the adapter's `steps.jsonl`.
+It stops when the forget rows have reached their goal (default: the base model's mean loss on them),
+the last step shortened so that they just have, or when retained rows have lost `stop_damage`
+(`unlearn.methods.stop_rules`). What it did is measured and recorded like a closed-form edit
+(`unlearn.record.before_after`), and saved in the same way. Every step's terms, losses, gradient
+norms and their cosine are in the adapter's `steps.jsonl`.
 
-Which rows a step takes depends on the seed and the step's number alone, so a training that is resumed goes on with the same ones.
+Which rows a step takes depends on the seed and the step's number alone, so a training that is
+resumed (`unlearn.methods.resume`) goes on with the same ones.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.batches import plan_batches
-from influence.cost import Cost
-from influence.errors import InputError, MismatchError, NumericalError, StoreError
+from influence.errors import NumericalError
 from influence.gradients import checkpointed_layers, replaced_forwards
-from influence.loss import mean_losses
 from influence.progress import say, track
 from influence.rows import Examples
 from influence.run import Run, spaced
@@ -43,27 +42,30 @@ from influence.tokens import TokenizedExamples
 from unlearn.methods import automatic_rate
 from unlearn.methods.batches import TermBatches, TermGradient
 from unlearn.methods.combine import Step
-from unlearn.methods.methods import Method, Trained, method_of
+from unlearn.methods.finish import Trained
+from unlearn.methods.methods import Method, method_of
 from unlearn.methods.options import Options, optimizer_class
 from unlearn.methods.preparation import Work, prepare
 from unlearn.methods.reference import ReferenceAdapter, frozen
+from unlearn.methods.resume import Checkpoint, Progress
+from unlearn.methods.stop_rules import CHECK_ROWS, Stopped, StopRules
 from unlearn.methods.targets import Setup, Target
 from unlearn.methods.terms import Term
-from unlearn.record.before_after import State, Targets, refuse_text, report
+from unlearn.record.before_after import State, Targets, report
+from unlearn.record.change import refuse_text
 from unlearn.record.save import Edit
 from unlearn.retraining.recipe import Recipe
-from unlearn.stopping import NEAR, Walk
-from unlearn.unseen import Expected, Reference, expected_losses
+from unlearn.stopping import NEAR, Ending
+from unlearn.unseen import Expected, expected_losses
+from unlearn.unseen_outputs import ExpectedOutputs
 
-#: Forget rows whose loss tells when to stop, where a step does not run all of them, and how often it is looked at.
-CHECK_ROWS, CHECK_EVERY = 64, 10
-#: Rise of the retained rows' loss that a training is warned of.
+#: Rise of the retained rows' loss, relative, that a training is warned of. A choice.
 MUCH = 0.1
-STATE = "state.pt"
-#: When a way is shortened: how near to the goal is near enough, relative to it, and after how many halvings it is let be.
-CLOSE, SHORTENINGS = 0.005, 14
 #: Change of what is minimised, in nats to first order, below which a first step follows rounding.
+#: A choice, far below any gradient at which something is left to do.
 NOTHING = 1e-6
+#: Streams of random numbers for the order of forget rows and of retained rows.
+FORGET_STREAM, RETAIN_STREAM = 31, 32
 
 
 def train(
@@ -92,516 +94,342 @@ def train(
     holdout
         Rows that the adapter never saw; measured before and after.
     checkpoint
-        Folder that the state of the training is kept in: called again after a kill, with the same request, it goes on. Gone when
-        the training is complete and the result is `save`d by the caller's `discard`.
+        Folder that the state of the training is kept in: called again after a kill, with the same
+        request, it goes on. The caller deletes it with `unlearn.methods.resume.discard` when the
+        result is saved.
     restart
         Begin anew where the folder holds another training, or a damaged one.
     options
         The fields of `Options`.
 
-    Returns the edit; nothing else is written, its `save` does.
+    Returns
+    -------
+    Edit
+        The trained adapter with its record. Nothing else is written; its `save` does.
 
     Raises
     ------
     InputError
-        For unknown ids, methods or options, retained rows that are forget rows, a method that needs retained rows where none are left.
+        For unknown ids, methods or options, retained rows that are forget rows, a method that needs
+        retained rows where none are left.
     MismatchError
         Where `checkpoint` holds the state of another training.
     NumericalError
         Where a term or gradient is NaN or infinite.
     """
-    begun = time.monotonic()
+    begun_at = time.monotonic()
     refuse_text(ids)
-    chosen = Options(**options)
-    work = prepare(run, method_of(method), ids, retain, holdout, chosen)
+    work = prepare(run, method_of(method), ids, retain, holdout, Options(**options))
     before = work.measure(work.version.theta)
     expected = work.expected(before)
-    targets = work.targets(expected, before)
-    training = Training(
-        work,
-        before,
-        expected,
-        targets,
-        begun,
-        None if checkpoint is None else Path(checkpoint),
-        restart,
-    )
-    found, kept = training.run()
-    delta = found.theta - work.version.theta
+    goals = work.goals(expected, before)
+    folder = None if checkpoint is None else Path(checkpoint)
+    saving = Checkpoint(work, folder, restart, begun_at)
+    training = Training(work, before, expected, goals, saving)
+    ending, share = training.run()
+    delta = ending.theta - work.version.theta
     theta = work.version.theta + delta
     if not bool(torch.isfinite(theta).all()):
         raise NumericalError(
             "the trained adapter holds NaN or infinity: nothing is written. Lower the rate (--lr)"
         )
     after = work.measure(theta)
-    if work.stop.kind != "steps" or work.method.finish is not None:
-        found = replace(
-            found, reached=bool(np.mean(after.old.loss) >= (1 - NEAR) * np.mean(targets.old))
-        )
-    else:  # no goal was asked for
-        nothing = np.full_like(targets.old, np.nan)
-        targets, found = Targets(nothing, targets.new, nothing), replace(found, reached=None)
+    goals, ending = _judged(work, goals, ending, after)
+    log = training.progress.log
     linear = work.forecast(delta, theta)
-    residual = {"solver": None, "tolerance": None}
-    seconds = training.seconds + time.monotonic() - begun
     record = report(
         work,
-        work.describe(training.log, kept),
-        residual,
-        found,
+        work.describe(log, share),
+        {"solver": None, "tolerance": None},
+        ending,
         delta,
         before,
         after,
         expected,
-        targets,
+        goals,
         linear,
-        seconds,
+        training.progress.seconds + time.monotonic() - begun_at,
     )
-    damage, rise = record["guard"]["damage"], float(after.old.loss.mean() - before.old.loss.mean())
-    if damage is not None and damage > MUCH and distributed.rank() == 0:
+    if distributed.rank() == 0:
+        _warn(record.guard.damage, before, after)
+    return Edit(work.change, delta, record, log)
+
+
+def _judged(work: Work, goals: Targets, ending: Ending, after: State) -> tuple[Targets, Ending]:
+    """Whether the goal was reached; where only steps were asked for there is none."""
+    if work.stop.kind == "steps" and work.method.finish is None:
+        unknown = np.full_like(goals.old, np.nan)
+        return Targets(unknown, goals.new, unknown), replace(ending, reached=None)
+    reached = bool(np.mean(after.old.loss) >= (1 - NEAR) * np.mean(goals.old))
+    return goals, replace(ending, reached=reached)
+
+
+def _warn(damage: float | None, before: State, after: State) -> None:
+    """Say what nobody wants of a training: damage, or forget rows that are known better."""
+    if damage is not None and damage > MUCH:
         say(f"warning: the retained rows' loss rose by {damage:.1%}")
-    if rise < 0 and distributed.rank() == 0:
+    rise = float(after.old.loss.mean() - before.old.loss.mean())
+    if rise < 0:
         say(
-            f"warning: the loss of the rows to unlearn fell by {-rise:.2f}: the adapter knows them better than before"
+            f"warning: the loss of the rows to unlearn fell by {-rise:.2f}: "
+            "the adapter knows them better than before"
         )
-    return Edit(work.change, delta, record, training.log)
 
 
 @dataclass(eq=False)
 class Training:
-    """The steps of one training, from its start or from where it was saved."""
+    """The steps of one training, from its start or from where it was saved.
+
+    Attributes
+    ----------
+    work : Work
+        What is trained, and how.
+    before, expected, goals
+        The rows' losses: measured before, expected of a model that never saw the forget rows, and
+        those that the forget rows should reach.
+    checkpoint : Checkpoint
+        Where its state is kept.
+    progress : Progress
+        How far it is.
+    """
 
     work: Work
-    begun: State
+    before: State
     expected: Expected
-    targets: Targets
-    begun_at: float
-    folder: Path | None
-    restart: bool
-    log: list[dict[str, Any]] = field(default_factory=list)
-    anchor: Tensor | None = None  # where the forget rows were last seen below their goal
-    seconds: float = 0.0  # of earlier processes
+    goals: Targets
+    checkpoint: Checkpoint
+    progress: Progress = field(default_factory=Progress)
 
-    def run(self) -> tuple[Walk, float | None]:
-        """The trained adapter, and the share of the whole move that a finish kept (negative: the other way)."""
+    def run(self) -> tuple[Ending, float | None]:
+        """Where the training ended, and the share of the whole move that a finish kept.
+
+        The share is negative where a finish goes the other way.
+        """
         work, model = self.work, self.work.version.model
+        rules = StopRules(work, self.before, self.goals)
         with (
             model.at(work.version.theta),
             model.evaluating(model.parameters),
             _gradients_kept(model),
-            _checkpointed(model),
-            frozen(model) as before,
+            _layers_recomputed(model),
+            frozen(model) as reference,
         ):
-            forget, retain = self._sides(before)
-            work.cost.forwards += before.asked
-            stopped = self._steps(forget, retain)
-            theta, kept = model.snapshot(), None
+            forget, retain = self._batches(reference)
+            work.cost.forwards += reference.rows_run
+            stopped = self._steps(forget, retain, rules)
+            theta, share = model.snapshot(), None
             if work.method.finish is not None:
-                end, theta = theta, work.method.finish(self._trained(theta))
+                end, theta = theta, work.method.finish(self._trained(theta, rules))
                 whole = (end - work.version.theta).double()
-                kept = float(
-                    (theta - work.version.theta).double()
-                    @ whole
-                    / (whole @ whole).clamp(min=1e-300)
-                )
-        return Walk(theta, [], stopped, True), kept
+                move = (theta - work.version.theta).double()
+                share = float(move @ whole / (whole @ whole).clamp(min=1e-300))
+        return Ending(theta, [], stopped, True), share
 
-    def _sides(self, before: ReferenceAdapter) -> tuple[TermBatches | None, TermBatches | None]:
+    def _batches(
+        self, reference: ReferenceAdapter
+    ) -> tuple[TermBatches | None, TermBatches | None]:
+        """The forget rows and the retained rows, each with its term; None where it has none."""
         work, model, options = self.work, self.work.version.model, self.work.options
-        rows = Examples([request.before for request in work.change.requests])
         setup = Setup(
             model,
-            rows,
+            Examples([request.before for request in work.change.requests]),
             work.forget,
-            before,
+            reference,
             options.seed,
-            work.run.manifest["objective"]["max_length"],
+            work.run.manifest.objective.max_length,
             work.budget,
-            self._predicted,
+            self._expected_outputs,
         )
-        method = work.method
 
-        def side(
+        def batches(
             term: Term | None, tokens: TokenizedExamples, target: Target, size: int, stream: int
         ) -> TermBatches | None:
             if term is None:
                 return None
-            return TermBatches(
-                model,
-                tokens,
-                term,
-                target,
-                before,
-                size,
-                work.budget,
-                options.seed,
-                stream,
-                work.cost,
-            )
+            how = (size, work.budget, options.seed, stream, work.cost)
+            return TermBatches(model, tokens, term, target, reference, *how)
 
-        forget = side(method.forget, work.forget, method.target(setup), options.batch_size, 31)
+        target, size = work.method.target(setup), options.batch_size
+        forget = batches(work.method.forget, work.forget, target, size, FORGET_STREAM)
         if forget is not None and forget.term.reference and not forget.term.logits:
-            forget.ask_all()
-        return forget, side(method.retain, work.kept, Target(), work.retain_batch_size, 32)
+            forget.run_reference()
+        size = work.retain_batch_size
+        return forget, batches(work.method.retain, work.retained, Target(), size, RETAIN_STREAM)
 
-    def _predicted(self) -> Callable[[np.ndarray], Tensor]:
+    def _expected_outputs(self) -> Callable[[np.ndarray], Tensor]:
         """`log q` of forget rows, as influence predicts it."""
         work, expected = self.work, self.expected
-        if np.isnan(expected.rho):  # the stopping rule did not need it
+        if np.isnan(expected.rho):  # neither the stopping rule nor the target said so before
             expected = expected_losses(
-                work.change, expected.now, work.heldout, self.begun.unseen, work.cost
+                work.change, expected.now, work.heldout, self.before.unseen, work.cost
             )
-        reference = Reference(work.version, work.forget, expected.expected, work.cost)
-        for rows in plan_batches(
-            work.forget, work.budget
-        ):  # now, so that they do not depend on which step asks first
-            if not reference.full():
-                reference.of(rows)
-        return reference.of
+        outputs = ExpectedOutputs(work.version, work.forget, expected.expected, work.cost)
+        # All at once, so that they do not depend on which rows a step has first.
+        for rows in plan_batches(work.forget, work.budget):
+            if not outputs.full():
+                outputs.of(rows)
+        return outputs.of
 
-    def _steps(self, forget: TermBatches | None, retain: TermBatches | None) -> str:
-        """Steps until a rule holds; says which."""
+    def _steps(
+        self, forget: TermBatches | None, retain: TermBatches | None, rules: StopRules
+    ) -> str:
+        """Take steps until a rule stops them, and say which."""
         work, model, options = self.work, self.work.version.model, self.work.options
-        parameters: list[Any] = model.parameters
-        make = options.optimizer or work.method.optimizer
-        maker = optimizer_class(make) if isinstance(make, str) else make
-        optimizer = maker(parameters, lr=1.0)
-        saved = self._saved(optimizer)
-        if saved is None:
-            optimizer = maker(parameters, lr=1.0)
-        first, rate = saved or (0, work.lr)
-        theta = model.snapshot()
-        for number in self._counted(first):
-            look = None if forget is None else forget.look(number)
-            if why := self._reached(number, look) or self._damaged(number, theta):
-                return why
-            other = None if retain is None else retain.look(number)
+        optimizer, new_optimizer = self._take_up(rules)
+        rate, theta = self.progress.rate, model.snapshot()
+        for number in self._numbers():
+            forget_gradient = None if forget is None else forget.gradient(number)
+            stopped = rules.reached(number, forget_gradient) or rules.damaged(number, theta)
+            if stopped is not None:
+                return self._stop(stopped)
+            retain_gradient = None if retain is None else retain.gradient(number)
             theta = model.snapshot()
-            direction = work.method.combine(
-                None if look is None else look.gradient,
-                None if other is None else other.gradient,
-                Step(number, work.steps, theta),
-            )
-            if options.max_grad_norm is not None:
-                direction = direction * min(
-                    1.0, options.max_grad_norm / max(float(direction.norm()), 1e-30)
-                )
+            direction = self._direction(number, forget_gradient, retain_gradient, theta)
             if rate is None:
-                rate = _rate_of(work.stride, maker(parameters, lr=1.0), model, direction, theta)
-            lr = rate
-            if not work.automatic:
-                recipe = Recipe(lr=rate, schedule=options.schedule, warmup=options.warmup)
-                lr = max(float(recipe.rate(number, work.steps)), 0.0)
-            move = _moved(optimizer, model, direction, lr, theta)
-            if (
-                work.automatic
-                and retain is not None
-                and other is not None
-                and number % automatic_rate.EVERY == 0
-            ):
-                rate = self._looked_ahead(retain, other, theta, move, rate)
+                rate = rate_of_stride(work.stride, new_optimizer(), model, direction, theta)
+            lr = rate if work.automatic else self._scheduled(rate, number)
+            move = take_step(optimizer, model, direction, lr, theta)
+            looks_ahead = work.automatic and number % automatic_rate.EVERY == 0
+            if looks_ahead and retain is not None and retain_gradient is not None:
+                rate = automatic_rate.rate_along(retain, retain_gradient, theta, move, rate)
                 move = move * (rate / lr)
                 lr = rate
                 model.restore(theta + move)
-            self._note(number, lr, look, other, direction, move)
-            if self.folder is not None and (number + 1) % options.save_every == 0:
-                self._save(optimizer, number + 1, rate)
-        last = self._reached(work.steps, None, last=True) or self._damaged(work.steps, theta)
-        return last or f"{work.steps} steps were taken"
+            entry = log_entry(number, lr, forget_gradient, retain_gradient, direction, move)
+            self.progress.log.append({**entry, "row_gradients": work.cost.total})
+            if (number + 1) % options.save_every == 0:
+                self.progress.steps_done, self.progress.rate = number + 1, rate
+                self.progress.anchor = rules.anchor
+                self.checkpoint.save(optimizer, self.progress)
+        stopped = rules.reached(work.steps, None, last=True) or rules.damaged(work.steps, theta)
+        return f"{work.steps} steps were taken" if stopped is None else self._stop(stopped)
 
-    def _counted(self, first: int) -> Iterable[int]:
-        numbers = range(first, self.work.steps)
-        label = f"{self.work.method.name} steps"
-        return (
-            track(numbers, label, total=self.work.steps, done=first)
-            if distributed.rank() == 0
-            else numbers
+    def _take_up(
+        self, rules: StopRules
+    ) -> tuple[torch.optim.Optimizer, Callable[[], torch.optim.Optimizer]]:
+        """The optimizer, where the training was saved or fresh, and what makes a fresh one."""
+        make = self.work.options.optimizer or self.work.method.optimizer
+        maker = optimizer_class(make) if isinstance(make, str) else make
+        parameters: list[Any] = self.work.version.model.parameters
+        new_optimizer = partial(maker, parameters, lr=1.0)
+        optimizer = new_optimizer()
+        progress = self.checkpoint.take_up(optimizer)
+        if progress is None:
+            self.progress = Progress(rate=self.work.lr)
+            return new_optimizer(), new_optimizer
+        self.progress, rules.anchor = progress, progress.anchor
+        return optimizer, new_optimizer
+
+    def _numbers(self) -> Iterable[int]:
+        """The numbers of the steps that are left, with a bar on one process."""
+        first, steps = self.progress.steps_done, self.work.steps
+        numbers = range(first, steps)
+        if distributed.rank() != 0:
+            return numbers
+        return track(numbers, f"{self.work.method.name} steps", total=steps, done=first)
+
+    def _direction(
+        self,
+        number: int,
+        forget: TermGradient | None,
+        retain: TermGradient | None,
+        theta: Tensor,
+    ) -> Tensor:
+        """The combined gradient `[P]`, clipped."""
+        direction = self.work.method.combine(
+            None if forget is None else forget.vector,
+            None if retain is None else retain.vector,
+            Step(number, self.work.steps, theta),
         )
+        largest = self.work.options.max_grad_norm
+        if largest is None:
+            return direction
+        return direction * min(1.0, largest / max(float(direction.norm()), 1e-30))
 
-    def _reached(self, number: int, look: TermGradient | None, *, last: bool = False) -> str | None:
-        """That the forget rows are at their goal before step `number`, the way there shortened so that they just are; or None."""
-        looked = None if self.work.stop.kind == "steps" else self._forget_loss(number, look, last)
-        if looked is None:
-            return None
-        model, (now, goal) = self.work.version.model, looked
-        if now < goal:
-            self.anchor = model.snapshot()
-            return None
-        if self.anchor is None:
-            raise InputError(
-                f"nothing to do: the forget rows' mean loss is {now:.2f} before the first step and their goal is {goal:.2f}; ask for more "
-                "(--until loss=X or steps=N)"
-            )
-        rows = spaced(len(self.work.forget), CHECK_ROWS)
-        wanted = self._goal(rows)
-        self._shorten(
-            self.anchor, lambda: self._measured(self.work.forget, rows) / wanted, above=True
-        )
-        return f"the forget rows' mean loss reached its goal, {goal:.2f}, in step {number}"
+    def _scheduled(self, rate: float, number: int) -> float:
+        """The rate of a step by the schedule."""
+        options = self.work.options
+        recipe = Recipe(lr=rate, schedule=options.schedule, warmup=options.warmup)
+        return max(float(recipe.rate(number, self.work.steps)), 0.0)
 
-    def _damaged(self, number: int, start: Tensor) -> str | None:
-        """That the retained rows have lost more than is allowed before step `number`, the step from `start` shortened; or None."""
-        work, allowed = self.work, self.work.options.stop_damage
-        if allowed is None or len(work.sample) == 0 or number == 0:
-            return None
-        limit = float(self.begun.retained.loss.mean()) * (1 + allowed)
-        if self._measured(work.version.tokens, work.sample) <= limit:
-            return None
-        self._shorten(
-            start, lambda: self._measured(work.version.tokens, work.sample) / limit, above=False
-        )
-        return f"the retained rows' mean loss has risen by {allowed:.1%}, all that is allowed, in step {number}"
+    def _stop(self, stopped: Stopped) -> str:
+        """Why the training stopped; the last step's share is noted."""
+        self.progress.log[-1]["share"] = stopped.share
+        return stopped.reason
 
-    def _shorten(self, start: Tensor, loss: Callable[[], float], *, above: bool) -> None:
-        """Go back on the line to `start` until `loss()`, relative to its goal or limit, is 1: within `CLOSE` above it, or below."""
-        model, end = self.work.version.model, self.work.version.model.snapshot()
-        low, high = 0.0, 1.0
-        for _ in range(SHORTENINGS):
-            share = (low + high) / 2
-            model.restore(start + share * (end - start))
-            try:
-                there = loss()
-            except NumericalError:  # so far out that nothing is finite
-                there = float("inf")
-            low, high = (low, share) if there >= 1 else (share, high)
-            if (1 <= there <= 1 + CLOSE) if above else (1 - CLOSE <= there < 1):
-                break
-        share = high if above else low
-        model.restore(start + share * (end - start))
-        self.log[-1]["share"] = share
-
-    def _forget_loss(
-        self, number: int, look: TermGradient | None, last: bool
-    ) -> tuple[float, float] | None:
-        """The forget rows' mean loss and its goal: the step's own where it ran all of them, else of a sample, now and then and
-        whenever the step's own rows are at their goal.
-        """
-        if look is not None and len(look.rows) == len(self.work.forget):
-            return float(look.losses.mean()), self._goal(look.rows)
-        ahead = look is not None and float(look.losses.mean()) >= self._goal(look.rows)
-        if number % CHECK_EVERY and not last and not ahead:
-            return None
-        rows = spaced(len(self.work.forget), CHECK_ROWS)
-        return self._measured(self.work.forget, rows), self._goal(rows)
-
-    def _goal(self, rows: np.ndarray) -> float:
-        """The mean loss that these forget rows should reach."""
-        return float(self.targets.old[rows].mean())
-
-    def _measured(self, tokens: TokenizedExamples, rows: np.ndarray) -> float:
-        """The rows' mean loss where the model is now; shared out, so that all processes decide by the same number."""
-        self.work.cost.forwards += len(rows)
-        model, own = self.work.version.model, distributed.shard(rows)
-        total = torch.zeros(1, dtype=torch.float64, device=model.device)
-        if len(own):
-            try:
-                total += float(
-                    mean_losses(model, tokens.select(own), token_budget=self.work.budget).sum()
-                )
-            except NumericalError:  # the other processes wait for the sum
-                total += float("inf")
-        found = float(distributed.add_up(total)) / len(rows)
-        if not np.isfinite(found):
-            raise NumericalError(
-                "the loss of rows that are measured is NaN or infinite: lower the rate (--stride, --lr)"
-            )
-        return found
-
-    def _looked_ahead(
-        self, retain: TermBatches, other: TermGradient, theta: Tensor, move: Tensor, rate: float
-    ) -> float:
-        """GeN's rate, from the retained batch's loss along the move."""
-        losses = []
-        for point in automatic_rate.POINTS:
-            retain.model.restore(theta + point * move)
-            losses.append(retain.mean_loss(other.rows))
-        return automatic_rate.next_rate(
-            rate, np.array([*automatic_rate.POINTS, 0.0]), np.array([*losses, other.loss])
-        )
-
-    def _trained(self, theta: Tensor) -> Trained:
-        """What a finish may measure."""
+    def _trained(self, theta: Tensor, rules: StopRules) -> Trained:
+        """The two ends, and what a finish may measure."""
         work, model = self.work, self.work.version.model
 
-        def loss(tokens: TokenizedExamples, rows: np.ndarray) -> Callable[[Tensor], float]:
-            def at(where: Tensor) -> float:
-                with model.at(where):
-                    return self._measured(tokens, rows)
+        def loss_of(tokens: TokenizedExamples, rows: np.ndarray) -> Callable[[Tensor], float]:
+            def loss(place: Tensor) -> float:
+                with model.at(place):
+                    return work.mean_loss(tokens, rows)
 
-            return at
+            return loss
 
-        kept, rows = (
-            (work.version.tokens, work.sample)
-            if len(work.sample)
-            else (work.kept, spaced(len(work.kept), CHECK_ROWS))
-        )
+        if len(work.sample):
+            retain_loss = loss_of(work.version.tokens, work.sample)
+        else:
+            retain_loss = loss_of(work.retained, spaced(len(work.retained), CHECK_ROWS))
         return Trained(
             work.version.theta,
             theta,
-            loss(work.forget, spaced(len(work.forget), CHECK_ROWS)),
-            loss(kept, rows),
-            self._goal(spaced(len(work.forget), CHECK_ROWS)),
+            loss_of(work.forget, rules.checked_rows),
+            retain_loss,
+            rules.goal(rules.checked_rows),
         )
-
-    def _note(
-        self,
-        number: int,
-        lr: float,
-        look: TermGradient | None,
-        other: TermGradient | None,
-        direction: Tensor,
-        move: Tensor,
-    ) -> None:
-        """A line of the log; losses are those before the step."""
-        norms = [None if one is None else float(one.gradient.norm()) for one in (look, other)]
-        cosine = None
-        if look is not None and other is not None and norms[0] and norms[1]:
-            cosine = float(look.gradient.double() @ other.gradient.double()) / (norms[0] * norms[1])
-        self.log.append(
-            {
-                "step": number + 1,
-                "lr": lr,
-                "forget_term": None if look is None else look.value,
-                "retain_term": None if other is None else other.value,
-                "forget_loss": None if look is None else look.loss,
-                "retain_loss": None if other is None else other.loss,
-                "forget_norm": norms[0],
-                "retain_norm": norms[1],
-                "cosine": cosine,
-                "direction_norm": float(direction.norm()),
-                "move_norm": float(move.norm()),
-                "share": 1.0,  # of the move that was kept
-                "forget_rows": 0 if look is None else len(look.rows),
-                "retain_rows": 0 if other is None else len(other.rows),
-                "row_gradients": self.work.cost.total,
-            }
-        )
-
-    # -- resuming
-
-    def _save(self, optimizer: torch.optim.Optimizer, done: int, rate: float | None) -> None:
-        """Keep where the training stands; a kill leaves this state or the one before."""
-        if distributed.rank() != 0 or self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        cost = self.work.cost
-        state = {
-            "request": json.dumps(self.work.request()),
-            "theta": self.work.version.model.snapshot(),
-            "anchor": self.anchor,
-            "seconds": self.seconds + time.monotonic() - self.begun_at,
-            "optimizer": optimizer.state_dict(),
-            "done": done,
-            "rate": rate,
-            "cost": asdict(cost),
-            "log": json.dumps(self.log),
-        }
-        partial = self.folder / (STATE + ".partial")
-        try:
-            with open(partial, "wb") as handle:
-                torch.save(state, handle)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(partial, self.folder / STATE)
-        except OSError as error:
-            raise StoreError(f"{self.folder} could not be written: {error}") from error
-
-    def _saved(self, optimizer: torch.optim.Optimizer) -> tuple[int, float | None] | None:
-        """Take up a saved training: the steps that are done, and the rate; None where it begins anew, with a new optimizer."""
-        path = None if self.folder is None else self.folder / STATE
-        if path is None or not path.exists():
-            return None
-        work, now = self.work, self.work.request()
-        try:
-            state = torch.load(path, map_location=work.version.model.device, weights_only=True)
-            known, log, cost = (
-                json.loads(state["request"]),
-                list(json.loads(state["log"])),
-                Cost(**state["cost"]),
-            )
-            done, theta, anchor, rate_then = (
-                int(state["done"]),
-                state["theta"],
-                state["anchor"],
-                state["rate"],
-            )
-            differences = [key for key in now if known.get(key, ...) != now[key]]
-            if not differences:
-                optimizer.load_state_dict(state["optimizer"])
-                work.version.model.restore(theta)
-        except Exception as error:  # whatever a damaged file makes its reader do
-            if self.restart:
-                return None
-            raise StoreError(
-                f"{path} is damaged ({type(error).__name__}): delete {self.folder}, or --overwrite, to begin anew"
-            ) from error
-        if differences and self.restart:
-            return None
-        if differences:
-            moved = " (an edit saved meanwhile moved the start: --start names the adapter to begin with)"
-            raise MismatchError(
-                f"{self.folder} holds another training: it differs in {', '.join(differences)}{moved if 'adapter' in differences else ''}. "
-                "Ask for the same one to go on, give another --out, or --overwrite to begin anew"
-            )
-        self.anchor, self.seconds = anchor, float(state["seconds"])
-        self.log.extend(log)
-        work.cost.gradients, work.cost.forwards = cost.gradients, cost.forwards
-        if float(distributed.first(np.array([done]))[0]) != done:
-            raise StoreError(
-                f"the processes hold different states of this training in {self.folder}: give a folder that all see"
-            )
-        if distributed.rank() == 0:
-            say(f"going on after step {done} of {work.steps}")
-        return done, rate_then
 
 
 @contextmanager
-def _checkpointed(model: AdaptedModel) -> Iterator[None]:
-    """Within the block layers for which checkpointing is enabled are recomputed in the backward, in evaluation mode too."""
+def _layers_recomputed(model: AdaptedModel) -> Iterator[None]:
+    """Recompute checkpointed layers in the backward, in evaluation mode too, within the block."""
     layers = checkpointed_layers(model)
     with replaced_forwards(
-        {layer: partial(checkpoint, layer.forward, use_reentrant=False) for layer in layers}
+        {layer: partial(recomputed, layer.forward, use_reentrant=False) for layer in layers}
     ):
         yield
 
 
 @contextmanager
 def _gradients_kept(model: AdaptedModel) -> Iterator[None]:
-    """Within the block the parameters' `.grad` is the training's; afterwards what it was."""
-    before = [parameter.grad for parameter in model.parameters]
+    """Give the parameters' `.grad` back as it was when the block ends."""
+    gradients = [parameter.grad for parameter in model.parameters]
     try:
         yield
     finally:
-        for parameter, gradient in zip(model.parameters, before, strict=True):
+        for parameter, gradient in zip(model.parameters, gradients, strict=True):
             parameter.grad = gradient
 
 
-def _rate_of(
+def rate_of_stride(
     stride: float,
     optimizer: torch.optim.Optimizer,
     model: AdaptedModel,
     direction: Tensor,
     theta: Tensor,
 ) -> float:
-    """The rate at which a fresh optimizer's first move has `stride` of the adapter's length; the model stays where it is."""
-    move = _moved(optimizer, model, direction, 1.0, theta)
+    """The rate at which a fresh optimizer's first move has `stride` of the adapter's length.
+
+    The model stays at `theta` [P]. Where the gradient `direction` [P] is nothing but rounding, the
+    rate is as if each coordinate moved by one.
+    """
+    move = take_step(optimizer, model, direction, 1.0, theta)
     model.restore(theta)
     length, wanted = float(move.norm()), stride * float(theta.norm())
     if length == 0 or abs(float(direction @ move)) * wanted / length < NOTHING:
-        length = (
-            len(theta) ** 0.5
-        )  # nothing to follow but rounding: as if each coordinate moved by one
+        length = len(theta) ** 0.5
     return wanted / length
 
 
-def _moved(
+def take_step(
     optimizer: torch.optim.Optimizer,
     model: AdaptedModel,
     direction: Tensor,
     lr: float,
     theta: Tensor,
 ) -> Tensor:
-    """Take the optimizer's step along a gradient `[P]`; how the parameters moved, `[P]`."""
+    """Take the optimizer's step along a gradient `[P]` from `theta`, and give the move `[P]`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     for parameter, gradient in zip(model.parameters, model.space.split(direction), strict=True):
@@ -611,10 +439,34 @@ def _moved(
     return model.snapshot() - theta
 
 
-def discard(checkpoint: str | Path) -> None:
-    """Delete the state of a training whose result is saved, and its folder where nothing else lies in it."""
-    folder = Path(checkpoint)
-    for name in (STATE, STATE + ".partial"):
-        (folder / name).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+def log_entry(
+    number: int,
+    lr: float,
+    forget: TermGradient | None,
+    retain: TermGradient | None,
+    direction: Tensor,
+    move: Tensor,
+) -> dict[str, Any]:
+    """A line of `steps.jsonl`; losses are those before the step."""
+    forget_norm = None if forget is None else float(forget.vector.norm())
+    retain_norm = None if retain is None else float(retain.vector.norm())
+    cosine = None
+    if forget is not None and retain is not None and forget_norm and retain_norm:
+        product = float(forget.vector.double() @ retain.vector.double())
+        cosine = product / (forget_norm * retain_norm)
+    return {
+        "step": number + 1,
+        "lr": lr,
+        "forget_term": None if forget is None else forget.value,
+        "retain_term": None if retain is None else retain.value,
+        "forget_loss": None if forget is None else forget.loss,
+        "retain_loss": None if retain is None else retain.loss,
+        "forget_norm": forget_norm,
+        "retain_norm": retain_norm,
+        "cosine": cosine,
+        "direction_norm": float(direction.norm()),
+        "move_norm": float(move.norm()),
+        "share": 1.0,  # of the move that was kept
+        "forget_rows": 0 if forget is None else len(forget.rows),
+        "retain_rows": 0 if retain is None else len(retain.rows),
+    }

@@ -1,12 +1,13 @@
-"""The methods of gradient-based unlearning, each a composition of parts; `unlearn.methods.loop` runs any of them.
+"""The methods of gradient-based unlearning, each a composition of parts that one loop runs.
 
-    target     what the forget rows are trained towards      unlearn.targets
-    forget     the term of the forget rows                   unlearn.terms
-    retain     the term of the retained rows                 unlearn.terms
-    combine    how both gradients become one                 unlearn.combine
-    finish     what is made of the trained adapter           here
+    target     what the forget rows are trained towards      unlearn.methods.targets
+    forget     the term of the forget rows                   unlearn.methods.terms
+    retain     the term of the retained rows                 unlearn.methods.terms
+    combine    how both gradients become one                 unlearn.methods.combine
+    finish     what is made of the trained adapter           unlearn.methods.finish
 
-A method of your own is a `Method` of your own parts; README has one in ten lines.
+A method of your own is a `Method` of your own parts, in a file of its own: no other file names it
+(README has one in ten lines).
 """
 
 from __future__ import annotations
@@ -21,34 +22,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from influence.errors import InputError, NumericalError
+from influence.errors import InputError
 from unlearn.methods import targets, terms
-from unlearn.methods.combine import Normalised, Sparse, Step, Weighted, above_zero
-from unlearn.methods.targets import Setup, Target
+from unlearn.methods.combine import Normalised, Sparse, Step, Weighted
+from unlearn.methods.finish import Controlled, Negated, Trained, name_of
+from unlearn.methods.targets import Setup, Target, TargetRule, rule_of
 from unlearn.methods.terms import Term
-
-#: Largest multiple of a move that task arithmetic subtracts.
-LARGEST = 16.0
-#: Halvings of an interval when a finish looks for a share of a move.
-HALVINGS = 7
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """A training's two ends, `[P]`, and what a finish may measure: mean losses of forget and retained rows, and the goal."""
-
-    before: Tensor
-    after: Tensor
-    forget_loss: Callable[[Tensor], float]
-    retain_loss: Callable[[Tensor], float]
-    goal: float
-
-    def at(self, share: float) -> Tensor:
-        """`before + share (after - before)`, `[P]`."""
-        return self.before + share * (self.after - self.before)
 
 
 @dataclass(frozen=True)
@@ -62,16 +43,18 @@ class Method:
     forget, retain : Term, optional
         What is minimised on forget rows and on retained rows; at least one.
     target : callable
-        Makes what the forget rows are trained towards.
+        `(Setup) -> Target`, makes what the forget rows are trained towards: a `TargetRule`, or a
+        plain function.
     combine : callable
-        `(forget, retain, step)`, gradients `[P]` or None, to the gradient `[P]` that the optimizer gets.
+        `(forget, retain, step)`, gradients `[P]` or None, to the gradient `[P]` that the
+        optimizer gets.
     finish : callable, optional
         `(Trained) -> theta` [P]: the adapter that is made of the training.
     lr : float, optional
-        The default learning rate. Without one it is such that the first step's move has `stride` of the adapter's length,
-        whatever the optimizer and the size of the model.
+        The default learning rate. Without one it is such that the first step's move has `stride`
+        of the adapter's length, whatever the optimizer and the size of the model.
     stride : float
-        As said; measured, see `unlearn methods --guide`.
+        As said; measured by `benchmarks/unlearning.py` (docs/choosing-a-rate.md).
     automatic : bool
         Whether GeN changes the rate on the way (`unlearn.methods.automatic_rate`).
     optimizer : str
@@ -116,21 +99,29 @@ class Method:
         return self.retain is not None
 
     @property
+    def target_rule(self) -> TargetRule:
+        """The target with what it needs."""
+        return rule_of(self.target)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether it looks at the adapter before unlearning."""
-        asked = [term.reference for term in (self.forget, self.retain) if term is not None]
-        return any(asked) or self.target in (targets.adversarial, targets.predicted)
+        terms_need = [term.reference for term in (self.forget, self.retain) if term is not None]
+        return any(terms_need) or self.target_rule.reference
 
     @property
     def cost(self) -> tuple[float, float]:
-        """Row-gradients of a step for each forget row and each retained row; a forward alone counts a third."""
+        """Row-gradients of a step for each forget row and each retained row.
+
+        A forward alone counts a third.
+        """
         forget = 0.0 if self.forget is None else 1 + self.forget.logits / 3
         retain = 0.0 if self.retain is None else 1 + self.retain.logits / 3
         if self.automatic:
             from unlearn.methods.automatic_rate import EVERY, POINTS
 
             retain += len(POINTS) / EVERY / 3
-        return forget * (2 if self.target is targets.refusals else 1), retain
+        return forget * (2 if self.target_rule.paired else 1), retain
 
     def describe(self) -> dict[str, Any]:
         """The row of the methods' table, ready for JSON."""
@@ -139,11 +130,11 @@ class Method:
             "name": self.name,
             "title": self.title,
             "source": self.source,
-            "targets": _name(self.target),
+            "targets": name_of(self.target_rule.make),
             "forget": None if self.forget is None else self.forget.name,
             "retain": None if self.retain is None else self.retain.name,
-            "combine": _name(self.combine),
-            "finish": None if self.finish is None else _name(self.finish),
+            "combine": name_of(self.combine),
+            "finish": None if self.finish is None else name_of(self.finish),
             "needs_retain": self.needs_retain,
             "needs_reference": self.needs_reference,
             "retain_rows": None
@@ -161,98 +152,6 @@ class Method:
             "until": self.until,
             "steps": self.steps,
         }
-
-
-def _name(part: Any) -> str:
-    if inspect.isfunction(part):
-        return part.__name__
-    return str(part) if type(part).__str__ is not object.__str__ else type(part).__name__
-
-
-# ---- what is made of a training ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Negated:
-    """Task arithmetic: the other way from fine-tuning on the forget rows, `before - a (after - before)`.
-
-    Ilharco et al. 2023, arXiv 2212.04089. Without `scale` a is the least one, up to `LARGEST`, that brings the forget rows to
-    their goal, or else the one of the highest loss. It is A and B that are negated, not their product: beside `-a dW` that has a
-    term `a^2 dB dA`, which knows no sign, so large a need not forget more.
-    """
-
-    scale: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.scale is not None:
-            above_zero("scale", self.scale, or_zero=True)
-
-    def __call__(self, trained: Trained) -> Tensor:
-        """The negated move from the adapter before, `[P]`."""
-        if self.scale is not None:
-            return trained.at(-self.scale)
-        losses: dict[float, float] = {}
-
-        def reached(a: float) -> bool:
-            try:
-                losses[a] = trained.forget_loss(trained.at(-a))
-            except NumericalError:  # so far out that nothing is finite
-                return True
-            return losses[a] >= trained.goal
-
-        high = 1.0
-        while not reached(high) and high < LARGEST:
-            high *= 2
-        if losses.get(high, trained.goal) < trained.goal:
-            return trained.at(-max(losses, key=lambda a: losses[a]))
-        return trained.at(-bisect(reached, 0.0 if high == 1 else high / 2, high))
-
-    def __str__(self) -> str:
-        """As the methods' table shows it."""
-        return f"before - {'a' if self.scale is None else f'{self.scale:g}'} (after - before)"
-
-
-@dataclass(frozen=True)
-class Controlled:
-    """Unlearning with control: as much of the move as keeps the retained rows' likelihood at `bar` of what it was.
-
-    Wang et al. 2024, arXiv 2406.09179: methods are compared at equal retention. The likelihood is the geometric mean per token,
-    so the retained rows' mean loss may rise by `-log(bar)` nats. `first` is another finish that comes before.
-    """
-
-    bar: float = 0.9
-    first: Callable[[Trained], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.bar < 1:
-            raise InputError(
-                f"control {self.bar:g} was given; expected a share of the likelihood between 0 and 1, as in 0.9"
-            )
-
-    def __call__(self, trained: Trained) -> Tensor:
-        """The mixture of both ends, `[P]`."""
-        if self.first is not None:
-            trained = replace(trained, after=self.first(trained))
-        allowed = trained.retain_loss(trained.before) - float(
-            torch.log(torch.tensor(self.bar, dtype=torch.float64))
-        )
-        lost = lambda share: trained.retain_loss(trained.at(share)) > allowed  # noqa: E731
-        if not lost(1.0):
-            return trained.after
-        return trained.at(bisect(lost, 0.0, 1.0, above=False))
-
-    def __str__(self) -> str:
-        """As the methods' table shows it."""
-        first = "" if self.first is None else f"{_name(self.first)}; "
-        return f"{first}mix with before until likelihood {self.bar:g} of the retained rows is left"
-
-
-def bisect(holds: Callable[[float], bool], low: float, high: float, *, above: bool = True) -> float:
-    """By bisection about where `holds` begins between low and high: the end where it does (`above`), or does not."""
-    for _ in range(HALVINGS):
-        half = (low + high) / 2
-        low, high = (low, half) if holds(half) else (half, high)
-    return high if above else low
 
 
 # ---- the methods ---------------------------------------------------------------------------------------------
@@ -310,7 +209,7 @@ def ga_gd_general(retain_weight: float = 1.0) -> Method:
 
 
 def ga_kl(retain_weight: float = 1.0) -> Method:
-    """Ascent on forget rows; outputs on retained rows of their kind are held."""
+    """Ascent on forget rows while outputs on retained rows of their kind are held."""
     return Method(
         "ga-kl",
         forget=terms.ascent,
@@ -322,7 +221,7 @@ def ga_kl(retain_weight: float = 1.0) -> Method:
 
 
 def ga_kl_general(retain_weight: float = 1.0) -> Method:
-    """Ascent on forget rows; outputs on general rows are held."""
+    """Ascent on forget rows while outputs on general rows are held."""
     return replace(
         ga_kl(retain_weight),
         name="ga-kl-general",
@@ -347,7 +246,7 @@ def ngdiff() -> Method:
 
 
 def npo(beta: float = 0.1, retain_weight: float = 1.0) -> Method:
-    """Negative preference optimisation, with descent on retained rows (retain_weight=0: without)."""
+    """Negative preference optimisation, with descent on retained rows (retain_weight=0: none)."""
     return _preference(
         "npo",
         terms.npo(beta),
@@ -412,7 +311,7 @@ def l1_sparse(penalty: float = 5e-4) -> Method:
 
 
 def datamodel_matching(retain_weight: float = 1.0) -> Method:
-    """Towards the outputs that influence predicts of the retrained model; retained rows keep theirs."""
+    """Towards the outputs predicted of the retrained model, while retained rows keep theirs."""
     return Method(
         "datamodel-matching",
         forget=terms.matching,
@@ -426,21 +325,24 @@ def datamodel_matching(retain_weight: float = 1.0) -> Method:
 
 
 def control(bar: float = 0.9) -> Method:
-    """Gradient ascent, mixed with the adapter before until the retained rows are back (`controlled` does it to any method)."""
+    """Gradient ascent, mixed with the adapter before until the retained rows are back.
+
+    `controlled` does it to any method.
+    """
     return replace(
         controlled(ga(), bar), name="control", title="gradient ascent under control of retention"
     )
 
 
 def controlled(method: Method, bar: float = 0.9) -> Method:
-    """Any method, mixed with the adapter before until `bar` of the retained rows' likelihood is left."""
+    """Any method, mixed with the adapter before until `bar` of the retained likelihood is left."""
     source = "; ".join(
         part for part in (method.source, "Wang et al. 2024, arXiv 2406.09179") if part
     )
     return replace(method, finish=Controlled(bar, method.finish), source=source)
 
 
-#: The methods by name; calling one makes a `Method`, its keywords are the method's own numbers.
+#: The methods by name. Calling one makes a `Method`; its keywords are the method's own numbers.
 METHODS: Mapping[str, Callable[..., Method]] = {
     "ga": ga,
     "random-labels": random_labels,
@@ -461,9 +363,19 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 
 
 def method_of(method: str | Method, **numbers: float) -> Method:
-    """A method by its name, or `FILE.py:NAME`, a `Method` (or a function that gives one) in a Python file of yours, which is run.
+    """A method by its name, or from a Python file of yours, which is run.
 
-    `numbers` are its keywords, as in `beta=0.05`. Raises `InputError` for an unknown name or keyword.
+    Parameters
+    ----------
+    method
+        A name of `METHODS`, `FILE.py:NAME` with a `Method` or a function that gives one, or itself.
+    numbers
+        The method's own numbers, as in `beta=0.05`.
+
+    Raises
+    ------
+    InputError
+        For an unknown name or number, and for a file that cannot be run or has no such method.
     """
     if isinstance(method, Method):
         _refuse_numbers(method.name, numbers, [])
@@ -473,7 +385,8 @@ def method_of(method: str | Method, **numbers: float) -> Method:
         near = get_close_matches(method, METHODS, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(
-            f"method {method!r} was given{hint}; expected one of {', '.join(METHODS)}, or FILE.py:NAME with a method of your own"
+            f"method {method!r} was given{hint}; expected one of {', '.join(METHODS)}, "
+            "or FILE.py:NAME with a method of your own"
         )
     if isinstance(make, Method):
         _refuse_numbers(method, numbers, [])
@@ -481,18 +394,22 @@ def method_of(method: str | Method, **numbers: float) -> Method:
     parameters = inspect.signature(make).parameters
     _refuse_numbers(method, numbers, list(parameters))
     missing = [
-        key for key, one in parameters.items() if one.default is one.empty and key not in numbers
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and name not in numbers
     ]
     if missing:
         raise InputError(
-            f"{method} needs {', '.join(missing)}: give {missing[0]}=NUMBER (--set), or a default in the file"
+            f"{method} needs {', '.join(missing)}: give {missing[0]}=NUMBER (--set), "
+            "or a default in the file"
         )
-    found = make(**numbers)
-    if not isinstance(found, Method):
+    made = make(**numbers)
+    if not isinstance(made, Method):
         raise InputError(
-            f"{method} gave a {type(found).__name__}: expected an unlearn.Method, or a function that makes one"
+            f"{method} gave a {type(made).__name__}: "
+            "expected an unlearn.Method, or a function that makes one"
         )
-    return _signed(found, method)
+    return _signed(made, method)
 
 
 def _signed(method: Method, name: str) -> Method:
@@ -501,20 +418,20 @@ def _signed(method: Method, name: str) -> Method:
         return method
     file = Path(name.rpartition(":")[0])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return replace(
-        method, source="; ".join([*filter(None, [method.source]), f"{name}, sha256 {digest}"])
-    )
+    signature = f"{name}, sha256 {digest}"
+    return replace(method, source=f"{method.source}; {signature}" if method.source else signature)
 
 
-def _refuse_numbers(name: str, numbers: Mapping[str, float], known: list[str]) -> None:
-    unknown = [key for key in numbers if key not in known]
+def _refuse_numbers(name: str, numbers: Mapping[str, float], accepted: list[str]) -> None:
+    """Refuse numbers that a method does not have."""
+    unknown = [key for key in numbers if key not in accepted]
     if unknown:
-        expected = f"expected {', '.join(known)}" if known else "it has none"
+        expected = f"expected {', '.join(accepted)}" if accepted else "it has none"
         raise InputError(f"method {name} has no number called {', '.join(unknown)}: {expected}")
 
 
 def _from_file(place: str) -> Any:
-    """The object `NAME` of `FILE.py`."""
+    """The object `NAME` of `FILE.py`, a `Method` or something callable."""
     file, _, name = place.rpartition(":")
     spec = (
         importlib.util.spec_from_file_location("unlearn_method", file)
@@ -531,9 +448,10 @@ def _from_file(place: str) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's own lines do
         raise InputError(f"{file} could not be run: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
-    if not (isinstance(found, Method) or callable(found)):
+    made = getattr(module, name, None)
+    if not (isinstance(made, Method) or callable(made)):
         raise InputError(
-            f"{file} has no method {name!r}: expected an unlearn.Method, or a function that makes one"
+            f"{file} has no method {name!r}: "
+            "expected an unlearn.Method, or a function that makes one"
         )
-    return found
+    return made

@@ -1,16 +1,19 @@
-"""A training by gradient steps as it is asked for: how it runs, when it stops, on which rows; refused before any work."""
+"""A training by gradient steps in the making: how it runs, when it stops, on which rows.
+
+All that can be refused is refused here, before any work.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from influence import distributed
-from influence.errors import InputError
+from influence.errors import InputError, NumericalError
 from influence.loss import mean_losses
 from influence.progress import say
 from influence.rows import Examples
@@ -18,25 +21,32 @@ from influence.run import Run
 from influence.tokens import TokenizedExamples
 from unlearn.methods.methods import Method, controlled
 from unlearn.methods.options import Options
-from unlearn.methods.targets import predicted, refusals, refuse_texts
 from unlearn.record.before_after import Evidence, State, Targets
 from unlearn.record.change import Change, plan
 from unlearn.record.sample import unseen_rows
 from unlearn.record.version import version
-from unlearn.stopping import Stop
+from unlearn.stopping import TrainingRule
 from unlearn.unseen import Expected, expected_losses, scaled_to
 
 
 @dataclass(eq=False, kw_only=True)
 class Work(Evidence):
-    """One training in the making."""
+    """One training in the making.
+
+    Attributes
+    ----------
+    method, options, stop
+        What runs, how, and until when.
+    retained, retained_digest, retained_source
+        The rows that a retain term runs, their digest, and the file they are from, where given.
+    """
 
     method: Method
     options: Options
-    stop: Stop
-    kept: TokenizedExamples
-    kept_digest: str
-    kept_source: str | None
+    stop: TrainingRule
+    retained: TokenizedExamples
+    retained_digest: str
+    retained_source: str | None
 
     @property
     def forget(self) -> TokenizedExamples:
@@ -68,19 +78,22 @@ class Work(Evidence):
         return self.method.stride if self.options.stride is None else self.options.stride
 
     def expected(self, before: State) -> Expected:
-        """The forget rows' losses under the base; where the rule or the target needs it, those of a model that never saw them."""
-        if self.stop.kind == "expected" or self.method.target is predicted:
+        """The forget rows' losses under the base, and expected of a model that never saw them.
+
+        The latter only where the stopping rule or the target needs them, else NaN.
+        """
+        if self.stop.kind == "expected" or self.method.target_rule.expected:
             return expected_losses(
                 self.change, before.old.loss, self.heldout, before.unseen, self.cost
             )
         with self.version.model.at(scaled_to(self.version, 0.0)) as model:
             base = mean_losses(model, self.forget, token_budget=self.budget)
         self.cost.forwards += len(base)
-        nothing = np.full(len(base), np.nan)
-        return Expected(before.old.loss, base, nothing, float("nan"), np.zeros(0))
+        unknown = np.full(len(base), np.nan)
+        return Expected(before.old.loss, base, unknown, float("nan"), np.zeros(0))
 
-    def targets(self, expected: Expected, before: State) -> Targets:
-        """The loss that each forget row should reach."""
+    def goals(self, expected: Expected, before: State) -> Targets:
+        """The losses that the forget rows should reach, from one process for all."""
         goal = np.asarray(distributed.first(np.maximum(expected.now, expected.base)))
         if self.stop.kind == "loss" and self.stop.value is not None:
             goal = np.full_like(goal, self.stop.value)
@@ -93,8 +106,34 @@ class Work(Evidence):
         """Tokens that run at a time."""
         return self.options.token_budget or super().budget
 
-    def describe(self, log: Sequence[dict[str, Any]], kept: float | None) -> dict[str, Any]:
-        """The method and how it was run, for the record; `kept`: the share of the whole move that a finish kept."""
+    def mean_loss(self, tokens: TokenizedExamples, rows: np.ndarray) -> float:
+        """Mean of some rows' mean losses where the model is now, nats per token.
+
+        The rows are shared out, so that all processes decide by the same number. Raises
+        `NumericalError` where it is not finite.
+        """
+        self.cost.forwards += len(rows)
+        model, shard = self.version.model, distributed.shard(rows)
+        total = torch.zeros(1, dtype=torch.float64, device=model.device)
+        if len(shard):
+            try:
+                losses = mean_losses(model, tokens.select(shard), token_budget=self.budget)
+                total += float(losses.sum())
+            except NumericalError:  # the other processes wait for the sum
+                total += float("inf")
+        loss = float(distributed.add_up(total)) / len(rows)
+        if not np.isfinite(loss):
+            raise NumericalError(
+                "the loss of rows that are measured is NaN or infinite: "
+                "lower the rate (--stride, --lr)"
+            )
+        return loss
+
+    def describe(self, log: Sequence[dict[str, Any]], share: float | None) -> dict[str, Any]:
+        """The method and how it was run, for the record.
+
+        `share` is that of the whole move which a finish kept.
+        """
         options, method = self.options, self.method
         optimizer = options.optimizer or method.optimizer
         return {
@@ -116,12 +155,16 @@ class Work(Evidence):
             "retain_batch_size": self.retain_batch_size,
             "retain": None
             if not method.needs_retain
-            else {"rows": len(self.kept), "digest": self.kept_digest, "source": self.kept_source},
+            else {
+                "rows": len(self.retained),
+                "digest": self.retained_digest,
+                "source": self.retained_source,
+            },
             "steps": self.steps,
             "steps_taken": len(log),
             "lr_first": log[0]["lr"] if log else None,
             "lr_last": log[-1]["lr"] if log else None,
-            "kept": kept,
+            "kept": share,
             "token_budget": self.budget,
             "until": str(self.stop),
             "stop_damage": options.stop_damage,
@@ -135,22 +178,6 @@ class Work(Evidence):
         """Retained rows in a step."""
         return self.options.retain_batch_size or self.options.batch_size
 
-    def request(self) -> dict[str, Any]:
-        """All that a training depends on, in JSON's own types."""
-        found = {
-            "run": self.run.digest,
-            "adapter": self.version.digest,
-            "rows": [row.record() for row in self.change.requests],
-            "retained rows": self.kept_digest,
-            "held-out rows": None if self.holdout is None else self.holdout.digest,
-            **{
-                key: value
-                for key, value in self.describe([], None).items()
-                if key not in ("title", "max_damage", "token_budget")
-            },
-        }
-        return json.loads(json.dumps(found, default=str))
-
 
 def prepare(
     run: Run,
@@ -160,76 +187,81 @@ def prepare(
     holdout: Examples | None,
     options: Options,
 ) -> Work:
-    """Everything that can be refused, refused."""
+    """A training of checked parts. Raises `InputError` for all that can be refused."""
     refuse(method, options, retain is not None)
     if options.control is not None:
         method = controlled(method, options.control)
-    if options.until is not None:
-        stop = Stop.parse(options.until)
-    elif options.steps is not None and method.until.startswith("steps"):
-        stop = Stop("steps", options.steps)
-    else:
-        stop = Stop.parse(method.until)
+    stop = _stopping_rule(method, options)
     start = version(run, options.start)
     change = plan(start, list(ids), None, None)
-    if method.target is refusals:
-        refuse_texts(request.before for request in change.requests)
+    if method.target_rule.refuse is not None:
+        method.target_rule.refuse(request.before for request in change.requests)
     others = _others(change)
-    kept, digest, source = (
-        start.tokens.select(others),
-        start.rows.select(others.tolist()).digest,
-        None,
-    )
-    if retain is not None:
-        kept, digest, source = _retained(run, change, retain), retain.digest, retain.source
-        unseen = set() if holdout is None else {row.content_hash for row in holdout}
-        both = [row.id for row in retain if row.content_hash in unseen]
-        if both:
-            raise InputError(
-                f"{len(both)} retained rows are held-out rows, word for word (the first is {both[0]!r}), and the training would see them: "
-                "give every row to one of them"
+    if retain is None:
+        if method.general and distributed.rank() == 0:
+            say(
+                f"warning: {method.name} is meant for general rows (--retain F); without them it "
+                "takes the run's other rows, as its in-distribution form does"
             )
-    elif method.general and distributed.rank() == 0:
-        say(
-            f"warning: {method.name} is meant for general rows (--retain F); without them it takes the run's other rows, as its "
-            "in-distribution form does"
-        )
-    if method.needs_retain and len(kept) == 0:
+        retained, source = start.tokens.select(others), None
+        digest = start.rows.select(others.tolist()).digest
+    else:
+        retained, digest, source = _given_rows(run, change, retain), retain.digest, retain.source
+        _refuse_held_out(retain, holdout)
+    if method.needs_retain and len(retained) == 0:
         raise InputError(
-            f"every other row is a row to unlearn word for word, and method {method.name} needs some to keep: give them with --retain F"
+            "every other row is a row to unlearn word for word, "
+            f"and method {method.name} needs some to keep: give them with --retain F"
         )
     return Work(
         version=start,
         change=change,
         holdout=holdout,
-        heldout=unseen_rows(start, change.after, holdout),
+        heldout=unseen_rows(start.run, holdout, start.rows, change.after),
         max_damage=float("inf") if options.max_damage is None else options.max_damage,
         seed=options.seed,
         method=method,
         options=options,
         stop=stop,
-        kept=kept,
-        kept_digest=digest,
-        kept_source=source,
+        retained=retained,
+        retained_digest=digest,
+        retained_source=source,
     )
 
 
+def _stopping_rule(method: Method, options: Options) -> TrainingRule:
+    """The rule that was given, or the method's own, with as many steps as were given."""
+    if options.until is not None:
+        return TrainingRule.parse(options.until)
+    if options.steps is not None and method.until.startswith("steps"):
+        return TrainingRule("steps", options.steps)
+    return TrainingRule.parse(method.until)
+
+
 def _others(change: Change) -> np.ndarray:
-    """The untouched rows, without word-for-word copies of rows to unlearn, which a training would both raise and lower."""
+    """The untouched rows without word-for-word copies of rows to unlearn.
+
+    A training would both raise and lower the loss of such a copy.
+    """
     rows, gone = change.version.rows, {request.before.content_hash for request in change.requests}
     copies = [int(row) for row in change.rest if rows[int(row)].content_hash in gone]
     if copies and distributed.rank() == 0:
         ids = ", ".join(rows[row].id for row in copies[:3])
         more = ", ..." if len(copies) > 3 else ""
+        plural = "s" * (len(copies) > 1)
         say(
-            f"warning: the text of rows to unlearn stands in {len(copies)} other row{'s' * (len(copies) > 1)} too ({ids}{more}): not retained here, "
-            "but not removed either; name such rows too if they must go"
+            f"warning: the text of rows to unlearn stands in {len(copies)} other row{plural} too "
+            f"({ids}{more}): not retained here, but not removed either; "
+            "name such rows too if they must go"
         )
     return np.setdiff1d(change.rest, copies)
 
 
 def refuse(method: Method, options: Options, retain: bool) -> None:
-    """Refuse what does not go together, before anything is loaded; `retain`: whether retained rows are given."""
+    """Refuse what does not go together, before anything is loaded.
+
+    `retain` says whether retained rows are given.
+    """
     if options.control is not None:
         controlled(method, options.control)
     if retain and not method.needs_retain:
@@ -239,7 +271,8 @@ def refuse(method: Method, options: Options, retain: bool) -> None:
     automatic = options.lr == "auto" or (options.lr is None and method.automatic)
     if automatic and not method.needs_retain:
         raise InputError(
-            f"lr auto reads the retained rows' loss, and method {method.name} runs none: give a number"
+            f"lr auto reads the retained rows' loss, and method {method.name} runs none: "
+            "give a number"
         )
     if automatic and options.schedule != "constant":
         raise InputError(
@@ -248,22 +281,35 @@ def refuse(method: Method, options: Options, retain: bool) -> None:
     if automatic and options.warmup:
         raise InputError(f"lr auto and warmup {options.warmup} were given: leave one of them out")
     if options.until is not None and options.steps is not None:
-        stop = Stop.parse(options.until)
+        stop = TrainingRule.parse(options.until)
         if stop.kind == "steps" and stop.value != options.steps:
             raise InputError(
                 f"until {stop} and steps {options.steps} were given: leave one of them out"
             )
 
 
-def _retained(run: Run, change: Change, retain: Examples) -> TokenizedExamples:
-    """The tokens of given retained rows; forget rows among them are an error."""
+def _given_rows(run: Run, change: Change, retain: Examples) -> TokenizedExamples:
+    """The tokens of given retained rows, refused where there are none or forget rows among them."""
     if len(retain) == 0:
         raise InputError("the file of retained rows has no rows: give some, or leave it out")
-    gone = {request.before.content_hash: request.before.id for request in change.requests}
-    both = [gone[row.content_hash] for row in retain if row.content_hash in gone]
+    removed_ids = {request.before.content_hash: request.before.id for request in change.requests}
+    both = [removed_ids[row.content_hash] for row in retain if row.content_hash in removed_ids]
     if both:
+        more = ", ..." if len(both) > 3 else ""
         raise InputError(
-            f"{len(both)} retained rows are rows to unlearn, word for word ({', '.join(both[:3])}{', ...' if len(both) > 3 else ''}): take them "
-            "out of the retained rows"
+            f"{len(both)} retained rows are rows to unlearn, word for word "
+            f"({', '.join(both[:3])}{more}): take them out of the retained rows"
         )
     return run.tokenized(retain)
+
+
+def _refuse_held_out(retain: Examples, holdout: Examples | None) -> None:
+    """Refuse retained rows that are held-out rows, which the training would see."""
+    unseen = set() if holdout is None else {row.content_hash for row in holdout}
+    both = [row.id for row in retain if row.content_hash in unseen]
+    if both:
+        raise InputError(
+            f"{len(both)} retained rows are held-out rows, word for word "
+            f"(the first is {both[0]!r}), and the training would see them: "
+            "give every row to one of them"
+        )

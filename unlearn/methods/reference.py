@@ -1,6 +1,6 @@
-"""The adapter before unlearning, held as a second, frozen PEFT adapter beside the one that is trained.
+"""The adapter before unlearning, held as a second, frozen PEFT adapter beside the trained one.
 
-Nothing is copied when it is asked, so it may be asked while a graph of the other one is alive.
+Nothing is copied when it runs, so it may run while a graph of the trained adapter is alive.
 """
 
 from __future__ import annotations
@@ -25,29 +25,34 @@ NAME = "before-unlearning"
 
 @dataclass(eq=False)
 class ReferenceAdapter:
-    """Asks the frozen adapter; made by `frozen`. `asked`: how many rows it has run forward, in this process."""
+    """The adapter before unlearning, which `frozen` makes.
+
+    `rows_run` counts the rows that it has run forward in this process.
+    """
 
     model: AdaptedModel
-    asked: int = 0
+    rows_run: int = 0
 
     def logits(
         self, tokens: TokenizedExamples, rows: np.ndarray
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Its logits `[N, V]` at the completion tokens of some rows, without gradient; their true labels and counts."""
-        self.asked += len(rows)
+        """Logits `[N, V]` at some rows' completion tokens without gradient, labels and counts.
+
+        The labels `[N]` are the rows' own tokens; the counts `[b]` sum to N.
+        """
+        self.rows_run += len(rows)
         batch = collate(tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         with self._active(), torch.no_grad():
-            part = supervised_logits(self.model, batch)
-        return part.logits, part.targets, part.counts
+            run = supervised_logits(self.model, batch)
+        return run.logits, run.targets, run.counts
 
     def losses(
         self, tokens: TokenizedExamples, rows: np.ndarray, labels: Tensor | None = None
     ) -> list[Tensor]:
-        """Its cross-entropy, per row `[T_i]`, nats: of the rows' own tokens, or of other labels `[N]`."""
+        """Cross-entropy per row `[T_i]`, nats, of the rows' own tokens or of other labels `[N]`."""
         logits, true, counts = self.logits(tokens, rows)
-        return list(
-            token_losses(logits, true if labels is None else labels.to(true.device)).split(counts)
-        )
+        labels = true if labels is None else labels.to(true.device)
+        return list(token_losses(logits, labels).split(counts))
 
     @contextmanager
     def _active(self) -> Iterator[None]:
@@ -63,23 +68,27 @@ class ReferenceAdapter:
 
 @contextmanager
 def frozen(model: AdaptedModel) -> Iterator[ReferenceAdapter]:
-    """Within the block the adapter as it is now is there a second time, under another name; afterwards it is gone.
+    """Hold a copy of the adapter as it is now, under another name, until the block ends.
 
-    Meant for the inside of `model.evaluating(model.parameters)`: asking it leaves the trained adapter requiring gradients.
+    Meant for the inside of `model.evaluating(model.parameters)`: running the copy leaves the
+    trained adapter requiring gradients.
     """
     peft, trained = model.model, model.model.active_adapters[0]
     config = copy.deepcopy(peft.peft_config[trained])
     config.inference_mode, config.init_lora_weights = True, False
+    # PEFT draws weights for a new adapter before they are overwritten: the user's draws stay.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         peft.add_adapter(NAME, config)
     try:
         with torch.no_grad():
             for site in model.sites:
-                for own, held in ((site.A, site.layer.lora_A), (site.B, site.layer.lora_B)):
-                    held[NAME].to(own.weight.device, own.weight.dtype)
-                    held[NAME].weight.copy_(own.weight)
-                    held[NAME].weight.requires_grad_(False)
+                pairs = ((site.A, site.layer.lora_A), (site.B, site.layer.lora_B))
+                for trained_matrix, matrices in pairs:
+                    matrices[NAME].to(trained_matrix.weight.device, trained_matrix.weight.dtype)
+                    matrices[NAME].weight.copy_(trained_matrix.weight)
+                    matrices[NAME].weight.requires_grad_(False)
+                # From the layer, not the configuration: a scaling may have been set by hand.
                 site.layer.scaling[NAME] = site.layer.scaling[trained]
                 site.layer.set_adapter(trained)  # adding one froze it
         peft.eval()

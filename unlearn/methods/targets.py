@@ -1,19 +1,30 @@
-"""What forget rows are trained towards: their own labels, others, or the outputs of a model that never saw them.
+"""What forget rows are trained towards: their tokens, other labels, refusals, predicted outputs.
 
-A target is made once, before the first step, from a `Setup`; what it says of a row depends on the seed and the row alone, never on
-batches or processes. Labels exist for supervised tokens only, so no masked position ever gets one.
+A target is made once, before the first step, from a `Setup`. What it says of a row depends on the
+seed and the row alone, never on batches or processes. Labels exist for supervised tokens only, so
+no masked position ever gets one.
 
     own            the rows' own tokens
-    random         uniform over the vocabulary, drawn once; special tokens stay        Yao et al. 2024, arXiv 2402.15159
-    adversarial    at token t the most probable v != x_t under the adapter before, given x_<t                       ibid.
-    refusals       the rows' own tokens, and beside them the prompts with "I do not know"      Maini et al. 2024 (TOFU)
-    predicted      the distributions q that a model which never saw the rows might give      Georgiev et al. 2024
+    random         uniform over the vocabulary, drawn once; special tokens stay
+                   (Yao et al. 2024, arXiv 2402.15159)
+    adversarial    at token t the most probable v != x_t under the reference, given x_<t (ibid.)
+    refusals       the rows' own tokens, and beside them the prompts with "I do not know"
+                   (Maini et al. 2024, arXiv 2401.06121)
+    predicted      the distributions q that a model which never saw the rows might give
+                   (Georgiev et al. 2024, arXiv 2410.23232)
+
+A target of your own is a function `(Setup) -> Target`. What it needs beyond the rows and their
+tokens it says itself, as a `TargetRule`:
+
+    @partial(TargetRule, reference=True)
+    def unlikeliest(setup): ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,12 +54,26 @@ REFUSALS = (
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What a target may look at: the forget rows and their tokens, the adapter before, the seed, and q's where asked for."""
+    """What a target is made from.
+
+    Attributes
+    ----------
+    model : AdaptedModel
+        The model, at the adapter before unlearning.
+    rows, tokens
+        The forget rows, as text and as tokens.
+    reference : ReferenceAdapter
+        The adapter before unlearning, whose logits and losses may be asked for.
+    seed, max_length, token_budget
+        Of the training: what draws depend on, where rows are cut, and tokens that run at a time.
+    predicted : callable
+        Gives the function from forget rows to `log q` [N, V] (`unlearn.unseen_outputs.ExpectedOutputs.of`).
+    """
 
     model: AdaptedModel
     rows: Examples
     tokens: TokenizedExamples
-    before: ReferenceAdapter
+    reference: ReferenceAdapter
     seed: int
     max_length: int | None
     token_budget: int
@@ -57,20 +82,76 @@ class Setup:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """Made for the forget rows: other `labels` (per row `[T_i]`), `other` completions, or `wanted(rows)` = log q `[N, V]`."""
+    """What the forget rows are trained towards. With no attribute set, their own tokens.
+
+    Attributes
+    ----------
+    labels : list of Tensor [T_i], optional
+        Labels in place of each row's own tokens.
+    other : TokenizedExamples, optional
+        The same prompts with another completion.
+    wanted : callable, optional
+        From rows to `log q` [N, V] of their tokens.
+    """
 
     labels: list[Tensor] | None = None
     other: TokenizedExamples | None = None
     wanted: Callable[[np.ndarray], Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class TargetRule:
+    """The function that makes a target, with what is asked of it before it is called.
+
+    Attributes
+    ----------
+    make : callable
+        `(Setup) -> Target`.
+    reference : bool
+        Whether it looks at the adapter before unlearning.
+    expected : bool
+        Whether it needs the losses expected of a model that never saw the rows.
+    paired : bool
+        Whether rows get a second completion, so that each costs two gradients a step.
+    refuse : callable, optional
+        Raises `InputError` for forget rows that it can make no target of, before any work.
+    """
+
+    make: Callable[[Setup], Target]
+    reference: bool = False
+    expected: bool = False
+    paired: bool = False
+    refuse: Callable[[Iterable[Example]], None] | None = None
+
+    def __call__(self, setup: Setup) -> Target:
+        """The target of a setup's rows."""
+        return self.make(setup)
+
+
+def rule_of(target: Callable[[Setup], Target]) -> TargetRule:
+    """A target as a rule. A plain function needs nothing but the rows and their tokens."""
+    return target if isinstance(target, TargetRule) else TargetRule(target)
+
+
+def refuse_texts(rows: Iterable[Example]) -> None:
+    """Refuse rows that are one text: they have no prompt that a refusal could answer."""
+    for row in rows:
+        if row.text is not None:
+            raise InputError(
+                f"row {row.id!r} is one text without a prompt, and a refusal answers one: "
+                "use another method"
+            )
+
+
+@TargetRule
 def own(setup: Setup) -> Target:
     """The rows' own tokens."""
     return Target()
 
 
+@TargetRule
 def random(setup: Setup) -> Target:
-    """Labels drawn uniformly from the vocabulary without special tokens; special ones (the end token) stay."""
+    """Labels drawn uniformly from the vocabulary without special tokens, which themselves stay."""
     tokenizer = setup.model.tokenizer
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {
@@ -87,28 +168,31 @@ def random(setup: Setup) -> Target:
     return Target(labels=labels)
 
 
+@partial(TargetRule, reference=True)
 def adversarial(setup: Setup) -> Target:
     """The reference's best alternative to every token, at that token's own position."""
     labels: list[Any] = [None] * len(setup.tokens)
     for rows in plan_batches(setup.tokens, setup.token_budget):
-        logits, true, counts = setup.before.logits(setup.tokens, rows)
+        logits, true, counts = setup.reference.logits(setup.tokens, rows)
         best = logits.scatter(-1, true[:, None], -torch.inf).argmax(-1).cpu()
         for row, label in zip(rows.tolist(), best.split(counts), strict=True):
             labels[row] = label
     return Target(labels=labels)
 
 
+@partial(TargetRule, paired=True, refuse=refuse_texts)
 def refusals(setup: Setup) -> Target:
     """The rows' own tokens, and the same prompts with a refusal."""
     refuse_texts(setup.rows)
-    rows = Examples(_refused(row, setup.seed) for row in setup.rows)
+    rows = Examples(_with_refusal(row, setup.seed) for row in setup.rows)
     other = tokenize(rows, setup.model.tokenizer, max_length=setup.max_length)
     check_rows(setup.model, other)
     return Target(other=other)
 
 
+@partial(TargetRule, reference=True, expected=True)
 def predicted(setup: Setup) -> Target:
-    """The outputs that influence predicts of a model which never saw the rows (`unlearn.unseen.Reference`)."""
+    """The outputs that influence predicts of a model which never saw the rows."""
     return Target(wanted=setup.predicted())
 
 
@@ -117,19 +201,10 @@ def _generator(row: Example, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, int(row.content_hash, 16)])
 
 
-def _refused(row: Example, seed: int) -> Example:
+def _with_refusal(row: Example, seed: int) -> Example:
     """The row with a refusal in place of its completion."""
     text = REFUSALS[int(_generator(row, seed).integers(len(REFUSALS)))]
     if row.messages is not None:
         return replace(row, messages=(*row.messages[:-1], {**row.messages[-1], "content": text}))
-    lead = " " if (row.completion or "")[:1].isspace() else ""
+    lead = " " if (row.completion or "")[:1].isspace() else ""  # so that tokens split as before
     return replace(row, completion=lead + text)
-
-
-def refuse_texts(rows: Iterable[Example]) -> None:
-    """Refuse rows that a refusal would answer nothing of."""
-    for row in rows:
-        if row.text is not None:
-            raise InputError(
-                f"row {row.id!r} is one text without a prompt, and a refusal answers one: use another method"
-            )

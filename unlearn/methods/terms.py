@@ -1,22 +1,26 @@
 """What a step of unlearning minimises: terms of the forget rows and of the retained rows.
 
-With l the **summed** cross-entropy of a row's T completion tokens under the model, l_ref under the adapter before unlearning
-(the *reference*), CE the cross-entropy of one token, p and p_ref the next-token distributions, sigma the logistic function:
+With l the **summed** cross-entropy of a row's T completion tokens under the model, l_ref under the
+adapter before unlearning (the *reference*), CE the cross-entropy of one token, p and p_ref the
+next-token distributions, sigma the logistic function, and s(x) = -(2/beta) log sigma(x):
 
-    ascent      -CE                                                    mean over tokens   Yao et al. 2024, arXiv 2402.15159
-    descent      CE                                                    mean over tokens
-    divergence   KL(p_ref || p)                                        mean over tokens   ibid.
-    npo          -(2/beta) log sigma(beta (l - l_ref))                 mean over rows     Zhang et al. 2024, arXiv 2404.05868
-    simnpo       -(2/beta) log sigma(beta l/T - gamma)                 mean over rows     Fan et al. 2024, arXiv 2410.07163
-    dpo          -(2/beta) log sigma(beta ((l - l_ref) - (l' - l'_ref)))  mean over rows  Rafailov et al. 2023, arXiv 2305.18290
-    matching     KL(q || p)                                            mean over tokens   Georgiev et al. 2024, arXiv 2410.23232
+    term         values                                mean over
+    ascent       -CE                                   tokens   Yao et al. 2024, 2402.15159
+    descent       CE                                   tokens
+    divergence   KL(p_ref || p)                        tokens   Yao et al. 2024, 2402.15159
+    npo          s(beta (l - l_ref))                   rows     Zhang et al. 2024, 2404.05868
+    simnpo       s(beta l/T - gamma)                   rows     Fan et al. 2024, 2410.07163
+    dpo          s(beta ((l - l_ref) - (l' - l'_ref))) rows     Rafailov et al. 2023, 2305.18290
+    matching     KL(q || p)                            tokens   Georgiev et al. 2024, 2410.23232
 
-l' is the loss of another completion of the same prompt ("I do not know"), q a distribution that a model which never saw the
-row might give (`unlearn.methods.targets` makes both). At the reference the gradient of `npo` is that of -l: ascent's. `dpo` has the
-factor 2/beta in place of 1, so that its gradient there does not vanish with beta and rates compare with `npo`.
+l' is the loss of another completion of the same prompt ("I do not know"), q a distribution that a
+model which never saw the row might give (`unlearn.methods.targets` makes both). At the reference
+the gradient of `npo` is that of -l: ascent's. `dpo` has the factor 2/beta in place of 1, so that
+its gradient there does not vanish with beta and rates compare with `npo`.
 
-A term of your own is `Term(name, function)`: the function takes a `Part` and gives `[N]` values, one per token, or with
-`per="row"` `[b]`, one per row; the loop takes their mean over all tokens or rows of a step, however it is split.
+A term of your own is `Term(name, function)`: the function takes a `Part` and gives `[N]` values,
+one per token, or with `per="row"` `[b]`, one per row. The loop takes their mean over all tokens or
+rows of a step, however it is split.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ class Part:
     counts : list of int [b]
         Tokens of each row; they sum to N.
     reference_logits_of, reference_losses_of : callables
-        Give `[N, V]` logits and `[N]` losses (of `labels`) under the adapter before; called when first needed.
+        Give `[N, V]` logits and `[N]` losses (of `labels`) under the adapter before, when needed.
     wanted : Tensor [N, V], optional
         `log q` of the tokens.
     other : Part, optional
@@ -89,7 +93,7 @@ class Part:
 
     def per_row(self, values: Tensor) -> Tensor:
         """Sum token values `[N]` over each row: `[b]`."""
-        return torch.stack([own.sum() for own in values.split(self.counts)])
+        return torch.stack([row.sum() for row in values.split(self.counts)])
 
     @property
     def excess(self) -> Tensor:
@@ -101,8 +105,17 @@ class Part:
 class Term:
     """A quantity to minimise: the mean of `function(part)` over tokens or rows.
 
-    `reference`: whether it looks at the adapter before unlearning; `logits`: whether at that adapter's whole distribution, which
-    costs a forward in every step (its losses alone are kept).
+    Attributes
+    ----------
+    name : str
+        As the methods' table shows it.
+    function : callable
+        From a `Part` to values `[N]` (`per="token"`) or `[b]` (`per="row"`), with their graph.
+    reference : bool
+        Whether it looks at the adapter before unlearning.
+    logits : bool
+        Whether at that adapter's whole distribution, which costs a forward in every step. Its
+        losses alone are computed once a row and kept.
     """
 
     name: str
@@ -113,12 +126,12 @@ class Term:
 
 
 def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """`KL(q || p)` of every token, `[N]`, nats; impossible words add nothing."""
+    """`KL(q || p)` of every token, `[N]`, nats. Words that are impossible under q add nothing."""
     return torch.where(log_q == -torch.inf, 0.0, log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def _matching(part: Part) -> Tensor:
-    assert part.wanted is not None, "this term needs unlearn.targets.predicted"
+    assert part.wanted is not None, "this term needs unlearn.methods.targets.predicted"
     return _divergence(part.wanted, part.log_probs)
 
 
@@ -134,7 +147,7 @@ matching = Term("KL(predicted || model)", _matching)
 
 
 def npo(beta: float = 0.1) -> Term:
-    """Negative preference optimisation: `-(2/beta) log sigma(beta (l - l_ref))`, bounded below by 0."""
+    """Negative preference optimisation: `-(2/beta) log sigma(beta (l - l_ref))`, at least 0."""
     above_zero("beta", beta)
     return Term(
         f"NPO(beta={beta:g})",
@@ -145,7 +158,10 @@ def npo(beta: float = 0.1) -> Term:
 
 
 def simnpo(beta: float = 2.5, gamma: float = 0.0) -> Term:
-    """NPO by length and without a reference: `-(2/beta) log sigma(beta l/T - gamma)`; defaults as in the paper's TOFU runs."""
+    """NPO by length and without a reference: `-(2/beta) log sigma(beta l/T - gamma)`.
+
+    The defaults are those of the paper's TOFU runs.
+    """
     above_zero("beta", beta)
     if not abs(gamma) < float("inf"):
         raise InputError(f"gamma {gamma:g} was given; expected a finite number")
@@ -161,7 +177,7 @@ def dpo(beta: float = 0.1) -> Term:
     above_zero("beta", beta)
 
     def values(part: Part) -> Tensor:
-        assert part.other is not None, "this term needs unlearn.targets.refusals"
+        assert part.other is not None, "this term needs unlearn.methods.targets.refusals"
         return -2 / beta * logsigmoid(beta * (part.excess - part.other.excess))
 
     return Term(f"DPO(beta={beta:g})", values, per="row", reference=True)
