@@ -556,7 +556,7 @@ def train(
     from influence import distributed
     from influence.rows import read_examples
     from influence.run import Run
-    from unlearn.methods import loop
+    from unlearn.methods import loop, resume
     from unlearn.methods.methods import method_of
     from unlearn.methods.options import Options
     from unlearn.methods.preparation import refuse
@@ -637,7 +637,7 @@ def train(
             refused = f"not written: the training that was tried does too much damage\n\n{text}"
             console.emit({"written": False, "out": None, **report}, refused, json)
         made.save(out, force=force, overwrite=overwrite)
-        loop.discard(checkpoint)
+        resume.discard(checkpoint)
         follow = (
             f"{out}: the adapter. Ship its configuration, weights and tokenizer; keep edit.json, steps.jsonl and delta.safetensors, which "
             f"leads back to the old adapter.\nNext: unlearn verify --run {opened.directory}; analysis evaluate --adapter {out} ...\n"
@@ -766,7 +766,7 @@ def difficulty(
     from influence.tables import checked_table
     from unlearn import difficulty as known
     from unlearn.difficulty.calibration import FEWEST
-    from unlearn.difficulty.units import units
+    from unlearn.difficulty.units import find_units
 
     protocol = known.Protocol(optimizer=optimizer, lr=lr, target=target, steps=steps)
     out = checked_table(out, overwrite)
@@ -798,11 +798,11 @@ def difficulty(
             f"--calibrate {calibrate} was given with {count} rows (or groups) asked for; a calibration takes {FEWEST} of them or more: "
             "ask for more rows, or leave --calibrate out"
         )
-    asked = units(
+    units = find_units(
         opened, None if groups is not None else wanted, groups, protocol, unseen, seed=seed
     )
     forecast = known.predict(
-        opened, protocol=protocol, looks=looks, max_damage=max_damage, asked=asked
+        opened, protocol=protocol, looks=looks, max_damage=max_damage, units=units
     )
     if measure or calibrate is not None:
         drawn = np.sort(np.random.default_rng(seed).permutation(count)[:calibrate])
@@ -810,10 +810,10 @@ def difficulty(
         found = known.measure(
             opened,
             protocol=protocol,
-            heldout=unseen,
+            holdout=unseen,
             out=beside,
             overwrite=overwrite,
-            asked=asked.select(drawn),
+            units=units.select(drawn),
         )
         real = np.full((2, count), np.nan)
         real[:, drawn] = found.steps, found.damage
@@ -821,7 +821,7 @@ def difficulty(
             labels = (
                 []
                 if groups is not None
-                else [opened.train[rows[0]].group for rows in asked.members]
+                else [opened.train[rows[0]].group for rows in units.members]
             )
             known_labels = [label for label in labels if label is not None]
             forecast = forecast.calibrated(

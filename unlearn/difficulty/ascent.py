@@ -1,13 +1,8 @@
-"""Gradient ascent of many adapters at once: the protocol whose cost `unlearn.difficulty.measured` measures and forecasts.
+"""Gradient ascent of many copies of one adapter at once, by the optimizer and rate of a protocol.
 
-From the adapter, the mean loss of one row (or of a group) is raised by steps of one optimizer at one rate until it reaches a
-target. Adam and SGD act coordinate by coordinate, so the trajectories of many rows, one a line of `[c, P]`, are exactly those of
-each row alone.
-
-    Adam   m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2,  theta <- theta + lr m / (1 - 0.9^k) / (sqrt(v / (1 - 0.999^k)) + 1e-8)
-    SGD    theta <- theta + lr g
-
-(Kingma and Ba 2015, arXiv 1412.6980, with the defaults of `torch.optim.Adam`.)
+From the adapter, the mean loss of one row (or of a group) is raised step by step until it reaches a
+target. Optimizers act coordinate by coordinate (`unlearn.difficulty.optimizers`), so the
+trajectories of many rows, one a line of `[c, P]`, are exactly those of each row alone.
 """
 
 from __future__ import annotations
@@ -18,48 +13,42 @@ from torch import Tensor
 
 from unlearn.difficulty.protocol import Protocol
 
-#: Adam's, as in `torch.optim.Adam`.
-BETAS, EPS = (0.9, 0.999), 1e-8
-
 
 class Climb:
-    """Adapters `theta` [c, P] on their way up, with their optimizer's state and the steps `taken` [c]."""
+    """Copies of an adapter on their way up, with their optimizer's state.
+
+    Attributes
+    ----------
+    theta : Tensor [c, P]
+        Their parameters.
+    taken : int array [c]
+        Steps that each has taken.
+    """
 
     def __init__(self, theta: Tensor, count: int, protocol: Protocol) -> None:
         self.protocol = protocol
         self.theta = theta.repeat(count, 1)
         self.taken = np.zeros(count, dtype=int)
-        self._moments = (
-            (torch.zeros_like(self.theta), torch.zeros_like(self.theta)) if self._adam else ()
-        )
-
-    @property
-    def _adam(self) -> bool:
-        return self.protocol.optimizer == "adam"
+        self._state = protocol.rule.begin(self.theta)
 
     def step(self, gradient: Tensor, rows: np.ndarray | None = None) -> None:
-        """One step of the copies `rows` (all of them by default) along `gradient` [their number, P]."""
+        """One step of the copies `rows` [c'] (by default all) along `gradient` [c', P]."""
         rows = np.arange(len(self.taken)) if rows is None else rows
-        at = torch.from_numpy(rows).to(self.theta.device)
+        places = torch.from_numpy(rows).to(self.theta.device)
         self.taken[rows] += 1
-        if not self._adam:
-            self.theta[at] += self.protocol.rate * gradient
-            return
-        for moment, beta, new in zip(
-            self._moments, BETAS, (gradient, gradient * gradient), strict=True
-        ):
-            moment[at] = beta * moment[at] + (1 - beta) * new
-        k = torch.from_numpy(self.taken[rows]).to(gradient)[:, None]
-        first, second = (m[at] / (1 - b**k) for m, b in zip(self._moments, BETAS, strict=True))
-        self.theta[at] += self.protocol.rate * first / (second.sqrt() + EPS)
+        taken = torch.from_numpy(self.taken[rows]).to(gradient)[:, None]
+        state = tuple(values[places] for values in self._state)
+        move, after = self.protocol.rule.step(gradient, state, taken, self.protocol.rate)
+        self.theta[places] += move
+        for values, new in zip(self._state, after, strict=True):
+            values[places] = new
 
     def keep(self, rows: np.ndarray) -> None:
         """Go on with the copies `rows` alone."""
-        at = torch.from_numpy(rows).to(self.theta.device)
-        self.theta, self.taken = self.theta[at], self.taken[rows]
-        self._moments = tuple(moment[at] for moment in self._moments)
+        places = torch.from_numpy(rows).to(self.theta.device)
+        self.theta, self.taken = self.theta[places], self.taken[rows]
+        self._state = tuple(values[places] for values in self._state)
 
     def first_rate(self, gradient: Tensor) -> np.ndarray:
-        """Rise of the loss in a step along `gradient` [c, P], to first order, as a first step takes it: [c], nats."""
-        size = gradient.abs().sum(1) if self._adam else (gradient * gradient).sum(1)
-        return self.protocol.rate * size.double().cpu().numpy()
+        """Rise of the loss in a first step along `gradient` [c, P], to first order: [c], nats."""
+        return self.protocol.rule.first_rate(gradient, self.protocol.rate)

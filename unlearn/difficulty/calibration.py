@@ -1,20 +1,20 @@
-"""A forecast of difficulty corrected by what was measured of a few rows.
+"""Correction of a forecast of difficulty by what was measured of some of its rows.
 
-Ridge regression (scikit-learn) of the measured steps and damage on the logarithms of the forecast and its features,
-standardised, with the penalty chosen by leave-one-out. What is fitted is the correction, so few rows suffice: of
-steps `log(measured / forecast)`; of damage, which may be below 0, `arcsinh(measured / s) - arcsinh(forecast / s)`, s
-the median of the measured sizes: linear in small values, logarithmic in large ones. Features beyond the measured
-rows' range count as its ends.
+Ridge regression (scikit-learn) of the measured steps and damage on the logarithms of the forecast
+and its features, standardised, with the penalty chosen by leave-one-out. What is fitted is the
+correction, so few rows suffice: of steps `log(measured / forecast)`; of damage, which may be below
+0, `arcsinh(measured / s) - arcsinh(forecast / s)`, s the median of the measured sizes: linear in
+small values, logarithmic in large ones. Features beyond the measured rows' range count as its ends.
 
-Rows that were measured are told what the fits without them say (cross-validation, by the rows' groups where these are
-known and enough: rows of one author teach about each other). The same out-of-fold errors give the intervals, as
-quantiles with the correction for their number that split conformal prediction has (Lei et al. 2018, arXiv
-1604.04173), and the scores.
+Rows that were measured are told what the fits without them say (cross-validation, by the rows'
+groups where these are known and enough: rows of one author teach about each other). The same
+out-of-fold errors give the intervals, as quantiles with the correction for their number that split
+conformal prediction has (Lei et al. 2018, arXiv 1604.04173), and the scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,21 +40,48 @@ FEATURES = (
     "closed_damage",
     "read_damage",
 )
-#: Rows that must have been measured; folds of the cross-validation; coverage of the intervals.
-FEWEST, FOLDS, LEVEL = 20, 10, 0.9
+#: Features that may be below 0: they have roots in the place of logarithms.
+SIGNED = ("damage", "closed_damage", "read_damage", "self_influence")
+#: Rows that must have been measured; folds of the cross-validation, and the fewest groups that make
+#: them; coverage of the intervals. Choices.
+FEWEST, FOLDS, FEWEST_GROUPS, LEVEL = 20, 10, 3, 0.9
+#: Penalties of the ridge regression, of which leave-one-out chooses.
 PENALTIES = 10.0 ** np.arange(-2, 4)
 
 
 @dataclass(frozen=True, eq=False)
+class Correction:
+    """Correction of one column, learnt from n measured rows.
+
+    `fit` is the regression; `out_of_fold` [n] what the fits without a row say of its correction;
+    `errors` [n] what they miss; `importances` as in `Calibration`.
+    """
+
+    fit: Any
+    out_of_fold: np.ndarray
+    errors: np.ndarray
+    importances: dict[str, float]
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Errors between which a new one falls with probability `LEVEL`, given enough of them."""
+        n = len(self.errors)
+        outer = min(1.0, (1 + LEVEL) / 2 * (n + 1) / n)
+        return float(np.quantile(self.errors, 1 - outer)), float(np.quantile(self.errors, outer))
+
+
+@dataclass(frozen=True, eq=False)
 class Calibration:
-    """What was learnt, from n measured units.
+    """Corrections of a forecast, learnt from n measured units.
 
     Attributes
     ----------
     features : k strings
     importances : dict
-        For the corrections of `steps` and `damage`: fall of R^2 on the measured rows when a feature is shuffled, by
-        name, the largest first.
+        For the corrections of `steps` and `damage`: fall of R^2 on the measured rows when a feature
+        is shuffled, by name, the largest first.
+    rows : int array [n]
+        Places of the measured units in the table.
     steps, damage : arrays [n]
         Out-of-fold forecasts of the measured units, in the order of `rows`.
     spearman : dict
@@ -64,8 +91,8 @@ class Calibration:
     error : float
         Median relative error of the steps, out of fold.
     measured, left_out : int
-        Rows that taught something, and measured ones that did not: at their target from the start, or not found to
-        reach it. What is said out of fold is of the former.
+        Rows that taught something, and measured ones that did not: at their target from the start,
+        or not found to reach it. What is said out of fold is of the former.
     """
 
     features: tuple[str, ...]
@@ -78,22 +105,22 @@ class Calibration:
     error: float
     measured: int
     left_out: int
-    _fits: dict[str, Any] = field(repr=False)
-    _errors: dict[str, np.ndarray] = field(repr=False)
+    _corrections: Mapping[str, Correction] = field(repr=False)
     _unit: float = field(repr=False)
     _range: tuple[np.ndarray, np.ndarray] = field(repr=False)
 
     def applied(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The forecasts of all rows, corrected: those of the measured rows are out of fold. Rows without a finite forecast stay."""
+        """The forecasts of all rows, corrected.
+
+        Those of the measured rows are out of fold; rows without a finite forecast stay.
+        """
         out, x = table.copy(), np.clip(inputs(table, self.features), *self._range)
         usable = np.isfinite(table["steps"]) & (table["steps"] > 0)
-        log = np.log(table["steps"].where(usable, 1.0).to_numpy()) + self._fits["steps"].predict(x)
-        raw = np.arcsinh(table["damage"].fillna(0.0).to_numpy() / self._unit) + self._fits[
-            "damage"
-        ].predict(x)
-        log[self.rows], raw[self.rows] = np.log(self.steps), np.arcsinh(self.damage / self._unit)
-        low, high = _ends(self._errors["steps"])
-        down, up = _ends(self._errors["damage"])
+        of_steps, of_damage = (self._corrections[name] for name in ("steps", "damage"))
+        log = np.log(table["steps"].where(usable, 1.0).to_numpy()) + of_steps.fit.predict(x)
+        raw = _scaled(table["damage"].fillna(0.0), self._unit) + of_damage.fit.predict(x)
+        log[self.rows], raw[self.rows] = np.log(self.steps), _scaled(self.damage, self._unit)
+        (low, high), (down, up) = of_steps.ends, of_damage.ends
         columns = {
             "steps": np.exp(log),
             "steps_low": np.exp(log + low),
@@ -107,7 +134,7 @@ class Calibration:
         return out
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The calibration as JSON holds it."""
         return {
             "measured": self.measured,
             "left_out": self.left_out,
@@ -134,91 +161,110 @@ def calibrate(
     table
         The forecast's rows, uncalibrated.
     steps, damage : arrays [rows of the table]
-        What was measured; NaN where nothing was. Rows whose target was not reached (infinite steps) teach nothing.
+        What was measured; NaN where nothing was. Rows whose target was not reached (infinite steps)
+        teach nothing.
     groups
         Group of every row, for the folds.
     seed
         Of the folds and of the shuffles that tell importances.
 
-    Raises `InputError` where fewer than `FEWEST` rows teach something.
+    Raises `InputError` where fewer than `FEWEST` rows teach something, or the lengths differ.
     """
-    from sklearn.inspection import permutation_importance
-    from sklearn.linear_model import RidgeCV
-    from sklearn.model_selection import GroupKFold, KFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if not len(steps) == len(damage) == len(table) or (
-        groups is not None and len(groups) != len(table)
-    ):
-        raise InputError(
-            f"{len(steps)} steps and {len(damage)} damages were given for a forecast of {len(table)} rows; expected one of each a "
-            "row (and of groups), NaN where nothing was measured"
-        )
-    rows = np.flatnonzero(
-        np.isfinite(steps)
-        & np.isfinite(damage)
-        & (steps > 0)
-        & np.isfinite(table["steps"])
-        & (table["steps"] > 0)
-    )
-    if len(rows) < FEWEST:
-        raise InputError(
-            f"{len(rows)} measured rows reached their targets and were not there from the start; a calibration needs at least "
-            f"{FEWEST}: measure more rows (--calibrate N), or do without"
-        )
-    part = table.iloc[rows]
+    rows = _teaching_rows(table, steps, damage, groups)
+    part, measured = table.iloc[rows], {"steps": steps[rows], "damage": damage[rows]}
     names = tuple(name for name in FEATURES if name in part and np.isfinite(part[name]).all())
     x, forecast = inputs(part, names), part["steps"].to_numpy()
-    unit = max(float(np.median(np.abs(damage[rows]))), 1e-12)
-    ahead = np.arcsinh(part["damage"].to_numpy() / unit)
+    unit = max(float(np.median(np.abs(measured["damage"]))), 1e-12)
+    scaled_forecast = _scaled(part["damage"], unit)
     wanted = {
-        "steps": np.log(steps[rows] / forecast),
-        "damage": np.arcsinh(damage[rows] / unit) - ahead,
+        "steps": np.log(measured["steps"] / forecast),
+        "damage": _scaled(measured["damage"], unit) - scaled_forecast,
     }
-    known = None if groups is None else np.asarray(groups)[rows]
-    count = min(FOLDS, len(set(known.tolist()))) if known is not None else 0
-    enough = count >= 3
-    folds = (
-        GroupKFold(count, shuffle=True, random_state=seed)
-        if enough
-        else KFold(FOLDS, shuffle=True, random_state=seed)
-    )
-    fits, errors, importances, told = {}, {}, {}, {}
-    for name, y in wanted.items():
-        model = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))
-        told[name] = cross_val_predict(model, x, y, cv=folds, groups=known if enough else None)
-        errors[name] = y - told[name]
-        fits[name] = model.fit(x, y)
-        falls = np.asarray(
-            permutation_importance(model, x, y, n_repeats=10, random_state=seed)["importances_mean"]
-        )
-        importances[name] = {names[k]: float(falls[k]) for k in np.argsort(-falls)}
-    found = {
-        "steps": forecast * np.exp(told["steps"]),
-        "damage": unit * np.sinh(told["damage"] + ahead),
+    folds, labels = _folds(None if groups is None else np.asarray(groups)[rows], seed)
+    corrections = {name: _learnt(x, y, names, folds, labels, seed) for name, y in wanted.items()}
+    corrected = {
+        "steps": forecast * np.exp(corrections["steps"].out_of_fold),
+        "damage": unit * np.sinh(corrections["damage"].out_of_fold + scaled_forecast),
     }
-    rank = lambda told, real: float(pd.Series(told).corr(pd.Series(real[rows]), method="spearman"))  # noqa: E731
-    both = (("steps", steps), ("damage", damage))
-    ranks = {name: rank(found[name], real) for name, real in both}
-    before = {name: rank(part[name].to_numpy(), real) for name, real in both}
-    error = float(np.median(np.abs(found["steps"] - steps[rows]) / steps[rows]))
+    missed = np.abs(corrected["steps"] - measured["steps"])
     return Calibration(
-        names,
-        importances,
-        rows,
-        found["steps"],
-        found["damage"],
-        ranks,
-        before,
-        error,
+        features=names,
+        importances={name: learnt.importances for name, learnt in corrections.items()},
+        rows=rows,
+        steps=corrected["steps"],
+        damage=corrected["damage"],
+        spearman={name: _rank(corrected[name], measured[name]) for name in corrected},
+        before={name: _rank(part[name].to_numpy(), measured[name]) for name in corrected},
+        error=float(np.median(missed / measured["steps"])),
         measured=len(rows),
         left_out=int((~np.isnan(steps)).sum()) - len(rows),
-        _fits=fits,
-        _errors=errors,
+        _corrections=corrections,
         _unit=unit,
         _range=(x.min(0), x.max(0)),
     )
+
+
+def _teaching_rows(
+    table: pd.DataFrame, steps: np.ndarray, damage: np.ndarray, groups: Sequence[str] | None
+) -> np.ndarray:
+    """Places of the rows whose steps were forecast and measured as finite and above 0."""
+    lengths = {len(steps), len(damage)} | (set() if groups is None else {len(groups)})
+    if lengths != {len(table)}:
+        raise InputError(
+            f"{len(steps)} steps and {len(damage)} damages were given for a forecast of "
+            f"{len(table)} rows; expected one of each a row (and of groups), NaN where nothing was "
+            "measured"
+        )
+    measured = np.isfinite(steps) & np.isfinite(damage) & (steps > 0)
+    rows = np.flatnonzero(measured & np.isfinite(table["steps"]) & (table["steps"] > 0))
+    if len(rows) < FEWEST:
+        raise InputError(
+            f"{len(rows)} measured rows reached their targets and were not there from the start; a "
+            f"calibration needs at least {FEWEST}: measure more rows (--calibrate N), or do without"
+        )
+    return rows
+
+
+def _folds(labels: np.ndarray | None, seed: int) -> tuple[Any, np.ndarray | None]:
+    """Folds of the measured rows, by their groups' `labels` [n] where there are enough of these."""
+    from sklearn.model_selection import GroupKFold, KFold
+
+    count = 0 if labels is None else min(FOLDS, len(set(labels.tolist())))
+    if count < FEWEST_GROUPS:
+        return KFold(FOLDS, shuffle=True, random_state=seed), None
+    return GroupKFold(count, shuffle=True, random_state=seed), labels
+
+
+def _learnt(
+    x: np.ndarray,
+    y: np.ndarray,
+    names: Sequence[str],
+    folds: Any,
+    labels: np.ndarray | None,
+    seed: int,
+) -> Correction:
+    """Regression of the corrections `y` [n] on the features `x` [n, k]."""
+    from sklearn.inspection import permutation_importance
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))
+    out_of_fold = np.asarray(cross_val_predict(model, x, y, cv=folds, groups=labels))
+    model.fit(x, y)
+    shuffled = permutation_importance(model, x, y, n_repeats=10, random_state=seed)
+    falls = np.asarray(shuffled["importances_mean"])
+    importances = {names[int(k)]: float(falls[k]) for k in np.argsort(-falls)}
+    return Correction(model, out_of_fold, y - out_of_fold, importances)
+
+
+def _scaled(damage: Any, unit: float) -> np.ndarray:
+    return np.arcsinh(np.asarray(damage) / unit)
+
+
+def _rank(forecast: np.ndarray, measured: np.ndarray) -> float:
+    return float(pd.Series(forecast).corr(pd.Series(measured), method="spearman"))
 
 
 def inputs(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
@@ -227,15 +273,8 @@ def inputs(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     for name in names:
         values = table[name].to_numpy(dtype=float)
         values = np.where(np.isfinite(values), values, 0.0)
-        if name in ("damage", "closed_damage", "read_damage", "self_influence"):
+        if name in SIGNED:
             columns.append(np.sign(values) * np.sqrt(np.abs(values)))
         else:
             columns.append(np.log(np.maximum(values, 1e-9)))
     return np.stack(columns, axis=1)
-
-
-def _ends(errors: np.ndarray) -> tuple[float, float]:
-    """Quantiles of the errors between which a new one falls with probability `LEVEL`, at least where there are enough."""
-    n = len(errors)
-    outer = min(1.0, (1 + LEVEL) / 2 * (n + 1) / n)
-    return float(np.quantile(errors, 1 - outer)), float(np.quantile(errors, outer))

@@ -1,22 +1,26 @@
-"""Unlearning difficulty forecast from a few looks: gradients at some points of a coarse ascent, forwards between them.
+"""Coarse ascents: gradients at a few points, forwards between them, and the damage at their ends.
 
-The ascent that `unlearn.difficulty.measured.measure` runs takes a gradient at every step, tens of them. Here a row's gradient
-is taken at `looks` points only. Between two, the optimizer's own steps go on with a gradient that is carried forward,
-`g(t) = g + (g - g_before) t / h` up to the next stride's end (h: steps from the look before); after the last look the
-loss is read off by forwards until it crosses the target. At that adapter `theta + d` the damage to a sampled training
-row j is told in two ways:
+The ascent that `unlearn.difficulty.measured.measure` runs takes a gradient at every step, tens of
+them. Here a unit's gradient is taken at `looks` points only. Between two, the optimizer's own steps
+go on with a gradient that is carried forward, `g(t) = g + (g - g_before) t / h` up to the next
+stride's end (h: steps from the look before); after the last look the loss is read off by forwards
+until it crosses the target. At that adapter `theta + d` the damage to a sampled training row j is
+told in two ways:
 
-    read off      the rise of its loss, by a forward pass: of the `READ` rows with the largest (g_j^T d)^2 T_j
-    closed form   a d^T C d / 2 + b (g_j^T d)^2 T_j / 2 for the others: C the run's curvature averaged over its points,
-                  g_j the gradient of row j's mean loss at the adapter, T_j its tokens; a, b >= 0 fit the rises read off
+    read off      the rise of its loss, by a forward pass: of the `READ` rows with the largest
+                  (g_j^T d)^2 T_j
+    closed form   a d^T C d / 2 + b (g_j^T d)^2 T_j / 2 for the others: C the run's curvature
+                  averaged over its points, g_j the gradient of row j's mean loss at the adapter,
+                  T_j its tokens; a, b >= 0 fit the rises read off
 
-The curvature tells how much everything moves, the gradients (the cross-influence) who is hit, and the rows that are
-hit hardest are looked at. With one look the walk is a straight line scan along the first step's direction (the sign
-of the gradient under Adam), and one gradient is all that is taken.
+The curvature tells how much everything moves, the gradients (the cross-influence) who is hit, and
+the rows that are hit hardest are looked at. With one look the walk is a straight line scan along
+the first step's direction (the sign of the gradient under Adam), and one gradient is all that is
+taken.
 
-Why not one look: along an ascent the gradient turns. On a 2.4 M parameter model the cosine with the first gradient
-falls to 0.4 within a dozen steps of Adam and its norm grows five- to sevenfold (LOG.md), so a line scan is 1.8 times
-too long by a factor that differs from row to row.
+Why not one look: along an ascent the gradient turns. On a 2.4 M parameter model the cosine with the
+first gradient falls to 0.4 within a dozen steps of Adam and its norm grows five- to sevenfold, so a
+line scan is 1.8 times too long by a factor that differs from row to row (LOG.md, 2026-11-21).
 """
 
 from __future__ import annotations
@@ -35,11 +39,22 @@ from unlearn.difficulty.ascent import Climb
 from unlearn.difficulty.protocol import Protocol
 from unlearn.difficulty.units import Units
 
-#: Gradients of a unit, sampled rows whose loss is read off, and forwards at most that look for the crossing.
-LOOKS, READ, SCANS = 3, 6, 4
-#: How much shorter an ascent is than its first step's rise suggests: sets where the looks are.
-FASTER = {"adam": 1.9, "sgd": 4.0}
-#: Where the crossing was not seen in `SCANS` forwards, damage is told at most this many times the last scan further on.
+#: Gradients of a unit; three of them made the ranks of the steps reach 0.93 on both worlds, one did
+#: not (benchmarks/difficulty.py, 2026-11-21, LOG.md).
+LOOKS = 3
+#: Sampled rows whose loss is read off. Six gave damage a rank of 0.89 and 0.95, all sixteen would
+#: give 0.97 and 0.99 for six more forwards (benchmarks/difficulty.py, 2026-11-21, LOG.md).
+READ = 6
+#: Forwards at most that look for the crossing: with six rows read off, ten a unit. A choice.
+SCANS = 4
+#: How much shorter than its pace suggests the rest of an ascent is after a look, and how much
+#: longer the first scan after one reaches. Choices: they set where the looks and the scans are.
+FASTER_LATER, FIRST_SCAN = 1.25, 1.2
+#: The least pace, as a share of the one before, that a scan which hardly rose leaves behind. A
+#: choice.
+LEAST_PACE = 0.1
+#: Where the crossing was not seen, damage is told at most this many times the last scan further on:
+#: an extrapolated end would otherwise set everybody's damage. A choice.
 FARTHEST = 3.0
 
 
@@ -47,8 +62,20 @@ FARTHEST = 3.0
 class Walked:
     """Ends of the coarse ascents of c units.
 
-    `steps` [c]; whether the crossing was `seen` [c], or extrapolated; `closed` [c] = d^T C d / 2; of every sampled
-    row `cross` [c, m] = (g_j^T d)^2 T_j / 2 and `rises` [c, m], NaN where not read off; `features` [c] each.
+    Attributes
+    ----------
+    steps : array [c]
+        Infinite where no crossing was found.
+    seen : bool array [c]
+        Whether the crossing was seen; else it was extrapolated.
+    closed : array [c]
+        d^T C d / 2, nats.
+    cross : array [c, m]
+        (g_j^T d)^2 T_j / 2 of every sampled row, nats.
+    rises : array [c, m]
+        Rises of the sampled rows' losses, nats per token; NaN where they were not read off.
+    features : dict of arrays [c]
+        Named in `unlearn.difficulty.forecast.predict`.
     """
 
     steps: np.ndarray
@@ -59,252 +86,286 @@ class Walked:
     features: dict[str, np.ndarray]
 
 
-def walk(asked: Units, rows: np.ndarray, protocol: Protocol, looks: int) -> Walked:
-    """Walk the units `rows` to their targets in `looks` strides, and read off what that does to the sample."""
-    climb = Climb(asked.start, len(rows), protocol)
-    now, gradient = asked.gradients(climb.theta, rows)
-    features = _features(asked, rows, gradient, climb)
-    going = CoarseAscent(asked, rows, climb, now, gradient)
+def walk(units: Units, rows: np.ndarray, protocol: Protocol, looks: int) -> Walked:
+    """Walk the units `rows` to their targets with `looks` gradients, and measure the sample."""
+    climb = Climb(units.start, len(rows), protocol)
+    losses, gradient = units.gradients(climb.theta, rows)
+    features = _features(units, rows, gradient, climb)
+    ascent = CoarseAscent(units, rows, climb, losses, gradient)
     for look in range(looks - 1):
-        going.stride(looks - look)
+        ascent.stride(looks - look)
     for scan in range(SCANS):
-        going.scan(last=scan == SCANS - 1)
-    d = going.ends - asked.start
-    products = (d @ asked.sample_gradients.T).double().cpu().numpy()
-    cross = products**2 * asked.run.tokens.counts[asked.sample] / 2
-    features |= {"moved": d.norm(dim=1).double().cpu().numpy()}
+        ascent.scan(last=scan == SCANS - 1)
+    d = ascent.ends - units.start
+    products = (d @ units.sample_gradients.T).double().cpu().numpy()
+    cross = products**2 * units.run.tokens.counts[units.sample] / 2
+    features["moved"] = d.norm(dim=1).double().cpu().numpy()
     return Walked(
-        going.steps,
-        going.seen,
-        closed_form(asked.run, d),
-        cross,
-        _read(asked, rows, going, cross),
-        features,
+        steps=ascent.steps,
+        seen=ascent.seen,
+        closed=closed_form(units.run, d),
+        cross=cross,
+        rises=_rises_read_off(units, rows, ascent, cross),
+        features=features,
     )
 
 
-def _read(asked: Units, rows: np.ndarray, going: CoarseAscent, cross: np.ndarray) -> np.ndarray:
-    """Rises [c, m] of the `READ` sampled rows with the largest `cross` of each unit that moved; NaN for the others and its own."""
+def _rises_read_off(
+    units: Units, rows: np.ndarray, ascent: CoarseAscent, cross: np.ndarray
+) -> np.ndarray:
+    """Rises [c, m] of the `READ` sampled rows with the largest `cross` of each unit that moved.
+
+    NaN for the others, and for those that do not count for the unit.
+    """
     rises = np.full(cross.shape, np.nan)
-    open_ = np.where(asked.own[rows] | (going.steps == 0)[:, None], -1.0, cross)
-    order = np.argsort(-open_, axis=1, kind="stable")[:, :READ]
+    candidates = np.where(units.excluded[rows] | (ascent.steps == 0)[:, None], -1.0, cross)
+    order = np.argsort(-candidates, axis=1, kind="stable")[:, :READ]
     for places in order.T:
-        some = np.flatnonzero(np.take_along_axis(open_, places[:, None], 1)[:, 0] >= 0)
-        if len(some):
-            found = asked.sampled_loss(going.ends[_at(some, going.ends)], places[some])
-            rises[some, places[some]] = found - asked.sampled_now[places[some]]
+        counted = np.take_along_axis(candidates, places[:, None], 1)[:, 0] >= 0
+        moved = np.flatnonzero(counted)
+        if len(moved):
+            ends, places = ascent.ends[_index(moved, ascent.ends)], places[moved]
+            losses = units.sampled_row_losses(ends, places)
+            rises[moved, places] = losses - units.sample_loss[places]
     return rises
 
 
 class CoarseAscent:
-    """Coarse ascents on their way: those of the units that are not yet at their targets, by their places in the chunk `live`.
+    """Coarse ascents of c units on their way.
 
-    `gradient` and `growth` [live, P]: at the last look, and what it grew by since the look before, `width` [live]
-    steps earlier; `since` [live]: steps since the look; `pace` [live]: rise of the loss in a step, as last seen;
-    `late` [c]: steps to be taken off.
+    Arrays [c] are of all units, arrays [live] of those that are not yet at their targets.
+
+    Attributes
+    ----------
+    live : int array [live]
+        Places of the units that go on.
+    losses, target : arrays [c]
+        Losses as last seen, and where the ascent ends.
+    steps, seen, ends : arrays [c], [c], [c, P]
+        As in `Walked`; `ends` are the adapters at the crossings.
+    late : array [c]
+        Steps to be taken off, for strides that the ascent itself would make in fewer.
+    gradient, growth : Tensors [live, P]
+        The gradient at the last look, and what it grew by since the look before.
+    width : array [live]
+        Steps between these two looks.
+    since : int array [live]
+        Steps since the last look.
+    pace : array [live]
+        Rise of the loss in a step, as last seen.
     """
 
     def __init__(
-        self, asked: Units, rows: np.ndarray, climb: Climb, now: np.ndarray, gradient: Tensor
+        self, units: Units, rows: np.ndarray, climb: Climb, losses: np.ndarray, gradient: Tensor
     ) -> None:
-        self.asked, self.rows, self.climb, self.target = asked, rows, climb, asked.target[rows]
-        self.steps, self.ends = np.where(now >= self.target, 0.0, np.inf), climb.theta.clone()
+        self.units, self.rows, self.climb, self.target = units, rows, climb, units.target[rows]
+        self.steps, self.ends = np.where(losses >= self.target, 0.0, np.inf), climb.theta.clone()
         self.late, self.seen = np.zeros(len(rows)), self.steps == 0
-        self.now, self.live = now.copy(), np.arange(len(rows))
+        self.losses, self.live = losses.copy(), np.arange(len(rows))
         self.gradient, self.growth = gradient, torch.zeros_like(gradient)
         self.width, self.since = np.ones(len(rows)), np.zeros(len(rows), dtype=int)
         self.pace = climb.first_rate(gradient)
-        self._faster = FASTER[climb.protocol.optimizer]
+        self._faster = climb.protocol.rule.faster
         self._keep(np.flatnonzero(self.steps > 0))
 
-    def stride(self, left: int) -> None:
-        """Walk a share 1 / `left` of what is left by the pace now, and look: take the gradient there."""
+    def stride(self, remaining: int) -> None:
+        """Walk a share 1 / `remaining` of the gap at the pace now, and take the gradient there."""
         if len(self.live) == 0:
             return
-        h = self._steps((self.target - self.now)[self.live] / (self.pace * self._faster * left))
+        h = self._whole_steps(np.round(self._gap / (self.pace * self._faster * remaining)))
         origin = self._walk(h)
-        later, gradient = self.asked.gradients(self._here(), self.rows[self.live])
-        rate, late = self.climb.first_rate(gradient), np.zeros(len(h))
-        if self.climb.protocol.optimizer == "sgd":
-            # where the gradient grows, a flow of the same length is faster: dt = dl / |g|^2, |g|^2 between the looks its logarithmic mean
-            first = self.climb.first_rate(self.gradient)
-            ratio = rate / first
-            turned = np.where(np.abs(ratio - 1) > 1e-6, ratio, 1.0 + 1e-6)
-            mean = first * (turned - 1) / np.log(turned)
-            late = np.where(
-                later > self.now[self.live], h - (later - self.now[self.live]) / mean, 0
-            )
-        over = self._crossed(later, h, origin, later >= self.target[self.live], late)
+        losses, gradient = self.units.gradients(self._thetas, self.rows[self.live])
+        rate, rise = self.climb.first_rate(gradient), losses - self.losses[self.live]
+        # No scan came yet: the pace is still the first-order rise along the last look's gradient.
+        late = self.climb.protocol.rule.lateness(h, rise, self.pace, rate)
+        crossed = losses >= self.target[self.live]
+        self._note_crossings(crossed, losses, h, origin, late)
         self.late[self.live] += late
         self.growth, self.width = gradient - self.gradient, h.astype(float)
         self.gradient, self.pace, self.since = gradient, rate, np.zeros_like(h)
-        self.now[self.live], self._faster = later, 1.25
-        self._keep(np.flatnonzero(~over & np.isfinite(later)))
+        self.losses[self.live], self._faster = losses, FASTER_LATER
+        self._keep(np.flatnonzero(~crossed & np.isfinite(losses)))
 
     def scan(self, last: bool) -> None:
-        """Go on along the carried gradient and read the loss off by a forward; the `last` time the crossing is extrapolated."""
+        """Go on along the carried gradient and read the loss off by a forward.
+
+        The `last` time the crossing is extrapolated.
+        """
         if len(self.live) == 0:
             return
-        h = self._steps(
-            (self.target - self.now)[self.live]
-            / (self.pace * (1.2 if self.since.max() == 0 else 1.0)),
-            up=True,
-        )
+        reach = FIRST_SCAN if self.since.max() == 0 else 1.0
+        h = self._whole_steps(np.ceil(self._gap / (self.pace * reach)))
         origin = self._walk(h)
-        later = self.asked.losses(self._here(), self.rows[self.live])
-        far = self.climb.taken[self.live] >= self.climb.protocol.steps
-        rising = later > self.now[self.live]
-        over = self._crossed(
-            later, h, origin, ((later >= self.target[self.live]) | far | last) & rising
-        )
-        self.pace = np.maximum((later - self.now[self.live]) / h, 0.1 * self.pace)
-        self.now[self.live] = later
+        losses = self.units.losses(self._thetas, self.rows[self.live])
+        rise = losses - self.losses[self.live]
+        beyond = self.climb.taken[self.live] >= self.climb.protocol.steps
+        # A loss that fell has no crossing ahead on the line through its last two values.
+        crossed = ((losses >= self.target[self.live]) | beyond | last) & (rise > 0)
+        self._note_crossings(crossed, losses, h, origin)
+        self.pace = np.maximum(rise / h, LEAST_PACE * self.pace)
+        self.losses[self.live] = losses
         self.since = self.since + h
-        self._keep(np.flatnonzero(~over & ~far & np.isfinite(later)))
+        self._keep(np.flatnonzero(~crossed & ~beyond & np.isfinite(losses)))
 
-    def _steps(self, wanted: np.ndarray, up: bool = False) -> np.ndarray:
-        whole = np.ceil(wanted) if up else np.round(wanted)
-        return np.clip(np.nan_to_num(whole, posinf=1e9), 1, self.climb.protocol.steps).astype(int)
+    @property
+    def _gap(self) -> np.ndarray:
+        return (self.target - self.losses)[self.live]
 
-    def _here(self) -> Tensor:
-        return self.climb.theta[_at(self.live, self.climb.theta)]
+    @property
+    def _thetas(self) -> Tensor:
+        return self.climb.theta[_index(self.live, self.climb.theta)]
+
+    def _whole_steps(self, wanted: np.ndarray) -> np.ndarray:
+        steps = np.clip(np.nan_to_num(wanted, posinf=1e9), 1, self.climb.protocol.steps)
+        return steps.astype(int)
 
     def _walk(self, h: np.ndarray) -> Tensor:
-        """Take h[i] steps of the i-th live copy; returns where all of them were."""
-        origin = self._here().clone()
+        """Take h[i] steps of the i-th live copy, and return where all of them were, [live, P]."""
+        origin = self._thetas.clone()
         for t in range(int(h.max())):
-            some = np.flatnonzero(t < h)
-            at = _at(some, self.gradient)
-            share = np.minimum((self.since[some] + t) / self.width[some], 1.0)
-            carried = (
-                self.gradient[at]
-                + self.growth[at] * torch.from_numpy(share).to(self.gradient)[:, None]
-            )
-            self.climb.step(carried, self.live[some])
+            walking = np.flatnonzero(t < h)
+            index = _index(walking, self.gradient)
+            # Carried forward no further than it was seen to grow: beyond a stride's width it stays.
+            share = np.minimum((self.since[walking] + t) / self.width[walking], 1.0)
+            growth = self.growth[index] * torch.from_numpy(share).to(self.gradient)[:, None]
+            self.climb.step(self.gradient[index] + growth, self.live[walking])
         return origin
 
-    def _crossed(
+    def _note_crossings(
         self,
-        later: np.ndarray,
+        crossed: np.ndarray,
+        losses: np.ndarray,
         h: np.ndarray,
         origin: Tensor,
-        over: np.ndarray,
         late: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Of the copies `over` [live], note where the loss crossed the target in the h steps from `origin`, which were `late` too many."""
-        places = self.live[over]
-        share = ((self.target - self.now)[places]) / (later[over] - self.now[places])
+    ) -> None:
+        """Note where the `crossed` copies [live] met their targets in the h steps from `origin`.
+
+        The loss is taken to be linear on the way; `late` [live] of the h steps were too many.
+        """
+        places = self.live[crossed]
+        share = self._gap[crossed] / (losses[crossed] - self.losses[places])
         self.seen[places] = share <= 1
-        taken = self.climb.taken[places] - (1 - share) * h[over] - self.late[places]
-        self.steps[places] = np.maximum(taken if late is None else taken - share * late[over], 1e-6)
+        taken = self.climb.taken[places] - (1 - share) * h[crossed] - self.late[places]
+        if late is not None:  # of this stride, only the part before the crossing
+            taken = taken - share * late[crossed]
+        self.steps[places] = np.maximum(taken, 1e-6)  # 0 is for units that needed none
         share = np.minimum(share, FARTHEST)
-        start, to = origin[_at(np.flatnonzero(over), origin)], _at(places, self.ends)
-        self.ends[to] = start + torch.from_numpy(share).to(start)[:, None] * (
-            self.climb.theta[to] - start
-        )
-        return over
+        start, index = origin[_index(np.flatnonzero(crossed), origin)], _index(places, self.ends)
+        way = self.climb.theta[index] - start
+        self.ends[index] = start + torch.from_numpy(share).to(start)[:, None] * way
 
-    def _keep(self, some: np.ndarray) -> None:
-        at = _at(some, self.gradient)
-        self.live, self.gradient, self.growth = self.live[some], self.gradient[at], self.growth[at]
-        self.width, self.since, self.pace = self.width[some], self.since[some], self.pace[some]
+    def _keep(self, rows: np.ndarray) -> None:
+        index = _index(rows, self.gradient)
+        self.live, self.gradient = self.live[rows], self.gradient[index]
+        self.growth, self.pace = self.growth[index], self.pace[rows]
+        self.width, self.since = self.width[rows], self.since[rows]
 
 
-def _at(rows: np.ndarray, like: Tensor) -> Tensor:
+def _index(rows: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(rows).to(like.device)
 
 
 def joined(parts: Sequence[Walked]) -> Walked:
     """Parts of the units, one after the other."""
-    whole = lambda name: np.concatenate([getattr(part, name) for part in parts])  # noqa: E731
+
+    def whole(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
     features = {
         name: np.concatenate([part.features[name] for part in parts]) for name in parts[0].features
     }
     return Walked(
-        whole("steps"), whole("seen"), whole("closed"), whole("cross"), whole("rises"), features
+        steps=whole("steps"),
+        seen=whole("seen"),
+        closed=whole("closed"),
+        cross=whole("cross"),
+        rises=whole("rises"),
+        features=features,
     )
 
 
 def closed_form(run: Run, d: Tensor) -> np.ndarray:
-    """`d^T C d / 2` of displacements `d` [c, P], C averaged over the run's points: [c], nats (the objective's unit).
+    """`d^T C d / 2` of displacements `d` [c, P], C averaged over the run's points: [c], nats.
 
-    Where the run's curvature has no product that is free of passes over the training rows, or is in other coordinates than
-    the parameters', C is the identity.
+    Where the run's curvature has no product that is free of passes over the training rows, or is in
+    other coordinates than the parameters', C is the identity.
     """
-    if run.fitted_name not in ("ekfac", "kfac") or run.manifest["geometry"] != "raw":
+    if run.fitted_name not in ("ekfac", "kfac") or run.manifest.geometry != "raw":
         return (d * d).sum(1).double().cpu().numpy() / 2
     total = np.zeros(len(d))
     for point in run.points:
-        total += (
-            point.place.share * (point.curvature().matvec(d) * d).sum(1).double().cpu().numpy() / 2
-        )
+        products = (point.curvature().matvec(d) * d).sum(1).double().cpu().numpy()
+        total += point.place.share * products / 2
     return total
 
 
 def _features(
-    asked: Units, rows: np.ndarray, gradient: Tensor, climb: Climb
+    units: Units, rows: np.ndarray, gradient: Tensor, climb: Climb
 ) -> dict[str, np.ndarray]:
-    """What one look at the adapter tells of each unit; named in `unlearn.difficulty.forecast.predict`."""
-    run, counts = asked.run, asked.run.tokens.counts
+    """Features [c] of each unit at the adapter, named in `unlearn.difficulty.forecast.predict`."""
+    run, counts = units.run, units.run.tokens.counts
     squared = (gradient * gradient).sum(1).double().cpu().numpy()
-    gap = asked.target[rows] - asked.now[rows]
-    common = asked.sample_gradients.mean(0)
-    alignment = (
-        (gradient @ common).double().cpu().numpy()
-        / np.sqrt(np.maximum(squared, 1e-300))
-        / float(common.norm())
-    )
+    gap = units.target[rows] - units.loss[rows]
+    common = units.sample_gradients.mean(0)
+    along = (gradient @ common).double().cpu().numpy()
     return {
-        "loss": asked.now[rows],
-        "base_loss": asked.base[rows],
+        "loss": units.loss[rows],
+        "base_loss": units.base_loss[rows],
         "gap": gap,
-        "tokens": np.array([counts[asked.members[i]].sum() for i in rows], dtype=float),
-        "share": np.array([len(asked.members[i]) / len(counts) for i in rows]),
+        "tokens": np.array([counts[units.members[i]].sum() for i in rows], dtype=float),
+        "share": np.array([len(units.members[i]) / len(counts) for i in rows]),
         "gradient_norm": np.sqrt(squared),
         "gradient_l1": gradient.abs().sum(1).double().cpu().numpy(),
         "curvature": 2 * closed_form(run, gradient) / np.maximum(squared, 1e-300),
-        "self_influence": _self_influence(asked, rows, gradient),
-        "alignment": alignment,
+        "self_influence": _self_influence(units, rows, gradient),
+        "alignment": along / np.sqrt(np.maximum(squared, 1e-300)) / float(common.norm()),
         "first_order_steps": np.maximum(gap, 0) / np.maximum(climb.first_rate(gradient), 1e-300),
     }
 
 
-def _self_influence(asked: Units, rows: np.ndarray, gradient: Tensor) -> np.ndarray:
-    """First-order rise of each unit's mean loss if it is removed, `sum_i w_i T_i g^T (C + lambda I)^-1 g`, [c], nats per token.
+def _self_influence(units: Units, rows: np.ndarray, gradient: Tensor) -> np.ndarray:
+    """First-order rise of each unit's mean loss if it is removed, [c], nats per token.
 
-    With the unit's mean gradient g at the adapter in the place of each of its rows', and the curvature of the run's
-    last point; NaN where that has no closed inverse.
+    `sum_i w_i T_i g^T (C + lambda I)^-1 g`, with the unit's mean gradient g at the adapter in the
+    place of each of its rows', and the curvature of the run's last point; NaN where that has no
+    closed inverse.
     """
-    point, run = asked.run.points[-1], asked.run
+    point, run = units.run.points[-1], units.run
     operator = point.operator()
     if not isinstance(operator.curvature, Invertible):
         return np.full(len(rows), np.nan)
-    here = point.geometry.features(gradient)
-    products = (here * operator.curvature.solve(here, operator.lam)).sum(1).double().cpu().numpy()
-    return products * np.array(
-        [(run.weights * run.tokens.counts)[asked.members[i]].sum() for i in rows]
-    )
+    features = point.geometry.features(gradient)
+    solved = operator.curvature.solve(features, operator.lam)
+    products = (features * solved).sum(1).double().cpu().numpy()
+    weights = run.weights * run.tokens.counts
+    return products * np.array([weights[units.members[i]].sum() for i in rows])
 
 
-def combined(found: Walked, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Damage of every unit [n], the mean over the sampled rows that are not its `own` [n, m]; that of the closed form alone, and of the rises read off alone.
+def combined(walked: Walked, excluded: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Damage of every unit [n]: in all, by the closed form alone, and by the rises read off alone.
 
-    NaN where no sampled row is left. The weights of the closed form are fitted on the units whose crossing was seen:
-    an end that was extrapolated far beyond it would set everybody's.
+    A mean over the sampled rows that count for it, which are not `excluded` [n, m]; NaN where there
+    are none. The weights of the closed form are fitted on the units whose crossing was seen: an end
+    that was extrapolated far beyond it would set everybody's.
     """
-    told = np.stack([np.broadcast_to(found.closed[:, None], own.shape), found.cross], axis=-1)
-    seen = np.isfinite(found.rises)
-    read = seen & found.seen[:, None]
-    scale = np.maximum(told[read].mean(0), 1e-300) if read.any() else np.ones(2)
-    fit, _ = (
-        nnls(told[read] / scale, found.rises[read]) if read.any() else (np.full(2, np.nan), 0.0)
-    )
-    closed = (told / scale) @ fit
-    mean = lambda values, kept: (
-        np.where(kept, values, 0).sum(1) / np.where(kept.any(1), kept.sum(1), np.nan)
-    )
+    closed = np.broadcast_to(walked.closed[:, None], excluded.shape)
+    terms = np.stack([closed, walked.cross], axis=-1)
+    read = np.isfinite(walked.rises)
+    fitted = read & walked.seen[:, None]
+    scale, fit = np.ones(2), np.full(2, np.nan)
+    if fitted.any():
+        scale = np.maximum(terms[fitted].mean(0), 1e-300)
+        fit, _ = nnls(terms[fitted] / scale, walked.rises[fitted])
+    told = (terms / scale) @ fit
     return (
-        mean(np.where(seen, found.rises, closed), ~own),
-        mean(closed, ~own),
-        mean(found.rises, seen),
+        _mean_of(np.where(read, walked.rises, told), ~excluded),
+        _mean_of(told, ~excluded),
+        _mean_of(walked.rises, read),
     )
+
+
+def _mean_of(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Mean [n] of the `counted` ones of `values` [n, m], NaN where there are none."""
+    number = np.where(counted.any(1), counted.sum(1), np.nan)
+    return np.where(counted, values, 0).sum(1) / number

@@ -1,15 +1,20 @@
-"""How hard a row is to unlearn by gradient ascent: measured by doing it, and forecast without.
+"""Measured difficulty: gradient ascent on every row alone, and what it cost.
 
-`measure` climbs from the adapter, for every row (or group) alone, by the steps of `unlearn.difficulty.ascent` until the row's mean loss
-reaches its target. What it finds of each, at quarters of the way (`LEVELS`, shares of the gap between the loss now and the
-target):
+`measure` climbs from the adapter, for every row (or group) alone, by the steps of
+`unlearn.difficulty.ascent` until the row's mean loss reaches its target. What it finds of each, at
+quarters of the way (`LEVELS`, shares of the gap between the loss now and the target):
 
-    steps      fractional: where the loss crosses the target between two steps, by linear interpolation
-    damage     rise of the mean loss of a fixed sample of training rows at the crossing, nats per token
-    area       under the curve of damage against share of the gap, nats per token: low where forgetting costs late
-    heldout    loss of held-out rows at every level, from which `analysis.studies.ood.exposures` reads relative exposure
+    steps      fractional: where the loss crosses the target between two steps, by linear
+               interpolation
+    damage     rise of the mean loss of a fixed sample of training rows at the crossing, nats per
+               token
+    area       under the curve of damage against share of the gap, nats per token: low where
+               forgetting costs late
+    heldout    loss of held-out rows at every level, from which `analysis.studies.ood.exposures`
+               reads relative exposure
 
-`predict` answers before any of it (`unlearn.difficulty.forecast`): a few gradients and forward passes a row.
+`predict` answers before any of it (`unlearn.difficulty.forecast`): a few gradients and forward
+passes a row.
 """
 
 from __future__ import annotations
@@ -32,20 +37,23 @@ from influence.rows import Examples
 from influence.run import Run
 from influence.store import RowFile, only_writer, open_file, read, read_strings, write_file
 from unlearn.difficulty.ascent import Climb
-from unlearn.difficulty.forecast import Forecast, predict
 from unlearn.difficulty.protocol import Protocol
-from unlearn.difficulty.units import SAMPLE_ROWS, Units, units
+from unlearn.difficulty.units import SAMPLE_ROWS, Units, find_units
 
-__all__ = ["LEVELS", "Forecast", "Measured", "Protocol", "measure", "predict", "read_measured"]
-
-#: Shares of the way from the loss now to the target at which damage is measured; the last one is the target.
+#: Shares of the way from the loss now to the target at which damage is measured; the last one is
+#: the target.
 LEVELS = (0.25, 0.5, 0.75, 1.0)
 FORMAT = 1
+#: Copies of the parameters that a climbing unit takes: parameters, two moments, gradient, the step
+#: before, rows that are run, crossings that wait.
+COPIES = 12
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What ascent cost each of n units. NaN where a level was not reached; a unit at its target from the start costs nothing.
+    """Cost of the ascents of n units.
+
+    NaN where a level was not reached; a unit at its target from the start costs nothing.
 
     Attributes
     ----------
@@ -58,7 +66,8 @@ class Measured:
         Mean loss before every step; NaN once the target was crossed.
     levels : array [c]
     retained : array [n, c, m]
-        Rise of every sampled training row's mean loss at every level; NaN for the unit's own rows and copies of them.
+        Rise of every sampled training row's mean loss at every level; NaN for the unit's own rows
+        and copies of them.
     heldout : array [n, c, h]
         Mean loss of every held-out row at every level.
     retained_before, heldout_before : arrays [m], [h]
@@ -94,19 +103,17 @@ class Measured:
 
     @property
     def heldout_damage(self) -> np.ndarray:
-        """Rise of the held-out rows' mean loss at the target, [n], nats per token; NaN without held-out rows."""
+        """Rise of the held-out rows' mean loss at the target, [n], nats per token, or NaN."""
         if self.heldout.shape[2] == 0:
             return np.full(len(self.names), np.nan)
         return (self.heldout[:, -1] - self.heldout_before).mean(1)
 
     @property
     def area(self) -> np.ndarray:
-        """Area under damage against share of the gap from 0 to 1, trapezoids, [n], nats per token."""
-        x, y = (
-            np.concatenate([[0], self.levels]),
-            np.concatenate([np.zeros((len(self.names), 1)), self.curve], axis=1),
-        )
-        return np.asarray(np.trapezoid(y, x, axis=1))
+        """Area under damage against share of the gap from 0 to 1, trapezoids, [n], nats a token."""
+        shares = np.concatenate([[0], self.levels])
+        curve = np.concatenate([np.zeros((len(self.names), 1)), self.curve], axis=1)
+        return np.asarray(np.trapezoid(curve, shares, axis=1))
 
 
 def measure(
@@ -115,17 +122,17 @@ def measure(
     *,
     groups: Mapping[str, Sequence[str]] | None = None,
     protocol: Protocol | None = None,
-    heldout: Examples | None = None,
+    holdout: Examples | None = None,
     out: str | Path | None = None,
     sample_rows: int = SAMPLE_ROWS,
     seed: int = 0,
     overwrite: bool = False,
-    asked: Units | None = None,
+    units: Units | None = None,
 ) -> Measured:
     """Unlearn every row, or group of rows, alone by gradient ascent and measure what it took.
 
-    Many at a time, each with a copy of the adapter. The run's own adapter is where all of them start; nothing is saved but
-    the measurements.
+    Many at a time, each with a copy of the adapter. The run's own adapter is where all of them
+    start; nothing is saved but the measurements.
 
     Parameters
     ----------
@@ -135,231 +142,264 @@ def measure(
         In their place, groups of rows that are unlearned together, name: ids.
     protocol
         Optimizer, rate, target and most steps (`unlearn.difficulty.protocol.Protocol`).
-    heldout
+    holdout
         Rows that the adapter never saw; evenly spaced ones of them are measured too.
     out
-        HDF5 file, written unit by unit: the same call goes on where a killed one stopped, and reads a finished one.
+        HDF5 file, written unit by unit: the same call goes on where a killed one stopped, and reads
+        a finished one.
     sample_rows, seed
         Size and choice of the sample of training rows whose loss tells the damage.
     overwrite
-        Replace what is in `out`, if it is of another request; a file that has no measurements is never replaced.
-    asked
-        What `unlearn.difficulty.units.units` found for the same arguments, where it was called before.
+        Replace what is in `out`, if it is of another request; a file that has no measurements is
+        never replaced.
+    units
+        What `unlearn.difficulty.units.find_units` found for the same arguments, where it was called
+        before.
 
-    Raises `InputError` for rows that cannot be asked for, `MismatchError` where `out` is of another request.
+    Raises `InputError` for rows that cannot be asked for, `MismatchError` where `out` is of another
+    request.
     """
     protocol = protocol or Protocol()
     out = None if out is None else Path(out)
     if out is not None and out.suffix not in (".h5", ".hdf5"):
         raise InputError(
-            f"{out} was given for measurements; they are written as HDF5: name a file that ends in .h5"
+            f"{out} was given for measurements; they are written as HDF5: name a file that ends in "
+            ".h5"
         )
-    asked = asked or units(run, ids, groups, protocol, heldout, sample_rows, seed)
+    units = units or find_units(run, ids, groups, protocol, holdout, sample_rows, seed)
     if out is None:
-        kept = {
-            name: np.zeros(shape, kind) for name, (shape, kind) in _layout(asked, protocol).items()
-        }
-        for rows in track(_chunks(asked), "ascent"):
-            for name, values in _climb(asked, rows, protocol).items():
-                kept[name][rows] = values
-        return _measured(asked, protocol, kept)
+        arrays = _empty(units, protocol)
+        for rows in track(units.chunks(COPIES), "ascent"):
+            for name, values in climb_units(units, rows, protocol).items():
+                arrays[name][rows] = values
+        return _measured(units, protocol, arrays)
     with only_writer(out):
-        _claim(out, asked, protocol, _request(asked, protocol, heldout), overwrite)
-        _fill(out, asked, protocol)
+        _claim(out, units, protocol, _request(units, protocol, holdout), overwrite)
+        _fill(out, units, protocol)
     return read_measured(out)
 
 
-def _chunks(asked: Units) -> list[np.ndarray]:
-    return asked.chunks(
-        copies=12
-    )  # parameters, two moments, gradient, the step before, rows that are run, ends that wait
-
-
-def _layout(asked: Units, protocol: Protocol) -> dict[str, tuple[tuple[int, ...], Any]]:
-    n, held = len(asked), 0 if asked.heldout is None else len(asked.heldout)
+def _layout(units: Units, protocol: Protocol) -> dict[str, tuple[tuple[int, ...], Any]]:
+    n, held_out = len(units), 0 if units.holdout is None else len(units.holdout)
     return {
         "steps": ((n,), np.float64),
         "losses": ((n, protocol.steps + 1), np.float64),
-        "retained": ((n, len(LEVELS), len(asked.sample)), np.float64),
-        "heldout": ((n, len(LEVELS), held), np.float64),
+        "retained": ((n, len(LEVELS), len(units.sample)), np.float64),
+        "heldout": ((n, len(LEVELS), held_out), np.float64),
     }
 
 
-def _climb(asked: Units, rows: np.ndarray, protocol: Protocol) -> dict[str, np.ndarray]:
-    """Trajectories of the units `rows`, all of `_layout` for them."""
-    shapes = _layout(asked, protocol)
-    found = {name: np.full((len(rows), *shape[1:]), np.nan) for name, (shape, _) in shapes.items()}
-    found["steps"][:] = np.inf
-    most = len(rows)
-    climb = Climb(asked.start, len(rows), protocol)
-    live, before, last = np.arange(len(rows)), climb.theta, np.full(len(rows), np.nan)
-    reached = np.zeros(len(rows), dtype=int)  # levels passed so far
-    start, target = np.zeros(len(rows)), asked.target[rows]
-    waiting: list[tuple[int, int, Tensor]] = []
+def _empty(units: Units, protocol: Protocol) -> dict[str, np.ndarray]:
+    layout = _layout(units, protocol)
+    return {name: np.zeros(shape, kind) for name, (shape, kind) in layout.items()}
+
+
+# ------------------------------------------------------------------------------------------ the
+# ascents
+
+
+def climb_units(units: Units, rows: np.ndarray, protocol: Protocol) -> dict[str, np.ndarray]:
+    """Climb the units `rows` to their targets, and return all of `_layout` for them."""
+    climb = Climb(units.start, len(rows), protocol)
+    crossings = Crossings(units, rows, protocol)
+    live, before = np.arange(len(rows)), climb.theta
     for number in range(protocol.steps + 1):
-        now, gradient = asked.gradients(climb.theta, rows[live])
-        found["losses"][live, number] = now
-        if number == 0:
-            start[live] = now
-        for place, unit in enumerate(live):
-            while reached[unit] < len(LEVELS):
-                wanted = start[unit] + LEVELS[reached[unit]] * (target[unit] - start[unit])
-                if not now[place] >= wanted:
-                    break
-                share = 1.0 if number == 0 else (wanted - last[unit]) / (now[place] - last[unit])
-                there = before[place] + share * (climb.theta[place] - before[place])
-                waiting.append((int(unit), int(reached[unit]), there))
-                reached[unit] += 1
-                if reached[unit] == len(LEVELS):
-                    found["steps"][unit] = 0.0 if number == 0 else number - 1 + share
-        while len(waiting) >= most:
-            _look(asked, rows, waiting[:most], found)
-            waiting = waiting[most:]
-        last[live] = now
-        going = np.flatnonzero((reached[live] < len(LEVELS)) & np.isfinite(now))
+        losses, gradient = units.gradients(climb.theta, rows[live])
+        crossings.note(number, live, losses, before, climb.theta)
+        going = np.flatnonzero(crossings.remain(live) & np.isfinite(losses))
         if len(going) == 0 or number == protocol.steps:
             break
         if len(going) < len(live):
             climb.keep(going)
-            gradient, live = gradient[torch.from_numpy(going).to(gradient.device)], live[going]
+            gradient = gradient[torch.from_numpy(going).to(gradient.device)]
+            live = live[going]
         before = climb.theta.clone()
         climb.step(gradient)
-    if waiting:
-        _look(asked, rows, waiting, found)
-    return found
+    return crossings.arrays()
 
 
-def _look(
-    asked: Units,
-    rows: np.ndarray,
-    waiting: Sequence[tuple[int, int, Tensor]],
-    found: dict[str, np.ndarray],
-) -> None:
-    """Measure the samples under some adapters, each of one unit at one level."""
-    thetas = torch.stack([theta for _, _, theta in waiting])
-    places, levels = (np.array([entry[k] for entry in waiting]) for k in (0, 1))
-    rise = asked.sampled_losses(thetas) - asked.sampled_now
-    found["retained"][places, levels] = np.where(asked.own[rows[places]], np.nan, rise)
-    found["heldout"][places, levels] = asked.heldout_losses(thetas)
+class Crossings:
+    """Levels that the units `rows` [c] of a chunk cross, and the samples' losses where they do.
+
+    A crossing is an adapter between two steps. Crossings wait until there are as many as the chunk
+    has units, and are measured in one batch then.
+    """
+
+    def __init__(self, units: Units, rows: np.ndarray, protocol: Protocol) -> None:
+        self.units, self.rows = units, rows
+        self._arrays = {
+            name: np.full((len(rows), *shape[1:]), np.nan)
+            for name, (shape, _) in _layout(units, protocol).items()
+        }
+        self._arrays["steps"][:] = np.inf
+        self._passed = np.zeros(len(rows), dtype=int)  # levels of every unit so far
+        self._waiting: list[tuple[int, int, Tensor]] = []  # unit, level, adapter
+
+    def note(
+        self, number: int, live: np.ndarray, losses: np.ndarray, before: Tensor, after: Tensor
+    ) -> None:
+        """Note the `losses` [live] of the units `live` after `number` steps.
+
+        `before`, `after` [live, P]: their adapters around the last step.
+        """
+        self._arrays["losses"][live, number] = losses
+        for place, unit in enumerate(live):
+            while (share := self._share_of_step(number, unit)) is not None:
+                theta = before[place] + share * (after[place] - before[place])
+                self._waiting.append((int(unit), int(self._passed[unit]), theta))
+                self._passed[unit] += 1
+                if self._passed[unit] == len(LEVELS):
+                    self._arrays["steps"][unit] = 0.0 if number == 0 else number - 1 + share
+        # No more wait than the chunk has units: `COPIES` has room for so many.
+        while len(self._waiting) >= len(self.rows):
+            self._measure(self._waiting[: len(self.rows)])
+            self._waiting = self._waiting[len(self.rows) :]
+
+    def _share_of_step(self, number: int, unit: int) -> float | None:
+        """Share of the last step at which a unit crossed its next level, or None."""
+        if self._passed[unit] == len(LEVELS):
+            return None
+        losses, target = self._arrays["losses"][unit], self.units.target[self.rows[unit]]
+        level = losses[0] + LEVELS[self._passed[unit]] * (target - losses[0])
+        if not losses[number] >= level:  # also where the loss is NaN
+            return None
+        if number == 0:
+            return 1.0
+        return (level - losses[number - 1]) / (losses[number] - losses[number - 1])
+
+    def remain(self, live: np.ndarray) -> np.ndarray:
+        """Whether the units `live` have levels before them, bool [live]."""
+        return self._passed[live] < len(LEVELS)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of `_layout`, once the crossings that still wait are measured."""
+        if self._waiting:
+            self._measure(self._waiting)
+            self._waiting = []
+        return self._arrays
+
+    def _measure(self, crossings: Sequence[tuple[int, int, Tensor]]) -> None:
+        thetas = torch.stack([theta for _, _, theta in crossings])
+        places, levels = (np.array([crossing[k] for crossing in crossings]) for k in (0, 1))
+        rises = self.units.sample_losses(thetas) - self.units.sample_loss
+        excluded = self.units.excluded[self.rows[places]]
+        self._arrays["retained"][places, levels] = np.where(excluded, np.nan, rises)
+        self._arrays["heldout"][places, levels] = self.units.holdout_losses(thetas)
 
 
-def _measured(asked: Units, protocol: Protocol, kept: Mapping[str, np.ndarray]) -> Measured:
+def _measured(units: Units, protocol: Protocol, arrays: Mapping[str, np.ndarray]) -> Measured:
     return Measured(
-        asked.names,
-        asked.now,
-        asked.target,
-        kept["steps"],
-        kept["losses"],
-        np.array(LEVELS),
-        kept["retained"],
-        kept["heldout"],
-        asked.sampled_now,
-        asked.heldout_losses(asked.start[None])[0],
-        tuple(asked.run.train.ids[i] for i in asked.sample),
-        protocol.record(),
+        names=units.names,
+        start=units.loss,
+        target=units.target,
+        steps=arrays["steps"],
+        losses=arrays["losses"],
+        levels=np.array(LEVELS),
+        retained=arrays["retained"],
+        heldout=arrays["heldout"],
+        retained_before=units.sample_loss,
+        heldout_before=units.holdout_losses(units.start[None])[0],
+        sample=tuple(units.run.train.ids[row] for row in units.sample),
+        protocol=protocol.record(),
     )
 
 
-# ------------------------------------------------------------------------------------------------------ the file
+# --------------------------------------------------------------------------------------------- the
+# file
 
 
-def _request(asked: Units, protocol: Protocol, heldout: Examples | None) -> str:
-    """Digest of what was asked: run, units, protocol, samples."""
-    said = {
+def _request(units: Units, protocol: Protocol, holdout: Examples | None) -> str:
+    """Digest of what is measured: run, units, protocol, samples."""
+    request = {
         "format": FORMAT,
-        "run": asked.run.digest,
-        "names": asked.names,
-        "members": [rows.tolist() for rows in asked.members],
+        "run": units.run.digest,
+        "names": units.names,
+        "members": [rows.tolist() for rows in units.members],
         "protocol": protocol.record(),
-        "sample": asked.sample.tolist(),
-        "heldout": None if heldout is None else heldout.digest,
+        "sample": units.sample.tolist(),
+        "heldout": None if holdout is None else holdout.digest,
         "levels": LEVELS,
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def _claim(out: Path, asked: Units, protocol: Protocol, request: str, overwrite: bool) -> None:
-    """Lay the file out, or accept one of the same request; another one is refused."""
+def _claim(out: Path, units: Units, protocol: Protocol, request: str, overwrite: bool) -> None:
+    """Lay the file out, or accept one of the same request, and refuse any other."""
     if out.exists():
         with open_file(out) as file:
-            known = file.attrs.get("request")
-        if known == request:
+            stored = file.attrs.get("request")
+        if stored == request:
             return
-        if known is None:
+        if stored is None:
             raise InputError(
-                f"{out} is no file of measurements and is not replaced: name another one, or move it away"
+                f"{out} is no file of measurements and is not replaced: name another one, or move "
+                "it away"
             )
         if not overwrite:
             raise MismatchError(
-                f"{out} has measurements of another request (other rows, protocol, samples or run): name another file, or "
-                "give --overwrite to replace it"
+                f"{out} has measurements of another request (other rows, protocol, samples or "
+                "run): name another file, or give --overwrite to replace it"
             )
-    empty = {
-        name: np.zeros(shape, kind) for name, (shape, kind) in _layout(asked, protocol).items()
-    }
-    constant = _measured(asked, protocol, empty)
+    constant = _measured(units, protocol, _empty(units, protocol))
+    names = ("start", "target", "levels", "retained_before", "heldout_before")
     write_file(
         out,
-        {
-            name: getattr(constant, name)
-            for name in ("start", "target", "levels", "retained_before", "heldout_before")
-        },
+        {name: getattr(constant, name) for name in names},
         attrs={
             "request": request,
-            "run_digest": asked.run.digest,
+            "run_digest": units.run.digest,
             "protocol": json.dumps(protocol.record()),
         },
-        rows={**_layout(asked, protocol), "done": ((len(asked),), np.uint8)},
-        strings={"names": asked.names, "sample": constant.sample},
+        rows={**_layout(units, protocol), "done": ((len(units),), np.uint8)},
+        strings={"names": units.names, "sample": constant.sample},
     )
 
 
-def _fill(out: Path, asked: Units, protocol: Protocol) -> None:
+def _fill(out: Path, units: Units, protocol: Protocol) -> None:
     """Measure the units that are not done, and write each part as it is."""
     with open_file(out) as file:
         done = read(file, "done").astype(bool)
-    left = [rows[~done[rows]] for rows in _chunks(asked)]
-    for rows in track([rows for rows in left if len(rows)], "ascent"):
-        for name, values in _climb(asked, rows, protocol).items():
+    remaining = [rows[~done[rows]] for rows in units.chunks(COPIES)]
+    for rows in track([rows for rows in remaining if len(rows)], "ascent"):
+        for name, values in climb_units(units, rows, protocol).items():
             if values[0].size:
                 with RowFile(out, name, write=True) as file:
                     file.write(rows, values)
                     file.flush()
+        # The mark comes last: a kill before it leaves rows that are measured again, never half of
+        # one.
         with RowFile(out, "done", write=True) as file:
             file.write(rows, np.ones(len(rows), np.uint8))
             file.flush()
 
 
 def read_measured(path: str | Path) -> Measured:
-    """Read the measurements of `measure`; `StoreError` for a file that is unfinished or none of them."""
+    """Read the measurements of `measure`.
+
+    Raises `StoreError` for a file that is unfinished, damaged, or none of them.
+    """
     path = Path(path)
     with open_file(path) as file:
         if "request" not in file.attrs or not isinstance(file.get("done"), h5py.Dataset):
             raise StoreError(
-                f"{path} has no measurements of unlearning difficulty: give a file of unlearn.difficulty.measure"
+                f"{path} has no measurements of unlearning difficulty: give a file of "
+                "unlearn.difficulty.measure"
             )
-        left = int((read(file, "done") == 0).sum())
-        if left:
+        remaining = int((read(file, "done") == 0).sum())
+        if remaining:
             raise StoreError(
-                f"{path} is unfinished: {left} units are left; run the same measurement again to go on"
+                f"{path} is unfinished: {remaining} units are left; run the same measurement again "
+                "to go on"
             )
-        arrays = (
-            "start",
-            "target",
-            "steps",
-            "losses",
-            "levels",
-            "retained",
-            "heldout",
-            "retained_before",
-            "heldout_before",
-        )
+        arrays = ["start", "target", "steps", "losses", "levels", "retained", "heldout"]
+        arrays += ["retained_before", "heldout_before"]
         values = {name: read(file, name) for name in arrays}
         names, sample = (tuple(read_strings(file, name)) for name in ("names", "sample"))
         try:
             protocol = json.loads(str(file.attrs["protocol"]))
         except (KeyError, ValueError):
             raise StoreError(
-                f"{path} does not say by which protocol it was measured: it is damaged; measure again"
+                f"{path} does not say by which protocol it was measured: it is damaged; measure "
+                "again"
             ) from None
         return Measured(names, sample=sample, protocol=protocol, **values)

@@ -1,4 +1,4 @@
-"""What difficulty is told of: single training rows, or groups of them, with the losses they start from and must reach."""
+"""Units of difficulty: training rows, or groups of them, with their losses and targets."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ from unlearn.record.version import ORIGINAL, version
 from unlearn.unseen import ENOUGH, expected_losses
 
 #: Retained rows whose loss is measured after an ascent, and held-out rows, at most.
-SAMPLE_ROWS, HELDOUT_ROWS = 16, 16
+SAMPLE_ROWS, HOLDOUT_ROWS = 16, 16
+#: Units that run at a time, at most: longer batches of tiny adapters gain nothing. A choice.
+CHUNK = 32
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
     """n units to be unlearned one at a time, each from the run's own adapter.
+
+    Losses are means over a unit's rows of their mean losses, nats per token.
 
     Attributes
     ----------
@@ -39,76 +43,82 @@ class Units:
         A row's id, or a group's name.
     members : n int arrays
         Positions of each unit's rows in `run.tokens`.
-    now, base, target : arrays [n]
-        Mean over a unit's rows of their mean loss, nats per token: under the adapter, under the base alone, and where the
-        ascent stops.
+    loss, base_loss, target : arrays [n]
+        Loss under the adapter, under the base alone, and where the ascent stops.
     sample : int array [m]
         Positions of the fixed sample of training rows whose loss tells the damage.
-    sampled_now : array [m]
-        Their mean loss under the adapter.
-    own : bool array [n, m]
-        Whether a sampled row belongs to the unit, or has the content of one that does: it does not count.
-    heldout : TokenizedExamples or None
+    sample_loss : array [m]
+        Their mean losses under the adapter.
+    excluded : bool array [n, m]
+        Sampled rows that do not count for a unit: its own, and those with the content of one of
+        them.
+    holdout : TokenizedExamples or None
         Rows that the adapter never saw.
     """
 
     run: Run
     names: tuple[str, ...]
     members: tuple[np.ndarray, ...] = field(repr=False)
-    now: np.ndarray = field(repr=False)
-    base: np.ndarray = field(repr=False)
+    loss: np.ndarray = field(repr=False)
+    base_loss: np.ndarray = field(repr=False)
     target: np.ndarray = field(repr=False)
     sample: np.ndarray = field(repr=False)
-    sampled_now: np.ndarray = field(repr=False)
-    own: np.ndarray = field(repr=False)
-    heldout: TokenizedExamples | None = field(repr=False)
+    sample_loss: np.ndarray = field(repr=False)
+    excluded: np.ndarray = field(repr=False)
+    holdout: TokenizedExamples | None = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def select(self, rows: np.ndarray) -> Units:
         """The units at `rows` alone."""
-        names, members = (tuple(kept[i] for i in rows) for kept in (self.names, self.members))
-        few = {key: getattr(self, key)[rows] for key in ("now", "base", "target", "own")}
-        return replace(self, names=names, members=members, **few)
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in rows),
+            members=tuple(self.members[i] for i in rows),
+            loss=self.loss[rows],
+            base_loss=self.base_loss[rows],
+            target=self.target[rows],
+            excluded=self.excluded[rows],
+        )
 
     @property
     def start(self) -> Tensor:
-        """The adapter's parameters [P], in float32 at least: steps of 1e-4 are lost in fewer bits."""
+        """The adapter's parameters [P], in float32 at least: fewer bits lose steps of 1e-4."""
         theta = self.run.model.snapshot()
         return theta if theta.dtype.itemsize >= 4 else theta.float()
 
     def losses(self, thetas: Tensor, rows: np.ndarray) -> np.ndarray:
         """Loss of unit `rows[i]` with the parameters `thetas[i]`, [c]."""
-        return copy_losses(
-            self.run.model, thetas, self.run.tokens, self._members(rows), **self._bounds(thetas)
-        )
+        members = [self.members[i] for i in rows]
+        return copy_losses(self.run.model, thetas, self.run.tokens, members, **self._bounds(thetas))
 
     def gradients(self, thetas: Tensor, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Loss [c] of unit `rows[i]` with the parameters `thetas[i]`, and its gradients [c, P]."""
+        members = [self.members[i] for i in rows]
         return copy_gradients(
-            self.run.model, thetas, self.run.tokens, self._members(rows), **self._bounds(thetas)
+            self.run.model, thetas, self.run.tokens, members, **self._bounds(thetas)
         )
 
-    def sampled_losses(self, thetas: Tensor) -> np.ndarray:
+    def sample_losses(self, thetas: Tensor) -> np.ndarray:
         """Mean losses [c, m] of the sampled training rows under every copy."""
-        return self._each(thetas, self.run.tokens.select(self.sample))
+        return self._losses_of_each(thetas, self.run.tokens.select(self.sample))
 
-    def heldout_losses(self, thetas: Tensor) -> np.ndarray:
-        """Mean losses [c, h] of the held-out rows under every copy; h is 0 where there are none."""
-        return (
-            np.zeros((len(thetas), 0)) if self.heldout is None else self._each(thetas, self.heldout)
-        )
+    def holdout_losses(self, thetas: Tensor) -> np.ndarray:
+        """Mean losses [c, h] of the h held-out rows, or none, under every copy."""
+        if self.holdout is None:
+            return np.zeros((len(thetas), 0))
+        return self._losses_of_each(thetas, self.holdout)
 
-    def sampled_loss(self, thetas: Tensor, places: np.ndarray) -> np.ndarray:
-        """Mean loss [c] of the training row at place `places[i]` of the sample with the parameters `thetas[i]`."""
+    def sampled_row_losses(self, thetas: Tensor, places: np.ndarray) -> np.ndarray:
+        """Mean loss [c] of the sample's row `places[i]` with the parameters `thetas[i]`."""
         members = [self.sample[place : place + 1] for place in places]
         return copy_losses(self.run.model, thetas, self.run.tokens, members, **self._bounds(thetas))
 
     @cached_property
     def sample_gradients(self) -> Tensor:
         """Gradients [m, P] of the sampled training rows' mean losses at the adapter."""
-        tokens, budget = self.run.tokens.select(self.sample), self.run.manifest["token_budget"]
+        tokens, budget = self.run.tokens.select(self.sample), self.run.manifest.token_budget
         out = torch.zeros(
             len(tokens), self.run.model.space.size, dtype=self.start.dtype, device=self.start.device
         )
@@ -117,24 +127,21 @@ class Units:
             out[torch.from_numpy(rows).to(out.device)] = (gradients / counts).to(out)
         return out
 
-    def _members(self, rows: np.ndarray) -> list[np.ndarray]:
-        return [self.members[i] for i in rows]
-
-    def _each(self, thetas: Tensor, tokens: TokenizedExamples) -> np.ndarray:
-        one = [
+    def _losses_of_each(self, thetas: Tensor, tokens: TokenizedExamples) -> np.ndarray:
+        columns = [
             copy_losses(
                 self.run.model,
                 thetas,
                 tokens,
-                [np.array([j])] * len(thetas),
+                [np.array([row])] * len(thetas),
                 **self._bounds(thetas),
             )
-            for j in range(len(tokens))
+            for row in range(len(tokens))
         ]
-        return np.stack(one, axis=1) if one else np.zeros((len(thetas), 0))
+        return np.stack(columns, axis=1) if columns else np.zeros((len(thetas), 0))
 
     def _bounds(self, thetas: Tensor) -> dict[str, int]:
-        return {"token_budget": self.run.manifest["token_budget"], "max_rows": len(thetas)}
+        return {"token_budget": self.run.manifest.token_budget, "max_rows": len(thetas)}
 
     @property
     def chunk(self) -> int:
@@ -143,92 +150,128 @@ class Units:
         return max(1, len(parts(self.run, 4096)[0]) // wider)
 
     def chunks(self, copies: int) -> list[np.ndarray]:
-        """Units in parts of which `copies` copies of the parameters each take a bounded amount of memory."""
-        size = max(1, self.chunk // copies)
-        return np.array_split(np.arange(len(self)), -(-len(self) // min(size, 32)))
+        """Units in parts that take a bounded amount of memory at `copies` copies each."""
+        size = min(max(1, self.chunk // copies), CHUNK)
+        return np.array_split(np.arange(len(self)), -(-len(self) // size))
 
 
-def units(
+def find_units(
     run: Run,
     ids: Sequence[str] | None,
     groups: Mapping[str, Sequence[str]] | None,
     protocol: Protocol,
-    heldout: Examples | None,
+    holdout: Examples | None,
     sample_rows: int = SAMPLE_ROWS,
     seed: int = 0,
 ) -> Units:
-    """Find the rows (`ids`, default all) or `groups` (name: ids), their losses and targets, and the samples.
+    """Find the rows (`ids`, by default all) or `groups` (name: ids) with their losses and samples.
 
-    With the target `unseen`, `unlearn.unseen` is asked once a unit: gradients of up to `CANDIDATES` rows each where
-    the run has not stored them.
+    With the target `base` nothing of the run's directory is read. With `unseen`, `unlearn.unseen`
+    is asked once a unit: gradients of up to `CANDIDATES` rows each where the run has not stored
+    them.
 
-    Raises `InputError` for rows and groups given together, none, ids given twice or as one string, an empty sample;
-    `DataError` for an unknown id.
+    Raises `InputError` for rows and groups given together, none, ids given twice or as one string,
+    an empty sample, held-out rows that are training rows; `DataError` for an unknown id.
     """
+    ids_of = _requested(run, ids, groups)
+    members = tuple(np.array([run.train.index(id) for id in unit]) for unit in ids_of.values())
+    if sample_rows < 1:
+        raise InputError(f"sample_rows {sample_rows} was given; expected at least 1")
+    holdout_tokens = unseen_rows(run, holdout)
+    if protocol.target == "unseen":
+        _check_others_are_left(run, ids_of)
+    sample = drawn(run.train, range(len(run.train)), sample_rows, seed)
+    losses, base_losses = _losses_where_needed(run, np.unique(np.concatenate([*members, sample])))
+    unit_means = lambda values: np.array([values[rows].mean() for rows in members])  # noqa: E731
+    target = unit_means(base_losses)
+    if protocol.target == "unseen":
+        target = _unseen_targets(run, ids_of, [losses[rows] for rows in members], holdout_tokens)
+    if holdout_tokens is not None:
+        holdout_tokens = holdout_tokens.select(spaced(len(holdout_tokens), HOLDOUT_ROWS))
+    return Units(
+        run=run,
+        names=tuple(ids_of),
+        members=members,
+        loss=unit_means(losses),
+        base_loss=unit_means(base_losses),
+        target=target,
+        sample=sample,
+        sample_loss=losses[sample],
+        excluded=_excluded(run, members, sample),
+        holdout=holdout_tokens,
+    )
+
+
+def _requested(
+    run: Run, ids: Sequence[str] | None, groups: Mapping[str, Sequence[str]] | None
+) -> Mapping[str, Sequence[str]]:
+    """The ids of every unit by its name, checked."""
     if ids is not None and groups is not None:
         raise InputError("ids and groups were given together: give one of them")
     if isinstance(ids, str):
         raise InputError(f"ids {ids!r} were given as one string; expected a list, as in [{ids!r}]")
-    asked = (
-        groups
-        if groups is not None
-        else {id: [id] for id in (run.train.ids if ids is None else ids)}
-    )
-    if groups is None and ids is not None and len(asked) != len(ids):
+    ids_of: Mapping[str, Sequence[str]]
+    if groups is not None:
+        ids_of = groups
+    else:
+        ids_of = {id: [id] for id in (run.train.ids if ids is None else ids)}
+    if groups is None and ids is not None and len(ids_of) != len(ids):
         twice = sorted({id for id in ids if list(ids).count(id) > 1})
-        raise InputError(
-            f"ids are given more than once: {', '.join(map(repr, twice[:10]))}; name each row once"
-        )
-    if not asked:
+        names = ", ".join(map(repr, twice[:10]))
+        raise InputError(f"ids are given more than once: {names}; name each row once")
+    if not ids_of:
         raise InputError("no row was given: name at least one")
-    for name, group in asked.items():
-        if isinstance(group, str) or not group or len(set(group)) != len(group):
+    for name, unit in ids_of.items():
+        if isinstance(unit, str) or not unit or len(set(unit)) != len(unit):
             raise InputError(
-                f"group {name!r} is {group!r}; expected a list of different ids, at least one"
+                f"group {name!r} is {unit!r}; expected a list of different ids, at least one"
             )
-    members = tuple(np.array([run.train.index(id) for id in group]) for group in asked.values())
-    if sample_rows < 1:
-        raise InputError(f"sample_rows {sample_rows} was given; expected at least 1")
-    tokens = unseen_rows(version(run, ORIGINAL), run.train, heldout)
-    if protocol.target == "unseen":
-        whole = [name for name, group in asked.items() if len(group) == len(run.train)]
-        if whole:
-            raise InputError(
-                f"{whole[0]!r} holds every training row: what a model that saw the others would lose on it is not defined; take "
-                "the target base, or fewer rows"
-            )
-    sample = drawn(run.train, range(len(run.train)), sample_rows, seed)
-    budget, needed = run.manifest["token_budget"], np.unique(np.concatenate([*members, sample]))
-    now, base = np.zeros(len(run.train)), np.zeros(len(run.train))
-    now[needed] = mean_losses(run.model, run.tokens.select(needed), token_budget=budget)
+    return ids_of
+
+
+def _check_others_are_left(run: Run, ids_of: Mapping[str, Sequence[str]]) -> None:
+    whole = [name for name, unit in ids_of.items() if len(unit) == len(run.train)]
+    if whole:
+        raise InputError(
+            f"{whole[0]!r} holds every training row: what a model that saw the others would lose "
+            "on it is not defined; take the target base, or fewer rows"
+        )
+
+
+def _losses_where_needed(run: Run, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean losses [N] of the training rows `needed` under adapter and base, 0 elsewhere."""
+    budget, tokens = run.manifest.token_budget, run.tokens.select(needed)
+    losses, base_losses = np.zeros(len(run.train)), np.zeros(len(run.train))
+    losses[needed] = mean_losses(run.model, tokens, token_budget=budget)
     with run.model.at(scaled(run.model, 0.0)):
-        base[needed] = mean_losses(run.model, run.tokens.select(needed), token_budget=budget)
+        base_losses[needed] = mean_losses(run.model, tokens, token_budget=budget)
+    return losses, base_losses
+
+
+def _excluded(run: Run, members: Sequence[np.ndarray], sample: np.ndarray) -> np.ndarray:
+    """Whether a sampled row has the content of one of the unit's rows, [n, m]."""
     hashes = [row.content_hash for row in run.train]
-    contents = [{hashes[k] for k in rows} for rows in members]
-    own = np.array([[hashes[j] in content for j in sample] for content in contents])
-    mean = lambda values: np.array([values[rows].mean() for rows in members])  # noqa: E731
-    targets = mean(base) if protocol.target == "base" else _unseen(run, asked, now, members, tokens)
-    if tokens is not None:
-        tokens = tokens.select(spaced(len(tokens), HELDOUT_ROWS))
-    return Units(
-        run, tuple(asked), members, mean(now), mean(base), targets, sample, now[sample], own, tokens
-    )
+    contents = [{hashes[row] for row in rows} for rows in members]
+    return np.array([[hashes[row] in content for row in sample] for content in contents])
 
 
-def _unseen(
+def _unseen_targets(
     run: Run,
-    asked: Mapping[str, Sequence[str]],
-    now: np.ndarray,
-    members: Sequence[np.ndarray],
-    heldout: TokenizedExamples | None,
+    ids_of: Mapping[str, Sequence[str]],
+    losses: Sequence[np.ndarray],
+    holdout: TokenizedExamples | None,
 ) -> np.ndarray:
-    """Mean expected loss of each unit's rows under a model that never saw them, [n]; see `unlearn.unseen`."""
-    start, cost = version(run, ORIGINAL), Cost()
-    known = None
-    if heldout is not None and len(heldout) >= ENOUGH:
-        known = mean_losses(run.model, heldout, token_budget=run.manifest["token_budget"])
-    found = [
-        expected_losses(plan(start, list(ids)), now[rows], heldout, known, cost).expected.mean()
-        for ids, rows in zip(asked.values(), members, strict=True)
-    ]
-    return np.array(found)
+    """Mean expected loss of each unit's rows under a model that never saw them, [n].
+
+    `losses`: of each unit's rows now. See `unlearn.unseen`; the only question here that reads the
+    run's audit chain, for a change is planned from a version of the adapter.
+    """
+    original, cost, holdout_losses = version(run, ORIGINAL), Cost(), None
+    if holdout is not None and len(holdout) >= ENOUGH:
+        holdout_losses = mean_losses(run.model, holdout, token_budget=run.manifest.token_budget)
+    targets = []
+    for ids, unit_losses in zip(ids_of.values(), losses, strict=True):
+        change = plan(original, list(ids))
+        expected = expected_losses(change, unit_losses, holdout, holdout_losses, cost)
+        targets.append(expected.expected.mean())
+    return np.array(targets)

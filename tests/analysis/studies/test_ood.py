@@ -49,7 +49,7 @@ from tests.conftest import (
     rows,
 )
 from unlearn.difficulty.measured import Measured, Protocol, measure, read_measured
-from unlearn.difficulty.protocol import RATES
+from unlearn.difficulty.optimizers import SGD
 
 HOSTILE = "evil\x1b[2J[red] </script> {{prompt}} <eos> \u202e$\\frac{\n\nforged  "
 
@@ -707,7 +707,7 @@ def test_what_is_finished_is_used_again(made, studied):
 
 
 def test_the_command_as_json_files_and_overwriting(made, command, tmp_path, monkeypatch):
-    monkeypatch.setitem(RATES, "sgd", 0.1)
+    monkeypatch.setattr(SGD, "rate", 0.1)
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("")

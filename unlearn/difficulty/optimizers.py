@@ -1,0 +1,190 @@
+"""Optimizers of the ascent, as values: the step on many copies, and what depends on the optimizer.
+
+An optimizer is one frozen dataclass. Its `name` and default `rate`, the state it begins with and
+its step are all that an ascent needs; the constants of the forecast have defaults for an optimizer
+whose ascents nobody has measured yet. Steps act coordinate by coordinate, so the copies of a stack
+`[c, P]` never see each other.
+
+    Adam   m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
+           move = lr m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + eps)
+    SGD    move = lr g
+
+(Kingma and Ba 2015, arXiv 1412.6980, with the defaults of `torch.optim.Adam`.) To add one, write
+its class here and enter it in `OPTIMIZERS`, or hand an object to `Protocol(optimizer=...)`: nothing
+else knows an optimizer by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+if TYPE_CHECKING:  # what is typed at a command line is checked without torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Optimizer(ABC):
+    """A rule of steps uphill, with what a forecast of its ascents has to know.
+
+    Attributes
+    ----------
+    name
+        What records and files call it.
+    rate
+        Learning rate where a protocol names none.
+    faster
+        How many times shorter an ascent is than the rise of its first step suggests. Sets where
+        the coarse ascent looks, not what it finds.
+    lags
+        How many times longer the coarse ascent is than the ascent, with one, two and three looks.
+    spreads
+        Ends of the interval of the steps, as factors of the forecast, with one, two and three
+        looks.
+    """
+
+    name: ClassVar[str]
+    rate: ClassVar[float]
+    # Choices for an optimizer that was never measured: no correction, and the widest interval
+    # below.
+    faster: ClassVar[float] = 2.0
+    lags: ClassVar[tuple[float, float, float]] = (1.0, 1.0, 1.0)
+    spreads: ClassVar[tuple[tuple[float, float], ...]] = ((0.4, 2.0), (0.6, 1.5), (0.75, 1.35))
+
+    @abstractmethod
+    def begin(self, theta: Tensor) -> tuple[Tensor, ...]:
+        """State of the copies `theta` [c, P] before a first step: tensors with a line a copy."""
+
+    @abstractmethod
+    def step(
+        self, gradient: Tensor, state: tuple[Tensor, ...], taken: Tensor, rate: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Moves [c, P] of one step along `gradient` [c, P], and the state after it.
+
+        `taken` [c, 1]: which step it is of each copy, the first one 1.
+        """
+
+    def first_rate(self, gradient: Tensor, rate: float) -> np.ndarray:
+        """Rise of the loss in a first step along `gradient` [c, P], to first order: [c], nats."""
+        taken = gradient.new_ones(len(gradient), 1)
+        move, _ = self.step(gradient, self.begin(gradient), taken, rate)
+        return (move * gradient).sum(1).double().cpu().numpy()
+
+    def lateness(
+        self, steps: np.ndarray, rise: np.ndarray, first: np.ndarray, last: np.ndarray
+    ) -> np.ndarray:
+        """Steps of a stride that the ascent itself would not take: [c].
+
+        `steps` [c] with a carried gradient raised the losses by `rise` [c]; a first step along the
+        gradients at the stride's two ends would raise them by `first` and `last` [c].
+        """
+        return np.zeros(len(steps))
+
+    def lag(self, looks: int) -> float:
+        """How many times longer the coarse ascent is than the ascent.
+
+        Beyond three looks, which were not measured, the excess over 1 falls as their number.
+        """
+        return self.lags[looks - 1] if looks <= 3 else 1 + (self.lags[2] - 1) * 3 / looks
+
+    def spread(self, looks: int) -> tuple[float, float]:
+        """Ends of the interval of the steps, as factors of the forecast."""
+        return self.spreads[min(looks, 3) - 1]
+
+    def __str__(self) -> str:
+        """The name, and every field that is not at its default: `adam`, `adam(eps=0.1)`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = [f"{key}={value}" for key, value in values.items() if value != defaults[key]]
+        return self.name + (f"({', '.join(changed)})" if changed else "")
+
+
+@dataclass(frozen=True)
+class Adam(Optimizer):
+    """Adam with bias correction.
+
+    `lags` were found on 50 of the testbed's rows and judged on the demo's and the testbed's others,
+    `spreads` set after both were seen: they hold 95 to 100 % of the steps there
+    (benchmarks/difficulty.py, 2026-11-21, LOG.md). `faster` is a choice near the first lag.
+    """
+
+    name: ClassVar[str] = "adam"
+    rate: ClassVar[float] = 1e-4
+    faster: ClassVar[float] = 1.9
+    lags: ClassVar[tuple[float, float, float]] = (1.8, 1.27, 1.16)
+    spreads: ClassVar[tuple[tuple[float, float], ...]] = ((0.5, 1.6), (0.75, 1.25), (0.83, 1.17))
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def begin(self, theta: Tensor) -> tuple[Tensor, ...]:
+        """Both moments, [c, P] each, at 0."""
+        return theta.new_zeros(theta.shape), theta.new_zeros(theta.shape)
+
+    def step(
+        self, gradient: Tensor, state: tuple[Tensor, ...], taken: Tensor, rate: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`lr m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + eps)`, and both moments."""
+        news = (gradient, gradient * gradient)
+        moments = tuple(
+            beta * moment + (1 - beta) * new
+            for moment, beta, new in zip(state, self.betas, news, strict=True)
+        )
+        first, second = (
+            moment / (1 - beta**taken) for moment, beta in zip(moments, self.betas, strict=True)
+        )
+        return rate * first / (second.sqrt() + self.eps), moments
+
+    def first_rate(self, gradient: Tensor, rate: float) -> np.ndarray:
+        """`lr |g|_1`: the first step is `lr sign(g)`, but for `eps`."""
+        return rate * gradient.abs().sum(1).double().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Plain gradient steps.
+
+    `lags` and `spreads` are of the same measurements as Adam's; these intervals hold 86 to 99 % of
+    the steps (benchmarks/difficulty.py, 2026-11-21, LOG.md). `faster` is a choice near the first
+    lag.
+    """
+
+    name: ClassVar[str] = "sgd"
+    rate: ClassVar[float] = 5e-3
+    faster: ClassVar[float] = 4.0
+    lags: ClassVar[tuple[float, float, float]] = (5.0, 1.5, 1.15)
+    spreads: ClassVar[tuple[tuple[float, float], ...]] = ((0.4, 2.0), (0.6, 1.5), (0.75, 1.35))
+
+    def begin(self, theta: Tensor) -> tuple[Tensor, ...]:
+        """Nothing."""
+        return ()
+
+    def step(
+        self, gradient: Tensor, state: tuple[Tensor, ...], taken: Tensor, rate: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`lr g`."""
+        return rate * gradient, ()
+
+    def first_rate(self, gradient: Tensor, rate: float) -> np.ndarray:
+        """`lr |g|_2^2`."""
+        return rate * (gradient * gradient).sum(1).double().cpu().numpy()
+
+    def lateness(
+        self, steps: np.ndarray, rise: np.ndarray, first: np.ndarray, last: np.ndarray
+    ) -> np.ndarray:
+        """`h - rise / mean(lr |g|^2)`, the logarithmic mean between the stride's ends.
+
+        Where the gradient grows, a flow of the same length is faster than the stride: it takes
+        `dt = dl / |g|^2`, and `ln |g|^2` taken to be linear in l gives the logarithmic mean.
+        """
+        ratio = last / first
+        ratio = np.where(np.abs(ratio - 1) > 1e-6, ratio, 1.0 + 1e-6)  # ln 1 = 0 would divide
+        mean = first * (ratio - 1) / np.log(ratio)
+        return np.where(rise > 0, steps - rise / mean, 0)
+
+
+#: Optimizers by the name that a person types.
+OPTIMIZERS: dict[str, Optimizer] = {rule.name: rule for rule in (Adam(), SGD())}
