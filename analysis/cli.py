@@ -502,8 +502,9 @@ def memorization(
     to rows never seen.
     """
     from analysis.metrics.lds import read_truth
+    from analysis.studies.canaries import read_canaries
     from analysis.studies.memorization import memorization as measure
-    from analysis.studies.memorization import read_canaries, tables
+    from analysis.studies.memorization_tables import tables
     from influence.damping import Damping
     from influence.errors import InputError
     from influence.rows import read_examples
@@ -530,7 +531,7 @@ def memorization(
         truth,
         dampings=dampings,
         canaries=secrets,
-        heldout=unseen,
+        holdout=unseen,
         resamples=resamples,
         seed=seed,
     )
@@ -600,7 +601,8 @@ def ood(
     Plants rows of four kinds, trains the adapter again with and without them, and unlearns each by gradient ascent. Killed, the
     same command goes on with the first part that is not finished.
     """
-    from analysis.studies.ood import lines, study, tables
+    from analysis.studies.ood import study
+    from analysis.studies.ood_tables import lines, tables
     from influence.errors import InputError
     from influence.rows import read_examples
     from influence.run import Run

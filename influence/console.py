@@ -1,4 +1,4 @@
-"""What the three command lines share: exit statuses, error texts, JSON output, quiet libraries."""
+"""What the three command lines share: exit statuses, error texts, output, quiet libraries."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from influence.errors import ToolkitError
+from influence.errors import InputError, ToolkitError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def app(help: str) -> typer.Typer:
@@ -28,16 +31,18 @@ def app(help: str) -> typer.Typer:
 
 
 def main(application: typer.Typer) -> Callable[[], None]:
-    """The entry point of a command group: exit status 0, 1 (the work failed) or 2 (the call was wrong)."""
+    """The entry point of a command group.
+
+    Its exit status is 0, 1 (the work failed) or 2 (the call was wrong).
+    """
 
     def run() -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.showwarning = _one_line_warning
-        logging.getLogger("bitsandbytes").setLevel(
-            logging.ERROR
-        )  # it speaks of kernels that nobody asked for
+        # it speaks of kernels that nobody asked for
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             application()
         except ToolkitError as error:
@@ -60,10 +65,9 @@ def main(application: typer.Typer) -> Callable[[], None]:
                 if _out_of_memory(error)
                 else ""
             )
-            print(
-                f"error: {type(error).__name__}: {printable(str(error))}\n({hint}LORA_INFLUENCE_DEBUG=1 shows where)",
-                file=sys.stderr,
-            )
+            message = f"{type(error).__name__}: {printable(str(error))}"
+            where = f"({hint}LORA_INFLUENCE_DEBUG=1 shows where)"
+            print(f"error: {message}\n{where}", file=sys.stderr)
             sys.exit(1)
 
     return run
@@ -71,7 +75,8 @@ def main(application: typer.Typer) -> Callable[[], None]:
 
 def _interrupted() -> None:
     print(
-        "interrupted; what fit, score, train and retrain --subsets had saved is kept: the same command goes on from there",
+        "interrupted; what fit, score, train and retrain --subsets had saved is kept: "
+        "the same command goes on from there",
         file=sys.stderr,
     )
     sys.exit(1)
@@ -79,15 +84,27 @@ def _interrupted() -> None:
 
 def emit(result: dict[str, Any] | list[dict[str, Any]], text: str, as_json: bool) -> None:
     """Print a result: JSON for a program, or text for a person."""
-    print(
-        json.dumps(_finite(result), ensure_ascii=False, default=str, allow_nan=False)
-        if as_json
-        else text
-    )
+    if as_json:
+        text = json.dumps(finite(result), ensure_ascii=False, default=str, allow_nan=False)
+    print(text)
+
+
+def show(part: Table | str, *, wrap: bool = True) -> None:
+    """Print a table, or text as it is, for a person; text is wrapped at the terminal's width."""
+    from rich.console import Console
+
+    Console().print(part, markup=False, highlight=False, soft_wrap=not wrap)
+
+
+def at_least(flag: str, value: float, least: int) -> None:
+    """Raise `InputError` where the number given with `flag` is below `least`, or NaN."""
+    if not value >= least:
+        number = f"{value:g}" if isinstance(value, float) else value
+        raise InputError(f"{flag} {number} was given; expected at least {least}")
 
 
 def quiet_transformers() -> None:
-    """Switch transformers' own progress bars off; ours say what is going on."""
+    """Switch transformers' own progress bars off, since ours say what is going on."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -95,7 +112,10 @@ def quiet_transformers() -> None:
 
 
 def printable(text: str) -> str:
-    """Text of a training row for a terminal: control characters, which could move the cursor, become spaces."""
+    """Text of a training row for a terminal.
+
+    Control characters, which could move the cursor, become spaces.
+    """
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
@@ -103,15 +123,15 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
 
 
-def _finite(value: Any) -> Any:
-    """NaN and infinity as null: JSON has neither."""
+def finite(value: Any) -> Any:
+    """A value for JSON, which has neither NaN nor infinity: both become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return _finite(value.tolist()) if hasattr(value, "tolist") else value
+        return [finite(part) for part in value]
+    return finite(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def _one_line_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:

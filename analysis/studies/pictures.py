@@ -1,7 +1,10 @@
-"""Pictures of studies, one panel for each world: each function takes arrays and returns a matplotlib `Figure`.
+"""Pictures of studies: each function takes arrays and returns a matplotlib `Figure`.
 
-`title` says what is to be seen. Blue and red of `analysis.plots` are told apart by the colour-blind, and shape or place says the
-same again. Text of rows is drawn as it is: no markup of matplotlib in it is read.
+One panel for each world.
+
+`title` says what is to be seen. Blue and red of `analysis.plots` are told apart by the
+colour-blind, and shape or place says the same again. Text of rows is drawn as it is: no markup of
+matplotlib in it is read.
 """
 
 from __future__ import annotations
@@ -29,12 +32,13 @@ _STEPS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500)
 
 
 def ranks_plot(hits: Mapping[str, np.ndarray], title: str, *, most: int = 40) -> Figure:
-    """Share of hits among the strongest k rows of either end of a ranking, and the share that chance would give.
+    """Share of hits among the strongest k rows of either end of a ranking, and chance's.
 
     Parameters
     ----------
     hits : mapping of str to bool array [Q, n]
-        For each world, whether the k-th strongest proponent of a query is a hit; the last column is the strongest opponent.
+        For each world, whether the k-th strongest proponent of a query is a hit; the last column is
+        the strongest opponent.
     title : str
     most : int
         The largest k.
@@ -69,12 +73,15 @@ def ranks_plot(hits: Mapping[str, np.ndarray], title: str, *, most: int = 40) ->
 
 
 def tokens_plot(rows: Mapping[str, tuple[Sequence[str], np.ndarray]], title: str) -> Figure:
-    """Text of rows with every token shaded by its score: blue above zero, red (and underlined) below it.
+    """Text of rows with every token shaded by its score.
+
+    Blue above zero, red (and underlined) below it.
 
     Parameters
     ----------
     rows : mapping of str to (tokens [T], scores [T], nats)
-        A heading, and the row under it; each row has a colour scale of its own, and its largest score is told.
+        A heading, and the row under it; each row has a colour scale of its own, and its largest
+        score is told.
     title : str
     """
     lines = {head: _wrapped(tokens) for head, (tokens, _) in rows.items()}
@@ -107,7 +114,7 @@ def tokens_plot(rows: Mapping[str, tuple[Sequence[str], np.ndarray]], title: str
 def settings_plot(
     points: Mapping[str, Mapping[str, tuple[float, float]]], chosen: Mapping[str, str], title: str
 ) -> Figure:
-    """What measured edits say of each setting: how concentrated its scores, how selective its edits.
+    """Concentration and selectivity of each setting, as measured edits show them.
 
     Parameters
     ----------
@@ -149,7 +156,7 @@ def settings_plot(
 
 
 def lds_settings_plot(results: Mapping[str, Mapping[str, LDS]], title: str) -> Figure:
-    """The linear datamodeling score of some settings with its interval, best at the top, for each world."""
+    """The linear datamodeling score of some settings with its interval, best at the top."""
     figure, panels = _panels(
         results, title, share=False, height=0.9 + 0.34 * max(len(one) for one in results.values())
     )
@@ -181,7 +188,9 @@ def losses_plot(
     goals: Mapping[str, float],
     title: str,
 ) -> Figure:
-    """Losses of sets of rows before and after an edit: every row a short stroke, the means hollow (before) and full (after).
+    """Losses of sets of rows before and after an edit.
+
+    Every row is a short stroke, the means are hollow (before) and full (after).
 
     Parameters
     ----------
@@ -242,12 +251,13 @@ def moves_plot(
     own: str,
     others: str,
 ) -> Figure:
-    """Predicted and measured change of every query's loss, those that an edit is about apart from the others.
+    """Predicted and measured change of every query's loss, the queries of an edit marked.
 
     Parameters
     ----------
     moves : mapping of world to (predicted [Q], measured [Q], own [Q] bool)
-        Changes in nats per token; signs and order are compared, so the axes have scales of their own.
+        Changes in nats per token; signs and order are compared, so the axes have scales of their
+        own.
     title, own, others : str
         The last two name the two kinds of queries.
     """
@@ -268,7 +278,9 @@ def moves_plot(
 
 
 def prices_plot(prices: Mapping[str, Mapping[str, tuple[float, float]]], title: str) -> Figure:
-    """What each method costs the retained rows: their mean loss's rise, with 1.96 standard errors; a scale for each world.
+    """What each method costs the retained rows: their mean loss's rise, with 1.96 standard errors.
+
+    A scale for each world.
 
     Parameters
     ----------
@@ -308,7 +320,9 @@ def rows_plot(
     *,
     least: float = 0.04,
 ) -> Figure:
-    """Every row's loss before and after, a line of panels for each world, a panel for each method; logarithmic scales.
+    """Every row's loss before and after, a line of panels for each world, a panel for each method.
+
+    Logarithmic scales.
 
     Parameters
     ----------
@@ -373,12 +387,15 @@ def paths_plot(
     *,
     labels: Sequence[tuple[str, str]],
 ) -> Figure:
-    """Ways of rows, kind by kind: every row faint, and the mean of each level with 1.96 standard errors of both coordinates.
+    """Ways of rows, kind by kind: every row faint, and the mean of each level.
+
+    Bars are 1.96 standard errors of both coordinates.
 
     Parameters
     ----------
     paths : mapping of panel to mapping of kind to (x [n, c], y [n, c])
-        Of n rows at c levels; NaN where a row did not come so far, and such a level of a kind counts the others.
+        Of n rows at c levels; NaN where a row did not come so far, and such a level of a kind
+        counts the others.
     title : str
     labels : sequence of (x label, y label)
         One pair for each panel.
@@ -414,7 +431,7 @@ def paths_plot(
     return figure
 
 
-# ---- parts ---------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def forecast_plot(
@@ -424,7 +441,7 @@ def forecast_plot(
     label: str,
     root: bool = False,
 ) -> Figure:
-    """What was measured of each row against what was forecast of it, with the forecast's interval, and the diagonal.
+    """What was measured of each row against its forecast, with interval and diagonal.
 
     Parameters
     ----------
@@ -433,7 +450,8 @@ def forecast_plot(
     title, label : str
         `label` names the quantity and its unit.
     root : bool
-        Signed square roots on both axes, which spread small values and allow negative ones; else logarithms.
+        Signed square roots on both axes, which spread small values and allow negative ones; else
+        logarithms.
     """
     figure, panels = _panels(found, title, share=False, height=3.8)
     for axes, (told, (low, high), real) in zip(panels, found.values(), strict=True):
@@ -473,7 +491,8 @@ def correlations_plot(
     Parameters
     ----------
     found : mapping of str to mapping of str to (correlation, low, high)
-        For each world, what was correlated; drawn from the top in the order given, the first one emphasised.
+        For each world, what was correlated; drawn from the top in the order given, the first one
+        emphasised.
     title, label : str
     """
     most = max(len(lines) for lines in found.values())
@@ -552,7 +571,7 @@ def _wrapped(tokens: Sequence[str]) -> list[list[tuple[int, int]]]:
 
 
 def _token(axes: Axes, place: tuple[float, float], text: str, strength: float) -> None:
-    """A token with its shade; `strength` from -1 to 1."""
+    """A token with its shade. `strength` from -1 to 1."""
     x, y = place
     shade = _POSITIVE if strength >= 0 else _NEGATIVE
     axes.add_patch(

@@ -1,11 +1,14 @@
-"""Rows planted among training rows: in and outside their distribution, of matched lengths, none of them seen before.
+"""Rows planted among training rows, in and outside their distribution, of matched lengths.
+
+No model saw any of them before.
 
     in         rows of a held-out file: the same domain, other subjects
     other      rows of another domain
     shuffled   rows of the held-out file with the words of the completion in random order
     random     prompt and completion of random tokens
 
-Every row of the other kinds has a partner among `in` with nearly as many completion tokens, and as many copies.
+Every row of the other kinds has a partner among `in` with nearly as many completion tokens, and as
+many copies.
 """
 
 from __future__ import annotations
@@ -42,10 +45,11 @@ class Planted:
     rows : Examples
         The training rows, then the planted ones, `repeats` times each.
     kinds, partners : dict of str to str
-        For every planted id (of the first copy), its kind, and the `in` row of its length (an `in` row's is itself).
+        For every planted id (of the first copy), its kind, and the `in` row of its length (an `in`
+        row's is itself).
     tokens : dict of str to int
         Completion tokens of every planted id, the end included.
-    heldout : Examples
+    holdout : Examples
         Held-out rows that were not planted, for comparison.
     repeats : int
     """
@@ -54,13 +58,18 @@ class Planted:
     kinds: dict[str, str] = field(repr=False)
     partners: dict[str, str] = field(repr=False)
     tokens: dict[str, int] = field(repr=False)
-    heldout: Examples = field(repr=False)
+    holdout: Examples = field(repr=False)
     repeats: int
 
     @property
     def ids(self) -> list[str]:
         """The planted ids, kind by kind."""
         return list(self.kinds)
+
+    @property
+    def planted_rows(self) -> Examples:
+        """The planted rows, one copy each, kind by kind."""
+        return Examples(self.rows[self.rows.index(id)] for id in self.ids)
 
     @property
     def original(self) -> list[str]:
@@ -74,7 +83,7 @@ class Planted:
 
 def plant(
     rows: Examples,
-    heldout: Examples,
+    holdout: Examples,
     other: Examples,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -83,17 +92,19 @@ def plant(
     max_length: int | None = None,
     seed: int = 0,
 ) -> Planted:
-    """Add `per_kind` rows of each kind to the training rows; see the module for the kinds.
+    """Add `per_kind` rows of each kind to the training rows. See the module for the kinds.
 
-    Completions are cut at the end of a word where the lengths ask for it: those of `other` and `shuffled` first, those of `in`
-    only where no longer rows of another kind are left. Rows that are no prompt with a completion are passed over.
+    Completions are cut at the end of a word where the lengths ask for it: those of `other` and
+    `shuffled` first, those of `in` only where no longer rows of another kind are left. Rows that
+    are no prompt with a completion are passed over.
 
     Parameters
     ----------
     rows
         The training rows.
-    heldout
-        Rows of the same domain that no model saw: at least `2 * per_kind + 1` different ones, for `in`, `shuffled` and comparison.
+    holdout
+        Rows of the same domain that no model saw: at least `2 * per_kind + 1` different ones, for
+        `in`, `shuffled` and comparison.
     other
         Rows of another domain, at least `per_kind`.
     tokenizer, max_length
@@ -101,16 +112,18 @@ def plant(
     repeats
         How often each planted row stands among the training rows.
 
-    Raises `InputError` where rows are too few, are training rows word for word, or have lengths that cannot be matched.
+    Raises `InputError` where rows are too few, are training rows word for word, or have lengths
+    that cannot be matched.
     """
     if per_kind < 2 or repeats < 1 or seed < 0:
         raise InputError(
-            f"per_kind {per_kind}, repeats {repeats} and seed {seed} were given; expected at least 2, 1 and 0"
+            f"per_kind {per_kind}, repeats {repeats} and seed {seed} were given; expected at "
+            f"least 2, 1 and 0"
         )
     rng = np.random.default_rng([seed, per_kind])
     outside = _cuts(_pool(other, rows, "other", per_kind, rng), tokenizer, max_length)
     most = sorted((line[-1][0] for line in outside), reverse=True)[per_kind - 1]
-    inside = _cuts(_pool(heldout, rows, "held-out", 2 * per_kind + 1, rng), tokenizer, max_length)
+    inside = _cuts(_pool(holdout, rows, "held-out", 2 * per_kind + 1, rng), tokenizer, max_length)
     inside.sort(key=lambda line: line[-1][0] > most)  # rows that need no cut come first
     own, spare = inside[:per_kind], [line[-1][1] for line in inside[per_kind:]]
     partners = [
@@ -134,7 +147,8 @@ def _pool(
     seen = [row.id for row in found if row.content_hash in known]
     if seen:
         raise InputError(
-            f"{len(seen)} of {len(found)} {what} rows have the content of training rows (the first is {seen[0]!r}): give rows that "
+            f"{len(seen)} of {len(found)} {what} rows have the content of training rows (the "
+            f"first is {seen[0]!r}): give rows that "
             "the adapter never saw"
         )
     usable = {
@@ -144,7 +158,8 @@ def _pool(
     }
     if len(usable) < least:
         raise InputError(
-            f"{len(usable)} of {len(found)} {what} rows are different prompts with a completion, and {least} are needed: give more "
+            f"{len(usable)} of {len(found)} {what} rows are different prompts with a completion, "
+            f"and {least} are needed: give more "
             "of them, or plant fewer of each kind"
         )
     rows_ = list(usable.values())
@@ -152,7 +167,7 @@ def _pool(
 
 
 def _shuffled(row: Example, rng: np.random.Generator) -> Example:
-    """The row with the words of its completion in random order, another one than before where there is one."""
+    """The row with the words of its completion in random order, another one where there is one."""
     assert row.completion is not None
     words = row.completion.split()
     order = list(words)
@@ -164,7 +179,7 @@ def _shuffled(row: Example, rng: np.random.Generator) -> Example:
 def _cuts(
     rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> list[list[tuple[int, Example]]]:
-    """For every row its beginnings that end with a word, (completion tokens, row), the whole row last."""
+    """Beginnings of every row that end with a word, (completion tokens, row), all of it last."""
     lines = []
     for row in rows:
         text = row.completion or ""
@@ -183,7 +198,10 @@ def _counts(
 def _matched(
     lines: Sequence[Sequence[tuple[int, Example]]], lengths: Sequence[int]
 ) -> tuple[set[int], list[Example]]:
-    """For every length the unused row, whole or cut, that is nearest; the longest length chooses first."""
+    """For every length the unused row, whole or cut, that is nearest.
+
+    The longest length chooses first.
+    """
     used: set[int] = set()
     found: dict[int, Example] = {}
     for wanted in sorted(range(len(lengths)), key=lambda j: -lengths[j]):
@@ -224,7 +242,7 @@ def _canaries(
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
-    """Tokens that are words to themselves: written after a space they are read as the same one token."""
+    """Tokens that are words: written after a space they are read as that one token."""
     special = set(tokenizer.all_special_ids)
     words = {
         id: tokenizer.decode([id]).strip() for id in range(len(tokenizer)) if id not in special
@@ -240,7 +258,8 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
     ]
     if len(found) < 2:
         raise InputError(
-            "no token of this tokenizer is written after a space and read as itself: no random rows are possible"
+            "no token of this tokenizer is written after a space and read as itself: no random "
+            "rows are possible"
         )
     return found
 
@@ -258,14 +277,15 @@ def _random_text(
         if list(tokenizer(text, add_special_tokens=False)["input_ids"]) == [id for id, _ in drawn]:
             return text
     raise InputError(
-        f"this tokenizer reads {size} random tokens as others in 100 tries: no random rows are possible"
+        f"this tokenizer reads {size} random tokens as others in 100 tries: no random rows are "
+        f"possible"
     )
 
 
 def _assembled(
     rows: Examples,
     found: Mapping[str, Sequence[Example]],
-    heldout: Examples,
+    holdout: Examples,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     repeats: int,
@@ -288,15 +308,18 @@ def _assembled(
     if far:
         worst = max(far, key=apart.__getitem__)
         raise InputError(
-            f"{len(far)} of {len(named)} planted rows could not be matched in length: {worst} has {tokens[worst]} completion tokens "
-            f"and its partner {tokens[partners[worst]]}. Give more held-out and other rows, or plant fewer of each kind"
+            f"{len(far)} of {len(named)} planted rows could not be matched in length: {worst} has "
+            f"{tokens[worst]} completion tokens "
+            f"and its partner {tokens[partners[worst]]}. Give more held-out and other rows, or "
+            f"plant fewer of each kind"
         )
     contents = [row.content_hash for row in rows]
     same = [id for id, row in named.items() if row.content_hash in set(contents)]
     hashes = [row.content_hash for row in named.values()]
     if same or len(set(hashes)) < len(hashes):
         raise InputError(
-            f"cut to equal lengths, {len(same) or 'some'} planted rows are a training row or each other word for word: give other "
+            f"cut to equal lengths, {len(same) or 'some'} planted rows are a training row or each "
+            f"other word for word: give other "
             "rows, or another seed"
         )
     copies = [
@@ -304,12 +327,15 @@ def _assembled(
         for row in named.values()
         for k in range(repeats)
     ]
-    left = Examples(row for row in heldout if row.content_hash not in set(hashes))
+    left = Examples(row for row in holdout if row.content_hash not in set(hashes))
     return Planted(Examples([*rows, *copies]), kinds, partners, tokens, left, repeats)
 
 
 def plain_rows(count: int = 48, seed: int = 0) -> Examples:
-    """Rows that are of no study's domain: sums told step by step, and recipes; for want of a file of other rows."""
+    """Rows that are of no study's domain: sums told step by step, and recipes.
+
+    For want of a file of other rows.
+    """
     rng = random.Random(f"plain {seed}")
     foods, ways = (
         ("rice", "lentils", "onions", "pasta", "beans", "carrots"),
