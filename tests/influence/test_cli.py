@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,15 @@ import pytest
 
 from influence.cli import main
 from tests.conftest import rows
-from tests.influence.test_adapter import edit_config, edit_weights, save, save_base
-from tests.influence.test_store import contents, untouched
+from tests.helpers import (
+    contents,
+    edit_config,
+    edit_weights,
+    save,
+    save_base,
+    untouched,
+    write_rows,
+)
 
 SITES = {"layers": 1, "target_modules": ["q_proj", "v_proj"]}
 HOSTILE = [
@@ -29,22 +35,10 @@ HOSTILE = [
 ]
 
 
-def write_rows(path: Path, items) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in items), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
-def influence(monkeypatch, run_main):
-    """Call the command in this process: status, standard output, standard error."""
-    for name in (
-        "TOKENIZERS_PARALLELISM",
-        "HF_HUB_DISABLE_PROGRESS_BARS",
-        "TRANSFORMERS_VERBOSITY",
-    ):
-        monkeypatch.setenv(name, os.environ.get(name, "false" if name.startswith("TOK") else "1"))
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    return lambda *arguments: run_main(main, "influence", *arguments)
+def influence(command):
+    """The `influence` command."""
+    return command
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,53 @@
-"""Geometries against dense oracles, and optimiser states as a Trainer really writes them."""
+"""Geometries against dense formulas: features, metrics, and scores in each of them."""
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
+import influence
+from influence import CG, Fisher
 from influence.adapter import ParamSpace
 from influence.batches import collate
-from influence.errors import AdapterError, InputError, NumericalError, StoreError
+from influence.errors import InputError, NumericalError, StoreError
 from influence.geometry import Adam, Raw, function_space, load_geometry
-from influence.gradients import output_gradient, per_example_gradient, stream_gradients, tape
+from influence.gradients import (
+    output_gradient,
+    per_example_gradient,
+    stream_gradients,
+    tape,
+)
 from influence.loading import from_peft
 from influence.optimizer_state import second_moments
-from tests.conftest import add_lora, build_base, build_model, build_tokenizer, examples, tokens_of
+from tests.conftest import build_model, examples, fit_end, tokens_of
+from tests.influence.toy_training import train, trainer_groups, write
+from tests.oracles import (
+    adam_metric,
+    b_times,
+    close,
+    dense_ggn,
+    dense_scores,
+    differentiable,
+    estimated,
+    function_metric,
+    matrices,
+    plain_gradients,
+    plain_log_probs,
+    plain_loss,
+    plain_mean,
+    sampled_gradients,
+)
+
+N, Q = 8, 3
+ONE = {"layers": 1, "target_modules": ["attn.c_attn"]}
+F64 = torch.float64
 
 F64 = torch.float64
+
+
 FEW = {"layers": 1, "target_modules": ["q_proj", "down_proj"]}
 
 
@@ -94,9 +122,6 @@ def make(kind: str, model):
     return Adam.of(model.space, torch.rand(model.space.size, generator=generator, dtype=F64) ** 4)
 
 
-# ---- what every geometry holds -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["raw", "function", "adam"])
 def test_adjoint_and_state(kind):
     model = build_model("llama", r=3, **FEW)
@@ -160,9 +185,6 @@ def test_stored_geometries_are_checked():
         load_geometry("adam", model.space, {"scale": torch.ones(3)})
     with pytest.raises(StoreError, match="all finite"):
         load_geometry("function", model.space, state | {"left/0": torch.full((2, 2), torch.nan)})
-
-
-# ---- function space ------------------------------------------------------------------------------------------
 
 
 def test_function_features_are_the_dense_gradient_in_canonical_coordinates():
@@ -260,9 +282,6 @@ def test_scores_do_not_depend_on_how_the_adapter_is_factored(how):
     assert changed > 0.1
 
 
-# ---- Adam ----------------------------------------------------------------------------------------------------
-
-
 def test_adam_is_the_inverse_root_of_the_second_moments():
     space = ParamSpace.of([("a.lora_A", (2, 3)), ("a.lora_B", (4, 2))])
     v = torch.rand(space.size, dtype=F64) + 0.1
@@ -315,298 +334,6 @@ def test_second_moments_from_gradients():
             Adam.from_rms(space, rows, w)
 
 
-# ---- a Trainer's checkpoint ----------------------------------------------------------------------------------
-
-
-def adam_by_hand(history, beta2: float):
-    """Bias-corrected second moments of a sequence of gradients: a weighted mean with weights beta2^(t-k)."""
-    weights = [beta2 ** (len(history) - 1 - k) for k in range(len(history))]
-    return sum(w * g.double().square() for w, g in zip(weights, history, strict=True)) / sum(
-        weights
-    )
-
-
-def train(model, optimizer, steps: int = 3) -> list[torch.Tensor]:
-    """A few steps on made-up gradients; returns them, flat, in ParamSpace order."""
-    generator, history = torch.Generator().manual_seed(5), []
-    for _ in range(steps):
-        for parameter in model.parameters:
-            parameter.grad = torch.randn(
-                parameter.shape, generator=generator, dtype=parameter.dtype
-            )
-        history.append(model.space.flatten([p.grad.clone() for p in model.parameters]))
-        optimizer.step()
-    return history
-
-
-def trainer_groups(model) -> list[dict]:
-    """The Trainer's groups for a LoRA model: everything decays, and an empty second group."""
-    for parameter in model.parameters:
-        parameter.requires_grad_(True)
-    ours = [p for _, p in model.model.named_parameters() if p.requires_grad]
-    return [{"params": ours, "weight_decay": 0.1}, {"params": [], "weight_decay": 0.0}]
-
-
-def write(folder, model, optimizer, log=None):
-    folder.mkdir(exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.model.save_pretrained(folder)
-    content = optimizer.state_dict() if hasattr(optimizer, "state_dict") else optimizer
-    torch.save(content, folder / "optimizer.pt")
-    if log is not None:
-        (folder / "trainer_state.json").write_text(json.dumps(log))
-    return folder
-
-
-def test_second_moments_of_adamw(tmp_path):
-    model = build_model("llama", r=3)
-    optimizer = torch.optim.AdamW(trainer_groups(model), lr=1e-3, betas=(0.8, 0.9))
-    history = train(model, optimizer)
-    log = {
-        "global_step": 4,
-        "log_history": [{"step": 1, "learning_rate": 0.4}, {"step": 3, "learning_rate": 0.2}],
-    }
-    log["log_history"].append({"step": 4, "eval_loss": 1.0})
-    found = second_moments(write(tmp_path / "c", model, optimizer, log), model)
-    torch.testing.assert_close(found.v, adam_by_hand(history, 0.9), rtol=1e-12, atol=0)
-    assert found.steps == 3
-    assert found.sum_lr == pytest.approx(0.4 + 0.3 + 0.2 + 0.2)
-    (tmp_path / "c" / "trainer_state.json").unlink()
-    assert second_moments(tmp_path / "c", model).sum_lr is None
-
-
-def test_recorded_names_are_followed(tmp_path):
-    model = build_model("llama", **FEW)
-    named = [(name, p) for name, p in model.model.named_parameters() if "lora_" in name][::-1]
-    optimizer = torch.optim.AdamW(named, lr=1e-3)
-    assert "param_names" in optimizer.state_dict()["param_groups"][0]
-    history = train(model, optimizer)
-    found = second_moments(write(tmp_path / "c", model, optimizer), model)
-    torch.testing.assert_close(found.v, adam_by_hand(history, 0.999), rtol=1e-12, atol=0)
-
-
-def test_a_layer_that_looks_like_a_norm_is_in_the_second_group(tmp_path):
-    """Its name holds `bias`, so the Trainer puts its LoRA matrices into the group without weight decay."""
-    base = build_base_with_bias_layer()
-    model = from_peft(
-        add_lora(base, target_modules=["q_bias_proj", "v_proj"]).double(), build_tokenizer()
-    )
-    named = [(name, p) for name, p in model.model.named_parameters() if "lora_" in name]
-    groups = [[p for name, p in named if ("bias" in name) == flag] for flag in (False, True)]
-    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-3)
-    history = train(model, optimizer)
-    found = second_moments(write(tmp_path / "c", model, optimizer), model)
-    torch.testing.assert_close(found.v, adam_by_hand(history, 0.999), rtol=1e-12, atol=0)
-
-
-def build_base_with_bias_layer():
-    base = build_base("llama", layers=1)
-    attention = base.model.layers[0].self_attn
-    # registered in place of q_proj's name, in front of v_proj, with an alias that forward finds
-    project = attention.q_proj
-    del attention._modules["q_proj"]
-    rest = dict(attention._modules)
-    attention._modules.clear()
-    attention._modules["q_bias_proj"] = project
-    attention._modules.update(rest)
-    type_ = type(
-        "Attention",
-        (type(attention),),
-        {"q_proj": property(lambda self: self._modules["q_bias_proj"])},
-    )
-    attention.__class__ = type_
-    return base
-
-
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_second_moments_in_eight_bits(tmp_path, wrapped):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = build_model("llama", dtype=torch.float32, r=2, **FEW)
-    optimizer = bitsandbytes.optim.AdamW8bit(trainer_groups(model), lr=1e-3, min_8bit_size=8)
-    history = train(model, optimizer)
-    folder = write(tmp_path / "c", model, optimizer)
-    content = torch.load(folder / "optimizer.pt", weights_only=True)
-    if not wrapped:  # as versions before the wrapping wrote the same tensors
-        content["state"] = {
-            n: s.pop("__bnb_optimizer_quant_state__", {}) | s for n, s in content["state"].items()
-        }
-        torch.save(content, folder / "optimizer.pt")
-    found, expected = second_moments(folder, model).v, adam_by_hand(history, 0.999).float()
-    assert (found - expected).norm() / expected.norm() < 0.05  # 8 bits
-    assert not torch.equal(found, expected)
-    for state in content["state"].values():
-        state.get("__bnb_optimizer_quant_state__", state).pop("absmax2")
-    torch.save(content, folder / "optimizer.pt")
-    with pytest.raises(AdapterError, match="8-bit second moment without its table and scales"):
-        second_moments(folder, model)
-
-
-def test_blocks_of_eight_bit_states(tmp_path):
-    """A hand-made state of more than one block: v = qmap[code] * absmax[position // 256]."""
-    model = build_model("llama", r=20, **FEW)
-    generator, states, expected = torch.Generator().manual_seed(2), {}, []
-    names = [name for name, _ in model.model.named_parameters() if "lora_" in name]
-    for number, shape in enumerate(shapes(model)):
-        size = shape[0] * shape[1]
-        assert size > 256
-        code = torch.randint(0, 256, (size,), generator=generator).to(torch.uint8)
-        table, scale = torch.linspace(0, 1, 256), torch.rand(-(-size // 256), generator=generator)
-        states[number] = {
-            "step": 2,
-            "state1": code.view(shape),
-            "state2": code.view(shape),
-            "qmap2": table,
-        }
-        states[number]["absmax2"] = scale
-        values = [
-            float(table[int(c)] * scale[i // 256]) / (1 - 0.99**2) for i, c in enumerate(code)
-        ]
-        expected += values
-    group = {"betas": (0.9, 0.99), "weight_decay": 0.0, "params": list(range(len(names)))}
-    folder = write(tmp_path / "c", model, {"state": states, "param_groups": [group]})
-    torch.testing.assert_close(
-        second_moments(folder, model).v, torch.tensor(expected), rtol=1e-5, atol=0
-    )
-    states[0]["absmax2"] = torch.ones(7)
-    torch.save({"state": states, "param_groups": [group]}, folder / "optimizer.pt")
-    with pytest.raises(AdapterError, match="with 7 scales"):
-        second_moments(folder, model)
-
-
-def test_a_real_trainer_writes_what_is_read(tmp_path):
-    pytest.importorskip("accelerate")
-    from transformers import Trainer, TrainingArguments
-
-    model = build_model("llama", dtype=torch.float32, lora_dropout=0.0, **FEW)
-    for parameter in model.parameters:
-        parameter.requires_grad_(True)
-    ids = torch.randint(3, 25, (6, 5), generator=torch.Generator().manual_seed(1))
-    data = [{"input_ids": row, "labels": row} for row in ids]
-    options = TrainingArguments(
-        str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=0.01,
-        adam_beta2=0.95,
-        logging_steps=1,
-    )
-    for name, value in {
-        "save_steps": 3,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }.items():
-        setattr(options, name, value)
-    history = []
-
-    class Recorded(torch.optim.AdamW):
-        def step(self, closure=None):
-            history.append(model.space.flatten([p.grad.clone() for p in model.parameters]))
-            return super().step(closure)
-
-    class Recording(Trainer):
-        @staticmethod
-        def get_optimizer_cls_and_kwargs(args, model=None):
-            return Recorded, Trainer.get_optimizer_cls_and_kwargs(args, model)[1]
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        Recording(model=model.model, args=options, train_dataset=data).train()
-    found = second_moments(tmp_path / "checkpoint-3", model)
-    torch.testing.assert_close(found.v, adam_by_hand(history, 0.95).float(), rtol=1e-5, atol=1e-12)
-    assert found.steps == 3
-    assert found.sum_lr == pytest.approx(
-        0.01 + 0.01 * 2 / 3 + 0.01 / 3
-    )  # linear decay from 0.01 to 0 in 3 steps
-
-
-class Attack:
-    """Unpickling one would make a folder."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
-
-
-def test_a_malicious_optimizer_is_not_run(tmp_path):
-    model = build_model("llama", **FEW)
-    folder = write(
-        tmp_path / "c", model, {"state": {}, "param_groups": [Attack(str(tmp_path / "owned"))]}
-    )
-    with pytest.raises(AdapterError, match="nothing in it was run"):
-        second_moments(folder, model)
-    assert not (tmp_path / "owned").exists()
-    torch.load(folder / "optimizer.pt", weights_only=False)
-    assert (tmp_path / "owned").exists()  # it would have been
-
-
-def test_what_cannot_be_used_is_refused_with_a_sentence(tmp_path):
-    model = build_model("llama", **FEW)
-    groups = trainer_groups(model)
-    good = torch.optim.AdamW(groups, lr=1e-3)
-    train(model, good)
-    folder = write(tmp_path / "c", model, good)
-
-    def refused(content, match):
-        torch.save(content, folder / "optimizer.pt")
-        with pytest.raises(AdapterError, match=match):
-            second_moments(folder, model)
-
-    sgd = torch.optim.SGD(model.parameters, lr=1e-3, momentum=0.9)
-    train(model, sgd)
-    refused(sgd.state_dict(), "not of Adam or AdamW.* found an optimiser with .*momentum")
-    content = good.state_dict()
-    lion = {
-        number: {"step": 1, "exp_avg": state["exp_avg"]}
-        for number, state in content["state"].items()
-    }
-    refused(content | {"state": lion}, "no second moment per parameter; found exp_avg, step")
-    factored = {
-        number: {"step": 1, "exp_avg_sq_row": 0, "exp_avg_sq_col": 0} for number in content["state"]
-    }
-    refused(content | {"state": factored}, "found exp_avg_sq_col, exp_avg_sq_row, step")
-    swapped = content["state"] | {0: content["state"][1], 1: content["state"][0]}
-    refused(
-        content | {"state": swapped},
-        r"q_proj.lora_A: shape \[16, 2\] there, \[2, 16\] in the model",
-    )
-    refused(content | {"state": {}}, "the optimiser has no state for it")
-    refused(
-        content | {"param_groups": [{**content["param_groups"][0], "params": [0, 1]}]},
-        "holds 2 parameters",
-    )
-    halves = [{**content["param_groups"][0], "params": part} for part in ([0, 2], [1, 3])]
-    refused(
-        content | {"param_groups": halves},
-        r"2 parameter groups of \[2, 2\] parameters without names",
-    )
-    refused([1, 2], "not a torch optimiser's state_dict")
-    (folder / "optimizer.pt").write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(AdapterError, match="damaged or holds more than tensors"):
-        second_moments(folder, model)
-    (folder / "optimizer.pt").unlink()
-    with pytest.raises(AdapterError, match=r"has no optimizer\.pt"):
-        second_moments(folder, model)
-    other = build_model("llama", r=4, **FEW)
-    with pytest.raises(
-        AdapterError,
-        match=r"another adapter than the model's.*\n.*lora_A: \[2, 20\] there, \[4, 20\]",
-    ):
-        second_moments(folder, other)
-    torch.save(content, folder / "optimizer.pt")
-    (folder / "trainer_state.json").write_text("[]")
-    with pytest.raises(InputError, match="not a Trainer's state"):
-        second_moments(folder, model)
-    (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(AdapterError, match=r"has no adapter_model\.safetensors"):
-        second_moments(folder, model)
-    with pytest.raises(AdapterError, match="is not a folder"):
-        second_moments(tmp_path / "nowhere", model)
-
-
 def test_it_all_goes_together(tmp_path):
     """From a checkpoint to features: `f_q . f_i = g_q^T diag(1 / (sqrt(v) + eps)) g_i`."""
     model = build_model("llama", **FEW)
@@ -618,3 +345,182 @@ def test_it_all_goes_together(tmp_path):
     assert float(f[0] @ f[1]) == pytest.approx(
         float((g[0] * g[1] / (found.v.sqrt() + 1e-8)).sum()), rel=1e-2
     )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("gpt2", **ONE)
+
+
+@pytest.mark.parametrize("source", ["function", "estimated", "optimizer.pt"])
+@pytest.mark.parametrize("samples", [0, 1])
+def test_fisher_in_every_geometry_is_the_dense_formula(tmp_path, double, source, samples):
+    model = build_model("gpt2", **ONE)
+    data, queries, options = examples(N), examples(Q, seed=1), {"geometry": source}
+    w = 1 / (N * tokens_of(model, data).counts)
+    if source != "function":
+        options = {"geometry": "adam"}
+    if source == "optimizer.pt":
+        optimizer = torch.optim.AdamW(trainer_groups(model), lr=1e-3, betas=(0.8, 0.9))
+        train(model, optimizer)
+        options["optimizer"] = write(tmp_path / "c", model, optimizer)
+        state = {id(p): s["exp_avg_sq"] for p, s in optimizer.state.items()}
+        v = torch.cat([state[id(p)].reshape(-1) for p in model.parameters]) / (1 - 0.9**3)
+    g, q = plain_gradients(model, data), plain_gradients(model, queries, plain_mean)
+    if source == "estimated":
+        v = estimated(g, w)
+    T = function_metric(model) if source == "function" else adam_metric(model, v)
+    options |= {
+        "reduction": "example",
+        "curvature": Fisher(samples=samples),
+        "directory": tmp_path / "run",
+    }
+    fitted = fit_end(model, data, **options)
+    rows_ = sampled_gradients(model, data) if samples else g
+    C = (rows_ * torch.from_numpy(w)[:, None]).T @ rows_
+    close(fitted.score(queries).values, dense_scores(T, C, q, g, w, 0.1), 1e-8)
+    close(
+        fitted.score(queries, damping="abs:0.03").values, dense_scores(T, C, q, g, w, [0.03]), 1e-8
+    )
+    close(fitted.score(queries, curvature="identity").values, (q @ T.T @ T @ g.T).numpy() * w, 1e-8)
+
+
+@pytest.mark.parametrize("geometry", ["raw", "function", "adam"])
+def test_ggn_in_every_geometry_is_the_dense_formula(model, tmp_path, double, geometry):
+    """And so it is at another point of the path, where T is another."""
+    data, queries = examples(3), examples(2, seed=1)
+    w = 1 / (3 * tokens_of(model, data).counts)
+    fitted = influence.fit(
+        model,
+        data,
+        path=(0.5, 1.0),
+        geometry=geometry,
+        reduction="example",
+        directory=tmp_path / "run",
+        damping="abs:0.02",
+    )
+    for c, at in ((0.5, "0.5"), (1.0, "end")):
+        with b_times(model, c):
+            g, q = plain_gradients(model, data), plain_gradients(model, queries, plain_mean)
+            T = torch.eye(model.space.size, dtype=F64)
+            if geometry != "raw":
+                T = (
+                    function_metric(model)
+                    if geometry == "function"
+                    else adam_metric(model, estimated(g, w))
+                )
+            expected = dense_scores(T, dense_ggn(model, data, w), q, g, w, [0.02])
+        for solver, tolerance in (
+            (("direct", 1e-8), ("pcg", 1e-3)) if at == "end" else ((CG(tolerance=1e-11), 1e-8),)
+        ):
+            close(
+                fitted.score(queries, curvature="ggn", solver=solver, at=at).values,
+                expected,
+                tolerance,
+            )
+
+
+def test_ekfac_of_function_space_is_the_formula(model, tmp_path, double):
+    """Everything from the gradients d_t of the site's output: U^T G and (I - U U^T) G V, G = sum_t d_t x_t^T."""
+    data, queries = examples(N), examples(Q, seed=1)
+    fitted = fit_end(
+        model, data, geometry="function", reduction="example", directory=tmp_path / "run"
+    )
+    counts = tokens_of(model, data).counts
+    w = torch.from_numpy(1 / (N * counts))
+    s, A, B = matrices(model)
+    U, _, Vh = torch.linalg.svd(s * B @ A, full_matrices=False)
+    U, V = U[:, :2], Vh[:2].T
+    off = torch.eye(len(U)) - U @ U.T
+
+    def leaves(x, d):
+        """Input and output gradient of what the features of each leaf are made of."""
+        return [(x, d @ U), (x @ V, d @ off)]
+
+    def at_data_labels(rows_, measure):
+        found = []
+        with differentiable(model):
+            for item in tokens_of(model, rows_):
+                seen = []
+                hook = lambda _, args, out, seen=seen: seen.append((args[0].detach()[0], out))  # noqa: E731
+                handle = model.sites[0].layer.register_forward_hook(hook)
+                value = measure(*plain_log_probs(model, item))
+                handle.remove()
+                d = torch.autograd.grad(value, seen[0][1])[0][0]
+                found.append([g.T @ x for x, g in leaves(seen[0][0], d)])
+        return found
+
+    collected: list = []
+    sampled_gradients(model, data, collected)
+    q, g = at_data_labels(queries, plain_mean), at_data_labels(data, plain_loss)
+    expected = np.zeros((Q, N))
+    for number in range(2):
+        pairs = [leaves(x, d)[number] for x, d in collected]
+        inputs = sum(weight * x.T @ x for weight, (x, _) in zip(w, pairs, strict=True))
+        outputs = sum(weight * d.T @ d for weight, (_, d) in zip(w, pairs, strict=True))
+        QA, QS = torch.linalg.eigh(inputs)[1], torch.linalg.eigh(outputs)[1]
+        rotate = lambda F, QS=QS, QA=QA: QS.T @ F @ QA  # noqa: E731
+        values = sum(weight * rotate(d.T @ x) ** 2 for weight, (x, d) in zip(w, pairs, strict=True))
+        values = values + 0.1 * values.mean()
+        for a in range(Q):
+            for i in range(N):
+                product = rotate(q[a][number]) * rotate(g[i][number]) / values
+                expected[a, i] += float(w[i] * product.sum())
+    close(fitted.score(queries).values, expected, 1e-8)
+
+
+def gauge(model, condition: float):
+    """(A, B) -> (R A, B R^-1) at every site, in place."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for site in model.sites:
+            r = len(site.A.weight)
+            one, two = (
+                torch.linalg.qr(torch.randn(r, r, dtype=F64, generator=generator))[0]
+                for _ in range(2)
+            )
+            R = one * torch.logspace(0, np.log10(condition), r, dtype=F64) @ two
+            site.A.weight.copy_(R @ site.A.weight)
+            site.B.weight.copy_(site.B.weight @ torch.linalg.inv(R))
+
+
+def test_function_space_does_not_see_how_the_adapter_is_factored(tmp_path, double):
+    sites = {"layers": 1, "target_modules": ["attn.c_attn", "mlp.c_proj"]}
+    plain, other = build_model("gpt2", **sites), build_model("gpt2", **sites)
+    gauge(other, 1e3)
+    data, queries = examples(5), examples(2, seed=1)
+    exact = {"curvature": "ggn", "solver": CG(tolerance=1e-11), "damping": "top:0.1", "at": "end"}
+    requests = [
+        {},
+        {"curvature": "kfac"},
+        {"curvature": "ggn", "at": "0.5"},
+        exact,
+        {"curvature": "identity"},
+    ]
+    requests += [{"at": "0.5"}, {"per_token": True}]
+    changes = {}
+    fitted = [
+        ("ekfac", influence.EKFAC(), (0.5, 1.0), requests),
+        ("fisher", Fisher(), (1.0,), [{}]),
+    ]
+    for geometry in ("function", "raw"):
+        for name, curvature, path, asked in fitted:
+            options = {"path": path, "geometry": geometry, "curvature": curvature}
+            with warnings.catch_warnings():
+                if geometry == "raw":  # damping relative to blocks a million times apart
+                    warnings.filterwarnings("ignore", message=".*curvature blocks are")
+                one, two = (
+                    influence.fit(m, data, directory=tmp_path / f"{geometry}-{name}-{k}", **options)
+                    for k, m in enumerate((plain, other))
+                )
+                for number, request in enumerate(asked if geometry == "function" else asked[:2]):
+                    first, second = (
+                        one.score(queries, **request).values,
+                        two.score(queries, **request).values,
+                    )
+                    changes[geometry, name, number] = (
+                        np.abs(first - second).max() / np.abs(first).max()
+                    )
+    print({" ".join(map(str, key)): f"{value:.1e}" for key, value in changes.items()})
+    assert max(value for key, value in changes.items() if key[0] == "function") < 1e-8
+    assert min(value for key, value in changes.items() if key[0] == "raw") > 1e-2

@@ -1,4 +1,4 @@
-"""Streamed per-example gradients against one-example loops that share no code with them."""
+"""Streamed gradients against a one-example autograd loop."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import influence
 from influence.batches import collate
 from influence.errors import AdapterError
-from influence.gradients import label_uniforms, stream_gradients, tape
-from influence.loss import mean_losses, sample_labels
+from influence.gradients import stream_gradients, tape
 from influence.measurements import MEASUREMENTS
 from tests.conftest import add_lora, build_base, build_model, build_tokenizer, examples, tokens_of
 
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "mistral", "gemma", "phi"]
+
+
 LORA = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -186,29 +187,6 @@ def test_measurement_gradients_equal_finite_differences(name):
 
     slope = (values(1e-5) - values(-1e-5)) / 2e-5
     np.testing.assert_allclose((found @ direction).numpy(), slope, rtol=1e-6, atol=1e-8)
-
-
-def test_mean_losses_are_the_models_own(tiny):
-    data = examples(5)
-    tokens = tokens_of(tiny, data)
-    for item, found in zip(tokens, mean_losses(tiny, tokens), strict=True):
-        ids = torch.from_numpy(item.input_ids)[None]
-        logp = tiny.model(input_ids=ids).logits[0].log_softmax(-1)
-        supervised = [t for t in range(ids.shape[1]) if item.supervised[t]]
-        expected = -sum(logp[t - 1, ids[0, t]].item() for t in supervised) / len(supervised)
-        assert abs(found - expected) < 1e-10
-
-
-def test_sampled_labels_follow_the_model_and_the_key_alone():
-    probs = torch.tensor([[0.1, 0.0, 0.6, 0.3]], dtype=torch.float64).expand(40_000, 4)
-    uniforms = torch.from_numpy(label_uniforms(0, 0, "a", 40_000))
-    share = torch.bincount(sample_labels(probs, uniforms), minlength=4) / 40_000
-    assert share[1] == 0
-    assert (share - probs[0]).abs().max() < 0.01  # 4 standard errors
-    assert np.array_equal(label_uniforms(0, 0, "a", 5), label_uniforms(0, 0, "a", 9)[:5])
-    assert not np.array_equal(label_uniforms(0, 0, "a", 5), label_uniforms(0, 0, "b", 5))
-    assert not np.array_equal(label_uniforms(0, 0, "a", 5), label_uniforms(0, 1, "a", 5))
-    assert not np.array_equal(label_uniforms(0, 0, "a", 5), label_uniforms(1, 0, "a", 5))
 
 
 def test_public_check_passes_and_can_fail(tiny, monkeypatch):

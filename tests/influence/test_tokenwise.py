@@ -11,13 +11,13 @@ from influence import Contrast
 from influence.curvature import dense
 from influence.errors import InputError, MismatchError
 from influence.run import AtPoint
-from influence.scorefile import Scores
+from influence.scorefile import Scores, ScoresInTheMaking
 from influence.tokenwise import Tokenwise
 from tests.conftest import build_model, examples, fit_end, rows, tokens_of
-from tests.influence.test_path import (  # noqa: F401
+from tests.influence.toy_runs import Interruption
+from tests.oracles import (
     close,
     differentiable,
-    double,
     plain_gradients,
     plain_log_probs,
     plain_loss,
@@ -111,7 +111,7 @@ def sums(scores) -> np.ndarray:
 
 @pytest.mark.parametrize("path", [(1.0,), (0.4, 0.8)])
 @pytest.mark.parametrize("geometry", ["raw", "function", "adam"])
-def test_every_position_is_the_product_by_hand(model, tmp_path, double, geometry, path):  # noqa: F811
+def test_every_position_is_the_product_by_hand(model, tmp_path, double, geometry, path):
     data, queries = examples(N), examples(Q, seed=1)
     fitted = influence.fit(
         model, data, geometry=geometry, path=path, reduction="example", directory=tmp_path / "run"
@@ -125,7 +125,7 @@ def test_every_position_is_the_product_by_hand(model, tmp_path, double, geometry
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi", "gemma"])
-def test_other_architectures(tmp_path, double, kind):  # noqa: F811
+def test_other_architectures(tmp_path, double, kind):
     model, queries = build(kind), examples(2, seed=1)
     fitted = fit_end(model, examples(5), directory=tmp_path / "run", store="never")
     scores = fitted.score(queries, per_token=True)
@@ -134,7 +134,7 @@ def test_other_architectures(tmp_path, double, kind):  # noqa: F811
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_rows_supervised_throughout_beside_rows_with_prompts(model, tmp_path, double, order):  # noqa: F811
+def test_rows_supervised_throughout_beside_rows_with_prompts(model, tmp_path, double, order):
     """The adapted LM head sees supervised positions only; in such a batch they can be as many as there are positions."""
     texts = [
         {"id": f"t{i}", "text": "the red fox runs over a lazy dog and old cats"} for i in range(2)
@@ -151,7 +151,7 @@ def test_rows_supervised_throughout_beside_rows_with_prompts(model, tmp_path, do
     check_by_hand(fitted, queries, scores)
 
 
-def test_measurements_and_other_settings_split_too(run, double):  # noqa: F811
+def test_measurements_and_other_settings_split_too(run, double):
     queries = examples(Q, seed=1)
     other = influence.examples_from_rows(
         [row | {"completion": " sleep"} for row in rows(Q, seed=1)]
@@ -168,7 +168,7 @@ def test_measurements_and_other_settings_split_too(run, double):  # noqa: F811
         close(scores.modules.sum(1), scores.values, 1e-10)
 
 
-def test_chunks_of_queries_and_batches_change_nothing(model, run, tmp_path, monkeypatch, double):  # noqa: F811
+def test_chunks_of_queries_and_batches_change_nothing(model, run, tmp_path, monkeypatch, double):
     queries = examples(5, seed=1)
     expected = run.score(queries, per_token=True, per_module=True)
     monkeypatch.setattr("influence.scores.queries_at_once", lambda *_: 2)
@@ -201,10 +201,6 @@ def test_a_file_holds_tokens_and_modules(run, tmp_path, monkeypatch):
     assert Scores.load(out).modules is None
 
 
-class Interruption(Exception):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize("where", ["blocks", "tokens", "seal"])
 @pytest.mark.parametrize("store", ["always", "never"])
 def test_a_scoring_that_was_killed_counts_nothing_twice(model, tmp_path, monkeypatch, where, store):
@@ -224,7 +220,7 @@ def test_a_scoring_that_was_killed_counts_nothing_twice(model, tmp_path, monkeyp
     owner, name = {
         "blocks": (AtPoint, "gradient_blocks"),
         "tokens": (Tokenwise, "add"),
-        "seal": (influence.scores._Work, "seal"),
+        "seal": (ScoresInTheMaking, "seal"),
     }[where]
     real = getattr(owner, name)
     for allowed in (2, 0, 3):
@@ -270,7 +266,7 @@ def test_rows_that_are_not_there(run, query, row):
 
 
 @pytest.mark.parametrize("geometry", ["raw", "function"])
-def test_a_modules_share_is_the_product_over_its_parameters(model, tmp_path, double, geometry):  # noqa: F811
+def test_a_modules_share_is_the_product_over_its_parameters(model, tmp_path, double, geometry):
     data, queries = examples(N), examples(Q, seed=1)
     fitted = influence.fit(
         model, data, path=(0.4, 0.8), geometry=geometry, directory=tmp_path / "run"

@@ -21,8 +21,7 @@ from analysis.metrics.outputs import generate, gradient_norms, outputs
 from influence.errors import AdapterError, DataError, InputError, NumericalError
 from tests.conftest import WORDS, add_lora, build_base, build_model, examples, tokens_of
 from tests.conftest import rows as made_rows
-from tests.influence.test_adapter import save
-from tests.influence.test_cli import write_rows
+from tests.helpers import save, write_rows
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"

@@ -1,0 +1,118 @@
+"""EK-FAC where it is exact, and nearer to the block Fisher than K-FAC."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import influence
+from influence.curvature import Damped, dense
+from influence.curvature.ekfac import refit_eigenvalues
+from tests.conftest import build_model, examples, fit_end
+from tests.influence.curvature.helpers import moments_of, random_rows
+from tests.oracles import sampled_rows
+
+F64 = torch.float64
+
+
+@pytest.fixture
+def small():
+    """GPT-2 (no float32 inside), one layer, LoRA on its attention input and MLP output."""
+    return build_model("gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"])
+
+
+def fitted(tmp_path, model, data, curvature, **options):
+    return fit_end(model, data, curvature=curvature, directory=tmp_path / "run", **options)
+
+
+def test_ekfac_is_exact_where_the_fisher_is_kronecker_and_transposition_would_show():
+    """Gradients g x^T with independent g, x of very different spectra: the exact block is S (x) A."""
+    n = 60_000
+    g = (
+        random_rows(1, n, 3)
+        * torch.tensor([5.0, 1.0, 0.1], dtype=F64)
+        @ torch.linalg.qr(random_rows(2, 3, 3)).Q
+    )
+    x = (
+        random_rows(3, n, 6)
+        * torch.tensor([9.0, 3.0, 1.0, 0.3, 0.1, 0.03], dtype=F64)
+        @ torch.linalg.qr(random_rows(4, 6, 6)).Q
+    )
+    for side, (d_out, d_in) in (("A", (3, 6)), ("B", (6, 3))):
+        a, b = (x, g) if side == "A" else (g, x)
+        _, moments = moments_of([(f"s.lora_{side}", (d_out, d_in))], [a[:, None]], [b[:, None]])
+        kfac = moments.kronecker(weight=1 / n, samples=1)
+        rows = torch.einsum("no,ni->noi", b, a).flatten(1)
+        exact = rows.T @ rows / n
+        ekfac = refit_eigenvalues(kfac, [(rows, torch.full((n,), 1 / n, dtype=F64))])
+        for fitted_ in (kfac, ekfac):
+            assert (dense(fitted_) - exact).norm() / exact.norm() < 0.05
+            # and it inverts like it, with a damping far below the spectrum, where a wrong basis is off by orders
+            v = rows[:3]
+            lam = torch.tensor([1e-3 * float(torch.linalg.eigvalsh(exact)[0])], dtype=F64)
+            expected = torch.linalg.solve(exact + lam * torch.eye(18, dtype=F64), v.T).T
+            assert (fitted_.solve(v, lam) - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize("reduction", ["token", "example"])
+def test_ekfac_is_nearer_to_the_block_fisher_of_the_same_labels_than_kfac(
+    tmp_path, small, reduction
+):
+    data = examples(12)
+    run = fitted(
+        tmp_path, small, data, influence.EKFAC(samples=2), reduction=reduction, token_budget=40
+    )
+    rows = sampled_rows(small, run.tokens, samples=2)
+    F = torch.stack(rows) * torch.from_numpy(np.sqrt(np.repeat(run.weights, 2) / 2))[:, None]
+    exact = F.T @ F
+    for leaf in small.space.leaves:
+        block = exact[leaf.slice, leaf.slice]
+        distance = {
+            k: (dense(run.curvature(k))[leaf.slice, leaf.slice] - block).norm()
+            for k in ("kfac", "ekfac")
+        }
+        assert distance["ekfac"] < distance["kfac"]
+    # EK-FAC's diagonal in its basis is exact for these labels, so the traces agree leaf by leaf
+    expected = torch.stack(
+        [
+            exact[leaf.slice, leaf.slice].trace() / (leaf.stop - leaf.start)
+            for leaf in small.space.leaves
+        ]
+    )
+    torch.testing.assert_close(
+        run.curvature("ekfac").mean_eigenvalues(), expected, rtol=1e-9, atol=0
+    )
+
+
+def test_second_pass_gives_the_factors_of_stored_rows(tmp_path, small):
+    data = examples(9)
+    stored = fit_end(small, data, directory=tmp_path / "a", store="always", token_budget=30)
+    again = fit_end(small, data, directory=tmp_path / "b", store="never", token_budget=50)
+    for one, two in zip(stored.curvature().leaf_blocks, again.curvature().leaf_blocks, strict=True):
+        torch.testing.assert_close(one.eigenvalues, two.eigenvalues, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_sketched_ekfac_solves_like_the_dense_one_where_the_data_has_low_rank(side):
+    """Wide data of rank 5 and a sketch of 8: same curvature, same inverse, complement seen by the damping only."""
+    n, r, d = 60, 3, 40
+    wide = (random_rows(1, n, 5) @ random_rows(2, 5, d))[:, None]
+    narrow = random_rows(3, n, r)[:, None]
+    shape, x, g = ((r, d), wide, narrow) if side == "A" else ((d, r), narrow, wide)
+    rows = torch.einsum("no,ni->noi", g[:, 0], x[:, 0]).flatten(1)
+    w = torch.full((n,), 1 / n, dtype=F64)
+    results = []
+    for options in ({}, {"max_width": 16, "rank": 8}):
+        _, moments = moments_of([(f"s.lora_{side}", shape)], [x], [g], **options)
+        ekfac = refit_eigenvalues(moments.kronecker(1 / n, 1), [(rows, w)])
+        results.append(
+            (dense(ekfac), ekfac.solve(rows[:4], torch.tensor([0.01], dtype=F64)), ekfac)
+        )
+    (C, x0, _), (C1, x1, sketched) = results
+    assert sketched.leaf_blocks[0].wide.shape == (40, 8)
+    assert (C1 - C).norm() / C.norm() < 1e-6
+    assert (x1 - x0).norm() / x0.norm() < 1e-6
+    operator = Damped(sketched, torch.tensor([0.01], dtype=F64))
+    v = random_rows(9, 4, r * d)  # not in the span of the data
+    assert (operator.matvec(sketched.solve(v, operator.lam)) - v).norm() / v.norm() < 1e-9

@@ -1,0 +1,111 @@
+"""Kronecker factors where they are exact, against their definition, and sketched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from influence.curvature import KFAC, dense
+from influence.curvature.kfac import DenseMoment, SketchedMoment
+from tests.conftest import build_model, examples, fit_end
+from tests.influence.curvature.helpers import moments_of, random_rows
+from tests.oracles import plain_kfac
+
+F64 = torch.float64
+
+
+@pytest.fixture
+def small():
+    """GPT-2 (no float32 inside), one layer, LoRA on its attention input and MLP output."""
+    return build_model("gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"])
+
+
+def fitted(tmp_path, model, data, curvature, **options):
+    return fit_end(model, data, curvature=curvature, directory=tmp_path / "run", **options)
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_kfac_is_the_exact_block_for_one_token_of_one_example(side):
+    """One input, all labels: `E[vec(g x^T) vec(g x^T)^T] = E[g g^T] (x) x x^T` exactly, rank one in x."""
+    shape = (3, 7) if side == "A" else (7, 3)
+    x = random_rows(1, 1, 1, shape[1]).expand(5, 1, shape[1])  # the same token, five labels
+    g = random_rows(2, 5, 1, shape[0])
+    _, moments = moments_of([(f"s.lora_{side}", shape)], [x], [g])
+    kfac = moments.kronecker(weight=0.2, samples=1)
+    rows = torch.stack([torch.outer(g[i, 0], x[i, 0]).ravel() for i in range(5)])
+    expected = 0.2 * rows.T @ rows
+    assert (dense(kfac) - expected).norm() / expected.norm() < 1e-12
+
+
+def test_kfac_is_exact_for_a_deep_linear_network():
+    """y = W2 W1 x with squared loss: the output gradients (labels of the model's own) do not depend on x."""
+    n, widths = 40_000, (4, 3, 2)
+    W1, W2 = random_rows(1, 3, 4), random_rows(2, 2, 3)
+    x, e = (
+        random_rows(3, n, 4) @ random_rows(4, 4, 4),
+        random_rows(5, n, 2),
+    )  # y - label = unit noise
+    g1 = e @ W2
+    space, moments = moments_of([("one.lora_A", (3, 4))], [x[:, None]], [g1[:, None]])
+    kfac = moments.kronecker(weight=1 / n, samples=1)
+    expected = torch.kron(W2.T @ W2, x.T @ x / n)  # the GGN block of W1, expectation over labels
+    assert space.size == widths[0] * widths[1]
+    assert (
+        dense(kfac) - expected
+    ).norm() / expected.norm() < 0.02  # sampling error of S, 1/sqrt(n)
+    assert W1.shape == (3, 4)
+
+
+def test_kfac_factors_are_those_of_the_definition(tmp_path, small):
+    """S and A recomputed by hooks on the leaves in a one-example loop, for both reductions."""
+    data = examples(6)
+    run = fitted(tmp_path, small, data, KFAC(), reduction="example", token_budget=25)
+    expected = plain_kfac(small, run.tokens, run.weights)
+    found = dense(run.curvature("kfac"))
+    for leaf, block in zip(small.space.leaves, expected, strict=True):
+        assert (found[leaf.slice, leaf.slice] - block).norm() / block.norm() < 1e-9
+
+
+def test_shared_inputs_are_found_and_change_nothing(tmp_path):
+    model = build_model("llama", layers=1)
+    run = fitted(tmp_path, model, examples(6), KFAC())
+    names = [leaf.name for leaf in model.space.leaves]
+    from influence.fitting import shared_inputs
+
+    wide = shared_inputs(model, run.tokens)
+    shared = {
+        names[i].rsplit(".", 2)[1]: names[j].rsplit(".", 2)[1] for i, j in enumerate(wide) if i != j
+    }
+    assert shared == {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    found = dense(run.curvature("kfac"))
+    for leaf, block in zip(
+        model.space.leaves, plain_kfac(model, run.tokens, run.weights), strict=True
+    ):
+        assert (
+            found[leaf.slice, leaf.slice] - block
+        ).norm() / block.norm() < 1e-6  # float32 norms inside Llama
+
+
+def test_sketch_is_exact_up_to_its_rank_and_keeps_the_trace():
+    x = random_rows(0, 200, 5) @ random_rows(1, 5, 40)
+    full, sketch = (
+        DenseMoment(40, F64, torch.device("cpu")),
+        SketchedMoment(40, 8, 0, F64, torch.device("cpu")),
+    )
+    for part in x.split(60):
+        full.add(part)
+        sketch.add(part)
+    vectors, values, rest = sketch.eigen()
+    assert vectors.shape == (40, 8)
+    q, e, _ = full.eigen()
+    torch.testing.assert_close((q * e) @ q.T, x.T @ x, rtol=0, atol=1e-9 * float(e[-1]))
+    torch.testing.assert_close(
+        (vectors * values) @ vectors.T, x.T @ x, rtol=0, atol=1e-8 * float(e[-1])
+    )
+    assert rest < 1e-9
+    noisy = SketchedMoment(40, 8, 0, F64, torch.device("cpu"))
+    data = x + 0.1 * random_rows(2, 200, 40)
+    noisy.add(data)
+    vectors, values, rest = noisy.eigen()
+    assert float(values.sum() + 32 * rest) == pytest.approx(float(data.square().sum()), rel=1e-9)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(8, dtype=F64), rtol=0, atol=1e-8)

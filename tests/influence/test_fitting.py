@@ -1,0 +1,382 @@
+"""Fits that are killed and resumed, refused, replaced or left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import influence
+import influence.fitting as fitting
+import influence.run as run_module
+from influence import KFAC, Run
+from influence.errors import InputError, MismatchError, StoreError
+from influence.scorefile import Scores
+from tests.conftest import build_model, examples, rows
+from tests.helpers import contents, save, untouched
+from tests.influence.toy_runs import (
+    BUDGET,
+    KINDS,
+    N_ROWS,
+    Interruption,
+    fit,
+    interrupt_after,
+    interrupted_fit,
+    same_files,
+    small_model,
+    solver_of,
+    times,
+)
+
+N, PATH = 9, (0.4, 0.8)
+
+
+SITES = {"layers": 1, "target_modules": ["attn.c_attn"]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("gpt2", **SITES)
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    return influence.fit(
+        model, examples(N), path=PATH, directory=tmp_path_factory.mktemp("path") / "run"
+    )
+
+
+def test_a_finished_fit_computes_nothing_again(model, run, tmp_path, monkeypatch):
+    """Not the scales of its points, nor its calibration, though nothing is stored."""
+    options = {"path": PATH, "directory": tmp_path / "run", "store": "never"}
+    expected = influence.fit(model, run.train, **options).manifest
+    monkeypatch.setattr("influence.run.stream_gradients", None)
+    assert influence.fit(model, run.train, **options).manifest == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_interrupted_between_batches_and_resumed_equals_an_uninterrupted_one(
+    tmp_path, monkeypatch, kind
+):
+    queries = examples(3, seed=9)
+    expected = fit(tmp_path / "whole", kind).score(queries, solver=solver_of(kind)).values
+    for checkpointed in (True, False):
+        directory = tmp_path / f"resumed {checkpointed}"
+        with monkeypatch.context() as patch:
+            patch.setattr(fitting, "CHECKPOINT_SECONDS", 0 if checkpointed else 1e9)
+            interruptions = 0
+            for batches in (1, 3, 2, 5):
+                with patch.context() as inner:
+                    interrupt_after(inner, batches)
+                    try:
+                        fit(directory, kind)
+                    except Interruption:
+                        interruptions += 1
+                        with pytest.raises(
+                            InputError, match=r"the fit in .* is unfinished: run the same"
+                        ):
+                            Run.open(directory, model=small_model(), train=examples(N_ROWS))
+        run = fit(directory, kind)
+        works = kind != "identity" or KINDS[kind][1] == "always"
+        assert interruptions >= (2 if works else 0)
+        same_files(tmp_path / "whole", directory, "factors.h5", "gradients.h5", "rows.h5")
+        found = run.score(queries, solver=solver_of(kind)).values
+        assert np.array_equal(found, expected)
+        assert sorted(contents(directory)) == sorted(
+            contents(tmp_path / "whole")
+        )  # nothing is left behind
+
+
+def test_another_batch_plan_does_not_continue_a_checkpoint_but_gives_the_same_scores(
+    tmp_path, monkeypatch
+):
+    expected = fit(tmp_path / "whole").score(examples(3, seed=9)).values
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0)
+    interrupted_fit(monkeypatch, tmp_path / "run", 4)
+    run = fit(tmp_path / "run", token_budget=100)
+    found = run.score(examples(3, seed=9)).values
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def in_child(work, kill_after: float | None) -> bool:
+    """Run `work` in a forked process, killed after so many seconds; whether it came to its end."""
+    pid = os.fork()
+    if pid == 0:  # the child never returns into pytest
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    end = None if kill_after is None else time.monotonic() + kill_after
+    while True:
+        done, status = os.waitpid(pid, 0 if end is None else os.WNOHANG)
+        if done:
+            assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, (
+                "the child failed by itself"
+            )
+            return os.WIFEXITED(status)
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored", "ekfac, two points"])
+def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path, monkeypatch, kind):
+    train, queries = examples(150), examples(20, seed=9)
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.02)
+    monkeypatch.setattr(run_module, "BLOCK_BYTES", 10 * small_model().space.size * 4)
+
+    def work(directory: Path) -> None:
+        fit(directory, kind, train=train, token_budget=BUDGET).score(
+            queries, out=directory / "scores.h5"
+        )
+
+    start = time.monotonic()
+    assert in_child(lambda: work(tmp_path / "whole"), None)
+    whole = time.monotonic() - start
+    generator = random.Random(0)
+    kills, directory, copies = 0, tmp_path / "run", 0
+    while kills < 10 and copies < 30:
+        if in_child(lambda path=directory: work(path), generator.uniform(0, 0.7 * whole)):
+            directory, copies = (
+                tmp_path / f"run {copies}",
+                copies + 1,
+            )  # it came to its end: start over
+        else:
+            kills += 1
+    assert kills == 10
+    for path in sorted(tmp_path.glob("run*")):
+        assert in_child(lambda path=path: work(path), None)
+        same_files(tmp_path / "whole", path, "factors.h5", "gradients.h5")
+        assert np.array_equal(
+            Scores.load(path / "scores.h5").values,
+            Scores.load(tmp_path / "whole" / "scores.h5").values,
+        )
+        assert sorted(contents(path)) == sorted(contents(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_commands_killed_at_ten_random_moments_change_nothing(tmp_path):
+    base, adapter = save(tmp_path, "llama")
+    for name, count, seed in (("train", 600, 0), ("queries", 30, 9)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows(count, seed))
+        )
+
+    def commands(run: Path) -> list[list[str]]:
+        fit = [
+            "fit",
+            "--model",
+            base,
+            "--adapter",
+            adapter,
+            "--train",
+            tmp_path / "train.jsonl",
+            "--token-budget",
+            "40",
+        ]
+        score = ["score", "--run", run, "--queries", tmp_path / "queries.jsonl"]
+        start = "import influence.fitting as r; r.CHECKPOINT_SECONDS = 0.05; from influence.cli import main; main()"
+        return [[sys.executable, "-c", start, *map(str, c)] for c in ([*fit, "--run", run], score)]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    lasted = []
+    for command in commands(tmp_path / "whole"):
+        start = time.monotonic()
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        lasted.append(time.monotonic() - start)
+    expected = Scores.load(tmp_path / "whole" / "scores.h5").values
+    generator = random.Random(0)
+    for number, (command, made) in enumerate(
+        zip(commands(tmp_path / "run"), ["run", "run/scores.h5"], strict=True)
+    ):
+        kills = 0
+        while kills < 5:
+            process = subprocess.Popen(
+                command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            )
+            try:
+                assert process.wait(generator.uniform(0.4, 1) * lasted[number]) == 0
+                made_it = tmp_path / made  # it came to its end: start over
+                shutil.rmtree(made_it) if made_it.is_dir() else made_it.unlink()
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert np.array_equal(Scores.load(tmp_path / "run" / "scores.h5").values, expected)
+    same_files(tmp_path / "whole", tmp_path / "run", "factors.h5", "gradients.h5")
+
+
+def test_a_finished_identical_fit_returns_at_once_and_touches_nothing(tmp_path, monkeypatch):
+    expected = fit(tmp_path).score(examples(2, seed=9), out=tmp_path / "scores.h5").values
+    before = contents(tmp_path), times(tmp_path)
+    monkeypatch.setattr(fitting, "collate", None)  # any pass over rows would fail
+    run = fit(tmp_path)
+    assert run.gradients_stored
+    found = run.score(
+        examples(2, seed=9), out=tmp_path / "scores.h5"
+    )  # the very same scores are returned, too
+    assert np.array_equal(found.values, expected)
+    assert (contents(tmp_path), times(tmp_path)) == before
+
+
+def test_a_finished_fit_does_not_depend_on_batch_size_or_damping(tmp_path):
+    fit(tmp_path)
+    with untouched(tmp_path):
+        fit(tmp_path, token_budget=7)
+    factors = (tmp_path / "factors.h5").stat()
+    assert fit(tmp_path, damping="abs:1").operator().lam.tolist() == [1.0] * 4
+    assert (tmp_path / "factors.h5").stat() == factors  # no work was done again
+    again = Run.open(tmp_path, model=small_model(), train=examples(N_ROWS))
+    assert again.operator().lam.tolist() == [1.0] * 4  # and later scores use it
+
+
+@pytest.mark.parametrize(
+    ("named", "options"),
+    [
+        ("seed is 0 there and 1 here", {"seed": 1}),
+        ("reduction is token there and example here", {"reduction": "example"}),
+        ("max_length is null there and 50 here", {"max_length": 50}),
+        ("curvature is .*ekfac.* there and .*kfac.* here", {"curvature": KFAC()}),
+        ("store is always there and never here", {"store": "never"}),
+        ("data is [0-9a-f]{12} there and [0-9a-f]{12} here", {"train": examples(N_ROWS, seed=1)}),
+        ("data is", {"train": examples(N_ROWS + 1)}),
+    ],
+)
+def test_a_fit_into_another_run_names_the_difference_and_overwrites_nothing(
+    tmp_path, named, options
+):
+    fit(tmp_path).score(examples(2, seed=9), out=tmp_path / "scores.h5")
+    message = f"holds a run made from something else: {named}.*Give another --run directory, or --overwrite"
+    with untouched(tmp_path), pytest.raises(MismatchError, match=message):
+        fit(tmp_path, **options)
+
+
+def test_overwrite_replaces_the_run_and_its_scores(tmp_path):
+    fit(tmp_path).score(examples(2, seed=9), out=tmp_path / "scores.h5")
+    run = fit(tmp_path, "fisher", seed=1, overwrite=True)
+    fit(tmp_path / "new", "fisher", seed=1)
+    same_files(tmp_path, tmp_path / "new", "factors.h5", "gradients.h5", "rows.h5")
+    assert run.fitted_name == "fisher"
+    assert not (tmp_path / "scores.h5").exists()
+
+
+def test_a_directory_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with (
+        untouched(tmp_path),
+        pytest.raises(InputError, match=r"is not empty and holds no run .*give a new directory"),
+    ):
+        fit(tmp_path)
+    with (
+        untouched(tmp_path),
+        pytest.raises(InputError, match="is a file; give a directory for the run"),
+    ):
+        fit(tmp_path / "thesis.txt")
+    fit(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "scores.h5").write_text("of somebody else")
+    with untouched(tmp_path), pytest.raises(InputError, match=r"but scores\.h5"):
+        fit(tmp_path / "other", overwrite=True)
+
+
+def test_wrong_arguments_leave_no_directory(tmp_path):
+    directory = tmp_path / "run"
+    for options, message in [
+        ({"path": (0.5, 1.5)}, "path 0.5,1.5 was given; expected different numbers above 0"),
+        ({"path": (0.5, 0.5)}, "path 0.5,0.5 was given"),
+        ({"geometry": "flat"}, "geometry 'flat' was given; expected one of raw, function, adam"),
+        ({"store": "maybe"}, "store 'maybe' was given; expected auto, always or never"),
+        ({"token_budget": 0}, "token budget 0 was given; expected at least 1"),
+        ({"damping": "mean:0"}, "lambda must be positive"),
+        ({"reduction": "row"}, "reduction 'row' was given"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            fit(directory, **options)
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("lost", ["rows.h5", "gradients.h5"])
+def test_a_resume_that_must_store_other_rows_starts_again(tmp_path, monkeypatch, lost):
+    """A checkpoint says which row files it goes with: a larger disk budget, or a lost file, voids it."""
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", -1)  # after every batch
+    expected = fit(tmp_path / "whole", store="auto").score(examples(2, seed=9)).values
+    row = small_model().space.size * 8 * N_ROWS
+    interrupted_fit(
+        monkeypatch, tmp_path / "budget", 4, store="auto", disk_budget=row
+    )  # gradients, no rows
+    found = fit(tmp_path / "budget", store="auto").score(examples(2, seed=9)).values
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    interrupted_fit(monkeypatch, tmp_path / "lost", 4, store="auto")
+    (tmp_path / "lost" / lost).unlink()
+    assert np.array_equal(
+        fit(tmp_path / "lost", store="auto").score(examples(2, seed=9)).values, expected
+    )
+
+
+def test_a_foreign_row_file_in_an_unfinished_fit_is_not_continued(tmp_path, monkeypatch):
+    """Row files that a killed fit left are trusted only if they are this run's own."""
+    fit(tmp_path / "theirs", seed=1)
+    directory = tmp_path / "ours"
+    interrupted_fit(monkeypatch, directory, 2)
+    shutil.copy(tmp_path / "theirs" / "gradients.h5", directory / "gradients.h5")
+    with (
+        untouched(directory),
+        pytest.raises(MismatchError, match=r"gradients.h5 belongs to another run"),
+    ):
+        fit(directory)
+
+
+def test_a_truncated_row_file_in_an_unfinished_fit_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0)
+    interrupted_fit(monkeypatch, tmp_path, 2)
+    for name in ("gradients.h5", "rows.h5", "checkpoint.h5"):
+        shutil.copytree(tmp_path, tmp_path.parent / name)
+        os.truncate(tmp_path.parent / name / name, 1000)
+        with (
+            untouched(tmp_path.parent / name),
+            pytest.raises(StoreError, match=f"{name} is damaged, truncated"),
+        ):
+            fit(tmp_path.parent / name)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_pass(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    run = fit(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 100, 100))
+        message = r"gradients of all points need \d+\.\d+ GB and 0.00 GB are free on the disk of .*free some space, .*--store never"
+        with pytest.raises(StoreError, match=message):
+            fit(tmp_path / "full")
+        assert not (tmp_path / "full" / "gradients.h5").exists()
+        with (
+            untouched(tmp_path / "run"),
+            pytest.raises(StoreError, match=r"scores.h5.* GB are free on its disk"),
+        ):
+            run.score(examples(2, seed=9), out=tmp_path / "run" / "scores.h5")
+    fit(tmp_path / "full")  # goes on once there is room
+
+
+def test_the_disk_budget_decides_what_auto_stores(tmp_path):
+    stored, streamed = (fit(tmp_path / str(b), store="auto", disk_budget=b) for b in (1e9, 10.0))
+    assert (stored.gradients_stored, streamed.gradients_stored) == (True, False)
+    assert not (tmp_path / "10.0" / "gradients.h5").exists()
+    one, other = (run.score(examples(3, seed=9)).values for run in (stored, streamed))
+    assert np.abs(one - other).max() < 1e-4 * np.abs(one).max()

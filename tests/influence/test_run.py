@@ -1,0 +1,261 @@
+"""A run opened again, from anywhere, and what it refuses to be opened with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import influence
+from influence import EKFAC, GGN, KFAC, Fisher, Hessian, Identity, Run
+from influence.errors import InputError, MismatchError, StoreError
+from influence.store import read_json, write_json
+from tests.conftest import build_model, examples, fit_end
+from tests.helpers import edit_weights, untouched
+from tests.influence.toy_runs import N_ROWS, fit, interrupted_fit, small_model, solver_of
+from tests.oracles import close
+
+N, PATH = 9, (0.4, 0.8)
+
+
+SITES = {"layers": 1, "target_modules": ["attn.c_attn"]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("gpt2", **SITES)
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    return influence.fit(
+        model, examples(N), path=PATH, directory=tmp_path_factory.mktemp("path") / "run"
+    )
+
+
+def test_order_store_batches_and_reopening_change_nothing(model, run, tmp_path, double):
+    queries = examples(4, seed=1)
+    expected, own = run.score(queries).values, run.self_influence().values
+    opened = Run.open(run.directory, model=model, train=run.train)
+    assert np.array_equal(opened.score(queries).values, expected)
+    assert np.array_equal(opened.self_influence().values, own)
+    for number, options in enumerate(
+        ({"path": PATH[::-1]}, {"store": "never"}, {"store": "always"}, {"token_budget": 20})
+    ):
+        other = influence.fit(
+            model, run.train, **({"path": PATH} | options), directory=tmp_path / str(number)
+        )
+        assert other.gradients_stored == (options.get("store") != "never")
+        close(other.score(queries).values, expected, 1e-8)
+        close(other.self_influence().values, own, 1e-8)
+
+
+@pytest.mark.parametrize("geometry", ["function", "adam"])
+def test_geometries_do_not_depend_on_the_store_or_the_order(model, tmp_path, double, geometry):
+    data, queries = examples(6), examples(3, seed=1)
+    found = []
+    for number, (path, store) in enumerate(
+        ((PATH, "always"), (PATH, "never"), (PATH[::-1], "never"))
+    ):
+        fitted = influence.fit(
+            model,
+            data,
+            path=path,
+            store=store,
+            geometry=geometry,
+            reduction="example",
+            token_budget=20,
+            directory=tmp_path / str(number),
+        )
+        found.append((fitted.score(queries).values, fitted.self_influence().values))
+    for scores, own in found[1:]:
+        close(scores, found[0][0], 1e-8)
+        close(own, found[0][1], 1e-8)
+
+
+@pytest.mark.parametrize("geometry", ["function", "adam"])
+def test_the_geometry_of_the_end_is_that_of_the_end(model, tmp_path, double, geometry):
+    """`identity` at the end of a run that has no factors there: the geometry there, not that of its first point."""
+    data, queries = examples(6), examples(3, seed=1)
+    expected = fit_end(model, data, geometry=geometry, directory=tmp_path / "end")
+    for number, path in enumerate((PATH, PATH[::-1])):
+        fitted = influence.fit(
+            model, data, path=path, geometry=geometry, directory=tmp_path / str(number)
+        )
+        found = fitted.score(queries, curvature="identity").values
+        close(found, expected.score(queries, curvature="identity").values, 1e-8)
+
+
+def test_the_model_is_untouched(model, run):
+    before = model.snapshot()
+    run.score(examples(2, seed=1))
+    with pytest.raises(InputError):
+        run.score(examples(2, seed=1), measurement="token:99")
+    assert torch.equal(model.snapshot(), before)
+
+
+def test_an_unfinished_run_is_not_opened(tmp_path, monkeypatch):
+    with pytest.raises(
+        InputError,
+        match=r"is not a run directory \(no manifest.json\): make one with influence fit",
+    ):
+        Run.open(tmp_path, model=small_model(), train=examples(N_ROWS))
+    interrupted_fit(monkeypatch, tmp_path, 2)
+    message = r"the fit in .* is unfinished: run the same influence fit command again to resume it"
+    with untouched(tmp_path), pytest.raises(InputError, match=message):
+        Run.open(tmp_path, model=small_model(), train=examples(N_ROWS))
+
+
+def test_a_run_of_another_format_is_not_opened(tmp_path):
+    fit(tmp_path)
+    write_json(tmp_path / "manifest.json", read_json(tmp_path / "manifest.json") | {"format": 99})
+    with pytest.raises(
+        InputError, match="has format 99 and this version reads format 2: fit the run again"
+    ):
+        Run.open(tmp_path, model=small_model(), train=examples(N_ROWS))
+    for damage in ("{", "[]", ""):
+        (tmp_path / "manifest.json").write_text(damage)
+        for call in (
+            lambda: Run.open(tmp_path, model=small_model(), train=examples(N_ROWS)),
+            lambda: fit(tmp_path),
+        ):
+            with (
+                untouched(tmp_path),
+                pytest.raises(
+                    StoreError, match=r"manifest.json (cannot be read|holds no JSON object)"
+                ),
+            ):
+                call()
+
+
+def add_a_token(base: Path) -> None:
+    path = base / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    vocabulary = rules["model"]["vocab"]
+    vocabulary["fox"], vocabulary["dog"] = vocabulary["dog"], vocabulary["fox"]
+    path.write_text(json.dumps(rules))
+
+
+CHANGES = {
+    "adapter": lambda at: edit_weights(
+        at / "adapter" / "adapter_model.safetensors", lambda t: next(iter(t.values())).mul_(1.001)
+    ),
+    "base": lambda at: edit_weights(
+        at / "base" / "model.safetensors", lambda t: t["model.norm.weight"].mul_(1.01)
+    ),
+    "data": lambda at: (at / "train.jsonl").write_text(
+        (at / "train.jsonl").read_text().replace("fox", "dog", 1)
+    ),
+    "tokenizer": lambda at: add_a_token(at / "base"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_input_is_named_and_nothing_is_overwritten(folders, what):
+    Run.open(folders / "run", device="cpu")
+    CHANGES[what](folders)
+    message = f"{what} is [0-9a-f]{{12}} there and [0-9a-f]{{12}} here"
+    with untouched(folders / "run"):
+        with pytest.raises(
+            MismatchError, match=f"was made from something else: {message}. Restore"
+        ) as caught:
+            Run.open(folders / "run", device="cpu")
+        assert str(caught.value).count(" there and ") == 1
+        loaded = influence.load(folders / "base", folders / "adapter", device="cpu")
+        with pytest.raises(
+            MismatchError, match=f"holds a run made from something else: {message}. Give another"
+        ):
+            influence.fit(
+                loaded, influence.read_examples(folders / "train.jsonl"), directory=folders / "run"
+            )
+
+
+def test_a_moved_base_adapter_or_data_set_is_the_same(folders):
+    Run.open(folders / "run", device="cpu")
+    for name in ("base", "adapter", "train.jsonl"):
+        (folders / name).rename(folders / f"moved {name}")
+    loaded = influence.load(folders / "moved base", folders / "moved adapter", device="cpu")
+    data = influence.read_examples(folders / "moved train.jsonl")
+    factors = (folders / "run" / "factors.h5").stat()
+    assert Run.open(folders / "run", model=loaded, train=data).gradients_stored
+    influence.fit(
+        loaded, data, directory=folders / "run"
+    )  # finished: only learns where things lie now
+    assert (folders / "run" / "factors.h5").stat() == factors
+    assert Run.open(folders / "run", device="cpu").gradients_stored
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "kfac", "fisher", "ggn"])
+@pytest.mark.parametrize("name", ["factors.h5", "gradients.h5", "rows.h5"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.98])
+def test_a_truncated_file_is_named_and_nothing_is_overwritten(tmp_path, kind, name, share):
+    fit(tmp_path, kind)
+    path = tmp_path / name
+    if not path.exists():
+        pytest.skip(f"{kind} runs keep no {name}")
+    size = path.stat().st_size
+    os.truncate(path, int(share * size))
+    run = fit(tmp_path, kind)  # finished: opened as it is
+    with (
+        untouched(tmp_path),
+        pytest.raises(StoreError, match=f"{name} is damaged, truncated, or not an HDF5 file"),
+    ):
+        run.score(examples(2, seed=9), out=tmp_path / "scores.h5", solver=solver_of(kind))
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "fisher", "ggn"])
+@pytest.mark.parametrize("name", ["factors.h5", "gradients.h5", "rows.h5"])
+def test_a_file_of_another_run_is_refused_and_nothing_is_overwritten(tmp_path, kind, name):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    fit(ours, kind)
+    fit(theirs, kind, seed=1)
+    if not (ours / name).exists():
+        pytest.skip(f"{kind} runs keep no {name}")
+    shutil.copy(theirs / name, ours / name)
+    message = (
+        rf"{name} belongs to another run \(digest [0-9a-f]{{12}}, this run has [0-9a-f]{{12}}\)"
+    )
+    with untouched(ours), pytest.raises(MismatchError, match=message):
+        fit(ours, kind).score(examples(2, seed=9), out=ours / "scores.h5", solver=solver_of(kind))
+
+
+def test_a_run_without_a_file_it_needs_says_which(tmp_path):
+    run = fit(tmp_path)
+    (tmp_path / "gradients.h5").unlink()
+    with pytest.raises(StoreError, match=r"gradients.h5 does not exist"):
+        run.score(examples(2, seed=9))
+    (tmp_path / "factors.h5").unlink()
+    with pytest.raises(StoreError, match=r"factors.h5 does not exist"):
+        fit(tmp_path).score(examples(2, seed=9))
+
+
+def test_a_run_opens_from_another_working_directory(folders, monkeypatch, tmp_path_factory):
+    """Paths given relative to where fit ran are found from elsewhere."""
+    monkeypatch.chdir(folders)
+    loaded = influence.load("base", "adapter", device="cpu")
+    influence.fit(loaded, influence.read_examples("train.jsonl"), directory="relative")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert Run.open(folders / "relative", device="cpu").gradients_stored
+
+
+def test_every_curvature_opens_again_with_the_same_scores(tmp_path):
+    queries = examples(2, seed=9)
+    for curvature in (EKFAC(), KFAC(), Fisher(), Fisher(samples=0), GGN(), Hessian(), Identity()):
+        directory = tmp_path / repr(curvature)
+        run = influence.fit(
+            small_model(),
+            examples(N_ROWS),
+            directory=directory,
+            curvature=curvature,
+            damping="mean:1",
+        )
+        solver = solver_of(curvature.name)
+        again = Run.open(directory, model=small_model(), train=examples(N_ROWS))
+        assert np.array_equal(
+            again.score(queries, solver=solver).values, run.score(queries, solver=solver).values
+        )
