@@ -1,4 +1,4 @@
-"""The benchmark of unlearning methods: its rule of tuning, its tables, and README's own method in it and in the loop."""
+"""The benchmark of unlearning methods: its rule of tuning, its tables, and the docs' own method."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 
 import unlearn
 from tests.conftest import build_model, examples, fit_end
-from unlearn.methods.guide import FACTORS, MEASURED, guide_text, rates
 from unlearn.methods.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,16 +30,15 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def own(tmp_path):
-    """The method of README, as README has it."""
-    (block,) = re.findall(
-        r"```python\n(# bounded\.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
+    """The method of docs/methods.md, as it stands there."""
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(# bounded\.py\n.*?)```", page, re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     (tmp_path / "bounded.py").write_text(block)
     return f"{tmp_path / 'bounded.py'}:bounded"
 
 
-def test_the_method_of_the_readme_runs_in_the_loop(run, own):
+def test_the_method_of_the_docs_runs_in_the_loop(run, own):
     """What it minimises at first is the mean probability of the forget rows' completion tokens, by a plain forward."""
     edit = unlearn.train(run, own, run.train.ids[:3], until="steps=3")
     probabilities = []
@@ -58,7 +56,7 @@ def test_the_method_of_the_readme_runs_in_the_loop(run, own):
     assert edit.report["method"]["name"] == "bounded"
 
 
-def test_the_method_of_the_readme_runs_in_the_benchmark(run, own):
+def test_the_method_of_the_docs_runs_in_the_benchmark(run, own):
     (method,) = unlearning.methods([], [own])
     case = SimpleNamespace(run=run, ids=run.train.ids[:3])
     edit = unlearning.run_method(case, method, 3.0, 0, 1e9, None)
@@ -122,14 +120,3 @@ def test_a_table_has_means_ranges_and_the_spread_over_rates(tmp_path):
     assert len(rows) == 3
     unlearning.plot(rows, 10, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-
-
-def test_the_guide_has_a_figure_for_every_method_and_rate():
-    assert set(MEASURED) == set(METHODS)
-    table = rates()
-    assert len(table) == 3 * len(METHODS)
-    strides = np.array([entry["stride"] for entry in table]).reshape(-1, 3)
-    np.testing.assert_allclose(strides / strides[:, 1:2], np.tile(FACTORS, (len(METHODS), 1)))
-    text = guide_text()
-    assert all(f"\n{name} " in text for name in METHODS)
-    assert max(map(len, text.splitlines())) <= 130

@@ -53,9 +53,9 @@ class Negated:
     """Task arithmetic: `before - a (after - before)`, away from fine-tuning on the forget rows.
 
     Ilharco et al. 2023, arXiv 2212.04089. Without `scale` a is the least one, up to `LARGEST`, that
-    brings the forget rows to their goal, or else the one of the highest loss. It is A and B that are
-    negated, not their product: beside `-a dW` that has a term `a^2 dB dA`, which knows no sign, so
-    large a need not forget more.
+    brings the forget rows to their goal, or else the one of the highest loss. A and B are negated,
+    not their product: beside `-a dW` that has a term `a^2 dB dA`, which knows no sign, so large a
+    need not forget more.
     """
 
     scale: float | None = None
@@ -139,7 +139,7 @@ def bisect(holds: Callable[[float], bool], low: float, high: float, *, above: bo
 
 
 def name_of(part: Any) -> str:
-    """What a method's part is called in the methods' table: a function's name, or a value's text."""
+    """What a part is called in the methods' table: a function's name, or a value's text."""
     if inspect.isfunction(part):
         return part.__name__
     return str(part) if type(part).__str__ is not object.__str__ else type(part).__name__

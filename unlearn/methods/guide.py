@@ -13,18 +13,27 @@ from typing import Any
 
 from unlearn.methods.methods import METHODS
 
-RULE = """How to choose a learning rate
-
-A rate is given by its stride, the length of the first step's move over the adapter's length (--stride): the same on adapters of
-any size and with any optimizer. --lr gives the rate itself.
-
-1. Run the method with its own stride. The last line says in how many steps the goal was reached; steps.jsonl has every step.
-2. 5 to 20 steps: keep it. Fewer: a third of the stride costs three times the steps, and for methods with retained rows leaves
-   their loss a little lower. Methods without retained rows (ga, random-labels, adversarial-labels) lose them at any rate.
-3. Not reached: three times the steps first (--steps), then three times the stride. npo, simnpo and idk-dpo slow down before the
-   goal by design; a stride that takes them there in a few steps loses what they are for.
-4. The retained rows' loss rises from the first steps on: a smaller stride will not help much. Take ngdiff, whose rate is found
-   automatically, or give more retained rows a step (--retain-batch-size)."""
+RULE = (
+    "How to choose a learning rate\n"
+    "\n"
+    "A rate is given by its stride, the length of the first step's move over the adapter's "
+    "length (--stride): the same on adapters of\n"
+    "any size and with any optimizer. --lr gives the rate itself.\n"
+    "\n"
+    "1. Run the method with its own stride. The last line says in how many steps the goal "
+    "was reached; steps.jsonl has every step.\n"
+    "2. 5 to 20 steps: keep it. Fewer: a third of the stride costs three times the steps, "
+    "and for methods with retained rows leaves\n"
+    "   their loss a little lower. Methods without retained rows (ga, random-labels, "
+    "adversarial-labels) lose them at any rate.\n"
+    "3. Not reached: three times the steps first (--steps), then three times the stride. "
+    "npo, simnpo and idk-dpo slow down before the\n"
+    "   goal by design; a stride that takes them there in a few steps loses what they are "
+    "for.\n"
+    "4. The retained rows' loss rises from the first steps on: a smaller stride will not "
+    "help much. Take ngdiff, whose rate is found\n"
+    "   automatically, or give more retained rows a step (--retain-batch-size)."
+)
 
 
 @cache

@@ -156,7 +156,10 @@ def train(
 
 
 def _judged(work: Work, goals: Targets, ending: Ending, after: State) -> tuple[Targets, Ending]:
-    """Whether the goal was reached; where only steps were asked for there is none."""
+    """The goals and the ending, with whether they were reached.
+
+    Where only steps were asked for there are none.
+    """
     if work.stop.kind == "steps" and work.method.finish is None:
         unknown = np.full_like(goals.old, np.nan)
         return Targets(unknown, goals.new, unknown), replace(ending, reached=None)
@@ -228,7 +231,7 @@ class Training:
     def _batches(
         self, reference: ReferenceAdapter
     ) -> tuple[TermBatches | None, TermBatches | None]:
-        """The forget rows and the retained rows, each with its term; None where it has none."""
+        """The forget rows and the retained rows, each with its term where it has one."""
         work, model, options = self.work, self.work.version.model, self.work.options
         setup = Setup(
             model,
@@ -353,7 +356,7 @@ class Training:
         return max(float(recipe.rate(number, self.work.steps)), 0.0)
 
     def _stop(self, stopped: Stopped) -> str:
-        """Why the training stopped; the last step's share is noted."""
+        """Note the last step's share, and give why the training stopped."""
         self.progress.log[-1]["share"] = stopped.share
         return stopped.reason
 
@@ -447,7 +450,7 @@ def log_entry(
     direction: Tensor,
     move: Tensor,
 ) -> dict[str, Any]:
-    """A line of `steps.jsonl`; losses are those before the step."""
+    """A line of `steps.jsonl`, with the losses before the step."""
     forget_norm = None if forget is None else float(forget.vector.norm())
     retain_norm = None if retain is None else float(retain.vector.norm())
     cosine = None

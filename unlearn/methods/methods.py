@@ -64,7 +64,8 @@ class Method:
     until : str
         The default stopping rule.
     general : bool
-        Whether its retained rows are meant to come from elsewhere than the forget rows (`--retain F`).
+        Whether its retained rows are meant to come from elsewhere than the forget rows
+        (`--retain F`).
     title, source : str
         For the table of methods.
     """
@@ -154,7 +155,7 @@ class Method:
         }
 
 
-# ---- the methods ---------------------------------------------------------------------------------------------
+# ---- the methods ---------------------------------------------------------------------------------
 
 _YAO = "Yao et al. 2024, arXiv 2402.15159"
 

@@ -111,7 +111,7 @@ class Checkpoint:
         path = None if self.folder is None else self.folder / STATE
         if path is None or not path.exists():
             return None
-        model, asked = self.work.version.model, request(self.work)
+        model, requested = self.work.version.model, request(self.work)
         try:
             state = torch.load(path, map_location=model.device, weights_only=True)
             saved = json.loads(state["request"])
@@ -123,7 +123,7 @@ class Checkpoint:
                 seconds=float(state["seconds"]),
             )
             cost = Cost(**state["cost"])
-            differences = [key for key in asked if saved.get(key, ...) != asked[key]]
+            differences = [key for key in requested if saved.get(key, ...) != requested[key]]
             if not differences:
                 optimizer.load_state_dict(state["optimizer"])
                 model.restore(state["theta"])
@@ -148,7 +148,10 @@ class Checkpoint:
         """Refuse another training's state, by what differs."""
         moved = ""
         if "adapter" in differences:
-            moved = " (an edit saved meanwhile moved the start: --start names the adapter to begin with)"
+            moved = (
+                " (an edit saved meanwhile moved the start: "
+                "--start names the adapter to begin with)"
+            )
         raise MismatchError(
             f"{self.folder} holds another training: it differs in {', '.join(differences)}{moved}. "
             "Ask for the same one to go on, give another --out, or --overwrite to begin anew"

@@ -67,7 +67,8 @@ class Setup:
     seed, max_length, token_budget
         Of the training: what draws depend on, where rows are cut, and tokens that run at a time.
     predicted : callable
-        Gives the function from forget rows to `log q` [N, V] (`unlearn.unseen_outputs.ExpectedOutputs.of`).
+        Gives the function from forget rows to `log q` [N, V]: `of` of an
+        `unlearn.unseen_outputs.ExpectedOutputs`.
     """
 
     model: AdaptedModel

@@ -167,6 +167,7 @@ def simnpo(beta: float = 2.5, gamma: float = 0.0) -> Term:
         raise InputError(f"gamma {gamma:g} was given; expected a finite number")
 
     def values(part: Part) -> Tensor:
+        """Values `[b]` of the rows."""
         return -2 / beta * logsigmoid(beta * part.per_row(part.losses) / part.lengths - gamma)
 
     return Term(f"SimNPO(beta={beta:g}, gamma={gamma:g})", values, per="row")
@@ -177,6 +178,7 @@ def dpo(beta: float = 0.1) -> Term:
     above_zero("beta", beta)
 
     def values(part: Part) -> Tensor:
+        """Values `[b]` of the rows."""
         assert part.other is not None, "this term needs unlearn.methods.targets.refusals"
         return -2 / beta * logsigmoid(beta * (part.excess - part.other.excess))
 

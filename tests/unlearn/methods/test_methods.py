@@ -1,10 +1,8 @@
-"""The methods' table: what each is made of, what it says of itself and what it does; what is made of a training; names and files."""
+"""The methods' table: what each is made of, says of itself and does; names and files."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import unlearn
 from influence.errors import InputError
@@ -20,21 +17,16 @@ from tests.conftest import build_model, examples, fit_end
 from unlearn.methods import loop, methods, targets, terms
 from unlearn.methods.automatic_rate import EVERY, POINTS
 from unlearn.methods.combine import Normalised, Sparse, Weighted
-from unlearn.methods.methods import (
-    HALVINGS,
-    METHODS,
-    Controlled,
-    Method,
-    Negated,
-    Trained,
-    controlled,
-    method_of,
-)
-from unlearn.stopping import Stop
+from unlearn.methods.finish import Controlled, Negated
+from unlearn.methods.methods import METHODS, Method, controlled, method_of
+from unlearn.stopping import TrainingRule
 
-# ---- the table -----------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
+
 
 CE, ASCENT, KL = "CE", "-CE", "KL(before || model)"
+
+
 #: As the papers have them: name, targets, forget term, retain term, how gradients combine, adapter before looked at.
 TABLE = [
     ("ga", "own", ASCENT, None, "sum", False),
@@ -81,7 +73,7 @@ def test_methods_are_what_their_papers_say(row):
     assert hasattr(torch.optim, told["optimizer"])
     assert told["steps"] >= 1
     assert (told["lr"] == "auto") == (name == "ngdiff")
-    Stop.parse(told["until"])
+    TrainingRule.parse(told["until"])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -150,7 +142,7 @@ def test_a_method_without_terms_is_refused():
         Method("empty")
 
 
-# ---- what they cost, and whether they do what they say -------------------------------------------------------
+# ---- what they cost, and whether they do what they say -------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -169,23 +161,23 @@ class Counted:
         self.rows = {True: 0, False: 0}
         self.after: list[dict[bool, int]] = []
         self.adapters: list[set[str]] = []
-        self.asked: set[str] = set()
+        self.active: set[str] = set()
         self.handle = run.model.model.get_base_model().register_forward_pre_hook(
             self._seen, with_kwargs=True
         )
         self.site = run.model.sites[0].layer
-        note = loop.Training._note
+        log_entry = loop.log_entry
 
-        def noted(training: Any, *arguments: Any) -> None:
+        def noted(*arguments: Any) -> Any:
             self.after.append(dict(self.rows))
-            self.adapters.append(set(self.asked))
-            note(training, *arguments)
+            self.adapters.append(set(self.active))
+            return log_entry(*arguments)
 
-        monkeypatch.setattr(loop.Training, "_note", noted)
+        monkeypatch.setattr(loop, "log_entry", noted)
 
     def _seen(self, _: Any, __: Any, given: dict[str, Any]) -> None:
         self.rows[torch.is_grad_enabled()] += len(given["input_ids"])
-        self.asked.add(self.site.active_adapters[0])
+        self.active.add(self.site.active_adapters[0])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -246,115 +238,6 @@ def test_a_target_need_not_be_a_function(run):
         assert torch.equal(found.delta, unlearn.train(run, "random-labels", ids, **options).delta)
 
 
-# ---- what is made of a training ------------------------------------------------------------------------------
-
-
-def trained(
-    after: Tensor,
-    forget: Callable[[Tensor], float],
-    retain: Callable[[Tensor], float],
-    goal: float = 0.0,
-) -> tuple[Trained, list[Tensor]]:
-    """Ends 0 and `after`, and the places that were measured."""
-    seen: list[Tensor] = []
-
-    def noting(loss: Callable[[Tensor], float]) -> Callable[[Tensor], float]:
-        return lambda theta: (seen.append(theta.clone()), loss(theta))[1]
-
-    return Trained(torch.zeros_like(after), after, noting(forget), noting(retain), goal), seen
-
-
-def nothing(_: Tensor) -> float:
-    raise AssertionError("nobody may measure this")
-
-
-MOVE = torch.tensor([3.0, -4.0], dtype=torch.float64)
-
-
-def test_a_negation_by_a_given_scale():
-    """before - a (after - before): from (1, 1) with after (4, -3) and a = 2 to (1, 1) - 2 (3, -4) = (-5, 9)."""
-    before = torch.ones(2, dtype=torch.float64)
-    given = Trained(before, before + MOVE, nothing, nothing, 0.0)
-    assert Negated(2.0)(given).tolist() == [-5, 9]
-    assert Negated(0.0)(given).tolist() == [1, 1]
-
-
-@pytest.mark.parametrize("exact", [0.02, 0.3, 0.99, 1.0, 1.5, 2.0, 5.7, 15.9])
-def test_a_negation_is_the_least_that_reaches_the_goal(exact):
-    """Forget loss 1 + |theta|^2: with |move| = 5, 1 + 25 a^2 reaches 1 + 25 exact^2 at a = exact; found to 2^-7 of its octave."""
-    goal = 1 + 25 * exact**2
-    given, seen = trained(MOVE, lambda theta: 1 + float(theta @ theta), nothing, goal)
-    found = Negated()(given)
-    share = -float(found @ MOVE) / 25
-    assert torch.allclose(found, -share * MOVE, rtol=0, atol=1e-12)
-    octave = 1.0 if exact <= 1 else 2.0 ** (math.ceil(math.log2(exact)) - 1)
-    assert exact - 1e-12 <= share <= exact + octave / 2**HALVINGS + 1e-12
-    assert 1 + 25 * share**2 >= goal - 1e-12
-    assert len(seen) <= 5 + HALVINGS
-
-
-def test_a_negation_that_reaches_nothing_is_where_the_loss_was_highest():
-    """The loss is 5 - (a - 4)^2 / 4 at -a times the move, its goal 9: of 1, 2, 4, 8, 16 the multiple 4 is nearest."""
-    given, seen = trained(
-        MOVE, lambda theta: 5 - (float(theta.norm() / MOVE.norm()) - 4) ** 2 / 4, nothing, 9.0
-    )
-    assert Negated()(given).tolist() == pytest.approx((-4 * MOVE).tolist())
-    assert max(-float(theta @ MOVE) / 25 for theta in seen) <= 16
-
-
-def test_a_negation_goes_the_other_way():
-    """Fine-tuning lowered the forget loss (a quadratic with its minimum ahead); the negated move raises it."""
-    loss = lambda theta: float((theta - 2 * MOVE) @ (theta - 2 * MOVE)) / 25  # 4 at 0, 1 after  # noqa: E731
-    given, _ = trained(MOVE, loss, nothing, 6.25)  # (2 + a)^2 = 6.25 at a = 0.5
-    found = Negated()(given)
-    assert loss(found) >= 6.25
-    assert -float(found @ MOVE) / 25 == pytest.approx(0.5, abs=2**-HALVINGS)
-
-
-@pytest.mark.parametrize("bar", [0.5, 0.9, 0.99])
-@pytest.mark.parametrize("steep", [0.1, 1.0, 30.0])
-def test_control_leaves_as_much_of_the_move_as_the_bar_allows(bar, steep):
-    """Retained loss 2 + steep s^2 at share s: it may rise by -log(bar), at s = sqrt(-log(bar) / steep) (or at 1)."""
-    given, seen = trained(MOVE, nothing, lambda theta: 2 + steep * float(theta @ theta) / 25)
-    found = Controlled(bar)(given)
-    share, exact = float(found @ MOVE) / 25, min(1.0, math.sqrt(-math.log(bar) / steep))
-    assert torch.allclose(found, share * MOVE, rtol=0, atol=1e-12)
-    assert exact - 2**-HALVINGS - 1e-12 <= share <= exact + 1e-12
-    assert math.exp(-steep * share**2) >= bar - 1e-12  # the likelihood that is left
-    assert len(seen) <= 2 + HALVINGS
-    if exact == 1.0:
-        assert torch.equal(found, MOVE)
-
-
-def test_control_goes_back_to_the_start_where_nothing_is_allowed():
-    given, _ = trained(MOVE, nothing, lambda theta: 2.0 if not theta.any() else 9.0)
-    assert Controlled(0.9)(given).tolist() == [0, 0]
-
-
-def test_control_leaves_a_move_that_helps_the_retained_rows_as_it_is():
-    given, seen = trained(MOVE, nothing, lambda theta: 2 - 0.01 * float(theta @ theta))
-    assert Controlled(0.9)(given) is given.after
-    assert len(seen) == 2
-
-
-def test_control_comes_after_another_finish():
-    """The negated move is mixed with the start: retained loss 2 + 0.4 |theta|^2 / 25 at -2 s move rises by 1.6 s^2."""
-    given, _ = trained(MOVE, nothing, lambda theta: 2 + 0.4 * float(theta @ theta) / 25)
-    found = Controlled(0.9, Negated(2.0))(given)
-    share = float(found @ (-2 * MOVE)) / 100
-    assert share == pytest.approx(math.sqrt(-math.log(0.9) / 1.6), abs=2**-HALVINGS)
-
-
-@pytest.mark.parametrize("bar", [0.0, 1.0, -0.5, 1.7, float("nan")])
-def test_bars_outside_nought_and_one_are_refused(bar):
-    with pytest.raises(
-        InputError, match=r"expected a share of the likelihood between 0 and 1, as in 0\.9"
-    ):
-        Controlled(bar)
-    with pytest.raises(InputError, match="control"):
-        method_of("control", bar=bar)
-
-
 def test_any_method_can_be_controlled():
     for name in METHODS:
         method = METHODS[name]()
@@ -369,7 +252,7 @@ def test_any_method_can_be_controlled():
     assert bare.source == "Wang et al. 2024, arXiv 2406.09179"
 
 
-# ---- names and files -----------------------------------------------------------------------------------------
+# ---- names and files -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)

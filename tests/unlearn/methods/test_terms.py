@@ -1,27 +1,16 @@
-"""The terms of unlearning: numbers derived by hand, plain sums in float64, and the laws that each must obey."""
+"""The terms of unlearning: numbers derived by hand, plain sums in float64, and their laws."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-import influence
-from influence import distributed
-from influence.adapter import AdaptedModel
-from influence.cost import Cost
-from influence.errors import InputError, NumericalError
-from influence.tokens import TokenizedExamples
-from tests.conftest import add_lora, build_base, build_model, build_tokenizer, examples, tokens_of
 from unlearn.methods import terms
-from unlearn.methods.batches import TermBatches
-from unlearn.methods.reference import ReferenceAdapter, frozen
-from unlearn.methods.targets import Target
-from unlearn.methods.terms import Part, Term
+from unlearn.methods.terms import Part
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -50,7 +39,7 @@ def logits_of(*rows: list[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64, requires_grad=True)
 
 
-# ---- numbers by hand -----------------------------------------------------------------------------------------
+# ---- numbers by hand -----------------------------------------------------------------------------
 
 
 def test_ascent_and_descent_by_hand():
@@ -125,7 +114,7 @@ def test_dpo_by_hand():
     assert terms.dpo(1.0).function(part).tolist() == pytest.approx([2 * math.log(7 / 6)], abs=1e-14)
 
 
-# ---- against plain sums --------------------------------------------------------------------------------------
+# ---- against plain sums --------------------------------------------------------------------------
 
 
 def log_softmax(row: np.ndarray) -> np.ndarray:
@@ -275,7 +264,7 @@ def test_a_rows_value_does_not_depend_on_the_rows_beside_it(name):
     )
 
 
-# ---- what is asked -------------------------------------------------------------------------------------------
+# ---- what is asked -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -301,7 +290,7 @@ def test_terms_that_need_a_target_say_which():
             term.function(part)
 
 
-# ---- laws ----------------------------------------------------------------------------------------------------
+# ---- laws ----------------------------------------------------------------------------------------
 
 
 def at_reference(case: dict) -> dict:
@@ -465,175 +454,3 @@ def test_words_that_are_impossible_before_and_now_are_harmless(name):
     gradient = by_logits(values, part)
     assert bool(torch.isfinite(gradient).all())
     assert float(gradient[:, 6].abs().max()) == 0
-
-
-# ---- in the loop ---------------------------------------------------------------------------------------------
-
-
-def side_of(
-    model: AdaptedModel,
-    before: ReferenceAdapter | None,
-    term: Term,
-    *,
-    tokens: TokenizedExamples | None = None,
-    target: Target | None = None,
-    batch_size: int = 6,
-    token_budget: int = 4096,
-) -> TermBatches:
-    tokens = tokens_of(model, examples(6)) if tokens is None else tokens
-    return TermBatches(
-        model, tokens, term, target or Target(), before, batch_size, token_budget, 0, 1, Cost()
-    )
-
-
-@pytest.mark.parametrize(
-    "kind", ["phi", "gpt2"]
-)  # whose norms keep float64, where Llama's round gradients to float32
-def test_npo_in_the_loop_starts_along_gradient_ascent(kind):
-    """ga is a mean over N_tok tokens, NPO one over n rows of sums: at the reference its gradient is N_tok / n times ga's."""
-    model = build_model(kind, layers=1)
-    with model.evaluating(model.parameters), frozen(model) as before:
-        ga = side_of(model, before, terms.ascent, token_budget=20).look(0)
-        for beta in (0.1, 3.0):
-            npo = side_of(model, before, terms.npo(beta), token_budget=20).look(0)
-            tokens = int(tokens_of(model, examples(6)).counts.sum())
-            wanted = ga.gradient * tokens / 6
-            assert float((npo.gradient - wanted).norm() / wanted.norm()) < 1e-10
-            assert npo.value == pytest.approx(2 / beta * LN2, rel=1e-10)
-        kept = side_of(model, before, terms.divergence).look(0)
-        assert abs(kept.value) < 1e-12
-        assert float(kept.gradient.norm()) < 1e-12
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_bases_start_where_they_should(dtype):
-    """The LoRA parameters and all terms are float32; the reference runs the very same operations, so its KL is zero."""
-    model = build_model("llama", layers=1, dtype=dtype)
-    with model.evaluating(model.parameters), frozen(model) as before:
-        kept = side_of(model, before, terms.divergence).look(0)
-        assert abs(kept.value) < 1e-6
-        look = side_of(model, before, terms.npo(0.1)).look(0)
-        assert look.value == pytest.approx(20 * LN2, rel=1e-5)
-        ga = side_of(model, before, terms.ascent).look(0)
-        cosine = (
-            look.gradient.double()
-            @ ga.gradient.double()
-            / look.gradient.double().norm()
-            / ga.gradient.double().norm()
-        )
-        assert float(cosine) > 0.999
-        assert look.gradient.dtype == torch.float32
-
-
-def test_a_term_of_ones_own_is_checked():
-    model = build_model("llama", layers=1)
-    with model.evaluating(model.parameters):
-        square = side_of(model, None, Term("square", lambda part: part.losses**2)).look(0)
-        assert square.value > 0
-        wrong = [
-            Term("one number", lambda part: part.losses.sum()),
-            Term("by row", lambda part: part.per_row(part.losses)),
-            Term("no such", lambda part: part.losses, per="word"),
-        ]
-        for term in wrong:
-            with pytest.raises(InputError, match=f"the term {term.name} gave values of shape"):
-                side_of(model, None, term).look(0)
-        with pytest.raises(
-            NumericalError, match="the term nothing or its gradient is NaN or infinite in step 4"
-        ):
-            side_of(model, None, Term("nothing", lambda part: part.losses * float("nan"))).look(3)
-        infinite = Term(
-            "steep", lambda part: (part.losses - part.losses.detach()).abs().clamp(min=0).sqrt()
-        )
-        with pytest.raises(
-            NumericalError, match="the term steep"
-        ):  # a finite value, and a gradient that is not
-            side_of(model, None, infinite).look(0)
-
-
-def test_a_look_tells_the_rows_own_losses_whatever_the_term():
-    """Stopping rules read the mean loss of the rows' own tokens, also where the term is about other labels."""
-    model = build_model("llama", layers=1)
-    tokens = tokens_of(model, examples(6))
-    labels = [torch.full((int(count),), 5) for count in tokens.counts]
-    with model.evaluating(model.parameters):
-        own = side_of(model, None, terms.descent, batch_size=4).look(0)
-        other = side_of(
-            model, None, terms.descent, batch_size=4, token_budget=9, target=Target(labels=labels)
-        ).look(0)
-    assert other.rows.tolist() == own.rows.tolist()
-    assert other.losses == pytest.approx(own.losses, rel=1e-12)
-    assert own.loss == pytest.approx(own.value, rel=1e-12)
-    assert other.loss == pytest.approx(own.loss, rel=1e-12)
-    assert abs(other.value - own.value) > 1e-3
-
-
-def test_a_matrix_that_no_row_reaches_has_a_zero_gradient():
-    """An expert that no token is sent to, or a layer that this input skips: fits and edits take such adapters."""
-    base = build_base("gpt2", layers=1)
-    base.transformer.h[0].unused = torch.nn.Linear(16, 16).double()
-    peft = add_lora(base, target_modules=["c_attn", "unused"]).double()
-    model = influence.from_peft(peft, build_tokenizer())
-    with model.evaluating(model.parameters):
-        look = side_of(model, None, terms.ascent).look(0)
-    found = dict(
-        zip(
-            (leaf.name for leaf in model.space.leaves),
-            model.space.split(look.gradient),
-            strict=True,
-        )
-    )
-    assert all(bool(own.any()) == ("unused" not in name) for name, own in found.items())
-
-
-def test_rows_of_a_step_are_an_epochs_permutation_and_depend_on_the_seed_alone():
-    model = build_model("llama", layers=1)
-    tokens = tokens_of(model, examples(7))
-    side = side_of(model, None, terms.ascent, tokens=tokens, batch_size=3)
-    epoch = [side.rows(step) for step in range(3)]
-    assert [len(rows_) for rows_ in epoch] == [3, 3, 1]
-    assert sorted(np.concatenate(epoch).tolist()) == list(range(7))
-    assert np.array_equal(side.rows(1), epoch[1])  # whatever was asked before
-    again = [side.rows(step) for step in range(3, 6)]
-    assert sorted(np.concatenate(again).tolist()) == list(range(7))
-    assert not np.array_equal(np.concatenate(again), np.concatenate(epoch))
-    for other in (replace(side, seed=1), replace(side, stream=2)):
-        assert not np.array_equal(
-            np.concatenate([other.rows(step) for step in range(3)]), np.concatenate(epoch)
-        )
-    assert sorted(replace(side, batch_size=99).rows(5).tolist()) == list(range(7))
-
-
-def test_processes_share_a_step_and_add_up_to_the_whole(monkeypatch):
-    """Three processes with every third row each: gradients, values and losses sum to those of one process."""
-    model = build_model("llama", layers=1)
-    tokens = tokens_of(model, examples(5))
-    with model.evaluating(model.parameters), frozen(model) as before:
-        moved = model.snapshot() * 1.2
-        for term in (terms.ascent, terms.npo(0.5), terms.divergence):
-            with model.at(moved):
-                whole = side_of(model, before, term, tokens=tokens).look(2)
-                told: list[list[Tensor]] = []
-                for rank in range(3):
-                    sums: list[Tensor] = []
-                    monkeypatch.setattr(
-                        distributed, "shard", lambda rows_, rank=rank: rows_[rank::3]
-                    )
-                    monkeypatch.setattr(
-                        distributed,
-                        "add_up",
-                        lambda tensor, sums=sums: (sums.append(tensor), tensor)[1],
-                    )
-                    side_of(model, before, term, tokens=tokens).look(2)
-                    told.append(sums)
-                monkeypatch.undo()
-            gradient, values = (sum(one[i] for one in told) for i in (0, 1))
-            assert isinstance(gradient, Tensor)
-            assert isinstance(values, Tensor)
-            assert torch.allclose(gradient, whole.gradient, rtol=1e-10, atol=1e-14)
-            assert values[-5:].tolist() == pytest.approx(whole.losses.tolist(), rel=1e-12)
-            assert float(values[0]) == pytest.approx(whole.value, rel=1e-10, abs=1e-14)
-
-
-def test_the_rows_above_are_of_mixed_lengths():
-    assert len(set(tokens_of(build_model("gpt2", layers=1), examples(6)).counts.tolist())) > 2

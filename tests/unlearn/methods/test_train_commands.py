@@ -22,9 +22,7 @@ import influence
 from analysis.cli import main as analysis
 from influence.run import Run
 from tests.conftest import rows
-from tests.influence.test_adapter import save
-from tests.influence.test_cli import write_rows
-from tests.influence.test_store import contents, untouched
+from tests.helpers import contents, save, untouched, write_rows
 from tests.unlearn.edits.test_edits import KEYS, LOSSES, PARTS, hashes
 from unlearn.cli import main
 from unlearn.methods import loop
@@ -689,15 +687,15 @@ def test_a_file_may_hold_dataclasses_and_postponed_annotations(train, tmp_path):
 
 
 def interrupted_after(monkeypatch, steps: int):
-    moved, seen = loop._moved, []
+    take_step, steps_begun = loop.take_step, []
 
     def stop(*arguments):
-        seen.append(1)
-        if len(seen) > steps:
+        steps_begun.append(1)
+        if len(steps_begun) > steps:
             raise KeyboardInterrupt
-        return moved(*arguments)
+        return take_step(*arguments)
 
-    monkeypatch.setattr(loop, "_moved", stop)
+    monkeypatch.setattr(loop, "take_step", stop)
 
 
 def test_an_interrupted_command_goes_on(train, run, tmp_path, monkeypatch):
@@ -897,7 +895,7 @@ def test_torchrun_gives_what_one_process_gives(made, tmp_path, dtype, how):
         torch.testing.assert_close(
             first[key], second[key], rtol=0, atol=1e-9 if dtype == "float64" else 1e-5
         )
-    assert Run.open(run, model=model).manifest["audit"]["entries"] == 2
+    assert Run.open(run, model=model).manifest.audit.entries == 2
     refused = subprocess.run(
         [
             *torchrun,
