@@ -22,5 +22,5 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """Work in row-gradients: a backward takes about two forwards, so a forward counts a third."""
+        """Work in row-gradients: a backward is about two forwards, so a forward is a third."""
         return self.gradients + self.forwards / 3

@@ -481,10 +481,11 @@ def loss_sum_gradient(
     token_budget: int,
     cost: Cost | None = None,
 ) -> tuple[Tensor, np.ndarray]:
-    """Gradient `[P]` of `sum_i weights_i l_i`, and the rows' mean losses `[n]`, where the model is now.
+    """Gradient `[P]` of `sum_i weights_i l_i`, and the rows' mean losses `[n]`.
 
-    `l_i` is the summed cross-entropy of row i in nats; `weights` [n] may be negative. The mean losses
-    are in nats per completion token. `cost` counts each row once, as forward and backward.
+    Both are taken where the model is now. `l_i` is the summed cross-entropy of row i in nats, and
+    `weights` [n] may be negative. The mean losses are in nats per completion token. `cost` counts
+    each row once, as forward and backward.
     """
     losses = np.zeros(len(tokens))
     unit = power_of_two_near(float(np.abs(weights).max()) if len(weights) else 1.0)
@@ -500,10 +501,10 @@ def loss_sum_gradient(
 
 
 def power_of_two_near(weight: float) -> float:
-    """The power of 2 at or below a weight; 1 for a weight of 0.
+    """The power of 2 at or below a weight, and 1 for a weight of 0.
 
-    It is taken out of the weights before a backward and multiplied in again afterwards, which changes
-    no digit: 16-bit bases cannot hold weights of 1 / N_tok.
+    It is taken out of the weights before a backward and multiplied in again afterwards, which
+    changes no digit: 16-bit bases cannot hold weights of 1 / N_tok.
     """
     return 2.0 ** np.floor(np.log2(weight)) if weight > 0 else 1.0
 

@@ -87,7 +87,7 @@ class TrainingRule(StoppingRule):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step of an edit, as `edit.json` lists it; losses are in nats per token.
+    """One step of an edit, as `edit.json` lists it, with losses in nats per token.
 
     Attributes
     ----------

@@ -1,21 +1,21 @@
 """Losses of a model that never saw some rows, on these rows, estimated without training one.
 
-A row that goes leaves behind what the retained rows teach about it. Influence tells how much that is.
-With `s_ij = g_i^T (C + lambda I)^-1 w_j g_j`, summed over the points of the run's path (each over its
-mean_i s_ii; the middle point alone where gradients are not stored), what row j teaches row i beyond
-the usual is `e_ij = max(0, s_ij - median_j s_ij)^POWER`, and
+A row that goes leaves behind what the retained rows teach about it. Influence tells how much that
+is. With `s_ij = g_i^T (C + lambda I)^-1 w_j g_j`, summed over the points of the run's path (each
+over its mean_i s_ii; the middle point alone where gradients are not stored), what row j teaches row
+i beyond the usual is `e_ij = max(0, s_ij - median_j s_ij)^POWER`, and
 
     expected_i = now_i + max(0, rho base_i - now_i) * sum_{j removed} e_ij / sum_j e_ij
 
-between the loss now (nothing about the row is lost) and `rho` times the base model's loss (all of it
-is). `rho` says how much worse than the base an adapter is at rows of its kind that it never saw,
+between the loss now (nothing about the row is lost) and `rho` times the base model's loss (all of
+it is). `rho` says how much worse than the base an adapter is at rows of its kind that it never saw,
 because it is surer of itself: measured where held-out rows are given, else `UNSEEN`.
 
 What such a model would say, token by token, is in `unlearn.unseen_outputs`.
 
-Where it fails (LOG.md, 2026-11-21, "What a model that never saw a row would lose on it"): single rows
-can be far off (2.28 expected, 1.16 measured), and rows that other phrasings teach completely are
-expected to be forgotten more than they are (the demo's triples, by 41 %).
+Where it fails (LOG.md, 2026-11-21, "What a model that never saw a row would lose on it"): single
+rows can be far off (2.28 expected, 1.16 measured), and rows that other phrasings teach completely
+are expected to be forgotten more than they are (the demo's triples, by 41 %).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from influence.cost import Cost
-from influence.curvature.base import Invertible
+from influence.curvature import PLAIN, Invertible
 from influence.loss import mean_losses
 from influence.measurements import SumLoss
 from influence.path import scaled
@@ -41,15 +41,16 @@ from unlearn.record.version import Version
 #: model that never saw a row would lose on it"; checked there on the demo, where it was not found).
 UNSEEN = 1.2
 
-#: Held-out rows that are enough to measure that ratio, and the largest one that is believed. Choices.
+#: Held-out rows that are enough to measure that ratio, and the largest one that is believed.
+#: Choices.
 ENOUGH, LARGEST = 8, 2.0
 
-#: Power of an excess influence: strong teachers count for more than many weak ones. Found on adapters
-#: of tofu-tiny retrained without some rows, not on the demo's (the same entry of LOG.md).
+#: Power of an excess influence: strong teachers count for more than many weak ones. Found on
+#: adapters of tofu-tiny retrained without some rows, checked on the demo's (the same entry).
 POWER = 1.25
 
-#: Bytes of solved gradients of S that are held, in the host's memory. Where S is larger, evenly spaced
-#: rows of it stand for all. A choice.
+#: Bytes of solved gradients of S that are held, in the host's memory. Where S is larger, evenly
+#: spaced rows of it stand for all. A choice.
 HELD_BYTES = 2 << 30
 
 #: Rows of S that are solved whatever they take. A choice.
@@ -69,7 +70,7 @@ def middle_point(run: Run) -> AtPoint:
 
 
 def scaled_to(version: Version, scale: float) -> Tensor:
-    """A version's parameters `[P]` with every B multiplied by `scale`; 0 is the base."""
+    """A version's parameters `[P]` with every B multiplied by `scale`, 0 being the base."""
     with version.model.at(version.theta):
         return scaled(version.model, scale)
 
@@ -124,9 +125,9 @@ def expected_losses(
     holdout, holdout_losses
         Held-out rows and their losses under the adapter, of which at least `ENOUGH` are needed.
     cost
-        Counts the gradients, at each point that is used, of S (twice), of the new contents and of at
-        most `CANDIDATES` retained rows (none of those whose gradients the run has stored), and the
-        forwards of S and the held-out rows under the base.
+        Counts the gradients, at each point that is used, of S (twice), of the new contents and of
+        at most `CANDIDATES` retained rows (none of those whose gradients the run has stored), and
+        the forwards of S and the held-out rows under the base.
     """
     version, model = change.version, change.version.model
     token_budget = version.run.manifest.token_budget
@@ -153,7 +154,7 @@ def removed_shares(change: Change, cost: Cost) -> np.ndarray:
     Rows of S beyond those whose solved gradients fit into `HELD_BYTES` get the mean of the others.
     """
     run, s = change.version.run, len(change.rows)
-    # Rows that earlier edits changed have no stored gradients, so the other points would cost a pass.
+    # Without stored gradients, or after edits that changed rows, every point costs gradients.
     all_points = run.gradients_stored and not change.version.changed
     points = run.points if all_points else [middle_point(run)]
     retained, ordinary = candidates(change)
@@ -182,8 +183,8 @@ def _influence(
 ) -> np.ndarray:
     """`g_i^T (C + lambda I)^-1 w_j g_j` at a point, `[solved, s + retained + new]`.
 
-    i runs over the positions `solved` in S, j over S, the `retained` rows and the new contents. Every
-    gradient is taken once, those of S twice; the solved ones wait in the host's memory.
+    i runs over the positions `solved` in S, j over S, the `retained` rows and the new contents.
+    Every gradient is taken once, those of S twice; the solved ones wait in the host's memory.
     """
     version, run = change.version, change.version.run
     s, k, r = len(change.rows), len(retained), len(change.new)
@@ -209,7 +210,7 @@ def _inverse(run: Run, point: AtPoint) -> tuple[Invertible, Tensor]:
     """The fit's own damped curvature at a point, or what stands in for one without an inverse."""
     operator = point.operator()
     if not isinstance(operator.curvature, Invertible):
-        operator = point.operator("identity")
+        operator = point.operator(PLAIN)
     assert isinstance(operator.curvature, Invertible)
     return operator.curvature, operator.lam
 
@@ -229,8 +230,8 @@ def _gradients(version: Version, point: AtPoint, rows: np.ndarray, cost: Cost) -
 def candidates(change: Change) -> tuple[np.ndarray, np.ndarray]:
     """Retained rows `[k]` that may teach what S taught, and which of them are ordinary, `[k]` bool.
 
-    All of them where there are at most `CANDIDATES`. Else one half are relatives (the rows of the same
-    groups, then those with the most similar text), and the other half are evenly spaced.
+    All of them where there are at most `CANDIDATES`. Else one half are relatives (the rows of the
+    same groups, then those with the most similar text), and the other half are evenly spaced.
     """
     retained = change.rest
     if len(retained) <= CANDIDATES:

@@ -1,6 +1,7 @@
-"""Outputs that a model which never saw some rows might give on them, between the base and the adapter.
+"""Outputs that a model which never saw some rows might give on them.
 
-With the logits `z` of both on a row's completion tokens,
+They lie between the base's and the adapter's. With the logits `z` of both on a row's completion
+tokens,
 
     log q_i = log softmax( (1 - a_i) z_base + a_i z_adapter )
 
@@ -30,8 +31,8 @@ from influence.tokens import TokenizedExamples
 from unlearn.record.version import Version
 from unlearn.unseen import scaled_to
 
-#: Bytes of outputs that are kept in the host's memory. Those beyond are computed again when they are
-#: asked for. A choice.
+#: Bytes of outputs that are kept in the host's memory. Those beyond are computed again when they
+#: are asked for. A choice.
 CACHE_BYTES = 4 << 30
 
 #: How far q may go beyond the base, away from the adapter, where the expected loss is above the
@@ -70,7 +71,10 @@ class ExpectedOutputs:
     bytes: int = 0
 
     def of(self, rows: np.ndarray) -> Tensor:
-        """`log q` of some rows, one after the other, `[N, V]`; the model is back where it was then."""
+        """`log q` of some rows, one after the other, `[N, V]`.
+
+        The model moves meanwhile, and is back where it was then.
+        """
         missing = [row for row in rows.tolist() if row not in self.cache]
         by_row = dict(self.cache)
         if missing:
@@ -82,7 +86,10 @@ class ExpectedOutputs:
         return torch.cat([by_row[row].to(self.version.model.device) for row in rows.tolist()])
 
     def full(self, more: int = 0) -> bool:
-        """Whether `more` bytes would be too many; processes of one machine share its memory."""
+        """Whether `more` bytes would be too many.
+
+        Processes of one machine share its memory.
+        """
         return self.bytes + more > CACHE_BYTES // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def _compute(self, rows: np.ndarray) -> list[Tensor]:
@@ -125,7 +132,7 @@ def _adapter_shares(
 def _logits(
     model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Supervised logits `[N, V]` (float32 at least), labels `[N]` and tokens a row, where the model is."""
+    """Supervised logits `[N, V]`, float32 at least, labels `[N]` and tokens a row."""
     batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
     with model.evaluating(), torch.no_grad():
         part = supervised_logits(model, batch)

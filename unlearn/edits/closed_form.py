@@ -4,11 +4,11 @@ Replacing the training rows S by S' moves the adapter by
 
     delta = (C' + lambda I)^-1 ( sum_S w grad l - sum_S' w grad l )
 
-with C' the curvature after the edit (`unlearn.edits.moved`) and the objective's weights w, whose N_tok
-is kept (`influence.scores` has the convention). `remove` (LLMEraser's *instance removal*; S' is
-empty), `relabel` (*response correction*: another completion) and `correct` (*query modification*:
-another prompt, completion, or both) are this one edit for different S' (Ding et al. 2024, arXiv
-2412.00383), and may be mixed.
+with C' the curvature after the edit (`unlearn.edits.moved`) and the objective's weights w, whose
+N_tok is kept (`influence.scores` has the convention). `remove` (LLMEraser's *instance removal*; S'
+is empty), `relabel` (*response correction*: another completion) and `correct` (*query
+modification*: another prompt, completion, or both) are this one edit for different S' (Ding et al.
+2024, arXiv 2412.00383), and may be mixed.
 
 * `steps=1`: delta as it stands, the linear answer. On an adapter that memorises it is of no use:
   forecast 0.94 nats, measured 7.02 (LOG.md, 2026-11-21, "Closed-form edits").
@@ -16,9 +16,9 @@ another prompt, completion, or both) are this one edit for different S' (Ding et
   rule holds.
 * `until="converged"`: the optimum of the edited proximal objective over all rows.
 
-`unlearn.edits.prepared` has the three ways. What an edit did is measured, not assumed: losses of the
-edited rows, of a sample of the retained ones and of held-out rows, before and after. An edit that
-raises the retained loss by more than `max_damage` is not saved without `force`.
+`unlearn.edits.prepared` has the three ways. What an edit did is measured, not assumed: losses of
+the edited rows, of a sample of the retained ones and of held-out rows, before and after. An edit
+that raises the retained loss by more than `max_damage` is not saved without `force`.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def relabel(
 ) -> Edit:
     """Give training rows another completion (LLMEraser's response correction).
 
-    `changes` is `{id: completion}`; `Options` says what the keywords from `steps` on mean, `edit` the
-    others.
+    `changes` is `{id: completion}`; `Options` says what the keywords from `steps` on mean, `edit`
+    the others.
     """
     options = Options(
         steps=steps,
@@ -190,8 +190,8 @@ def edit(
     Raises
     ------
     InputError
-        For unknown, repeated or removed ids, a change that changes nothing, nothing left to train on
-        (`unlearn.record.change`), or wrong options.
+        For unknown, repeated or removed ids, a change that changes nothing, nothing left to train
+        on (`unlearn.record.change`), or wrong options.
     NumericalError
         If a loss or step is NaN or infinite, or a linear solve does not reach its tolerance.
     """
@@ -230,8 +230,8 @@ def forecast(
 ) -> dict[str, Any]:
     """Forecast of what an edit would do and cost, before it is made.
 
-    Losses now, targets, the linear answer's effect, work and time; the keywords are those of `edit`.
-    It costs the changed rows' influence, one linear step and some forwards.
+    Losses now, targets, the linear answer's effect, work and time; the keywords are those of
+    `edit`. It costs the changed rows' influence, one linear step and some forwards.
     """
     options = Options(
         steps=steps,

@@ -1,7 +1,7 @@
-"""Goals of an edit: the loss that each changed row should reach, and the merit that is lowered for it.
+"""Goals of an edit: the loss that each changed row should reach, and the merit of getting there.
 
-`unlearn.edits.steps` has the formula of the merit M. Its gradient is taken by the logits, row by row
-of a batch, and sent back once: no autograd graph of the terms is built.
+`unlearn.edits.steps` has the formula of the merit M. Its gradient is taken by the logits, row by
+row of a batch, and sent back once: no autograd graph of the terms is built.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Goals:
     outputs: ExpectedOutputs | None = None
 
     def gaps(self, losses: np.ndarray) -> np.ndarray:
-        """How much is missing to each target, nats, `[m]`; 0 where it is reached."""
+        """How much is missing to each target, nats, `[m]`, and 0 where it is reached."""
         return np.maximum(0, _missing(losses, self.targets, self.rises))
 
     def reached(self, losses: np.ndarray) -> bool:
@@ -135,7 +135,7 @@ class Goals:
 
 
 def _missing(losses: np.ndarray, targets: np.ndarray, rises: np.ndarray) -> np.ndarray:
-    """How far each loss is from its target, nats; below 0 where it is beyond."""
+    """How far each loss is from its target, nats, and below 0 where it is beyond."""
     return np.where(rises, targets - losses, losses - targets)
 
 
@@ -146,9 +146,10 @@ def _hinge(x: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _divergence(log_q: Tensor, part: Supervised, of_removed: Tensor) -> np.ndarray:
-    """`KL(q || p)` summed over each row's tokens, `[b]`; 0 for rows that are not removed.
+    """`KL(q || p)` summed over each row's tokens, `[b]`.
 
-    `log_q` [R, V] holds the removed rows' tokens, at the positions `of_removed` [N] of the batch.
+    It is 0 for rows that are not removed. `log_q` [R, V] holds the removed rows' tokens, which are
+    those at the positions `of_removed` [N] of the batch.
     """
     log_p = torch.log_softmax(part.logits[of_removed].to(log_q), -1)
     by_token = torch.zeros(len(of_removed), dtype=log_q.dtype, device=log_q.device)

@@ -6,10 +6,10 @@ Read the adapter theta_0 as the optimum of the proximal objective
 
     F(theta) = grad J'(theta) - grad J(theta_0) + lambda (theta - theta_0) = 0
 
-and Newton's first step from theta_0 is the one-shot edit. Taken again with the curvature of each point
-it converges to what refitting that objective gives: exactly, not as a forecast. Every gradient is a
-pass over all rows, so this is for small runs, convex heads and checks. An adapter that memorises
-hardly feels this optimum move (`unlearn.edits.steps` is for those).
+and Newton's first step from theta_0 is the one-shot edit. Taken again with the curvature of each
+point it converges to what refitting that objective gives: exactly, not as a forecast. Every
+gradient is a pass over all rows, so this is for small runs, convex heads and checks. An adapter
+that memorises hardly feels this optimum move (`unlearn.edits.steps` is for those).
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
 * *one-shot*: the linear answer, taken where the run looked. At several points of the path it is the
   sum of what they say, with the factors of `influence.scores` (uncalibrated).
-* *re-linearised*: bounded steps with the gradient taken again after each (`unlearn.edits.steps`), the
-  curvature of the path's middle point kept.
+* *re-linearised*: bounded steps with the gradient taken again after each (`unlearn.edits.steps`),
+  the curvature of the path's middle point kept.
 * *converged*: the optimum of the edited proximal objective over all rows (`unlearn.edits.newton`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence.curvature.base import Damped
-from influence.curvature.ggn import GGNOperator
-from influence.curvature.hessian import HessianOperator
+from influence.curvature import Damped
 from influence.errors import InputError, NumericalError
 from influence.gradients import loss_sum_gradient
 from influence.rows import Examples
@@ -59,10 +57,10 @@ def prepare(
     start = version(run, options.start)
     change = plan(start, remove, relabel, correct)
     at = options.at
-    identity = (options.curvature or run.fitted_name) == "identity"
-    if at is None and not options.one_shot and not identity:
-        # Which point hardly matters (0.4, 0.6, 0.8 and all of them; LOG.md, 2026-11-21, "Closed-form
-        # edits"), and one costs one solve a step.
+    plain = run.is_plain(options.curvature)
+    if at is None and not options.one_shot and not plain:
+        # Which point hardly matters (0.4, 0.6, 0.8 and all of them; LOG.md, 2026-11-21,
+        # "Closed-form edits"), and one costs one solve a step.
         at = middle_point(run).place.label
     setting = Setting.of(run, options.curvature, options.damping, at, tuned=False, calibrated=False)
     prepared = PreparedEdit(
@@ -106,7 +104,7 @@ class PreparedEdit(Evidence):
     solving: float = 0.0
 
     def targets(self, expected: Expected, before: State) -> Targets:
-        """The losses to reach: `expected` for rows that go, the retained rows' mean for new contents."""
+        """The losses to reach: the expected ones, and for new contents the retained rows' mean."""
         change, rule = self.change, self.options.rule
         # Where every row is changed, none is retained: the changed rows' own mean stands in.
         usual = before.retained.loss if len(self.sample) else before.old.loss
@@ -158,9 +156,11 @@ class PreparedEdit(Evidence):
     # -- the three ways
 
     def one_shot(self) -> Ending:
-        """The linear answer, `sum_p factor_p (C'_p + lambda_p I)^-1 (sum_S w grad l - sum_S' w grad l)`.
+        """The linear answer, summed over the points p with their factors f:
 
-        Gradients and curvature are both taken at point p, with the version's own A and B there.
+            delta = sum_p f_p (C'_p + lambda_p I)^-1 ( sum_S w grad l - sum_S' w grad l )
+
+        Gradients and curvature are both taken at point p.
         """
         change, version = self.change, self.version
         tokens = concatenated(change.old, change.new)
@@ -233,10 +233,7 @@ class PreparedEdit(Evidence):
             return edited - held + lam * (theta - start)
 
         def solve(theta: Tensor, v: Tensor) -> Tensor:
-            at_theta = operator
-            if isinstance(operator.curvature, GGNOperator | HessianOperator):
-                objective = replace(operator.curvature.objective, theta=theta)
-                at_theta = Damped(replace(operator.curvature, objective=objective), operator.lam)
+            at_theta = Damped(operator.curvature.moved_to(theta), operator.lam)
             return self.solve(point, at_theta, v)
 
         end = optimum(residual, solve, start)

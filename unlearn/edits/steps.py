@@ -10,10 +10,11 @@ over removed rows i (q_i: what a model that never saw the row might say; `unlear
 and replaced contents j, with L the mean loss, t its target, T its tokens, and h(x) = 0 for x <= 0,
 x^2 / 2s up to s = t/2, then x - s/2: rows at their target are left alone. A step is
 
-    delta_k = length * d / |d|,    d = (C' + lambda I)^-1 ( -grad M / |grad M| - b grad R / |grad R| )
+    delta_k = length * d / |d|
+    d = (C' + lambda I)^-1 ( -grad M / |grad M| - b grad R / |grad R| )
 
-with R the mean loss of a fixed number of retained rows, drawn anew for each step. The preconditioner
-is kept from step to step. The length is limited twice:
+with R the mean loss of a fixed number of retained rows, drawn anew for each step. The
+preconditioner is kept from step to step. The length is limited twice:
 
 * by the linear forecast: a step promises at most `STRIDE` of what M was at first;
 * by a radius, which begins at 1.5 times the first step and then shrinks and grows with the measured
@@ -22,11 +23,12 @@ is kept from step to step. The length is limited twice:
 b is 1, doubles where the drawn rows have lost more than half of what `max_damage` allows, and is
 halved (at last 0) where the step would raise M.
 
-Two things differ from the plain `g_S(theta_k) - g_S'(theta_k) - [g_rest(theta_k) - g_rest(theta_0)]`,
-because of what was measured on tofu-tiny (LOG.md, 2026-11-21, "Closed-form edits"). Raising a removed
-row's loss by its own labels alone makes the adapter wrong in a way that no retrained one is: KL to
-it 3.5 nats, before the edit 2.9, towards q 1.7. And the normalised difference of both parts (NGDiff,
-Bu et al. 2024, arXiv 2410.22086) keeps the retained loss where a sum of weighted gradients does not.
+Two things differ from the plain `g_S(theta_k) - g_S'(theta_k) - [g_rest(theta_k) -
+g_rest(theta_0)]`, because of what was measured on tofu-tiny (LOG.md, 2026-11-21, "Closed-form
+edits"). Raising a removed row's loss by its own labels alone makes the adapter wrong in a way that
+no retrained one is: KL to it 3.5 nats, before the edit 2.9, towards q 1.7. And the normalised
+difference of both parts (NGDiff, Bu et al. 2024, arXiv 2410.22086) keeps the retained loss where a
+sum of weighted gradients does not.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ POOR, GOOD = 0.3, 0.8
 #: that was taken back. A choice.
 FIRST, SHRUNK, TAKEN_BACK = 1.5, 0.6, 0.4
 
-#: Factor by which the radius grows, and by which the retained part's weight falls back to 1. A choice.
+#: Factor by which the radius grows, and by which the retained part's weight falls. A choice.
 GROWTH = 1.5
 
 #: The most that the retained part's weight b may be. A choice.
@@ -98,9 +100,9 @@ class RetainedRows:
 
 @dataclass(frozen=True)
 class RetainedLoss:
-    """What a step saw of its drawn retained rows: mean `loss`, and `damage`, its relative rise so far.
+    """What a step saw of its drawn retained rows.
 
-    Both are None where no row was drawn.
+    Mean `loss`, and `damage`, its relative rise so far; both are None where no row was drawn.
     """
 
     loss: float | None = None
@@ -136,7 +138,7 @@ class TrustRegion:
         return min(self.radius, min(STRIDE * self.first, merit / 2) / slope)
 
     def judge(self, length: float, predicted: float, measured: float) -> None:
-        """Set the radius after a step of this length, from the predicted and the measured fall of M."""
+        """Set the radius after a step of this length, by M's predicted and measured fall."""
         if not measured > 0:
             self.radius = TAKEN_BACK * length
         elif measured < POOR * predicted:
@@ -162,8 +164,8 @@ def walk(
 ) -> Ending:
     """Take steps from `theta` [P] until the rule holds, or at most `steps` of them.
 
-    `precondition` is `(C' + lambda I)^-1` of a gradient `[P]`. Raises `NumericalError` where a loss or
-    a step is NaN or infinite.
+    `precondition` is `(C' + lambda I)^-1` of a gradient `[P]`. Raises `NumericalError` where a loss
+    or a step is NaN or infinite.
     """
     if len(goals.tokens) == 0:
         return Ending(
@@ -253,15 +255,15 @@ class _Walk:
     # -- one step, part by part
 
     def draw(self) -> np.ndarray:
-        """Draw this step's retained rows `[drawn]`, and measure the losses at the start of new ones."""
+        """Draw this step's retained rows `[drawn]`, and measure new ones at the start."""
         if self.retained.drawn == 0:
             return np.zeros(0, dtype=int)
         tokens = self.retained.tokens
         rows = self.rng.choice(len(tokens), self.retained.drawn, replace=False)
         new = rows[np.isnan(self.losses_before[rows])]
         if len(new):
-            # Only drawn rows are measured at the start: measuring all of them would cost a pass over
-            # the training rows before the first step.
+            # Only drawn rows are measured at the start: measuring all of them would cost a pass
+            # over the training rows before the first step.
             self.cost.forwards += len(new)
             with self.model.at(self.start):
                 self.losses_before[new] = mean_losses(
@@ -282,8 +284,8 @@ class _Walk:
             )
         before, loss = np.mean(self.losses_before[rows]), float(losses.mean())
         seen = RetainedLoss(loss, float((loss - before) / before))
-        # Both parts have length 1 before they are solved (NGDiff): so the retained rows weigh as much
-        # as the changed ones however small their gradient is.
+        # Both parts have length 1 before they are solved (NGDiff): so the retained rows weigh as
+        # much as the changed ones however small their gradient is.
         towards, held = self.precondition(downhill), self.precondition(_unit(gradient))
         for weight in (self.weight, self.weight / 2, self.weight / 4):
             # As much of the retained part as still goes downhill in M.
@@ -339,7 +341,7 @@ class _Walk:
 
 
 def _unit(v: Tensor) -> Tensor:
-    """`v / |v|`; zero stays zero."""
+    """`v / |v|`, where zero stays zero."""
     length = v.double().norm()
     if not bool(torch.isfinite(length)):
         raise NumericalError("a step is NaN or infinite: nothing is written. Raise the damping")

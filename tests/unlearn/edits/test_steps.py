@@ -1,0 +1,218 @@
+"""The walk of an edit: its stopping rules, its trust region, and the retained rows in its steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from influence.cost import Cost
+from influence.errors import NumericalError
+from influence.loss import mean_losses
+from tests.unlearn.edits.helpers import ANSWERS, edit_of
+from unlearn import stopping
+from unlearn.edits import steps
+from unlearn.edits.goals import Goals
+from unlearn.edits.steps import RetainedRows, TrustRegion, walk
+from unlearn.record.version import version
+from unlearn.stopping import EditRule
+
+# ---- stopping rules ------------------------------------------------------------------------------
+
+
+def test_steps_asked_for_are_steps_taken(run):
+    for count in (2, 3):
+        edit = edit_of(run, until=f"steps={count}", steps=40)
+        assert [step["step"] for step in edit.report["steps"]] == list(range(1, count + 1))
+        assert edit.report["stopped"] == f"{count} steps were taken, as asked"
+        assert edit.report["method"]["until"] == f"steps={count}"
+        assert edit.report["reached"]
+
+
+def test_a_move_of_the_asked_length_has_exactly_that_length(run):
+    for length in (0.01, 0.3):
+        edit = edit_of(run, until=f"norm={length}", steps=40)
+        assert float(edit.delta.double().norm()) == pytest.approx(length, rel=1e-5)
+        assert edit.report["reached"]
+        assert f"the move has the length {length:g}" in edit.report["stopped"]
+
+
+def test_a_loss_asked_for_is_reached_and_measured_afterwards(run):
+    ids = ["r0-0", "r0-3"]
+    start = edit_of(run, until="steps=1", steps=40).report["losses"]["edited"]["before"]
+    edit = edit_of(run, remove=ids, until=f"loss={start + 0.3}", steps=60)
+    losses = edit.report["losses"]["edited"]
+    assert edit.report["reached"]
+    assert losses["target"] == pytest.approx(start + 0.3)
+    assert losses["after"] > start + 0.3 - 1.01 * stopping.NEAR * (start + 0.3)
+    with run.model.at(edit.theta):
+        tokens = run.tokens.select([run.train.index(id) for id in ids])
+        measured = mean_losses(run.model, tokens)
+    assert losses["after"] == pytest.approx(measured.mean(), rel=1e-6)
+    by_row = [row["after"] for row in edit.report["rows"]]
+    assert by_row == pytest.approx(measured.tolist(), rel=1e-6)
+
+
+def test_expected_edits_end_at_their_goals_or_say_that_they_did_not(run):
+    edit = edit_of(run, relabel=ANSWERS, remove=["r0-1"], steps=40)
+    text = edit.report["stopped"]
+    assert edit.report["reached"] == ("rose to" in text or "at its goal already" in text)
+    assert edit.report["kind"] == "mixed"
+    for row in edit.report["rows"]:
+        assert ("old_after" in row) == (row["action"] != "remove")
+    short = edit_of(run, remove=["r0-1"], until="loss=30", steps=2)
+    assert not short.report["reached"]
+    assert short.report["stopped"] == "2 steps were not enough: raise --steps"
+
+
+# ---- the trust region ----------------------------------------------------------------------------
+
+
+def one_goal(run):
+    """The first row, which should rise by 1; two retained rows, of which no step draws one."""
+    start = version(run)
+    tokens = start.tokens.select([0])
+    target = mean_losses(run.model, tokens) + 1
+    goals = Goals(tokens, target, np.array([True]), np.array([False]))
+    return start, goals, RetainedRows(start.tokens.select([1, 2]), 0, 0, 0.1)
+
+
+def test_steps_that_raise_m_are_taken_back(run):
+    """A direction nearly across the gradient makes the forecast step far too long."""
+    start, goals, retained = one_goal(run)
+    across = torch.randn(start.theta.shape, generator=torch.Generator().manual_seed(0))
+
+    def precondition(v):
+        orthogonal = across - (across @ v) / (v @ v) * v
+        return orthogonal / orthogonal.norm() + 1e-6 * v / v.norm()
+
+    ending = walk(
+        run.model,
+        start.theta,
+        goals,
+        retained,
+        precondition,
+        until=EditRule("expected"),
+        steps=40,
+        token_budget=200,
+        cost=Cost(),
+    )
+    assert torch.equal(ending.theta, start.theta)
+    assert not ending.reached
+    assert [step.accepted for step in ending.steps] == [False] * steps.RETRIES
+    assert all(step.measured <= 0 for step in ending.steps)
+    lengths = [step.length for step in ending.steps]
+    np.testing.assert_allclose(np.array(lengths[1:]) / lengths[:-1], 0.4, rtol=1e-6)
+    assert ending.stopped == "6 steps in a row made things worse and were taken back"
+
+
+def test_accepted_steps_lower_m_and_stay_in_their_radius(run):
+    start, goals, retained = one_goal(run)
+    ending = walk(
+        run.model,
+        start.theta,
+        goals,
+        retained,
+        lambda v: v,
+        until=EditRule(),
+        steps=60,
+        token_budget=200,
+        cost=Cost(),
+    )
+    assert ending.reached
+    assert all(
+        step.radius is None or step.length <= step.radius * (1 + 1e-9) for step in ending.steps
+    )
+    merits = []
+    for theta in (start.theta, ending.theta):
+        with run.model.at(theta):
+            merits.append(goals.merit(run.model, token_budget=200, cost=Cost()).value)
+    fallen = sum(step.measured for step in ending.steps if step.accepted)
+    assert merits[0] - merits[1] == pytest.approx(fallen, rel=1e-4)
+    assert all(step.measured > 0 for step in ending.steps if step.accepted)
+    assert all(step.predicted <= steps.STRIDE * merits[0] * (1 + 1e-6) for step in ending.steps)
+
+
+def test_a_step_promises_a_tenth_of_m_and_at_most_half_of_what_is_left():
+    region = TrustRegion(first=2.0)
+    assert region.length(merit=2.0, slope=0.5) == pytest.approx(0.2 / 0.5)
+    assert region.length(merit=0.1, slope=0.5) == pytest.approx(0.05 / 0.5)
+    region.radius = 0.01
+    assert region.length(merit=2.0, slope=0.5) == 0.01
+
+
+@pytest.mark.parametrize(
+    ("radius", "length", "measured", "after"),
+    [
+        (float("inf"), 2.0, 1.0, 3.0),  # the first step: 1.5 times its length
+        (float("inf"), 2.0, 0.2, 1.2),  # a poor first one: 0.6 times its length
+        (2.0, 2.0, 0.9, 3.0),  # good, and held back by the radius
+        (2.0, 1.0, 0.9, 2.0),  # good, but held back by the forecast: says nothing about the radius
+        (2.0, 2.0, 0.5, 2.0),  # neither good nor poor
+        (2.0, 1.0, 0.29, 0.6),  # poor
+        (2.0, 1.0, 0.0, 0.4),  # M did not fall: taken back
+        (float("inf"), 1.0, -1.0, 0.4),
+    ],
+)
+def test_the_radius_follows_measured_over_predicted(radius, length, measured, after):
+    region = TrustRegion(first=1.0, radius=radius)
+    region.judge(length, predicted=1.0, measured=measured)
+    assert region.radius == pytest.approx(after)
+    assert region.known_radius == region.radius
+
+
+def test_before_the_first_step_no_radius_is_known():
+    assert TrustRegion(first=1.0).known_radius is None
+
+
+# ---- retained rows -------------------------------------------------------------------------------
+
+
+def test_the_steps_of_a_record_have_the_retained_loss(run):
+    assert all("retained" in step for step in edit_of(run).report["steps"])
+
+
+def test_without_rest_only_the_changed_rows_are_run(run):
+    alone = edit_of(run, rest=0, until="steps=3", steps=40)
+    assert all(step["damage"] is None for step in alone.report["steps"])
+    more = edit_of(run, rest=4, until="steps=3", steps=40)
+    assert all(step["damage"] is not None for step in more.report["steps"])
+    assert more.report["cost"]["row_gradients"] == alone.report["cost"]["row_gradients"] + 3 * 4
+
+
+def test_the_damage_of_a_step_is_the_rise_of_the_drawn_rows_since_the_start(run):
+    """Of all retained rows, so that the draw does not matter."""
+    start, goals, _ = one_goal(run)
+    tokens = start.tokens.select([1, 2])
+    ending = walk(
+        run.model,
+        start.theta,
+        goals,
+        RetainedRows(tokens, 2, 0, 1.0),
+        lambda v: v,
+        until=EditRule("steps", 3),
+        steps=3,
+        token_budget=200,
+        cost=Cost(),
+    )
+    before = mean_losses(run.model, tokens).mean()
+    assert ending.steps[0].damage == pytest.approx(0, abs=1e-6)
+    for step in ending.steps:
+        assert step.damage == pytest.approx((step.retained - before) / before, abs=1e-6)
+    assert ending.steps[-1].retained != pytest.approx(before, rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_is_refused(run):
+    start, goals, retained = one_goal(run)
+    with pytest.raises(NumericalError, match="a step is NaN or infinite: nothing is written"):
+        walk(
+            run.model,
+            start.theta,
+            goals,
+            retained,
+            lambda v: v * torch.nan,
+            until=EditRule(),
+            steps=3,
+            token_budget=200,
+            cost=Cost(),
+        )
