@@ -178,7 +178,7 @@ class SGD(Optimizer):
         """`h - rise / mean(lr |g|^2)`, the logarithmic mean between the stride's ends.
 
         Where the gradient grows, a flow of the same length is faster than the stride: it takes
-        `dt = dl / |g|^2`, and `ln |g|^2` taken to be linear in l gives the logarithmic mean.
+        `dt = dl / |g|^2`, and `|g|^2` taken to be linear in l gives the logarithmic mean.
         """
         ratio = last / first
         ratio = np.where(np.abs(ratio - 1) > 1e-6, ratio, 1.0 + 1e-6)  # ln 1 = 0 would divide

@@ -1,4 +1,4 @@
-"""`unlearn difficulty`, as a person calls it: the table's columns, what is measured beside it, what is refused."""
+"""`unlearn difficulty`, as a person calls it: its table, what is measured, what is refused."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import pytest
 import influence
 import unlearn
 from tests.conftest import rows
-from tests.influence.test_adapter import save
-from tests.influence.test_cli import write_rows
-from tests.influence.test_store import contents, untouched
+from tests.helpers import contents, save, untouched, write_rows
 from unlearn.cli import main
+from unlearn.difficulty import read_measured
 from unlearn.difficulty.forecast import COLUMNS
-from unlearn.difficulty.measured import read_measured
 from unlearn.retraining.recipe import Recipe
 
 #: Enough for a calibration; two groups, and rows without one.
@@ -74,17 +72,15 @@ def test_measured_rows_stand_beside_their_forecast_and_decide(call, tmp_path):
     done = call("--ids", "r0-3,r0-5,r0-21", "--measure", "--json", out="t.parquet")
     assert done.status == 0, done.err
     assert json.loads(done.out)["rows"] == 3
-    table, found = (
-        pd.read_parquet(tmp_path / "t.parquet"),
-        read_measured(tmp_path / "t.difficulty.h5"),
-    )
+    table = pd.read_parquet(tmp_path / "t.parquet")
+    measured = read_measured(tmp_path / "t.difficulty.h5")
     assert tuple(table.columns[: len(COLUMNS) + 2]) == (
         *COLUMNS,
         "measured_steps",
         "measured_damage",
     )
-    np.testing.assert_array_equal(table["measured_steps"], found.steps)
-    np.testing.assert_array_equal(table["measured_damage"], found.damage)
+    np.testing.assert_array_equal(table["measured_steps"], measured.steps)
+    np.testing.assert_array_equal(table["measured_damage"], measured.damage)
     allowed = 0.01 * json.loads(done.out)["retained_loss"]
     for row in table.itertuples():
         if 0 < row.measured_steps < np.inf:
@@ -95,7 +91,8 @@ def test_a_second_call_measures_nothing_again(call, tmp_path, monkeypatch):
     assert call("--ids", "r0-3,r0-5", "--measure").status == 0
     first = (tmp_path / "t.csv").read_bytes()
     monkeypatch.setattr(
-        "unlearn.difficulty.measured._climb", lambda *_: pytest.fail("a row was unlearned again")
+        "unlearn.difficulty.measured.climb_units",
+        lambda *_: pytest.fail("a row was unlearned again"),
     )
     assert call("--ids", "r0-3,r0-5", "--measure", "--overwrite").status == 0
     assert (tmp_path / "t.csv").read_bytes() == first
@@ -103,9 +100,7 @@ def test_a_second_call_measures_nothing_again(call, tmp_path, monkeypatch):
 
 def test_calibrated_rows_say_what_was_measured_and_how_good_it_is(call, tmp_path):
     done = call("--calibrate", "22")
-    if (
-        done.status
-    ):  # too few of the drawn rows reached their targets in this tiny world: said, not guessed
+    if done.status:  # too few of the drawn rows reached their targets in this tiny world: said
         assert "a calibration needs at least" in done.err
         done = call("--calibrate", "26", "--steps", "400", "--overwrite")
     assert done.status == 0, done.err
@@ -140,7 +135,7 @@ def test_groups_are_whole_and_rows_without_one_are_units(call, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(call, run, tmp_path, arguments, said):
-    arguments = [run.parent / "unseen.jsonl" if one == "HELD" else one for one in arguments]
+    arguments = [run.parent / "unseen.jsonl" if word == "HELD" else word for word in arguments]
     done = call(*arguments)
     assert done.status == 2
     assert said in done.err
@@ -152,9 +147,8 @@ def test_nothing_that_is_there_is_lost(call, tmp_path):
         (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
     assert call("--ids", "r0-1").status == 2
-    assert (
-        call("--ids", "r0-1", "--measure", "--overwrite").status != 0
-    )  # the measurements' place is taken by something else
+    # the measurements' place is taken by something else
+    assert call("--ids", "r0-1", "--measure", "--overwrite").status != 0
     assert contents(tmp_path) == before
     (tmp_path / "folder.csv").mkdir()
     assert call("--overwrite", out="folder.csv").status == 2

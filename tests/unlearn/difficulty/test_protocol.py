@@ -1,0 +1,52 @@
+"""What a protocol may be, and how a file keeps it."""
+
+from __future__ import annotations
+
+import pytest
+
+from influence.errors import InputError
+from unlearn.difficulty.optimizers import SGD, Adam
+from unlearn.difficulty.protocol import Protocol
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"optimizer": "adamw"}, "optimizer 'adamw' was given; expected adam or sgd"),
+        ({"optimizer": Adam}, "was given; expected adam or sgd"),
+        ({"lr": 0.0}, "lr 0.0 was given; expected a number above 0"),
+        ({"lr": float("nan")}, "lr nan was given"),
+        ({"lr": float("inf")}, "lr inf was given"),
+        ({"target": "zero"}, "target 'zero' was given; expected base or unseen"),
+        ({"steps": 0}, "steps 0 was given; expected a whole number of at least 1"),
+        ({"steps": True}, "steps True was given"),
+        ({"steps": 2.0}, "steps 2.0 was given"),
+    ],
+)
+def test_wrong_protocols_are_refused(given, sentence):
+    with pytest.raises(InputError, match=sentence.replace(".", r"\.")):
+        Protocol(**given)
+
+
+def test_the_record_says_the_rate_that_is_used():
+    assert Protocol().record() == {"optimizer": "adam", "lr": 1e-4, "target": "base", "steps": 200}
+    assert Protocol("sgd").record()["lr"] == 5e-3
+    assert Protocol("sgd", 0.5, "unseen", 7).record() == {
+        "optimizer": "sgd",
+        "lr": 0.5,
+        "target": "unseen",
+        "steps": 7,
+    }
+
+
+def test_an_optimizer_is_given_by_name_or_as_a_value():
+    assert Protocol("sgd", steps=3).record() == Protocol(SGD(), steps=3).record()
+    assert Protocol(Adam()).rule == Protocol("adam").rule == Adam()
+    assert Protocol(Adam()).rate == 1e-4
+
+
+def test_the_record_tells_optimizers_of_one_name_apart():
+    """Measurements are resumed by what the record says."""
+    other = Protocol(Adam(betas=(0.5, 0.9), eps=1e-6)).record()
+    assert other["optimizer"] == "adam(betas=(0.5, 0.9), eps=1e-06)"
+    assert Protocol(Adam(eps=1e-8)).record()["optimizer"] == "adam"
