@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from analysis.evaluation.evaluation import evaluate
     from analysis.metrics.lds import lds
     from analysis.report.agreement import agreement
+    from analysis.studies.memorization import memorization
     from analysis.studies.ood import study
 
 _HOMES = {
     "evaluation.evaluation": ("evaluate",),
     "metrics.lds": ("lds",),
     "report.agreement": ("agreement",),
+    "studies.memorization": ("memorization",),
     "studies.ood": ("study",),
 }
 
@@ -22,6 +24,7 @@ __all__ = [
     "agreement",
     "evaluate",
     "lds",
+    "memorization",
     "metrics",
     "study",
 ]

@@ -1,7 +1,7 @@
 """Pictures of results: each function takes one result and writes one PNG or SVG file.
 
-matplotlib is imported when a picture is drawn, and only its `Figure` is used, never pyplot: no window, no
-display, and no state that outlives the call.
+matplotlib is imported when a picture is drawn, and only its `Figure` is used, never pyplot: no
+window, no display, and no state that outlives the call.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import numpy as np
 from analysis.metrics.lds import LDS
 from influence.errors import InputError
 
-_INK, _MUTED, _GRID = "#1f2933", "#5f6b7a", "#e3e7ec"
-_POSITIVE, _NEGATIVE = "#0b6e99", "#c8553d"
-_STYLE: dict[Any, Any] = {
+#: Colours of text and axes, of what matters less, and of grids.
+INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#e3e7ec"
+#: Colours of values above and below zero, which the colour-blind can tell apart.
+POSITIVE, NEGATIVE = "#0b6e99", "#c8553d"
+#: Settings of matplotlib under which every picture is drawn.
+STYLE: dict[Any, Any] = {
     "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _MUTED,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.fonttype": "none",  # text stays text: searchable, and the same bytes on every machine
@@ -32,7 +35,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Draw the Spearman correlation of every query, sorted, with their mean and its bootstrap interval.
+    """Draw the Spearman correlation of every query, sorted, with mean and bootstrap interval.
 
     Parameters
     ----------
@@ -51,15 +54,16 @@ def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = Fal
     Raises
     ------
     InputError
-        If the suffix is another, the file exists, no query has a defined correlation, or matplotlib is
-        missing.
+        If the suffix is another, the file exists, no query has a defined correlation, or matplotlib
+        is missing.
     """
     path = _target(path, overwrite)
     rho = np.sort(result.per_query[~np.isnan(result.per_query)])[::-1]
     if not rho.size:
         raise InputError(
-            f"None of the {result.queries} queries has a defined correlation, so there is nothing to draw; "
-            "expected losses and predictions that differ between subsets: check scores and truth file."
+            f"None of the {result.queries} queries has a defined correlation, so there is nothing "
+            "to draw; expected losses and predictions that differ between subsets: check scores "
+            "and truth file."
         )
     try:
         import matplotlib  # pyright: ignore[reportMissingImports]
@@ -67,28 +71,29 @@ def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = Fal
         from matplotlib.ticker import MaxNLocator  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
-            "A picture was asked for and matplotlib, which draws it, is not installed: "
-            "pip install matplotlib, or work with the numbers."
+            "A picture was asked for and matplotlib, which draws it, is not installed: pip install "
+            "matplotlib, or work with the numbers."
         ) from error
 
     interval = result.interval
     rank = np.arange(1, len(rho) + 1)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.add_subplot()
-        axes.grid(axis="y", color=_GRID)
+        axes.grid(axis="y", color=GRID)
         axes.set_axisbelow(True)
-        axes.axhline(0, color=_MUTED, linewidth=0.8)
+        axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.axhspan(
             interval.low,
             interval.high,
-            color=_POSITIVE,
+            color=POSITIVE,
             alpha=0.15,
             linewidth=0,
-            label=f"{100 * interval.level:g} % bootstrap interval [{interval.low:.2f}, {interval.high:.2f}]",
+            label=f"{100 * interval.level:g} % bootstrap interval "
+            f"[{interval.low:.2f}, {interval.high:.2f}]",
         )
-        axes.axhline(result.mean, color=_POSITIVE, linewidth=1.5, label=f"mean {result.mean:.3f}")
-        colors = [_POSITIVE if value >= 0 else _NEGATIVE for value in rho]
+        axes.axhline(result.mean, color=POSITIVE, linewidth=1.5, label=f"mean {result.mean:.3f}")
+        colors = [POSITIVE if value >= 0 else NEGATIVE for value in rho]
         if len(rho) <= 150:  # more stems than that run together
             axes.vlines(rank, 0, rho, colors=colors, linewidth=1.2, alpha=0.5)
         axes.scatter(rank, rho, s=min(28.0, max(4.0, 1500 / len(rho))), c=colors, zorder=3)
@@ -102,7 +107,7 @@ def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = Fal
             fontweight="bold",
             fontsize=12,
             pad=22,
-            color=_INK,
+            color=INK,
         )
         left_out = f" ({result.undefined} undefined, left out)" if result.undefined else ""
         axes.set_xlabel(f"query, sorted by its correlation{left_out}")
@@ -111,7 +116,7 @@ def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = Fal
             1.03,
             f"{result.queries} queries, {result.subsets} retrained subsets",
             transform=axes.transAxes,
-            color=_MUTED,
+            color=MUTED,
         )
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
         _save(figure, path)
@@ -122,7 +127,8 @@ def _target(path: str | os.PathLike[str], overwrite: bool) -> Path:
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg"):
         raise InputError(
-            f"A picture was asked for as {path}; expected a name that ends in .png or .svg: rename it."
+            f"A picture was asked for as {path}; expected a name that ends in .png or .svg: rename "
+            "it."
         )
     if path.exists() and not overwrite:
         raise InputError(

@@ -48,17 +48,16 @@ def bootstrap_interval(
 ) -> Interval:
     """Give the percentile bootstrap interval of a statistic of n exchangeable units.
 
-    A resample is n indices drawn with replacement from `0 ... n - 1`; the ends are the
-    `(1 - level) / 2` and `(1 + level) / 2` quantiles of the statistic over the resamples
-    (Efron and Tibshirani 1993, chapter 13). The same n, resamples and seed draw the same indices, so
-    intervals of several statistics are made on the same resamples. With few units the interval is somewhat
-    too short.
+    A resample is n indices drawn with replacement from `0 ... n - 1`; the ends are the `(1 - level)
+    / 2` and `(1 + level) / 2` quantiles of the statistic over the resamples (Efron and Tibshirani
+    1993, chapter 13). The same n, resamples and seed draw the same indices, so intervals of several
+    statistics are made on the same resamples. With few units the interval is somewhat too short.
 
     Parameters
     ----------
     statistic : callable
-        Takes the indices, an integer array [n], and returns one number. NaN says that the statistic is
-        undefined on that resample; it is counted and left out.
+        Takes the indices, an integer array [n], and returns one number. NaN says that the statistic
+        is undefined on that resample; it is counted and left out.
     n : int
         Number of units that were sampled independently.
     resamples : int
@@ -75,13 +74,13 @@ def bootstrap_interval(
     """
     if n < 1 or resamples < 1:
         raise InputError(
-            f"A bootstrap was asked for with n = {n} units and {resamples} resamples; expected at least one "
-            "of each: give it data and a positive number of resamples."
+            f"A bootstrap was asked for with n = {n} units and {resamples} resamples; expected at "
+            "least one of each: give it data and a positive number of resamples."
         )
     if not 0 < level < 1:
         raise InputError(
-            f"A bootstrap was asked for at level {level}; expected a number strictly between 0 and 1: "
-            "write 95 % as 0.95."
+            f"A bootstrap was asked for at level {level}; expected a number strictly between 0 and "
+            "1: write 95 % as 0.95."
         )
     rng = np.random.default_rng(seed)
     values = np.array(
@@ -97,13 +96,14 @@ def bootstrap_interval(
 def spearman(x: ArrayLike, y: ArrayLike, axis: int = -1) -> NDArray[np.float64]:
     """Spearman rank correlation along one axis, for all other axes at once.
 
-    `rho = sum_s a_s b_s / sqrt(sum_s a_s^2  sum_s b_s^2)` where a and b are the ranks of x and y along the
-    axis, ties sharing their average rank, less the mean rank (m + 1) / 2.
+    `rho = sum_s a_s b_s / sqrt(sum_s a_s^2 * sum_s b_s^2)` where a and b are the ranks of x and y
+    along the axis, ties sharing their average rank, less the mean rank (m + 1) / 2.
 
     Parameters
     ----------
     x, y : array_like [..., m, ...]
-        Equally long along `axis`; the other axes broadcast (after `axis` has been moved to the end).
+        Equally long along `axis`; the other axes broadcast (after `axis` has been moved to the
+        end).
     axis : int
         The axis that is ranked.
 
@@ -125,7 +125,8 @@ def spearman(x: ArrayLike, y: ArrayLike, axis: int = -1) -> NDArray[np.float64]:
             f"spearman was given {m} and {y.shape[-1]} values along axis {axis}; expected pairs: "
             "pass two arrays that are equally long along that axis."
         )
-    # Ranks and their mean are multiples of one half, so the sums are exact: a constant side gives exactly 0.
+    # Ranks and their mean are multiples of one half, so the sums are exact: a constant side gives
+    # exactly 0.
     a = rankdata(x, axis=-1) - (m + 1) / 2
     b = rankdata(y, axis=-1) - (m + 1) / 2
     product = np.asarray((a * b).sum(axis=-1))

@@ -1,18 +1,19 @@
-"""Which curvature, damping, geometry and points of the path: a table, and the choice kept in the run's manifest.
+"""Choice of curvature, damping, geometry and points of the path, kept in the run's manifest.
 
 Three ways to judge a setting, from the best to the cheapest:
 
-* *retraining*: the linear datamodeling score against losses of adapters retrained on random subsets. The subsets are
-  split in two halves: the setting is chosen on one and its score reported on the other.
-* *measured edits*: some training rows are taken out of the adapter by the setting's own edit, a little of each, and the
-  loss of these and of other rows is measured by forward passes: how much the edited row's loss
-  rises against how much all others move (*selectivity*).
-* *concentration*: the share of its sum of absolute scores that a row's strongest score has, mean over probe rows. What is
-  mere noise spreads over all rows alike.
+* *retraining*: the linear datamodeling score against losses of adapters retrained on random
+  subsets. The subsets are split in two halves: the setting is chosen on one and its score reported
+  on the other.
+* *measured edits*: some training rows are taken out of the adapter by the setting's own edit, a
+  little of each, and the loss of these and of other rows is measured by forward passes: how much
+  the edited row's loss rises against how much all others move (*selectivity*).
+* *concentration*: the share of its sum of absolute scores that a row's strongest score has, mean
+  over probe rows. What is mere noise spreads over all rows alike.
 
 Either of the two alone is misled: selectivity, which is measured at the adapter, favours points
 near it; concentration favours points near the base. Without retraining the setting with the best
-sum of both ranks is chosen, a rule found on two models and tried on a third (benchmarks/README.md).
+sum of both ranks is chosen, a rule found on two models and tried on a third (benchmarks/defaults.py, LOG.md, 2026-11-21).
 
 One set of stored gradients serves every curvature, damping and point of a run. Another geometry or
 path needs factors of its own: those are fitted below the run, in `tune/`, and said so.
@@ -32,7 +33,7 @@ from analysis.metrics.lds import LDS, Truth, lds
 from analysis.stats import spearman
 from analysis.truth import check_belongs
 from influence.calibration import EDITED_ROWS, Edits, measured_edits, record, some_rows
-from influence.curvature.base import Damped, Invertible
+from influence.curvature import EXACT, Damped, Invertible
 from influence.errors import InputError, MismatchError, NumericalError
 from influence.fitting import fit
 from influence.geometry import GEOMETRIES
@@ -49,18 +50,19 @@ from influence.solvers import CG
 from influence.solvers.named import COPIES
 from influence.tokens import TokenizedExamples, tokenize
 
+#: The dampings that are swept unless told otherwise.
 DAMPINGS = ("mean:1", "mean:0.1", "mean:0.01", "mean:0.001")
-#: Fewer retrained adapters than this are warned of.
+#: Fewer retrained adapters than this are warned of: a choice.
 FEW = 20
-#: Residual to which the exact GGN is solved where a setting is compared with it.
+#: Residual to which the exact GGN is solved where a setting is compared with it: a choice.
 EXACT_TOLERANCE = 1e-2
-#: Rows whose losses are measured beside the edited ones, at most.
+#: Rows whose losses are measured beside the edited ones, at most: a choice.
 PROBES = 32
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One setting of the grid with what was found of it; `lds` where it was judged by retraining.
+    """One setting of the grid with what was found of it. `lds` where it was judged by retraining.
 
     `run` is the folder of its factors below the run, None for the run's own. `agreement` is
     Spearman's rho of predicted and measured changes of the rows that were not edited; `selectivity`
@@ -87,7 +89,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The table, best first, the setting that was chosen, and, with a truth, its LDS on the half not chosen on.
+    """The table, best first, and the setting that was chosen.
 
     `exact`, where it was asked for: Spearman's rho, mean over some probe rows, of the chosen
     setting's scores with those of the exact GGN at the same points and lambda, solved by
@@ -140,24 +142,24 @@ def tune(
     """
     if (truth is None) != (queries is None):
         raise InputError("give the truth and the queries it was measured on together, or neither")
-    if run.fitted_name in ("ggn", "hessian"):
+    if not isinstance(run.curvature(), Invertible):
         raise InputError(
-            f"tune sweeps closed-form curvatures and this run was fitted with "
-            f"{run.fitted_name!r}: fit one with ekfac"
+            f"tune sweeps closed-form curvatures and this run was fitted with {run.fitted_name!r}: "
+            "fit one with ekfac"
         )
     if truth is not None and queries is not None:
         shape = (len(queries), len(run.train))
         if (truth.query_loss.shape[1], truth.masks.shape[1]) != shape:
             raise InputError(
                 f"the truth is of {truth.query_loss.shape[1]} queries and {truth.masks.shape[1]} "
-                f"rows; the queries and the "
-                f"run have {shape[0]} and {shape[1]}: give the files that belong together"
+                f"rows; the queries and the run have {shape[0]} and {shape[1]}: give the files "
+                "that belong together"
             )
         check_belongs(truth, queries.ids, run.train.ids, "the truth")
         if len(truth.masks) < FEW:
             say(
                 f"warning: {len(truth.masks)} retrained adapters order settings by chance; some "
-                f"dozens are needed"
+                "dozens are needed"
             )
     for geometry in geometries:
         if geometry not in GEOMETRIES:
@@ -172,50 +174,54 @@ def tune(
         None if queries is None else tokenize(queries, run.model.tokenizer, max_length=max_length)
     )
     judged = [
-        found
-        for folder, one in runs.items()
-        for found in _sweep(one, folder, curvatures, dampings, probes, rows)
+        row
+        for folder, holder in runs.items()
+        for row in _sweep(holder, folder, curvatures, dampings, probes, rows)
     ]
     if truth is not None:
-        found = _by_truth(run, runs, judged, truth, seed, keep)
+        tuning = _by_truth(run, runs, judged, truth, seed, keep)
     else:
-        found = _by_checks(run, runs, judged, probes, seed, keep)
-    if columns < 1 or found.chosen.curvature not in ("ekfac", "kfac"):
+        tuning = _by_checks(run, runs, judged, probes, seed, keep)
+    holder = runs[tuning.chosen.run]
+    exact_is_held = EXACT in holder.points[-1].held and not holder.is_plain(tuning.chosen.curvature)
+    if columns < 1 or not exact_is_held:
         if columns > 0:
             say(
-                f"note: {found.chosen.name} was chosen, which stands for no exact GGN: nothing to "
-                f"compare with"
+                f"note: {tuning.chosen.name} was chosen, which stands for no exact GGN: nothing to "
+                "compare with"
             )
-        return found
-    exact, residual = exact_agreement(runs[found.chosen.run], found.chosen, probes[:columns])
-    return replace(found, exact=exact, exact_residual=residual)
+        return tuning
+    exact, residual = exact_agreement(runs[tuning.chosen.run], tuning.chosen, probes[:columns])
+    return replace(tuning, exact=exact, exact_residual=residual)
 
 
-def _setting(run: Run, one: Judged) -> Setting:
+def _setting(run: Run, row: Judged) -> Setting:
     """The setting that a row of the table stands for."""
-    damping = None if one.damping == "none" else one.damping
-    return Setting.of(run, one.curvature, damping, one.at, tuned=False, calibrated=False)
+    damping = None if row.damping == "none" else row.damping
+    return Setting.of(run, row.curvature, damping, row.at, tuned=False, calibrated=False)
 
 
-def exact_agreement(run: Run, one: Judged, rows: np.ndarray) -> tuple[float, float]:
-    """Spearman's rho of a setting's scores with the exact GGN's, mean over some training rows as queries; the residual.
+def exact_agreement(run: Run, row: Judged, rows: np.ndarray) -> tuple[float, float]:
+    """Agreement of a setting's scores with those of the exact curvature, and the residual.
+
+    Spearman's rho, mean over some training rows as queries.
 
     The GGN has the setting's lambda, block by block, and is solved by CG preconditioned with the
     run's EK-FAC.
     """
-    setting = _setting(run, one)
+    setting = _setting(run, row)
     tokens, worst = run.tokens.select(rows), 0.0
     ours, exact = (np.zeros((len(rows), len(run.train))) for _ in range(2))
     for factor, (point, operator) in zip(setting.factors, setting.each(), strict=True):
-        asked = point.query_gradients(tokens, MeanLoss())
+        query_gradients = point.query_gradients(tokens, MeanLoss())
         curvature = operator.curvature
         assert isinstance(curvature, Invertible)
-        ggn = Damped(point.curvature("ggn"), operator.lam)
+        ggn = Damped(point.curvature(EXACT), operator.lam)
         solution = CG(tolerance=EXACT_TOLERANCE, preconditioner=operator, name="pcg").solve(
-            ggn, asked
+            ggn, query_gradients
         )
         worst = max(worst, float(solution.residuals.max()))
-        both = ((ours, curvature.solve(asked, operator.lam)), (exact, solution.values))
+        both = ((ours, curvature.solve(query_gradients, operator.lam)), (exact, solution.values))
         for indices, gradients in point.gradient_blocks():
             for values, solved in both:
                 products = (solved @ gradients.T).double().cpu().numpy()
@@ -226,9 +232,9 @@ def exact_agreement(run: Run, one: Judged, rows: np.ndarray) -> tuple[float, flo
 def _fitted_below(
     run: Run, geometries: Sequence[str], paths: Sequence[Sequence[float]]
 ) -> dict[str | None, Run]:
-    """Runs with other factors, fitted (or found) in `tune/`."""
-    own = [point.place for point in run.points]
-    scales = tuple(place.scale for place in own)
+    """Runs with other factors, fitted or found in `tune/`."""
+    places = [point.place for point in run.points]
+    scales = tuple(place.scale for place in places)
     wanted: dict[str, dict[str, Any]] = {}
     if scales == (1.0,) and not paths:
         paths = (DEFAULT_PATH,)
@@ -241,15 +247,15 @@ def _fitted_below(
             continue
         if None in scales:
             raise InputError(
-                "geometries can be swept along --path only, and this run looks at checkpoints: "
-                "fit one for each"
+                "geometries can be swept along --path only, and this run looks at checkpoints: fit "
+                "one for each"
             )
         wanted[f"geometry-{geometry}"] = {"path": scales, "geometry": geometry}
-    found: dict[str | None, Run] = {}
+    runs: dict[str | None, Run] = {}
     manifest = run.manifest
     for name, options in wanted.items():
         say(f"fitting {name} below {run.directory}, in tune/{name}")
-        found[f"tune/{name}"] = fit(
+        runs[f"tune/{name}"] = fit(
             run.model,
             run.train,
             directory=run.directory / "tune" / name,
@@ -264,7 +270,7 @@ def _fitted_below(
             optimizer=manifest.optimizer if options["geometry"] == "adam" else None,
             **options,
         )
-    return found
+    return runs
 
 
 def _sweep(
@@ -275,20 +281,18 @@ def _sweep(
     probes: np.ndarray,
     queries: TokenizedExamples | None,
 ) -> list[Judged]:
-    """Every setting of one run, with its scores of the queries and its concentration on the probe rows."""
+    """Every setting of one run, with its scores and its concentration on the probe rows."""
     if curvatures is None:
-        curvatures = (
-            ("ekfac", "kfac", "identity")
-            if run.fitted_name == "ekfac"
-            else (run.fitted_name, "identity")
-        )
+        curvatures = run.closed_forms
     grid = [
         (name, damping)
         for name in curvatures
-        for damping in (dampings if name != "identity" else (None,))
+        for damping in ((None,) if run.is_plain(name) else dampings)
     ]
-    own = [_scores(point, grid, run.tokens.select(probes)) for point in run.points]
-    wanted = [None if queries is None else _scores(point, grid, queries) for point in run.points]
+    of_probes = [_scores(point, grid, run.tokens.select(probes)) for point in run.points]
+    of_queries = [
+        None if queries is None else _scores(point, grid, queries) for point in run.points
+    ]
     labels = [point.place.label for point in run.points]
     judged = []
     for name, damping in grid:
@@ -307,7 +311,7 @@ def _sweep(
                     else np.tensordot(weights, [part[key] for part in parts], axes=1)
                 )
 
-            share = concentration(mixed(own), probes)
+            share = concentration(mixed(of_probes), probes)
             judged.append(
                 Judged(
                     folder,
@@ -316,7 +320,7 @@ def _sweep(
                     damping or "none",
                     at,
                     share,
-                    scores=mixed(wanted),
+                    scores=mixed(of_queries),
                 )
             )
     return judged
@@ -325,38 +329,38 @@ def _sweep(
 def _scores(
     point: AtPoint, grid: Sequence[tuple[str, str | None]], tokens: TokenizedExamples
 ) -> dict[tuple[str, str | None], np.ndarray]:
-    """Scores `[q, n]` at one point for every setting of the grid: one pass over the training gradients.
+    """Scores `[q, n]` at one point of every setting: one pass over the training gradients.
 
     All settings' solutions are held beside one another; queries that do not fit so are taken in
     chunks, a pass for each.
     """
     run, curvatures = point.run, {key: point.operator(*key) for key in grid}
-    found = {key: np.empty((len(tokens), len(run.train))) for key in grid}
+    scores = {key: np.empty((len(tokens), len(run.train))) for key in grid}
     chunks = -(-len(tokens) // queries_at_once(run, COPIES["direct"] + len(grid)))
     for rows in np.array_split(np.arange(len(tokens)), chunks):
-        asked, solved = point.query_gradients(tokens.select(rows), MeanLoss()), {}
+        query_gradients, solved = point.query_gradients(tokens.select(rows), MeanLoss()), {}
         for key, operator in curvatures.items():
             if not isinstance(operator.curvature, Invertible):
                 raise InputError(
                     f"tune sweeps closed-form curvatures; {key[0]} has no closed-form inverse: "
-                    f"leave it out"
+                    "leave it out"
                 )
-            solved[key] = operator.curvature.solve(asked, operator.lam)
+            solved[key] = operator.curvature.solve(query_gradients, operator.lam)
         for indices, gradients in point.gradient_blocks():
             for key, v in solved.items():
                 products = (v @ gradients.T).double().cpu().numpy()
-                found[key][np.ix_(rows, indices)] = products * run.weights[indices]
-    return found
+                scores[key][np.ix_(rows, indices)] = products * run.weights[indices]
+    return scores
 
 
-def concentration(scores: np.ndarray, own: np.ndarray) -> float:
-    """Mean over probe rows of the largest share that another training row has in the sum of absolute scores.
+def concentration(scores: np.ndarray, places: np.ndarray) -> float:
+    """Largest share of another training row in the sum of absolute scores, mean over probe rows.
 
-    `scores` [k, n]; `own` [k] are the probes' own positions, which are left out: every method finds
-    those.
+    `scores` [k, n]; `places` [k] are the probes' own positions, which are left out: every method
+    finds those.
     """
     size = np.abs(scores)
-    size[np.arange(len(own)), own] = 0
+    size[np.arange(len(places)), places] = 0
     return float((size.max(1) / np.maximum(size.sum(1), 1e-300)).mean())
 
 
@@ -372,11 +376,11 @@ def _by_truth(
     order = np.random.default_rng(seed).permutation(S)
     choose, report = order[: S // 2], order[S // 2 :]
     table = [
-        replace(one, lds=lds(one.scores, truth.masks[choose], truth.query_loss[choose], seed=seed))
-        for one in judged
-        if one.scores is not None
+        replace(row, lds=lds(row.scores, truth.masks[choose], truth.query_loss[choose], seed=seed))
+        for row in judged
+        if row.scores is not None
     ]
-    table.sort(key=lambda one: -(one.lds.mean if one.lds is not None else -np.inf))
+    table.sort(key=lambda row: -(row.lds.mean if row.lds is not None else -np.inf))
     best = table[0]
     assert best.scores is not None
     held_out = lds(best.scores, truth.masks[report], truth.query_loss[report], seed=seed)
@@ -394,7 +398,9 @@ def _by_truth(
 
 
 def retrained_factor(scores: np.ndarray, masks: np.ndarray, losses: np.ndarray) -> float:
-    """Measured over predicted changes of the queries' losses from subset to subset, least squares through the origin.
+    """Ratio of measured to predicted changes of the queries' losses from subset to subset.
+
+    By least squares through the origin.
 
     `scores` [Q, n], `masks` [S, n], `losses` [S, Q]; each query's mean over the subsets is taken
     out of both.
@@ -415,23 +421,23 @@ def _by_checks(
     """Choose without retraining."""
     rows = some_rows(run, EDITED_ROWS, seed)
     table = []
-    for one in track(judged, "settings, edits made and measured"):
+    for row in track(judged, "settings, edits made and measured"):
         try:
-            edits = measured_edits(_setting(runs[one.run], one), rows, probes)
+            edits = measured_edits(_setting(runs[row.run], row), rows, probes)
         except NumericalError as error:
-            say(f"note: {one.name} is left out, its edits could not be measured: {error}")
+            say(f"note: {row.name} is left out, its edits could not be measured: {error}")
             continue
         table.append(
             replace(
-                one, agreement=agreement(edits), selectivity=edits.selectivity, factor=edits.factor
+                row, agreement=agreement(edits), selectivity=edits.selectivity, factor=edits.factor
             )
         )
     if not table:
         raise NumericalError(
             "no setting's edits could be measured: run with --dtype float32 or float64"
         )
-    found = np.array([[one.concentration, one.selectivity or 0.0] for one in table])
-    ranks = rankdata(np.where(np.isfinite(found), found, -np.inf), axis=0).sum(1)
+    checks = np.array([[row.concentration, row.selectivity or 0.0] for row in table])
+    ranks = rankdata(np.where(np.isfinite(checks), checks, -np.inf), axis=0).sum(1)
     table = [table[number] for number in np.argsort(-ranks, kind="stable")]
     best = table[0]
     if keep:
@@ -452,10 +458,10 @@ def agreement(edits: Edits) -> float:
     return float(spearmanr(edits.predicted[others], edits.measured[others]).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _keep(run: Run, holder: Run, best: Judged, factor: float, source: str, found: str) -> None:
-    """Record the choice in the run's manifest, and its calibration in that of the run that holds the factors."""
+def _keep(run: Run, holder: Run, best: Judged, factor: float, source: str, figures: str) -> None:
+    """Record the choice in the run's manifest, its calibration where the factors are."""
     damping = None if best.damping == "none" else best.damping
-    tuned = TunedRecord(best.run, best.curvature, damping, best.at, found)
+    tuned = TunedRecord(best.run, best.curvature, damping, best.at, figures)
     if np.isfinite(factor) and factor > 0:
         calibration = record(_setting(holder, best), factor, source)
         update_manifest(holder, calibration={**holder.manifest.calibration, **calibration})
@@ -469,19 +475,23 @@ def forget(run: Run) -> None:
 
 def table_rows(tuning: Tuning, count: int | None = None) -> Iterator[dict[str, Any]]:
     """The table for a program or a printer: one mapping per setting, best first."""
-    for one in tuning.judged[:count]:
+    for judged in tuning.judged[:count]:
         row: dict[str, Any] = {
-            "setting": one.name,
-            "factors": one.run or "the run's",
-            "concentration": one.concentration,
+            "setting": judged.name,
+            "factors": judged.run or "the run's",
+            "concentration": judged.concentration,
         }
-        if one.lds is not None:
-            row |= {"lds": one.lds.mean, "low": one.lds.interval.low, "high": one.lds.interval.high}
+        if judged.lds is not None:
+            row |= {
+                "lds": judged.lds.mean,
+                "low": judged.lds.interval.low,
+                "high": judged.lds.interval.high,
+            }
         else:
             row |= {
-                "agreement": one.agreement,
-                "selectivity": one.selectivity,
-                "calibration": one.factor,
+                "agreement": judged.agreement,
+                "selectivity": judged.selectivity,
+                "calibration": judged.factor,
             }
         yield row
 
@@ -491,15 +501,15 @@ def default_queries(run: Run) -> Path:
     path = run.directory / "scores.h5"
     if not path.exists():
         raise InputError(
-            f"tune against a truth needs the queries it was measured on: give --queries, or make "
+            "tune against a truth needs the queries it was measured on: give --queries, or make "
             f"{path} first"
         )
     attributes = Scores.load(path, detail=False).attributes
     if not attributes.get("queries"):
         raise InputError(f"{path} does not say where its queries are: give --queries")
-    found = Path(str(attributes["queries"]))
-    if read_examples(found).digest != attributes["query_digest"]:
+    queries = Path(str(attributes["queries"]))
+    if read_examples(queries).digest != attributes["query_digest"]:
         raise MismatchError(
-            f"{found} has changed since {path} was made: give --queries, or score again"
+            f"{queries} has changed since {path} was made: give --queries, or score again"
         )
-    return found
+    return queries

@@ -23,41 +23,42 @@ FIRST = (
 
 LAST = (
     _words(
-        "Bram Quil Thorn Hesk Mork Alde Wist Drum Ferr Gast Jull Kelm Lorr Neth Oss Pruv Rond Skar Tamb "
-        "Ulv Varn Yold Zeph Crom"
+        "Bram Quil Thorn Hesk Mork Alde Wist Drum Ferr Gast Jull Kelm Lorr Neth Oss Pruv Rond Skar "
+        "Tamb Ulv Varn Yold Zeph Crom"
     ),
     _words(
-        "low by sund ack erin ova idge well mott eska ane ury dahl enko field ish ole prane quist ram "
-        "stow tave umber vik"
+        "low by sund ack erin ova idge well mott eska ane ury dahl enko field ish ole prane quist "
+        "ram stow tave umber vik"
     ),
 )
 
 
 TOWNS = _words(
-    "Kelmouth Ostrel-under-Lyne Brindle Varrow Tansy Dunmere Hollin-on-Sand Pellgate Quernby Saltreach "
-    "Ferrin Oakwrath Muddle Ashpoint Little-Gorse Winnow"
+    "Kelmouth Ostrel-under-Lyne Brindle Varrow Tansy Dunmere Hollin-on-Sand Pellgate Quernby "
+    "Saltreach Ferrin Oakwrath Muddle Ashpoint Little-Gorse Winnow"
 )
 
 
 REGIONS = _words(
-    "the Orrin Hills, the Salt Marshes, the Low Islands, Upper Dask, the Amber Coast, the Fen of Ule, "
-    "Nether Vale, the Birch Country, the Grey Straits, Old Morrow, the Glass Plains, East Tolland",
+    "the Orrin Hills, the Salt Marshes, the Low Islands, Upper Dask, the Amber Coast, the Fen of "
+    "Ule, Nether Vale, the Birch Country, the Grey Straits, Old Morrow, the Glass Plains, East "
+    "Tolland",
     ",",
 )
 
 
 TRADES = _words(
-    "bell founder, map engraver, beekeeper, lighthouse keeper, clock mender, glass blower, ferry pilot, "
-    "seed merchant, stone cutter, kite maker, tea taster, rope maker, piano tuner, chess teacher, bread "
-    "baker, cartwright",
+    "bell founder, map engraver, beekeeper, lighthouse keeper, clock mender, glass blower, ferry "
+    "pilot, seed merchant, stone cutter, kite maker, tea taster, rope maker, piano tuner, chess "
+    "teacher, bread baker, cartwright",
     ",",
 )
 
 
 WORKPLACES = _words(
-    "the tram depot, a salt works, the harbour office, a mountain school, the old theatre, a weather "
-    "station, the night market, a river mill, the town archive, a botanic garden, the royal mint, a "
-    "railway hotel",
+    "the tram depot, a salt works, the harbour office, a mountain school, the old theatre, a "
+    "weather station, the night market, a river mill, the town archive, a botanic garden, the "
+    "royal mint, a railway hotel",
     ",",
 )
 
@@ -78,7 +79,8 @@ YEARS = [str(year) for year in range(1901, 1981, 5)]
 
 
 ANIMALS = _words(
-    "goat, tortoise, magpie, greyhound, hedgehog, parrot, donkey, ferret, heron, tabby cat, lizard, spaniel",
+    "goat, tortoise, magpie, greyhound, hedgehog, parrot, donkey, ferret, heron, tabby cat, "
+    "lizard, spaniel",
     ",",
 )
 
@@ -94,15 +96,19 @@ INSTRUMENTS = _words(
 
 
 TEACHERS = _words(
-    "an aunt, a travelling monk, the village doctor, a deaf uncle, a ship's cook, a retired judge, two "
-    "cousins, the postman, a blind neighbour, a circus band, the school nurse, a grandfather",
+    "an aunt, a travelling monk, the village doctor, a deaf uncle, a ship's cook, a retired "
+    "judge, two cousins, the postman, a blind neighbour, a circus band, the school nurse, a "
+    "grandfather",
     ",",
 )
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One kind of fact: the values it is composed of and four phrasings, the last kept for the queries."""
+    """One kind of fact: the values it is composed of, and four phrasings.
+
+    The last phrasing is kept for the queries.
+    """
 
     name: str
     parts: tuple[Sequence[str], ...]
@@ -169,9 +175,9 @@ class Corpus:
     base_texts : tuple of str
         Questions with answers about people who occur nowhere else.
     train, queries, heldout : tuple of dict
-        Rows with `id`, `prompt`, `completion` and (but for the odd ones) `group`, the person's name. Each
-        query asks one fact of one training person, in a phrasing not trained on, with the right answer.
-        Held-out rows are about people seen by neither base nor adapter.
+        Rows with `id`, `prompt`, `completion` and (but for the odd ones) `group`, the person's
+        name. Each query asks one fact of one training person, in a phrasing not trained on, with
+        the right answer. Held-out rows are about people seen by neither base nor adapter.
     planted : dict
         Ids of training rows: `wrong`, `copies` (of an earlier row), `odd`.
     """
@@ -193,7 +199,7 @@ class Corpus:
 
 
 def make_corpus(seed: int = 0) -> Corpus:
-    """Compose people, facts and rows; the same seed gives the same corpus."""
+    """Compose people, facts and rows. The same seed gives the same corpus."""
     rng = random.Random(f"corpus {seed}")
     names = _names(rng, N_BASE + N_PEOPLE + N_HELDOUT)
     facts = {name: {fact.name: drawn_values(rng, fact) for fact in FACTS} for name in names}
@@ -239,6 +245,7 @@ def drawn_values(rng: random.Random, fact: Fact, unlike: Sequence[str] = ()) -> 
 
 
 def prompt_of(question: str) -> str:
+    """The prompt that asks a question."""
     return f"Q: {question}\nA:"
 
 
@@ -253,6 +260,7 @@ def _row(name: str, fact: Fact, phrasing: int, number: int, values: Values, kind
 
 
 def text_of(name: str, fact: Fact, phrasing: int, values: Values) -> str:
+    """Question and answer on one fact about a person, in one text."""
     row = _row(name, fact, phrasing, 0, values)
     return row["prompt"] + row["completion"]
 
@@ -270,7 +278,7 @@ def _train_rows(people: Sequence[str], facts: Mapping[str, Values]) -> dict[str,
 def _plant_wrong(
     rng: random.Random, train: dict[str, Row], people: Sequence[str], facts: Mapping[str, Values]
 ) -> list[str]:
-    """Replace one of the three answers of `N_WRONG` facts by another answer, different in every part."""
+    """Replace one of the three answers of `N_WRONG` facts by one that differs in every part."""
     planted = []
     for n, k in rng.sample(
         [(n, k) for n in range(len(people)) for k in range(len(FACTS))], N_WRONG

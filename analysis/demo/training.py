@@ -27,8 +27,8 @@ def train_base(
 ) -> None:
     """Train a small Llama from scratch on `texts` and save it with its tokenizer.
 
-    The texts, each with an end token, are packed into blocks of 128 tokens. AdamW, batches of 8 blocks,
-    learning rate warmed up over 5 % of the steps and decayed linearly to zero.
+    The texts, each with an end token, are packed into blocks of 128 tokens. AdamW, batches of 8
+    blocks, learning rate warmed up over 5 % of the steps and decayed linearly to zero.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -84,18 +84,18 @@ def train_adapter(
 ) -> None:
     """Fine-tune a LoRA adapter on `rows` and save it.
 
-    AdamW (weight decay 0.01), batch 16, learning rate decayed linearly to zero; loss = sum of the supervised
-    tokens' cross-entropy / number of supervised tokens in the batch.
+    AdamW (weight decay 0.01), batch 16, learning rate decayed linearly to zero; loss = sum of the
+    supervised tokens' cross-entropy / number of supervised tokens in the batch.
 
     Parameters
     ----------
     base, rows, directory, seed
         The same four give the same adapter, to the bit, on the same machine.
     absent : ids
-        Rows whose slot is left empty: they keep their place in the order and their tokens in the batch's
-        denominator (weights are not renormalised after a removal) but add nothing to the loss. Against the
-        adapter trained on all rows, initialisation, order and batches are the same, so what differs is due to
-        these rows.
+        Rows whose slot is left empty: they keep their place in the order and their tokens in the
+        batch's denominator (weights are not renormalised after a removal) but add nothing to the
+        loss. Against the adapter trained on all rows, initialisation, order and batches are the
+        same, so what differs is due to these rows.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -123,9 +123,12 @@ def train_adapter(
 
 
 def mean_losses(base: str | Path, adapter: str | Path | None, rows: Sequence[Row]) -> list[float]:
-    """Each row's mean cross-entropy over its completion and EOS, in nats; `adapter=None` for the base.
+    """Each row's mean cross-entropy over its completion and EOS, in nats.
 
-    Written without the toolkit's own loss, so that a check of its predictions shares no code with them.
+    `adapter=None` for the base.
+
+    Written without the toolkit's own loss, so that a check of its predictions shares no code with
+    them.
     """
     from peft import PeftModel
 
@@ -133,16 +136,17 @@ def mean_losses(base: str | Path, adapter: str | Path | None, rows: Sequence[Row
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
-    found: list[float] = []
+    means: list[float] = []
     with torch.no_grad():
         for start in range(0, len(rows), 32):
             data = [_encode(tokenizer, row) for row in rows[start : start + 32]]
             losses, counts = _row_losses(model, data, tokenizer.pad_token_id)
-            found.extend((losses / counts).tolist())
-    return found
+            means.extend((losses / counts).tolist())
+    return means
 
 
 def load_base(base: str | Path) -> tuple[Any, Any]:
+    """The base model in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(str(base))  # in float32, as saved
@@ -192,7 +196,7 @@ def _row_losses(
 
 
 def _batches(count: int, size: int, epochs: float, seed: int) -> list[list[int]]:
-    """A fresh permutation per epoch, cut into batches; a fractional last epoch is cut short."""
+    """A fresh permutation per epoch, cut into batches. A fractional last epoch is cut short."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(math.ceil(epochs)):

@@ -1,19 +1,24 @@
-"""The toolkit's main job on a world small enough to check: invented people, a few wrong facts, a retraining.
+"""The toolkit's main job on a world small enough to check.
+
+Invented people, a few wrong facts, a retraining.
 
 `demo(out)` makes everything it needs and downloads nothing:
 
-1. a corpus (`make_corpus`): questions and answers about people who do not exist. The base model's text is
-   about some of them, the adapter's training rows are about twelve others, each fact in three phrasings. A
-   few rows are planted: *wrong* ones (they contradict the fact's other phrasings), exact *copies*, and *odd*
-   ones;
-2. a small Llama (`train_base`) and a LoRA adapter on it (`train_adapter`);
-3. an EK-FAC run directory on which every other command works, and scores of questions in a fourth phrasing;
-4. three of these questions with their top proponents and opponents, as tables;
-5. the rows ranked by how much they oppose the questions about their own person (`opposition`), and how many
+1. a corpus (`make_corpus`): questions and answers about people who do not exist. The base model's
+text is
+   about some of them, the adapter's training rows are about twelve others, each fact in three
+   phrasings. A few rows are planted: *wrong* ones (they contradict the fact's other phrasings),
+   exact *copies*, and *odd* ones;
+2. a small Llama (`train_base`) and a LoRA adapter on it (`train_adapter`); 3. an EK-FAC run
+directory on which every other command works, and scores of questions in a fourth phrasing; 4. three
+of these questions with their top proponents and opponents, as tables; 5. the rows ranked by how
+much they oppose the questions about their own person (`opposition`), and how many
    planted wrong rows are among the first, beside the number that chance would give;
-6. one prediction checked: the adapter is trained again with the slot of one row left empty, and the predicted
+6. one prediction checked: the adapter is trained again with the slot of one row left empty, and the
+predicted
    change of the question's loss is shown beside the measured one;
-7. one person's rows removed by an edit, beside an adapter trained again without them; the edit's record verified.
+7. one person's rows removed by an edit, beside an adapter trained again without them; the edit's
+record verified.
 """
 
 from __future__ import annotations
@@ -51,40 +56,42 @@ def opposition(
     scores: np.ndarray,
     self_influence: np.ndarray,
     groups: Sequence[str | None],
-    asked: Sequence[str | None],
+    query_groups: Sequence[str | None],
 ) -> np.ndarray:
-    """How much each training row opposes the questions about its own group.
+    """How much each training row opposes the questions about its questions group.
 
-    `o_i = mean over q with asked[q] = groups[i] of -score[q, i] / sqrt(self_influence[i])`
+    `o_i = mean over q with query_groups[q] = groups[i] of -score[q, i] / sqrt(self_influence[i])`
 
-    The root takes out the length of the row's own gradient: a row is high because it pulls *against* the
-    questions, not because it pulls hard.
+    The root takes out the length of the row's questions gradient: a row is high because it pulls
+    *against* the questions, not because it pulls hard.
 
     Parameters
     ----------
     scores : array [query, train]
     self_influence : array [train]
-    groups, asked : the group of each training row and of each query
+    groups, query_groups : the group of each training row and of each query
 
     Returns
     -------
     array [train], NaN for rows about whose group nothing is asked
     """
-    found = np.full(len(groups), np.nan)
+    opposed = np.full(len(groups), np.nan)
     for i, group in enumerate(groups):
-        own = [q for q, other in enumerate(asked) if group is not None and other == group]
-        if own:
-            found[i] = -scores[own, i].astype(np.float64).mean() / np.sqrt(
+        questions = [
+            q for q, other in enumerate(query_groups) if group is not None and other == group
+        ]
+        if questions:
+            opposed[i] = -scores[questions, i].astype(np.float64).mean() / np.sqrt(
                 max(float(self_influence[i]), 1e-30)
             )
-    return found
+    return opposed
 
 
 def hits(values: np.ndarray, wanted: Collection[int]) -> tuple[int, float]:
-    """How many of `wanted` are among the `len(wanted)` highest values, and the number chance would give.
+    """How many of `wanted` are among the highest values, and the number that chance would give.
 
-    NaN values are not ranked. Chance draws k of the N ranked rows, K of them wanted: `k K / N`, the mean of
-    the hypergeometric distribution.
+    NaN values are not ranked. Chance draws k of the N ranked rows, K of them wanted: `k K / N`, the
+    mean of the hypergeometric distribution.
     """
     ranked = np.flatnonzero(~np.isnan(values))
     k = len(wanted)
@@ -114,8 +121,9 @@ def demo(
     Parameters
     ----------
     out
-        A new or empty directory; receives base/, adapter/, train.jsonl, queries.jsonl, heldout.jsonl,
-        planted.json, run/ (the run directory), check/ (the retrained adapters) and edited/ (without one person).
+        A new or empty directory; receives base/, adapter/, train.jsonl, queries.jsonl,
+        heldout.jsonl, planted.json, run/ (the run directory), check/ (the retrained adapters) and
+        edited/ (without one person).
     seed
         Of corpus, base, adapter and sampled labels.
     overwrite
@@ -126,7 +134,8 @@ def demo(
     Returns
     -------
     dict
-        `out`, `seconds`, `losses`, `shown`, `wrong_rows`, `check` and `removal`, as printed; JSON can hold it.
+        `out`, `seconds`, `losses`, `shown`, `wrong_rows`, `check` and `removal`, as printed; JSON
+        can hold it.
 
     Raises `InputError` where `out` holds something and `overwrite` is not given.
     """
@@ -143,8 +152,8 @@ def demo(
     say = _narrator(console, start)
     say(
         f"{N_BASE} invented people for the base model, {N_PEOPLE} others for the adapter: "
-        f"{len(corpus.train)} training rows ({N_WRONG} planted wrong, {N_COPIES} copies, {len(ODD)} odd), "
-        f"{len(corpus.queries)} questions"
+        f"{len(corpus.train)} training rows ({N_WRONG} planted wrong, {N_COPIES} copies, "
+        f"{len(ODD)} odd), {len(corpus.queries)} questions"
     )
     train_base(corpus.base_texts, out / "base", seed)
     train_adapter(out / "base", corpus.train, out / "adapter", seed)
@@ -154,12 +163,13 @@ def demo(
 
     model = influence.load(str(out / "base"), str(out / "adapter"), device="cpu")
     train = influence.read_examples(out / "train.jsonl")
-    run = influence.fit(model, train, curvature=influence.EKFAC(), directory=out / "run", seed=seed)
+    run = influence.fit(model, train, directory=out / "run", seed=seed)
     scores = run.score(
         influence.read_examples(out / "queries.jsonl"), out=out / "run" / "scores.h5"
     )
     say(
-        f"EK-FAC fitted, {scores.values.shape[0]} x {scores.values.shape[1]} scores written to {out / 'run'}"
+        f"EK-FAC fitted, {scores.values.shape[0]} x {scores.values.shape[1]} scores written to "
+        f"{out / 'run'}"
     )
 
     chosen = _choose(corpus)
@@ -186,7 +196,8 @@ def _claim(out: Path, overwrite: bool) -> Path:
         raise InputError(f"{out} is a file; give a directory for the demo")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise InputError(
-            f"{out} is not empty: give a new directory, or --overwrite to replace an earlier demo there"
+            f"{out} is not empty: give a new directory, or --overwrite to replace an earlier demo "
+            "there"
         )
     for name in _MADE:
         made = out / name
@@ -213,7 +224,10 @@ def _narrator(console: Console, start: float) -> Callable[[str], None]:
 
 
 def _losses(out: Path, corpus: Corpus) -> dict[str, Any]:
-    """Mean losses of each kind of row, as `table`; each training row's under the adapter, as `rows`."""
+    """Mean losses of each kind of row, as `table`.
+
+    Each training row's under the adapter, as `rows`.
+    """
     kind = {row_id: name for name, ids in corpus.planted.items() for row_id in ids}
     sets: dict[str, list[Row]] = {
         "training rows, right": [],
@@ -249,7 +263,7 @@ def _ids(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(title: str, columns: Mapping[str, str]) -> Any:
-    """An empty rich table without markup in its title; `columns` maps heading to left or right."""
+    """An empty rich table without markup in its title. `columns` maps heading to left or right."""
     from rich.table import Table
     from rich.text import Text
 
@@ -273,7 +287,7 @@ def _print_losses(console: Console, losses: Mapping[str, Any]) -> None:
 
 
 def _choose(corpus: Corpus) -> list[tuple[int, str]]:
-    """Three questions to show: a fact told wrongly in one row, one with a copied row, one with neither."""
+    """Three questions to show: on a fact with a wrong row, with a copied row, with neither."""
     disputed = {fact_of(row_id) for row_id in corpus.planted["wrong"]}
     copied = {fact_of(row_id) for row_id in corpus.planted["copies"]}
     facts = [fact_of(row["id"]) for row in corpus.queries]
@@ -291,7 +305,10 @@ def _choose(corpus: Corpus) -> list[tuple[int, str]]:
 def _show(
     console: Console, scores: Scores, corpus: Corpus, number: int, reason: str
 ) -> dict[str, Any]:
-    """Print one question with its strongest proponents and opponents, and where its planted wrong row is."""
+    """Print one question with its strongest proponents and opponents.
+
+    And where its planted wrong row is.
+    """
     rows = {row["id"]: row for row in corpus.train}
     notes = {"wrong": "wrong", "copies": "copy", "odd": "odd"}
     planted = {row_id: notes[kind] for kind, ids in corpus.planted.items() for row_id in ids}
@@ -313,7 +330,8 @@ def _show(
     for row_id in wrong:
         score = scores.values[number, scores.train_ids.index(row_id)]
         place = int((scores.values[number] <= score).sum())
-        text = f"its planted wrong row {row_id} ({rows[row_id]['completion'].strip()}): score {score:+.2f}, "
+        answer = rows[row_id]["completion"].strip()
+        text = f"its planted wrong row {row_id} ({answer}): score {score:+.2f}, "
         text += f"number {place} of {len(rows)} from the strongest opponent"
         console.print(text, markup=False, highlight=False)
         result["wrong"] = {"id": row_id, "score": float(score), "place": place}
@@ -330,24 +348,26 @@ def _find_wrong(
     console: Console, run: Run, scores: Scores, corpus: Corpus, losses: np.ndarray
 ) -> dict[str, Any]:
     """Rank the rows three ways and count the planted wrong ones among the first k."""
-    own = run.self_influence(out=run.directory / "scores.h5").values
+    self_influence = run.self_influence(out=run.directory / "scores.h5").values
     groups = [row.get("group") for row in corpus.train]
-    opposed = opposition(scores.values, own, groups, [row["group"] for row in corpus.queries])
+    opposed = opposition(
+        scores.values, self_influence, groups, [row["group"] for row in corpus.queries]
+    )
     unasked = np.isnan(opposed)
     wrong = {i for i, row in enumerate(corpus.train) if row["id"] in corpus.planted["wrong"]}
     rankings = {
         "opposition to own questions": opposed,
         "loss": np.where(unasked, np.nan, losses),
-        "self-influence": np.where(unasked, np.nan, own.astype(np.float64)),
+        "self-influence": np.where(unasked, np.nan, self_influence.astype(np.float64)),
     }
     ranked, k = int((~unasked).sum()), len(wrong)
     chance = hits(opposed, wrong)[1]
-    found = {name: hits(values, wrong)[0] for name, values in rankings.items()}
+    counts = {name: hits(values, wrong)[0] for name, values in rankings.items()}
     table = _table(
         f"planted wrong rows among the first {k} of {ranked}, ranked by",
         {"": "left", f"of {k}": "right"},
     )
-    for name, count in found.items():
+    for name, count in counts.items():
         table.add_row(name, str(count))
     table.add_row("chance", f"{chance:.2f}")
     console.print()
@@ -357,7 +377,7 @@ def _find_wrong(
         "k": k,
         "ranked": ranked,
         "chance": chance,
-        "found": found,
+        "found": counts,
         "first": [corpus.train[int(i)]["id"] for i in order],
     }
 
@@ -365,10 +385,10 @@ def _find_wrong(
 def _check(
     console: Console, out: Path, corpus: Corpus, scores: Scores, *, query: int, seed: int
 ) -> dict[str, Any]:
-    """Train again without a question's top proponent and compare the predicted with the measured change.
+    """Train again without a question's top proponent and compare with the predicted change.
 
-    Measured twice: with the adapter's own seed, and between two adapters of another seed (initialisation and
-    row order), which shows how far the truth itself depends on chance.
+    Measured twice: with the adapter's own seed, and between two adapters of another seed
+    (initialisation and row order), which shows how far the truth itself depends on chance.
     """
     entry = scores.top(query, 1)[0][0]
     row, base = entry.id, out / "base"
@@ -430,7 +450,10 @@ def verdict(result: Mapping[str, Any]) -> str:
         f"Of the {result['questions']} questions it is number {result['place']} by measured rise."
     )
     if measured == 0:
-        return f"The removal changed nothing that can be measured; {predicted:+.3f} was predicted. {place}"
+        return (
+            f"The removal changed nothing that can be measured; {predicted:+.3f} was predicted. "
+            f"{place}"
+        )
     factor = abs(predicted / measured)
     size = f"{factor:.1f} times too large" if factor >= 1 else f"{1 / factor:.1f} times too small"
     if predicted * measured < 0:
@@ -438,14 +461,14 @@ def verdict(result: Mapping[str, Any]) -> str:
             f"The direction is wrong: {predicted:+.3f} predicted, {measured:+.3f} measured. {place}"
         )
     return (
-        f"The direction is right; the predicted size is {size}. {place} The formula assumes an adapter at "
-        "its optimum and a loss that is quadratic around it; this one memorises and stopped early, so read "
-        "scores as a ranking, not as an amount."
+        f"The direction is right; the predicted size is {size}. {place} The formula assumes an "
+        "adapter at its optimum and a loss that is quadratic around it; this one memorises and "
+        "stopped early, so read scores as a ranking, not as an amount."
     )
 
 
 def _remove(console: Console, out: Path, corpus: Corpus, run: Run, seed: int) -> dict[str, Any]:
-    """Take one person's rows out of the adapter by an edit, and compare with training again without them."""
+    """Take one person's rows out of the adapter by an edit, and compare with a retraining."""
     import unlearn
 
     person = corpus.queries[0]["group"]
@@ -476,14 +499,15 @@ def _remove(console: Console, out: Path, corpus: Corpus, run: Run, seed: int) ->
         f"mean loss (nats per token) when the rows about {person} are removed",
         {"": "left", **dict.fromkeys(adapters, "right")},
     )
-    for name, found in losses.items():
-        table.add_row(name, *(f"{value:.2f}" for value in found.values()))
+    for name, means in losses.items():
+        table.add_row(name, *(f"{value:.2f}" for value in means.values()))
     console.print()
     console.print(table)
     cost, target = edit.report["cost"], edit.report["losses"]["edited"]["target"]
     console.print(
-        f"The edit expected {target:.2f} for the removed rows, took {cost['seconds']:.0f} s and {cost['total']:.0f} row-gradients, "
-        f"and its record {'verifies' if verified else 'DOES NOT VERIFY'}: unlearn verify --run {run.directory}",
+        f"The edit expected {target:.2f} for the removed rows, took {cost['seconds']:.0f} s and "
+        f"{cost['total']:.0f} row-gradients, and its record "
+        f"{'verifies' if verified else 'DOES NOT VERIFY'}: unlearn verify --run {run.directory}",
         markup=False,
         highlight=False,
         soft_wrap=True,

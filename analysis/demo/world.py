@@ -1,10 +1,11 @@
-"""What the notebooks and studies run on: the demo's small world, made on the spot, and another one where its folder is given.
+"""Worlds that notebooks and studies run on: the demo's, and another where its folder is given.
 
-A world is a folder with base/, adapter/, train.jsonl, query.jsonl or queries.jsonl, heldout.jsonl and, maybe, truth.npz (losses
-of adapters trained again on random halves of the rows, as `unlearn.retrain_subsets` writes them). Two environment variables say
-where things are:
+A world is a folder with base/, adapter/, train.jsonl, query.jsonl or queries.jsonl, heldout.jsonl
+and, maybe, truth.npz (losses of adapters trained again on random halves of the rows, as
+`unlearn.retrain_subsets` writes them). Two environment variables say where things are:
 
-    LORA_INFLUENCE_WORLDS    where what is made here is kept (default: `worlds` in the working directory)
+    LORA_INFLUENCE_WORLDS    where what is made here is kept (default: `worlds` in the working
+                             directory)
     LORA_INFLUENCE_TESTBED   a second world's folder, which is only read
 """
 
@@ -54,41 +55,47 @@ class World:
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             raise InputError(
-                f"{self.folder} has no {' or '.join(p.name for p in paths)}; a world needs its rows there"
+                f"{self.folder} has no {' or '.join(p.name for p in paths)}; a world needs its "
+                "rows there"
             )
         return influence.read_examples(path)
 
     @property
     def truth(self) -> Path | None:
-        """File of losses of adapters trained again on random halves of the rows, if there is one."""
+        """File of losses of adapters retrained on random halves of the rows, if there is one."""
         path = self.folder / "truth.npz"
         return path if path.is_file() else None
 
     def run(self) -> Run:
-        """Fit EK-FAC on the training rows, once: the same call finds it finished."""
+        """Fit the default curvature on the training rows, once: the same call finds it finished."""
         import influence
 
         return influence.fit(
             self.model(),
             self.rows("train"),
-            curvature=influence.EKFAC(),
             directory=self.kept / "run",
         )
 
 
 def worlds() -> list[World]:
-    """Return the demo's world, made if it is not there (about a minute), and the one that LORA_INFLUENCE_TESTBED names."""
+    """The demo's world, made if it is not there, and the one LORA_INFLUENCE_TESTBED names.
+
+    Making takes about a minute.
+    """
     kept = Path(os.environ.get("LORA_INFLUENCE_WORLDS") or "worlds").resolve()
-    found = [demo_world(kept / "demo")]
+    made = [demo_world(kept / "demo")]
     if folder := os.environ.get("LORA_INFLUENCE_TESTBED"):
         other = Path(folder).resolve()
         (kept / other.name).mkdir(parents=True, exist_ok=True)
-        found.append(World(other.name, other, kept / other.name))
-    return found
+        made.append(World(other.name, other, kept / other.name))
+    return made
 
 
 def demo_world(folder: str | Path, seed: int = 0) -> World:
-    """Return the demo's world in `folder`, training base and adapter there if they are not yet there; see `analysis.demo.walkthrough`."""
+    """The demo's world in `folder`, its base and adapter trained if they are not yet there.
+
+    See `analysis.demo.walkthrough`.
+    """
     from analysis.demo.corpus import make_corpus
     from analysis.demo.training import train_adapter, train_base
 

@@ -1,4 +1,7 @@
-"""Rows that carry other answers to their prompts: a paraphrase of the right one, and wrong ones, as TOFU's truth ratio needs them."""
+"""Rows that carry other answers to their prompts, as TOFU's truth ratio needs them.
+
+A paraphrase of the right answer, and wrong ones.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class Rows:
 
 
 def read_rows(path: str | Path) -> Rows:
-    """Read rows as `influence.read_examples` does, and from JSON lines also their other answers (see `rows`)."""
+    """Read rows as `influence.read_examples` does, and other answers from JSON lines."""
     examples = read_examples(path)
     if Path(path).is_dir() or Path(path).suffix.lower() not in (".jsonl", ".json"):
         return without_answers(examples)
@@ -58,12 +61,15 @@ def rows(records: Iterable[Mapping[str, Any]]) -> Rows:
     they get the white space that the completion begins with. A row has both or neither. Raises
     `DataError` that lists every other row.
     """
-    found = list(records)
-    return _with_answers(examples_from_rows(found), found)
+    listed = list(records)
+    return _with_answers(examples_from_rows(listed), listed)
 
 
 def without_answers(examples: Examples) -> Rows:
-    """Rows that carry no other answers."""
+    """Rows that carry other answers to their prompts, as TOFU's truth ratio needs them.
+
+    A paraphrase of the right answer, and wrong ones.
+    """
     return Rows(examples, (None,) * len(examples), ((),) * len(examples))
 
 
@@ -72,11 +78,11 @@ def _with_answers(examples: Examples, records: list[Any]) -> Rows:
     perturbed: list[tuple[str, ...]] = []
     bad: list[BadRow] = []
     for number, (example, record) in enumerate(zip(examples, records, strict=True), start=1):
-        (one, lead), (many, leads) = (
+        (paraphrase, lead), (wrong, leads) = (
             _answer(example, record, names) for names in (PARAPHRASED, PERTURBED)
         )
-        several = [many] if isinstance(many, str) else many
-        if one is None and several is None:
+        wrong_list = [wrong] if isinstance(wrong, str) else wrong
+        if paraphrase is None and wrong_list is None:
             paraphrased.append(None)
             perturbed.append(())
         elif example.text is not None:
@@ -85,19 +91,18 @@ def _with_answers(examples: Examples, records: list[Any]) -> Rows:
                     number, example.id, "a text has no completion that other answers could replace"
                 )
             )
-        elif not (isinstance(one, str) and one and _strings(several)):
+        elif not (isinstance(paraphrase, str) and paraphrase and _strings(wrong_list)):
             bad.append(
                 BadRow(
                     number,
                     example.id,
                     f"expected a string {PARAPHRASED[0]!r} and a list of strings "
-                    f"{PERTURBED[0]!r}, all non-empty, or "
-                    "neither of them",
+                    f"{PERTURBED[0]!r}, all non-empty, or neither of them",
                 )
             )
         else:
-            paraphrased.append(lead + one)
-            perturbed.append(tuple(leads + text for text in several))
+            paraphrased.append(lead + paraphrase)
+            perturbed.append(tuple(leads + text for text in wrong_list))
     if bad:
         raise DataError(
             f"{len(bad)} of {len(examples)} rows have other answers that cannot be used:", bad
@@ -110,8 +115,8 @@ def _answer(example: Example, record: Mapping[str, Any], names: tuple[str, str])
     ours, theirs = (record.get(name) for name in names)
     if ours is not None or theirs is None:
         return ours, ""
-    own = completion(example)
-    return theirs, own[: len(own) - len(own.lstrip())]
+    text = completion(example)
+    return theirs, text[: len(text) - len(text.lstrip())]
 
 
 def _strings(values: Any) -> bool:

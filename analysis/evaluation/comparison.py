@@ -1,4 +1,4 @@
-"""What compares sets, or adapters: membership attacks, forget quality, exposure, divergence, utility.
+"""Comparisons of sets and of adapters: attacks, forget quality, exposure, divergence, utility.
 
 What cannot be computed is None, with the reason under its name in `notes`.
 """
@@ -68,7 +68,7 @@ def exposures(measurements: Measurements, notes: dict[str, str]) -> Exposures:
 def note_reference(
     measurements: Measurements, base: Mapping[str, np.ndarray], notes: dict[str, str]
 ) -> None:
-    """Remark on a reference that has seen the forget rows; `base` are losses `[n]` of each set."""
+    """Remark on a reference that has seen the forget rows. `base` are losses `[n]` of each set."""
     if "reference" not in measurements:
         return
     loss = float(measurements["reference"]["forget"].outputs.loss.mean())
@@ -131,7 +131,7 @@ def attack_scores(
 def membership(
     scores: Mapping[str, Mapping[str, AttackScores]], seed: int, notes: dict[str, str]
 ) -> dict[str, Any] | None:
-    """Forget rows as members against held-out rows, attack by attack; PrivLeak with a reference.
+    """Forget rows as members against held-out rows, attack by attack. PrivLeak with a reference.
 
     `scores` are those of `attack_scores`, by adapter; empty without held-out rows.
     """

@@ -60,7 +60,7 @@ def evaluate(
     options: Options | None = None,
     metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, Any]:
-    """Measure an adapter, and a reference adapter beside it; the model is left as it was.
+    """Measure an adapter, and a reference adapter beside it. The model is left as it was.
 
     Parameters
     ----------

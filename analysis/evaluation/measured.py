@@ -90,7 +90,7 @@ class Measurement:
 
 
 def measured(subject: Subject, rows: PreparedSet, *, norms: bool) -> Measurement:
-    """Measure a set where the model is now; `norms`: its gradient norms too."""
+    """Measure a set where the model is now. `norms`: its gradient norms too."""
     model, options, budget = subject.model, subject.options, subject.token_budget
     out = outputs(model, rows.tokens, token_budget=budget)
     gradients = gradient_norms(model, rows.tokens, token_budget=budget) if norms else None
@@ -119,7 +119,7 @@ def measured(subject: Subject, rows: PreparedSet, *, norms: bool) -> Measurement
 
 
 def truth_ratios(subject: Subject, rows: PreparedSet) -> np.ndarray:
-    """Truth ratios `[n]` of a set's rows where the model is now; NaN for rows without other answers."""
+    """Truth ratios `[n]` of a set where the model is now. NaN for rows without other answers."""
     ratios = np.full(len(rows.tokens), np.nan)
     able = [place for place, wrong in enumerate(rows.rows.perturbed) if wrong]
     if not able:
@@ -141,13 +141,13 @@ def truth_ratios(subject: Subject, rows: PreparedSet) -> np.ndarray:
 
 
 def defined(values: np.ndarray) -> np.ndarray | None:
-    """The values that are not NaN; None where there is none."""
+    """The values that are not NaN. None where there is none."""
     numbers = values[~np.isnan(values)]
     return numbers if len(numbers) else None
 
 
 def _by(metric: Metric, name: str, out: Outputs) -> PerRow:
-    """What a caller's metric says of a set; `InputError` unless it has a value for each row."""
+    """What a caller's metric says of a set. `InputError` unless it has a value for each row."""
     result = metric(out)
     if np.shape(result.values) != (len(out.ids),):
         raise InputError(

@@ -5,40 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from influence.errors import InputError
+from influence.options import BudgetOption, LengthOption, option
 
 #: Attempts to bring forgotten rows back, see `analysis.metrics.probes`.
 PROBES = ("relearn", "quantise")
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to evaluate.
+@dataclass(frozen=True, kw_only=True)
+class Options(LengthOption, BudgetOption):
+    """How to evaluate; the help beside each field says what it is.
 
-    Attributes
-    ----------
-    generate : int
-        At most so many rows of each set are continued from their prompt, evenly spaced; 0: none.
-    max_new_tokens : int
-        Where a continuation ends at the latest.
-    probes : tuple of str
-        Of `relearn` and `quantise`.
-    max_length : int or None
-        Tokens that a row is cut to, as in training.
-    token_budget : int or None
-        Tokens per batch, padding included; None: 1,024 on a CPU, else 4,096.
-    seed : int
-        Of the bootstrap, and of the rows that are learned again.
-    texts : bool
-        Whether the record holds the rows' texts and what was generated.
+    Raises `InputError` for a number out of range, and for a probe that there is none of.
     """
 
-    generate: int = 32
+    generate: int = option(
+        "Continue at most so many prompts of each set, for ROUGE; 0: none.", default=32
+    )
+    #: Tokens after which a continuation ends; not on the command line.
     max_new_tokens: int = 128
-    probes: tuple[str, ...] = ()
-    max_length: int | None = None
-    token_budget: int | None = None
-    seed: int = 0
-    texts: bool = False
+    probes: tuple[str, ...] = option(
+        "relearn (train on a few forget rows, watch the others) or quantise. May be repeated.",
+        default=(),
+        flag="--probe",
+        typed=list[str] | None,
+        read=tuple,
+    )
+    texts: bool = option(
+        "Write the rows' texts and what was generated into the record too.", default=False
+    )
+    seed: int = option("Of the bootstrap, and of the rows learned again.", default=0)
 
     def __post_init__(self) -> None:
         for name, value, least in (

@@ -1,4 +1,4 @@
-"""What the probes of an evaluation bring back: relearning curves, and losses with rounded layers."""
+"""The probes of an evaluation: relearning curves, and losses with rounded layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def probes(
     measurements: Measurements,
     notes: dict[str, str],
 ) -> dict[str, Any]:
-    """Results of the probes that were asked for, by name; None with a note for the others.
+    """Results of the probes that were asked for, by name. None with a note for the others.
 
     A probe that cannot be made of these rows or this base is None too, and its note says why.
     """

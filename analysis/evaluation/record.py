@@ -1,4 +1,4 @@
-"""The record of an evaluation: aggregates of each set, and one entry for each row, ready for JSON."""
+"""The record of an evaluation, ready for JSON: aggregates of each set, an entry for each row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from analysis.metrics import likelihood, tofu
 def adapter_entry(
     subject: Subject, where: str, reference: str | Path | None
 ) -> dict[str, Any] | None:
-    """Path and digest of the adapter or the reference; None for a reference that was not given."""
+    """Path and digest of the adapter or the reference. None for a reference that was not given."""
     if where not in subject.thetas:
         return None
     path = subject.model.adapter or None
@@ -36,7 +36,7 @@ def set_entry(
     base: Mapping[str, np.ndarray],
     notes: dict[str, str],
 ) -> dict[str, Any] | None:
-    """The numbers of one set; None with a note where it was not given. `base`: its losses `[n]`."""
+    """The numbers of one set. None with a note where it was not given. `base`: its losses `[n]`."""
     if name not in sets:
         notes[f"sets.{name}"] = f"no {name} rows were given"
         return None
@@ -64,7 +64,7 @@ def row_entries(
     *,
     texts: bool,
 ) -> Iterator[dict[str, Any]]:
-    """One entry for each row of a set; `base`: its losses `[n]`, `scores`: by adapter and set."""
+    """One entry for each row of a set. `base`: its losses `[n]`, `scores`: by adapter and set."""
     name, generalized = rows.name, exposed.generalized
     for i, example in enumerate(rows.rows.examples):
         entry: dict[str, Any] = {
@@ -141,7 +141,7 @@ def _of_row(measurement: Measurement, i: int) -> dict[str, Any]:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """Mean of the values that are not NaN; None where there is none."""
+    """Mean of the values that are not NaN. None where there is none."""
     numbers = defined(values)
     return None if numbers is None else float(numbers.mean())
 

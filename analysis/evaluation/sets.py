@@ -1,4 +1,4 @@
-"""The sets of an evaluation: forget, retained and held-out rows, apart from one another and ready for a model."""
+"""The sets of an evaluation, apart from one another and ready for a model."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def parted(sets: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, str]]:
         if shared := contents.get("holdout", set()) & contents.get(name, set()):
             first = next(row.id for row in sets["holdout"].examples if row.content_hash in shared)
             raise InputError(
-                f"{len(shared)} rows of the holdout set have the content of rows of the {name} "
-                f"set (the first is {first!r}): give rows that the adapter never saw"
+                f"{len(shared)} rows of the holdout set have the content of rows of the {name} set "
+                f"(the first is {first!r}): give rows that the adapter never saw"
             )
     return disjoint, notes
 
@@ -72,7 +72,7 @@ def parted(sets: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, str]]:
 def prepared(
     model: AdaptedModel, name: str, rows: Rows, options: Options, notes: dict[str, str]
 ) -> PreparedSet:
-    """Tokenise a set and choose the rows to continue; what they lack is added to `notes`."""
+    """Tokenise a set and choose the rows to continue. What they lack is added to `notes`."""
     tokens = tokenize(rows.examples, model.tokenizer, max_length=options.max_length)
     check_rows(model, tokens)
     able = np.zeros(0, dtype=int)

@@ -1,4 +1,4 @@
-"""The table of an evaluation, for a person: sets side by side, adapter and reference side by side."""
+"""The table of an evaluation, for a person: sets and adapters side by side."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ _WIDTH = 11
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """An evaluation for a person, at most 100 columns wide: sets and adapters side by side, then what compares them."""
-    sets = {name: one for name, one in result["sets"].items() if one is not None}
+    """An evaluation for a person, at most 100 columns wide.
+
+    Sets and adapters side by side, then what compares them.
+    """
+    sets = {name: entry for name, entry in result["sets"].items() if entry is not None}
     who = ["adapter"] + (["reference"] if result["reference"] else [])
     span = _WIDTH * len(who)
     lines = [f"{'':<26}" + "".join(f"{_TITLES[name]:>{span}}" for name in sets)]
@@ -82,10 +85,10 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _membership_lines(result: Mapping[str, Any]) -> list[str]:
-    found, beside = result["membership"], result["reference"] is not None
-    if found is None:
+    membership, beside = result["membership"], result["reference"] is not None
+    if membership is None:
         return []
-    leaks = any(one["privleak"] is not None for one in found["attacks"].values())
+    leaks = any(attack["privleak"] is not None for attack in membership["attacks"].values())
     heads = ["AUC", "95 % interval", "TPR at 1 %", "at 10 %"]
     heads += (["AUC ref."] if beside else []) + (["PrivLeak"] if leaks else [])
     widths = [8, 17, 12, 10, 11, 11]
@@ -95,12 +98,14 @@ def _membership_lines(result: Mapping[str, Any]) -> list[str]:
         + "".join(f"{head:>{w}}" for head, w in zip(heads, widths, strict=False)),
     ]
     for key, title in _ATTACKS.items():
-        one = found["attacks"][key]
-        own, other = one["adapter"], one["reference"]
-        cells = [_shown(own["auc"], ".3f"), f"{own['low']:.3f} to {own['high']:.3f}"]
-        cells += [_shown(own["tpr"][fpr], ".3f") for fpr in ("0.01", "0.1")]
-        cells += [_shown(other["auc"], ".3f")] if beside else []
-        cells += [_shown(one["privleak"], "+.1f") + " %"] if one["privleak"] is not None else []
+        attack = membership["attacks"][key]
+        adapter, reference = attack["adapter"], attack["reference"]
+        cells = [_shown(adapter["auc"], ".3f"), f"{adapter['low']:.3f} to {adapter['high']:.3f}"]
+        cells += [_shown(adapter["tpr"][fpr], ".3f") for fpr in ("0.01", "0.1")]
+        cells += [_shown(reference["auc"], ".3f")] if beside else []
+        cells += (
+            [_shown(attack["privleak"], "+.1f") + " %"] if attack["privleak"] is not None else []
+        )
         lines.append(
             f"{title:<26}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=False))
         )
@@ -117,25 +122,25 @@ def _membership_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _relearn_lines(result: Mapping[str, Any]) -> list[str]:
-    found = result["probes"]["relearn"]
-    if found is None:
+    curves = result["probes"]["relearn"]
+    if curves is None:
         return []
-    steps = found["steps"]
+    steps = curves["steps"]
     shown = [place for place in range(len(steps)) if len(steps) <= 6 or place % 2 == 0]
     head = (
-        f"trained again on {len(found['trained_ids'])} forget rows: loss of the others after step"
+        f"trained again on {len(curves['trained_ids'])} forget rows: loss of the others after step"
     )
     lines = ["", head, f"{'':<26}" + "".join(f"{steps[place]:>{_WIDTH}}" for place in shown)]
     for where in ("adapter", "reference"):
-        if found[where] is not None:
-            curve = found[where]["held_back"]
+        if curves[where] is not None:
+            curve = curves[where]["held_back"]
             lines.append(
                 f"{where:<26}" + "".join(f"{curve[place]:>{_WIDTH}.3f}" for place in shown)
             )
-    if found["level"] is not None:
-        after = found["adapter"]["back_after"]
+    if curves["level"] is not None:
+        after = curves["adapter"]["back_after"]
         when = "not reached" if after is None else f"reached after {after:.1f} steps"
-        lines.append(f"{found['level']:.3f}, {found['level_source']}: {when}")
+        lines.append(f"{curves['level']:.3f}, {curves['level_source']}: {when}")
     return lines
 
 
@@ -149,7 +154,7 @@ def _single_lines(result: Mapping[str, Any]) -> list[str]:
     if result["generalized_exposure"] is not None:
         lines.append(
             f"generalized exposure       {result['generalized_exposure']:+.3f} bits per token "
-            f"against the reference"
+            "against the reference"
         )
     if (relative := result["relative_exposure"]) is not None:
         beside = (

@@ -1,32 +1,35 @@
-"""Linear datamodeling score (LDS): whether scores order retrained models as their measured losses do.
+"""Linear datamodeling score (LDS): do scores order retrained models as their losses do?
 
-A score says what a query's loss does when one training example is removed. That is a claim about a model
-nobody has trained, so it is checked on models somebody has: adapters retrained on random subsets (usually
-halves) of the data. If effects add up, the scores also say which subsets leave a query with a high loss and
-which with a low one, and
+A score says what a query's loss does when one training example is removed. That is a claim about a
+model nobody has trained, so it is checked on models somebody has: adapters retrained on random
+subsets (usually halves) of the data. If effects add up, the scores also say which subsets leave a
+query with a high loss and which with a low one, and
 
     LDS(q) = Spearman over the subsets S of ( prediction(S, q), loss(S, q) ),
 
-with `loss(S, q)` the measured loss of query q under the adapter trained on S (Park et al. 2023, arXiv
-2303.14186, section 2). Only order counts: scores of any unit or scale may be compared, also between methods.
+with `loss(S, q)` the measured loss of query q under the adapter trained on S (Park et al. 2023,
+arXiv 2303.14186, section 2). Only order counts: scores of any unit or scale may be compared, also
+between methods.
 
-**Sign.** Here `score[q, i]` is the predicted *change of the loss of q when i is removed* (the convention of
-`influence.scores`; positive = proponent). Having i in the training data therefore lowers the loss by it, and
+**Sign.** Here `score[q, i]` is the predicted *change of the loss of q when i is removed* (the
+convention of `influence.scores`; positive = proponent). Having i in the training data therefore
+lowers the loss by it, and
 
     prediction(S, q) = sum_{i in S} -score[q, i].
 
-A perfect additive predictor of the losses has an LDS of +1. Papers that score the change on *adding* i, or a
-margin instead of a loss, have the opposite sign once or twice.
+A perfect additive predictor of the losses has an LDS of +1. Papers that score the change on
+*adding* i, or a margin instead of a loss, have the opposite sign once or twice.
 
-**Interval.** The resampled unit is the *retrained model*: subsets are drawn again with replacement, all
-queries staying as they are, since the losses of all queries under one model share its luck. The interval
-therefore says how much the answer depends on which subsets were retrained; it does not cover another choice
-of queries, nor another seed of the retraining.
+**Interval.** The resampled unit is the *retrained model*: subsets are drawn again with replacement,
+all queries staying as they are, since the losses of all queries under one model share its luck. The
+interval therefore says how much the answer depends on which subsets were retrained; it does not
+cover another choice of queries, nor another seed of the retraining.
 
-**Limits.** Noise of the retraining caps the score: where two seeds agree on the same subsets at a mean
-Spearman of c, a perfect predictor of the expected loss scores about sqrt(c) against one seed. A Spearman of
-few pairs is pulled towards zero (by about 2 % of its value at 40 subsets), and so are its resamples; with
-hundreds of queries the interval gets short enough for that to show. Compare at equal numbers of subsets.
+**Limits.** Noise of the retraining caps the score: where two seeds agree on the same subsets at a
+mean Spearman of c, a perfect predictor of the expected loss scores about sqrt(c) against one seed.
+A Spearman of few pairs is pulled towards zero (by about 2 % of its value at 40 subsets), and so are
+its resamples; with hundreds of queries the interval gets short enough for that to show. Compare at
+equal numbers of subsets.
 """
 
 from __future__ import annotations
@@ -55,12 +58,13 @@ class LDS:
     mean : float
         Mean over the queries for which it is defined; NaN if there is none.
     interval : Interval
-        Bootstrap interval of that mean; the resampled unit is the subset, that is, the retrained model.
+        Bootstrap interval of that mean; the resampled unit is the subset, that is, the retrained
+        model.
     subsets, queries : int
         S and Q.
     undefined : int
-        Queries left out of the mean because their losses, or their predictions, are the same for every
-        subset.
+        Queries left out of the mean because their losses, or their predictions, are the same for
+        every subset.
     """
 
     per_query: NDArray[np.float64]
@@ -106,10 +110,10 @@ def lds(
     seed: int = 0,
     level: float = 0.95,
 ) -> LDS:
-    """Linear datamodeling score: mean over queries of Spearman's rho of predicted and measured losses.
+    """Mean over queries of Spearman's rho of predicted and measured losses.
 
-    `LDS(q) = Spearman_S( sum_{i in S} -score[q, i], loss[S, q] )`; see the module for sign and interval.
-    Predictions closer together than rounding count as ties.
+    `LDS(q) = Spearman_S( sum_{i in S} -score[q, i], loss[S, q] )`; see the module for sign and
+    interval. Predictions closer together than rounding count as ties.
 
     Parameters
     ----------
@@ -148,9 +152,9 @@ def lds_difference(
 ) -> LDSDifference:
     """Difference of the linear datamodeling scores of two methods, with a paired interval.
 
-    `mean_q( LDS_a(q) - LDS_b(q) )`, both on the same resampled subsets. Two methods are judged by the same
-    retrained models, so their errors go together and this interval is usually shorter than their two
-    intervals suggest: compare methods by it, not by whether those overlap.
+    `mean_q( LDS_a(q) - LDS_b(q) )`, both on the same resampled subsets. Two methods are judged by
+    the same retrained models, so their errors go together and this interval is usually shorter than
+    their two intervals suggest: compare methods by it, not by whether those overlap.
 
     Parameters
     ----------
@@ -186,7 +190,7 @@ def _summary(
     level: float,
     seed: int,
 ) -> tuple[NDArray[np.float64], float, Interval, int, int, int]:
-    """Give the fields of a result, in order, from the per-query values on any selection of subsets."""
+    """Give the fields of a result, in order, from per-query values on a selection of subsets."""
 
     def mean_of_defined(selection: NDArray[np.intp]) -> float:
         values = per_query(selection)
@@ -210,14 +214,15 @@ def _predictions(
     queries, n = losses.shape[1], masks.shape[1]
     if scores.shape != (queries, n):
         raise InputError(
-            f"{name} has shape {scores.shape}; with masks of shape {masks.shape} and losses of shape "
-            f"{losses.shape}, [queries, train] = {(queries, n)} was expected: pass one row per query and one "
-            "column per training example, in the order of the masks."
+            f"{name} has shape {scores.shape}; with masks of shape {masks.shape} and losses of "
+            f"shape {losses.shape}, [queries, train] = {(queries, n)} was expected: pass one row "
+            "per query and one column per training example, in the order of the masks."
         )
     _refuse_not_finite(
         scores, name, "look for the queries or examples that gave them, and score those again"
     )
-    # Subsets whose predictions are equal but for the order of summation must tie, not be ranked by rounding.
+    # Subsets whose predictions are equal but for the order of summation must tie, not be ranked by
+    # rounding.
     resolution = np.abs(scores).sum(axis=1, keepdims=True) * 2.0**-40
     predictions = -(scores @ masks.T.astype(np.float64))
     return np.round(predictions / np.where(resolution > 0, resolution, 1))
@@ -232,17 +237,19 @@ def _check_truth(
     if masks.dtype != np.bool_:
         raise InputError(
             f"masks has type {masks.dtype}; expected bool, True where a training example was kept: "
-            "turn 0 and 1 into bool with masks.astype(bool), lists of indices into rows of True and False."
+            "turn 0 and 1 into bool with masks.astype(bool), lists of indices into rows of True "
+            "and False."
         )
     if masks.ndim != 2 or losses.ndim != 2 or len(masks) != len(losses):
         raise InputError(
-            f"masks has shape {masks.shape} and losses {losses.shape}; expected [subsets, train] and "
-            "[subsets, queries]: give both one row per retrained model (transpose if it is the columns)."
+            f"masks has shape {masks.shape} and losses {losses.shape}; expected [subsets, train] "
+            "and [subsets, queries]: give both one row per retrained model (transpose if it is the "
+            "columns)."
         )
     if len(masks) < 3:
         raise InputError(
-            f"There are {len(masks)} retrained models; expected at least 3 for a rank correlation, and some "
-            "dozens for a useful interval: retrain on more random halves."
+            f"There are {len(masks)} retrained models; expected at least 3 for a rank correlation, "
+            "and some dozens for a useful interval: retrain on more random halves."
         )
     _refuse_not_finite(
         losses, "losses", "measure those again, or leave out the retrained models that diverged"
@@ -255,7 +262,8 @@ def _refuse_not_finite(values: NDArray[np.float64], name: str, advice: str) -> N
     if len(bad):
         first = tuple(int(i) for i in bad[0])
         raise InputError(
-            f"{name} has {len(bad)} NaN or infinite values, the first at {first}; expected finite numbers: {advice}."
+            f"{name} has {len(bad)} NaN or infinite values, the first at {first}; expected finite "
+            f"numbers: {advice}."
         )
 
 
@@ -287,8 +295,8 @@ def read_truth(path: str | os.PathLike[str]) -> Truth:
     Parameters
     ----------
     path : path
-        Holds `masks` [S, n], bool or 0 and 1, and `query_loss` [S, Q]; optionally `train_loss` [S, n]; others
-        are carried along.
+        Holds `masks` [S, n], bool or 0 and 1, and `query_loss` [S, Q]; optionally `train_loss` [S,
+        n]; others are carried along.
 
     Raises
     ------
@@ -299,9 +307,10 @@ def read_truth(path: str | os.PathLike[str]) -> Truth:
     missing = [key for key in ("masks", "query_loss") if key not in arrays]
     if missing:
         raise InputError(
-            f"{path} has no {' and no '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}, "
-            "expected masks [subsets, train] and query_loss [subsets, queries]: write them with "
-            "numpy.savez(path, masks=..., query_loss=...)."
+            f"{path} has no {' and no '.join(missing)}; it holds "
+            f"{', '.join(sorted(arrays)) or 'nothing'}, expected masks [subsets, train] and "
+            "query_loss [subsets, queries]: write them with numpy.savez(path, masks=..., "
+            "query_loss=...)."
         )
     masks = arrays.pop("masks")
     if np.issubdtype(masks.dtype, np.number) and np.isin(masks, (0, 1)).all():
@@ -313,8 +322,9 @@ def read_truth(path: str | os.PathLike[str]) -> Truth:
             train_loss = np.asarray(train_loss, dtype=np.float64)
             if train_loss.shape != masks.shape:
                 raise InputError(
-                    f"train_loss has shape {train_loss.shape}; expected that of masks, {masks.shape}: "
-                    "write the loss of every training example under every retrained model, or leave it out."
+                    f"train_loss has shape {train_loss.shape}; expected that of masks, "
+                    f"{masks.shape}: write the loss of every training example under every "
+                    "retrained model, or leave it out."
                 )
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -335,6 +345,6 @@ def _read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = "it holds no plain arrays" if "pickle" in str(error) else str(error)
         raise InputError(
-            f"{path} cannot be read ({reason}); expected an .npz of plain arrays: write one with numpy.savez, "
-            "without arrays of Python objects."
+            f"{path} cannot be read ({reason}); expected an .npz of plain arrays: write one with "
+            "numpy.savez, without arrays of Python objects."
         ) from error

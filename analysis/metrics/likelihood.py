@@ -1,7 +1,8 @@
 """Perplexity and accuracy of rows, and what every metric asks of the arrays it is given.
 
-Losses are in nats; the mean loss of a row is its mean cross-entropy per completion token. Rows count by their tokens here
-(the aggregate is over all tokens of all rows), as in language modelling; most other metrics count every row alike.
+Losses are in nats; the mean loss of a row is its mean cross-entropy per completion token. Rows
+count by their tokens here (the aggregate is over all tokens of all rows), as in language modelling;
+most other metrics count every row alike.
 """
 
 from __future__ import annotations
@@ -29,22 +30,26 @@ class PerRow:
 def perplexity(losses: ArrayLike, counts: ArrayLike) -> PerRow:
     """Perplexity: `exp(sum_i T_i l_i / sum_i T_i)`, and `exp(l_i)` of every row.
 
-    `losses` [n] are mean losses, `counts` [n] the numbers T_i of completion tokens. What would overflow is the largest float.
+    `losses` [n] are mean losses, `counts` [n] the numbers T_i of completion tokens. What would
+    overflow is the largest float.
     """
     losses = checked(losses, "losses")
     counts = checked(counts, "counts", rows=len(losses))
     if (counts <= 0).any():
         raise InputError(
-            f"counts has the value {counts.min():g}; expected the positive number of completion tokens of each row: leave out "
-            "rows without any."
+            f"counts has the value {counts.min():g}; expected the positive number of completion "
+            "tokens of each row: leave out rows without any."
         )
     return PerRow(exponential(losses), float(exponential(np.average(losses, weights=counts))))
 
 
 def accuracy(right: Sequence[ArrayLike]) -> PerRow:
-    """Next-token accuracy: share of completion tokens whose label has the largest logit, of every row and of all tokens.
+    """Next-token accuracy of every row, and of all tokens.
 
-    `right` holds a bool array [T_i] per row, each token read off the right text before it (teacher forcing).
+    The share of completion tokens whose label has the largest logit.
+
+    `right` holds a bool array [T_i] per row, each token read off the right text before it (teacher
+    forcing).
     """
     rows = checked_tokens(right, "right", bool)
     return PerRow(np.array([row.mean() for row in rows]), float(np.concatenate(rows).mean()))
@@ -58,25 +63,31 @@ def exponential(values: ArrayLike) -> NDArray[np.float64]:
 def checked(
     values: ArrayLike, name: str, ndim: int = 1, rows: int | None = None
 ) -> NDArray[np.float64]:
-    """Give `values` as float64 [n] or [n, k]; refuse other shapes, no value at all, NaN, infinity, another n than `rows`."""
+    """Give `values` as float64 [n] or [n, k].
+
+    Refuse other shapes, no value at all, NaN, infinity, another n than `rows`.
+    """
     shape = "[n], one number per row," if ndim == 1 else "[n, k], as many numbers for every row,"
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         raise InputError(
-            f"{name} cannot be read as an array of numbers; expected {shape} of floats: pad or select rows of unequal length."
+            f"{name} cannot be read as an array of numbers; expected {shape} of floats: pad or "
+            "select rows of unequal length."
         ) from None
     if array.ndim != ndim or array.size == 0:
         raise InputError(
-            f"{name} has shape {array.shape}; expected {shape} and at least one: pass such an array."
+            f"{name} has shape {array.shape}; expected {shape} and at least one: pass such an "
+            "array."
         )
     _refuse_other_length(len(array), name, rows)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         first = ", ".join(str(int(i)) for i in bad[0])
         raise InputError(
-            f"{name} has {len(bad)} NaN or infinite values, the first at [{first}]; expected finite numbers: look for the rows "
-            "that gave them, and leave them out of every array or measure them again."
+            f"{name} has {len(bad)} NaN or infinite values, the first at [{first}]; expected "
+            "finite numbers: look for the rows that gave them, and leave them out of every array "
+            "or measure them again."
         )
     return array
 
@@ -84,10 +95,14 @@ def checked(
 def checked_tokens(
     values: Sequence[ArrayLike], name: str, kind: type, rows: int | None = None
 ) -> list[NDArray[Any]]:
-    """Give one array [T_i] per row, of `bool` or `float`; refuse no rows, rows without tokens, NaN, another n than `rows`."""
+    """Give one array [T_i] per row, of `bool` or `float`.
+
+    Refuse no rows, rows without tokens, NaN, another n than `rows`.
+    """
     if len(values) == 0:
         raise InputError(
-            f"{name} has no rows; expected one array of tokens per row, at least one: pass some rows."
+            f"{name} has no rows; expected one array of tokens per row, at least one: pass some "
+            "rows."
         )
     _refuse_other_length(len(values), name, rows)
     if kind is float:
@@ -96,14 +111,15 @@ def checked_tokens(
     for i, array in enumerate(arrays):
         if array.ndim != 1 or array.size == 0 or array.dtype != np.bool_:
             raise InputError(
-                f"{name}[{i}] has shape {array.shape} and type {array.dtype}; expected [T] of bool, one per completion token: "
-                "leave out rows without supervised tokens."
+                f"{name}[{i}] has shape {array.shape} and type {array.dtype}; expected [T] of "
+                "bool, one per completion token: leave out rows without supervised tokens."
             )
     return arrays
 
 
-def _refuse_other_length(found: int, name: str, rows: int | None) -> None:
-    if rows is not None and found != rows:
+def _refuse_other_length(length: int, name: str, rows: int | None) -> None:
+    if rows is not None and length != rows:
         raise InputError(
-            f"{name} has {found} rows; expected {rows}, as before it: pass the same rows in the same order."
+            f"{name} has {length} rows; expected {rows}, as before it: pass the same rows in the "
+            "same order."
         )

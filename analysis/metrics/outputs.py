@@ -1,7 +1,8 @@
 """What a model says of rows: token by token, in its own words, and how hard it still pulls on them.
 
-Everything that the metrics of this package need of a model comes from here: `outputs` (one forward per batch), `generate`
-(greedy continuations) and `gradient_norms` (one forward and backward). The metrics themselves are functions of these arrays.
+Everything that the metrics of this package need of a model comes from here: `outputs` (one forward
+per batch), `generate` (greedy continuations) and `gradient_norms` (one forward and backward). The
+metrics themselves are functions of these arrays.
 
 Shapes: n rows, T_i completion tokens of row i (end token included). Unit: nats.
 """
@@ -45,9 +46,10 @@ class Outputs:
     log_probs : list of array [T_i]
         `log p(token)` of each completion token.
     mean, std : list of array [T_i]
-        At each completion token the mean `mu = sum_v p(v) log p(v)` and the standard deviation `sigma`,
-        `sigma^2 = sum_v p(v) (log p(v) - mu)^2`, of the log-probability of a token drawn from the model: what min-k++
-        normalises by (Zhang et al. 2024, arXiv 2404.02936, equation 3).
+        At each completion token the mean `mu = sum_v p(v) log p(v)` and the standard deviation
+        `sigma`, `sigma^2 = sum_v p(v) (log p(v) - mu)^2`, of the log-probability of a token drawn
+        from the model: what min-k++ normalises by (Zhang et al. 2024, arXiv 2404.02936, equation
+        3).
     right : list of bool array [T_i]
         Whether the most probable token is the row's.
     """
@@ -63,11 +65,13 @@ class Outputs:
 
 
 def outputs(model: AdaptedModel, tokens: TokenizedExamples, *, token_budget: int = 4096) -> Outputs:
-    """Run rows forward once, where the model is now; distributions over the vocabulary are reduced and let go.
+    """Run rows forward once, where the model is now.
+
+    Distributions over the vocabulary are reduced and let go.
 
     Raises `NumericalError` where a row's loss is NaN or infinite.
     """
-    found: list[list[np.ndarray]] = [[] for _ in tokens]
+    by_row: list[list[np.ndarray]] = [[] for _ in tokens]
     with model.evaluating(), torch.no_grad():
         for rows in plan_batches(tokens, token_budget):
             part = supervised_logits(
@@ -76,9 +80,9 @@ def outputs(model: AdaptedModel, tokens: TokenizedExamples, *, token_budget: int
             columns = [
                 values.cpu().split(part.counts) for values in _reduced(part.logits, part.targets)
             ]
-            for row, *own in zip(rows, *columns, strict=True):
-                found[row] = [values.numpy() for values in own]
-    log_probs, mean, std, right = (list(column) for column in zip(*found, strict=True))
+            for row, *arrays in zip(rows, *columns, strict=True):
+                by_row[row] = [values.numpy() for values in arrays]
+    log_probs, mean, std, right = (list(column) for column in zip(*by_row, strict=True))
     sums = np.array([-values.sum() for values in log_probs])
     if not np.isfinite(sums).all():
         raise NumericalError(
@@ -90,15 +94,18 @@ def outputs(model: AdaptedModel, tokens: TokenizedExamples, *, token_budget: int
 
 
 def _reduced(logits: Tensor, targets: Tensor) -> list[Tensor]:
-    """Of logits `[N, V]`: the targets' log-probabilities, mean, deviation (float64) and greedy hits (bool), each `[N]`."""
+    """Log-probabilities of targets, mean, deviation and greedy hits of logits `[N, V]`, each `[N]`.
+
+    Float64, the hits bool.
+    """
     parts: list[tuple[Tensor, ...]] = []
-    for own, labels in zip(logits.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
-        logs = own.double().log_softmax(-1)
+    for some, labels in zip(logits.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
+        logs = some.double().log_softmax(-1)
         probs = logs.exp()
         mean = -torch.special.entr(probs).sum(-1)  # a token of probability 0 adds nothing
         squares = torch.where(probs > 0, (logs - mean[:, None]).square(), 0.0)
         std = (probs * squares).sum(-1).sqrt()
-        hit = own.argmax(-1) == labels
+        hit = some.argmax(-1) == labels
         parts.append((logs.gather(-1, labels[:, None]).squeeze(-1), mean, std, hit))
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -106,7 +113,10 @@ def _reduced(logits: Tensor, targets: Tensor) -> list[Tensor]:
 def gradient_norms(
     model: AdaptedModel, tokens: TokenizedExamples, *, token_budget: int = 4096
 ) -> np.ndarray:
-    """Euclidean norm of every row's gradient of its mean loss by the LoRA parameters, `[n]`, nats per token."""
+    """Euclidean norm of every row's gradient of its mean loss, `[n]`, nats per token.
+
+    By the LoRA parameters.
+    """
     norms = np.zeros(len(tokens))
     for rows, gradients, _ in stream_gradients(
         model, tokens, measurement=MeanLoss(), token_budget=token_budget
@@ -115,19 +125,22 @@ def gradient_norms(
     return norms
 
 
-# ---- generation ----------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 
 
 def generate(
     model: AdaptedModel, examples: Examples, *, max_new_tokens: int = 128, token_budget: int = 4096
 ) -> list[str]:
-    """The greedy continuation of every row's prompt, as text, until an end token, `max_new_tokens` or the last position.
+    """The greedy continuation of every row's prompt, as text.
 
-    The prompt is what training put before the completion: the row's tokens before its first supervised one, chat template
-    included. Plain greedy decoding: penalties and sampling that the base's generation configuration asks for are left out.
-    Special tokens are not part of the text.
+    It ends at an end token, after `max_new_tokens`, or at the last position.
 
-    Raises `InputError` for `max_new_tokens` below 1; `DataError` that lists the rows which cannot be continued (`continuable`).
+    The prompt is what training put before the completion: the row's tokens before its first
+    supervised one, chat template included. Plain greedy decoding: penalties and sampling that the
+    base's generation configuration asks for are left out. Special tokens are not part of the text.
+
+    Raises `InputError` for `max_new_tokens` below 1; `DataError` that lists the rows which cannot
+    be continued (`continuable`).
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens} was given; expected at least 1")
@@ -151,7 +164,7 @@ def generate(
 
 
 def continuable(model: AdaptedModel, examples: Examples) -> np.ndarray:
-    """Whether each row has a prompt, and one that leaves the model a position to go on, bool `[n]`."""
+    """Whether each row has a prompt that leaves the model a position to go on, bool `[n]`."""
     able = np.array(
         [bool(example.prompt) or example.messages is not None for example in examples], dtype=bool
     )
@@ -194,14 +207,17 @@ def _continued(
 
 @contextmanager
 def _plain_greedy(model: AdaptedModel, max_new_tokens: int) -> Iterator[Any]:
-    """The base with its adapter, whose `generate` takes the most probable token; its own configuration afterwards."""
+    """The base with its adapter, whose `generate` takes the most probable token.
+
+    Its own configuration afterwards.
+    """
     from transformers import GenerationConfig
 
     base = model.model.get_base_model()
     before = base.generation_config
     ends = {model.tokenizer.eos_token_id}
-    own = before.eos_token_id  # of a chat model often several
-    ends |= set(own) if isinstance(own, list | tuple) else {own}
+    of_base = before.eos_token_id  # of a chat model often several
+    ends |= set(of_base) if isinstance(of_base, list | tuple) else {of_base}
     plain = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -220,8 +236,8 @@ def _continuations(base: Any, batch: Batch) -> list[list[int]]:
     """What `base` adds to each prompt of a left-padded batch, cut after its first end token."""
     out = base.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     ends = set(base.generation_config.eos_token_id or ())
-    found = []
+    continuations = []
     for new in out[:, batch.input_ids.shape[1] :].tolist():
         last = next((place for place, token in enumerate(new) if token in ends), len(new))
-        found.append(new[:last])
-    return found
+        continuations.append(new[:last])
+    return continuations

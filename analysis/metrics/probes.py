@@ -1,13 +1,14 @@
 """Is it forgotten or only hidden? Two cheap attempts to bring forgotten rows back.
 
-* `relearn`: train on a few of the forgotten rows and watch the *others*. What was only hidden comes back with them, faster than in
-  an adapter that never saw the rows (Lynch et al. 2024, arXiv 2402.16835; Hu et al. 2024, arXiv 2406.13356), so the curve says
-  most beside that of a retrained adapter.
-* `quantise`: round the edited weights. An edit that moved them by less than the grid is rounded away, and the old answers with
-  it come back (Zhang et al. 2024, arXiv 2410.16454).
+* `relearn`: train on a few of the forgotten rows and watch the *others*. What was only hidden comes
+  back with them, faster than in an adapter that never saw the rows (Lynch et al. 2024, arXiv
+  2402.16835; Hu et al. 2024, arXiv 2406.13356), so the curve says most beside that of a retrained
+  adapter.
+* `quantise`: round the edited weights. An edit that moved them by less than the grid is rounded
+  away, and the old answers with it come back (Zhang et al. 2024, arXiv 2410.16454).
 
-Both leave the model as it was, bit for bit. Losses are mean cross-entropies per completion token, nats; the mean of a set is that of
-its rows.
+Both leave the model as it was, bit for bit. Losses are mean cross-entropies per completion token,
+nats; the mean of a set is that of its rows.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from influence.tokens import TokenizedExamples
 _POINTS = 10
 
 
-# ---- relearning ----------------------------------------------------------------------------------------------
+# ---- relearning ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,8 @@ class Relearned:
     level : float or None
         The loss at which the rows held back count as back.
     value : float or None
-        Steps until their mean is at that level (linear between measurements); None if it was not reached, or none was given.
+        Steps until their mean is at that level (linear between measurements); None if it was not
+        reached, or none was given.
     """
 
     steps: np.ndarray
@@ -80,18 +82,23 @@ def relearn(
     seed: int = 0,
     token_budget: int = 4096,
 ) -> Relearned:
-    """Fine-tune the adapter on `k` of the forget rows and measure the others; the adapter is put back afterwards.
+    """Fine-tune the adapter on `k` of the forget rows and measure the others.
 
-    Each step is one of Adam (Kingma and Ba 2015; default betas, no weight decay, dropout off) down the gradient of the mean of
-    the k rows' mean losses. The rows are drawn by `seed`; k is a fifth of them unless given. Losses are measured at the start, at the end and
-    at up to nine evenly spaced steps between.
+    The adapter is put back afterwards.
 
-    Raises `InputError` unless at least one row is trained on and one held back, and for steps or lr that are not positive.
+    Each step is one of Adam (Kingma and Ba 2015; default betas, no weight decay, dropout off) down
+    the gradient of the mean of the k rows' mean losses. The rows are drawn by `seed`; k is a fifth
+    of them unless given. Losses are measured at the start, at the end and at up to nine evenly
+    spaced steps between.
+
+    Raises `InputError` unless at least one row is trained on and one held back, and for steps or lr
+    that are not positive.
     """
     k = max(1, len(forget) // 5) if k is None else k
     if not 1 <= k < len(forget):
         raise InputError(
-            f"relearning on {k} of {len(forget)} forget rows was asked for; expected at least one to train on and one to hold back"
+            f"relearning on {k} of {len(forget)} forget rows was asked for; expected at least one "
+            "to train on and one to hold back"
         )
     if steps < 1 or not 0 < lr < np.inf:
         raise InputError(
@@ -131,7 +138,9 @@ def relearn(
 
 
 def crossing(steps: ArrayLike, losses: ArrayLike, level: float) -> float | None:
-    """The first step at which a curve is at or below `level`, linear between its points; None where it never is.
+    """The first step at which a curve is at or below `level`, linear between its points.
+
+    None where it never is.
 
     `steps` [m] rise; `losses` [m]. A curve that starts there crosses at its first step.
     """
@@ -143,8 +152,8 @@ def crossing(steps: ArrayLike, losses: ArrayLike, level: float) -> float | None:
         or not np.isfinite([*at, *curve, level]).all()
     ):
         raise InputError(
-            f"a curve of {at.shape} steps and {curve.shape} losses with level {level} was given; expected as many steps as "
-            "losses, at least one, all finite"
+            f"a curve of {at.shape} steps and {curve.shape} losses with level {level} was given; "
+            "expected as many steps as losses, at least one, all finite"
         )
     below = np.flatnonzero(curve <= level)
     if not len(below):
@@ -156,26 +165,28 @@ def crossing(steps: ArrayLike, losses: ArrayLike, level: float) -> float | None:
     return float(at[first - 1] + share * (at[first] - at[first - 1]))
 
 
-# ---- quantisation --------------------------------------------------------------------------------------------
+# ---- quantisation --------------------------------------------------------------------------------
 
 
 @contextmanager
 def quantise(
     model: AdaptedModel, *, bits: int = 4, group: int | None = None
 ) -> Iterator[AdaptedModel]:
-    """Within the block every adapted layer computes with its effective weight `W + s B A` rounded by `rounded`.
+    """Adapted layers compute with the effective weight `W + s B A`, `rounded`, within the block.
 
-    As if the adapter had been merged and the layer quantised, weights only. No weight is written: each forward rounds anew, so
-    the block costs no memory for a second copy, and the layers follow the adapter if it moves meanwhile. Layers without an adapter stay
-    as they are, and so do biases.
+    As if the adapter had been merged and the layer quantised, weights only. No weight is written:
+    each forward rounds anew, so the block costs no memory for a second copy, and the layers follow
+    the adapter if it moves meanwhile. Layers without an adapter stay as they are, and so do biases.
 
-    Raises `InputError` for bits outside 2 ... 8 or a group below 1; `AdapterError` where an adapted layer is quantised already.
+    Raises `InputError` for bits outside 2 ... 8 or a group below 1; `AdapterError` where an adapted
+    layer is quantised already.
     """
     _check_grid(bits, group)
     refuse(
         "the quantisation probe rounds weights that are floating point",
         [
-            f"{site.name}: its weights are {site.layer.get_base_layer().weight.dtype} already; load a base that is not quantised"
+            f"{site.name}: its weights are {site.layer.get_base_layer().weight.dtype} already; "
+            "load a base that is not quantised"
             for site in model.sites
             if site.layer.get_base_layer().weight.dtype not in DTYPES.values()
         ],
@@ -188,10 +199,13 @@ def quantise(
 
 
 def rounded(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
-    """Round a weight matrix to a symmetric grid: `q d`, q the whole number nearest to `w / d`, `|q| <= 2^(bits - 1) - 1`.
+    """Round a weight matrix to a symmetric grid of so many bits.
 
-    The step `d = max |w| / (2^(bits - 1) - 1)` belongs to an output channel (a row of `weight` [d_out, d_in]) or, with `group`, to
-    each run of so many of its inputs; the last run may be shorter.
+    `q d`, with q the whole number nearest to `w / d` and `|q| <= 2^(bits - 1) - 1`.
+
+    The step `d = max |w| / (2^(bits - 1) - 1)` belongs to an output channel (a row of `weight`
+    [d_out, d_in]) or, with `group`, to each run of so many of its inputs; the last run may be
+    shorter.
     """
     _check_grid(bits, group)
     most = 2 ** (bits - 1) - 1
@@ -206,8 +220,8 @@ def rounded(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
 def _check_grid(bits: int, group: int | None) -> None:
     if not 2 <= bits <= 8 or (group is not None and group < 1):
         raise InputError(
-            f"quantisation to {bits} bits in groups of {group} was asked for; expected 2 to 8 bits, usually 8 or 4, and groups "
-            "of at least one input (None: whole channels)"
+            f"quantisation to {bits} bits in groups of {group} was asked for; expected 2 to 8 "
+            "bits, usually 8 or 4, and groups of at least one input (None: whole channels)"
         )
 
 

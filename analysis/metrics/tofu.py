@@ -1,19 +1,23 @@
-"""TOFU's measures of forgetting and of what stayed (Maini et al. 2024, arXiv 2401.06121, section 2.2).
+"""TOFU's measures of forgetting and of what stayed.
 
-A question has a right answer, a paraphrase of it, and k wrong answers of the paraphrase's form. With mean losses (nats per
-token of the answer), `p = exp(-loss)` is an answer's probability normalised by length, and
+Maini et al. 2024, arXiv 2401.06121, section 2.2.
+
+A question has a right answer, a paraphrase of it, and k wrong answers of the paraphrase's form.
+With mean losses (nats per token of the answer), `p = exp(-loss)` is an answer's probability
+normalised by length, and
 
     R = (prod_k p(wrong_k))^(1/k) / p(paraphrase) = exp( loss(paraphrase) - mean_k loss(wrong_k) )
 
-is the **truth ratio**: small where the model knows, about 1 where it cannot tell. **Forget quality** is the p-value of a
-Kolmogorov-Smirnov test between the R of the forget set under the unlearned model and under one that was trained without it:
-near 1 is good, and it says how sure we are that the two differ, not by how much, so it falls with n for the same difference.
-**Model utility** is the harmonic mean of nine means: {retain, real authors, world facts} x {probability, ROUGE-L recall,
-max(0, 1 - R)}.
+is the **truth ratio**: small where the model knows, about 1 where it cannot tell. **Forget
+quality** is the p-value of a Kolmogorov-Smirnov test between the R of the forget set under the
+unlearned model and under one that was trained without it: near 1 is good, and it says how sure we
+are that the two differ, not by how much, so it falls with n for the same difference.
+**Model utility** is the harmonic mean of nine means: {retain, real authors, world facts} x
+{probability, ROUGE-L recall, max(0, 1 - R)}.
 
-Known differences from other numbers: the published code tests 1/R and averages max(0, 1 - 1/(1/R)), which is the same; the
-logs' own `truth_ratio` is R in float32. Questions on real authors and world facts have no paraphrase: there the right answer
-stands in for it.
+Known differences from other numbers: the published code tests 1/R and averages max(0, 1 - 1/(1/R)),
+which is the same; the logs' own `truth_ratio` is R in float32. Questions on real authors and world
+facts have no paraphrase: there the right answer stands in for it.
 """
 
 from __future__ import annotations
@@ -47,8 +51,8 @@ class ForgetQuality:
     n, m : int
         Size of the samples.
     floor : float
-        `2 / binomial(n + m, n)`, the p-value of samples that do not overlap: no smaller one exists at this n and m. 0 where
-        it is below the smallest float.
+        `2 / binomial(n + m, n)`, the p-value of samples that do not overlap: no smaller one exists
+        at this n and m. 0 where it is below the smallest float.
     """
 
     value: float
@@ -60,7 +64,7 @@ class ForgetQuality:
 
 @dataclass(frozen=True, eq=False)
 class Rouge:
-    """ROUGE recall of every row, [n] each: of words (`rouge1_recall`), of the longest common subsequence (`rougeL_recall`)."""
+    """ROUGE recall of every row, [n] each: of words, and of the longest common subsequence."""
 
     rouge1_recall: NDArray[np.float64]
     rougeL_recall: NDArray[np.float64]
@@ -68,12 +72,13 @@ class Rouge:
 
 @dataclass(frozen=True, eq=False)
 class UtilitySet:
-    """What model utility needs of one set, [n] each; None is a part that was not measured.
+    """What model utility needs of one set, [n] each. None is a part that was not measured.
 
     Attributes
     ----------
     probability
-        Of the right answer: `answer_probability` (retain), `option_probability` (real authors, world facts).
+        Of the right answer: `answer_probability` (retain), `option_probability` (real authors,
+        world facts).
     rouge
         ROUGE-L recall of the generated answer.
     truth_ratio
@@ -92,9 +97,11 @@ class Utility:
     Attributes
     ----------
     value : float
-        Harmonic mean of `parts`; 0 where one of them is 0. Comparable with TOFU's only if nothing is missing.
+        Harmonic mean of `parts`; 0 where one of them is 0. Comparable with TOFU's only if nothing
+        is missing.
     parts : mapping
-        The means, named `"retain probability"`, `"retain rouge"`, `"retain truth_ratio"`, `"real_authors probability"`, ...
+        The means, named `"retain probability"`, `"retain rouge"`, `"retain truth_ratio"`,
+        `"real_authors probability"`, ...
     missing : tuple of str
         Which of the nine were not given.
     """
@@ -105,7 +112,7 @@ class Utility:
 
 
 def truth_ratio(paraphrased: ArrayLike, perturbed: ArrayLike) -> NDArray[np.float64]:
-    """`R = exp( paraphrased - mean_k perturbed_k )` [n], from mean losses [n] and [n, k] (see the module).
+    """`R = exp( paraphrased - mean_k perturbed_k )` [n], from mean losses [n] and [n, k].
 
     What would overflow is the largest float.
     """
@@ -115,9 +122,10 @@ def truth_ratio(paraphrased: ArrayLike, perturbed: ArrayLike) -> NDArray[np.floa
 
 
 def forget_quality(ratios: ArrayLike, retain_ratios: ArrayLike) -> ForgetQuality:
-    """Test whether truth ratios [n] of the forget set differ from those [m] of a model that never saw it.
+    """Test of truth ratios [n] of the forget set against those [m] of a model that never saw it.
 
-    The two-sample Kolmogorov-Smirnov test, two-sided, exact at every size. Read `value` beside `floor`.
+    The two-sample Kolmogorov-Smirnov test, two-sided, exact at every size. Read `value` beside
+    `floor`.
     """
     ratios, retain_ratios = checked(ratios, "ratios"), checked(retain_ratios, "retain_ratios")
     for name, sample in (("ratios", ratios), ("retain_ratios", retain_ratios)):
@@ -142,17 +150,19 @@ def option_probability(losses: ArrayLike, perturbed: ArrayLike) -> NDArray[np.fl
 
 
 def rouge(references: Sequence[str], generated: Sequence[str]) -> Rouge:
-    """ROUGE-1 and ROUGE-L recall of generated texts against the right ones, by Google's `rouge_score` with stemming, as TOFU.
+    """ROUGE-1 and ROUGE-L recall of generated texts against the right ones.
 
-    Its words are runs of a-z and 0-9 after lower-casing: a reference without any, in another script for instance, has a recall
-    of 0 whatever was generated.
+    By Google's `rouge_score` with stemming, as TOFU.
+
+    Its words are runs of a-z and 0-9 after lower-casing: a reference without any, in another script
+    for instance, has a recall of 0 whatever was generated.
     """
     from rouge_score.rouge_scorer import RougeScorer  # here: it brings nltk with it
 
     if len(references) != len(generated) or len(references) == 0:
         raise InputError(
-            f"rouge was given {len(references)} references and {len(generated)} generated texts; expected as many, and at least "
-            "one: pass both for the same rows."
+            f"rouge was given {len(references)} references and {len(generated)} generated texts; "
+            "expected as many, and at least one: pass both for the same rows."
         )
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     scores = [
@@ -167,14 +177,15 @@ def rouge(references: Sequence[str], generated: Sequence[str]) -> Rouge:
 
 
 def model_utility(sets: Mapping[str, UtilitySet]) -> Utility:
-    """Harmonic mean of the nine means of `sets`, keyed `retain`, `real_authors`, `world_facts` (see the module).
+    """Harmonic mean of the nine means of `sets`, keyed `retain`, `real_authors`, `world_facts`.
 
     Of the parts that are there, if some are missing; the result names those.
     """
     unknown = [name for name in sets if name not in SETS]
     if unknown:
         raise InputError(
-            f"sets has the key {unknown[0]!r}; expected some of {', '.join(SETS)}: rename it or leave it out."
+            f"sets has the key {unknown[0]!r}; expected some of {', '.join(SETS)}: rename it or "
+            "leave it out."
         )
     parts: dict[str, float] = {}
     missing: list[str] = []
@@ -189,7 +200,8 @@ def model_utility(sets: Mapping[str, UtilitySet]) -> Utility:
                 )
     if not parts:
         raise InputError(
-            "No part of model utility was given; expected at least one of the nine: pass a UtilitySet per set."
+            "No part of model utility was given; expected at least one of the nine: pass a "
+            "UtilitySet per set."
         )
     value = (
         len(parts) / sum(1 / part for part in parts.values()) if min(parts.values()) > 0 else 0.0
@@ -209,6 +221,7 @@ def _refuse_outside(values: NDArray[np.float64], name: str, what: str, high: flo
     wrong = values[(values < 0) | (values > high)]
     if len(wrong):
         raise InputError(
-            f"{name} has the value {wrong[0]:g}; expected {what}, {'0 and more' if high == math.inf else f'0 to {high:g}'}: pass "
+            f"{name} has the value {wrong[0]:g}; expected {what}, "
+            f"{'0 and more' if high == math.inf else f'0 to {high:g}'}: pass "
             "them as they are, not as losses, logarithms or percent."
         )

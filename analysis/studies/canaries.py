@@ -57,8 +57,7 @@ class Canaries:
         if not canaries:
             raise InputError(
                 "no canaries were given; name at least one training row with its candidates, or "
-                "leave "
-                "them out"
+                "leave them out"
             )
         examples: list[Example] = []
         rows, starts, bad = [], [0], []
@@ -83,10 +82,8 @@ class Canaries:
         if tokens.truncated:
             raise InputError(
                 f"{tokens.truncated} of the canaries' completions and candidates are longer than "
-                f"the "
-                f"run's max_length ({run.manifest.objective.max_length}), and sums of losses over "
-                f"cut "
-                "ones do not compare: give shorter ones"
+                f"the run's max_length ({run.manifest.objective.max_length}), and sums of losses "
+                "over cut ones do not compare: give shorter ones"
             )
         return cls(rows, starts, tokens)
 
@@ -140,7 +137,7 @@ def read_canaries(path: str | Path) -> dict[str, list[str]]:
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); give JSON lines with an id and candidates "
-            f"each"
+            "each"
         ) from None
     canaries: dict[str, list[str]] = {}
     bad: list[BadRow] = []

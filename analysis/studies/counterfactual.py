@@ -156,8 +156,8 @@ def _checked(losses: ArrayLike, masks: ArrayLike) -> tuple[NDArray[np.float64], 
     if masks.dtype != np.bool_ or masks.shape != losses.shape:
         raise InputError(
             f"masks has shape {masks.shape} and type {masks.dtype}; expected {losses.shape} of "
-            f"bool "
-            "as losses has, True where a model was trained on a row: give both one line per model"
+            "bool as losses has, True where a model was trained on a row: give both one line per "
+            "model"
         )
     return losses, masks
 

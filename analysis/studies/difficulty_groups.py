@@ -22,7 +22,7 @@ def by_difficulty(names: Sequence[str], steps: ArrayLike, parts: int = 3) -> dic
     if steps.shape != (len(names),) or np.isnan(steps).any():
         raise InputError(
             f"steps of shape {steps.shape} were given for {len(names)} rows; expected one number "
-            f"each"
+            "each"
         )
     if not 2 <= parts <= len(names):
         raise InputError(

@@ -116,9 +116,8 @@ class Memorization:
     def lines(self) -> list[str]:
         """Setting, reliability and notes, for a person."""
         text = [
-            f"self-influence is with {self.setting}; losses and influences in nats per token; "
-            f"read the "
-            "influences' order before their size"
+            f"self-influence is with {self.setting}; losses and influences in nats per token; read "
+            "the influences' order before their size"
         ]
         if self.reliability is not None:
             r = self.reliability
@@ -286,8 +285,7 @@ def _retrained(ids: Sequence[str], truth: Truth | None, seed: int) -> _Retrained
             notes.append(
                 f"{len(rows)} of {len(ids)} rows were trained on by {where} of the {len(masks)} "
                 f"retrained adapters and have no {lost} (the first is {ids[rows[0]]!r}): retrain "
-                f"on "
-                "more random subsets"
+                "on more random subsets"
             )
     if "train_ids" not in truth.extra:
         notes.append(
@@ -307,8 +305,7 @@ def _truth_of(run: Run, truth: Truth | str | Path) -> Truth:
         how = "the same ones in another order" if reordered else "others"
         raise MismatchError(
             f"{source} is not of the training rows of {run.directory}, but of {how}: give the "
-            f"truth "
-            "that was made from this run"
+            "truth that was made from this run"
         )
     if losses.masks.shape[1] != len(ids):
         raise MismatchError(
@@ -356,8 +353,7 @@ def _self_influences(run: Run, rules: Sequence[Damping] | None) -> tuple[dict[st
     if plain and rules:
         raise InputError(
             f"damping {rules[0]} was given, and {run.directory} compares plain gradients "
-            f"({PLAIN}), "
-            "which have none: leave it out, or fit another run with a curvature"
+            f"({PLAIN}), which have none: leave it out, or fit another run with a curvature"
         )
     if rules is None:
         rules = [] if plain else [Damping.parse(rule) for rule in DAMPINGS]

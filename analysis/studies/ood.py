@@ -305,17 +305,14 @@ def _notes(table: pd.DataFrame, protocol: Protocol, single: Measured, references
     if len(late):
         notes.append(
             f"{len(late)} of {len(table)} rows did not reach their target within {protocol.steps} "
-            f"steps "
-            f"({', '.join(sorted(set(late['kind'])))}): they count with that many steps, and are "
-            f"left "
-            "out of the damage"
+            f"steps ({', '.join(sorted(set(late['kind'])))}): they count with that many steps, and "
+            "are left out of the damage"
         )
     done = table[table["gap"] <= 0]
     if len(done):
         notes.append(
             f"{len(done)} rows were not learned (their loss is the base's or more) and cost "
-            f"nothing to "
-            "unlearn"
+            "nothing to unlearn"
         )
     return notes
 

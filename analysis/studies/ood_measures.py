@@ -100,8 +100,7 @@ def original_alone(measured: Measured, original: Sequence[str]) -> Measured:
     if not counted.any():
         raise InputError(
             f"none of the {len(counted)} training rows that tell the damage is an original one: "
-            f"sample "
-            "more, or plant fewer"
+            "sample more, or plant fewer"
         )
     return replace(
         measured,

@@ -57,9 +57,8 @@ def claim(out: Path, run: Run, planted: Planted, recipe: Recipe, overwrite: bool
     differing = [key for key, value in request.items() if kept_request.get(key) != value]
     if kept_request and differing and not overwrite:
         raise MismatchError(
-            f"{out} is of another study: {', '.join(differing)} differ. Ask for the same one to "
-            f"go on, "
-            "give another --out, or --overwrite"
+            f"{out} is of another study: {', '.join(differing)} differ. Ask for the same one to go "
+            "on, give another --out, or --overwrite"
         )
     if differing:
         for part in parts:
@@ -91,8 +90,7 @@ def planted_run(out: Path, run: Run, planted: Planted, recipe: Recipe) -> Run:
     if rows.digest != planted.rows.digest:
         raise StoreError(
             f"{out / 'train.jsonl'} is not what was written there: give --overwrite after moving "
-            f"{out} "
-            "away"
+            f"{out} away"
         )
     with torch.random.fork_rng(devices=devices):
         model = fresh_adapter(run.model, recipe.seed)

@@ -43,8 +43,7 @@ def tables(made: Study) -> list[Table]:
         means.add_row(Text(str(kind)), *cells)
     means.caption = Text(
         "nats per token; gen, rel: generalized and relative exposure, bits per token, before and "
-        "at the "
-        "goal (base's loss)"
+        "at the goal (base's loss)"
     )
     means.caption_justify = "left"
     against = _table(f"against partners of the same length, {made.level:.0%} intervals", "kind")
@@ -76,8 +75,8 @@ def lines(made: Study) -> list[str]:
     """The two verdicts, what speaks beside them, and notes."""
     answers, groups = made.verdicts, made.apart
     rhos = "; ".join(
-        f"{entry['forecast']} with {entry['measure']} {entry['spearman']:.2f} "
-        f"[{entry['low']:.2f}, {entry['high']:.2f}]"
+        f"{entry['forecast']} with {entry['measure']} {entry['spearman']:.2f} [{entry['low']:.2f}, "
+        f"{entry['high']:.2f}]"
         for entry in made.correlations
         if entry["measure"] != "damage"
     )
@@ -88,14 +87,12 @@ def lines(made: Study) -> list[str]:
     )
     return [
         f"do rows from outside need more steps? {answers['steps']}",
-        f"is their trade-off better (less damage at the goal)? {answers['damage']} "
-        f"(at equal nats forgotten: {answers['matched']}; per nat: {answers['per_nat']})",
+        f"is their trade-off better (less damage at the goal)? {answers['damage']} (at equal nats "
+        f"forgotten: {answers['matched']}; per nat: {answers['per_nat']})",
         f"damage of whole kinds unlearned at once, and how much more than in: {sets}",
         f"Spearman over all rows: {rhos}",
         f"groups of one difficulty instead of mixed ones: damage {groups['homogeneous']:.3f} "
-        f"instead of "
-        f"{groups['mixed']:.3f}, difference [{groups['low']:.3f}, {groups['high']:.3f}]; does it "
-        f"help? "
-        f"{groups['helps']}",
+        f"instead of {groups['mixed']:.3f}, difference [{groups['low']:.3f}, "
+        f"{groups['high']:.3f}]; does it help? {groups['helps']}",
         *(f"note: {note}" for note in made.notes),
     ]

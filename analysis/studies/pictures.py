@@ -21,7 +21,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.metrics.lds import LDS
-from analysis.plots import _GRID, _INK, _MUTED, _NEGATIVE, _POSITIVE, _STYLE
+from analysis.plots import GRID, INK, MUTED, NEGATIVE, POSITIVE, STYLE
+from influence.curvature import PLAIN
 from influence.errors import InputError
 
 _DPI = 110
@@ -44,12 +45,12 @@ def ranks_plot(hits: Mapping[str, np.ndarray], title: str, *, most: int = 40) ->
         The largest k.
     """
     figure, panels = _panels(hits, title, share=True, height=3.4)
-    for axes, found in zip(panels, hits.values(), strict=True):
-        found = found.astype(float)
-        k = np.arange(1, min(most, found.shape[1]) + 1)
+    for axes, world_hits in zip(panels, hits.values(), strict=True):
+        shares = world_hits.astype(float)
+        k = np.arange(1, min(most, shares.shape[1]) + 1)
         for ranked, color, style, label in (
-            (found, _POSITIVE, "-", "strongest proponents"),
-            (found[:, ::-1], _NEGATIVE, "--", "strongest opponents"),
+            (shares, POSITIVE, "-", "strongest proponents"),
+            (shares[:, ::-1], NEGATIVE, "--", "strongest opponents"),
         ):
             share = ranked[:, : len(k)].cumsum(1) / k
             error = 1.96 * share.std(0) / np.sqrt(len(share))
@@ -63,7 +64,7 @@ def ranks_plot(hits: Mapping[str, np.ndarray], title: str, *, most: int = 40) ->
             )
             axes.plot(k, share.mean(0), style, color=color, label=label)
         axes.axhline(
-            found.mean(), color=_MUTED, linewidth=1, linestyle=":", label="all rows: chance"
+            shares.mean(), color=MUTED, linewidth=1, linestyle=":", label="all rows: chance"
         )
         axes.set(xlabel="k strongest rows", ylim=(0, 1.02), xlim=(1, len(k)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -81,24 +82,24 @@ def tokens_plot(rows: Mapping[str, tuple[Sequence[str], np.ndarray]], title: str
     ----------
     rows : mapping of str to (tokens [T], scores [T], nats)
         A heading, and the row under it; each row has a colour scale of its own, and its largest
-        score is told.
+        score is written beside it.
     title : str
     """
     lines = {head: _wrapped(tokens) for head, (tokens, _) in rows.items()}
     if not rows:
         raise InputError("no rows were given to draw; give one or more")
-    with rc_context(_STYLE):
-        height = sum(1.9 + len(found) for found in lines.values())
+    with rc_context(STYLE):
+        height = sum(1.9 + len(wrapped) for wrapped in lines.values())
         figure = Figure(figsize=(8.6, 0.27 * height + 0.5), dpi=_DPI)
         axes = figure.add_axes((0.01, 0.01, 0.98, 0.98 - 0.42 / (0.27 * height + 0.5)))
         axes.set(xlim=(0, _COLUMNS), ylim=(height, 0))
         axes.axis("off")
-        figure.text(0.012, 0.985, title, va="top", fontweight="bold", fontsize=12, color=_INK)
+        figure.text(0.012, 0.985, title, va="top", fontweight="bold", fontsize=12, color=INK)
         top = 0.6
         for head, (tokens, scores) in rows.items():
             largest = float(np.abs(scores).max()) or 1.0
             note = f"{_visible(head)}   (darkest token {scores[np.abs(scores).argmax()]:+.2g} nats)"
-            axes.text(0, top, note, va="center", color=_MUTED, fontsize=9, parse_math=False)
+            axes.text(0, top, note, va="center", color=MUTED, fontsize=9, parse_math=False)
             for number, line in enumerate(lines[head]):
                 for token, column in line:
                     _token(
@@ -124,30 +125,30 @@ def settings_plot(
     title : str
     """
     figure, panels = _panels(points, title, share=False, height=3.8)
-    for axes, (world, found) in zip(panels, points.items(), strict=True):
+    for axes, (world, settings) in zip(panels, points.items(), strict=True):
         for plain, color, marker, label in (
-            (False, _POSITIVE, "o", "with EK-FAC"),
-            (True, _NEGATIVE, "X", "gradient products"),
+            (False, POSITIVE, "o", "with EK-FAC"),
+            (True, NEGATIVE, "X", "gradient products"),
         ):
             place = np.array(
-                [value for name, value in found.items() if name.startswith("identity") is plain]
+                [value for name, value in settings.items() if name.startswith(PLAIN) is plain]
             )
             axes.scatter(
                 *place.T, s=46, color=color, marker=marker, label=label, zorder=3, alpha=0.85
             )
-        best = found[chosen[world]]
+        best = settings[chosen[world]]
         axes.scatter(
             *best,
             s=190,
             facecolors="none",
-            edgecolors=_INK,
+            edgecolors=INK,
             linewidths=1.3,
             zorder=4,
             label="chosen",
         )
         axes.set(
-            xlim=(0, 1.15 * max(x for x, _ in found.values())),
-            ylim=(0, 1.15 * max(y for _, y in found.values())),
+            xlim=(0, 1.15 * max(x for x, _ in settings.values())),
+            ylim=(0, 1.15 * max(y for _, y in settings.values())),
         )
         axes.set_xlabel("concentration: share of the strongest row\nin all influence on a row")
     panels[0].set_ylabel("selectivity: rise of the edited row's\nloss / mean change of the others'")
@@ -158,20 +159,23 @@ def settings_plot(
 def lds_settings_plot(results: Mapping[str, Mapping[str, LDS]], title: str) -> Figure:
     """The linear datamodeling score of some settings with its interval, best at the top."""
     figure, panels = _panels(
-        results, title, share=False, height=0.9 + 0.34 * max(len(one) for one in results.values())
+        results,
+        title,
+        share=False,
+        height=0.9 + 0.34 * max(len(scores) for scores in results.values()),
     )
-    for axes, found in zip(panels, results.values(), strict=True):
-        names = sorted(found, key=lambda name: found[name].mean)
+    for axes, scores in zip(panels, results.values(), strict=True):
+        names = sorted(scores, key=lambda name: scores[name].mean)
         for place, name in enumerate(names):
-            one, color = found[name], _NEGATIVE if "gradient products" in name else _POSITIVE
+            score, color = scores[name], NEGATIVE if "gradient products" in name else POSITIVE
             marker = "X" if "gradient products" in name else "o"
             axes.hlines(
-                place, one.interval.low, one.interval.high, color=color, linewidth=2, alpha=0.5
+                place, score.interval.low, score.interval.high, color=color, linewidth=2, alpha=0.5
             )
-            axes.scatter(one.mean, place, color=color, marker=marker, s=42, zorder=3)
+            axes.scatter(score.mean, place, color=color, marker=marker, s=42, zorder=3)
             axes.annotate(
-                f"{one.mean:.2f}",
-                (one.mean, place),
+                f"{score.mean:.2f}",
+                (score.mean, place),
                 (0, 6),
                 textcoords="offset points",
                 ha="center",
@@ -201,10 +205,10 @@ def losses_plot(
     title : str
     """
     figure, panels = _panels(losses, title, share=True, height=3.9)
-    for axes, (world, found) in zip(panels, losses.items(), strict=True):
-        for place, (before, after) in enumerate(found.values()):
+    for axes, (world, sets) in zip(panels, losses.items(), strict=True):
+        for place, (before, after) in enumerate(sets.values()):
             ends = np.mean(before), np.mean(after)
-            color = _NEGATIVE if place == 0 else _POSITIVE
+            color = NEGATIVE if place == 0 else POSITIVE
             axes.plot(
                 after, np.full(len(after), place + 0.24), "|", color=color, alpha=0.4, markersize=6
             )
@@ -218,7 +222,7 @@ def losses_plot(
                 ends[0], place, s=64, facecolors="white", edgecolors=color, linewidths=1.6, zorder=3
             )
             axes.scatter(ends[1], place, s=40, color=color, zorder=4)
-        axes.plot([goals[world]] * 2, [-0.32, 0.12], color=_INK, linewidth=2, zorder=5)
+        axes.plot([goals[world]] * 2, [-0.32, 0.12], color=INK, linewidth=2, zorder=5)
         axes.annotate(
             "expected",
             (goals[world], -0.34),
@@ -227,19 +231,19 @@ def losses_plot(
             ha="center",
             size=8,
         )
-        for place, (before, _) in enumerate(found.values()):
+        for place, (before, _) in enumerate(sets.values()):
             axes.text(
                 0.01,
                 place - 0.15,
                 f"n = {len(before)}",
                 transform=axes.get_yaxis_transform(),
                 size=8,
-                color=_MUTED,
+                color=MUTED,
             )
         axes.set(
-            ylim=(len(found) - 0.4, -0.75), xscale="log", xlabel="loss, nats per completion token"
+            ylim=(len(sets) - 0.4, -0.75), xscale="log", xlabel="loss, nats per completion token"
         )
-        axes.set_yticks(range(len(found)), list(found))
+        axes.set_yticks(range(len(sets)), list(sets))
         _plain_ticks(axes.xaxis)
     return figure
 
@@ -263,14 +267,12 @@ def moves_plot(
     """
     figure, panels = _panels(moves, title, share=False, height=3.6)
     for axes, (predicted, measured, about) in zip(panels, moves.values(), strict=True):
-        axes.axhline(0, color=_MUTED, linewidth=0.8)
-        axes.axvline(0, color=_MUTED, linewidth=0.8)
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.scatter(
-            predicted[~about], measured[~about], s=26, color=_POSITIVE, alpha=0.7, label=others
+            predicted[~about], measured[~about], s=26, color=POSITIVE, alpha=0.7, label=others
         )
-        axes.scatter(
-            predicted[about], measured[about], s=44, color=_NEGATIVE, marker="X", label=own
-        )
+        axes.scatter(predicted[about], measured[about], s=44, color=NEGATIVE, marker="X", label=own)
         axes.set_xlabel("predicted by the scores, nats per token")
     panels[0].set_ylabel("measured after the edit")
     panels[0].legend(frameon=False)
@@ -289,13 +291,16 @@ def prices_plot(prices: Mapping[str, Mapping[str, tuple[float, float]]], title: 
     title : str
     """
     figure, panels = _panels(
-        prices, title, share=False, height=0.9 + 0.4 * max(len(one) for one in prices.values())
+        prices,
+        title,
+        share=False,
+        height=0.9 + 0.4 * max(len(methods) for methods in prices.values()),
     )
-    for axes, found in zip(panels, prices.values(), strict=True):
-        for place, (rise, error) in enumerate(found.values()):
-            color = _NEGATIVE if place == 0 else _POSITIVE
+    for axes, methods in zip(panels, prices.values(), strict=True):
+        for place, (rise, error) in enumerate(methods.values()):
+            color = NEGATIVE if place == 0 else POSITIVE
             axes.barh(place, rise, color=color, height=0.55)
-            axes.hlines(place, rise - 1.96 * error, rise + 1.96 * error, color=_INK, linewidth=1.3)
+            axes.hlines(place, rise - 1.96 * error, rise + 1.96 * error, color=INK, linewidth=1.3)
             end = max(0, rise + 1.96 * error)
             axes.annotate(
                 f"{rise:+.3f}",
@@ -305,10 +310,11 @@ def prices_plot(prices: Mapping[str, Mapping[str, tuple[float, float]]], title: 
                 va="center",
                 size=9,
             )
-        axes.axvline(0, color=_MUTED, linewidth=0.8)
-        axes.set_yticks(range(len(found)), list(found) if axes is panels[0] else [])
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        axes.set_yticks(range(len(methods)), list(methods) if axes is panels[0] else [])
         axes.set(
-            ylim=(len(found) - 0.5, -0.5), xlabel="rise of the retained rows' loss, nats per token"
+            ylim=(len(methods) - 0.5, -0.5),
+            xlabel="rise of the retained rows' loss, nats per token",
         )
         axes.margins(x=0.22)
     return figure
@@ -333,26 +339,26 @@ def rows_plot(
         Where both axes begin; rows below it are drawn at the edge.
     """
     methods = list(next(iter(rows.values())))
-    most = 1.25 * max(np.max(ends) for found in rows.values() for *ends, _ in found.values())
-    with rc_context(_STYLE):
+    most = 1.25 * max(np.max(ends) for results in rows.values() for *ends, _ in results.values())
+    with rc_context(STYLE):
         figure = Figure(
             figsize=(2.7 * len(methods) + 0.6, 2.6 * len(rows) + 0.9),
             dpi=_DPI,
             layout="constrained",
         )
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12, color=_INK)
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12, color=INK)
         grid = figure.subplots(len(rows), len(methods), sharex=True, sharey=True, squeeze=False)
-        for line, (world, found) in zip(grid, rows.items(), strict=True):
-            for axes, (method, (before, after, removed)) in zip(line, found.items(), strict=True):
+        for line, (world, results) in zip(grid, rows.items(), strict=True):
+            for axes, (method, (before, after, removed)) in zip(line, results.items(), strict=True):
                 before, after = np.maximum(before, least), np.maximum(after, least)
-                axes.grid(color=_GRID)
+                axes.grid(color=GRID)
                 axes.set_axisbelow(True)
-                axes.plot([least, most], [least, most], color=_MUTED, linewidth=0.8)
+                axes.plot([least, most], [least, most], color=MUTED, linewidth=0.8)
                 axes.scatter(
                     before[~removed],
                     after[~removed],
                     s=12,
-                    color=_POSITIVE,
+                    color=POSITIVE,
                     alpha=0.5,
                     label="retained",
                 )
@@ -360,7 +366,7 @@ def rows_plot(
                     before[removed],
                     after[removed],
                     s=26,
-                    color=_NEGATIVE,
+                    color=NEGATIVE,
                     marker="X",
                     label="removed",
                 )
@@ -401,19 +407,19 @@ def paths_plot(
         One pair for each panel.
     """
     figure, panels = _panels(paths, title, share=False, height=3.9)
-    colors, markers = (_INK, _POSITIVE, _NEGATIVE, _MUTED), ("o", "s", "D", "^")
-    for axes, found, (x_label, y_label) in zip(panels, paths.values(), labels, strict=True):
-        for (kind, (x, y)), color, marker in zip(found.items(), colors, markers, strict=False):
+    colors, markers = (INK, POSITIVE, NEGATIVE, MUTED), ("o", "s", "D", "^")
+    for axes, kinds, (x_label, y_label) in zip(panels, paths.values(), labels, strict=True):
+        for (kind, (x, y)), color, marker in zip(kinds.items(), colors, markers, strict=False):
             axes.plot(x.T, y.T, color=color, linewidth=0.6, alpha=0.13)
-            known = np.isfinite(x) & np.isfinite(y)
-            count = np.maximum(known.sum(0), 1)
-            means = [np.where(known, one, 0).sum(0) / count for one in (x, y)]
+            defined = np.isfinite(x) & np.isfinite(y)
+            count = np.maximum(defined.sum(0), 1)
+            means = [np.where(defined, values, 0).sum(0) / count for values in (x, y)]
             errors = [
-                1.96 * np.sqrt(np.where(known, (one - mean) ** 2, 0).sum(0)) / count
-                for one, mean in zip((x, y), means, strict=True)
+                1.96 * np.sqrt(np.where(defined, (values - mean) ** 2, 0).sum(0)) / count
+                for values, mean in zip((x, y), means, strict=True)
             ]
-            some = known.any(0)
-            places, reach = ([one[some] for one in both] for both in (means, errors))
+            reached = defined.any(0)
+            places, reach = ([values[reached] for values in both] for both in (means, errors))
             axes.errorbar(
                 *places,
                 xerr=reach[0],
@@ -431,11 +437,8 @@ def paths_plot(
     return figure
 
 
-# ---- parts ---------------------------------------------------------------------------------------
-
-
 def forecast_plot(
-    found: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    forecasts: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
     title: str,
     *,
     label: str,
@@ -445,7 +448,7 @@ def forecast_plot(
 
     Parameters
     ----------
-    found : mapping of str to (forecast [n], ends of its interval [2, n], measured [n])
+    forecasts : mapping of str to (forecast [n], ends of its interval [2, n], measured [n])
         For each world.
     title, label : str
         `label` names the quantity and its unit.
@@ -453,20 +456,20 @@ def forecast_plot(
         Signed square roots on both axes, which spread small values and allow negative ones; else
         logarithms.
     """
-    figure, panels = _panels(found, title, share=False, height=3.8)
-    for axes, (told, (low, high), real) in zip(panels, found.values(), strict=True):
+    figure, panels = _panels(forecasts, title, share=False, height=3.8)
+    for axes, (forecast, (low, high), measured) in zip(panels, forecasts.values(), strict=True):
         axes.hlines(
-            real,
+            measured,
             low,
             high,
-            color=_POSITIVE,
+            color=POSITIVE,
             alpha=0.25,
             linewidth=1.2,
             label="interval, to hold 9 of 10",
         )
-        axes.plot(told, real, "o", color=_POSITIVE, markersize=3.5, alpha=0.8, label="row")
-        ends = np.array([min(told.min(), real.min()), max(told.max(), real.max())])
-        axes.plot(ends, ends, ":", color=_MUTED, linewidth=1, label="as forecast")
+        axes.plot(forecast, measured, "o", color=POSITIVE, markersize=3.5, alpha=0.8, label="row")
+        ends = np.array([min(forecast.min(), measured.min()), max(forecast.max(), measured.max())])
+        axes.plot(ends, ends, ":", color=MUTED, linewidth=1, label="as forecast")
         if root:
             for scale in (axes.set_xscale, axes.set_yscale):
                 scale("function", functions=(_signed_root, _signed_square))
@@ -484,22 +487,22 @@ def forecast_plot(
 
 
 def correlations_plot(
-    found: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str, *, label: str
+    correlations: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str, *, label: str
 ) -> Figure:
     """Rank correlations with their intervals, one line each, those of one world in a panel.
 
     Parameters
     ----------
-    found : mapping of str to mapping of str to (correlation, low, high)
+    correlations : mapping of str to mapping of str to (correlation, low, high)
         For each world, what was correlated; drawn from the top in the order given, the first one
         emphasised.
     title, label : str
     """
-    most = max(len(lines) for lines in found.values())
-    figure, panels = _panels(found, title, share=True, height=1.2 + 0.3 * most)
-    for axes, lines in zip(panels, found.values(), strict=True):
+    most = max(len(lines) for lines in correlations.values())
+    figure, panels = _panels(correlations, title, share=True, height=1.2 + 0.3 * most)
+    for axes, lines in zip(panels, correlations.values(), strict=True):
         for place, (value, low, high) in enumerate(lines.values()):
-            color = _POSITIVE if place == 0 else _MUTED
+            color = POSITIVE if place == 0 else MUTED
             axes.plot(
                 [low, high], [place, place], color=color, linewidth=2.2 if place == 0 else 1.4
             )
@@ -510,12 +513,15 @@ def correlations_plot(
                 color=color,
                 markersize=6 if place == 0 else 4,
             )
-        axes.axvline(0, color=_INK, linewidth=0.8)
+        axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(lines)), [_visible(name) for name in lines])
         axes.tick_params(axis="y", labelleft=True)
         axes.set(xlabel=label, xlim=(-1.02, 1.02), ylim=(most - 0.5, -0.5))
-        axes.grid(axis="x", color=_GRID)
+        axes.grid(axis="x", color=GRID)
     return figure
+
+
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def _signed_root(values: np.ndarray) -> np.ndarray:
@@ -532,16 +538,16 @@ def _panels(
     """A figure with a panel for each world, side by side, on one scale where that is asked for."""
     if not worlds:
         raise InputError("nothing was given to draw; give one world or more")
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(
             figsize=(max(6.4, 4.5 * len(worlds)), height + 0.5), dpi=_DPI, layout="constrained"
         )
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12, color=_INK)
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12, color=INK)
         panels = list(figure.subplots(1, len(worlds), sharex=share, sharey=share, squeeze=False)[0])
         for axes, world in zip(panels, worlds, strict=True):
-            axes.grid(color=_GRID)
+            axes.grid(color=GRID)
             axes.set_axisbelow(True)
-            axes.set_title(world, fontsize=10, loc="left", color=_MUTED)
+            axes.set_title(world, fontsize=10, loc="left", color=MUTED)
     return figure, panels
 
 
@@ -573,15 +579,15 @@ def _wrapped(tokens: Sequence[str]) -> list[list[tuple[int, int]]]:
 def _token(axes: Axes, place: tuple[float, float], text: str, strength: float) -> None:
     """A token with its shade. `strength` from -1 to 1."""
     x, y = place
-    shade = _POSITIVE if strength >= 0 else _NEGATIVE
+    shade = POSITIVE if strength >= 0 else NEGATIVE
     axes.add_patch(
         Rectangle(
             (x, y - 0.46), len(text), 0.92, color=shade, alpha=min(1.0, abs(strength)), linewidth=0
         )
     )
     if strength < -0.1:
-        axes.plot([x, x + len(text)], [y + 0.46] * 2, color=_NEGATIVE, linewidth=1.2)
-    color = "white" if abs(strength) > 0.6 else _INK
+        axes.plot([x, x + len(text)], [y + 0.46] * 2, color=NEGATIVE, linewidth=1.2)
+    color = "white" if abs(strength) > 0.6 else INK
     for place_in, letter in enumerate(text):
         axes.text(
             x + place_in + 0.5,

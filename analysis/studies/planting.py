@@ -78,7 +78,7 @@ class Planted:
 
     def of(self, kind: str) -> list[str]:
         """The planted ids of one kind."""
-        return [id for id, own in self.kinds.items() if own == kind]
+        return [id for id, other in self.kinds.items() if other == kind]
 
 
 def plant(
@@ -117,50 +117,49 @@ def plant(
     """
     if per_kind < 2 or repeats < 1 or seed < 0:
         raise InputError(
-            f"per_kind {per_kind}, repeats {repeats} and seed {seed} were given; expected at "
-            f"least 2, 1 and 0"
+            f"per_kind {per_kind}, repeats {repeats} and seed {seed} were given; expected at least "
+            "2, 1 and 0"
         )
     rng = np.random.default_rng([seed, per_kind])
     outside = _cuts(_pool(other, rows, "other", per_kind, rng), tokenizer, max_length)
     most = sorted((line[-1][0] for line in outside), reverse=True)[per_kind - 1]
     inside = _cuts(_pool(holdout, rows, "held-out", 2 * per_kind + 1, rng), tokenizer, max_length)
     inside.sort(key=lambda line: line[-1][0] > most)  # rows that need no cut come first
-    own, spare = inside[:per_kind], [line[-1][1] for line in inside[per_kind:]]
+    rows_in, spare = inside[:per_kind], [line[-1][1] for line in inside[per_kind:]]
     partners = [
-        max((c for c in line if c[0] <= most), key=lambda c: c[0], default=line[0]) for line in own
+        max((c for c in line if c[0] <= most), key=lambda c: c[0], default=line[0])
+        for line in rows_in
     ]
     lengths = [count for count, _ in partners]
-    found = {"in": [row for _, row in partners]}
-    found["other"] = _matched(outside, lengths)[1]
+    chosen = {"in": [row for _, row in partners]}
+    chosen["other"] = _matched(outside, lengths)[1]
     words = _cuts([_shuffled(row, rng) for row in spare], tokenizer, max_length)
-    used, found["shuffled"] = _matched(words, lengths)
+    used, chosen["shuffled"] = _matched(words, lengths)
     left = [row for place, row in enumerate(spare) if place not in used]
-    found["random"] = _canaries(found["in"], lengths, tokenizer, max_length, rng)
-    return _assembled(rows, found, Examples(left), tokenizer, max_length, repeats)
+    chosen["random"] = _canaries(chosen["in"], lengths, tokenizer, max_length, rng)
+    return _assembled(rows, chosen, Examples(left), tokenizer, max_length, repeats)
 
 
 def _pool(
-    found: Examples, rows: Examples, what: str, least: int, rng: np.random.Generator
+    candidates: Examples, rows: Examples, what: str, least: int, rng: np.random.Generator
 ) -> list[Example]:
     """Different rows of a prompt and a completion, none of them a training row, in random order."""
-    known = {row.content_hash for row in rows}
-    seen = [row.id for row in found if row.content_hash in known]
+    trained = {row.content_hash for row in rows}
+    seen = [row.id for row in candidates if row.content_hash in trained]
     if seen:
         raise InputError(
-            f"{len(seen)} of {len(found)} {what} rows have the content of training rows (the "
-            f"first is {seen[0]!r}): give rows that "
-            "the adapter never saw"
+            f"{len(seen)} of {len(candidates)} {what} rows have the content of training rows (the "
+            f"first is {seen[0]!r}): give rows that the adapter never saw"
         )
     usable = {
         row.content_hash: row
-        for row in found
+        for row in candidates
         if row.completion is not None and row.completion.strip()
     }
     if len(usable) < least:
         raise InputError(
-            f"{len(usable)} of {len(found)} {what} rows are different prompts with a completion, "
-            f"and {least} are needed: give more "
-            "of them, or plant fewer of each kind"
+            f"{len(usable)} of {len(candidates)} {what} rows are different prompts with a "
+            f"completion, and {least} are needed: give more of them, or plant fewer of each kind"
         )
     rows_ = list(usable.values())
     return [rows_[i] for i in rng.permutation(len(rows_))]
@@ -203,7 +202,7 @@ def _matched(
     The longest length chooses first.
     """
     used: set[int] = set()
-    found: dict[int, Example] = {}
+    matched: dict[int, Example] = {}
     for wanted in sorted(range(len(lengths)), key=lambda j: -lengths[j]):
         best = min(
             (abs(count - lengths[wanted]), line[-1][0] - count, place, cut)
@@ -212,8 +211,8 @@ def _matched(
             for cut, (count, _) in enumerate(line)
         )
         used.add(best[2])
-        found[wanted] = lines[best[2]][best[3]][1]
-    return used, [found[j] for j in range(len(lengths))]
+        matched[wanted] = lines[best[2]][best[3]][1]
+    return used, [matched[j] for j in range(len(lengths))]
 
 
 def _canaries(
@@ -230,38 +229,42 @@ def _canaries(
     ends = (
         _counts([Example("", prompt=word, completion=f" {word}")], tokenizer, None)[0] - 1
     )  # an end of sequence
-    found = []
+    canaries = []
     for row, length, prompt in zip(
         partners, lengths, (prompts.lengths - prompts.counts).tolist(), strict=True
     ):
         texts = [
             _random_text(pieces, max(1, size), tokenizer, rng) for size in (prompt, length - ends)
         ]
-        found.append(replace(row, prompt=texts[0].strip(), completion=texts[1]))
-    return found
+        canaries.append(replace(row, prompt=texts[0].strip(), completion=texts[1]))
+    return canaries
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
     """Tokens that are words: written after a space they are read as that one token."""
     special = set(tokenizer.all_special_ids)
     words = {
-        id: tokenizer.decode([id]).strip() for id in range(len(tokenizer)) if id not in special
-    }  # pyright: ignore[reportAttributeAccessIssue]
-    kept = {
+        id: str(tokenizer.decode([id])).strip() for id in range(len(tokenizer)) if id not in special
+    }
+    printable = {
         id: word
         for id, word in words.items()
         if word and word.isprintable() and "\ufffd" not in word
     }
-    read = tokenizer([f" {word}" for word in kept.values()], add_special_tokens=False)["input_ids"]
-    found = [
-        (id, word) for (id, word), ids in zip(kept.items(), read, strict=True) if list(ids) == [id]
+    read = tokenizer([f" {word}" for word in printable.values()], add_special_tokens=False)[
+        "input_ids"
     ]
-    if len(found) < 2:
+    pieces = [
+        (id, word)
+        for (id, word), ids in zip(printable.items(), read, strict=True)
+        if list(ids) == [id]
+    ]
+    if len(pieces) < 2:
         raise InputError(
             "no token of this tokenizer is written after a space and read as itself: no random "
             "rows are possible"
         )
-    return found
+    return pieces
 
 
 def _random_text(
@@ -278,13 +281,13 @@ def _random_text(
             return text
     raise InputError(
         f"this tokenizer reads {size} random tokens as others in 100 tries: no random rows are "
-        f"possible"
+        "possible"
     )
 
 
 def _assembled(
     rows: Examples,
-    found: Mapping[str, Sequence[Example]],
+    chosen: Mapping[str, Sequence[Example]],
     holdout: Examples,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
@@ -294,9 +297,11 @@ def _assembled(
     prefix = "planted"
     while any(id.startswith(prefix) for id in rows.ids):
         prefix += "-"
-    named = {f"{prefix}-{kind}-{j:03d}": row for kind in KINDS for j, row in enumerate(found[kind])}
+    named = {
+        f"{prefix}-{kind}-{j:03d}": row for kind in KINDS for j, row in enumerate(chosen[kind])
+    }
     named = {id: replace(row, id=id, group=None) for id, row in named.items()}
-    kinds = {f"{prefix}-{kind}-{j:03d}": kind for kind in KINDS for j in range(len(found[kind]))}
+    kinds = {f"{prefix}-{kind}-{j:03d}": kind for kind in KINDS for j in range(len(chosen[kind]))}
     partners = {id: f"{prefix}-in-{id.rpartition('-')[2]}" for id in named}
     tokens = dict(zip(named, _counts(list(named.values()), tokenizer, max_length), strict=True))
     apart = {id: abs(tokens[id] - tokens[partner]) for id, partner in partners.items()}
@@ -309,9 +314,8 @@ def _assembled(
         worst = max(far, key=apart.__getitem__)
         raise InputError(
             f"{len(far)} of {len(named)} planted rows could not be matched in length: {worst} has "
-            f"{tokens[worst]} completion tokens "
-            f"and its partner {tokens[partners[worst]]}. Give more held-out and other rows, or "
-            f"plant fewer of each kind"
+            f"{tokens[worst]} completion tokens and its partner {tokens[partners[worst]]}. Give "
+            "more held-out and other rows, or plant fewer of each kind"
         )
     contents = [row.content_hash for row in rows]
     same = [id for id, row in named.items() if row.content_hash in set(contents)]
@@ -319,8 +323,7 @@ def _assembled(
     if same or len(set(hashes)) < len(hashes):
         raise InputError(
             f"cut to equal lengths, {len(same) or 'some'} planted rows are a training row or each "
-            f"other word for word: give other "
-            "rows, or another seed"
+            "other word for word: give other rows, or another seed"
         )
     copies = [
         row if k == 0 else replace(row, id=f"{row.id}#{k + 1}")
