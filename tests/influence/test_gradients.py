@@ -8,10 +8,13 @@ import torch
 
 import influence
 from influence.batches import collate
+from influence.cost import Cost
 from influence.errors import AdapterError
-from influence.gradients import stream_gradients, tape
+from influence.gradients import loss_sum_gradient, power_of_two_near, stream_gradients, tape
+from influence.loss import mean_losses
 from influence.measurements import MEASUREMENTS
 from tests.conftest import add_lora, build_base, build_model, build_tokenizer, examples, tokens_of
+from tests.oracles import plain_gradients
 
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "mistral", "gemma", "phi"]
 
@@ -207,3 +210,35 @@ def test_routed_tokens_are_refused(tiny):
         recorder.valid, recorder.counts = torch.ones(3, 5, dtype=torch.bool), [2, 2, 2]
         with pytest.raises(AdapterError, match="routed experts mix the tokens"):
             recorder.show(0, torch.zeros(7, 16), torch.zeros(7, 2))
+
+
+# ---- the gradient of a weighted sum --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token_budget", [20, 4000])
+def test_the_sum_of_losses_has_the_gradient_of_the_plain_loop(token_budget):
+    model, data = build_model("gpt2", layers=1), examples(6)
+    tokens, w, cost = tokens_of(model, data), np.linspace(-1, 2, 6), Cost()
+    gradient, losses = loss_sum_gradient(model, tokens, w, token_budget=token_budget, cost=cost)
+    expected = torch.from_numpy(w) @ plain_gradients(model, data)
+    assert (gradient - expected).norm() / expected.norm() < 1e-10
+    np.testing.assert_allclose(losses, mean_losses(model, tokens), rtol=1e-12)
+    assert (cost.gradients, cost.forwards) == (6, 0)
+    uncounted, _ = loss_sum_gradient(model, tokens, w, token_budget=token_budget)
+    assert torch.equal(uncounted, gradient)
+
+
+def test_the_sum_over_no_row_is_zero():
+    model = build_model("gpt2", layers=1)
+    tokens = tokens_of(model, examples(2)).select([])
+    gradient, losses = loss_sum_gradient(model, tokens, np.zeros(0), token_budget=20)
+    assert gradient.shape == (model.space.size,)
+    assert not gradient.any()
+    assert losses.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("weight", "power"), [(1.0, 1.0), (1.9, 1.0), (2.0, 2.0), (1 / 3000, 2**-12), (0.0, 1.0)]
+)
+def test_the_power_of_two_near_a_weight_is_at_or_below_it(weight, power):
+    assert power_of_two_near(weight) == power

@@ -21,7 +21,7 @@ from unlearn.record.version import version
 
 
 class Folder(NamedTuple):
-    """A folder with base, adapter, train.jsonl and run, as a user has them; and the model, loaded."""
+    """A folder with base, adapter, train.jsonl and run, as a user has them, and the model."""
 
     path: object
     model: AdaptedModel

@@ -1,7 +1,7 @@
 """Two convex problems whose edits can be refitted exactly: ridge regression and a softmax head.
 
-They share no code with the edits. A problem has rows `x` [n, d], `y` [n], weights `w` [n], a damping
-`lam` [1] and its optimum `theta` [P], all in float64.
+They share no code with the edits. A problem has rows `x` [n, d], `y` [n], weights `w` [n], a
+damping `lam` [1] and its optimum `theta` [P], all in float64.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Ridge:
 
 
 class Head:
-    """Multinomial logistic regression, whose GGN is its Hessian and a Fisher of K rows an example."""
+    """Multinomial logistic regression: its GGN is its Hessian, a Fisher of K rows an example."""
 
     K, lam = 3, torch.tensor([0.05], dtype=F64)
 

@@ -27,7 +27,7 @@ def options_of(**options):
 
 
 def edit_of(run, **options):
-    """An edit with those options; without a change among them, of two removed rows."""
+    """An edit with those options, of two removed rows unless they name other changes."""
     names = ("remove", "relabel", "correct")
     changes = {name: options.pop(name) for name in names if name in options}
     return unlearn.edit(run, **(changes or {"remove": ["r0-0", "r0-3"]}), **options_of(**options))
@@ -66,7 +66,7 @@ WRONG_RULES = [
 ]
 
 
-# ---- runs at the adapter itself, and what an edit of them should be --------------------------------
+# ---- runs at the adapter itself, and what an edit of them should be ------------------------------
 
 SPECS = {
     "ekfac": influence.EKFAC(samples=2),
@@ -137,7 +137,7 @@ def plain_gradient(model, tokens, w, theta=None):
 
 
 def ekfac_after(run, tokens, w):
-    """Eigenvalues in the same bases, leaf by leaf, from every row after; and the dense matrix."""
+    """Eigenvalues in the same bases, leaf by leaf, from every row after, and the dense matrix."""
     samples = run.manifest.curvature["samples"]
     rows = torch.stack(sampled_rows(run.model, tokens, samples)).view(len(tokens), samples, -1)
     matrix, eigenvalues = torch.zeros(run.model.space.size, run.model.space.size, dtype=F64), []
@@ -190,12 +190,12 @@ def expected_delta(run, name, task):
     return torch.linalg.solve(C + torch.diag(lambda_of(run.operator())), rhs)
 
 
-# ---- the merit of an edit --------------------------------------------------------------------------
+# ---- the merit of an edit ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GoalRows:
-    """Seven rows with goals: removed, replaced and new, some above, some below, some far from them."""
+    """Seven rows with goals: removed, replaced and new, some above, some below, some far off."""
 
     start: Version
     tokens: TokenizedExamples
@@ -216,7 +216,7 @@ def hinge(x, s):
 
 
 def hand_made_merit(rows, log_q):
-    """M as a function of the flat parameters, row by row; `log_q` by row, of the removed ones."""
+    """M as a function of the flat parameters, row by row, with `log_q` of the removed ones."""
     counts = [int(item.supervised.sum()) for item in rows.tokens]
 
     def merit(theta):

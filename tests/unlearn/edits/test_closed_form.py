@@ -1,4 +1,4 @@
-"""Edits as a whole: their keywords, their cost, what they leave untouched, what their record says."""
+"""Edits as a whole: their keywords, their cost, what they leave untouched and record."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_keywords_and_defaults_are_those_of_the_options(name):
 
 @pytest.mark.parametrize("name", ["edit", "remove", "relabel", "correct", "forecast"])
 def test_every_keyword_reaches_the_options(monkeypatch, name):
-    """Each one gets a value of its own, and the options that the edit is prepared with are those."""
+    """Each gets a value of its own; the edit is prepared with just these."""
     values = {
         "steps": 7,
         "until": "steps=5",

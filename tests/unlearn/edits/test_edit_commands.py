@@ -1,4 +1,4 @@
-"""`unlearn remove | relabel | correct | edit | verify` and `analysis report`, as a person calls them."""
+"""`unlearn remove | relabel | correct | edit | verify` and `analysis report`, as people call them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import influence
 from analysis.cli import main as analysis
 from influence.run import Run
 from tests.conftest import rows
-from tests.influence.test_adapter import save
-from tests.influence.test_cli import write_rows
+from tests.helpers import save, write_rows
 from unlearn.cli import main as unlearn
 
 
@@ -251,4 +250,4 @@ def test_the_run_says_that_scores_are_of_the_adapter_before(run, run_main, tmp_p
     found = run_main(main, "influence", *overwrite, "--run", run, "--overwrite")
     assert found.status == 2
     assert "which is evidence" in found.err
-    assert Run.open(run).manifest["audit"]["entries"] == 1
+    assert Run.open(run).manifest.audit.entries == 1

@@ -37,7 +37,7 @@ def fisher_of(x, w):
 
 
 def ridge_delta(problem, theta, gone, come, counted=None):
-    """The closed form, by a curvature that counts the rows of `counted` (the edit's own by default)."""
+    """The closed form, by a curvature that counts the rows `counted` (default: the edit's)."""
     counted_gone, counted_come = (gone, come) if counted is None else counted
     rows = torch.cat(
         [
@@ -121,7 +121,7 @@ def test_products_and_solves_after_an_edit_are_those_of_the_dense_matrix():
 
 
 def alone(q):
-    """A row of leverage 1 - q, taken out; its dense curvature without it, and lambda."""
+    """The curvature without a row of leverage 1 - q, updated and dense, and lambda."""
     x = torch.diag(torch.tensor([1e3, 1.0, 1.0], dtype=F64))
     updated = UpdatedFisher(
         fisher_of(x, torch.ones(3, dtype=F64)), x[:1], -torch.ones(1, dtype=F64)

@@ -69,7 +69,7 @@ def test_expected_edits_end_at_their_goals_or_say_that_they_did_not(run):
 
 
 def one_goal(run):
-    """The first row, which should rise by 1; two retained rows, of which no step draws one."""
+    """The first row, which should rise by 1, and two retained rows that no step draws."""
     start = version(run)
     tokens = start.tokens.select([0])
     target = mean_losses(run.model, tokens) + 1

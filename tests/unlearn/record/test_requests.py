@@ -13,12 +13,10 @@ from influence.errors import DataError, InputError
 from influence.rows import Examples, read_examples
 from influence.tokens import tokenize
 from tests.conftest import build_model, examples, fit_end
-from tests.influence.test_store import untouched
-from unlearn.edits.options import Options
+from tests.helpers import untouched
 from unlearn.record.change import plan
 from unlearn.record.change_files import read_changes, read_ids, write_rows
 from unlearn.record.version import version
-from unlearn.stopping import Until
 
 HOSTILE = [
     "line\u2028break\u2029 and\x85next",
@@ -170,77 +168,6 @@ def test_held_out_rows_that_are_new_contents_are_refused(run):
     holdout = influence.examples_from_rows([{"prompt": "the red fox", "completion": " and cats"}])
     with pytest.raises(InputError, match="training rows"):
         unlearn.relabel(run, {"a1": " and cats"}, holdout=holdout, steps=1)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"steps": 0}, "steps 0 was given; expected 1"),
-        ({"steps": -3}, "steps -3 was given"),
-        (
-            {"steps": 1, "until": "loss=2"},
-            "steps 1, the linear answer, has no stopping rule, and loss=2 was given",
-        ),
-        ({"steps": 1, "until": "converged"}, "has no stopping rule, and converged was given"),
-        ({"max_damage": -0.1}, "max_damage -0.1 was given; expected 0 or more"),
-        ({"max_damage": float("nan")}, "max_damage nan was given"),
-        ({"max_damage": float("inf")}, "max_damage inf was given"),
-        ({"rest": -1}, "rest -1 and seed 0 were given; expected 0 or more"),
-        ({"seed": -1}, "rest 24 and seed -1 were given"),
-        ({"solver": "datainf"}, "solver datainf inverts the empirical Fisher of all rows"),
-        *(
-            ({"until": text}, "expected one of expected, loss=X")
-            for text in (
-                "",
-                "soon",
-                "expected=3",
-                "converged=1",
-                "loss",
-                "loss=",
-                "loss=0",
-                "loss=-1",
-                "loss=nan",
-            )
-        ),
-        *(
-            ({"until": text}, "N whole")
-            for text in ("steps=2.5", "steps=0", "norm=", "norm=x", "Loss=2")
-        ),
-    ],
-)
-def test_wrong_options_are_refused_before_any_work(run, options, message):
-    with pytest.raises(InputError, match=message):
-        Options(**options)
-    with untouched(run.directory), pytest.raises(InputError, match=message):
-        unlearn.remove(run, ["a1"], **options)
-
-
-def test_an_infinite_number_of_steps_is_refused():
-    with pytest.raises(InputError, match="N whole"):
-        Until.parse("steps=inf")
-
-
-@pytest.mark.parametrize("solver", ["newton", "pcg"])
-def test_wrong_solvers_are_refused(run, solver):
-    with untouched(run.directory), pytest.raises(InputError, match=r"solver|EK-FAC"):
-        unlearn.remove(run, ["a1"], solver=solver)
-
-
-def test_wrong_curvatures_points_and_damping_are_refused(run):
-    for options, message in (
-        ({"curvature": "kfac"}, "was asked of a run fitted with 'identity'"),
-        ({"at": "0.3"}, r"--at '0.3' was given"),
-        ({"curvature": "identity", "damping": "mean:0.1"}, "has none: leave it out"),
-        ({"start": "nowhere"}, "nowhere is no adapter of the run .*: give 'original'"),
-    ):
-        with untouched(run.directory), pytest.raises(InputError, match=message):
-            unlearn.remove(run, ["a1"], **options)
-
-
-@pytest.mark.parametrize("text", ["expected", "converged", "loss=2.5", "steps=7", "norm=0.25"])
-def test_stopping_rules_are_written_as_they_are_read(text):
-    assert str(Until.parse(text)) == text
-    assert Until.parse(Until.parse(text)) == Until.parse(text)
 
 
 # ---- what is understood --------------------------------------------------------------------------------------
