@@ -1,4 +1,4 @@
-"""Write docs/tree.md: every folder and module of the packages, with the first line of its docstring.
+"""Write docs/tree.md: every folder and module of the packages, with its docstring's first line.
 
 python docs/tree.py
 """

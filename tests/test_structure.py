@@ -96,24 +96,27 @@ def test_nothing_read_is_ever_run(path):
     assert {"allow_pickle", "shell", "trust_remote_code"} & set(risky) == set()
 
 
-def test_the_readme_names_every_file_of_the_packages():
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("README.md is not written yet")
-    text = readme.read_text(encoding="utf-8")
+def test_the_readme_names_every_folder():
+    """In its tree, by the folder's own name with a slash, each with a phrase."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## The tree")[1].split("```")[1]
+    told = dict(re.findall(r"^ *([\w-]+)/ +(\S.*)$", tree, re.MULTILINE))
+    others = ["docs", "notebooks", "benchmarks", "tests"]
+    expected = [path.parent.name for path in FILES if path.name == "__init__.py"] + others
+    assert set(told) == set(expected)
 
-    def named(path: Path) -> bool:
-        """By its file name, or without `.py` in the entry of its folder (`solvers/   base, direct, cg`)."""
-        folder = re.search(
-            rf"^ *{path.parent.name}/ (.*?)(?=^ *[\w-]+(/|\.py) |^```)",
-            text,
-            re.MULTILINE | re.DOTALL,
+
+def test_the_page_of_the_tree_names_every_module():
+    """Below the heading of its folder, with a phrase; `python docs/tree.py` writes the page."""
+    text = (ROOT / "docs" / "tree.md").read_text(encoding="utf-8")
+    told = {
+        f"{folder}/{module}"
+        for folder, rows in re.findall(
+            r"^## (\S+)/\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL
         )
-        inside = folder is not None and re.search(rf"\b{path.stem}\b", folder[1]) is not None
-        return path.name in text or (path.parent.parent != ROOT and inside)
-
-    ordinary = {"__init__.py", "__main__.py"}
-    assert [name(path) for path in FILES if path.name not in ordinary and not named(path)] == []
+        for module in re.findall(r"^\| `(\w+\.py)` \| \S.* \|$", rows, re.MULTILINE)
+    }
+    assert told == {name(path) for path in FILES if not path.name.startswith("__")}
 
 
 def test_pyproject_lists_every_package():
