@@ -1,4 +1,4 @@
-"""The rivals of an edit, each first step against plain autograd through the model's own forward, and what they cost."""
+"""The rivals of an edit: each first step against plain autograd, and what it cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEP, RETAINED = 0.1, 4
 
 @pytest.fixture
 def case(monkeypatch):
-    """Three old contents, two new ones, six untouched rows; four of these in a step."""
+    """Three old contents, two new ones, six untouched rows. Four of these in a step."""
     monkeypatch.setattr(unlearners, "RETAINED", RETAINED)
     model = build_model("llama", layers=1, target_modules=["q_proj", "v_proj"])
     old, new, rest = (
@@ -34,7 +34,7 @@ def case(monkeypatch):
 
 
 def token_logs(model, item) -> torch.Tensor:
-    """Log-probabilities `[T, V]` at the completion tokens of one row, by the model's own forward."""
+    """Log-probabilities `[T, V]` at a row's completion tokens, by the model's own forward."""
     ids = torch.as_tensor(np.array(item.input_ids))
     return (
         model.model(input_ids=ids[None])
@@ -57,10 +57,10 @@ def gradient(model, value) -> torch.Tensor:
     """Flat gradient of `value()` by the LoRA parameters."""
     for parameter in model.parameters:
         parameter.requires_grad_(True)
-    found = torch.autograd.grad(value(), model.parameters)
+    gradients = torch.autograd.grad(value(), model.parameters)
     for parameter in model.parameters:
         parameter.requires_grad_(False)
-    return torch.cat([part.flatten() for part in found])
+    return torch.cat([part.flatten() for part in gradients])
 
 
 def unit(v: torch.Tensor) -> torch.Tensor:
@@ -81,12 +81,14 @@ def after_steps(monkeypatch, number: int) -> None:
 @pytest.mark.parametrize("changed", [False, True], ids=["removed", "changed"])
 @pytest.mark.parametrize("name", ["ascent", "ascent_descent", "ascent_kl", "ngdiff"])
 def test_first_step_is_the_oracles(case, monkeypatch, name, changed):
-    """From the same start, one step: E = CE(old) - CE(new) raised, with each method's own retained term."""
+    """From the same start, one step: E = CE(old) - CE(new) raised, with each method's own retained
+    term.
+    """
     model, old, new, rest = case
     after_steps(monkeypatch, 1)
     start = model.snapshot()
     edited = Edited(old, 99.0, new, 0.0) if changed else Edited(old, 99.0)
-    found = getattr(unlearners, name)(model, edited, rest, np.random.default_rng(0))
+    outcome = getattr(unlearners, name)(model, edited, rest, np.random.default_rng(0))
     pull = gradient(
         model, lambda: cross_entropy(model, old) - (cross_entropy(model, new) if changed else 0)
     )
@@ -97,9 +99,9 @@ def test_first_step_is_the_oracles(case, monkeypatch, name, changed):
         "ascent_kl": unit(pull),  # at the reference itself the divergence is least
         "ngdiff": unit(pull) - unit(keep),
     }[name]
-    torch.testing.assert_close(found.theta - start, STEP * expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(outcome.theta - start, STEP * expected, rtol=1e-8, atol=1e-10)
     assert torch.equal(model.snapshot(), start)
-    assert (found.steps, found.reached) == (1, False)
+    assert (outcome.steps, outcome.reached) == (1, False)
 
 
 def test_gradient_of_the_divergence_from_the_adapter_before(case):
@@ -119,9 +121,9 @@ def test_gradient_of_the_divergence_from_the_adapter_before(case):
     cost = unlearners.Cost()
     with model.at(there):
         expected = gradient(model, divergence)
-        found = unlearners.kl_gradient(model, rest, start, cost)
+        kl_gradient = unlearners.kl_gradient(model, rest, start, cost)
     assert expected.norm() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(kl_gradient, expected, rtol=1e-8, atol=1e-10)
     assert (cost.gradients, cost.forwards) == (6, 6)
 
 
@@ -130,7 +132,7 @@ def test_second_step_of_ascent_and_kl(case, monkeypatch):
     model, old, _, rest = case
     after_steps(monkeypatch, 2)
     start = model.snapshot()
-    found = unlearners.ascent_kl(model, Edited(old, 99.0), rest, np.random.default_rng(0))
+    outcome = unlearners.ascent_kl(model, Edited(old, 99.0), rest, np.random.default_rng(0))
     rng = np.random.default_rng(0)
     _, second = (rng.choice(6, RETAINED, replace=False) for _ in range(2))
     rows = [rest[int(i)] for i in second]
@@ -149,13 +151,16 @@ def test_second_step_of_ascent_and_kl(case, monkeypatch):
         )
         pull = gradient(model, lambda: cross_entropy(model, old))
     torch.testing.assert_close(
-        found.theta, middle + STEP * unit(pull - held), rtol=1e-8, atol=1e-10
+        outcome.theta, middle + STEP * unit(pull - held), rtol=1e-8, atol=1e-10
     )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_ngdiff_raises_one_loss_and_not_the_other(seed):
-    """`<g_F, d> >= 0 >= <g_R, d>`, whatever the lengths; zero only where both point the same way."""
+    """`<g_F, d> >= 0 >= <g_R, d>`, whatever the lengths.
+
+    Zero only where both point the same way.
+    """
     generator = torch.Generator().manual_seed(seed)
     forget, retain = torch.randn(2, 20, dtype=torch.float64, generator=generator)
     move = unlearners.normalised_difference(1e3 * forget, 1e-3 * (retain + 2 * forget))
@@ -164,7 +169,10 @@ def test_ngdiff_raises_one_loss_and_not_the_other(seed):
 
 
 def test_costs_are_counted(case, monkeypatch):
-    """k steps: k + 1 looks at the edited rows, k times the retained ones; KL costs a reference forward, a third, as well."""
+    """k steps: k + 1 looks at the edited rows, k times the retained ones.
+
+    KL costs a reference forward, a third, as well.
+    """
     model, old, new, rest = case
     after_steps(monkeypatch, 2)
     edited, rng = Edited(old, 99.0, new, 0.0), np.random.default_rng(0)
@@ -182,16 +190,22 @@ def test_costs_are_counted(case, monkeypatch):
     [(14.9, 1, 10), (17, 2, 17), (23.9, 2, 17), (24, 3, 24), (2, 0, 3)],
 )
 def test_ngdiff_stays_within_its_budget(case, budget, steps, spent):
-    """A look costs 3, each step with the look after it 4 + 3; only the first look is made in any case."""
+    """A look costs 3, each step with the look after it 4 + 3.
+
+    Only the first look is made in any case.
+    """
     model, old, _, rest = case
-    found = unlearners.ngdiff(
+    outcome = unlearners.ngdiff(
         model, Edited(old, 99.0), rest, np.random.default_rng(0), budget=budget
     )
-    assert (found.steps, found.cost.total, found.reached) == (steps, spent, False)
+    assert (outcome.steps, outcome.cost.total, outcome.reached) == (steps, spent, False)
 
 
 def test_steps_end_at_the_target(case):
-    """The last step is the first after which the mean loss is high enough; at the target nothing is done."""
+    """The last step is the first after which the mean loss is high enough.
+
+    At the target nothing is done.
+    """
     model, old, _, rest = case
 
     def loss(theta) -> float:
@@ -199,12 +213,12 @@ def test_steps_end_at_the_target(case):
             return float(np.mean([float(cross_entropy(model, [row])) for row in old]))
 
     target = loss(model.snapshot()) + 0.3
-    found = unlearners.ascent(model, Edited(old, target), rest, np.random.default_rng(0))
-    assert found.reached
-    assert found.steps > 1
-    assert loss(found.theta) >= target
+    outcome = unlearners.ascent(model, Edited(old, target), rest, np.random.default_rng(0))
+    assert outcome.reached
+    assert outcome.steps > 1
+    assert loss(outcome.theta) >= target
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unlearners, "STEPS", found.steps - 1)
+        patch.setattr(unlearners, "STEPS", outcome.steps - 1)
         assert (
             loss(
                 unlearners.ascent(model, Edited(old, target), rest, np.random.default_rng(0)).theta
@@ -220,19 +234,19 @@ def test_what_is_at_its_target_pulls_no_more(case, monkeypatch):
     model, old, new, rest = case
     after_steps(monkeypatch, 1)
     start = model.snapshot()
-    found = unlearners.ascent(model, Edited(old, 0.0, new, 0.0), rest, np.random.default_rng(0))
+    outcome = unlearners.ascent(model, Edited(old, 0.0, new, 0.0), rest, np.random.default_rng(0))
     expected = -unit(gradient(model, lambda: cross_entropy(model, new)))
-    torch.testing.assert_close(found.theta - start, STEP * expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(outcome.theta - start, STEP * expected, rtol=1e-8, atol=1e-10)
 
 
 def test_sign_step_has_the_norm_that_was_asked_for(case):
     """Along the signs of the whole E, also where its targets are reached."""
     model, old, new, rest = case
     start = model.snapshot()
-    found = unlearners.sign_step(
+    outcome = unlearners.sign_step(
         model, Edited(old, 0.0, new, 99.0), rest, np.random.default_rng(0), norm=0.7
     )
-    delta = found.theta - start
+    delta = outcome.theta - start
     pull = gradient(model, lambda: cross_entropy(model, old) - cross_entropy(model, new))
     assert float(delta.norm()) == pytest.approx(0.7, rel=1e-12)
     clear = pull.abs() > 1e-12
@@ -241,13 +255,18 @@ def test_sign_step_has_the_norm_that_was_asked_for(case):
 
 
 def test_finetuning_is_adamw_on_the_rows_after_the_edit(case):
-    """Three steps by a clock that ticks a quarter of the time: rates 3/4, 1/2, 1/4 of the recipe's."""
+    """Three steps by a clock that ticks a quarter of the time: 3/4, 1/2, 1/4 of the rate."""
     model, old, new, rest = case
     recipe, start, ticks = Recipe(lr=0.01, batch_size=5), model.snapshot(), itertools.count()
-    found = unlearners.finetune(
-        model, Edited(old, 99.0, new, 0.0), rest, np.random.default_rng(3), seconds=4.0, recipe=recipe,
+    outcome = unlearners.finetune(
+        model,
+        Edited(old, 99.0, new, 0.0),
+        rest,
+        np.random.default_rng(3),
+        seconds=4.0,
+        recipe=recipe,
         clock=lambda: float(next(ticks)),
-    )  # fmt: skip
+    )
     rows, rng = [*rest, *new], np.random.default_rng(3)
     order = rng.permutation(8)
     theta = start.clone().requires_grad_(True)
@@ -262,16 +281,21 @@ def test_finetuning_is_adamw_on_the_rows_after_the_edit(case):
         step = (m / (1 - 0.9**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
         values = values * (1 - rate * 0.01) - rate * step
     assert theta.grad is None
-    torch.testing.assert_close(found.theta, values, rtol=1e-8, atol=1e-10)
-    assert (found.steps, found.cost.total) == (3, 13)
+    torch.testing.assert_close(outcome.theta, values, rtol=1e-8, atol=1e-10)
+    assert (outcome.steps, outcome.cost.total) == (3, 13)
     assert torch.equal(model.snapshot(), start)
 
 
 def test_llmeraser_is_the_loop_of_the_released_code(case):
-    """Adam written out; the product by a dense Hessian; its first step is the sign of b, for 1/2 H x is small."""
+    """Adam written out, the product by a dense Hessian.
+
+    Its first step is the sign of b, for 1/2 H x is small.
+    """
     model, old, new, rest = case
     start = model.snapshot()
-    found = unlearners.llmeraser(model, Edited(old, 99.0, new, 0.0), rest, np.random.default_rng(5))
+    outcome = unlearners.llmeraser(
+        model, Edited(old, 99.0, new, 0.0), rest, np.random.default_rng(5)
+    )
     rows = [*rest, *old]
 
     def mean_of_each(some):
@@ -282,7 +306,7 @@ def test_llmeraser_is_the_loop_of_the_released_code(case):
     names = [
         name
         for name, p in model.model.named_parameters()
-        if any(p is own for own in model.parameters)
+        if any(p is parameter for parameter in model.parameters)
     ]
     assert [tuple(dict(model.model.named_parameters())[name].shape) for name in names] == [
         tuple(s) for s in shapes
@@ -309,15 +333,15 @@ def test_llmeraser_is_the_loop_of_the_released_code(case):
             g = product / 2 - b + 1e-5 * x
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
             x = x - 1e-5 * (m / (1 - 0.9**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
-    torch.testing.assert_close(found.theta - start, x, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(outcome.theta - start, x, rtol=1e-6, atol=1e-10)
     assert torch.equal(model.snapshot(), start)
 
 
-# ---- what edits.py measures ----------------------------------------------------------------------------------
+# ---- what edits.py measures ----------------------------------------------------------------------
 
 
 def test_membership_is_signed():
-    """Of 2 x 3 pairs: known rows are below all others; one tie counts a half."""
+    """Of 2 x 3 pairs: known rows are below all others. One tie counts a half."""
     others = np.array([2.0, 3.0, 4.0])
     assert edits.membership(np.array([0.5, 1.0]), others) == 1
     assert edits.membership(np.array([9.0, 9.0]), others) == 0
@@ -325,7 +349,9 @@ def test_membership_is_signed():
 
 
 def test_divergence_by_hand():
-    """p = (1/2, 1/2), q = (1/4, 3/4): ln 2 / 2 + ln(2/3) / 2, and zero at the second token: half of it."""
+    """p = (1/2, 1/2), q = (1/4, 3/4): ln 2 / 2 + ln(2/3) / 2, and zero at the second token: half of
+    it.
+    """
     p, q = (
         torch.tensor([[0.5, 0.5], [0.1, 0.9]]).log(),
         torch.tensor([[0.25, 0.75], [0.1, 0.9]]).log(),

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def own(tmp_path):
+def bounded(tmp_path):
     """The method of docs/methods.md, as it stands there."""
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(# bounded\.py\n.*?)```", page, re.DOTALL)
@@ -38,9 +38,11 @@ def own(tmp_path):
     return f"{tmp_path / 'bounded.py'}:bounded"
 
 
-def test_the_method_of_the_docs_runs_in_the_loop(run, own):
-    """What it minimises at first is the mean probability of the forget rows' completion tokens, by a plain forward."""
-    edit = unlearn.train(run, own, run.train.ids[:3], until="steps=3")
+def test_the_method_of_the_docs_runs_in_the_loop(run, bounded):
+    """What it minimises at first is the mean probability of the forget rows' completion tokens, by
+    a plain forward.
+    """
+    edit = unlearn.train(run, bounded, run.train.ids[:3], until="steps=3")
     probabilities = []
     for row in run.tokens[:3]:
         ids = torch.as_tensor(row.input_ids)[None]
@@ -56,8 +58,8 @@ def test_the_method_of_the_docs_runs_in_the_loop(run, own):
     assert edit.report["method"]["name"] == "bounded"
 
 
-def test_the_method_of_the_docs_runs_in_the_benchmark(run, own):
-    (method,) = unlearning.methods([], [own])
+def test_the_method_of_the_docs_runs_in_the_benchmark(run, bounded):
+    (method,) = unlearning.methods([], [bounded])
     case = SimpleNamespace(run=run, ids=run.train.ids[:3])
     edit = unlearning.run_method(case, method, 3.0, 0, 1e9, None)
     assert len(edit.log) == unlearning.STEPS
@@ -86,7 +88,10 @@ def line(factor, forget, retained, reached, **more):
 
 
 def test_the_kept_rate_reaches_the_goal_at_the_least_damage():
-    """Of two that reach the goal the one with the lower retained loss, not the lowest of all; else the nearest to the goal."""
+    """Of two that reach the goal the one with the lower retained loss, not the lowest of all.
+
+    Else the nearest to the goal.
+    """
     lines = [line(0.3, 2.0, 0.8, False), line(1.0, 4.1, 1.2, True), line(3.0, 4.3, 1.5, True)]
     assert unlearning.kept_factor(lines, 4.0) == 1.0
     assert unlearning.kept_factor([lines[0], line(3.0, 2.5, 2.0, False)], 4.0) == 3.0
@@ -97,7 +102,7 @@ def test_the_kept_rate_reaches_the_goal_at_the_least_damage():
 
 
 def test_a_table_has_means_ranges_and_the_spread_over_rates(tmp_path):
-    """Distances |f / 4 - 1| + |r / 1 - 1| of 0.25 + 0.5, 0 + 0.2 and 10 (failed): a spread of 9.8."""
+    """Distances |f / 4 - 1| + |r / 1 - 1| of 0.25 + 0.5, 0.2 and 10 (failed): a spread of 9.8."""
     lines = unlearning.Lines(tmp_path / "runs.jsonl")
     lines.add({"method": unlearning.BEFORE, "goal": 4.0, "forget": 1.0, "retained": 0.9})
     lines.add(

@@ -13,7 +13,7 @@ from tests.unlearn.methods.helpers import ROWS, opened
 
 @pytest.fixture(scope="session")
 def fitted(tmp_path_factory):
-    """A folder with base, adapter and train.jsonl; for each type the model and a run of it."""
+    """A folder with base, adapter and train.jsonl, and for each type the model and a run of it."""
     folder = tmp_path_factory.mktemp("methods")
     base, adapter = save(folder, layers=1, target_modules=["q_proj", "v_proj"])
     train = read_examples(write_rows(folder / "train.jsonl", rows(ROWS)))
@@ -38,7 +38,7 @@ def single(fitted, tmp_path):
 
 @pytest.fixture
 def disturbed(run):
-    """The model in training mode, with one flag set and one not, as a user's own loop may have it."""
+    """The model in training mode, some flags set and some not, as a user's loop may leave it."""
     run.points  # noqa: B018
     run.model.model.train()
     next(iter(run.model.parameters)).requires_grad_(True)

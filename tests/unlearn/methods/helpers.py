@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -146,7 +145,9 @@ class Oracle:
         return torch.cat(each).mean()
 
     def npo(self, ids, beta=0.1):
-        """`(2/beta) log(1 + (p/p_ref)^beta)`, p of whole rows: as the paper writes it, by exponentials."""
+        """`(2/beta) log(1 + (p/p_ref)^beta)`, p of whole rows: as the paper writes it, by
+        exponentials.
+        """
         each = []
         for id in ids:
             ratio = (self.losses(id, self.before[id]).sum() - self.losses(id).sum()).exp()
@@ -158,7 +159,9 @@ class Oracle:
         return torch.stack(each).mean()
 
     def matching(self, ids, goals):
-        """KL(q || p), q between the base's and the adapter's logits such that the row's loss is its goal."""
+        """KL(q || p), q between the base's and the adapter's logits such that the row's loss is its
+        goal.
+        """
         each = []
         for id in ids:
             q = self.predicted(id, goals[id])
@@ -182,7 +185,7 @@ class Oracle:
     def walk(
         self, direction, steps, optimizer="Adam", lr=1e-3, schedule="constant", warmup=0, clip=None
     ):
-        """Gradients of `direction(step, theta)` through an optimizer of torch at rates written out."""
+        """Steps along `direction(step, theta)` by an optimizer of torch, at rates written out."""
         taken = getattr(torch.optim, optimizer)(self.parameters, lr=lr)
         for k in range(steps):
             rate = lr
@@ -232,25 +235,6 @@ def losses_of(run, theta, ids):
         return influence.loss.mean_losses(
             run.model, run.tokens.select([run.train.index(id) for id in ids])
         )
-
-
-def in_two_processes(work, folder: Path) -> None:
-    """Call `work` in two forked processes that talk by gloo; each process's failure is ours."""
-    fork = multiprocessing.get_context("fork")
-
-    def process(rank: int) -> None:
-        torch.distributed.init_process_group(
-            "gloo", f"file://{folder}/meet", rank=rank, world_size=2
-        )
-        work(rank)
-        torch.distributed.destroy_process_group()
-
-    children = [fork.Process(target=process, args=(rank,)) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(100)
-    assert [child.exitcode for child in children] == [0, 0]
 
 
 def everything(model):

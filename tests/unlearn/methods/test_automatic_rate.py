@@ -16,14 +16,19 @@ def points() -> np.ndarray:
 
 
 def test_gens_parabola_by_hand():
-    """L(-1) = 7, L(0) = 4, L(1) = 3: s* = (7 - 3) / 2 (3 - 8 + 7) = 1, the minimum of s^2 - 2 s + 4."""
+    """L(-1) = 7, L(0) = 4, L(1) = 3: s* = (7 - 3) / 2 (3 - 8 + 7) = 1.
+
+    That is the minimum of s^2 - 2 s + 4.
+    """
     assert parabola_minimum(np.array([-1.0, 0.0, 1.0]), np.array([7.0, 4.0, 3.0])) == pytest.approx(
         1, abs=1e-12
     )
 
 
 def test_the_rate_is_the_exact_line_minimum_of_a_quadratic():
-    """On L(x) = x^T H x / 2 - b^T x along u: s* = -(grad L . u) / (u^T H u), for random positive H of six conditions."""
+    """On L(x) = x^T H x / 2 - b^T x along u: s* = -(grad L . u) / (u^T H u), for random positive H
+    of six conditions.
+    """
     generator = np.random.default_rng(0)
     for number in range(200):
         n = 2 + number % 6
@@ -45,7 +50,7 @@ def test_the_rate_is_the_exact_line_minimum_of_a_quadratic():
 
 
 def test_looks_reach_the_exact_minimum_of_a_quadratic():
-    """L(x) = (x - 7)^2 from x = 0 along 1 with rate 0.1: look after look the rate goes to 7, by at most sqrt 2 a time."""
+    """L(x) = (x - 7)^2 from x = 0 along 1 with rate 0.1: the rate goes to 7, by at most sqrt 2."""
     rate, ratios = 0.1, []
     for _ in range(60):
         losses = np.array([(rate * s - 7) ** 2 for s in points()])
@@ -88,7 +93,10 @@ def test_looks_that_show_no_minimum_ahead_leave_the_rate_alone(name):
     "losses", [4 - points(), 4 + points() ** 2], ids=["a line", "at its minimum"]
 )
 def test_degenerate_parabolas_do_not_run_away(losses):
-    """Rounding may give either sign; a line's minimum is infinitely far ahead, one's own place is a rate of zero: within the clip."""
+    """Rounding may give either sign.
+
+    A line's minimum is infinitely far ahead, one's own place is a rate of zero: within the clip.
+    """
     assert 0.5**0.5 * 0.03 - 1e-15 <= next_rate(0.03, points(), losses) <= 2**0.5 * 0.03 + 1e-15
 
 
@@ -98,7 +106,7 @@ def test_infinite_losses_are_no_minimum_and_no_warning():
 
 
 def test_flat_losses_are_no_minimum():
-    """Where the move changes nothing there is nothing to fit but rounding: the rate may not drift on it."""
+    """Where the move changes nothing the rate may not drift on rounding."""
     for level in np.random.default_rng(0).uniform(0.1, 5, 500):
         assert next_rate(0.03, points(), np.full(5, level)) == 0.03
 
@@ -109,14 +117,14 @@ def test_the_fit_must_explain_ninety_five_hundredths_of_the_variance():
     spread = ((parabola - parabola.mean()) ** 2).sum()
     for share, accepted in ((0.04, True), (0.06, False)):
         scale = np.sqrt(share / (1 - share) * spread / (wiggle @ wiggle))
-        found = parabola_minimum(s, parabola + scale * wiggle)
-        assert (found is not None) == accepted
+        minimum = parabola_minimum(s, parabola + scale * wiggle)
+        assert (minimum is not None) == accepted
         if accepted:
-            assert found == pytest.approx(0.5, rel=1e-9)  # the rest is orthogonal: same parabola
+            assert minimum == pytest.approx(0.5, rel=1e-9)  # the rest is orthogonal: same parabola
 
 
 def test_far_minima_are_clipped_and_smoothed():
-    """s* = 10 and s* = 0.01: at most a factor 2 either way, and of that the root: sqrt 2 and 1/sqrt 2."""
+    """s* = 10 and s* = 0.01: at most a factor 2 either way, and of that the root."""
     assert next_rate(1.0, points(), (points() - 10) ** 2) == pytest.approx(2**0.5, rel=1e-12)
     assert next_rate(1.0, points(), (points() - 0.01) ** 2) == pytest.approx(0.5**0.5, rel=1e-12)
     assert next_rate(1.0, points(), (points() - 1.5) ** 2) == pytest.approx(1.5**0.5, rel=1e-9)

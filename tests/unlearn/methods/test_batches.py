@@ -27,7 +27,7 @@ from unlearn.methods.terms import Term
 
 
 def plain_logits(model: AdaptedModel, item: Any) -> Tensor:
-    """`[T_i, V]` of one row, unpadded, attached to the graph, read where each token is predicted."""
+    """`[T_i, V]` of an unpadded row, attached to the graph, read where each token is predicted."""
     whole = model.model.get_base_model()(
         input_ids=torch.from_numpy(item.input_ids)[None], use_cache=False
     ).logits[0]
@@ -130,7 +130,8 @@ def test_a_terms_value_and_gradient_are_those_of_a_plain_loop(small, name, token
             theta + 0.1 * torch.randn(theta.shape, generator=generator, dtype=theta.dtype)
         ):
             value = plain_term(name.split()[0], model, tokens, target, theta)
-            wanted = model.space.flatten(list(torch.autograd.grad(value, model.parameters)))  # type: ignore[arg-type]
+            gradients = torch.autograd.grad(value, model.parameters)
+            wanted = model.space.flatten(list(gradients))
             losses = np.array(
                 [
                     cross_entropy(plain_logits(model, item), true_labels(item)).mean().item()
@@ -210,7 +211,7 @@ def test_npo_in_the_loop_starts_along_gradient_ascent(kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_bases_start_where_they_should(dtype):
-    """Parameters and terms are float32; the reference runs the same operations, so KL is zero."""
+    """Parameters and terms are float32. The reference runs the same operations, so KL is zero."""
     model = build_model("llama", layers=1, dtype=dtype)
     with model.evaluating(model.parameters), frozen(model) as reference:
         kept = batches_of(model, reference, terms.divergence).gradient(0)

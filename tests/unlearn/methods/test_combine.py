@@ -32,9 +32,12 @@ def test_weighted_with_one_term_is_that_term():
 
 
 def test_normalised_by_hand():
-    """The forget term is -CE, of gradient -g_F. g_F = (3, 4), g_R = (0, 2): g = -(3/5, 4/5) + (0, 1) = (-3/5, 1/5).
+    """The forget term is -CE, of gradient -g_F.
 
-    <g_R, g> = 2/5 and <g_F, g> = -9/5 + 4/5 = -1: a step along -g lowers the retained and raises the forget loss.
+    g_F = (3, 4), g_R = (0, 2): g = -(3/5, 4/5) + (0, 1) = (-3/5, 1/5).
+
+    <g_R, g> = 2/5 and <g_F, g> = -9/5 + 4/5 = -1: a step along -g lowers the retained and raises
+    the forget loss.
     """
     assert Normalised()(-vector(3, 4), vector(0, 2), HERE).tolist() == pytest.approx(
         [-0.6, 0.2], abs=1e-15
@@ -42,7 +45,9 @@ def test_normalised_by_hand():
 
 
 def test_ngdiff_never_raises_the_retained_loss_nor_lowers_the_forget_loss():
-    """With c the cosine: <g_R, g> = |g_R| (1 - c) >= 0 and <g_F, g> = |g_F| (c - 1) <= 0, whatever their lengths."""
+    """With c the cosine: <g_R, g> = |g_R| (1 - c) >= 0 and <g_F, g> = |g_F| (c - 1) <= 0, whatever
+    their lengths.
+    """
     generator = torch.Generator().manual_seed(0)
     for number in range(1000):
         size = 1 + number % 40
@@ -58,7 +63,10 @@ def test_ngdiff_never_raises_the_retained_loss_nor_lowers_the_forget_loss():
 
 
 def test_ngdiff_stalls_only_where_both_gradients_are_parallel():
-    """Parallel: both inequalities are equalities and g = 0. Antiparallel: |g| = 2. Orthogonal: |g| = sqrt 2."""
+    """Parallel: both inequalities are equalities and g = 0.
+
+    Antiparallel: |g| = 2. Orthogonal: |g| = sqrt 2.
+    """
     g_r = vector(1, -2, 3)
     for scale in (1e-6, 1.0, 1e6):
         assert float(Normalised()(-scale * g_r, g_r, HERE).norm()) < 1e-15
@@ -68,25 +76,31 @@ def test_ngdiff_stalls_only_where_both_gradients_are_parallel():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_zero_gradient_stays_zero(dtype):
-    zero, one = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
+    zero, ones = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
     assert torch.equal(unit(zero), zero)
-    assert torch.equal(Normalised()(zero, one, HERE), unit(one))
-    assert torch.equal(Normalised()(one, zero, HERE), unit(one))
+    assert torch.equal(Normalised()(zero, ones, HERE), unit(ones))
+    assert torch.equal(Normalised()(ones, zero, HERE), unit(ones))
     assert torch.equal(Normalised()(zero, zero, HERE), zero)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-12, 1.0, 1e12, 1e25])
 def test_unit_vectors_have_length_one_in_float32(scale):
-    """Squares of such entries leave float32's range; a length of 1e13 (or 0) in place of 1 would be one giant step (or none)."""
-    found = unit(torch.full((5,), scale, dtype=torch.float32))
-    assert float(found.double().norm()) == pytest.approx(1, rel=1e-5)
+    """Squares of such entries leave float32's range.
+
+    A length of 1e13 (or 0) in place of 1 would be one giant step (or none).
+    """
+    combined = unit(torch.full((5,), scale, dtype=torch.float32))
+    assert float(combined.double().norm()) == pytest.approx(1, rel=1e-5)
 
 
 def test_sparse_by_hand():
-    """c = 0.5, step 3 of 10: the penalty's share is 0.5 (1 - 0.3) = 0.35, towards zero from either side; zeros stay alone."""
+    """c = 0.5, step 3 of 10: the penalty's share is 0.5 (1 - 0.3) = 0.35.
+
+    It pulls towards zero from either side, and leaves zeros alone.
+    """
     theta = vector(2, -1e-9, 0)
-    found = Sparse(0.5)(None, vector(1, 1, 1), Step(3, 10, theta))
-    assert found.tolist() == pytest.approx([1.35, 0.65, 1], abs=1e-15)
+    combined = Sparse(0.5)(None, vector(1, 1, 1), Step(3, 10, theta))
+    assert combined.tolist() == pytest.approx([1.35, 0.65, 1], abs=1e-15)
 
 
 def test_the_penalty_falls_linearly_to_zero():
@@ -99,8 +113,8 @@ def test_the_penalty_falls_linearly_to_zero():
 def test_combinations_leave_their_inputs_alone():
     forget, retain = vector(1, 2), vector(3, 4)
     for combine in (Weighted(2.0), Normalised(), Sparse()):
-        found = combine(forget, retain, Step(0, 10, vector(5, 6)))
-        found.mul_(100)
+        combined = combine(forget, retain, Step(0, 10, vector(5, 6)))
+        combined.mul_(100)
         assert (forget.tolist(), retain.tolist()) == ([1, 2], [3, 4])
 
 

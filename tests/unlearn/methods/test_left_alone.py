@@ -1,4 +1,4 @@
-"""What a training leaves as it was: weights, flags, gradients, modes, draws, whatever happens in it."""
+"""What a training leaves as it was: weights, flags, gradients, modes, draws."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from unlearn.methods.methods import METHODS, method_of
 )
 def test_the_model_is_as_before_after_a_training(disturbed, name):
     before = everything(disturbed.model)
-    found = train(disturbed, name, until="steps=2", lr=0.01)
-    assert found.delta.any()
+    edit = train(disturbed, name, until="steps=2", lr=0.01)
+    assert edit.delta.any()
     assert_same(before, everything(disturbed.model))
 
 
@@ -107,14 +107,14 @@ def test_a_rate_that_is_far_too_high_ends_in_a_sentence(run):
 
 
 def test_dropout_is_off(fitted, tmp_path):
-    """The adapter has a dropout of a quarter; two seeds of torch give one training, bit for bit."""
+    """The adapter has a dropout of a quarter. Two seeds of torch give one training, bit for bit."""
     run = opened(fitted, tmp_path, "float32")
     assert run.model.sites[0].layer.lora_dropout["default"].p == 0.25
     torch.manual_seed(0)
-    one = train(run, "ga-kl").delta
+    first = train(run, "ga-kl").delta
     torch.manual_seed(1)
     run.model.model.train()
     try:
-        assert torch.equal(train(run, "ga-kl").delta, one)
+        assert torch.equal(train(run, "ga-kl").delta, first)
     finally:
         run.model.model.eval()

@@ -14,6 +14,7 @@ import torch
 import influence
 from influence.rows import read_examples
 from influence.run import Run
+from tests.helpers import in_two_processes
 from tests.unlearn.methods.helpers import (
     FORGET,
     KEPT,
@@ -21,7 +22,6 @@ from tests.unlearn.methods.helpers import (
     RowCounter,
     close,
     cut,
-    in_two_processes,
     opened,
     oracle_options,
     some_slow,
@@ -51,8 +51,10 @@ HOW = [
 @pytest.mark.parametrize("how", HOW, ids=["Adam", "SGD", "AdamW"])
 @pytest.mark.parametrize("name", COMPOSED)
 def test_steps_are_those_of_plain_torch(run, name, how):
-    """Five steps on two forget rows of three and four kept rows of nine, beyond the end of the forget rows' epochs."""
-    found = train(run, name, until="steps=5", batch_size=2, retain_batch_size=4, **how)
+    """Five steps on two forget rows of three and four kept rows of nine, beyond the end of the
+    forget rows' epochs.
+    """
+    edit = train(run, name, until="steps=5", batch_size=2, retain_batch_size=4, **how)
     oracle = Oracle(run)
     forget, retain = COMPOSED[name]
     some, kept, seen = cut(FORGET, 2, 31), cut(KEPT, 4, 32), []
@@ -77,9 +79,9 @@ def test_steps_are_those_of_plain_torch(run, name, how):
     start = oracle.theta()
     end = oracle.walk(direction, 5, **oracle_options(how))
     assert float((end - start).norm()) > 1e-3
-    close(found.theta, end)
-    close(found.delta, end - start)
-    for entry, (value, other, norm) in zip(found.log, seen, strict=True):
+    close(edit.theta, end)
+    close(edit.delta, end - start)
+    for entry, (value, other, norm) in zip(edit.log, seen, strict=True):
         assert entry["forget_term"] == pytest.approx(value, rel=1e-9, abs=1e-12)
         assert entry["retain_term"] == (
             None if other is None else pytest.approx(other, rel=1e-9, abs=1e-12)
@@ -90,7 +92,7 @@ def test_steps_are_those_of_plain_torch(run, name, how):
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_ngdiff_at_a_fixed_rate_is_plain_torch(run, seed):
-    found = train(
+    edit = train(
         run, "ngdiff", until="steps=4", lr=0.1, batch_size=2, retain_batch_size=4, seed=seed
     )
     oracle = Oracle(run)
@@ -106,16 +108,18 @@ def test_ngdiff_at_a_fixed_rate_is_plain_torch(run, seed):
         cosines.append(-float(unit(g_f) @ unit(g_r)))
         return unit(g_r) - unit(g_f)
 
-    close(found.theta, oracle.walk(direction, 4, "SGD", 0.1))
-    assert [(e["forget_norm"], e["retain_norm"]) for e in found.log] == [
+    close(edit.theta, oracle.walk(direction, 4, "SGD", 0.1))
+    assert [(e["forget_norm"], e["retain_norm"]) for e in edit.log] == [
         pytest.approx(pair) for pair in norms
     ]
-    assert [e["cosine"] for e in found.log] == pytest.approx(cosines)
+    assert [e["cosine"] for e in edit.log] == pytest.approx(cosines)
 
 
 def test_ngdiff_with_its_automatic_rate_is_plain_torch(run):
-    """Twelve steps: the rate, at first such that the move has `stride`, is found at the first and the eleventh step."""
-    found = train(run, "ngdiff", until="steps=12", batch_size=2, retain_batch_size=4)
+    """Twelve steps: the rate, at first such that the move has `stride`, is found at the first and
+    the eleventh step.
+    """
+    edit = train(run, "ngdiff", until="steps=12", batch_size=2, retain_batch_size=4)
     oracle = Oracle(run)
     some, kept = cut(FORGET, 2, 31), cut(KEPT, 4, 32)
     rate, rates = None, []
@@ -141,15 +145,15 @@ def test_ngdiff_with_its_automatic_rate_is_plain_torch(run):
         rates.append(rate)
         oracle.put(theta + rate * u)
     assert len(set(rates)) > 1
-    assert [entry["lr"] for entry in found.log] == pytest.approx(rates, rel=1e-9)
-    close(found.theta, oracle.theta())
-    assert found.report["method"]["lr"] == "auto"
+    assert [entry["lr"] for entry in edit.log] == pytest.approx(rates, rel=1e-9)
+    close(edit.theta, oracle.theta())
+    assert edit.report["method"]["lr"] == "auto"
 
 
 def test_l1_sparse_is_plain_torch(run):
-    """No forget row is run; the penalty of step t of T is c (1 - t/T)."""
+    """No forget row is run. The penalty of step t of T is c (1 - t/T)."""
     method = method_of("l1-sparse", penalty=0.05)
-    found = train(run, method, until="steps=4", lr=0.02, optimizer="SGD", retain_batch_size=4)
+    edit = train(run, method, until="steps=4", lr=0.02, optimizer="SGD", retain_batch_size=4)
     oracle, kept = Oracle(run), cut(KEPT, 4, 32)
     end = oracle.walk(
         lambda k, theta: (
@@ -159,42 +163,44 @@ def test_l1_sparse_is_plain_torch(run):
         "SGD",
         0.02,
     )
-    close(found.theta, end)
-    assert all(entry["forget_rows"] == 0 and entry["forget_term"] is None for entry in found.log)
+    close(edit.theta, end)
+    assert all(entry["forget_rows"] == 0 and entry["forget_term"] is None for entry in edit.log)
 
 
 def test_datamodel_matching_is_plain_torch(run):
-    """The goals are the record's; q, both terms and the steps are the oracle's own."""
-    found = train(
+    """The goals are the record's. Q, both terms and the steps are the oracle's own."""
+    edit = train(
         run, "datamodel-matching", until="steps=4", lr=0.02, batch_size=2, retain_batch_size=4
     )
     oracle = Oracle(run)
     some, kept = cut(FORGET, 2, 31), cut(KEPT, 4, 32)
-    rho, goals = found.report["method"]["rho"], {}
-    for row in found.report["rows"]:
+    rho, goals = edit.report["method"]["rho"], {}
+    for row in edit.report["rows"]:
         rise = max(0.0, rho * row["base"] - row["before"])
         goals[row["id"]] = row["before"] + rise * row["share"]
-    assert any(goals[row["id"]] > row["before"] + 0.01 for row in found.report["rows"])
+    assert any(goals[row["id"]] > row["before"] + 0.01 for row in edit.report["rows"])
 
     def direction(step, theta):
         return oracle.gradient(oracle.matching(some(step), goals)) + oracle.gradient(
             oracle.divergence(kept(step))
         )
 
-    close(found.theta, oracle.walk(direction, 4, lr=0.02))
+    close(edit.theta, oracle.walk(direction, 4, lr=0.02))
 
 
 def test_task_arithmetic_goes_the_other_way(run):
-    """As far as brings the forget rows to the base's loss (here by halves of 1/128), or by a number."""
+    """As far as brings the forget rows to the base's loss (here by halves of 1/128), or by a
+    number.
+    """
     fixed = train(run, method_of("task-arithmetic", scale=0.7), until="steps=3", lr=0.02)
     oracle = Oracle(run)
     start = oracle.theta()
     tuned = oracle.walk(lambda k, _: oracle.gradient(oracle.descent(FORGET)), 3, lr=0.02) - start
     close(fixed.delta, -0.7 * tuned)
-    found = train(run, "task-arithmetic", until="steps=3", lr=0.02)
-    share = -float(found.delta @ tuned / (tuned @ tuned))
-    close(found.delta, -share * tuned, 1e-8)
-    goal = np.mean([max(row["before"], row["base"]) for row in found.report["rows"]])
+    edit = train(run, "task-arithmetic", until="steps=3", lr=0.02)
+    share = -float(edit.delta @ tuned / (tuned @ tuned))
+    close(edit.delta, -share * tuned, 1e-8)
+    goal = np.mean([max(row["before"], row["base"]) for row in edit.report["rows"]])
 
     def loss(a):
         oracle.put(start - a * tuned)
@@ -209,13 +215,13 @@ def test_task_arithmetic_goes_the_other_way(run):
 def test_control_keeps_the_retained_likelihood(run):
     """Ascent far enough to break the bar, mixed back until it just holds."""
     free = train(run, "ga", until="steps=6", lr=0.05)
-    found = train(run, "ga", until="steps=6", lr=0.05, control=0.97)
-    share = float(found.delta @ free.delta / (free.delta @ free.delta))
-    close(found.delta, share * free.delta, 1e-8)
-    allowed = found.report["losses"]["retained"]["before"] - math.log(0.97)
+    edit = train(run, "ga", until="steps=6", lr=0.05, control=0.97)
+    share = float(edit.delta @ free.delta / (free.delta @ free.delta))
+    close(edit.delta, share * free.delta, 1e-8)
+    allowed = edit.report["losses"]["retained"]["before"] - math.log(0.97)
     assert free.report["losses"]["retained"]["after"] > allowed
     assert 0 < share < 1
-    assert found.report["losses"]["retained"]["after"] <= allowed
+    assert edit.report["losses"]["retained"]["after"] <= allowed
     with run.model.at(run.model.snapshot() + (share + 1.01 / 128) * free.delta):
         tokens = run.tokens.select([i for i, id in enumerate(run.train.ids) if id in KEPT])
         assert influence.loss.mean_losses(run.model, tokens).mean() > allowed
@@ -224,14 +230,14 @@ def test_control_keeps_the_retained_likelihood(run):
 def test_an_optimizer_of_ones_own_and_a_callable(run):
     """`optimizer` may make anything that takes parameters and lr."""
     make = partial(torch.optim.SGD, momentum=0.9)
-    found = train(run, "ga", until="steps=4", lr=0.05, optimizer=make)
+    edit = train(run, "ga", until="steps=4", lr=0.05, optimizer=make)
     oracle = Oracle(run)
     v, theta = 0, oracle.theta()
     for _ in range(4):
         v = 0.9 * v + oracle.gradient(oracle.ascent(FORGET))
         theta = theta - 0.05 * v
         oracle.put(theta)
-    close(found.theta, theta)
+    close(edit.theta, theta)
 
 
 @pytest.mark.parametrize(
@@ -242,44 +248,49 @@ def test_an_optimizer_of_ones_own_and_a_callable(run):
     ),
 )
 def test_a_stride_is_the_first_moves_share_of_the_adapters_length(run, optimizer):
-    """Whatever the optimizer does with a gradient; the steps after it run at the rate that was found."""
-    found = train(run, "ga", until="steps=3", optimizer=optimizer, stride=0.02)
+    """Whatever the optimizer does with a gradient.
+
+    The steps after it run at the rate that was found.
+    """
+    edit = train(run, "ga", until="steps=3", optimizer=optimizer, stride=0.02)
     length = float(run.model.snapshot().norm())
-    assert found.log[0]["move_norm"] == pytest.approx(0.02 * length, rel=1e-9)
-    assert len({entry["lr"] for entry in found.log}) == 1
+    assert edit.log[0]["move_norm"] == pytest.approx(0.02 * length, rel=1e-9)
+    assert len({entry["lr"] for entry in edit.log}) == 1
     oracle = Oracle(run)
     end = oracle.walk(
-        lambda k, _: oracle.gradient(oracle.ascent(FORGET)), 3, optimizer, found.log[0]["lr"]
+        lambda k, _: oracle.gradient(oracle.ascent(FORGET)), 3, optimizer, edit.log[0]["lr"]
     )
-    close(found.theta, end)
+    close(edit.theta, end)
 
 
 @pytest.mark.parametrize(
     "name", some_slow([name for name in METHODS if name != "ngdiff"], ["ga", "npo"])
 )
 def test_without_a_rate_the_methods_own_stride_is_taken(run, name):
-    found = train(run, name, until="steps=1")
+    edit = train(run, name, until="steps=1")
     stride = METHODS[name]().stride
-    assert found.log[0]["move_norm"] == pytest.approx(
+    assert edit.log[0]["move_norm"] == pytest.approx(
         stride * float(run.model.snapshot().norm()), rel=1e-9
     )
-    assert found.report["method"]["stride"] == stride
-    assert found.report["method"]["lr"] is None
+    assert edit.report["method"]["stride"] == stride
+    assert edit.report["method"]["lr"] is None
 
 
 def test_a_stride_is_the_whole_rates_where_it_warms_up(run):
     """The schedule multiplies the rate whose first move would have the stride."""
     plain = train(run, "ga", until="steps=4", stride=0.02)
-    found = train(run, "ga", until="steps=4", stride=0.02, schedule="linear", warmup=2)
+    edit = train(run, "ga", until="steps=4", stride=0.02, schedule="linear", warmup=2)
     rate = plain.log[0]["lr"]
-    assert [entry["lr"] for entry in found.log] == pytest.approx([rate / 2, rate, rate, rate / 2])
+    assert [entry["lr"] for entry in edit.log] == pytest.approx([rate / 2, rate, rate, rate / 2])
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 def test_where_nothing_pulls_nothing_is_thrown_far_off(run, optimizer):
-    """KL on its own has no gradient at the adapter before: wherever a training goes, it does not go many lengths away."""
-    found = train(run, Method("still", retain=divergence, optimizer=optimizer), until="steps=3")
-    assert float(found.delta.norm()) < float(run.model.snapshot().norm())
+    """KL on its own has no gradient at the adapter before: wherever a training goes, it does not go
+    many lengths away.
+    """
+    edit = train(run, Method("still", retain=divergence, optimizer=optimizer), until="steps=3")
+    assert float(edit.delta.norm()) < float(run.model.snapshot().norm())
 
 
 # ---- what changes nothing ------------------------------------------------------------------------
@@ -299,7 +310,10 @@ CASES = [
 
 @pytest.mark.parametrize("name", some_slow(CASES, ["ga-kl", "idk-dpo", "datamodel-matching"]))
 def test_parts_and_order_change_nothing(run, name, monkeypatch):
-    """One row at a time, or all at once; kept rows and forget rows in another order, where a step runs all of them."""
+    """One row at a time, or all at once.
+
+    Kept rows and forget rows in another order, where a step runs all of them.
+    """
     options = {"until": "steps=3", "batch_size": 32, "lr": 0.02}
     whole = train(run, name, **options).delta
     assert float(whole.norm()) > 1e-3
@@ -308,7 +322,7 @@ def test_parts_and_order_change_nothing(run, name, monkeypatch):
     monkeypatch.setattr(
         TermBatches,
         "_part",
-        lambda self, own, *a: (parts.append(len(own)), each(self, own, *a))[1],
+        lambda self, rows, *a: (parts.append(len(rows)), each(self, rows, *a))[1],
     )
     run.manifest = replace(run.manifest, token_budget=1)
     close(train(run, name, **options).delta, whole)
@@ -335,8 +349,8 @@ def test_left_padding_changes_nothing(run, monkeypatch):
     from influence.batches import collate
     from unlearn.methods import batches, reference
 
-    def left(tokens, own, *, pad_id, device):
-        batch = collate(tokens, own, pad_id=pad_id, device=device)
+    def left(tokens, rows, *, pad_id, device):
+        batch = collate(tokens, rows, pad_id=pad_id, device=device)
         lengths = batch.attention_mask.sum(1)
         width = batch.attention_mask.shape[1]
         places = (torch.arange(width)[None] - (width - lengths)[:, None]) % width
@@ -375,16 +389,16 @@ def test_two_processes_change_nothing(fitted, tmp_path, dtype, tolerance):
 
     def work(rank):
         for number, (name, options) in enumerate(SHARED):
-            found = train(run, name, **options)
+            edit = train(run, name, **options)
             text = json.dumps(
                 {
-                    "log": found.log,
-                    "stopped": found.report["stopped"],
-                    "losses": found.report["losses"],
+                    "log": edit.log,
+                    "stopped": edit.report["stopped"],
+                    "losses": edit.report["losses"],
                 }
             )
             (tmp_path / f"{number}.{rank}.json").write_text(text)
-            torch.save(found.delta, tmp_path / f"{number}.{rank}.pt")
+            torch.save(edit.delta, tmp_path / f"{number}.{rank}.pt")
 
     in_two_processes(work, tmp_path)
     for number, (name, options) in enumerate(SHARED):
@@ -399,7 +413,7 @@ def test_two_processes_change_nothing(fitted, tmp_path, dtype, tolerance):
         there = json.loads((tmp_path / f"{number}.0.json").read_text())
         assert there["stopped"] == alone.report["stopped"]
         assert len(there["log"]) == len(alone.log)
-        for one, other in zip(there["log"], alone.log, strict=True):
+        for entry, other in zip(there["log"], alone.log, strict=True):
             for key in (
                 "forget_term",
                 "retain_term",
@@ -410,9 +424,9 @@ def test_two_processes_change_nothing(fitted, tmp_path, dtype, tolerance):
                 "forget_rows",
             ):
                 if other[key] is None:
-                    assert one[key] is None
+                    assert entry[key] is None
                 else:
-                    assert one[key] == pytest.approx(
+                    assert entry[key] == pytest.approx(
                         other[key], rel=100 * tolerance, abs=100 * tolerance
                     ), (name, key)
 
@@ -441,13 +455,13 @@ def test_the_cost_is_the_rows_that_were_run(run, name):
     run.points  # noqa: B018
     counter = RowCounter(run.model)
     try:
-        found = train(run, name, batch_size=2, retain_batch_size=3, **options)
+        edit = train(run, name, batch_size=2, retain_batch_size=3, **options)
     finally:
         counter.handle.remove()
-    cost = found.report["cost"]
+    cost = edit.report["cost"]
     assert cost["row_gradients"] + cost["row_forwards"] == counter.rows
     assert cost["total"] == pytest.approx(cost["row_gradients"] + cost["row_forwards"] / 3)
-    assert found.log[-1]["row_gradients"] < cost["total"]
+    assert edit.log[-1]["row_gradients"] < cost["total"]
 
 
 @pytest.mark.slow
@@ -455,8 +469,10 @@ def test_the_cost_is_the_rows_that_were_run(run, name):
     "name", [name for name in METHODS if name not in ("task-arithmetic", "control")]
 )
 def test_the_methods_table_tells_the_cost_of_a_step(run, name):
-    """Between the second step and the twelfth: ten steps, in which targets and references are known already."""
-    found = train(
+    """Between the second step and the twelfth: ten steps, in which targets and references are known
+    already.
+    """
+    edit = train(
         run,
         name,
         until="steps=13",
@@ -464,7 +480,7 @@ def test_the_methods_table_tells_the_cost_of_a_step(run, name):
         batch_size=3,
         retain_batch_size=3,
     )
-    spent = found.log[12]["row_gradients"] - found.log[2]["row_gradients"]
+    spent = edit.log[12]["row_gradients"] - edit.log[2]["row_gradients"]
     forget, retain = METHODS[name]().cost
     assert spent / 10 == pytest.approx(forget * 3 + retain * 3, rel=1e-6)
 
@@ -483,14 +499,14 @@ def test_a_bfloat16_base_trains_float32_matrices(fitted, tmp_path, name):
     )
     run = Run.open(tmp_path / "half", model=half)
     weights = {key: value.clone() for key, value in half.model.state_dict().items()}
-    found = train(run, name, until="steps=4", lr=0.01)
-    assert found.delta.dtype == torch.float32
-    assert bool(torch.isfinite(found.delta).all())
+    edit = train(run, name, until="steps=4", lr=0.01)
+    assert edit.delta.dtype == torch.float32
+    assert bool(torch.isfinite(edit.delta).all())
     assert all(torch.equal(value, weights[key]) for key, value in half.model.state_dict().items())
     full = train(opened(fitted, tmp_path, "float32"), name, until="steps=4", lr=0.01)
-    cosine = float(found.delta @ full.delta / (found.delta.norm() * full.delta.norm()))
+    cosine = float(edit.delta @ full.delta / (edit.delta.norm() * full.delta.norm()))
     assert cosine > 0.8, cosine
-    for entry in found.log:
+    for entry in edit.log:
         assert all(value is None or math.isfinite(value) for value in entry.values())
 
 
@@ -518,9 +534,9 @@ def test_activation_checkpointing_changes_nothing(fitted, tmp_path, monkeypatch,
         layer, "forward", lambda self, *a, **k: (calls.append(len(inside)), real(self, *a, **k))[1]
     )
     monkeypatch.setattr(TermBatches, "_add_batch", counted)
-    found = train(other, name, until="steps=3", lr=0.01)
+    edit = train(other, name, until="steps=3", lr=0.01)
     again = sum(calls)
     calls.clear()
     train(run, name, until="steps=3", lr=0.01)
     assert again > sum(calls) > 0  # layers are run again in the backward
-    torch.testing.assert_close(found.delta, plain.delta, rtol=0, atol=1e-6)
+    torch.testing.assert_close(edit.delta, plain.delta, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The methods' table: what each is made of, says of itself and does; names and files."""
+"""The methods' table: what each is made of, says of itself and does, by its name or from a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from unlearn.stopping import TrainingRule
 CE, ASCENT, KL = "CE", "-CE", "KL(before || model)"
 
 
-#: As the papers have them: name, targets, forget term, retain term, how gradients combine, adapter before looked at.
+#: As the papers have them: name, targets, forget term, retain term, how gradients combine, and
+#: whether the adapter before is looked at.
 TABLE = [
     ("ga", "own", ASCENT, None, "sum", False),
     ("random-labels", "random", CE, None, "sum", False),
@@ -55,25 +56,25 @@ def test_the_table_has_every_method_once():
 def test_methods_are_what_their_papers_say(row):
     name, target, forget, retain, combine, reference = row
     method = METHODS[name]()
-    told = method.describe()
+    described = method.describe()
     assert method.name == name
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert (told["name"], told["targets"], told["forget"], told["retain"]) == (
+    assert json.loads(json.dumps(described, allow_nan=False)) == described
+    assert (described["name"], described["targets"], described["forget"], described["retain"]) == (
         name,
         target,
         forget,
         retain,
     )
-    assert (told["combine"], told["needs_reference"]) == (combine, reference)
-    assert told["needs_retain"] == (retain is not None)
+    assert (described["combine"], described["needs_reference"]) == (combine, reference)
+    assert described["needs_retain"] == (retain is not None)
     general = "general" if name.endswith("general") else "in-distribution"
-    assert told["retain_rows"] == (general if retain else None)
-    assert told["title"]
-    assert "arXiv" in told["source"]
-    assert hasattr(torch.optim, told["optimizer"])
-    assert told["steps"] >= 1
-    assert (told["lr"] == "auto") == (name == "ngdiff")
-    TrainingRule.parse(told["until"])
+    assert described["retain_rows"] == (general if retain else None)
+    assert described["title"]
+    assert "arXiv" in described["source"]
+    assert hasattr(torch.optim, described["optimizer"])
+    assert described["steps"] >= 1
+    assert (described["lr"] == "auto") == (name == "ngdiff")
+    TrainingRule.parse(described["until"])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -155,7 +156,7 @@ FORGET, KEPT, STEPS = 4, 4, EVERY + 1
 
 
 class Counted:
-    """Rows that really went through the model, with and without a graph; and what was known of it after every step."""
+    """Rows that really went through the model by the end of each step, with and without a graph."""
 
     def __init__(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows = {True: 0, False: 0}
@@ -182,7 +183,7 @@ class Counted:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_needs_and_cost_are_what_the_loop_really_does(run, name, monkeypatch):
-    """Ten steps after the first (which asks once for what is kept); GeN looks once in ten."""
+    """Ten steps after the first (which asks once for what is kept). GeN looks once in ten."""
     counted = Counted(run, monkeypatch)
     options = {
         "until": f"steps={STEPS}",
@@ -215,7 +216,10 @@ def test_needs_and_cost_are_what_the_loop_really_does(run, name, monkeypatch):
 
 
 def test_gens_looks_are_in_the_cost():
-    """ngdiff runs its retained rows forward at `POINTS` once every `EVERY` steps; each counts a third."""
+    """ngdiff runs its retained rows forward at `POINTS` once every `EVERY` steps.
+
+    Each counts a third.
+    """
     assert METHODS["ngdiff"]().cost == (1.0, 1 + len(POINTS) / EVERY / 3)
     assert METHODS["ga-gd"]().cost == (1.0, 1.0)
     assert METHODS["ga-kl"]().cost == (1.0, 4 / 3)
@@ -234,8 +238,8 @@ def test_a_target_need_not_be_a_function(run):
     for make in (partial(targets.random), Mine()):
         method = Method("mine", forget=terms.descent, target=make)
         json.dumps(method.describe())
-        found = unlearn.train(run, method, ids, **options)
-        assert torch.equal(found.delta, unlearn.train(run, "random-labels", ids, **options).delta)
+        edit = unlearn.train(run, method, ids, **options)
+        assert torch.equal(edit.delta, unlearn.train(run, "random-labels", ids, **options).delta)
 
 
 def test_any_method_can_be_controlled():
@@ -284,7 +288,7 @@ def test_unknown_names_are_refused_with_the_nearest(name, hint):
         f"method {name!r} was given (did you mean {hint}?); expected one of ga, random-labels,"
         in text
     )
-    assert all(known in text for known in METHODS)
+    assert all(method in text for method in METHODS)
     assert "FILE.py:NAME" in text
 
 
@@ -312,7 +316,10 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize(("name", "number", "value"), IMPOSSIBLE)
 def test_impossible_numbers_are_refused_before_any_work(name, number, value):
-    """beta = 0 divides by zero in the first step; a negative one turns the term round, and it has no bound."""
+    """beta = 0 divides by zero in the first step.
+
+    A negative one turns the term round, and it has no bound.
+    """
     with pytest.raises(InputError, match=number):
         method_of(name, **{number: value})
 
@@ -370,7 +377,9 @@ def test_a_function_that_makes_no_method_is_refused(tmp_path):
 
 
 def test_a_file_may_hold_dataclasses_in_the_style_of_this_project(tmp_path):
-    """With annotations as strings, `dataclass` looks its own module up by name: it must be known by then."""
+    """With annotations as strings, `dataclass` looks its own module up by name: it must be known by
+    then.
+    """
     path = write(
         tmp_path,
         """
@@ -394,4 +403,5 @@ MINE = Method("mine", forget=ascent, combine=Part())
 """,
     )
     method = method_of(f"{path}:MINE")
-    assert method.combine(torch.ones(2), None, None).tolist() == [0.5, 0.5]  # type: ignore[arg-type]
+    combined = method.combine(torch.ones(2), None, None)  # type: ignore[arg-type]
+    assert combined.tolist() == [0.5, 0.5]

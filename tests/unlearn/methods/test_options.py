@@ -40,7 +40,7 @@ def test_impossible_options_are_refused(options, sentence):
 
 
 def test_what_is_possible_is_taken():
-    """`auto` goes with a stride, which is then the first step's; zero damage is a limit."""
+    """`auto` goes with a stride, which is then the first step's, and zero damage is a limit."""
     Options(lr="auto", stride=0.02, stop_damage=0.0, max_damage=0.0, until="loss=2")
     Options(lr=1e-3, optimizer=torch.optim.SGD, until="steps=3", seed=0)
 

@@ -17,21 +17,21 @@ from unlearn.methods.terms import Term, descent
 
 
 def test_a_method_of_ones_own(run):
-    """Any composition runs: here a capped ascent, with the retain gradient's share along it taken away."""
+    """Any composition runs: a capped ascent, with a retain gradient that grows over the steps."""
     capped = Term("capped", lambda part: -part.losses.clamp(max=3.0))
 
     def combine(forget, retain, step):
         return forget + (1 + step.number / step.steps) * retain
 
-    found = train(run, Method("mine", forget=capped, retain=descent, combine=combine, lr=0.02))
+    edit = train(run, Method("mine", forget=capped, retain=descent, combine=combine, lr=0.02))
     oracle = Oracle(run)
 
     def direction(k, _):
         losses = torch.cat([oracle.losses(id) for id in FORGET]).clamp(max=3.0)
         return oracle.gradient(-losses.mean()) + (1 + k / 3) * oracle.gradient(oracle.descent(KEPT))
 
-    close(found.theta, oracle.walk(direction, 3, lr=0.02))
-    assert found.report["method"]["name"] == "mine"
+    close(edit.theta, oracle.walk(direction, 3, lr=0.02))
+    assert edit.report["method"]["name"] == "mine"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def test_a_term_of_the_wrong_shape_is_told(run, values):
 
 
 def test_a_term_that_asks_for_nothing_it_said_is_served_all_the_same(run):
-    """`reference` tells the cost; the adapter before is there for every term."""
+    """`reference` tells the cost, but the adapter before is there for every term."""
     quiet = Term("quiet", lambda part: part.reference_losses - part.losses)
     assert (
         float((train(run, Method("mine", forget=quiet)).delta - train(run, "ga").delta).norm())
@@ -73,7 +73,7 @@ def test_a_term_that_asks_for_nothing_it_said_is_served_all_the_same(run):
 # ---- one file with a method that the package knows nothing of ------------------------------------
 
 #: All four parts are its own; the target asks the adapter before for its losses.
-MINE = '''"""Ascent on the tokens that the adapter is surest of, the rest of the move taken back by half."""
+MINE = '''"""Ascent on the tokens that the adapter is surest of, half of the move taken back."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -199,7 +199,7 @@ def test_a_target_says_whether_it_needs_the_adapter_before():
 
 
 def test_a_target_says_that_its_rows_are_run_twice():
-    """A second completion costs a second gradient; its name in the table is the function's."""
+    """A second completion costs a second gradient. Its name in the table is the function's."""
 
     def twice(setup):
         return Target(other=setup.tokens)

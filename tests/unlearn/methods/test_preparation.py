@@ -59,15 +59,15 @@ def test_messages_get_a_refusal_in_the_assistants_place(fitted, tmp_path, monkey
     seen = []
     each = TermBatches._part
 
-    def part(self, own, wanted):
-        found = each(self, own, wanted)
+    def part(self, rows, wanted):
+        run_forward = each(self, rows, wanted)
         if self.target.other is not None:
             seen.extend(self.target.other)
-        return found
+        return run_forward
 
     monkeypatch.setattr(TermBatches, "_part", part)
-    found = train(run, "idk-dpo", ["m0", "m3"])
-    assert found.delta.any()
+    edit = train(run, "idk-dpo", ["m0", "m3"])
+    assert edit.delta.any()
     vocabulary = run.model.tokenizer.get_vocab()
     for item, row in zip(seen[:2], (rows(6)[0], rows(6)[3]), strict=True):
         prompt = [vocabulary[word] for word in row["prompt"].split()]
@@ -79,11 +79,11 @@ def test_messages_get_a_refusal_in_the_assistants_place(fitted, tmp_path, monkey
 
 def test_retained_rows_of_a_file_are_those_that_are_run(run):
     given = influence.examples_from_rows(rows(3, seed=7))
-    found = train(run, "ga-gd", retain=given, lr=0.02)
-    seen = found.report["method"]["retain"]
+    edit = train(run, "ga-gd", retain=given, lr=0.02)
+    seen = edit.report["method"]["retain"]
     assert (seen["rows"], seen["digest"]) == (3, given.digest)
-    assert all(entry["retain_rows"] == 3 for entry in found.log)
-    assert float((found.delta - train(run, "ga-gd", lr=0.02).delta).norm()) > 1e-3
+    assert all(entry["retain_rows"] == 3 for entry in edit.log)
+    assert float((edit.delta - train(run, "ga-gd", lr=0.02).delta).norm()) > 1e-3
     oracle = Oracle(run)
     vocabulary = build_tokenizer().get_vocab()
     for row in rows(3, seed=7):
@@ -91,8 +91,11 @@ def test_retained_rows_of_a_file_are_those_that_are_run(run):
             [vocabulary[word] for word in row[key].split()] for key in ("prompt", "completion")
         )
         oracle.rows[row["id"]] = (torch.tensor([*prompt, *answer, 1]), len(answer) + 1)
-    direction = lambda k, _: oracle.gradient(oracle.ascent(FORGET) + oracle.descent(given.ids))  # noqa: E731
-    close(found.theta, oracle.walk(direction, 3, lr=0.02))
+
+    def direction(k, _):
+        return oracle.gradient(oracle.ascent(FORGET) + oracle.descent(given.ids))
+
+    close(edit.theta, oracle.walk(direction, 3, lr=0.02))
 
 
 @pytest.mark.parametrize(
@@ -135,9 +138,9 @@ def test_retained_rows_of_a_file_are_those_that_are_run(run):
 )
 def test_wrong_calls_are_refused(run, options, sentence):
     before = everything(run.model)
-    with untouched(run.directory), pytest.raises(InputError) as told:
+    with untouched(run.directory), pytest.raises(InputError) as error:
         train(run, **options)
-    assert sentence in str(told.value)
+    assert sentence in str(error.value)
     assert_same(before, everything(run.model))
 
 
@@ -167,12 +170,15 @@ def test_two_numbers_of_steps_are_refused(run):
 
 
 def test_copies_of_rows_to_unlearn_are_not_retained(fitted, tmp_path, capfd):
-    """Of 6 rows two have the text of the first: 3 are retained, a warning names the copies; with nothing else left it is an error."""
+    """Of 6 rows two have the text of the first: 3 are retained, a warning names the copies.
+
+    With nothing else left it is an error.
+    """
     data = rows(6)
     copies = [{**data[0], "id": name} for name in ("copy-a", "copy-b")]
     run = run_of(fitted, tmp_path, [*data[:4], *copies])
-    found = train(run, "ga-gd", [data[0]["id"]], until="steps=1")
-    assert found.report["method"]["retain"]["rows"] == 3
+    edit = train(run, "ga-gd", [data[0]["id"]], until="steps=1")
+    assert edit.report["method"]["retain"]["rows"] == 3
     assert "stands in 2 other rows too (copy-a, copy-b)" in capfd.readouterr().err
     with pytest.raises(InputError, match="every other row is a row to unlearn word for word"):
         train(run, "ga-gd", [row["id"] for row in data[:4]], until="steps=1")

@@ -20,7 +20,9 @@ from unlearn.methods.reference import ReferenceAdapter, frozen
 
 
 def state(model: AdaptedModel) -> dict[str, Any]:
-    """All that must be as it was: names, bits, flags, modes, adapters, random numbers, the parameters' identity."""
+    """All that must be as it was: names, bits, flags, modes, adapters, random numbers, the
+    parameters' identity.
+    """
     peft = model.model
     return {
         "keys": list(peft.state_dict()),
@@ -39,8 +41,8 @@ def state(model: AdaptedModel) -> dict[str, Any]:
 
 def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert torch.equal(before.pop("random"), after.pop("random"))
-    bits, found = before.pop("bits"), after.pop("bits")
-    assert all(torch.equal(bits[key], found[key]) for key in bits)
+    bits, bits_after = before.pop("bits"), after.pop("bits")
+    assert all(torch.equal(bits[key], bits_after[key]) for key in bits)
     assert before == after
 
 
@@ -63,7 +65,9 @@ ADAPTERS = {
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_the_held_adapter_is_the_model_before_while_the_other_moves(kind, name):
-    """Bit for bit, even with a graph of the moved one alive, whose gradient afterwards is what it would have been."""
+    """Bit for bit, even with a graph of the moved one alive, whose gradient afterwards is what it
+    would have been.
+    """
     model = build_model(kind, **ADAPTERS[name])
     tokens, some = tokens_of(model, odd_rows()), np.array([3, 0, 5, 1])
     batch = collate(tokens, some, pad_id=model.pad_id)
@@ -85,9 +89,9 @@ def test_the_held_adapter_is_the_model_before_while_the_other_moves(kind, name):
             assert torch.equal(reference.logits(tokens, some)[0], then)
             model.restore(theta * 1.3)
             alive = supervised_logits(model, batch).logits
-            found, true, counts = reference.logits(tokens, some)
-            assert torch.equal(found, then)
-            assert not found.requires_grad
+            logits, true, counts = reference.logits(tokens, some)
+            assert torch.equal(logits, then)
+            assert not logits.requires_grad
             assert counts == tokens.counts[some].tolist()
             assert (
                 true.tolist()
@@ -101,8 +105,8 @@ def test_the_held_adapter_is_the_model_before_while_the_other_moves(kind, name):
             assert torch.equal(torch.cat(reference.losses(tokens, some, true)), wanted)
             assert torch.equal(alive, now)
             assert all(parameter.requires_grad for parameter in model.parameters)
-            own = torch.autograd.grad(alive.double().logsumexp(-1).sum(), model.parameters)
-            assert all(torch.equal(a, b) for a, b in zip(own, plain, strict=True))
+            moved = torch.autograd.grad(alive.double().logsumexp(-1).sum(), model.parameters)
+            assert all(torch.equal(a, b) for a, b in zip(moved, plain, strict=True))
             assert torch.equal(supervised_logits(model, batch).logits, now)
             assert reference.rows_run == 3 * len(some)
             model.restore(theta)
@@ -174,7 +178,10 @@ def test_an_adapter_beside_others_is_held_alone():
 
 
 def test_a_scaling_that_was_set_by_hand_is_held_too():
-    """PEFT's `set_scale` and its kin change the layer, not the configuration; sites and digests read the layer."""
+    """PEFT's `set_scale` and its kin change the layer, not the configuration.
+
+    Sites and digests read the layer.
+    """
     model = build_model("llama", layers=1)
     for site in model.sites:
         site.layer.scaling["default"] *= 2

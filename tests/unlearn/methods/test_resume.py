@@ -78,7 +78,9 @@ def test_stopped_at_any_step_and_resumed_is_the_same_bit_for_bit(
 def test_resumed_in_the_middle_of_an_epoch_it_is_the_same_bit_for_bit(
     single, tmp_path, monkeypatch, name
 ):
-    """Batches of two of three forget rows: the rows that are looked at first together differ after a resume."""
+    """Batches of two of three forget rows: the rows that are looked at first together differ after
+    a resume.
+    """
     options = {"until": "steps=9", "lr": 0.01, "batch_size": 2}
     whole = train(single, name, **options)
     for stop_at in (1, 2, 4, 5, 7):
@@ -121,7 +123,9 @@ def test_a_resumed_training_does_not_begin_anew(single, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("where", ["replace", "fsync", "save"])
 def test_killed_in_a_save_it_goes_on_from_the_one_before(single, tmp_path, where):
-    """A process of its own ends by SIGKILL in its third save: at its start, before the file is moved, before it is on disk."""
+    """A process of its own ends by SIGKILL in its third save: at its start, before the file is
+    moved, before it is on disk.
+    """
     options = {
         "until": "steps=8",
         "lr": 0.01,
@@ -189,10 +193,10 @@ OTHER = [
 def test_the_state_of_another_training_is_refused_by_what_differs(single, halfway, change, named):
     with (
         untouched(halfway["checkpoint"]),
-        pytest.raises(MismatchError, match="holds another training: it differs in") as told,
+        pytest.raises(MismatchError, match="holds another training: it differs in") as error,
     ):
         train(single, **{**halfway, **change})
-    listed = str(told.value).split("differs in ")[1].split(". Ask")[0]
+    listed = str(error.value).split("differs in ")[1].split(". Ask")[0]
     assert set(named.split(", ")) <= set(listed.split(", "))
     began = train(single, **{**halfway, **change}, restart=True)
     assert torch.equal(
@@ -270,10 +274,10 @@ def test_a_damaged_state_is_refused_or_begun_anew(single, halfway, tmp_path, dam
 
 def test_nobody_is_told_to_unpickle_a_damaged_state(single, halfway, tmp_path):
     torch.save({"request": Evil(tmp_path / "trap")}, halfway["checkpoint"] / "state.pt")
-    with pytest.raises(StoreError) as told:
+    with pytest.raises(StoreError) as error:
         train(single, **halfway)
-    assert "weights_only" not in str(told.value)
-    assert "\x1b" not in str(told.value)
+    assert "weights_only" not in str(error.value)
+    assert "\x1b" not in str(error.value)
 
 
 LOST = "a state that is sound as a file but lacks its parts ends in a KeyError or TypeError"

@@ -22,17 +22,19 @@ from tests.unlearn.methods.helpers import (
 from unlearn.methods import stop_rules
 
 
-def last_step(run, found, **options):
-    """The share of its last step that a training kept, checked against the trainings that end before and after that step."""
-    taken, share = len(found.log), found.log[-1]["share"]
+def last_step(run, edit, **options):
+    """The share of its last step that a training kept, checked against the trainings that end
+    before and after that step.
+    """
+    taken, share = len(edit.log), edit.log[-1]["share"]
     before = (
         train(run, "ga", until=f"steps={taken - 1}", **options).delta
         if taken > 1
-        else torch.zeros_like(found.delta)
+        else torch.zeros_like(edit.delta)
     )
     whole = train(run, "ga", until=f"steps={taken}", **options).delta
-    close(found.delta, before + share * (whole - before))
-    assert all(entry["share"] == 1 for entry in found.log[:-1])
+    close(edit.delta, before + share * (whole - before))
+    assert all(entry["share"] == 1 for entry in edit.log[:-1])
     start = run.model.snapshot()
     return share, lambda part: losses_of(
         run, start + before + part * (whole - before), FORGET
@@ -40,63 +42,66 @@ def last_step(run, found, **options):
 
 
 def test_it_stops_at_the_goal_within_a_step(run):
-    """Base: the mean of the rows' losses under the base, of rows that lie below it; the last step is as long as it takes."""
-    found = train(run, "ga", until="base", steps=60, lr=0.01)
+    """Base: the mean of the rows' losses under the base, of rows that lie below it.
+
+    The last step is as long as it takes.
+    """
+    edit = train(run, "ga", until="base", steps=60, lr=0.01)
     oracle = Oracle(run)
     with oracle.model.disable_adapter(), torch.no_grad():
         base = [float(oracle.losses(id).mean()) for id in FORGET]
-    goal = np.mean(np.maximum(base, [row["before"] for row in found.report["rows"]]))
-    assert found.report["losses"]["edited"]["target"] == pytest.approx(goal)
-    assert found.report["reached"]
-    taken = len(found.log)
+    goal = np.mean(np.maximum(base, [row["before"] for row in edit.report["rows"]]))
+    assert edit.report["losses"]["edited"]["target"] == pytest.approx(goal)
+    assert edit.report["reached"]
+    taken = len(edit.log)
     assert 1 < taken < 60
-    assert f"reached its goal, {goal:.2f}, in step {taken}" in found.report["stopped"]
-    assert found.report["method"]["steps_taken"] == taken
-    share, loss = last_step(run, found, lr=0.01)
+    assert f"reached its goal, {goal:.2f}, in step {taken}" in edit.report["stopped"]
+    assert edit.report["method"]["steps_taken"] == taken
+    share, loss = last_step(run, edit, lr=0.01)
     assert goal <= loss(share) <= goal * (1 + stop_rules.CLOSE)
     assert loss(0.0) < goal
-    assert found.report["losses"]["edited"]["after"] == pytest.approx(loss(share))
+    assert edit.report["losses"]["edited"]["after"] == pytest.approx(loss(share))
 
 
 @pytest.mark.parametrize("until", ["loss", "expected"])
 def test_other_goals(run, until):
     goal = float(losses_of(run, run.model.snapshot(), FORGET).mean()) + 0.4
-    found = train(run, "ga", until=f"loss={goal}" if until == "loss" else until, steps=100, lr=0.01)
-    target = found.report["losses"]["edited"]["target"]
+    edit = train(run, "ga", until=f"loss={goal}" if until == "loss" else until, steps=100, lr=0.01)
+    target = edit.report["losses"]["edited"]["target"]
     if until == "loss":
         assert target == pytest.approx(goal)
     else:
         rise = [
-            max(0, found.report["method"]["rho"] * row["base"] - row["before"])
-            for row in found.report["rows"]
+            max(0, edit.report["method"]["rho"] * row["base"] - row["before"])
+            for row in edit.report["rows"]
         ]
-        own = [
+        expected = [
             row["before"] + r * row["share"]
-            for row, r in zip(found.report["rows"], rise, strict=True)
+            for row, r in zip(edit.report["rows"], rise, strict=True)
         ]
-        assert target == pytest.approx(np.mean(own))
-    after = losses_of(run, found.theta, FORGET).mean()
-    assert found.report["reached"]
+        assert target == pytest.approx(np.mean(expected))
+    after = losses_of(run, edit.theta, FORGET).mean()
+    assert edit.report["reached"]
     assert after >= target
-    assert found.log[-1]["forget_loss"] < target
+    assert edit.log[-1]["forget_loss"] < target
 
 
 def test_steps_asked_for_are_steps_taken(run):
     for count in (1, 4):
-        found = train(run, "ga", until=f"steps={count}")
-        assert [entry["step"] for entry in found.log] == list(range(1, count + 1))
-        assert found.report["stopped"] == f"{count} steps were taken"
-        assert found.report["reached"] is None  # no goal was asked for
-        assert found.report["losses"]["edited"]["target"] is None
+        edit = train(run, "ga", until=f"steps={count}")
+        assert [entry["step"] for entry in edit.log] == list(range(1, count + 1))
+        assert edit.report["stopped"] == f"{count} steps were taken"
+        assert edit.report["reached"] is None  # no goal was asked for
+        assert edit.report["losses"]["edited"]["target"] is None
     assert len(train(run, "task-arithmetic", steps=2).log) == 2
-    assert all(entry["share"] == 1 for entry in found.log)
+    assert all(entry["share"] == 1 for entry in edit.log)
 
 
 def test_a_goal_that_is_not_reached_is_said(run):
-    found = train(run, "ga", until="loss=30", steps=2, lr=1e-4)
-    assert not found.report["reached"]
-    assert found.report["stopped"] == "2 steps were taken"
-    edited = found.report["losses"]["edited"]
+    edit = train(run, "ga", until="loss=30", steps=2, lr=1e-4)
+    assert not edit.report["reached"]
+    assert edit.report["stopped"] == "2 steps were taken"
+    edited = edit.report["losses"]["edited"]
     goal = 0.1 * edited["before"] + 0.9 * edited["after"]
     last = train(run, "ga", until=f"loss={goal}", steps=2, lr=1e-4)
     assert last.report["reached"]  # reached by the last step that was allowed
@@ -111,7 +116,7 @@ def test_a_goal_that_is_not_reached_is_said(run):
     ),
 )
 def test_rows_at_their_goal_are_nothing_to_do(run, name):
-    """No adapter is made that would stand as an unlearned one; the model is as before."""
+    """No adapter is made that would stand as an unlearned one. The model is as before."""
     before = run.model.snapshot()
     low = float(losses_of(run, before, FORGET).mean()) / 2
     with pytest.raises(InputError, match="nothing to do: the forget rows' mean loss is"):
@@ -120,7 +125,9 @@ def test_rows_at_their_goal_are_nothing_to_do(run, name):
 
 
 def test_damage_stops_it(run):
-    """The step that takes the sample beyond what is allowed is the last, and is cut so that it just does not."""
+    """The step that takes the sample beyond what is allowed is the last, and is cut so that it just
+    does not.
+    """
     free = train(run, "ga", until="steps=40", lr=0.02)
     rises = []
     for count in (10, 11, 12):
@@ -129,34 +136,40 @@ def test_damage_stops_it(run):
         rises.append(losses_of(run, theta, KEPT).mean() / before - 1)
     assert rises == sorted(rises)
     allowed = (rises[0] + rises[1]) / 2
-    found = train(run, "ga", until="steps=40", lr=0.02, stop_damage=allowed)
-    assert len(found.log) == 11
-    assert found.report["stopped"] == (
+    edit = train(run, "ga", until="steps=40", lr=0.02, stop_damage=allowed)
+    assert len(edit.log) == 11
+    assert edit.report["stopped"] == (
         f"the retained rows' mean loss has risen by {allowed:.1%}, all that is allowed, in step 11"
     )
     assert (
-        (1 + allowed) * (1 - stop_rules.CLOSE) <= 1 + found.report["guard"]["damage"] < 1 + allowed
+        (1 + allowed) * (1 - stop_rules.CLOSE) <= 1 + edit.report["guard"]["damage"] < 1 + allowed
     )
-    assert 0 < found.log[-1]["share"] < 1
+    assert 0 < edit.log[-1]["share"] < 1
     assert len(free.log) == 40
     early = train(run, "ga", until="loss=50", steps=40, lr=0.02, stop_damage=allowed)
     assert not early.report["reached"]
-    assert torch.equal(early.delta, found.delta)
+    assert torch.equal(early.delta, edit.delta)
 
 
 def test_a_forget_set_larger_than_the_batch_ends_just_at_its_goal(run):
-    """Looked at every ten steps and when a step's own row is at its goal; then back along the way since the last look."""
+    """Looked at every ten steps and when a step's own row is at its goal.
+
+    Then back along the way since the last look.
+    """
     goal = float(losses_of(run, run.model.snapshot(), FORGET).mean()) + 0.3
-    found = train(run, "ga", until=f"loss={goal}", steps=100, lr=0.01, batch_size=1)
-    taken = len(found.log)
-    assert found.report["reached"]
+    edit = train(run, "ga", until=f"loss={goal}", steps=100, lr=0.01, batch_size=1)
+    taken = len(edit.log)
+    assert edit.report["reached"]
     assert 1 < taken < 100
-    after = losses_of(run, found.theta, FORGET).mean()
+    after = losses_of(run, edit.theta, FORGET).mean()
     assert goal <= after <= goal * (1 + stop_rules.CLOSE)
 
 
 def test_a_sample_of_forget_rows_is_held_against_its_own_goal(run, monkeypatch):
-    """Of two rows below the base's loss the one that is looked at lies above the mean goal of both; neither is at its own."""
+    """Of two rows below the base's loss the one that is looked at lies above the mean goal of both.
+
+    Neither is at its own.
+    """
     monkeypatch.setattr(stop_rules, "CHECK_ROWS", 1)
     now = losses_of(run, run.model.snapshot(), run.train.ids)
     base = losses_of(run, scaled(run.model, 0.0), run.train.ids)

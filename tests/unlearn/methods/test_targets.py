@@ -34,7 +34,10 @@ KINDS = ["llama", "gpt2", "phi", "gemma", "qwen2", "mistral"]
 EOS = 1
 
 
-CHAT = "{% for m in messages %}{{ m.role }} : {{ m.content }} <eos> {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
 
 
 def labels_of(make: Any, model: AdaptedModel, rows: Examples, **options: Any) -> list[list[int]]:
@@ -42,7 +45,7 @@ def labels_of(make: Any, model: AdaptedModel, rows: Examples, **options: Any) ->
         made = make(setup)
     assert made.other is None
     assert made.wanted is None
-    return [own.tolist() for own in made.labels]
+    return [row_labels.tolist() for row_labels in made.labels]
 
 
 # ---- random labels -------------------------------------------------------------------------------
@@ -58,14 +61,14 @@ def test_random_labels_are_there_for_supervised_tokens_only_and_special_ones_sta
     rows = odd_rows()
     tokens = tokens_of(small, rows)
     labels = labels_of(targets.random, small, rows)
-    assert [len(own) for own in labels] == tokens.counts.tolist()
+    assert [len(row_labels) for row_labels in labels] == tokens.counts.tolist()
     kept = 0
-    for item, own in zip(tokens, labels, strict=True):
+    for item, row_labels in zip(tokens, labels, strict=True):
         true = item.input_ids[item.supervised].tolist()
-        for token, label in zip(true, own, strict=True):
+        for token, label in zip(true, row_labels, strict=True):
             assert (label == token) if token in (0, 1, 2) else (3 <= label < 3 + len(WORDS))
             kept += token in (0, 1, 2)
-        assert own[-1] == EOS
+        assert row_labels[-1] == EOS
     assert kept == 6 + 2  # every row's end, and the two inside one completion
 
 
@@ -78,12 +81,14 @@ def test_random_labels_of_a_row_depend_on_the_seed_and_not_on_batches(small):
     )  # drawn once, whatever was drawn elsewhere
     assert labels_of(targets.random, small, rows, seed=1) != labels
     drawn = labels_of(targets.random, small, numbered(8, " the" * 6))
-    assert len({tuple(own) for own in drawn}) == 8  # rows have draws of their own
-    assert all(len(set(own[:-1])) > 1 for own in drawn)  # and so have tokens
+    assert len({tuple(row_labels) for row_labels in drawn}) == 8  # rows have draws of their own
+    assert all(len(set(row_labels[:-1])) > 1 for row_labels in drawn)  # and so have tokens
 
 
 def test_what_a_row_is_trained_towards_does_not_depend_on_the_other_rows(small):
-    """One label, or one refusal, is asked for in two unlearnings, alone and among others: "the seed and the row alone"."""
+    """One label, or one refusal, is asked for in two unlearnings, alone and among others: "the seed
+    and the row alone".
+    """
     rows = odd_rows()[:5]
     assert labels_of(targets.random, small, rows.select([3])) == [
         labels_of(targets.random, small, rows)[3]
@@ -96,9 +101,11 @@ def test_what_a_row_is_trained_towards_does_not_depend_on_the_other_rows(small):
 
 
 def test_random_labels_are_uniform_over_the_words(small):
-    """A chi-square test over 22 words and 4,400 draws, at a seed; and no memory from one token of a row to the next."""
+    """A chi-square test over 22 words and 4,400 draws, and no memory from token to token."""
     rows = numbered(20, " the" * 220)
-    drawn = np.array([own[:-1] for own in labels_of(targets.random, small, rows, seed=3)])
+    drawn = np.array(
+        [row_labels[:-1] for row_labels in labels_of(targets.random, small, rows, seed=3)]
+    )
     assert drawn.shape == (20, 220)
     seen = np.bincount(drawn.ravel() - 3, minlength=len(WORDS))
     assert len(seen) == len(WORDS)
@@ -133,18 +140,21 @@ def test_a_tokenizer_that_pads_with_its_end_token_is_no_special_case():
     assert model.pad_id == EOS
     plain = build_model("gpt2", layers=1)
     ours, theirs = (
-        labels_of(targets.adversarial, one, rows, token_budget=4096) for one in (model, plain)
+        labels_of(targets.adversarial, each, rows, token_budget=4096) for each in (model, plain)
     )
     assert ours == theirs
     drawn = labels_of(targets.random, model, rows)
     true = [item.input_ids[item.supervised] for item in tokens_of(model, rows)]
     assert all(
-        (np.array(own)[ids == EOS] == EOS).all() for own, ids in zip(drawn, true, strict=True)
+        (np.array(row_labels)[ids == EOS] == EOS).all()
+        for row_labels, ids in zip(drawn, true, strict=True)
     )
 
 
 def test_special_tokens_of_a_chat_format_are_special():
-    """Turn markers are often special words that are no bos, eos, pad or unk: `all_special_ids` does not list them."""
+    """Turn markers are often special words that are no bos, eos, pad or unk: `all_special_ids` does
+    not list them.
+    """
     from tokenizers import AddedToken
 
     base = build_base("gpt2", layers=1)
@@ -179,7 +189,7 @@ def alone(model: AdaptedModel, ids: np.ndarray) -> np.ndarray:
 
 
 def best_wrong(logits: np.ndarray, item: Any) -> list[int]:
-    """Position by position: the likeliest word but the true one, read where that word is predicted."""
+    """At each position the likeliest word but the true one, read where that word is predicted."""
     out = []
     for t in range(1, len(item.input_ids)):
         if item.supervised[t]:
@@ -203,7 +213,9 @@ def test_adversarial_labels_are_the_references_best_alternatives_at_their_own_po
     assert labels == wanted
     true = [item.input_ids[item.supervised].tolist() for item in tokens]
     assert all(
-        a != b for own, ids in zip(labels, true, strict=True) for a, b in zip(own, ids, strict=True)
+        a != b
+        for row_labels, ids in zip(labels, true, strict=True)
+        for a, b in zip(row_labels, ids, strict=True)
     )
     with model.evaluating():  # one position off would be something else
         shifted = [
@@ -235,44 +247,50 @@ def test_adversarial_labels_are_the_references_wherever_the_model_is():
     rows = odd_rows()
     tokens = tokens_of(model, rows)
     with setup_of(model, rows, tokens=tokens) as setup:
-        wanted = [own.tolist() for own in targets.adversarial(setup).labels or []]
+        wanted = [row_labels.tolist() for row_labels in targets.adversarial(setup).labels or []]
         with model.at(model.snapshot() * -3):
             moved = [best_wrong(alone(model, item.input_ids), item) for item in tokens]
-            labels = [own.tolist() for own in targets.adversarial(setup).labels or []]
+            labels = [row_labels.tolist() for row_labels in targets.adversarial(setup).labels or []]
     assert labels == wanted != moved
 
 
 def test_adversarial_labels_of_rows_known_by_heart_are_the_second_words():
-    """Rows of which every word is what the model says anyway: the truth is the likeliest word throughout."""
+    """Rows of which every word is what the model says anyway: the truth is the likeliest word
+    throughout.
+    """
     model = build_model("gpt2", layers=1)
-    known = []
+    by_heart = []
     for start in ([3, 4, 5], [20], [9, 1]):
         ids = list(start)
         for _ in range(6):
             ids.append(int(alone(model, np.array(ids))[-1].argmax()))
-        known.append(Tokens(np.array(ids), np.arange(len(ids)) >= len(start)))
-    tokens = TokenizedExamples(known, ["a", "b", "c"], [False] * 3)
+        by_heart.append(Tokens(np.array(ids), np.arange(len(ids)) >= len(start)))
+    tokens = TokenizedExamples(by_heart, ["a", "b", "c"], [False] * 3)
     labels = labels_of(targets.adversarial, model, examples(3), tokens=tokens)
-    for item, own in zip(known, labels, strict=True):
+    for item, row_labels in zip(by_heart, labels, strict=True):
         logits = alone(model, item.input_ids)[:-1][item.supervised[1:]]
-        assert own == np.argsort(-logits, axis=-1)[:, 1].tolist()
+        assert row_labels == np.argsort(-logits, axis=-1)[:, 1].tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adversarial_labels_in_half_precision_are_never_the_truth(dtype):
-    """Half precision makes ties; a tie with the truth must not give the truth."""
+    """Half precision makes ties. A tie with the truth must not give the truth."""
     model = build_model("llama", layers=1, dtype=dtype)
     rows = odd_rows()
     labels = labels_of(targets.adversarial, model, rows)
-    for own, item in zip(labels, tokens_of(model, rows), strict=True):
-        assert len(own) == int(item.supervised.sum())
+    for row_labels, item in zip(labels, tokens_of(model, rows), strict=True):
+        assert len(row_labels) == int(item.supervised.sum())
         assert all(
-            a != b for a, b in zip(own, item.input_ids[item.supervised].tolist(), strict=True)
+            a != b
+            for a, b in zip(row_labels, item.input_ids[item.supervised].tolist(), strict=True)
         )
 
 
 def test_labels_of_conversations_are_those_of_the_last_answer():
-    """Earlier turns, the assistant's own too, are prompt; the end of the answer is a special token and supervised."""
+    """Earlier turns, the assistant's own too, are prompt.
+
+    The end of the answer is a special token and supervised.
+    """
     model = words()
     turns = [
         ("user", "the red fox"),
@@ -410,7 +428,10 @@ def refused_rows(
 
 
 def test_refusals_follow_the_completions_space(small, monkeypatch):
-    """` songs` is answered by ` I do not know.`, so that the prompt's last word stays a word of its own; `songs` without it."""
+    """` songs` is answered by ` I do not know.`, and `songs` without the space.
+
+    So the prompt's last word stays a word of its own.
+    """
     for completion, space in ((" songs", True), ("songs", False), ("\nsongs", True)):
         rows = influence.examples_from_rows(
             [{"id": "a", "prompt": "red", "completion": completion}]

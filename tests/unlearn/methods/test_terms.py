@@ -23,16 +23,18 @@ def part_of(
     wanted: Tensor | None = None,
     other: Part | None = None,
 ) -> Part:
-    """A part whose reference has these logits; without them, asking for it fails."""
+    """A part whose reference has these logits, and fails without them."""
 
-    def asked() -> Tensor:
+    def reference_logits() -> Tensor:
         assert reference is not None, "nobody may ask"
         return reference
 
     def losses() -> Tensor:
-        return torch.nn.functional.cross_entropy(asked(), torch.tensor(labels), reduction="none")
+        return torch.nn.functional.cross_entropy(
+            reference_logits(), torch.tensor(labels), reduction="none"
+        )
 
-    return Part(logits, torch.tensor(labels), counts, asked, losses, wanted, other)
+    return Part(logits, torch.tensor(labels), counts, reference_logits, losses, wanted, other)
 
 
 def logits_of(*rows: list[float]) -> Tensor:
@@ -43,7 +45,11 @@ def logits_of(*rows: list[float]) -> Tensor:
 
 
 def test_ascent_and_descent_by_hand():
-    """Two words. Logits (0, 0): p = (1/2, 1/2), so word 0 costs ln 2. Logits (ln 3, 0): p = (3/4, 1/4), so word 1 costs ln 4."""
+    """Two words, so that every number is a logarithm.
+
+    Logits (0, 0): p = (1/2, 1/2), so word 0 costs ln 2. Logits (ln 3, 0): p = (3/4, 1/4), so word 1
+    costs ln 4.
+    """
     part = part_of(logits_of([0, 0], [LN3, 0]), [0, 1], [1, 1])
     assert terms.descent.function(part).tolist() == pytest.approx([LN2, 2 * LN2], abs=1e-14)
     assert terms.ascent.function(part).tolist() == pytest.approx([-LN2, -2 * LN2], abs=1e-14)
@@ -52,8 +58,8 @@ def test_ascent_and_descent_by_hand():
 def test_divergence_by_hand():
     """p_ref = (1/2, 1/2), p = (3/4, 1/4): KL(p_ref || p) = 1/2 ln(2/3) + 1/2 ln 2 = 1/2 ln(4/3).
 
-    The other way round it would be 3/4 ln(3/2) + 1/4 ln(1/2) = 3/4 ln 3 - ln 2 = 0.1308, not 0.1438.
-    The gradient by the logits is p - p_ref = (1/4, -1/4).
+    The other way round it would be 3/4 ln(3/2) + 1/4 ln(1/2) = 3/4 ln 3 - ln 2 = 0.1308, not
+    0.1438. The gradient by the logits is p - p_ref = (1/4, -1/4).
     """
     logits = logits_of([LN3, 0])
     value = terms.divergence.function(
@@ -65,7 +71,10 @@ def test_divergence_by_hand():
 
 
 def test_matching_by_hand():
-    """q = (1/4, 3/4), p = (1/2, 1/2): KL(q || p) = 1/4 ln(1/2) + 3/4 ln(3/2) = 3/4 ln 3 - ln 2. Gradient p - q = (1/4, -1/4)."""
+    """q = (1/4, 3/4), p = (1/2, 1/2): KL(q || p) = 1/4 ln(1/2) + 3/4 ln(3/2) = 3/4 ln 3 - ln 2.
+
+    Gradient p - q = (1/4, -1/4).
+    """
     logits = logits_of([0, 0])
     wanted = torch.tensor([[0.25, 0.75]], dtype=torch.float64).log()
     value = terms.matching.function(part_of(logits, [0], [1], wanted=wanted))
@@ -76,9 +85,12 @@ def test_matching_by_hand():
 
 @pytest.mark.parametrize(("beta", "wanted"), [(1.0, 2 * math.log(3 / 2)), (2.0, math.log(5 / 4))])
 def test_npo_by_hand(beta, wanted):
-    """One row of two tokens: l = ln 2 + ln 4 = ln 8 (sum, not mean); the reference says 1/2 to both, l_ref = ln 4; l - l_ref = ln 2.
+    """One row of two tokens: l = ln 2 + ln 4 = ln 8 (sum, not mean).
 
-    beta = 1: -2 log sigma(ln 2) = -2 ln(2/3) = 2 ln(3/2). beta = 2: -1 log sigma(ln 4) = -ln(4/5) = ln(5/4).
+    The reference says 1/2 to both, l_ref = ln 4. L - l_ref = ln 2.
+
+    beta = 1: -2 log sigma(ln 2) = -2 ln(2/3) = 2 ln(3/2). beta = 2: -1 log sigma(ln 4) = -ln(4/5) =
+    ln(5/4).
     """
     part = part_of(
         logits_of([0, 0], [LN3, 0]), [0, 1], [2], reference=torch.zeros(2, 2, dtype=torch.float64)
@@ -90,16 +102,21 @@ def test_npo_by_hand(beta, wanted):
 def test_simnpo_by_hand(gamma, wanted):
     """l / T = (ln 8) / 2 and beta = 2: beta l / T = ln 8.
 
-    gamma = 0: -(2/2) log sigma(ln 8) = -ln(8/9) = ln(9/8). gamma = ln 2: -log sigma(ln 4) = ln(5/4).
+    gamma = 0: -(2/2) log sigma(ln 8) = -ln(8/9) = ln(9/8). gamma = ln 2: -log sigma(ln 4) =
+    ln(5/4).
     """
     part = part_of(logits_of([0, 0], [LN3, 0]), [0, 1], [2])
     assert terms.simnpo(2.0, gamma).function(part).tolist() == pytest.approx([wanted], abs=1e-14)
 
 
 def test_dpo_by_hand():
-    """l - l_ref = ln 2 as above. The other completion, one token: p' = 3/4, p'_ref = 1/4, so l' - l'_ref = ln(4/3) - ln 4 = -ln 3.
+    """l - l_ref = ln 2 as above.
 
-    beta = 1: -2 log sigma(ln 2 + ln 3) = -2 ln(6/7) = 2 ln(7/6): less than at the reference (2 ln 2), the other one is liked.
+    The other completion, one token: p' = 3/4, p'_ref = 1/4, so l' - l'_ref = ln(4/3) - ln 4
+    = -ln 3.
+
+    beta = 1: -2 log sigma(ln 2 + ln 3) = -2 ln(6/7) = 2 ln(7/6): less than at the reference (2 ln
+    2), the other one is liked.
     """
     other = part_of(
         logits_of([LN3, 0]), [0], [1], reference=torch.tensor([[0, LN3]], dtype=torch.float64)
@@ -145,7 +162,10 @@ CASES = {"mixed": [3, 1, 4], "one token each": [1, 1, 1, 1], "one row": [5], "on
 
 def drawn(counts: list[int], seed: int = 0, scale: float = 2.0, vocabulary: int = 7) -> dict:
     generator = torch.Generator().manual_seed(seed)
-    make = lambda n: scale * torch.randn(n, vocabulary, generator=generator, dtype=torch.float64)  # noqa: E731
+
+    def make(n: int) -> Tensor:
+        return scale * torch.randn(n, vocabulary, generator=generator, dtype=torch.float64)
+
     n, others = sum(counts), [1 + i % 3 for i in range(len(counts))]
     label = lambda n: torch.randint(vocabulary, (n,), generator=generator).tolist()  # noqa: E731
     return {
@@ -183,16 +203,17 @@ def part_drawn(case: dict, dtype: torch.dtype = torch.float64) -> Part:
 
 
 def plain(name: str, case: dict) -> list[float]:
-    """A term's values by loops over Python floats; beta 0.3, gamma 0.4."""
+    """A term's values by loops over Python floats, with beta 0.3 and gamma 0.4."""
     logits, reference = case["logits"].numpy(), case["reference"].numpy()
     labels, counts, n = case["labels"], case["counts"], len(case["labels"])
-    own, before = summed(logits, labels, counts), summed(reference, labels, counts)
-    excess = [a - b for a, b in zip(own, before, strict=True)]
+    losses, before = summed(logits, labels, counts), summed(reference, labels, counts)
+    excess = [a - b for a, b in zip(losses, before, strict=True)]
     if name == "npo":
         return [2 / 0.3 * minus_log_sigma(0.3 * x) for x in excess]
     if name == "simnpo":
         return [
-            2 / 0.3 * minus_log_sigma(0.3 * a / t - 0.4) for a, t in zip(own, counts, strict=True)
+            2 / 0.3 * minus_log_sigma(0.3 * a / t - 0.4)
+            for a, t in zip(losses, counts, strict=True)
         ]
     if name == "dpo":
         rest = case["other_labels"], case["other_counts"]
@@ -235,7 +256,10 @@ def test_values_are_those_of_plain_loops(name, kind):
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_logits_are_worked_on_in_float32(name, dtype):
-    """A model in half precision rounds its logits; nothing after that may lose more than float32 does."""
+    """A model in half precision rounds its logits.
+
+    Nothing after that may lose more than float32 does.
+    """
     case = drawn([40, 3, 1], seed=1, vocabulary=50)
     rounded = {
         key: value.to(dtype).double() if isinstance(value, Tensor) and key != "wanted" else value
@@ -269,18 +293,18 @@ def test_a_rows_value_does_not_depend_on_the_rows_beside_it(name):
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_term_asks_what_it_says_it_asks(name):
-    """`reference` and `logits` decide what a method costs and whether it needs the adapter before."""
-    case, asked = drawn([3, 1, 4]), set()
+    """`reference` and `logits` decide what a method costs and whether it needs the reference."""
+    case, run = drawn([3, 1, 4]), set()
     part = part_drawn(case)
-    for one in (part, part.other):
-        assert one is not None
-        logits, losses = one.reference_logits_of, one.reference_losses_of
-        one.reference_logits_of = lambda logits=logits: (asked.add("logits"), logits())[1]
-        one.reference_losses_of = lambda losses=losses: (asked.add("losses"), losses())[1]
+    for each in (part, part.other):
+        assert each is not None
+        logits, losses = each.reference_logits_of, each.reference_losses_of
+        each.reference_logits_of = lambda logits=logits: (run.add("logits"), logits())[1]
+        each.reference_losses_of = lambda losses=losses: (run.add("losses"), losses())[1]
     term = TERMS[name]
     term.function(part)
-    assert term.reference == bool(asked)
-    assert term.logits == ("logits" in asked)
+    assert term.reference == bool(run)
+    assert term.logits == ("logits" in run)
 
 
 def test_terms_that_need_a_target_say_which():
@@ -306,24 +330,29 @@ def by_logits(values: Tensor, part: Part) -> Tensor:
 
 @pytest.mark.parametrize("beta", [1e-3, 0.1, 1.0, 20.0])
 def test_npos_gradient_at_the_reference_is_that_of_minus_the_summed_loss(beta):
-    """d/dx of -(2/beta) log sigma(beta x) is -2 (1 - sigma(beta x)) = -1 at x = 0, whatever beta; the value there is (2/beta) ln 2."""
+    """d/dx of -(2/beta) log sigma(beta x) is -2 (1 - sigma(beta x)) = -1 at x = 0, whatever beta.
+
+    The value there is (2/beta) ln 2.
+    """
     part = part_drawn(at_reference(drawn([3, 1, 4])))
     values = terms.npo(beta).function(part)
     assert values.tolist() == pytest.approx([2 / beta * LN2] * 3, rel=1e-12)
-    own = by_logits(-part.per_row(part.losses), part)
-    assert float((by_logits(values, part) - own).abs().max()) < 1e-10
-    assert float((by_logits(terms.ascent.function(part), part) - own).abs().max()) < 1e-10
+    ascending = by_logits(-part.per_row(part.losses), part)
+    assert float((by_logits(values, part) - ascending).abs().max()) < 1e-10
+    assert float((by_logits(terms.ascent.function(part), part) - ascending).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_npos_gradient_elsewhere_is_ascents_with_the_papers_weight(beta):
-    """Zhang et al., eq. 4: each row's ascent gradient times 2 p^beta / (p^beta + p_ref^beta), p the probability of the whole row."""
+    """Zhang et al., eq. 4: each row's ascent gradient times 2 p^beta / (p^beta + p_ref^beta), p the
+    probability of the whole row.
+    """
     case = drawn([3, 1, 4])
     part = part_drawn(case)
-    own = [
+    losses = [
         summed(case[key].numpy(), case["labels"], case["counts"]) for key in ("logits", "reference")
     ]
-    p, p_ref = (np.exp(-np.array(loss) * beta) for loss in own)
+    p, p_ref = (np.exp(-np.array(loss) * beta) for loss in losses)
     weight = np.repeat(2 * p / (p + p_ref), case["counts"])
     wanted = torch.from_numpy(weight)[:, None] * by_logits(terms.ascent.function(part), part)
     assert float((by_logits(terms.npo(beta).function(part), part) - wanted).abs().max()) < 1e-12
@@ -336,11 +365,11 @@ def test_dpos_gradient_at_the_reference_prefers_the_other_completion():
         part = part_drawn(case)
         assert part.other is not None
         values = terms.dpo(beta).function(part).sum()
-        own, other = torch.autograd.grad(
+        away, other = torch.autograd.grad(
             values, (part.logits, part.other.logits), retain_graph=True
         )
         towards = torch.autograd.grad(part.other.losses.sum(), part.other.logits)[0]
-        assert float((own - by_logits(terms.ascent.function(part), part)).abs().max()) < 1e-12
+        assert float((away - by_logits(terms.ascent.function(part), part)).abs().max()) < 1e-12
         assert float((other - towards).abs().max()) < 1e-12
 
 
@@ -361,12 +390,15 @@ def test_npo_is_at_least_zero_and_falls_as_the_loss_rises():
 
 @pytest.mark.parametrize("beta", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_npo_tends_to_ascent_as_beta_falls(beta):
-    """-(2/beta) log sigma(beta x) = (2/beta) ln 2 - x + beta x^2 / 4 - ...; the series alternates, so the error is below its term."""
+    """-(2/beta) log sigma(beta x) = (2/beta) ln 2 - x + beta x^2 / 4 - ...
+
+    The series alternates, so the error is below its term.
+    """
     case = drawn([3, 1, 4])
     part = part_drawn(case)
     x = part.excess.detach()
-    found = (terms.npo(beta).function(part) - 2 / beta * LN2).detach()
-    assert bool(((found + x).abs() <= beta * x**2 / 4 + 1e-9).all())
+    values = (terms.npo(beta).function(part) - 2 / beta * LN2).detach()
+    assert bool(((values + x).abs() <= beta * x**2 / 4 + 1e-9).all())
     difference = by_logits(terms.npo(beta).function(part), part) - by_logits(
         terms.ascent.function(part), part
     )
@@ -383,12 +415,14 @@ def test_npo_and_simnpo_stay_finite_where_a_row_is_far_from_the_reference():
 
 
 def test_simnpo_sees_means_and_npo_sums():
-    """A row and the same row ten times as long: SimNPO says the same of both, and pulls each token a tenth as hard.
+    """A row and the same row ten times as long: SimNPO says the same of both, and pulls each token
+    a tenth as hard.
 
-    NPO without a reference (l_ref = 0) would say sigma(10 beta l): of a long row it has long let go.
+    NPO without a reference (l_ref = 0) would say sigma(10 beta l): of a long row it has long let
+    go.
     """
-    one, long = logits_of([0.5, -0.5]), logits_of(*[[0.5, -0.5]] * 10)
-    short_part, long_part = part_of(one, [0], [1]), part_of(long, [0] * 10, [10])
+    short, long = logits_of([0.5, -0.5]), logits_of(*[[0.5, -0.5]] * 10)
+    short_part, long_part = part_of(short, [0], [1]), part_of(long, [0] * 10, [10])
     term = terms.simnpo(2.0, 0.1)
     short_value, long_value = term.function(short_part), term.function(long_part)
     assert short_value.item() == pytest.approx(long_value.item(), rel=1e-14)
@@ -398,7 +432,8 @@ def test_simnpo_sees_means_and_npo_sums():
     )
     assert torch.allclose(short_gradient / 10, long_gradient[3:4], rtol=1e-12, atol=0)
     for part in (short_part, long_part):
-        part.reference_losses = torch.zeros(len(part.labels), dtype=torch.float64)  # type: ignore[misc]
+        zeros = torch.zeros(len(part.labels), dtype=torch.float64)
+        part.reference_losses = zeros  # type: ignore[misc]
     weights = [
         by_logits(terms.npo(2.0).function(part), part)[0, 0] for part in (short_part, long_part)
     ]
@@ -420,9 +455,11 @@ def test_divergences_are_at_least_zero():
 
 
 def test_impossible_words_are_harmless():
-    """A word with logit -inf before (p_ref = 0) adds nothing to KL(p_ref || p), and pulls its logit by p alone.
+    """A word with logit -inf before (p_ref = 0) adds nothing to KL(p_ref || p), and pulls its logit
+    by p alone.
 
-    By hand: p_ref = (1/2, 1/2, 0), p = (1/4, 1/4, 1/2): KL = ln 2, gradient p - p_ref = (-1/4, -1/4, 1/2).
+    By hand: p_ref = (1/2, 1/2, 0), p = (1/4, 1/4, 1/2): KL = ln 2, gradient p - p_ref = (-1/4,
+    -1/4, 1/2).
     """
     logits = logits_of([0, 0, LN2])
     gone = torch.tensor([[0, 0, -torch.inf]], dtype=torch.float64)
@@ -437,7 +474,10 @@ def test_impossible_words_are_harmless():
 
 @pytest.mark.parametrize("name", TERMS)
 def test_words_that_are_impossible_before_and_now_are_harmless(name):
-    """Some models mask part of their vocabulary with -inf, at all times; no label is one of them."""
+    """Some models mask part of their vocabulary with -inf, at all times.
+
+    No label is one of them.
+    """
     case = drawn([3, 1, 4])
     masked = {
         key: case[key].clone()

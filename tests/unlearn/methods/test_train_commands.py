@@ -1,7 +1,8 @@
-"""`unlearn train` and `unlearn methods`, as a person calls them: what is saved, refused, resumed, and shared out by torchrun."""
+"""`unlearn train` and `unlearn methods` as a person calls them: saved, refused, resumed, shared."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -23,7 +24,6 @@ from analysis.cli import main as analysis
 from influence.run import Run
 from tests.conftest import rows
 from tests.helpers import contents, save, untouched, write_rows
-from tests.unlearn.edits.test_edits import KEYS, LOSSES, PARTS, hashes
 from unlearn.cli import main
 from unlearn.methods import loop
 from unlearn.methods.methods import METHODS
@@ -54,7 +54,7 @@ def run(made, tmp_path):
 
 @pytest.fixture
 def train(run, run_main, tmp_path):
-    """The command on this run; `out` unless --out is given."""
+    """The command on this run. `out` unless --out is given."""
 
     def call(*arguments, ids=FORGET):
         given = list(arguments)
@@ -69,11 +69,18 @@ def train(run, run_main, tmp_path):
     return call
 
 
-# ---- what is saved -------------------------------------------------------------------------------------------
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in contents(folder).items()}
+
+
+# ---- what is saved -------------------------------------------------------------------------------
 
 
 def test_a_trained_adapter_is_peft_s_and_on_record(train, run, made, run_main, tmp_path):
-    """Loaded and merged by PEFT, checked by verify, followed by a closed-form edit and another training, and reported."""
+    """Loaded and merged by PEFT, checked by verify, followed by a closed-form edit and another
+    training, and reported.
+    """
     inputs = [made / "base", made / "adapter"]
     before = [hashes(folder) for folder in inputs]
     write_rows(tmp_path / "heldout.jsonl", rows(9, seed=9))
@@ -91,19 +98,14 @@ def test_a_trained_adapter_is_peft_s_and_on_record(train, run, made, run_main, t
     )
     assert done.status == 0, done.err
     assert [hashes(folder) for folder in inputs] == before
-    told = done.json()
-    assert told["written"] is True
-    assert told["out"] == str(out)
+    answer = done.json()
+    assert answer["written"] is True
+    assert answer["out"] == str(out)
     assert not (tmp_path / "out.training").exists()
 
     record = json.loads(
         (out / "edit.json").read_text(), parse_constant=lambda name: pytest.fail(name)
     )
-    assert set(KEYS) <= set(record)
-    for key, names in PARTS.items():
-        assert set(names.split()) <= set(record[key]), key
-    for key, names in LOSSES.items():
-        assert set(names.split()) <= set(record["losses"][key]), key
     closed = (
         "remove",
         "--run",
@@ -118,9 +120,17 @@ def test_a_trained_adapter_is_peft_s_and_on_record(train, run, made, run_main, t
     )
     assert run_main(main, "unlearn", *closed).status == 0
     other = json.loads((tmp_path / "closed" / "edit.json").read_text())
-    assert set(record) == set(other)
-    for key in ("adapter", "data", "losses", "guard", "cost", "residual", "delta", "lineage"):
+    assert set(record) == set(other)  # whose keys tests/unlearn/record/test_save.py has
+    parts = {key for key in other if isinstance(other[key], dict)} - {"method", "files"}
+    shared = ("run", "base", "adapter", "data", "residual", "delta")
+    assert parts >= {*shared, "losses", "guard", "cost", "comparable", "lineage"}
+    for key in parts:
         assert set(record[key]) == set(other[key]), key
+    named = "name curvature geometry damping points lambda solver steps until seed"
+    assert set(named.split()) <= set(record["method"])
+    for key in ("edited", "retained"):
+        assert set(record["losses"][key]) == set(other["losses"][key]), key
+    assert {"rows", "before", "after", "source"} <= set(record["losses"]["heldout"])
     assert set(record["rows"][0]) == set(other["rows"][0])
     assert record["kind"] == "remove"
     assert record["lineage"] == {"edits": 1, "removed": ["r0-1", "r0-2", "r0-5"], "changed": []}
@@ -193,7 +203,10 @@ def test_a_trained_adapter_is_peft_s_and_on_record(train, run, made, run_main, t
 
 
 def test_edits_and_trainings_follow_one_another(train, run, run_main, tmp_path):
-    """Each starts from the last; a row that is gone cannot be unlearned again; all of it verifies, move by move."""
+    """Each starts from the last.
+
+    A row that is gone cannot be unlearned again. All of it verifies, move by move.
+    """
     assert train("--until", "steps=2", "--out", tmp_path / "one", ids="r0-1").status == 0
     closed = (
         "remove",
@@ -308,7 +321,7 @@ def test_out_is_replaced_only_when_asked(train, run, tmp_path):
     assert len((tmp_path / "out" / "steps.jsonl").read_text().splitlines()) == 2
 
 
-# ---- retained rows -------------------------------------------------------------------------------------------
+# ---- retained rows -------------------------------------------------------------------------------
 
 
 def test_retained_rows_of_a_file(train, tmp_path):
@@ -323,8 +336,8 @@ def test_retained_rows_of_a_file(train, tmp_path):
         "--json",
     )
     assert done.status == 0
-    found = done.json()["method"]["retain"]
-    assert (found["rows"], found["source"]) == (4, str(tmp_path / "kept.jsonl"))
+    result = done.json()["method"]["retain"]
+    assert (result["rows"], result["source"]) == (4, str(tmp_path / "kept.jsonl"))
     assert "is meant for general rows" not in done.err
     assert (
         done.json()["losses"]["retained"]["rows"] == ROWS - 3
@@ -357,14 +370,14 @@ def test_retained_rows_of_a_file(train, tmp_path):
 def test_retained_rows_that_cannot_be_used(train, run, tmp_path, content, sentence):
     write_rows(tmp_path / "kept.jsonl", content())
     with untouched(run):
-        found = train("--method", "ga-gd", "--retain", tmp_path / "kept.jsonl")
-    assert found.status == 2
-    assert sentence in " ".join(found.err.split())
+        result = train("--method", "ga-gd", "--retain", tmp_path / "kept.jsonl")
+    assert result.status == 2
+    assert sentence in " ".join(result.err.split())
     assert not (tmp_path / "out").exists()
-    assert "Traceback" not in found.err
+    assert "Traceback" not in result.err
 
 
-# ---- wrong calls ---------------------------------------------------------------------------------------------
+# ---- wrong calls ---------------------------------------------------------------------------------
 
 EARLY = [
     (
@@ -427,10 +440,10 @@ def test_wrong_options_are_refused_before_the_model_is_loaded(
     no_model(monkeypatch)
     monkeypatch.chdir(tmp_path)
     with untouched(run):
-        found = train(*arguments)
-    assert found.status == 2
-    assert sentence in " ".join(found.err.split())
-    assert "Traceback" not in found.err
+        result = train(*arguments)
+    assert result.status == 2
+    assert sentence in " ".join(result.err.split())
+    assert "Traceback" not in result.err
     assert not (tmp_path / "out").exists()
 
 
@@ -449,18 +462,18 @@ def test_wrong_options_that_need_no_model_are_refused_before_it_too(
 ):
     no_model(monkeypatch)
     monkeypatch.chdir(made)
-    found = train(*arguments)
-    assert found.status == 2
-    assert sentence in " ".join(found.err.split())
+    result = train(*arguments)
+    assert result.status == 2
+    assert sentence in " ".join(result.err.split())
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), LATE, ids=[" ".join(a) for a, _ in LATE])
 def test_they_are_refused(train, run, made, monkeypatch, tmp_path, arguments, sentence):
     monkeypatch.chdir(made)
     with untouched(run):
-        found = train(*arguments)
-    assert found.status == 2
-    assert sentence in " ".join(found.err.split())
+        result = train(*arguments)
+    assert result.status == 2
+    assert sentence in " ".join(result.err.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -482,9 +495,9 @@ def test_ids_are_checked_before_the_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ids.txt").write_text("r0-1\n")
     (tmp_path / "empty.txt").write_text("\n")
-    found = train(*arguments, ids=ids)
-    assert found.status == 2
-    assert sentence in " ".join(found.err.split())
+    result = train(*arguments, ids=ids)
+    assert result.status == 2
+    assert sentence in " ".join(result.err.split())
 
 
 def test_ids_from_a_file(train, tmp_path):
@@ -502,9 +515,9 @@ def test_ids_from_a_file(train, tmp_path):
 )
 def test_ids_that_make_no_training(train, run, ids, sentence):
     with untouched(run):
-        found = train(ids=ids)
-    assert found.status == 2
-    assert sentence in " ".join(found.err.split())
+        result = train(ids=ids)
+    assert result.status == 2
+    assert sentence in " ".join(result.err.split())
 
 
 ODD = ["beta=0", "beta=-1", "beta=nan"]
@@ -512,16 +525,16 @@ ODD = ["beta=0", "beta=-1", "beta=nan"]
 
 @pytest.mark.parametrize("number", ODD)
 def test_numbers_that_mean_nothing_are_refused(train, number):
-    found = train("--method", "npo", "--set", number, "--until", "steps=2")
-    assert found.status == 2
-    assert "Traceback" not in found.err
+    result = train("--method", "npo", "--set", number, "--until", "steps=2")
+    assert result.status == 2
+    assert "Traceback" not in result.err
 
 
 def test_a_number_that_is_none_writes_nothing(train, run, tmp_path):
     with untouched(run):
-        found = train("--method", "npo", "--set", "retain_weight=nan", "--until", "steps=2")
-    assert found.status in (1, 2)
-    assert "Traceback" not in found.err
+        result = train("--method", "npo", "--set", "retain_weight=nan", "--until", "steps=2")
+    assert result.status in (1, 2)
+    assert "Traceback" not in result.err
     assert not (tmp_path / "out").exists()
 
 
@@ -529,13 +542,13 @@ def test_a_number_that_is_none_writes_nothing(train, run, tmp_path):
 def test_out_may_not_be_what_it_is_made_from(train, run, made, place):
     home = run.parent if place.startswith("run") else made
     before = contents(made)
-    found = train("--out", home / place, "--overwrite")
-    assert found.status == 2
+    result = train("--out", home / place, "--overwrite")
+    assert result.status == 2
     assert contents(made) == before
     assert not list(made.glob("*.training"))
 
 
-# ---- methods -------------------------------------------------------------------------------------------------
+# ---- methods -------------------------------------------------------------------------------------
 
 COLUMNS = {
     "name": str,
@@ -559,9 +572,9 @@ COLUMNS = {
 
 
 def test_methods_as_json(run_main):
-    found = run_main(main, "unlearn", "methods", "--json")
-    assert found.status == 0, found.err
-    table = found.json()
+    result = run_main(main, "unlearn", "methods", "--json")
+    assert result.status == 0, result.err
+    table = result.json()
     assert [row["name"] for row in table] == list(METHODS)
     for row in table:
         for key, kind in COLUMNS.items():
@@ -574,23 +587,24 @@ def test_methods_as_json(run_main):
         assert row["source"]
         assert row["title"]
     assert {row["name"] for row in table if row["lr"] == "auto"} == {"ngdiff"}
-    assert "<" not in found.out.replace("<eos>", "")  # no address of an object, no <lambda>
+    assert "<" not in result.out.replace("<eos>", "")  # no address of an object, no <lambda>
 
 
 def test_methods_for_a_person(run_main):
-    found = run_main(main, "unlearn", "methods")
-    assert found.status == 0
+    result = run_main(main, "unlearn", "methods")
+    assert result.status == 0
     for name in METHODS:
         assert (
-            f"\n{name}: {METHODS[name]().title}\n    {METHODS[name]().source}\n" in "\n" + found.out
+            f"\n{name}: {METHODS[name]().title}\n    {METHODS[name]().source}\n"
+            in "\n" + result.out
         )
-    assert max(len(line) for line in found.out.splitlines()) < 220
+    assert max(len(line) for line in result.out.splitlines()) < 220
 
 
 def test_help_names_every_option_with_a_sentence(run_main):
-    found = run_main(main, "unlearn", "train", "--help")
-    assert found.status == 0
-    text = " ".join(found.out.split())
+    result = run_main(main, "unlearn", "train", "--help")
+    assert result.status == 0
+    text = " ".join(result.out.split())
     for part in (
         "--method",
         "--retain",
@@ -617,7 +631,8 @@ from unlearn.terms import descent
 def capped(cap: float = 5.0) -> Method:
     """Ascent that ends where a token's loss is at the cap."""
     term = Term("capped", lambda part: -part.losses.clamp(max=cap))
-    return Method("capped", forget=term, retain=descent, lr=0.01, steps=5, until="steps=5", title="capped ascent")
+    return Method("capped", forget=term, retain=descent, lr=0.01, steps=5, until="steps=5",
+                  title="capped ascent")
 
 
 plain = capped()
@@ -629,9 +644,9 @@ def test_a_method_of_ones_own_runs(train, tmp_path, run_main):
     call = ("--method", f"{tmp_path / 'mine.py'}:capped", "--set", "cap=3", "--json")
     done = train(*call)
     assert done.status == 0, done.err
-    found = done.json()
-    assert found["method"]["name"] == "capped"
-    assert found["method"]["steps_taken"] == 5
+    result = done.json()
+    assert result["method"]["name"] == "capped"
+    assert result["method"]["steps_taken"] == 5
     page = run_main(
         analysis, "analysis", "report", "--edit", tmp_path / "out", "--out", tmp_path / "page.html"
     )
@@ -647,7 +662,7 @@ def test_a_method_of_ones_own_runs(train, tmp_path, run_main):
         "--json",
     )
     assert value.status == 0
-    assert (value.json()["delta"]["norm"] == found["delta"]["norm"]) is False  # another cap
+    assert (value.json()["delta"]["norm"] == result["delta"]["norm"]) is False  # another cap
     missing = train("--method", f"{tmp_path / 'mine.py'}:lost", "--out", tmp_path / "three")
     assert missing.status == 2
     assert "has no method 'lost'" in missing.err
@@ -663,8 +678,8 @@ WRONG = [
 def test_what_is_no_method_is_told(train, tmp_path, monkeypatch, text, what):
     no_model(monkeypatch)
     (tmp_path / "mine.py").write_text(text)
-    found = train("--method", f"{tmp_path / 'mine.py'}:mine")
-    assert found.status == 2, what
+    result = train("--method", f"{tmp_path / 'mine.py'}:mine")
+    assert result.status == 2, what
 
 
 def test_a_file_may_hold_dataclasses_and_postponed_annotations(train, tmp_path):
@@ -683,7 +698,7 @@ def test_a_file_may_hold_dataclasses_and_postponed_annotations(train, tmp_path):
     assert train("--method", f"{tmp_path / 'mine.py'}:mine").status == 0
 
 
-# ---- killed, and gone on -------------------------------------------------------------------------------------
+# ---- killed, and gone on -------------------------------------------------------------------------
 
 
 def interrupted_after(monkeypatch, steps: int):
@@ -717,10 +732,10 @@ def test_an_interrupted_command_goes_on(train, run, tmp_path, monkeypatch):
     assert done.status == 0
     assert "going on after step 4 of 7" in done.err
     assert not (tmp_path / "out.training").exists()
-    one, two = (
+    whole, resumed = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "out")
     )
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_an_interrupt_says_that_the_same_command_goes_on(train, monkeypatch):
@@ -815,33 +830,33 @@ def test_a_killed_command_goes_on_bit_for_bit(run, tmp_path, how):
     assert done.returncode == 0, done.stderr.decode()
     assert "going on after step" in done.stderr.decode()
     assert not state.parent.exists()
-    one, two = (
+    whole, resumed = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "out")
     )
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     first, second = ((tmp_path / name / "steps.jsonl").read_text() for name in ("whole", "out"))
     assert first == second
 
 
-@pytest.mark.parametrize("place", ["help", "README"])
+@pytest.mark.parametrize("place", ["help", "methods.md", "choosing.md"])
 def test_the_torchrun_command_that_is_told_can_be_called(run_main, place, capfd):
-    """torchrun's own parser, on the line as it stands there, and the options that every training has."""
+    """torchrun's own parser, on the line as it stands, with options that every training has."""
     from torch.distributed.run import parse_args
 
-    text = (
-        run_main(main, "unlearn", "train", "--help").out
-        if place == "help"
-        else (ROOT / "README.md").read_text()
-    )
-    told = (
-        " ".join(text.split()).split("torchrun ")[1].split(" ...")[0].replace(" N ", " 2 ").split()
-    )
+    if place == "help":
+        text = " ".join(run_main(main, "unlearn", "train", "--help").out.split())
+    else:
+        text = (ROOT / "docs" / place).read_text(encoding="utf-8")
+    line = text.split("torchrun ")[1].split(" ...")[0].split("\n")[0]
+    words = line.replace(" N ", " 2 ").split()
     try:
-        found = parse_args([*told, "--run", "run", "--ids", "a", "--method", "ga", "--out", "out"])
+        result = parse_args(
+            [*words, "--run", "run", "--ids", "a", "--method", "ga", "--out", "out"]
+        )
     except SystemExit:
         pytest.fail(capfd.readouterr().err.splitlines()[-1])
-    assert found.training_script == "unlearn"
-    assert found.training_script_args[:3] == ["train", "--run", "run"]
+    assert result.training_script == "unlearn"
+    assert result.training_script_args[:3] == ["train", "--run", "run"]
 
 
 @pytest.mark.slow
@@ -862,13 +877,13 @@ def test_torchrun_gives_what_one_process_gives(made, tmp_path, dtype, how):
     run = tmp_path / "run"
     influence.fit(model, influence.read_examples(made / "train.jsonl"), directory=run, path=(0.6,))
     how = (*how, "--until", "steps=12", "--lr", "auto" if "ngdiff" in how else 0.01, "--json")
-    one = subprocess.run(
+    alone = subprocess.run(
         [sys.executable, "-m", *command(run, tmp_path / "one", *how)],
         env=environment(),
         capture_output=True,
         text=True,
     )
-    assert one.returncode == 0, one.stderr
+    assert alone.returncode == 0, alone.stderr
     torchrun = [
         sys.executable,
         "-m",
