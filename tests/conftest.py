@@ -1,4 +1,4 @@
-"""Tiny models built here: six architectures of a few thousand weights, a real tokenizer, real PEFT adapters."""
+"""Tiny models of six architectures, a real tokenizer and real adapters, built here."""
 
 from __future__ import annotations
 
@@ -168,7 +168,9 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def testbed() -> Path:
-    """Folder of the tofu-tiny testbed (base, adapter, rows, truth); tests that need it skip without it."""
+    """Folder of the tofu-tiny testbed (base, adapter, rows, truth); tests that need it skip without
+    it.
+    """
     folder = os.environ.get("LORA_INFLUENCE_TESTBED")
     if not folder:
         pytest.skip("set LORA_INFLUENCE_TESTBED to the folder of the tofu-tiny testbed")
@@ -177,7 +179,9 @@ def testbed() -> Path:
 
 @pytest.fixture
 def run_main(monkeypatch, capfd):
-    """Call a package's `main` in this process: status, standard output, standard error, and the output as JSON."""
+    """Call a package's `main` in this process: status, standard output, standard error, and the
+    output as JSON.
+    """
 
     def call(main, *arguments) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", [str(part) for part in arguments])

@@ -61,7 +61,9 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def untouched(*directories: Path):
-    """No file in these directories changes within the block; a new `.partial` to go on with may appear."""
+    """No file in these directories changes within the block; a new `.partial` to go on with may
+    appear.
+    """
     before = [contents(directory) for directory in directories]
     yield
     for directory, files in zip(directories, before, strict=True):

@@ -20,7 +20,9 @@ F64 = torch.float64
 
 
 def logits_fn(model, item):
-    """A pure function of the flat LoRA parameters: supervised logits [T, V] of one example; and its targets."""
+    """A pure function of the flat LoRA parameters: supervised logits [T, V] of one example; and its
+    targets.
+    """
     ids = torch.from_numpy(item.input_ids)[None]
     where = [t for t in range(1, ids.shape[1]) if item.supervised[t]]
     names = [n for n, _ in model.model.named_parameters() if ".lora_" in n]
@@ -39,7 +41,9 @@ def summed_loss(f, targets):
 
 
 def dense_objective(model, tokens, weights, kind):
-    """Dense Hessian or GGN of `sum_i w_i l_i` from torch.func's nested transforms, example by example."""
+    """Dense Hessian or GGN of `sum_i w_i l_i` from torch.func's nested transforms, example by
+    example.
+    """
     theta = model.snapshot()
     total = torch.zeros(model.space.size, model.space.size, dtype=F64)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -175,7 +179,9 @@ def kappa(run: Run) -> float:
 
 
 def singles(model, data, queries, folder, path, *, of=None, **options):
-    """Scores and self-influences of one run of one point for each scale, with the weights set in place."""
+    """Scores and self-influences of one run of one point for each scale, with the weights set in
+    place.
+    """
     found = []
     for number, c in enumerate(path):
         with b_times(model, c):
@@ -200,7 +206,9 @@ def close(found, expected, tolerance=1e-9):
 
 
 def sampled_gradients(model, data, collected=None) -> torch.Tensor:
-    """Gradients `[n, P]` at labels drawn from the model; `collected` also gets each row's (x, d) at the site."""
+    """Gradients `[n, P]` at labels drawn from the model; `collected` also gets each row's (x, d) at
+    the site.
+    """
     found, site = [], model.sites[0].layer
     with differentiable(model):
         for item, id in zip(tokens_of(model, data), data.ids, strict=True):
@@ -227,7 +235,9 @@ def matrices(model):
 
 
 def function_metric(model) -> torch.Tensor:
-    """A square root of `(J^T J)^+`, J = d vec(s B A) / d(A, B): any other T of function space differs by a rotation."""
+    """A square root of `(J^T J)^+`, J = d vec(s B A) / d(A, B): any other T of function space
+    differs by a rotation.
+    """
     s, A, B = matrices(model)
     J = torch.cat(
         [
@@ -273,6 +283,7 @@ def dense_ggn(model, data, w) -> torch.Tensor:
             found = torch.autograd.grad(log_probs, model.parameters, eye, is_grads_batched=True)
             J = torch.cat([f.flatten(1) for f in found], 1).unflatten(0, log_probs.shape)
             p = log_probs.detach().exp()
-            # of log-probabilities, sum_v p_v J_v = 0, so the Fisher of a token is sum_v p_v J_v J_v^T
+            # of log-probabilities, sum_v p_v J_v = 0, so the Fisher of a token is sum_v p_v J_v
+            # J_v^T
             C += float(weight) * torch.einsum("tv,tvi,tvj->ij", p, J, J)
     return C

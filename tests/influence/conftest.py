@@ -16,7 +16,7 @@ from tests.influence.toy_runs import N_ROWS
 
 
 class Double:
-    """numpy, with float64 under the name of float32: scores without the rounding of what is stored."""
+    """numpy with float64 under the name of float32: scores that no storing has rounded."""
 
     float32 = np.float64
 

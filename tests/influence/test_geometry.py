@@ -59,7 +59,9 @@ def gradients(model, tokens) -> torch.Tensor:
 
 
 def dense_gradients(model, tokens) -> list[torch.Tensor]:
-    """G [n, d_out, d_in] of every site by autograd: a dense matrix D = 0 is added beside the adapter."""
+    """G [n, d_out, d_in] of every site by autograd: a dense matrix D = 0 is added beside the
+    adapter.
+    """
     deltas = [
         torch.zeros(s.B.weight.shape[0], s.A.weight.shape[1], dtype=F64, requires_grad=True)
         for s in model.sites
@@ -95,7 +97,7 @@ def projection(site, G: torch.Tensor) -> torch.Tensor:
 
 
 def reparametrise(model, cond: float = 1e3) -> None:
-    """(A, B) -> (R A, B R^-1), R random with the given condition number, a new one for every site."""
+    """(A, B) -> (R A, B R^-1), R random with the given condition number, new for every site."""
     generator = torch.Generator().manual_seed(3)
     for site in model.sites:
         r = site.A.weight.shape[0]
@@ -106,7 +108,7 @@ def reparametrise(model, cond: float = 1e3) -> None:
 
 
 def scores(rows: torch.Tensor, lam: float = 10.0) -> torch.Tensor:
-    """Dense `f_q^T (C + lambda I)^-1 f_i`, C = mean f f^T, lambda relative to its mean eigenvalue."""
+    """Dense `f_q^T (C + lambda I)^-1 f_i`, C = mean f f^T, lambda of its mean eigenvalue."""
     C = rows.T @ rows / len(rows)
     return rows @ torch.linalg.solve(
         C + lam * C.trace() / len(C) * torch.eye(len(C), dtype=F64), rows.T
@@ -194,7 +196,8 @@ def test_function_features_are_the_dense_gradient_in_canonical_coordinates():
     for number, (site, G) in enumerate(
         zip(model.sites, dense_gradients(model, tokens), strict=True)
     ):
-        # an oracle of its own: the SVD of the dense product B A; signs are free, so inner products are compared
+        # an oracle of its own: the SVD of the dense product B A; signs are free, so inner products
+        # are compared
         u, _, w = torch.linalg.svd(site.B.weight.detach() @ site.A.weight.detach())
         U, V = u[:, :3], w[:3].T
         for found, expected in [
@@ -241,7 +244,9 @@ def test_features_have_the_length_of_the_projection_on_the_tangent_space(case):
 
 
 def test_the_metric_is_the_identity_on_the_features():
-    """T J^T has orthonormal rows on the tangent space: (T J^T)(T J^T)^T is a projector of rank r (d_in + d_out - r)."""
+    """T J^T has orthonormal rows on the tangent space: (T J^T)(T J^T)^T is a projector of rank r
+    (d_in + d_out - r).
+    """
     model = build_model("llama", r=3, **FEW)
     geometry = function_space(model)
     J = jacobian(model.sites[0])
@@ -276,7 +281,8 @@ def test_scores_do_not_depend_on_how_the_adapter_is_factored(how):
     error = (scores(after) - scores(features)).norm() / scores(features).norm()
     changed = (scores(raw_after) - scores(raw)).norm() / scores(raw).norm()
     print(
-        f"{how}: scores change by {error:.1e} in function space, by {changed:.1e} in raw coordinates"
+        f"{how}: scores change by {error:.1e} in function space, by {changed:.1e} in raw "
+        "coordinates"
     )
     assert error < 1e-8
     assert changed > 0.1
@@ -421,7 +427,9 @@ def test_ggn_in_every_geometry_is_the_dense_formula(model, tmp_path, double, geo
 
 
 def test_ekfac_of_function_space_is_the_formula(model, tmp_path, double):
-    """Everything from the gradients d_t of the site's output: U^T G and (I - U U^T) G V, G = sum_t d_t x_t^T."""
+    """Everything from the gradients d_t of the site's output: U^T G and (I - U U^T) G V, G = sum_t
+    d_t x_t^T.
+    """
     data, queries = examples(N), examples(Q, seed=1)
     fitted = fit_end(
         model, data, geometry="function", reduction="example", directory=tmp_path / "run"

@@ -152,7 +152,8 @@ def test_a_merged_and_unloaded_model_is_refused():
     model = add_lora(build_base(layers=1)).merge_and_unload()
     refused(
         model,
-        "a LlamaForCausalLM was given; expected a peft.PeftModel.*use the adapter from before merging",
+        "a LlamaForCausalLM was given; expected a peft.PeftModel.*use the adapter from before "
+        "merging",
     )
 
 
@@ -390,7 +391,9 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
 
 
 def quantised(kind: str):
-    """A tiny Llama whose inner layers are bitsandbytes' 4- or 8-bit linears, with LoRA on all of them."""
+    """A tiny Llama whose inner layers are bitsandbytes' 4- or 8-bit linears, with LoRA on all of
+    them.
+    """
     bnb = pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -432,7 +435,9 @@ def test_a_quantised_base_is_read_through_pefts_layer(kind):
 
 
 def test_a_quantised_base_is_not_changed_by_a_forward():
-    """On some CPUs bitsandbytes repacks 4-bit weights for inference, after which they pass no gradient on."""
+    """On some CPUs bitsandbytes repacks 4-bit weights for inference, after which they pass no
+    gradient on.
+    """
     from influence.gradients import stream_gradients
 
     model = quantised("4bit")

@@ -50,7 +50,7 @@ def test_rows_that_do_not_fit_the_model_are_listed(tmp_path):
 
 
 def test_rare_labels_of_a_large_vocabulary_can_be_drawn():
-    """float32 sums would lose the tail: 150,000 labels, the last ones are drawn by uniforms near 1."""
+    """float32 sums would lose the tail of 150,000 labels, drawn by uniforms near 1."""
     probs = torch.full((1, 150_000), 1 / 150_000)
     label = sample_labels(probs, torch.tensor([1 - 2e-6], dtype=torch.float64))
     assert int(label) == 149_999

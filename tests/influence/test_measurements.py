@@ -117,7 +117,9 @@ def log_p(model, data) -> torch.Tensor:
 
 
 def test_a_contrast_is_the_difference_of_two_log_probabilities(model, run, double):
-    """Gradient products by hand; and a step as by the removal of a row moves log p(B) - log p(A) as predicted."""
+    """Gradient products by hand; and a step as by the removal of a row moves log p(B) - log p(A) as
+    predicted.
+    """
     queries, against = examples(Q, seed=1), others()
     g, counts = plain_gradients(model, run.train), tokens_of(model, run.train).counts
     q = plain_gradients(model, queries, plain_loss) - plain_gradients(model, against, plain_loss)

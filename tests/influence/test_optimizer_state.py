@@ -22,7 +22,9 @@ def shapes(model):
 
 
 def adam_by_hand(history, beta2: float):
-    """Bias-corrected second moments of a sequence of gradients: a weighted mean with weights beta2^(t-k)."""
+    """Bias-corrected second moments of a sequence of gradients: a weighted mean with weights
+    beta2^(t-k).
+    """
     weights = [beta2 ** (len(history) - 1 - k) for k in range(len(history))]
     return sum(w * g.double().square() for w, g in zip(weights, history, strict=True)) / sum(
         weights
@@ -57,7 +59,9 @@ def test_recorded_names_are_followed(tmp_path):
 
 
 def test_a_layer_that_looks_like_a_norm_is_in_the_second_group(tmp_path):
-    """Its name holds `bias`, so the Trainer puts its LoRA matrices into the group without weight decay."""
+    """Its name holds `bias`, so the Trainer puts its LoRA matrices into the group without weight
+    decay.
+    """
     base = build_base_with_bias_layer()
     model = from_peft(
         add_lora(base, target_modules=["q_bias_proj", "v_proj"]).double(), build_tokenizer()

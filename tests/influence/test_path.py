@@ -141,7 +141,9 @@ def test_missing_rates_make_checkpoints_equal(model, tmp_path, double, capfd):
 
 
 def test_checkpoints_and_scales_share(model, tmp_path, double):
-    """Two checkpoints of rates 3 : 1 and one scale: 1/2, 1/6, 1/3; and the run needs no folder afterwards."""
+    """Two checkpoints of rates 3 : 1 and one scale: 1/2, 1/6, 1/3; and the run needs no folder
+    afterwards.
+    """
     data, queries = examples(6), examples(3, seed=1)
     folders = [
         checkpoint(tmp_path / "a", model, 1, retrain={"lr": 0.3}),

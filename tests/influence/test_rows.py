@@ -312,7 +312,8 @@ def test_parquet_and_a_datasets_folder_equal_json_lines(tmp_path):
     with pytest.raises(DataError) as error:
         read_examples(splits)
     assert str(error.value) == (
-        f"{splits} is a DatasetDict with the splits 'train', 'test'; give one of them, for example {splits / 'train'}"
+        f"{splits} is a DatasetDict with the splits 'train', 'test'; give one of them, for "
+        f"example {splits / 'train'}"
     )
     assert len(read_examples(splits / "train")) == 2500
     Dataset.from_list([{"question": "q"}]).to_parquet(tmp_path / "other.parquet")

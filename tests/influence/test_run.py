@@ -80,7 +80,9 @@ def test_geometries_do_not_depend_on_the_store_or_the_order(model, tmp_path, dou
 
 @pytest.mark.parametrize("geometry", ["function", "adam"])
 def test_the_geometry_of_the_end_is_that_of_the_end(model, tmp_path, double, geometry):
-    """`identity` at the end of a run that has no factors there: the geometry there, not that of its first point."""
+    """`identity` at the end of a run that has no factors there: the geometry there, not that of its
+    first point.
+    """
     data, queries = examples(6), examples(3, seed=1)
     expected = fit_end(model, data, geometry=geometry, directory=tmp_path / "end")
     for number, path in enumerate((PATH, PATH[::-1])):

@@ -41,7 +41,9 @@ def run(model, tmp_path_factory):
 
 
 def test_a_calibrated_score_of_one_point_is_calibrated_once(model, tmp_path, monkeypatch):
-    """Killed after the sum was made and before the file was moved into place: it must not be multiplied again."""
+    """Killed after the sum was made and before the file was moved into place: it must not be
+    multiplied again.
+    """
     fitted = fit_end(model, examples(5), directory=tmp_path / "run")
     known = {Setting.of(fitted).name: CalibrationRecord(3.0, "by hand")}
     fitted.manifest = replace(fitted.manifest, calibration=known)
@@ -59,7 +61,9 @@ def test_a_calibrated_score_of_one_point_is_calibrated_once(model, tmp_path, mon
 
 
 def test_parts_of_another_request_are_not_taken_for_this_ones(run, tmp_path, monkeypatch):
-    """A is killed at its end; B is killed while it lays out its files over A's; A is asked for again."""
+    """A is killed at its end; B is killed while it lays out its files over A's; A is asked for
+    again.
+    """
     A, B = examples(3, seed=1), examples(3, seed=2)
     expected, out = run.score(A).values, tmp_path / "s.h5"
 
@@ -225,7 +229,8 @@ def test_scores_of_another_run_or_request_are_not_replaced(tmp_path):
         for options, named in [
             (
                 {"measurement": "margin"},
-                "measurement loss there, margin now; unit nats per token there, log-odds per token now; .*",
+                "measurement loss there, margin now; unit nats per token there, log-odds per "
+                "token now; .*",
             ),
             ({"curvature": "identity"}, "curvature ekfac there, identity now; .*damping.*"),
             ({"damping": "mean:0.2"}, "damping mean:0.1 there, mean:0.2 now; another lambda"),
@@ -237,7 +242,8 @@ def test_scores_of_another_run_or_request_are_not_replaced(tmp_path):
             theirs.score(examples(2, seed=8), out=out)
         with pytest.raises(
             MismatchError,
-            match=r"holds another self-influence \(damping mean:0.1 there, mean:0.2 now; another lambda\)",
+            match=r"holds another self-influence "
+            r"\(damping mean:0.1 there, mean:0.2 now; another lambda\)",
         ):
             theirs.self_influence(out=out, damping="mean:0.2")
     ours.score(queries, out=out, overwrite=True)

@@ -62,7 +62,9 @@ def test_scores_are_the_formula_of_the_convention(model, tmp_path, curvature, re
 
 
 def test_a_step_along_the_edit_moves_the_query_as_predicted(run, model):
-    """score = first-order change of m(q) when theta moves by `(C + lambda)^-1 w_i grad l_i`, as removal of i does."""
+    """score = first-order change of m(q) when theta moves by `(C + lambda)^-1 w_i grad l_i`, as
+    removal of i does.
+    """
     queries = examples(2, seed=3)
     scores = run.score(queries)
     g, _ = gradients(model, run.train)
@@ -92,7 +94,8 @@ def test_a_training_duplicate_of_the_query_is_a_proponent(model, tmp_path, curva
     own = fitted.self_influence()
     assert (np.diag(scores.values) > 0).all()
     np.testing.assert_allclose(np.diag(scores.values), own.values, rtol=1e-4)
-    # normalised by the length of the training gradient in the curvature's inner product (Cauchy-Schwarz)
+    # normalised by the length of the training gradient in the curvature's inner product
+    # (Cauchy-Schwarz)
     normalised = (
         scores.values / np.sqrt(own.values * fitted.tokens.counts / fitted.weights)[None, :]
     )
@@ -100,7 +103,9 @@ def test_a_training_duplicate_of_the_query_is_a_proponent(model, tmp_path, curva
 
 
 def test_removing_the_proponents_raises_the_loss(run, model):
-    """The sign checked on the model itself: one small step of the removal edit of every top proponent."""
+    """The sign checked on the model itself: one small step of the removal edit of every top
+    proponent.
+    """
     queries = examples(4, seed=5)
     scores = run.score(queries)
     g, _ = gradients(model, run.train)

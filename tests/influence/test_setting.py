@@ -144,7 +144,9 @@ def test_the_scale_is_of_some_training_rows(run, monkeypatch, double, model, tmp
 
 
 def test_a_finished_run_that_takes_another_damping_scores_as_a_new_one(model, tmp_path):
-    """The damping is no part of the factors; what a fit returns must not depend on what lay there before."""
+    """The damping is no part of the factors; what a fit returns must not depend on what lay there
+    before.
+    """
     data, queries = examples(6), examples(3, seed=1)
     influence.fit(model, data, path=PATH, directory=tmp_path / "one")
     again = influence.fit(model, data, path=PATH, damping="mean:0.5", directory=tmp_path / "one")

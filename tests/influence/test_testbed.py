@@ -1,4 +1,7 @@
-"""The real adapter with ground truth from retraining: the README's commands, and how faithful the scores are."""
+"""The real adapter with ground truth from retraining: the commands, and how faithful scores are.
+
+Everything that needs a fit of its 200 rows is slow; the default suite checks its gradients.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,7 @@ def fitted(testbed, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_commands_write_scores_of_every_query_and_row(testbed, fitted):
     with h5py.File(fitted / "scores.h5") as file:
         values = file["scores"][()]
@@ -59,8 +63,11 @@ def test_commands_write_scores_of_every_query_and_row(testbed, fitted):
     np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-6 * np.abs(values).max())
 
 
+@pytest.mark.slow
 def test_defaults_are_more_faithful_than_the_peers(testbed, fitted):
-    """Peers' EK-FAC reaches 0.29 on this adapter; the default path 0.426, and 0.41 leaves room for the sampled labels."""
+    """Peers' EK-FAC reaches 0.29 on this adapter; the default path 0.426, and 0.41 leaves room for
+    the sampled labels.
+    """
     result = run_command(
         "analysis", "lds", "--scores", fitted / "scores.h5", "--truth", testbed / "truth.npz"
     )
@@ -69,6 +76,7 @@ def test_defaults_are_more_faithful_than_the_peers(testbed, fitted):
     assert result["subsets"] == 40
 
 
+@pytest.mark.slow
 def test_the_end_of_the_path_is_as_faithful_as_the_peers(testbed, tmp_path):
     model = influence.load(testbed / "base", testbed / "adapter")
     train = influence.read_examples(testbed / "train.jsonl")
@@ -80,7 +88,7 @@ def test_the_end_of_the_path_is_as_faithful_as_the_peers(testbed, tmp_path):
 
 @pytest.mark.slow
 def test_checkpoints_are_more_faithful_still(testbed, fitted, tmp_path):
-    """Of the training repeated by its recipe, epochs 1, 3, 6 and 10, as the commands do it: 0.55."""
+    """Epochs 1, 3, 6 and 10 of the training, repeated by its recipe by the commands: 0.55."""
     kept = ["--keep-epochs", "1,3,6,10", "--stop-after", 10]
     (tmp_path / "recipe.json").write_text("{}")  # the defaults are how this adapter was trained
     run_command(
@@ -126,7 +134,8 @@ def test_stored_and_streamed_gradients_give_the_same_scores(testbed, fitted, tmp
     )
     expected = influence.Run.open(fitted, model=model, train=train).score(queries).values
     found = streamed.score(queries).values
-    # float32 and other batches: a sampled label may fall on the other side of its boundary once in a while
+    # float32 and other batches: a sampled label may fall on the other side of its boundary once in
+    # a while
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9999
 
 
@@ -136,8 +145,9 @@ def test_gradients_agree_with_the_plain_loop(testbed):
     assert result.ok, str(result)
 
 
+@pytest.mark.slow
 def test_self_influence_forecasts_counterfactual_memorization(testbed, fitted):
-    """Mean loss of a row over adapters trained without it minus with it; Spearman about 0.70 here."""
+    """Mean loss of a row over adapters without it minus those with it; Spearman is about 0.70."""
     model = influence.load(testbed / "base", testbed / "adapter")
     run = influence.Run.open(
         fitted, model=model, train=influence.read_examples(testbed / "train.jsonl")
@@ -150,6 +160,7 @@ def test_self_influence_forecasts_counterfactual_memorization(testbed, fitted):
     assert float(spearman(run.self_influence().values, memorization)) > 0.6
 
 
+@pytest.mark.slow
 def test_plain_gradient_products_are_the_weaker_baseline(testbed, fitted):
     model = influence.load(testbed / "base", testbed / "adapter")
     run = influence.Run.open(
@@ -162,7 +173,8 @@ def test_plain_gradient_products_are_the_weaker_baseline(testbed, fitted):
 
 @pytest.fixture(scope="module")
 def without_author(testbed, fitted, tmp_path_factory):
-    """`unlearn remove` of author 0 as a command: by default, and with the forget rows only; what it says, and all losses.
+    """`unlearn remove` of author 0 as a command: by default, and with the forget rows only; what it
+    says, and all losses.
 
     The 64 rows that are measured say +16 % for the latter, all 180 +14 %.
     """
@@ -191,7 +203,9 @@ def without_author(testbed, fitted, tmp_path_factory):
 
 @pytest.mark.slow
 def test_an_author_is_forgotten_and_the_others_are_not(without_author):
-    """Retraining without rows 0-19 gives 4.71 on them and 0.898 on the others (seeds 1, 2: 4.81, 4.94), for 2,700 row-gradients."""
+    """Retraining without rows 0-19 gives 4.71 on them and 0.898 on the others (seeds 1, 2: 4.81,
+    4.94), for 2,700 row-gradients.
+    """
     _, found = without_author
     said, losses, _ = found["default"]
     assert abs(losses[:20].mean() / 4.71 - 1) < 0.10

@@ -217,9 +217,9 @@ def test_a_template_that_does_not_reproduce_its_generation_prompt(answer):
 
 def test_a_template_whose_frame_depends_on_the_answer_is_searched_for_it():
     template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>"
-        "{% if m['role'] == 'assistant' and 'Paris' not in m['content'] %}<think></think>{% endif %}"
-        "{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' and 'Paris' not "
+        "in m['content'] %}<think></think>{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}{% if "
+        "add_generation_prompt %}<|assistant|><think>{% endif %}"
     )
     tokenizer = make_tokenizer(template=template)
     assert targets(tokens_of(chat("Paris?", "Paris"), tokenizer), tokenizer) == "Paris<|end|>\n"
@@ -253,13 +253,17 @@ def test_messages_need_a_chat_template(tokenizer):
     with pytest.raises(DataError) as error:
         tokenize(examples_from_rows([pair(), chat("Hello", "yes")]), tokenizer)
     assert str(error.value) == (
-        "1 of 2 rows have messages, but the tokenizer has no chat template; set tokenizer.chat_template, "
-        "load a tokenizer saved with one, or give the rows as prompt and completion"
+        "1 of 2 rows have messages, but the tokenizer has no chat template; set "
+        "tokenizer.chat_template, load a tokenizer saved with one, or give the rows as prompt and "
+        "completion"
     )
 
 
 def test_conversations_a_template_refuses_are_listed():
-    picky = "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('a user must begin') }}{% endif %}"
+    picky = (
+        "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('a user must begin') }}{% "
+        "endif %}"
+    )
     silent = "{{ messages[0]['content'] }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     with pytest.raises(DataError) as error:
         tokenize(
@@ -357,7 +361,8 @@ def test_rows_without_any_target_are_listed():
     with pytest.raises(DataError) as error:
         tokenize(examples_from_rows([chat("Hello", "yes", "Paris", "Paris", id="a")]), tokenizer)
     assert str(error.value) == (
-        "1 of 1 rows have no supervised token:\n  row 1 (id 'a'): none of its 4 tokens lies after its prompt"
+        "1 of 1 rows have no supervised token:\n  row 1 (id 'a'): none of its 4 tokens lies after "
+        "its prompt"
     )
     with (
         pytest.warns(UserWarning, match="no end-of-sequence"),

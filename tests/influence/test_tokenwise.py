@@ -1,4 +1,4 @@
-"""Scores by token and by module: every position by forward hooks on one row at a time, and sums that are the scores."""
+"""Scores by token and by module: every position by hand, and sums that are the scores."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def preconditioned(point, operator, gradients) -> torch.Tensor:
 
 
 def position_products(model, item, X) -> np.ndarray:
-    """`<X_q, g_t x_t^T>` `[Q, T]` of one row by position, by hooks on lora_A and lora_B and plain autograd."""
+    """`<X_q, g_t x_t^T>` `[Q, T]` of one row by position, by hooks on lora_A and lora_B and plain
+    autograd.
+    """
     seen, handles = [], []
     for site in model.sites:
         for leaf in (site.A, site.B):
@@ -106,7 +108,7 @@ def sums(scores) -> np.ndarray:
     return np.stack(parts, 1)
 
 
-# ---- tokens ------------------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [(1.0,), (0.4, 0.8)])
@@ -135,7 +137,9 @@ def test_other_architectures(tmp_path, double, kind):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_rows_supervised_throughout_beside_rows_with_prompts(model, tmp_path, double, order):
-    """The adapted LM head sees supervised positions only; in such a batch they can be as many as there are positions."""
+    """The adapted LM head sees supervised positions only; in such a batch they can be as many as
+    there are positions.
+    """
     texts = [
         {"id": f"t{i}", "text": "the red fox runs over a lazy dog and old cats"} for i in range(2)
     ]
@@ -262,7 +266,7 @@ def test_rows_that_are_not_there(run, query, row):
         tokens.row(query, row)
 
 
-# ---- modules -----------------------------------------------------------------------------------------------------
+# ---- modules -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("geometry", ["raw", "function"])

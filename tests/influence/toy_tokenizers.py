@@ -27,7 +27,8 @@ CHAT = (
 )
 
 
-# The generation prompt opens a thought that a finished answer does not have; the answer is stripped.
+# The generation prompt opens a thought that a finished answer does not have; the answer is
+# stripped.
 THINKING = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"

@@ -57,7 +57,9 @@ def test_a_perfect_preconditioner_needs_one_product():
 
 
 def test_ekfac_preconditioning_saves_products(tmp_path):
-    """On gradients of other rows, as in scoring; a random right-hand side has nothing EK-FAC could know."""
+    """On gradients of other rows, as in scoring; a random right-hand side has nothing EK-FAC could
+    know.
+    """
     model = build_model("gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"])
     run = fit_end(
         model, examples(40), curvature=influence.EKFAC(samples=4), directory=tmp_path / "run"

@@ -72,9 +72,9 @@ def test_datainf_is_its_formula_and_names_itself_an_approximation():
     torch.testing.assert_close(solution.residuals, true)
     assert not solution.converged.any()
     assert (
-        f"is an approximation of the empirical Fisher's inverse: worst residual {float(true.max()):.1e}"
-        in (solution.message)
-    )
+        "is an approximation of the empirical Fisher's inverse: worst residual "
+        f"{float(true.max()):.1e}"
+    ) in (solution.message)
     assert DataInf.approximate
     assert not any(solver.approximate for solver in (CG, Direct, LiSSA, ASTRA, SGD))
 

@@ -97,7 +97,9 @@ def test_the_top_eigenvalue_with_and_without_a_preconditioner():
 
 @pytest.mark.parametrize("solver", ["lissa", "sgd", "astra"])
 def test_mini_batches_are_unbiased_and_honest(solver):
-    """The mean over seeds nears the solution as 1/sqrt(seeds); every single residual is the true one."""
+    """The mean over seeds nears the solution as 1/sqrt(seeds); every single residual is the true
+    one.
+    """
     rows = Rows()
     operator = Damped(rows, torch.tensor([1.0], dtype=F64))
     C = rows.C + torch.eye(10, dtype=F64)
