@@ -110,14 +110,13 @@ def calibrate(run: Run, seed: int = 0) -> dict[str, CalibrationRecord]:
     At the adapter itself there is nothing to measure: scores are the edit's own first-order effect there. Matrix-free
     curvatures are not calibrated, and a setting that the manifest has a calibration for is not measured again.
     """
-    if run.fitted_name in ("ggn", "hessian", "identity"):
+    specification = run.specification
+    if specification.undamped or specification.matrix_free:
         return {}
     if [point.place.scale for point in run.points] == [1.0]:
         return {}
-    if (
-        setting_name(run, run.fitted_name, run.manifest.damping, run.points)
-        in run.manifest.calibration
-    ):
+    name = setting_name(run, run.fitted_name, run.manifest.damping, run.points)
+    if name in run.manifest.calibration or not isinstance(run.curvature(), Invertible):
         return {}
     setting = Setting.of(run, tuned=False, calibrated=False)
     rows = some_rows(run, EDITED_ROWS, seed)

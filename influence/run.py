@@ -13,26 +13,29 @@ Gradients and rows are stored in the parameters' own coordinates; the geometry's
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
 from influence.batches import plan_batches
-from influence.curvature.base import Curvature, Damped, Invertible
-from influence.curvature.ekfac import EKFAC
-from influence.curvature.fisher import Fisher, Rows, SampleSpaceFisher
-from influence.curvature.ggn import GGN, GGNOperator
-from influence.curvature.hessian import Hessian, HessianOperator
-from influence.curvature.identity import Identity, IdentityCurvature
-from influence.curvature.kfac import KFAC, Kronecker, KroneckerBlock
-from influence.curvature.objective import Objective
+from influence.curvature import (
+    PLAIN,
+    SPECIFICATIONS,
+    Curvature,
+    Damped,
+    Identity,
+    Invertible,
+    Specification,
+)
 from influence.damping import Damping
 from influence.errors import InputError, MismatchError, StoreError
 from influence.geometry import Adam, Geometry, Raw, function_space, load_geometry
@@ -53,7 +56,11 @@ from influence.store import (
 )
 from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
 
-SPECIFICATIONS = {spec.name: spec for spec in (EKFAC, KFAC, Fisher, GGN, Hessian, Identity)}
+if TYPE_CHECKING:
+    from influence.measurements import Contrast
+    from influence.scorefile import Scores, SelfInfluence
+    from influence.solvers import Solver
+
 #: Bytes of gradients read and multiplied at a time, and the fewest rows.
 BLOCK_BYTES = 32 << 20
 BLOCK_ROWS = 8
@@ -77,6 +84,7 @@ class Run:
     model: AdaptedModel = field(repr=False)
     train: Examples
     tokens: TokenizedExamples = field(repr=False)
+    own_curvature: Specification | None = field(default=None, repr=False)
 
     @classmethod
     def open(
@@ -85,6 +93,7 @@ class Run:
         *,
         model: AdaptedModel | None = None,
         train: Examples | None = None,
+        curvature: Specification | None = None,
         device: str = "auto",
         checkpointing: bool = False,
         trust_remote_code: bool = False,
@@ -92,11 +101,16 @@ class Run:
         """Open a run directory with the base, adapter and data it records (or those given).
 
         Raises `MismatchError`, naming what differs, if base, adapter, data or tokenizer are not those it was made
-        from; `InputError` if it is no run or an unfinished one.
+        from; `InputError` if it is no run or an unfinished one. `curvature`: the specification that the run was fitted with,
+        where that is one of your own.
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
         if model is None:
+            if manifest.adapter.path is None:
+                raise InputError(
+                    f"{directory} was fitted on an adapter that came from no folder: pass it as model="
+                )
             model = load(
                 manifest.base.path,
                 manifest.adapter.path,
@@ -125,7 +139,7 @@ class Run:
                 "was made from (paths in manifest.json), or fit a new run"
             )
         tokens = tokenize(train, model.tokenizer, max_length=manifest.objective.max_length)
-        return cls(directory, manifest, model, train, tokens)
+        return cls(directory, manifest, model, train, tokens, curvature)
 
     @property
     def digest(self) -> str:
@@ -148,10 +162,39 @@ class Run:
         """Name of the curvature that was fitted."""
         return self.manifest.curvature_name
 
-    @property
-    def specification(self) -> Any:
+    @cached_property
+    def specification(self) -> Specification:
         """The curvature as it was asked of `fit`, such as `EKFAC(samples=1)`."""
-        return SPECIFICATIONS[self.fitted_name](**self.manifest.curvature_options)
+        name, options = self.manifest.curvature_name, self.manifest.curvature_options
+        if self.own_curvature is not None:
+            given = json.loads(json.dumps(self.own_curvature.record()))
+            if given != dict(self.manifest.curvature):
+                raise MismatchError(
+                    f"the curvature {self.own_curvature} was given, and {self.directory} was fitted "
+                    f"with {name} {options}: give that one"
+                )
+            return self.own_curvature
+        if name not in SPECIFICATIONS:
+            raise InputError(
+                f"{self.directory} was fitted with the curvature {name!r}, which is none of "
+                f"{', '.join(SPECIFICATIONS)}: open it with the specification that it was fitted "
+                "with, Run.open(..., curvature=...)"
+            )
+        return SPECIFICATIONS[name](**options)
+
+    @property
+    def closed_forms(self) -> list[str]:
+        """Names of the curvatures of this run that have a closed inverse: the fitted one first, plain products last."""
+        point = self.points[-1]
+        names = [self.fitted_name, *(name for name in point.held if name != self.fitted_name)]
+        closed = [name for name in names if isinstance(point.curvature(name), Invertible)]
+        return sorted(closed, key=self.is_plain)
+
+    def is_plain(self, curvature: str | None) -> bool:
+        """Whether a curvature (None: the fitted one) stands for plain gradient products, without damping."""
+        if curvature is None or curvature == self.fitted_name:
+            return self.specification.undamped
+        return curvature in SPECIFICATIONS and SPECIFICATIONS[curvature].undamped
 
     @property
     def gradients_stored(self) -> bool:
@@ -166,7 +209,12 @@ class Run:
             return None
         run = self
         if chosen.run is not None:
-            run = Run.open(self.directory / chosen.run, model=self.model, train=self.train)
+            run = Run.open(
+                self.directory / chosen.run,
+                model=self.model,
+                train=self.train,
+                curvature=self.own_curvature,
+            )
         return Tuned(run, chosen.curvature, chosen.damping, chosen.at)
 
     @cached_property
@@ -214,17 +262,56 @@ class Run:
         """The training gradients at the run's last point; see `AtPoint.gradient_blocks`."""
         return self.points[-1].gradient_blocks(skip)
 
-    def score(self, queries: Examples, **options: Any):
-        """Influence of every training row on every query; see `influence.scores.score`."""
+    def score(
+        self,
+        queries: Examples,
+        *,
+        out: str | Path | None = None,
+        solver: str | Solver = "direct",
+        tolerance: float | None = None,
+        max_iterations: int | None = None,
+        curvature: str | None = None,
+        damping: str | Damping | None = None,
+        measurement: str | Measurement | Contrast = "loss",
+        at: str | None = None,
+        per_token: bool = False,
+        per_module: bool = False,
+        overwrite: bool = False,
+    ) -> Scores:
+        """Influence of every training row on every query; the keywords are those of `influence.scores.score`."""
         from influence.scores import score
 
-        return score(self, queries, **options)
+        return score(
+            self,
+            queries,
+            out=out,
+            solver=solver,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            curvature=curvature,
+            damping=damping,
+            measurement=measurement,
+            at=at,
+            per_token=per_token,
+            per_module=per_module,
+            overwrite=overwrite,
+        )
 
-    def self_influence(self, **options: Any):
-        """Predicted rise of every training row's own mean loss if it is removed; see `influence.scores`."""
+    def self_influence(
+        self,
+        *,
+        out: str | Path | None = None,
+        curvature: str | None = None,
+        damping: str | Damping | None = None,
+        at: str | None = None,
+        overwrite: bool = False,
+    ) -> SelfInfluence:
+        """Predicted rise of every training row's own mean loss if it is removed; see `influence.scores.self_influence`."""
         from influence.scores import self_influence
 
-        return self_influence(self, **options)
+        return self_influence(
+            self, out=out, curvature=curvature, damping=damping, at=at, overwrite=overwrite
+        )
 
 
 @dataclass(frozen=True)
@@ -280,8 +367,8 @@ class AtPoint:
     def curvature(self, name: str | None = None) -> Curvature:
         """The fitted curvature, or another one that its factors hold.
 
-        Every run has `identity`; an `ekfac` run also has `kfac`; runs of `ekfac`, `kfac`, `ggn` and `hessian` also
-        have `ggn` and `hessian` (matrix-free). Anything else is an `InputError`.
+        Every run has `identity`; what else it has, `Specification.held` of its curvature says (an `ekfac` run also `kfac`,
+        `ggn` and `hessian`). Anything else is an `InputError`.
         """
         name = name or self.run.fitted_name
         if name not in self._cache:
@@ -289,84 +376,51 @@ class AtPoint:
         return self._cache[name]
 
     def _load_curvature(self, name: str) -> Curvature:
-        fitted, path = self.run.fitted_name, self.file("factors")
-        if name == "identity":
-            return IdentityCurvature(self.model.space.size)
-        if name == fitted == "fisher":
-            with open_file(path, run_digest=self.digest) as file:
-                tensors = [
-                    torch.from_numpy(read(file, k)).to(self.model.device)
-                    for k in ("scales", "vectors", "values")
-                ]
-            scales, vectors, values = tensors
-            return SampleSpaceFisher(
-                self.model.space.size, self.fisher_rows(), scales, vectors, values
-            )
-        if name in ("ekfac", "kfac") and fitted in (name, "ekfac"):
-            return self._load_kronecker(path, name)
-        if name in ("ggn", "hessian") and fitted in ("ekfac", "kfac", "ggn", "hessian"):
-            if fitted in ("ggn", "hessian"):
-                with open_file(path, run_digest=self.digest) as file:
-                    trace = torch.from_numpy(read(file, "trace"))
-            else:
-                sizes = torch.tensor([leaf.stop - leaf.start for leaf in self.model.space.leaves])
-                trace = self.curvature(fitted).mean_eigenvalues() * sizes
-            budget = self.run.manifest.token_budget
-            objective = Objective(
-                self.model,
-                self.run.tokens,
-                self.run.weights,
-                trace,
-                budget,
-                self.place.theta,
-                self.geometry,
-            )
-            return GGNOperator(objective) if name == "ggn" else HessianOperator(objective)
+        if name == PLAIN:
+            return Identity().load({}, self)
+        specification = self.run.specification
+        with open_file(self.file("factors"), run_digest=self.digest) as file:
+            held = specification.held(StoredTensors(file, self.model.device), self)
+            if name in held:
+                return held[name]()
         raise InputError(
-            f"curvature {name!r} was asked of a run fitted with {fitted!r}, which does not hold it: fit another run with "
-            f"--curvature {name}"
+            f"curvature {name!r} was asked of a run fitted with {specification.name!r}, which does "
+            f"not hold it: fit another run with --curvature {name}"
         )
 
-    def _load_kronecker(self, path: Path, name: str) -> Kronecker:
-        prefix = "kfac_" if name == "kfac" else ""
-        blocks = []
-        with open_file(path, run_digest=self.digest) as file:
-            wide_of = read(file, "wide_of")
-            get = lambda key: torch.from_numpy(read(file, key)).to(self.model.device)  # noqa: E731
-            wide = {number: get(f"leaf/{number}/wide") for number in sorted(set(wide_of.tolist()))}
-            for number, leaf in enumerate(self.model.space.leaves):
-                at = f"leaf/{number}"
-                blocks.append(
-                    KroneckerBlock(
-                        leaf,
-                        get(f"{at}/narrow"),
-                        wide[int(wide_of[number])],
-                        get(f"{at}/{prefix}eigenvalues"),
-                        get(f"{at}/{prefix}rest"),
-                    )
-                )
-        return Kronecker(self.model.space, tuple(blocks), name)
+    @property
+    def held(self) -> list[str]:
+        """Names of the curvatures that can be asked for at this point."""
+        with open_file(self.file("factors"), run_digest=self.digest) as file:
+            names = self.run.specification.held(StoredTensors(file, self.model.device), self)
+        return [*names, *([PLAIN] if PLAIN not in names else [])]
 
     def operator(
         self, curvature: str | None = None, damping: str | Damping | None = None
     ) -> Damped:
         """`C + lambda I` for a curvature of this run and a damping rule (the fit's by default)."""
         fitted = self.curvature(curvature)
-        if fitted.name == "identity":
+        if fitted.undamped:
             return Damped(fitted, torch.ones(1, dtype=torch.float64))
-        return Damped(fitted, Damping.parse(damping or self.run.manifest.damping).resolve(fitted))
+        rule = Damping.parse(damping or self.run.manifest.damping)
+        return Damped(fitted, rule.resolve(fitted))
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether the run's own curvature can precondition iterations on others."""
+        return self.curvature().preconditions
 
     def preconditioner(self, operator: Damped) -> Damped:
-        """The run's EK-FAC (or K-FAC) with the operator's own lambda, for preconditioned iterations."""
-        if self.run.fitted_name not in ("ekfac", "kfac"):
+        """The run's own curvature with the operator's lambda, for preconditioned iterations."""
+        fitted = self.curvature()
+        if not fitted.preconditions:
             raise InputError(
-                f"preconditioned CG and ASTRA need EK-FAC factors and this run was fitted with {self.run.fitted_name!r}: "
-                "fit with --curvature ekfac, or use --solver cg"
+                "preconditioned CG and ASTRA need EK-FAC factors and this run was fitted with "
+                f"{fitted.name!r}: fit with --curvature ekfac, or use --solver cg"
             )
-        kronecker = self.curvature(self.run.fitted_name)
-        assert isinstance(kronecker, Invertible)
         diagonal = operator.diagonal(torch.empty(0, dtype=torch.float64))
-        return Damped(kronecker, torch.stack([diagonal[block.start] for block in kronecker.blocks]))
+        lam = torch.stack([diagonal[block.start] for block in fitted.blocks])
+        return Damped(fitted, lam)
 
     @property
     def gradients_stored(self) -> bool:
@@ -464,8 +518,8 @@ class AtPoint:
             rows = spaced(len(self.run.tokens), SCALE_ROWS)
             invert = operator
             if not isinstance(operator.curvature, Invertible):
-                stands = self.run.fitted_name in ("ekfac", "kfac")
-                invert = self.preconditioner(operator) if stands else self.operator("identity")
+                stands = self.preconditions
+                invert = self.preconditioner(operator) if stands else self.operator(PLAIN)
             assert isinstance(invert.curvature, Invertible)
             total = 0.0
             for some in parts(self.run, len(rows)):
@@ -478,11 +532,42 @@ class AtPoint:
             self._scales[key] = total / len(rows)
         return self._scales[key]
 
-    def fisher_rows(self) -> Rows:
-        """A stream of the sample-space Fisher's rows."""
-        name = "gradients" if self.run.manifest.curvature["samples"] == 0 else "rows"
-        blocks = lambda: row_blocks(self.file(name), name, self.digest, self.model.device)  # noqa: E731
-        return lambda: (self.geometry.features(block) for block in blocks())
+    def kept_rows(self) -> Iterator[Tensor]:
+        """Features `[b, P]` of the rows that the curvature keeps, in order: at sampled labels, or at the data's own."""
+        name = "rows" if self.run.specification.draws else "gradients"
+        blocks = row_blocks(self.file(name), name, self.digest, self.model.device)
+        return (self.geometry.features(block) for block in blocks)
+
+    def kept_rows_of(self, row: int) -> Tensor:
+        """Features `[k, P]` of the kept rows of one training row, one for each label draw."""
+        draws = self.run.specification.draws
+        name, each = ("rows", draws) if draws else ("gradients", 1)
+        with RowFile(self.file(name), name) as file:
+            block = torch.from_numpy(file.read(row * each, (row + 1) * each))
+        return self.geometry.features(block.to(self.model.device))
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The datasets of an open HDF5 file as tensors on a device, read when asked for."""
+
+    def __init__(self, file: h5py.File, device: torch.device) -> None:
+        self.file, self.device = file, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one; `StoreError` where it is missing."""
+        return torch.from_numpy(np.asarray(read(self.file, name))).to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the datasets."""
+        names: list[str] = []
+        self.file.visititems(
+            lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
+        )
+        return iter(names)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(list(iter(self)))
 
 
 def spaced(n: int, most: int) -> np.ndarray:

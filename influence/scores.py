@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from influence.adapter import ParamSpace
+from influence.curvature import Invertible
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError
 from influence.loss import check_rows
@@ -299,8 +300,8 @@ def self_influence(
     """
     setting = Setting.of(run, curvature, damping, at)
     run, name = setting.run, "direct"
-    if setting.operators[0].curvature.name in ("ggn", "hessian"):
-        name = "pcg" if run.fitted_name in ("ekfac", "kfac") else "cg"
+    if not isinstance(setting.operators[0].curvature, Invertible):
+        name = "pcg" if setting.points[-1].preconditions else "cg"
     solvers = [make_solver(point, name, operator) for point, operator in setting.each()]
     attributes = {
         "convention": SELF_CONVENTION,

@@ -47,9 +47,9 @@ class Setting:
 
         A point that only the run itself has (`at`) is looked at there.
         """
-        if damping is not None and curvature == "identity":
+        if damping is not None and curvature is not None and run.is_plain(curvature):
             raise InputError(
-                f"damping {damping} was given with the curvature identity, which means C + lambda I := I and has none: leave "
+                f"damping {damping} was given with the curvature {curvature}, which means C + lambda I := I and has none: leave "
                 "it out, or give another curvature"
             )
         owner, chosen = run, run.tuned if tuned else None
@@ -57,10 +57,9 @@ class Setting:
             there = {"all", "end", *(point.place.label for point in chosen.run.points)}
             if at is None or at in there:
                 run = chosen.run
-            plain = "identity" in (
-                curvature,
-                chosen.curvature,
-            )  # whose damping and points are no other curvature's
+            # the damping and points of plain products are no other curvature's
+            asked_plain = curvature is not None and run.is_plain(curvature)
+            plain = asked_plain or run.is_plain(chosen.curvature)
             at = at or (None if plain and curvature not in (None, chosen.curvature) else chosen.at)
             damping = damping or (None if plain else chosen.damping)
             curvature = curvature or chosen.curvature
@@ -79,8 +78,11 @@ class Setting:
                 )
         shares = shares / shares.sum()
         factors = shares * (shares @ scales) / scales
-        identity = operators[0].curvature.name == "identity"
-        rule = None if identity else str(Damping.parse(damping or run.manifest.damping))
+        rule = (
+            None
+            if operators[0].curvature.undamped
+            else str(Damping.parse(damping or run.manifest.damping))
+        )
         setting = cls(owner, run, points, operators, factors, rule, "none")
         return setting.calibrated() if calibrated else setting
 
@@ -143,7 +145,7 @@ def _short(lam: np.ndarray) -> np.ndarray:
 
 def points_of(run: Run, curvature: str | None, at: str | None) -> tuple[AtPoint, ...]:
     """The points that a request looks at."""
-    identity = (curvature or run.fitted_name) == "identity"
+    identity = run.is_plain(curvature)
     at = at or ("end" if identity else "all")
     if at == "all":
         return tuple(run.points)

@@ -1,50 +1,213 @@
-"""What every fitted curvature offers: a symmetric matrix `C` [P, P] that is never formed.
+"""What a curvature is: how it is asked for, summed up over the training rows, kept, loaded, and what it then offers.
 
-`C` approximates the second derivative of the training objective `J = sum_i w_i l_i`, with the same weights. A
-curvature is described by a small frozen dataclass (`EKFAC(samples=1)`), and fitted by `influence.fit`, which
-returns an object with the methods below. Stacks of vectors are rows: `[K, P]`.
+`C` approximates the second derivative of the training objective `J = sum_i w_i l_i`, with the same weights, and is never
+formed. A curvature is one file with three things:
+
+    Specification    what is asked of `fit`, a small frozen dataclass (`EKFAC(samples=1)`), also its record
+    Accumulator      what one pass over the training rows adds up at one point of the path
+    Curvature        the fitted matrix: products, perhaps an inverse, and itself after rows were taken out or put in
+
+so that `influence.fit` knows none of them by name. Stacks of vectors are rows: `[K, P]`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse.linalg as sla
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from influence.adapter import AdaptedModel
+    from influence.run import AtPoint
+    from influence.tokens import TokenizedExamples
 
-class Curvature(Protocol):
-    """A fitted curvature C."""
+#: When the per-row gradients at sampled labels are read, beside the pass itself.
+NEVER, ONCE, ALWAYS = "never", "once", "always"
+
+
+class SampledRows(Protocol):
+    """Features `[b, P]` of per-row gradients, in blocks, and what each row weighs; a new iteration starts at the first.
+
+    At the labels that the pass sampled from the model (or, without label draws, at the data's own).
+    """
 
     @property
-    def name(self) -> str:
-        """The curvature's name, for the record."""
+    def weights(self) -> Tensor:
+        """`w_i / k` of every row and label draw, `[m]` float64, in the order of the blocks."""
         ...
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The blocks."""
+        ...
+
+
+class Accumulator(ABC):
+    """Running sums of one pass over the training rows, at one point.
+
+    All state that batches change is in `sums`: it is what a checkpoint saves, what a resumed pass restores in place, and
+    what several processes add up (`influence.distributed.add_up(accumulator.sums())`), each with its share of the rows.
+    """
+
+    #: Whether `add_rows` is wanted: every row's whole gradient is then formed in the pass.
+    per_row: ClassVar[bool] = False
+
+    def add(
+        self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, weights: Tensor | None, draw: int
+    ) -> None:
+        """Take one leaf of one batch at one draw of labels.
+
+        `x` [b, T, d_in] are its inputs and `g` [b, T, d_out] its output gradients, both in the geometry's coordinates;
+        `valid` [b, T] marks positions that a token follows; `weights` [b] are `w_i` over the largest `w` of all rows,
+        None where all rows weigh the same. Row i's gradient is `sum_t g_it x_it^T` (a leaf that runs twice in a forward
+        is shown twice).
+        """
+
+    def add_rows(self, features: Tensor, weights: Tensor | None) -> None:
+        """Take the gradients `features` [b, P] of one batch at one draw of labels; `weights` as in `add`."""
+
+    def sums(self) -> dict[str, Tensor]:
+        """The running sums by name, the tensors themselves: who writes into them changes the accumulator."""
+        return {}
+
+    @abstractmethod
+    def finish(self, rows: SampledRows) -> dict[str, Tensor]:
+        """What the run keeps of this point, by name, once all rows were added.
+
+        `rows` may be iterated where `Specification.reads_rows` says so.
+        """
+
+
+#: What the run kept of a point, by name, read when asked for.
+Arrays = Mapping[str, Tensor]
+
+
+class Specification(ABC):
+    """What is asked of `influence.fit`: a frozen dataclass, whose fields are recorded in the manifest.
+
+    `name` is a field that is not set by the caller (`field(default="ekfac", init=False)`): by it the curvature is asked
+    for, and recorded with scores.
+    """
+
+    name: str
+    #: When `finish` or the fitted curvature reads per-row gradients: NEVER, ONCE (by `finish`: kept on disk meanwhile if
+    #: they fit, else computed again), ALWAYS (kept with the run).
+    reads_rows: ClassVar[str] = NEVER
+    #: Whether `C + lambda I` is the identity whatever the damping rule says.
+    undamped: ClassVar[bool] = False
+    #: Whether nothing but a trace is fitted, and products pass over the training rows: there is no closed inverse.
+    matrix_free: ClassVar[bool] = False
+    #: Where on the path to look unless told otherwise; None: where `influence.path` says.
+    default_path: ClassVar[tuple[float, ...] | None] = None
+
+    def record(self) -> dict[str, Any]:
+        """The name and the options, as the manifest keeps them."""
+        return {"name": self.name, **asdict(self)}  # pyright: ignore[reportArgumentType]
+
+    @property
+    def draws(self) -> int:
+        """Label draws per row that the pass makes, k; 0: none."""
+        return 0
+
+    def refuse(self, rows: int) -> None:
+        """Raise `InputError` where this many training rows cannot be fitted on this machine; asked before the pass."""
+
+    def caution(self, model: AdaptedModel) -> str | None:
+        """What a user should know before this is fitted to a model; None where there is nothing."""
+        return None
+
+    @abstractmethod
+    def begin(self, point: AtPoint) -> Accumulator:
+        """Empty sums for a pass at a point: its model, geometry, tokens, weights and seed are there."""
+
+    @abstractmethod
+    def load(self, arrays: Arrays, point: AtPoint) -> Curvature:
+        """The fitted curvature from what `Accumulator.finish` gave."""
+
+    def held(self, arrays: Arrays, point: AtPoint) -> dict[str, Callable[[], Curvature]]:
+        """Every curvature that the arrays hold, by name, loaded when called; by default this one alone."""
+        return {self.name: lambda: self.load(arrays, point)}
+
+
+class ChangedRows(Protocol):
+    """Training rows that are taken out of a curvature, or put into it."""
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Places in the training set of rows that are taken out, `[k]`; empty for rows that are put in."""
+        ...
+
+    @property
+    def tokens(self) -> TokenizedExamples:
+        """The rows' tokens."""
+        ...
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Their weights `w` in the objective, `[k]` float64."""
+        ...
+
+    def sampled(self, draws: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """`(rows [b], features [b, P])` of gradients at labels drawn as `fit` draws them, every row `draws` times.
+
+        With no draws (the empirical Fisher) once, at the data's own labels.
+        """
+        ...
+
+    def ran(self, rows: int) -> None:
+        """Count rows that a later product runs forward and backward."""
+        ...
+
+
+class Curvature(ABC):
+    """A fitted curvature C, `[P, P]`, symmetric."""
+
+    name: str
+    #: Whether C is held whole: a product then reads and runs no training row.
+    in_memory: ClassVar[bool] = False
+    #: Whether `(C + lambda I)^-1` is a good preconditioner for other curvatures of the same blocks.
+    preconditions: ClassVar[bool] = False
+    #: Whether `C + lambda I` is the identity, whatever the damping rule says.
+    undamped: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def blocks(self) -> tuple[slice, ...]:
+        """Slices of the flat vector, one after the other, that share one lambda each."""
 
     @property
     def size(self) -> int:
         """P."""
-        ...
+        return self.blocks[-1].stop
 
-    @property
-    def blocks(self) -> tuple[slice, ...]:
-        """Slices of the flat vector that share one lambda."""
-        ...
-
+    @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
         """`C v` for every row of `v` [K, P]."""
-        ...
 
+    @abstractmethod
     def mean_eigenvalues(self) -> Tensor:
         """Trace over size of each block, `[blocks]`; the scale of the `mean` damping rule."""
-        ...
 
+    @abstractmethod
     def top_eigenvalues(self) -> Tensor:
         """Largest eigenvalue of each block, `[blocks]`; the scale of the `top` damping rule."""
-        ...
+
+    @abstractmethod
+    def updated(self, gone: ChangedRows, come: ChangedRows) -> Curvature:
+        """`C - sum_{gone} w_i C_i + sum_{come} w_i C_i`, as exactly as this curvature allows; the class says how.
+
+        Abstract on purpose: an edit solves with the curvature after it, and one that forgot to change would silently
+        solve with the curvature before.
+        """
+
+    def moved_to(self, theta: Tensor) -> Curvature:
+        """The curvature taken again at other LoRA parameters `[P]`; itself where it was fitted once and for all."""
+        return self
 
 
 @runtime_checkable

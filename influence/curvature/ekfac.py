@@ -8,13 +8,18 @@ diagonal in the eigenbasis is exact for these samples. With several draws per ex
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from influence.curvature.kfac import KFAC, Kronecker, wide_side
+from influence.curvature.base import ONCE, Arrays, Curvature, SampledRows
+from influence.curvature.kfac import KFAC, Kronecker, Moments, load_kronecker, wide_side
+
+if TYPE_CHECKING:
+    from influence.run import AtPoint
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,37 @@ class EKFAC(KFAC):
     """EK-FAC with labels sampled from the model; options as in `KFAC`."""
 
     name: str = field(default="ekfac", init=False)
+    reads_rows: ClassVar[str] = ONCE
+
+    def begin(self, point: AtPoint) -> Moments:
+        """K-FAC's moments, whose eigenvalues are refitted at the end."""
+        return RefittedMoments.at(point, self)
+
+    def load(self, arrays: Arrays, point: AtPoint) -> Kronecker:
+        """The refitted eigenvalues in K-FAC's eigenbases."""
+        return load_kronecker(arrays, point, "ekfac", "")
+
+    def held(self, arrays: Arrays, point: AtPoint) -> dict[str, Callable[[], Curvature]]:
+        """What a K-FAC run holds, K-FAC itself, and this."""
+        kfac: dict[str, Callable[[], Curvature]] = {"kfac": lambda: KFAC.load(self, arrays, point)}
+        return kfac | super().held(arrays, point)
+
+
+class RefittedMoments(Moments):
+    """K-FAC's moments; `finish` refits the eigenvalues on per-row gradients."""
+
+    def finish(self, rows: SampledRows) -> dict[str, Tensor]:
+        """K-FAC's eigenbases with both eigenvalues, its own and the refitted."""
+        kfac = self.kronecker()
+        return self.arrays(kfac, refit_eigenvalues(kfac, weighted(rows)))
+
+
+def weighted(rows: SampledRows) -> Iterable[tuple[Tensor, Tensor]]:
+    """Blocks `[b, P]` with their own weights `[b]`."""
+    start = 0
+    for block in rows:
+        yield block, rows.weights[start : start + len(block)].to(block)
+        start += len(block)
 
 
 def refit_eigenvalues(kfac: Kronecker, rows: Iterable[tuple[Tensor, Tensor]]) -> Kronecker:
@@ -43,4 +79,4 @@ def refit_eigenvalues(kfac: Kronecker, rows: Iterable[tuple[Tensor, Tensor]]) ->
         replace(block, eigenvalues=new, rest=rest)
         for block, new, rest in zip(kfac.leaf_blocks, inside, outside, strict=True)
     )
-    return Kronecker(kfac.space, tuple(blocks), "ekfac")
+    return replace(kfac, leaf_blocks=tuple(blocks), name="ekfac")

@@ -7,24 +7,39 @@ J_t is the Jacobian of the logits at token t by the LoRA parameters, p_t their s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse.linalg as sla
 import torch
 from torch import Tensor
 
-from influence.curvature.base import as_linear_operator
-from influence.curvature.objective import SecondDerivative
+from influence.curvature.base import Arrays, Curvature, as_linear_operator
+from influence.curvature.objective import MatrixFree, SecondDerivative, objective_at
 from influence.loss import Supervised, probabilities
+
+if TYPE_CHECKING:
+    from influence.run import AtPoint
 
 
 @dataclass(frozen=True)
-class GGN:
-    """Description of the exact GGN; sampled labels estimate its trace, the scale of its damping."""
+class GGN(MatrixFree):
+    """The exact GGN; sampled labels estimate its trace, the scale of its damping."""
 
     name: str = field(default="ggn", init=False)
+
+    def load(self, arrays: Arrays, point: AtPoint) -> Curvature:
+        """The operator, from `trace` [leaves]."""
+        return GGNOperator(objective_at(point, arrays["trace"]))
+
+    def held(self, arrays: Arrays, point: AtPoint) -> dict[str, Callable[[], Curvature]]:
+        """Itself and the Hessian, whose damping is of the same scale."""
+        from influence.curvature.hessian import Hessian  # which is made of this file's operator
+
+        return super().held(arrays, point) | {"hessian": lambda: Hessian().load(arrays, point)}
 
 
 def ggn_products(
@@ -79,6 +94,5 @@ class GGNOperator(SecondDerivative):
     def _top(self) -> float:
         operator = as_linear_operator(self, self.objective.model.device)
         start = np.random.default_rng(0).standard_normal(self.size)
-        return float(
-            sla.eigsh(operator, k=1, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)[0]
-        )  # pyright: ignore[reportArgumentType]
+        options = {"k": 1, "which": "LA", "v0": start, "tol": 1e-2}
+        return float(sla.eigsh(operator, return_eigenvectors=False, **options)[0])

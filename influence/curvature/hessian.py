@@ -7,22 +7,36 @@ Damping rules are relative to the GGN's spectrum, because a Hessian's trace may 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from influence.curvature.ggn import GGNOperator
-from influence.curvature.objective import SecondDerivative
+from influence.curvature.base import Arrays, Curvature
+from influence.curvature.ggn import GGN, GGNOperator
+from influence.curvature.objective import MatrixFree, SecondDerivative, objective_at
 from influence.loss import Supervised, token_losses
+
+if TYPE_CHECKING:
+    from influence.run import AtPoint
 
 
 @dataclass(frozen=True)
-class Hessian:
-    """Description of the exact Hessian; sampled labels estimate the GGN's trace, its damping scale."""
+class Hessian(MatrixFree):
+    """The exact Hessian; sampled labels estimate the GGN's trace, its damping scale."""
 
     name: str = field(default="hessian", init=False)
+
+    def load(self, arrays: Arrays, point: AtPoint) -> Curvature:
+        """The operator, from `trace` [leaves]."""
+        return HessianOperator(objective_at(point, arrays["trace"]))
+
+    def held(self, arrays: Arrays, point: AtPoint) -> dict[str, Callable[[], Curvature]]:
+        """Itself and the GGN, whose trace was fitted."""
+        return super().held(arrays, point) | {"ggn": lambda: GGN().load(arrays, point)}
 
 
 def hessian_products(

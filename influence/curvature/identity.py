@@ -3,29 +3,62 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from influence.curvature.base import (
+    Accumulator,
+    Arrays,
+    ChangedRows,
+    Curvature,
+    SampledRows,
+    Specification,
+)
+
+if TYPE_CHECKING:
+    from influence.run import AtPoint
+
+
+class Nothing(Accumulator):
+    """No sums."""
+
+    def finish(self, rows: SampledRows) -> dict[str, Tensor]:
+        """Nothing is kept."""
+        return {}
+
 
 @dataclass(frozen=True)
-class Identity:
-    """Description of the identity; nothing to fit. `C + lambda I := I`, whatever the damping rule says."""
+class Identity(Specification):
+    """The identity; nothing to fit. `C + lambda I := I`, whatever the damping rule says."""
 
     name: str = field(default="identity", init=False)
+    undamped: ClassVar[bool] = True
+    #: Plain products are those of the adapter itself, as in TracIn at the last checkpoint.
+    default_path: ClassVar[tuple[float, ...] | None] = (1.0,)
+
+    def begin(self, point: AtPoint) -> Accumulator:
+        """No sums."""
+        return Nothing()
+
+    def load(self, arrays: Arrays, point: AtPoint) -> Curvature:
+        """The identity of the adapter's size."""
+        return IdentityCurvature(point.model.space.size)
 
 
 @dataclass(frozen=True)
-class IdentityCurvature:
-    """`C = 0` with `lambda = 1`: the damped operator is the identity."""
+class IdentityCurvature(Curvature):
+    """`C = 0` with `lambda = 1`: the damped operator is the identity on `parameters` coordinates."""
 
-    size: int
+    parameters: int
     name: str = "identity"
+    undamped: ClassVar[bool] = True
 
     @property
     def blocks(self) -> tuple[slice, ...]:
         """One block."""
-        return (slice(0, self.size),)
+        return (slice(0, self.parameters),)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Zero: the damped operator adds the identity."""
@@ -42,3 +75,7 @@ class IdentityCurvature:
     def top_eigenvalues(self) -> Tensor:
         """One."""
         return torch.ones(1, dtype=torch.float64)
+
+    def updated(self, gone: ChangedRows, come: ChangedRows) -> Curvature:
+        """Itself: the identity is of no rows."""
+        return self

@@ -22,19 +22,37 @@ complement of their span is treated as isotropic, with its own mean eigenvalue p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from influence.adapter import Leaf, ParamSpace
+from influence.adapter import AdaptedModel, Leaf, ParamSpace
+from influence.batches import collate
+from influence.curvature.base import (
+    Accumulator,
+    Arrays,
+    ChangedRows,
+    Curvature,
+    SampledRows,
+    Specification,
+)
+from influence.curvature.ggn import GGN
+from influence.curvature.hessian import Hessian
 from influence.errors import InputError, NumericalError
+from influence.loss import supervised_logits
+from influence.tokens import TokenizedExamples
+
+if TYPE_CHECKING:
+    from influence.run import AtPoint
 
 
 @dataclass(frozen=True)
-class KFAC:
+class KFAC(Specification):
     """K-FAC with labels sampled from the model.
 
     `samples` label draws per training example; wide factors above `max_width` are sketched with `rank` directions.
@@ -48,6 +66,32 @@ class KFAC:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.max_width < 1 or self.rank < 1:
             raise InputError(f"{self} was given; samples, max_width and rank must be at least 1")
+
+    @property
+    def draws(self) -> int:
+        """Label draws per row."""
+        return self.samples
+
+    def begin(self, point: AtPoint) -> Moments:
+        """Second moments of every leaf's inputs and output gradients."""
+        return Moments.at(point, self)
+
+    def load(self, arrays: Arrays, point: AtPoint) -> Kronecker:
+        """K-FAC's own eigenvalues in its eigenbases."""
+        return load_kronecker(arrays, point, "kfac", "kfac_")
+
+    def held(self, arrays: Arrays, point: AtPoint) -> dict[str, Callable[[], Curvature]]:
+        """Itself, and the exact curvatures, whose damping needs a trace only."""
+        sizes = torch.tensor([leaf.stop - leaf.start for leaf in point.model.space.leaves])
+
+        def trace() -> dict[str, Tensor]:
+            return {"trace": point.curvature(self.name).mean_eigenvalues() * sizes}
+
+        exact: dict[str, Callable[[], Curvature]] = {
+            "ggn": lambda: GGN().load(trace(), point),
+            "hessian": lambda: Hessian().load(trace(), point),
+        }
+        return super().held(arrays, point) | exact
 
 
 # ---- second moments ------------------------------------------------------------------------------------------
@@ -117,10 +161,11 @@ class SketchedMoment:
         return vectors, values, max(0.0, (trace - float(values.sum())) / (width - rank))
 
 
-class Moments:
-    """Both second moments of every leaf, accumulated over batches.
+class Moments(Accumulator):
+    """Both second moments of every leaf.
 
-    `wide_of[leaf]` names the leaf whose wide moment a leaf uses (its own, unless it shares its input).
+    `wide_of[leaf]` names the leaf whose wide moment a leaf uses (its own, unless it shares its input). Sums are of weights
+    relative to the largest, `unit`, so that their size does not depend on the number of rows.
     """
 
     def __init__(
@@ -129,10 +174,12 @@ class Moments:
         wide_of: list[int],
         options: KFAC,
         seed: int,
+        unit: float,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.space, self.wide_of, self.dtype = space, wide_of, dtype
+        self.space, self.wide_of, self.options, self.unit = space, wide_of, options, unit
+        self.dtype = dtype
         self.narrow = [DenseMoment(min(leaf.shape), dtype, device) for leaf in space.leaves]
         self.wide: dict[int, DenseMoment | SketchedMoment] = {}
         for number in sorted(set(wide_of)):
@@ -145,25 +192,29 @@ class Moments:
                 )
         self.mass = torch.zeros(len(space.leaves), dtype=torch.float64)
 
+    @classmethod
+    def at(cls, point: AtPoint, options: KFAC) -> Self:
+        """Empty moments at a point; layers that read the same tensor share one wide factor where the geometry allows it."""
+        model, run = point.model, point.run
+        wide_of = shared_inputs(model, run.tokens)
+        if not point.geometry.shares_inputs:
+            wide_of = list(range(len(wide_of)))
+        seed, unit = run.manifest.seed, float(run.weights.max())
+        return cls(model.space, wide_of, options, seed, unit, model.dtype, model.device)
+
     def add(
-        self,
-        leaf: int,
-        x: Tensor,
-        g: Tensor,
-        valid: Tensor,
-        weights: Tensor | None,
-        *,
-        inputs: bool = True,
+        self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, weights: Tensor | None, draw: int
     ) -> None:
-        """Add a batch of one leaf: `x` [b, T, d_in], `g` [b, T, d_out], `valid` [b, T], relative weights [b].
+        """Add a batch of one leaf; inputs once, at the first draw of labels.
 
         Output gradients vanish where nothing is predicted; inputs do not, and are cut to the valid tokens.
-        `inputs=False` leaves them out (further label draws of a batch whose inputs were added).
         """
+        inputs = draw == 0
         if inputs and (not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf):
             rows = x[valid] if not bool(valid.all()) else x.flatten(0, 1)
             if weights is not None:
-                rows = rows * weights.sqrt().to(x)[:, None].expand(valid.shape)[valid][:, None]
+                share = weights.sqrt().to(x)[:, None].expand(valid.shape)[valid]
+                rows = rows * share[:, None]
             self._input_moment(leaf).add(rows)
         if weights is not None:
             g = g * weights.sqrt().to(g)[:, None, None]
@@ -183,19 +234,36 @@ class Moments:
         vectors, values, rest = moment.eigen()
         return vectors.to(self.dtype), values, rest
 
-    def state(self) -> dict[str, Tensor]:
-        """Every running sum, by name; `load` takes it back."""
+    def sums(self) -> dict[str, Tensor]:
+        """Every second moment, and the tokens' weights `mass` [leaves]."""
         tensors = {f"narrow/{i}": moment.state for i, moment in enumerate(self.narrow)}
         tensors |= {f"wide/{i}": moment.state for i, moment in self.wide.items()}
         return {**tensors, "mass": self.mass}
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+    def finish(self, rows: SampledRows) -> dict[str, Tensor]:
+        """K-FAC's eigenbases and eigenvalues."""
+        kfac = self.kronecker()
+        return self.arrays(kfac, kfac)
 
-    def kronecker(self, weight: float, samples: int, name: str = "kfac") -> Kronecker:
-        """Eigendecompose. `weight` is the unit of the relative weights; output moments are means over `samples`."""
+    def arrays(self, kfac: Kronecker, fitted: Kronecker) -> dict[str, Tensor]:
+        """What a run keeps: the eigenbases, K-FAC's eigenvalues, and those of the curvature that was fitted."""
+        arrays = {"wide_of": torch.tensor(self.wide_of)}
+        pairs = zip(kfac.leaf_blocks, fitted.leaf_blocks, strict=True)
+        for number, (plain, block) in enumerate(pairs):
+            tensors = {
+                "narrow": block.narrow,
+                "kfac_eigenvalues": plain.eigenvalues,
+                "kfac_rest": plain.rest,
+                "eigenvalues": block.eigenvalues,
+                "rest": block.rest,
+            }
+            if self.wide_of[number] == number:
+                tensors["wide"] = block.wide
+            arrays |= {f"leaf/{number}/{name}": tensor for name, tensor in tensors.items()}
+        return arrays
+
+    def kronecker(self) -> Kronecker:
+        """K-FAC from the moments, eigendecomposed; output moments are means over the label draws."""
         # LAPACK runs without the interpreter's lock; CUDA's library is not safe to enter from several threads
         workers = torch.get_num_threads() if self.narrow[0].state.device.type == "cpu" else 1
         with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
@@ -206,14 +274,14 @@ class Moments:
             narrow_vectors = narrow_vectors.to(self.dtype)
             wide_vectors, wide_values, rest = wide[self.wide_of[number]]
             # inputs are normalised by the mass of their tokens, output gradients weighted and averaged over draws
-            factor = weight / samples / max(float(self.mass[number]), 1.0)
+            factor = self.unit / self.options.samples / max(float(self.mass[number]), 1.0)
             eigenvalues = factor * narrow_values[:, None] * wide_values[None, :]
             blocks.append(
                 KroneckerBlock(
                     leaf, narrow_vectors, wide_vectors, eigenvalues, factor * narrow_values * rest
                 )
             )
-        return Kronecker(self.space, tuple(blocks), name)
+        return Kronecker(self.space, tuple(blocks))
 
 
 def wide_side(leaf: Leaf) -> int:
@@ -261,17 +329,18 @@ class KroneckerBlock:
 
 
 @dataclass(frozen=True)
-class Kronecker:
-    """A fitted K-FAC or EK-FAC: one eigenbasis and one table of eigenvalues per leaf; one damping block per leaf."""
+class Kronecker(Curvature):
+    """A fitted K-FAC or EK-FAC: one eigenbasis and one table of eigenvalues per leaf; one damping block per leaf.
+
+    `samples` label draws of each training row made the eigenvalues.
+    """
 
     space: ParamSpace
     leaf_blocks: tuple[KroneckerBlock, ...]
     name: str = "kfac"
-
-    @property
-    def size(self) -> int:
-        """P."""
-        return self.space.size
+    samples: int = 1
+    in_memory: ClassVar[bool] = True
+    preconditions: ClassVar[bool] = True
 
     @property
     def blocks(self) -> tuple[slice, ...]:
@@ -312,3 +381,77 @@ class Kronecker:
     def top_eigenvalues(self) -> Tensor:
         """Largest eigenvalue of each leaf, `[leaves]`."""
         return torch.stack([block.eigenvalues.max() for block in self.leaf_blocks]).double().cpu()
+
+    def updated(self, gone: ChangedRows, come: ChangedRows) -> Kronecker:
+        """The eigenvalues of the rows after the change, in the same eigenbases.
+
+        Each row's share `w_i (Q_S^T G_i Q_A)^2` at its sampled labels is taken out or put in. For EK-FAC that is exactly
+        its eigenvalues refitted on these rows; for K-FAC an approximation, and what would fall below zero is zero.
+        """
+        inside = [block.eigenvalues.clone() for block in self.leaf_blocks]
+        outside = [block.rest.clone() for block in self.leaf_blocks]
+        for changed, sign in ((gone, -1.0), (come, 1.0)):
+            for rows, gradients in changed.sampled(self.samples):
+                share = torch.from_numpy(sign * changed.weights[rows] / self.samples).to(gradients)
+                share = share[:, None, None]
+                for number, block in enumerate(self.leaf_blocks):
+                    coordinates, off = block.rotate(gradients[:, block.leaf.slice])
+                    inside[number] += (coordinates.square() * share).sum(0).to(inside[number])
+                    if off is not None:
+                        left = wide_side(block.leaf) - block.wide.shape[1]
+                        squares = (off.square() * share).sum((0, 2)).to(outside[number])
+                        outside[number] += squares / left
+        blocks = (
+            replace(block, eigenvalues=values.clamp(min=0), rest=rest.clamp(min=0))
+            for block, values, rest in zip(self.leaf_blocks, inside, outside, strict=True)
+        )
+        return replace(self, leaf_blocks=tuple(blocks))
+
+
+def load_kronecker(arrays: Arrays, point: AtPoint, name: str, prefix: str) -> Kronecker:
+    """The eigenbases of a run with the eigenvalues whose names begin with `prefix`."""
+    wide_of = arrays["wide_of"].tolist()
+    wide = {number: arrays[f"leaf/{number}/wide"] for number in sorted(set(wide_of))}
+    blocks = []
+    for number, leaf in enumerate(point.model.space.leaves):
+        place = f"leaf/{number}"
+        eigenvalues, rest = arrays[f"{place}/{prefix}eigenvalues"], arrays[f"{place}/{prefix}rest"]
+        narrow = arrays[f"{place}/narrow"]
+        blocks.append(KroneckerBlock(leaf, narrow, wide[wide_of[number]], eigenvalues, rest))
+    samples = int(point.run.manifest.curvature["samples"])
+    return Kronecker(point.model.space, tuple(blocks), name, samples)
+
+
+def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
+    """For each leaf, the first leaf whose wide side sees the very same tensor (q, k and v; gate and up).
+
+    Found by running the shortest row once and comparing the layers' inputs; only A leaves can share.
+    """
+    seen: list[tuple[int, Tensor]] = []
+    wide_of = list(range(len(model.space.leaves)))
+
+    def note(number: int) -> Callable[..., None]:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            for first, tensor in seen:
+                place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+                if tensor is x or place == (x.data_ptr(), x.shape, x.stride()):
+                    wide_of[number] = first
+                    return
+            seen.append((number, x))  # kept alive, so that no address is used twice
+
+        return hook
+
+    handles = [
+        site.layer.register_forward_pre_hook(note(2 * i), with_kwargs=True)
+        for i, site in enumerate(model.sites)
+    ]
+    try:
+        with model.evaluating(), torch.no_grad():
+            shortest = np.array([int(np.argmin(tokens.lengths))])
+            batch = collate(tokens, shortest, pad_id=model.pad_id, device=model.device)
+            supervised_logits(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return wide_of

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,10 +18,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence.adapter import AdaptedModel
 from influence.batches import Batch, collate, plan_batches
+from influence.curvature.base import (
+    Accumulator,
+    ChangedRows,
+    Curvature,
+    SampledRows,
+    Specification,
+)
 from influence.errors import AdapterError, NumericalError
 from influence.geometry import Geometry, Raw
 from influence.loss import Supervised, supervised_logits
 from influence.tokens import TokenizedExamples
+
+if TYPE_CHECKING:
+    from influence.run import AtPoint
 
 #: (batch, weights [b], parameters, v as leaves [K, rows, cols]) -> products as leaves [K, rows, cols]
 Products = Callable[[Supervised, Tensor, list[Tensor], list[Tensor]], list[Tensor]]
@@ -31,7 +42,8 @@ class Objective:
     """The training objective J at the adapter, differentiable twice: model, rows, weights `w` [n].
 
     `trace` [leaves] is the trace of the GGN on each leaf, estimated from sampled labels in `fit`'s pass. Products run
-    with the LoRA parameters at `theta` [P] (None: where the model is), in the coordinates of `geometry`.
+    with the LoRA parameters at `theta` [P] (None: where the model is), in the coordinates of `geometry`. `ran` is told how
+    many rows every product runs.
     """
 
     model: AdaptedModel
@@ -41,6 +53,7 @@ class Objective:
     token_budget: int = 2048
     theta: Tensor | None = None
     geometry: Geometry = field(default_factory=Raw)
+    ran: Callable[[int], None] | None = None
 
     @property
     def size(self) -> int:
@@ -74,6 +87,8 @@ class Objective:
 
     def product(self, v: Tensor, products: Products, only: np.ndarray | None = None) -> Tensor:
         """Sum over the batches (of the rows `only`) of a second-derivative product with every row of `v` [K, P]."""
+        if self.ran is not None:
+            self.ran(self.count if only is None else len(only))
         out = torch.zeros_like(v)
         space = self.model.space
         columns = space.split(self.geometry.adjoint(v.to(self.model.dtype)))
@@ -90,15 +105,10 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class SecondDerivative:
-    """What the matrix-free curvatures of one objective share; one damping block per leaf."""
+class SecondDerivative(Curvature):
+    """What the matrix-free curvatures of one objective share: one damping block per leaf, products over all rows."""
 
     objective: Objective
-
-    @property
-    def size(self) -> int:
-        """P."""
-        return self.objective.size
 
     @property
     def blocks(self) -> tuple[slice, ...]:
@@ -113,6 +123,90 @@ class SecondDerivative:
     def mean_eigenvalues(self) -> Tensor:
         """The GGN's trace over size of each leaf, `[leaves]` (a Hessian's may be negative)."""
         return self.objective.mean_eigenvalues()
+
+    def updated(self, gone: ChangedRows, come: ChangedRows) -> Self:
+        """Products over the rows after the change: exact. Every product is counted by `come.ran`."""
+        objective = self.objective
+        stay = np.setdiff1d(np.arange(objective.count), gone.positions)
+        rows = [objective.tokens[i] for i in stay] + list(come.tokens)
+        ids = [objective.tokens.ids[i] for i in stay] + list(come.tokens.ids)
+        after = replace(
+            objective,
+            tokens=TokenizedExamples(rows, ids),
+            weights=np.concatenate([objective.weights[stay], come.weights]),
+            ran=come.ran,
+        )
+        return replace(self, objective=after)
+
+    def moved_to(self, theta: Tensor) -> Self:
+        """The derivatives at other parameters `[P]`."""
+        return replace(self, objective=replace(self.objective, theta=theta))
+
+
+class Traces(Accumulator):
+    """The GGN's trace on each leaf, from gradients at labels sampled from the model: `sum_i w_i |G_i|^2`.
+
+    The Fisher at sampled labels is the GGN in expectation, so a trace costs one backward, where a product of the GGN with
+    every coordinate would cost P of them.
+    """
+
+    per_row = True
+
+    def __init__(self, point: AtPoint, draws: int) -> None:
+        self.leaves = point.model.space.leaves
+        self.unit = float(point.run.weights.max()) / draws
+        self.squares = torch.zeros(len(self.leaves), dtype=torch.float64)
+
+    def add_rows(self, features: Tensor, weights: Tensor | None) -> None:
+        """Add the squares of every leaf's part."""
+        for number, leaf in enumerate(self.leaves):
+            squares = features[:, leaf.slice].double().square().sum(1)
+            self.squares[number] += float((squares if weights is None else squares * weights).sum())
+
+    def sums(self) -> dict[str, Tensor]:
+        """`squares` [leaves]."""
+        return {"squares": self.squares}
+
+    def finish(self, rows: SampledRows) -> dict[str, Tensor]:
+        """`trace` [leaves]."""
+        return {"trace": self.unit * self.squares}
+
+
+class MatrixFree(Specification):
+    """What the specifications of matrix-free curvatures share: only a trace is fitted, the scale of the damping."""
+
+    matrix_free: ClassVar[bool] = True
+
+    @property
+    def draws(self) -> int:
+        """One draw of labels a row, for the trace."""
+        return 1
+
+    def caution(self, model: AdaptedModel) -> str | None:
+        """Products of a 16-bit base carry its rounding twice."""
+        if model.dtype == next(model.model.parameters()).dtype:
+            return None
+        return (
+            "note: Hessian and GGN products under a bfloat16 base carry its rounding; prefer "
+            "--dtype float32"
+        )
+
+    def begin(self, point: AtPoint) -> Accumulator:
+        """The traces."""
+        return Traces(point, self.draws)
+
+
+def objective_at(point: AtPoint, trace: Tensor) -> Objective:
+    """The training objective of a run at one of its points; `trace` [leaves] is the GGN's."""
+    return Objective(
+        point.model,
+        point.run.tokens,
+        point.run.weights,
+        trace.cpu(),
+        point.run.manifest.token_budget,
+        point.place.theta,
+        point.geometry,
+    )
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from influence.solvers import ASTRA, CG, SGD, DataInf, Direct, LiSSA, Solver
 SOLVERS = ("direct", "cg", "pcg", "lissa", "astra", "sgd", "datainf")
 
 
-#: Vectors [K, P] that a solver holds beside the right-hand sides, counted in its code; of any other solver the most.
+#: Vectors [K, P] that a solver holds beside the right-hand sides, counted in its code; of any other
+#: solver the most.
 COPIES = {"direct": 4, "cg": 8, "pcg": 8, "datainf": 10, "lissa": 12, "sgd": 12, "astra": 12}
 
 
@@ -26,9 +27,10 @@ def make_solver(point: AtPoint | Run, solver: str | Solver, operator: Damped) ->
         return CG(preconditioner=point.preconditioner(operator), name="pcg")
     if solver == "astra":
         return ASTRA(preconditioner=point.preconditioner(operator))
-    if solver == "datainf" and operator.curvature.name == "identity":
+    if solver == "datainf" and operator.curvature.undamped:
         raise InputError(
-            "solver datainf inverts the empirical Fisher, and the curvature identity asks for no inverse"
+            "solver datainf inverts the empirical Fisher, and the curvature identity asks for no "
+            "inverse"
         )
     if solver == "datainf":
         leaves = tuple(leaf.slice for leaf in point.model.space.leaves)
@@ -49,8 +51,8 @@ def with_limits(solver: Solver, limits: dict[str, Any]) -> Solver:
         hasattr(solver, "max_iterations") and is_dataclass(solver) and not isinstance(solver, type)
     ):
         raise InputError(
-            f"{' and '.join(limits)} were given, and the solver {solver.name} does not iterate: leave them out, or give cg, "
-            "pcg, astra, lissa or sgd"
+            f"{' and '.join(limits)} were given, and the solver {solver.name} does not iterate: "
+            "leave them out, or give cg, pcg, astra, lissa or sgd"
         )
     for key, value in limits.items():
         if not value > 0:

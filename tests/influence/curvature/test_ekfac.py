@@ -10,7 +10,7 @@ import influence
 from influence.curvature import Damped, dense
 from influence.curvature.ekfac import refit_eigenvalues
 from tests.conftest import build_model, examples, fit_end
-from tests.influence.curvature.helpers import moments_of, random_rows
+from tests.influence.curvature.helpers import moments_of, random_rows, replace_unit
 from tests.oracles import sampled_rows
 
 F64 = torch.float64
@@ -42,7 +42,7 @@ def test_ekfac_is_exact_where_the_fisher_is_kronecker_and_transposition_would_sh
     for side, (d_out, d_in) in (("A", (3, 6)), ("B", (6, 3))):
         a, b = (x, g) if side == "A" else (g, x)
         _, moments = moments_of([(f"s.lora_{side}", (d_out, d_in))], [a[:, None]], [b[:, None]])
-        kfac = moments.kronecker(weight=1 / n, samples=1)
+        kfac = replace_unit(moments, 1 / n).kronecker()
         rows = torch.einsum("no,ni->noi", b, a).flatten(1)
         exact = rows.T @ rows / n
         ekfac = refit_eigenvalues(kfac, [(rows, torch.full((n,), 1 / n, dtype=F64))])
@@ -105,7 +105,7 @@ def test_sketched_ekfac_solves_like_the_dense_one_where_the_data_has_low_rank(si
     results = []
     for options in ({}, {"max_width": 16, "rank": 8}):
         _, moments = moments_of([(f"s.lora_{side}", shape)], [x], [g], **options)
-        ekfac = refit_eigenvalues(moments.kronecker(1 / n, 1), [(rows, w)])
+        ekfac = refit_eigenvalues(replace_unit(moments, 1 / n).kronecker(), [(rows, w)])
         results.append(
             (dense(ekfac), ekfac.solve(rows[:4], torch.tensor([0.01], dtype=F64)), ekfac)
         )

@@ -8,7 +8,7 @@ import torch
 from influence.curvature import KFAC, dense
 from influence.curvature.kfac import DenseMoment, SketchedMoment
 from tests.conftest import build_model, examples, fit_end
-from tests.influence.curvature.helpers import moments_of, random_rows
+from tests.influence.curvature.helpers import moments_of, random_rows, replace_unit
 from tests.oracles import plain_kfac
 
 F64 = torch.float64
@@ -31,7 +31,7 @@ def test_kfac_is_the_exact_block_for_one_token_of_one_example(side):
     x = random_rows(1, 1, 1, shape[1]).expand(5, 1, shape[1])  # the same token, five labels
     g = random_rows(2, 5, 1, shape[0])
     _, moments = moments_of([(f"s.lora_{side}", shape)], [x], [g])
-    kfac = moments.kronecker(weight=0.2, samples=1)
+    kfac = replace_unit(moments, 0.2).kronecker()
     rows = torch.stack([torch.outer(g[i, 0], x[i, 0]).ravel() for i in range(5)])
     expected = 0.2 * rows.T @ rows
     assert (dense(kfac) - expected).norm() / expected.norm() < 1e-12
@@ -47,7 +47,7 @@ def test_kfac_is_exact_for_a_deep_linear_network():
     )  # y - label = unit noise
     g1 = e @ W2
     space, moments = moments_of([("one.lora_A", (3, 4))], [x[:, None]], [g1[:, None]])
-    kfac = moments.kronecker(weight=1 / n, samples=1)
+    kfac = replace_unit(moments, 1 / n).kronecker()
     expected = torch.kron(W2.T @ W2, x.T @ x / n)  # the GGN block of W1, expectation over labels
     assert space.size == widths[0] * widths[1]
     assert (
@@ -70,7 +70,7 @@ def test_shared_inputs_are_found_and_change_nothing(tmp_path):
     model = build_model("llama", layers=1)
     run = fitted(tmp_path, model, examples(6), KFAC())
     names = [leaf.name for leaf in model.space.leaves]
-    from influence.fitting import shared_inputs
+    from influence.curvature.kfac import shared_inputs
 
     wide = shared_inputs(model, run.tokens)
     shared = {

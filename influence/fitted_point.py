@@ -1,0 +1,371 @@
+"""The fit of one point of the path: the pass over the training rows, resumed, and what is kept of it.
+
+One pass does everything: each batch runs forward once and backward once per set of labels, the model's own for the
+curvature and the data's for the gradients. Which sums are formed of it, the curvature's accumulator knows
+(`influence.curvature.base`); no curvature is known here by name, and nothing is scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence.batches import collate, plan_batches
+from influence.curvature import Accumulator, Specification
+from influence.curvature.base import ALWAYS, ONCE
+from influence.geometry import Adam, Geometry
+from influence.gradients import Tape, label_uniforms, max_rows, sampled_gradient, tape
+from influence.loss import Supervised, loss_gradient, probabilities
+from influence.optimizer_state import OptimizerState
+from influence.progress import say, track
+from influence.run import AtPoint, geometry_here, row_blocks
+from influence.store import RowFile, open_file, read, write_file
+
+#: Seconds between checkpoints of a pass: a killed fit loses no more than that.
+CHECKPOINT_SECONDS = 60.0
+CHECKPOINT = "checkpoint.h5"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a fit keeps on disk: whether the rows' gradients, and the bytes that sampled rows may take meanwhile."""
+
+    gradients: bool
+    rule: str
+    bytes_left: float
+
+    def holds(self, needed: int) -> bool:
+        """Whether so many bytes may be taken."""
+        return fits(self.rule, needed, self.bytes_left)
+
+
+def fits(rule: str, needed: int, budget: float) -> bool:
+    """Whether the rule (`always`, `never`, or `auto`: within the budget) allows so many bytes."""
+    return rule == "always" or (rule == "auto" and needed <= budget)
+
+
+@dataclass
+class RowFiles:
+    """The open row files of a pass; None where nothing is written."""
+
+    gradients: RowFile | None = None
+    done: RowFile | None = None
+    sampled: RowFile | None = None
+
+    def flush(self) -> None:
+        """Wait until the rows are on disk; `done` last, which vouches for them."""
+        for file in (self.gradients, self.sampled, self.done):
+            if file is not None:
+                file.flush()
+
+
+class PointFit:
+    """The fit of one point: the pass over the training rows, its checkpoints, and what is made of it."""
+
+    def __init__(
+        self,
+        point: AtPoint,
+        curvature: Specification,
+        storage: Storage,
+        state: OptimizerState | None,
+    ) -> None:
+        self.point, self.run, self.model = point, point.run, point.model
+        self.tokens, self.weights, self.digest = self.run.tokens, self.run.weights, point.digest
+        self.curvature, self.draws = curvature, curvature.draws
+        self.store_gradients = storage.gradients
+        row_bytes = len(self.tokens) * self.model.space.size * self.model.dtype.itemsize
+        keeps_once = curvature.reads_rows == ONCE and storage.holds(row_bytes * (1 + self.draws))
+        self.store_rows = self.draws > 0 and (curvature.reads_rows == ALWAYS or keeps_once)
+        point.geometry = self.coordinates(state)
+        self.accumulator = curvature.begin(point)
+        per_row = self.store_gradients or self.store_rows or self.accumulator.per_row
+        self.batches = self.plan(limited=per_row)
+        # one buffer for every batch's gradients: each set is written to its file before the next
+        most = max(len(rows) for rows in self.batches) if per_row else 0
+        shape = (most, self.model.space.size)
+        options = {"dtype": self.model.dtype, "device": self.model.device}
+        self.buffer = torch.empty(shape, **options) if most else None
+        self.created = False  # whether a row file had to be made, so that nothing in it counts
+
+    def coordinates(self, state: OptimizerState | None) -> Geometry:
+        """The geometry at this point; Adam's from the optimiser's state, or from gradients of some training rows."""
+        name = self.run.manifest.geometry
+        if name == "adam" and state is not None:
+            return Adam.of(self.model.space, state.v.to(self.model.device))
+        return geometry_here(self.run, name)
+
+    def plan(self, limited: bool) -> list[np.ndarray]:
+        """The batches; `limited` in rows too, where every row's gradient is held at once."""
+        budget = self.run.manifest.token_budget
+        most = max_rows(self.model.space) if limited else None
+        return plan_batches(self.tokens, budget, max_rows=most)
+
+    def work(self) -> None:
+        """Everything between nothing (or an interrupted pass) and this point's factors."""
+        self.lay_out()
+        if self.store_gradients or self.draws:
+            self.main_pass(self.resume())
+        self.finish()
+        if self.curvature.reads_rows != ALWAYS:
+            self.point.file("rows").unlink(missing_ok=True)
+
+    # ---- the pass
+
+    def lay_out(self) -> None:
+        """Create the row files at full size, unless a killed fit already did."""
+        n, P = len(self.tokens), self.model.space.size
+        dtype = np.dtype("float64" if self.model.dtype == torch.float64 else "float32")
+        attrs = {"run_digest": self.digest, "param_space": self.model.space.digest}
+        for name in ("gradients", "rows"):
+            if self.point.file(name).exists():
+                with open_file(self.point.file(name), run_digest=self.digest):
+                    pass
+        for name, wanted in (("gradients", self.store_gradients), ("rows", self.store_rows)):
+            self.created |= wanted and not self.point.file(name).exists()
+            if not wanted:
+                self.point.file(name).unlink(missing_ok=True)
+        if self.store_gradients and not self.point.file("gradients").exists():
+            about = (
+                "gradient of l_i, the summed cross-entropy (nats) of row i, at the data's labels"
+            )
+            write_file(
+                self.point.file("gradients"),
+                attrs={**attrs, "about": about},
+                rows={"gradients": ((n, P), dtype), "done": ((n,), np.uint8)},
+                strings={"train_ids": self.run.train.ids},
+            )
+        if self.store_rows and not self.point.file("rows").exists():
+            about = "gradient of row i's summed cross-entropy at labels sampled from the model"
+            write_file(
+                self.point.file("rows"),
+                attrs={**attrs, "about": about},
+                rows={"rows": ((n * self.draws, P), dtype)},
+            )
+
+    def main_pass(self, first: int) -> None:
+        """The batches from number `first` on, with their row files open; checkpoints now and then."""
+        with ExitStack() as stack:
+
+            def opened(file: str, name: str) -> RowFile:
+                return stack.enter_context(RowFile(self.point.file(file), name, write=True))
+
+            files = RowFiles()
+            if self.store_gradients:
+                files.gradients = opened("gradients", "gradients")
+                files.done = opened("gradients", "done")
+            if self.store_rows:
+                files.sampled = opened("rows", "rows")
+            self.run_batches(first, files)
+
+    def run_batches(self, first: int, files: RowFiles) -> None:
+        """The batches from number `first` on, into the open row files."""
+        count, last = len(self.batches), time.monotonic()
+        with tape(self.model) as recorder:
+            for number in track(range(first, count), "training rows", total=count, done=first):
+                self.run_batch(recorder, self.batches[number], files)
+                if time.monotonic() - last > CHECKPOINT_SECONDS:
+                    files.flush()  # first: the checkpoint says that these rows are written
+                    self.checkpoint(number + 1)
+                    last = time.monotonic()
+        second_pass = self.curvature.reads_rows == ONCE and not self.store_rows
+        if second_pass and first < count:
+            self.checkpoint(count)  # the first pass is not lost where the second is killed
+
+    def run_batch(self, recorder: Tape, rows: np.ndarray, files: RowFiles | None = None) -> None:
+        """One batch into the accumulator and the files; its graph is gone when this returns."""
+        files = files or RowFiles()
+        batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
+        part = recorder.forward(batch)
+        probs = probabilities(part.logits)
+        for draw in range(self.draws):
+            final = files.gradients is None and draw == self.draws - 1
+            sampled = self.sampled_backward(recorder, part, probs, rows, draw, final)
+            if files.sampled is not None and sampled is not None:
+                files.sampled.write(rows * self.draws + draw, sampled.cpu().numpy())
+            del sampled
+        if files.gradients is not None and files.done is not None:
+            gradient = loss_gradient(probs, part.targets)
+            gradients = recorder.gradients(part, gradient, buffer=self.buffer)
+            files.gradients.write(rows, gradients.cpu().numpy())
+            files.done.write(rows, np.ones(len(rows), np.uint8))
+
+    def sampled_backward(
+        self,
+        recorder: Tape,
+        part: Supervised,
+        probs: Tensor,
+        rows: np.ndarray,
+        draw: int,
+        final: bool,
+    ) -> Tensor | None:
+        """One backward at sampled labels, shown to the accumulator; the rows' gradients `[b, P]` where they are wanted."""
+        gradient = sampled_gradient(part, probs, self.uniforms(rows, draw))
+        weights, accumulator = self.relative_weights(rows), self.accumulator
+        wanted = self.store_rows or accumulator.per_row
+        sink = recorder.new_sink(self.buffer) if wanted else None
+        takes_leaves = type(accumulator).add is not Accumulator.add
+
+        def show(leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
+            if sink is not None:
+                sink(leaf, x, g, valid)
+            if takes_leaves:
+                inputs, outputs = self.point.geometry.factor(leaf, x, g)
+                accumulator.add(leaf, inputs, outputs, valid, weights, draw)
+
+        recorder.backward(part.logits, gradient, show, last=final)
+        if sink is None:
+            return None
+        if accumulator.per_row:
+            accumulator.add_rows(self.point.geometry.features(sink.rows), weights)
+        return sink.rows
+
+    def uniforms(self, rows: np.ndarray, draw: int) -> Tensor:
+        """The random numbers that draw a batch's labels: keyed by seed, draw and row alone, whatever the batch."""
+        seed, ids, counts = self.run.manifest.seed, self.tokens.ids, self.tokens.counts
+        streams = [label_uniforms(seed, draw, ids[i], int(counts[i])) for i in rows]
+        return torch.from_numpy(np.concatenate(streams))
+
+    def relative_weights(self, rows: np.ndarray) -> Tensor | None:
+        """`w_i` relative to the largest, `[b]`, or None where all are equal."""
+        if self.weights.min() == self.weights.max():
+            return None
+        return torch.from_numpy(self.weights[rows] / self.weights.max()).to(self.model.device)
+
+    # ---- checkpoints
+
+    def checkpoint(self, following: int) -> None:
+        """Save the running sums and the number of the next batch."""
+        write_file(
+            self.run.directory / CHECKPOINT,
+            {name: tensor.cpu().numpy() for name, tensor in self.accumulator.sums().items()},
+            attrs={
+                "run_digest": self.digest,
+                "next": following,
+                "plan": self.plan_digest,
+                "stored": self.stored,
+            },
+        )
+
+    def resume(self) -> int:
+        """The batch to go on with: after the last checkpoint of the same plan, else the first."""
+        path = self.run.directory / CHECKPOINT
+        if not path.exists():
+            return 0
+        with open_file(path) as file:
+            if file.attrs.get("run_digest") != self.digest:
+                return 0  # of the point before
+            same = file.attrs["plan"] == self.plan_digest and file.attrs["stored"] == self.stored
+            if not same or self.created:
+                return 0
+            for name, tensor in self.accumulator.sums().items():
+                tensor.copy_(torch.from_numpy(np.asarray(read(file, name))))
+            following = int(np.asarray(file.attrs["next"]))
+        say(f"resuming at batch {following + 1} of {len(self.batches)}")
+        return following
+
+    @property
+    def stored(self) -> str:
+        """Which rows the pass writes: a checkpoint of other ones is not continued."""
+        return f"gradients={self.store_gradients} rows={self.store_rows}"
+
+    @property
+    def plan_digest(self) -> str:
+        """SHA-256 over the batches, so that a checkpoint is never continued with another plan."""
+        plan = b"|".join(rows.astype(np.int64).tobytes() for rows in self.batches)
+        return hashlib.sha256(plan).hexdigest()
+
+    # ---- what is made of it
+
+    def finish(self) -> None:
+        """Turn what the pass left into `factors.h5`."""
+        place, geometry = self.point.place, self.point.geometry
+        arrays = {f"geometry/{key}": tensor for key, tensor in geometry.state().items()}
+        if place.scale is None:
+            arrays["theta"] = place.theta
+        arrays |= self.accumulator.finish(self.sampled_rows())
+        write_file(
+            self.point.file("factors"),
+            {name: tensor.cpu().numpy() for name, tensor in arrays.items()},
+            attrs={
+                "run_digest": self.digest,
+                "curvature": self.curvature.name,
+                "point": place.label,
+            },
+        )
+
+    def sampled_rows(self) -> StoredRows | ComputedRows:
+        """Per-row features at the sampled labels (or at the data's), read back or computed again with the same labels."""
+        if self.store_rows or (self.draws == 0 and self.store_gradients):
+            return StoredRows(self)
+        return ComputedRows(self)
+
+    def sampled_again(self, recorder: Tape, rows: np.ndarray) -> Iterator[Tensor]:
+        """The gradients `[b, P]` of one batch at each draw of sampled labels."""
+        batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
+        part = recorder.forward(batch)
+        probs = probabilities(part.logits)
+        for draw in range(self.draws):
+            gradient = sampled_gradient(part, probs, self.uniforms(rows, draw))
+            yield recorder.gradients(part, gradient, last=draw == self.draws - 1)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """The rows that the pass stored, in their order."""
+
+    fit: PointFit
+
+    @property
+    def weights(self) -> Tensor:
+        """`w_i / k` of every row and draw, `[m]` float64."""
+        draws = max(1, self.fit.draws)
+        weights = torch.from_numpy(np.repeat(self.fit.weights, draws) / draws)
+        return weights.to(self.fit.model.device)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Blocks of features."""
+        fit, name = self.fit, "rows" if self.fit.draws else "gradients"
+        blocks = row_blocks(fit.point.file(name), name, fit.digest, fit.model.device)
+        return map(fit.point.geometry.features, blocks)
+
+
+@dataclass(frozen=True)
+class ComputedRows:
+    """The rows computed again, batch by batch and draw by draw: a second pass."""
+
+    fit: PointFit
+
+    @property
+    def _plan(self) -> list[np.ndarray]:
+        return self.fit.plan(limited=True)
+
+    @property
+    def weights(self) -> Tensor:
+        """`w_i / k` of every row and draw, `[m]` float64."""
+        draws, parts = self.fit.draws, self._plan
+        order = [rows for rows in parts for _ in range(draws)]
+        weights = self.fit.weights[np.concatenate(order)] if order else np.zeros(0)
+        return torch.from_numpy(weights / max(1, draws)).to(self.fit.model.device)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Blocks of features."""
+        self.fit.buffer = None  # the pass is over: its memory is the second one's
+        with tape(self.fit.model) as recorder:
+            for rows in track(self._plan, "training rows, second pass"):
+                for gradients in self.fit.sampled_again(recorder, rows):
+                    yield self.fit.point.geometry.features(gradients)
+
+
+def accumulate(fit: PointFit, batches: Iterable[np.ndarray]) -> dict[str, Tensor]:
+    """The sums of some of the rows' batches: one process's share of a pass, to be added up with the others'."""
+    with tape(fit.model) as recorder:
+        for rows in batches:
+            fit.run_batch(recorder, rows)
+    return fit.accumulator.sums()
