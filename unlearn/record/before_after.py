@@ -1,13 +1,12 @@
-"""What was measured of an edit, and its record: losses before and after, damage, forecast, cost.
+"""Measurements of an edit before and after, and its record: losses, damage, forecast, cost.
 
 Every way of changing an adapter (closed formula, gradient steps) is judged by the same measurements and leaves the same
-record, `edit.json` (README has the keys): changed rows, a fixed sample of the untouched ones, held-out rows.
+record (`unlearn.record.edit_record`): edited rows, a fixed sample of the untouched ones, held-out rows.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from influence import distributed
 from influence.cost import Cost
-from influence.errors import InputError
 from influence.fitting import versions
 from influence.gradients import loss_sum_gradient
 from influence.loss import mean_losses
@@ -25,24 +23,47 @@ from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run, spaced
 from influence.tokens import TokenizedExamples
-from unlearn.record.change import Change
+from unlearn.record.change import Change, Request, concatenated
+from unlearn.record.edit_record import (
+    Adapters,
+    Comparable,
+    CostRecord,
+    Digest,
+    EditedLosses,
+    EditRecord,
+    GradientNorms,
+    Guard,
+    HeldOutLosses,
+    Lineage,
+    Losses,
+    MethodRecord,
+    Move,
+    Place,
+    RequestRecord,
+    Residual,
+    RetainedLosses,
+    RowRecord,
+    TrainingRows,
+    WalkStep,
+)
 from unlearn.record.losses import Measured, measure
+from unlearn.record.numbers import mean_or_none, number_or_none, sum_or_none
 from unlearn.record.sample import guard_sample
 from unlearn.record.version import Version
 from unlearn.retraining.recipe import recorded_recipe
-from unlearn.stopping import Walk
+from unlearn.stopping import Ending
 from unlearn.unseen import Expected, scaled_to
 
-FORMAT = 1
-
-
-#: Rows of each kind whose gradient gives the linear forecast and the norm of the objective's gradient.
+#: Rows of each kind whose gradient gives the linear forecast and the norm of the objective's gradient (a choice).
 FORECAST_ROWS = 32
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What is measured at one adapter: S, the new contents, a sample of the untouched rows, held-out rows."""
+    """What is measured at one adapter: rows S, new contents, a sample of untouched rows, held-out rows.
+
+    `edited` [s] is the loss of each request: of its new content, where it has one.
+    """
 
     old: Measured
     new: Measured
@@ -58,16 +79,29 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Losses to reach: of the rows S [s], of the new contents [r], and of each request [s] (its new content if it has one)."""
+    """Losses to reach: of the rows S [s], of the new contents [r], and of each request [s]."""
 
     old: np.ndarray
     new: np.ndarray
     edited: np.ndarray
 
 
+@dataclass(frozen=True)
+class LinearForecast:
+    """Rises of the mean losses to first order (None: no such rows), and the retained objective's norms."""
+
+    edited: float | None
+    retained: float | None
+    heldout: float | None
+    objective: GradientNorms | None
+
+
 @dataclass(eq=False, kw_only=True)
 class Evidence:
-    """One edit in the making: what is changed and what it has cost so far; `max_damage` and `seed` as in its options."""
+    """An edit in the making: what is changed, what is measured beside it, and what it has cost so far.
+
+    `holdout` are the held-out rows and `heldout` their tokens; `max_damage` and `seed` are as in the edit's options.
+    """
 
     version: Version
     change: Change
@@ -85,7 +119,7 @@ class Evidence:
     @property
     def budget(self) -> int:
         """Tokens that run at a time."""
-        return self.run.manifest["token_budget"]
+        return self.run.manifest.token_budget
 
     @cached_property
     def sample(self) -> np.ndarray:
@@ -102,53 +136,54 @@ class Evidence:
             heldout = None if self.heldout is None else measure(model, self.heldout, **options)
         return State(old, new, retained, heldout, by_request(change, old.loss, new.loss))
 
-    def since_the_fit(self, after_: State) -> float | None:
-        """The relative rise of the retained sample's loss since the run's own adapter, where earlier edits came between."""
+    def since_the_fit(self, after: State) -> float | None:
+        """Relative rise of the retained sample's loss since the run's own adapter; None without earlier edits."""
         if self.version.edits == 0 or len(self.sample) == 0:
             return None
         self.cost.forwards += len(self.sample)
         tokens = self.version.tokens.select(self.sample)
         first = mean_losses(self.version.model, tokens, token_budget=self.budget).mean()
-        return float((after_.retained.loss.mean() - first) / first)
+        return float((after.retained.loss.mean() - first) / first)
 
-    def forecast(self, delta: Tensor, theta: Tensor | None) -> dict[str, Any]:
-        """Linear forecasts of the mean losses' changes, and the retained objective's gradient norm before and after."""
-        model, start = self.version.model, self.version.theta
+    def forecast(self, delta: Tensor, theta: Tensor | None) -> LinearForecast:
+        """First-order rises of the mean losses for a move `delta` [P], by gradients at the adapter before.
+
+        With `theta` [P], the adapter after, the retained objective's gradient is taken there too.
+        """
+        change, start = self.change, self.version.theta
+        removed = change.old.select(np.flatnonzero(~change.replaced))
         retained = self.version.tokens.select(self.sample[spaced(len(self.sample), FORECAST_ROWS)])
-        edited = joined(
-            self.change.old.select(np.flatnonzero(~self.change.replaced)), self.change.new
-        )
-        sets = {"edited": edited, "retained": retained, "heldout": self.heldout}
-        out: dict[str, Any] = {}
+        heldout = self.heldout
+        if heldout is not None:
+            heldout = heldout.select(spaced(len(heldout), FORECAST_ROWS))
+        sets = {
+            "edited": concatenated(removed, change.new),
+            "retained": retained,
+            "heldout": heldout,
+        }
+        rises: dict[str, float | None] = dict.fromkeys(sets)
+        objective = None
         for name, tokens in sets.items():
             if tokens is None or len(tokens) == 0:
-                out[name] = None
                 continue
-            tokens = (
-                tokens if name == "edited" else tokens.select(spaced(len(tokens), FORECAST_ROWS))
-            )
-            weights = 1 / (tokens.counts * len(tokens))
-            with model.at(start):
-                gradient, _ = loss_sum_gradient(
-                    model, tokens, weights, token_budget=self.budget, cost=self.cost
-                )
-            out[name] = float(gradient.double() @ delta.double())
+            gradient = self._mean_gradient(tokens, start)
+            rises[name] = float(gradient.double() @ delta.double())
             if name == "retained":
-                out["objective"] = {
-                    "before": float(gradient.norm()),
-                    "after": None,
-                    "rows": len(tokens),
-                }
-                if theta is not None:
-                    with model.at(theta):
-                        there, _ = loss_sum_gradient(
-                            model, tokens, weights, token_budget=self.budget, cost=self.cost
-                        )
-                    out["objective"]["after"] = float(there.norm())
-        return out
+                after = None if theta is None else float(self._mean_gradient(tokens, theta).norm())
+                norm = float(gradient.norm())
+                objective = GradientNorms(before=norm, after=after, rows=len(tokens))
+        return LinearForecast(**rises, objective=objective)
 
-    def retraining(self, spent: float) -> dict[str, Any]:
-        """What retraining would cost, where the recipe is recorded."""
+    def _mean_gradient(self, tokens: TokenizedExamples, theta: Tensor) -> Tensor:
+        """Gradient `[P]` of the rows' mean loss at an adapter."""
+        weights = 1 / (tokens.counts * len(tokens))
+        with self.version.model.at(theta) as model:
+            return loss_sum_gradient(
+                model, tokens, weights, token_budget=self.budget, cost=self.cost
+            )[0]
+
+    def retraining(self, spent: float) -> dict[str, float | None]:
+        """What retraining would cost in row gradients, and `spent` over it; None without a recorded recipe."""
         recipe = recorded_recipe(self.run)
         if recipe is None:
             return {"retraining": None, "ratio": None}
@@ -157,198 +192,198 @@ class Evidence:
 
 
 def by_request(change: Change, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """One number a request: of its new content where it has one."""
-    out = np.array(old, dtype=np.float64)
-    out[change.replaced] = new
-    return out
-
-
-def joined(one: TokenizedExamples, other: TokenizedExamples) -> TokenizedExamples:
-    """Both sets of rows, one after the other."""
-    return TokenizedExamples([*one, *other], [*one.ids, *other.ids])
-
-
-def mean_of(values: np.ndarray) -> float | None:
-    """Their mean; None where there are none, or one is unknown (NaN)."""
-    return known(float(np.mean(values))) if len(values) else None
-
-
-def known(value: float) -> float | None:
-    """The number, or None for NaN."""
-    return None if np.isnan(value) else value
-
-
-def plus(before: float | None, change: float | None) -> float | None:
-    """`before + change`; None where one is not known."""
-    return None if before is None or change is None else before + change
+    """One number a request `[s]`: of its new content where it has one."""
+    values = np.array(old, dtype=np.float64)
+    values[change.replaced] = new
+    return values
 
 
 def rows_of(
     work: Evidence,
     before: State,
-    after_: State | None,
+    after: State | None,
     expected: Expected,
     targets: Targets,
-    comparable: Any = None,
-) -> list[dict[str, Any]]:
-    """One entry a request."""
-    found, new, base = [], 0, by_request(work.change, expected.base, expected.new_base)
-    for place, request in enumerate(work.change.requests):
-        replaced = request.after is not None
-        at = new if replaced else place
-        first, last = (
-            (before.new, after_.new if after_ else None)
-            if replaced
-            else (before.old, after_.old if after_ else None)
-        )
-        row = {
-            "id": request.before.id,
-            "action": request.action,
-            "before": float(first.loss[at]),
-            "after": None if last is None else float(last.loss[at]),
-            "target": known(float(targets.edited[place])),
-            "base": float(base[place]),
-            "share": known(float(expected.shares[place])),
-            "extraction_before": float(first.extraction[at]),
-            "extraction_after": None if last is None else float(last.extraction[at]),
-            "rank": None
-            if last is None or comparable is None
-            else float(np.mean(comparable < last.loss[at])),
-        }
-        if replaced:
-            row |= {
-                "old_before": float(before.old.loss[place]),
-                "old_after": None if after_ is None else float(after_.old.loss[place]),
+    comparable: np.ndarray | None = None,
+) -> tuple[RowRecord, ...]:
+    """What was measured of each request; `comparable` are the losses that its rank is among."""
+    replaced, base = work.change.replaced, by_request(work.change, expected.base, expected.new_base)
+    place_of_new = np.cumsum(replaced) - 1
+
+    def record(place: int, request: Request) -> RowRecord:
+        at = int(place_of_new[place]) if replaced[place] else place
+        first, last = before.old, None if after is None else after.old
+        old_losses: dict[str, float | None] = {}
+        if replaced[place]:
+            old_losses = {
+                "old_before": float(first.loss[place]),
+                "old_after": None if last is None else float(last.loss[place]),
                 "old_target": float(targets.old[place]),
             }
-            new += 1
-        found.append(row)
-    return found
+            first, last = before.new, None if after is None else after.new
+        rank = None
+        if last is not None and comparable is not None:
+            rank = float(np.mean(comparable < last.loss[at]))
+        return RowRecord(
+            id=request.before.id,
+            action=request.action,
+            before=float(first.loss[at]),
+            after=None if last is None else float(last.loss[at]),
+            target=number_or_none(float(targets.edited[place])),
+            base=float(base[place]),
+            share=number_or_none(float(expected.shares[place])),
+            extraction_before=float(first.extraction[at]),
+            extraction_after=None if last is None else float(last.extraction[at]),
+            rank=rank,
+            **old_losses,
+        )
+
+    return tuple(record(place, request) for place, request in enumerate(work.change.requests))
 
 
 def report(
     work: Evidence,
     method: dict[str, Any],
     residual: dict[str, Any],
-    found: Walk,
+    ending: Ending,
     delta: Tensor,
     before: State,
-    after_: State,
+    after: State,
     expected: Expected,
     targets: Targets,
-    linear: dict[str, Any],
+    linear: LinearForecast,
     seconds: float,
-) -> dict[str, Any]:
-    """The record of an edit, all but the files (`unlearn.record.folder.seal`)."""
+) -> EditRecord:
+    """The record of an edit, all but the files (`unlearn.record.folder.seal`).
+
+    `method` are the settings by name, `residual` the linear solves' residual and tolerance, `ending` where the steps
+    led, `delta` [P] the whole move, and `seconds` the time that all of it took.
+    """
     run, version, change = work.run, work.version, work.change
-    model = version.model
-    with model.at(version.theta + delta):
+    with version.model.at(version.theta + delta) as model:
         digest = model.adapter_digest
-    comparable, source = None, None
-    if after_.heldout is not None:
-        comparable, source = after_.heldout.loss, "held-out rows"
-    elif len(work.sample):
-        with model.at(scaled_to(version, 0.0)):
-            comparable = mean_losses(
-                model, version.tokens.select(work.sample), token_budget=work.budget
-            )
-        work.cost.forwards += len(comparable)
-        source = "retained rows under the base model"
-    change_of = after_.retained.loss - before.retained.loss
-    damage = float(change_of.mean() / before.retained.loss.mean()) if len(change_of) else None
-    since = work.since_the_fit(after_)
+    comparable, source = _comparable_losses(work, after)
+    guard = _guard(work, before, after)
+    rows_after = change.after
+    return EditRecord(
+        kind=change.kind,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        versions=versions(),
+        run=Place(path=str(run.directory.resolve()), digest=run.digest),
+        base=Place(path=run.manifest.base.path, digest=run.manifest.base.digest),
+        adapter=Adapters(
+            before=Place(path=version.path, digest=version.digest), after=Digest(digest=digest)
+        ),
+        data=TrainingRows(
+            before=version.rows.digest,
+            after=rows_after.digest,
+            rows_before=len(version.rows),
+            rows_after=len(rows_after),
+        ),
+        tokenizer=Digest(digest=run.manifest.tokenizer.digest),
+        requests=tuple(RequestRecord(**request.record()) for request in change.requests),
+        lineage=Lineage(
+            edits=version.edits + 1,
+            removed=tuple(change.lineage["removed"]),
+            changed=tuple(change.lineage["changed"]),
+        ),
+        method=MethodRecord.of(method | {"rho": number_or_none(expected.rho)}),
+        residual=Residual(**residual, objective=linear.objective),
+        stopped=ending.stopped,
+        reached=ending.reached,
+        steps=tuple(WalkStep(**asdict(step)) for step in ending.steps),
+        delta=Move(norm=float(delta.norm()), relative=float(delta.norm() / version.theta.norm())),
+        losses=_losses(work, before, after, targets, linear),
+        rows=rows_of(work, before, after, expected, targets, comparable),
+        comparable=None if comparable is None else Comparable(source=source, rows=len(comparable)),
+        guard=guard,
+        cost=CostRecord(
+            row_gradients=work.cost.gradients,
+            row_forwards=work.cost.forwards,
+            total=work.cost.total,
+            seconds=seconds,
+            **work.retraining(work.cost.total),
+        ),
+        agreement=None,
+    )
+
+
+def _comparable_losses(work: Evidence, after: State) -> tuple[np.ndarray | None, str | None]:
+    """Losses of rows that are as unseen as an edited row should be, and what rows they are."""
+    if after.heldout is not None:
+        return after.heldout.loss, "held-out rows"
+    if len(work.sample) == 0:
+        return None, None
+    with work.version.model.at(scaled_to(work.version, 0.0)) as model:
+        tokens = work.version.tokens.select(work.sample)
+        losses = mean_losses(model, tokens, token_budget=work.budget)
+    work.cost.forwards += len(losses)
+    return losses, "retained rows under the base model"
+
+
+def _losses(
+    work: Evidence, before: State, after: State, targets: Targets, linear: LinearForecast
+) -> Losses:
+    """Mean losses of the edited, the retained and the held-out rows."""
+    rises, heldout = after.retained.loss - before.retained.loss, None
+    error = float(rises.std(ddof=1) / np.sqrt(len(rises))) if len(rises) > 1 else None
+    if before.heldout is not None and after.heldout is not None:
+        was = mean_or_none(before.heldout.loss)
+        heldout = HeldOutLosses(
+            rows=len(before.heldout.loss),
+            before=was,
+            after=mean_or_none(after.heldout.loss),
+            predicted=sum_or_none(was, linear.heldout),
+            source=work.holdout.source if work.holdout is not None else None,
+        )
+    edited_before, retained_before = mean_or_none(before.edited), mean_or_none(before.retained.loss)
+    return Losses(
+        edited=EditedLosses(
+            rows=len(work.change.rows),
+            before=edited_before,
+            after=mean_or_none(after.edited),
+            target=mean_or_none(targets.edited),
+            predicted=sum_or_none(edited_before, linear.edited),
+        ),
+        retained=RetainedLosses(
+            rows=len(rises),
+            before=retained_before,
+            after=mean_or_none(after.retained.loss),
+            change=damage_of(before, after),
+            standard_error=error,
+            predicted=sum_or_none(retained_before, linear.retained),
+        ),
+        heldout=heldout,
+    )
+
+
+def damage_of(before: State, after: State) -> float | None:
+    """Relative rise of the retained sample's mean loss; None where there is no retained row."""
+    rises = after.retained.loss - before.retained.loss
+    return float(rises.mean() / before.retained.loss.mean()) if len(rises) else None
+
+
+def _guard(work: Evidence, before: State, after: State) -> Guard:
+    """What the retained rows lost against the limit; a warning where edits add up to more than one may do."""
+    damage, since_the_fit = damage_of(before, after), work.since_the_fit(after)
     if (
-        since is not None
+        since_the_fit is not None
         and damage is not None
         and distributed.rank() == 0
-        and since > work.max_damage >= damage
+        and since_the_fit > work.max_damage >= damage
     ):
         say(
-            f"warning: this edit raises the retained rows' loss by {damage:.1%}, and {version.edits + 1} edits together by "
-            f"{since:.1%} since the adapter that was fitted: each is judged by itself"
+            f"warning: this edit raises the retained rows' loss by {damage:.1%}, and "
+            f"{work.version.edits + 1} edits together by {since_the_fit:.1%} since the adapter that was "
+            "fitted: each is judged by itself"
         )
-    rows_after = change.after
-    cost = work.cost
-    return {
-        "format": FORMAT,
-        "kind": change.kind,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": versions(),
-        "run": {"path": str(run.directory.resolve()), "digest": run.digest},
-        "base": {"path": run.manifest["base"]["path"], "digest": run.manifest["base"]["digest"]},
-        "adapter": {
-            "before": {"path": version.path, "digest": version.digest},
-            "after": {"digest": digest},
-        },
-        "data": {
-            "before": version.rows.digest,
-            "after": rows_after.digest,
-            "rows_before": len(version.rows),
-            "rows_after": len(rows_after),
-        },
-        "tokenizer": {"digest": run.manifest["identity"]["tokenizer"]},
-        "requests": [request.record() for request in change.requests],
-        "lineage": {"edits": version.edits + 1, **change.lineage},
-        "method": method | {"rho": known(expected.rho)},
-        "residual": residual | {"objective": linear.get("objective")},
-        "stopped": found.stopped,
-        "reached": found.reached,
-        "steps": [asdict(step) for step in found.steps],
-        "delta": {
-            "norm": float(delta.norm()),
-            "relative": float(delta.norm() / version.theta.norm()),
-        },
-        "losses": {
-            "edited": {
-                "rows": len(change.rows),
-                "before": mean_of(before.edited),
-                "after": mean_of(after_.edited),
-                "target": mean_of(targets.edited),
-                "predicted": plus(mean_of(before.edited), linear["edited"]),
-            },
-            "retained": {
-                "rows": len(change_of),
-                "before": mean_of(before.retained.loss),
-                "after": mean_of(after_.retained.loss),
-                "change": damage,
-                "standard_error": float(change_of.std(ddof=1) / np.sqrt(len(change_of)))
-                if len(change_of) > 1
-                else None,
-                "predicted": plus(mean_of(before.retained.loss), linear["retained"]),
-            },
-            "heldout": None
-            if before.heldout is None or after_.heldout is None
-            else {
-                "rows": len(before.heldout.loss),
-                "before": mean_of(before.heldout.loss),
-                "after": mean_of(after_.heldout.loss),
-                "predicted": plus(mean_of(before.heldout.loss), linear["heldout"]),
-                "source": work.holdout.source if work.holdout is not None else None,
-            },
-        },
-        "rows": rows_of(work, before, after_, expected, targets, comparable),
-        "comparable": None if comparable is None else {"source": source, "rows": len(comparable)},
-        "guard": {
-            "max_damage": work.max_damage,
-            "damage": damage,
-            "since_the_fit": since,
-            "passed": None
-            if work.max_damage == float("inf")
-            else damage is None or damage <= work.max_damage,
-            "forced": False,
-        },
-        "cost": {
-            "row_gradients": cost.gradients,
-            "row_forwards": cost.forwards,
-            "total": cost.total,
-            "seconds": seconds,
-            **work.retraining(cost.total),
-        },
-        "agreement": None,
-    }
-
-
-def refuse_text(ids: Sequence[str] | str) -> None:
-    """Refuse ids that were given as one string, whose letters would be taken for ids."""
-    if isinstance(ids, str):
-        raise InputError(f"ids {ids!r} were given as one string; expected a list, as in [{ids!r}]")
+    passed = None
+    if work.max_damage != float("inf"):
+        passed = damage is None or damage <= work.max_damage
+    return Guard(
+        max_damage=work.max_damage,
+        damage=damage,
+        since_the_fit=since_the_fit,
+        passed=passed,
+        forced=False,
+    )

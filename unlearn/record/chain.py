@@ -28,6 +28,8 @@ from typing import Any
 
 from influence.errors import MismatchError, StoreError
 from influence.manifest import (
+    AUDIT,
+    NAME,
     AuditRecord,
     Manifest,
     NowRecord,
@@ -37,27 +39,28 @@ from influence.manifest import (
     read_manifest,
 )
 from influence.store import only_writer
-from unlearn.record.folder import RECORD, Verification, check_folder, facts_of
+from unlearn.record.edit_record import facts_of
+from unlearn.record.folder import RECORD, Verification, check_folder
 from unlearn.record.plain import (
-    _KINDS,
-    as_json,
+    KINDS,
     canonical,
     clipped,
+    json_value,
     parse_object,
     read_plain,
     reason_of,
     shortened,
 )
 
-CHAIN, MANIFEST = "audit.jsonl", "manifest.json"
+#: The chain's file, and the file that counts its lines.
+CHAIN, MANIFEST = AUDIT, NAME
 #: What the first line has in place of the hash of the line before.
 START = "0" * 64
-
-
-#: How often, and after how many seconds, an append asks again for the lock: an edit is too dear to lose for it.
+#: How often, and after how many seconds, an append asks again for the lock (a choice: five seconds in all).
+#: An edit is too dear to lose for a lock that another save holds for an instant.
 ATTEMPTS, PAUSE = 50, 0.1
 
-
+#: The keys of a line, with the type of each.
 _ENTRY = {"number": int, "ids": list} | dict.fromkeys(
     (
         "time",
@@ -76,15 +79,33 @@ _ENTRY = {"number": int, "ids": list} | dict.fromkeys(
 
 @dataclass(frozen=True)
 class Chain:
-    """The lines that are sound in themselves with their places, what is wrong, and where an append goes on."""
+    """The chain as it was read.
+
+    Attributes
+    ----------
+    path : Path
+        Its file.
+    lines : list of (int, dict)
+        The lines that are sound in themselves, each with its place, from 1.
+    problems : list of str
+        What is wrong, a sentence each.
+    head : str
+        Hash of the last line.
+    size : int
+        Bytes of the complete lines: an append goes on there.
+    pending : bool
+        Whether there is one line more than the manifest counts.
+    torn : str or None
+        The sentence about an unfinished line.
+    """
 
     path: Path
     lines: list[tuple[int, dict[str, Any]]]
     problems: list[str]
-    head: str  # hash of the last line
-    size: int  # bytes of the complete lines
-    pending: bool = False  # one line more than the manifest counts
-    torn: str | None = None  # the sentence about an unfinished line
+    head: str
+    size: int
+    pending: bool = False
+    torn: str | None = None
 
 
 def append(
@@ -94,36 +115,52 @@ def append(
     expect: str | None = None,
     publish: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Append the sealed edit in `folder`, its final place, to the run's chain; return the entry.
+    """Append the sealed edit in `folder`, its final place, to the run's chain; returns the entry.
 
-    `publish` is called under the chain's lock, before the line is written, to move the folder to its place. `expect`:
-    the hash that the last line must still have, where the edit was made from the last one's adapter. An edit that the chain
-    has already (same place, same record) is not appended twice. Raises `StoreError` naming the
-    line where the chain so far is broken, or the file where the folder is not as its record says: nothing is appended
-    then; `MismatchError` where the edit is of another run, or another edit was saved meanwhile.
+    Parameters
+    ----------
+    run_directory
+        The run.
+    folder
+        Where the edit will lie for good.
+    expect
+        The hash that the last line must still have, where the edit was made from the last one's adapter.
+    publish
+        Called under the chain's lock, before the line is written, to move the folder to its place.
+
+    An edit that the chain has already (same place, same record) is not appended twice.
+
+    Raises
+    ------
+    StoreError
+        Naming the line where the chain so far is broken, or the file where the folder is not as its record says.
+        Nothing is appended then.
+    MismatchError
+        Where the edit is of another run, or another edit was saved meanwhile.
     """
     run_directory, folder = Path(run_directory), Path(folder).resolve()
     with _lock(run_directory / CHAIN):
         manifest = checked_manifest(run_directory)
         chain = sound_chain(run_directory, manifest)
         if expect is not None and chain.head != expect:
+            last = chain.lines[-1][1]["edit"] if chain.lines else "none"
             raise MismatchError(
-                f"another edit was saved to {chain.path} while this one was made ({chain.lines[-1][1]['edit'] if chain.lines else 'none'}"
-                " is the last now), and this one does not contain it: nothing was written. Make the edit again, or say with "
-                "--start which adapter it is meant for"
+                f"another edit was saved to {chain.path} while this one was made ({last} is the last "
+                "now), and this one does not contain it: nothing was written. Make the edit again, or "
+                "say with --start which adapter it is meant for"
             )
         if publish is not None:
             publish()
         entry = _entry(folder, chain, manifest)
-        there = [
-            old
-            for _, old in chain.lines
-            if (old["edit"], old["record"]) == (entry["edit"], entry["record"])
+        appended_before = [
+            line
+            for _, line in chain.lines
+            if (line["edit"], line["record"]) == (entry["edit"], entry["record"])
         ]
-        if chain.pending or there:
+        if chain.pending or appended_before:
             _settle(run_directory, len(chain.lines), chain.head, chain.lines[-1][1])
-        if there:
-            return there[-1]
+        if appended_before:
+            return appended_before[-1]
         _write_line(chain, canonical(entry) + b"\n")
         _settle(run_directory, entry["number"], entry["hash"], entry)
     return entry
@@ -153,12 +190,12 @@ def _entry(folder: Path, chain: Chain, manifest: Manifest) -> dict[str, Any]:
         "previous": chain.head,
     }
     entry["hash"] = hashlib.sha256(canonical(entry)).hexdigest()
-    found = Verification()
-    check_folder(found, folder, entry, f"line {entry['number']}")
-    if entry["adapter_before"] not in _adapters(manifest, [old for _, old in chain.lines]):
-        found.problems.append(f"{folder / RECORD}: {_unknown_before(entry)}")
-    if not found.passed:
-        raise StoreError(f"nothing was appended to {chain.path}: {'; '.join(found.problems)}")
+    result = Verification()
+    check_folder(result, folder, entry, f"line {entry['number']}")
+    if entry["adapter_before"] not in _adapters(manifest, [line for _, line in chain.lines]):
+        result.problems.append(f"{folder / RECORD}: {_unknown_before(entry)}")
+    if not result.passed:
+        raise StoreError(f"nothing was appended to {chain.path}: {'; '.join(result.problems)}")
     return entry
 
 
@@ -173,22 +210,24 @@ def _write_line(chain: Chain, line: bytes) -> None:
             os.fsync(handle.fileno())
     except OSError as error:
         raise StoreError(
-            f"{chain.path} could not be written: {reason_of(error)}; mend that, then save the edit again"
+            f"{chain.path} could not be written: {reason_of(error)}; mend that, then save the edit "
+            "again"
         ) from error
 
 
 def _settle(run_directory: Path, count: int, head: str, last: Mapping[str, Any]) -> None:
-    """The manifest follows: the chain's length and head, and the adapter that the last edit made."""
+    """Let the manifest follow: the chain's length and head, and the adapter that the last edit made."""
     change_under_lock(run_directory, audit=AuditRecord(count, head), now=newest_adapter(last))
 
 
 def newest_adapter(last: Mapping[str, Any]) -> NowRecord:
     """What the manifest says of the adapter that the last line made."""
-    return NowRecord(Source(as_json(last["edit"]), last["adapter_after"]))
+    return NowRecord(Source(json_value(last["edit"]), last["adapter_after"]))
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
+    """The chain's lock, asked for again for a while where another process holds it."""
     with ExitStack() as stack:
         for attempt in range(ATTEMPTS):
             try:
@@ -202,12 +241,16 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def entries(run_directory: Path) -> list[dict[str, Any]]:
-    """The chain's lines, checked; `StoreError` naming the bad line where it is broken. An unfinished one is no line."""
+    """The chain's lines, oldest first. An unfinished one is no line.
+
+    `StoreError` names the bad line where the chain is broken.
+    """
     run_directory = Path(run_directory)
     return [entry for _, entry in sound_chain(run_directory, checked_manifest(run_directory)).lines]
 
 
 def sound_chain(run_directory: Path, manifest: Manifest) -> Chain:
+    """The chain of a run; `StoreError` names what is wrong with it, and what to do."""
     chain = read_chain(run_directory, manifest)
     if chain.problems:
         more = (
@@ -216,15 +259,16 @@ def sound_chain(run_directory: Path, manifest: Manifest) -> Chain:
             else ""
         )
         raise StoreError(
-            f"the record of edits is broken: {chain.problems[0]}{more}. Restore it from a copy; or move {chain.path} away "
-            "as evidence, delete the key audit of manifest.json, and begin a new one"
+            f"the record of edits is broken: {chain.problems[0]}{more}. Restore it from a copy; or "
+            f"move {chain.path} away as evidence, delete the key audit of manifest.json, and begin a "
+            "new one"
         )
     return chain
 
 
 def read_chain(run_directory: Path, manifest: Manifest) -> Chain:
-    """Read and check `audit.jsonl`: each line, how it follows from the one before, and the manifest's count and head."""
-    path, problems = run_directory / CHAIN, []
+    """Read and check `audit.jsonl`: each line, its link to the line before, and the manifest's count and head."""
+    path = run_directory / CHAIN
     try:
         data = read_plain(path)
     except FileNotFoundError:
@@ -233,7 +277,8 @@ def read_chain(run_directory: Path, manifest: Manifest) -> Chain:
         return Chain(path, [], [f"{path}: {reason_of(error)}"], START, 0)
     *raws, tail = data.split(b"\n")
     lines: list[tuple[int, dict[str, Any]]] = []
-    known = _adapters(manifest, [])
+    problems: list[str] = []
+    possible_starts = _adapters(manifest, [])
     hashes: list[str | None] = [START]  # of each line as it states it; None where it cannot be read
     number = 0
     for place, raw in enumerate(raws, 1):
@@ -244,44 +289,74 @@ def read_chain(run_directory: Path, manifest: Manifest) -> Chain:
         else:
             if not wrong:
                 lines.append((place, entry))
-            if entry["number"] != number + 1:
-                wrong.append(
-                    f"its number is {entry['number']}, expected {number + 1}: lines were removed or moved"
-                )
-            if hashes[-1] is not None and entry["previous"] != hashes[-1]:
-                wrong.append(
-                    f"it follows a line with hash {entry['previous']}, the line before has {hashes[-1]}"
-                )
-            if entry["run"] != manifest.digest:
-                wrong.append(
-                    f"it is of run {entry['run']}, expected {manifest.digest}: was the run fitted anew?"
-                )
-            if entry["adapter_before"] not in known:
-                wrong.append(_unknown_before(entry))
-            known.add(entry["adapter_after"])
+            wrong += _wrong_link(entry, number, hashes[-1], manifest, possible_starts)
+            possible_starts.add(entry["adapter_after"])
             hashes.append(entry["hash"])
             number = entry["number"]
         problems += [f"{path} line {place}: {clipped(reason)}" for reason in wrong]
+    size, head = len(data) - len(tail), hashes[-1] or START
+    problem, torn = _against_manifest(run_directory, manifest, hashes, unfinished=bool(tail))
+    if problem:
+        problems.append(problem)
+    one_more = not tail and len(raws) == _counted(manifest)[0] + 1
+    pending = one_more and not problems
+    return Chain(path, lines, problems, head, size, pending, torn)
 
+
+def _wrong_link(
+    entry: dict[str, Any],
+    number: int,
+    previous: str | None,
+    manifest: Manifest,
+    possible_starts: set[str],
+) -> list[str]:
+    """What is wrong with how a line follows from those before; `number` and `previous` are the last one's."""
+    wrong = []
+    if entry["number"] != number + 1:
+        wrong.append(
+            f"its number is {entry['number']}, expected {number + 1}: lines were removed or moved"
+        )
+    if previous is not None and entry["previous"] != previous:
+        wrong.append(
+            f"it follows a line with hash {entry['previous']}, the line before has {previous}"
+        )
+    if entry["run"] != manifest.digest:
+        wrong.append(
+            f"it is of run {entry['run']}, expected {manifest.digest}: was the run fitted anew?"
+        )
+    if entry["adapter_before"] not in possible_starts:
+        wrong.append(_unknown_before(entry))
+    return wrong
+
+
+def _against_manifest(
+    run_directory: Path, manifest: Manifest, hashes: list[str | None], *, unfinished: bool
+) -> tuple[str | None, str | None]:
+    """What is wrong with the chain beside the manifest's count and head, and the sentence about a torn line.
+
+    `hashes` are `START` and those of the complete lines. An unfinished line after those that are counted comes from
+    an append that was killed, and so does one complete line more.
+    """
+    path, lines = run_directory / CHAIN, len(hashes) - 1
     count, head = _counted(manifest)
-    told = f"{run_directory / MANIFEST} counts {count} with head {head}"
-    pending, torn = False, None
-    if tail and len(raws) == count and hashes[-1] == head:
-        torn = (
-            f"{path} line {count + 1} is unfinished: an append was killed there. The {count} before it are those that "
-            "manifest.json counts; the next edit that is saved removes it"
+    counted = f"{run_directory / MANIFEST} counts {count} with head {head}"
+    if unfinished and lines == count and hashes[-1] == head:
+        return None, (
+            f"{path} line {count + 1} is unfinished: an append was killed there. The {count} before it "
+            "are those that manifest.json counts; the next edit that is saved removes it"
         )
-    elif tail:
-        problems.append(
-            f"{path} line {len(raws) + 1} has no end, and {told}: the file was cut or changed"
+    if unfinished:
+        return (
+            f"{path} line {lines + 1} has no end, and {counted}: the file was cut or changed",
+            None,
         )
-    elif len(raws) == count + 1 and hashes[count] == head:
-        pending = not problems
-    elif len(raws) != count:
-        problems.append(f"{path} has {len(raws)} lines, and {told}: lines were removed or added")
-    elif hashes[-1] != head:
-        problems.append(f"{path} line {count}: its hash is {hashes[-1]}, and {told}")
-    return Chain(path, lines, problems, hashes[-1] or START, len(data) - len(tail), pending, torn)
+    if lines == count + 1 and hashes[count] == head:
+        return None, None
+    if lines != count:
+        return f"{path} has {lines} lines, and {counted}: lines were removed or added", None
+    if hashes[-1] != head:
+        return f"{path} line {count}: its hash is {hashes[-1]}, and {counted}", None
+    return None, None
 
 
 def _line(raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
@@ -291,7 +366,7 @@ def _line(raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
     except (ValueError, RecursionError) as error:
         return None, [f"it is no JSON object ({reason_of(error)})"]
     wrong = [
-        f"{key} is {shortened(entry.get(key))}, expected {_KINDS[kind]}"
+        f"{key} is {shortened(entry.get(key))}, expected {KINDS[kind]}"
         for key, kind in _ENTRY.items()
         if type(entry.get(key)) is not kind
     ]
@@ -308,9 +383,8 @@ def _line(raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
         wrong.append(
             "its bytes are not the canonical JSON of its content: it was written by something else"
         )
-    content = hashlib.sha256(
-        canonical({key: value for key, value in entry.items() if key != "hash"})
-    ).hexdigest()
+    without_hash = {key: value for key, value in entry.items() if key != "hash"}
+    content = hashlib.sha256(canonical(without_hash)).hexdigest()
     if content != entry["hash"]:
         wrong.append(f"its hash is {entry['hash']}, its content has {content}: it was changed")
     return entry, wrong
@@ -322,7 +396,11 @@ def _adapters(manifest: Manifest, before: list[dict[str, Any]]) -> set[str]:
 
 
 def _unknown_before(entry: dict[str, Any]) -> str:
-    return f"it starts from adapter {entry['adapter_before']}, which is neither the run's nor made by an earlier line"
+    """The sentence about an edit that starts from nowhere."""
+    return (
+        f"it starts from adapter {entry['adapter_before']}, which is neither the run's nor made by an "
+        "earlier line"
+    )
 
 
 def checked_manifest(run_directory: Path) -> Manifest:

@@ -203,6 +203,17 @@ def plan(
     )
 
 
+def refuse_text(ids: Sequence[str] | str) -> None:
+    """Refuse ids that were given as one string, whose letters would be taken for ids."""
+    if isinstance(ids, str):
+        raise InputError(f"ids {ids!r} were given as one string; expected a list, as in [{ids!r}]")
+
+
+def concatenated(first: TokenizedExamples, second: TokenizedExamples) -> TokenizedExamples:
+    """The rows of both, one set after the other."""
+    return TokenizedExamples([*first, *second], [*first.ids, *second.ids])
+
+
 def _arrays(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
     return tokens.input_ids, tokens.supervised
 
@@ -210,9 +221,9 @@ def _arrays(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
 def row_weights(version: Version, counts: np.ndarray) -> np.ndarray:
     """The weights `w` of rows with these token counts in the fit's objective, its N_tok (or n) kept, `[k]`."""
     manifest = version.run.manifest
-    if manifest["objective"]["reduction"] == "token":
-        return np.full(len(counts), 1 / manifest["objective"]["N_tok"])
-    return weights(counts, "example") * len(counts) / manifest["data"]["rows"]
+    if manifest.objective.reduction == "token":
+        return np.full(len(counts), 1 / manifest.objective.N_tok)
+    return weights(counts, "example") * len(counts) / manifest.data.rows
 
 
 def _relabelled(row: Example, completion: Any) -> Example:

@@ -18,9 +18,10 @@ from influence.console import printable
 from influence.errors import InputError, StoreError
 from influence.loading import DTYPES, adapter_folder
 from influence.store import write_json
+from unlearn.record.edit_record import EditRecord, facts_of
 from unlearn.record.plain import (
-    as_json,
     clipped,
+    json_value,
     parse_object,
     read_plain,
     reason_of,
@@ -31,23 +32,18 @@ from unlearn.record.plain import (
     value_at,
 )
 
-FORMAT = 1
-
-
+#: The file that holds the record.
 RECORD = "edit.json"
-
-
+#: PEFT's two files of an adapter, and the move that made it, in the same layout.
 CONFIG, WEIGHTS, DELTA = "adapter_config.json", "adapter_model.safetensors", "delta.safetensors"
-
 
 #: Settings of a LoRA configuration that scale or shape the matrices.
 _SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
-
 #: Files that PEFT, transformers or `influence.load` would read beside the recorded ones, or that are pickles.
 _LOADED = re.compile(
-    r"(adapter_|tokenizer|special_tokens|added_tokens|chat_template|config\.json|model|pytorch_model|vocab|merges|spiece"
-    r"|sentencepiece|processor|generation_config).*"
+    r"(adapter_|tokenizer|special_tokens|added_tokens|chat_template|config\.json|model|pytorch_model"
+    r"|vocab|merges|spiece|sentencepiece|processor|generation_config).*"
     r"|.*\.(bin|pt|pth|ckpt|pkl|pickle|py)",
     re.IGNORECASE,
 )
@@ -55,7 +51,13 @@ _LOADED = re.compile(
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found: sentences of what holds, of what does not, and of what else is worth knowing."""
+    """What a verification came to: what holds, what does not, and what else is worth knowing.
+
+    Attributes
+    ----------
+    checked, problems, notes : list of str
+        One sentence each.
+    """
 
     checked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -81,89 +83,121 @@ def seal(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
             )
         if path.name not in (RECORD, RECORD + ".partial"):
             files[path.name] = sha256_of_file(path)
-    sealed = {key: as_json(value) for key, value in record.items()} | {"files": files}
+    sealed = {key: json_value(value) for key, value in record.items()} | {"files": files}
     write_json(folder / RECORD, sealed)
     return sealed
 
 
 def check_folder(
-    found: Verification, folder: Path, entry: dict[str, Any] | None, name: str, apply: bool = False
+    result: Verification, folder: Path, line: dict[str, Any] | None, name: str, apply: bool = False
 ) -> None:
-    """An adapter directory against its record, and its record against the line of the chain (None: no chain there)."""
-    before, where = len(found.problems), folder / RECORD
+    """Check an adapter directory against its record, and its record against the line of the chain.
+
+    `line` is None where there is no chain; `name` is what the sentences call the edit. With `apply` the weights are
+    read too. What is found is added to `result`.
+    """
     if not os.path.isdir(folder):
-        found.problems.append(
-            f"{name}: its adapter was saved at {folder}, where no directory is now; --adapter DIR checks one that was moved"
+        result.problems.append(
+            f"{name}: its adapter was saved at {folder}, where no directory is now; "
+            "--adapter DIR checks one that was moved"
         )
         return
-    with naming(found.problems, where):
-        data = read_plain(where)
-        digest = hashlib.sha256(data).hexdigest()
-        if entry is not None and digest != entry["record"]:
-            found.problems.append(
-                f"{where}: its sha256 is {digest}, {name} recorded {entry['record']}: it was changed, so it vouches for no file"
-            )
+    before = len(result.problems)
+    with naming(result.problems, folder / RECORD):
+        data = read_plain(folder / RECORD)
+        if line is not None and not _is_of_line(result.problems, folder / RECORD, data, line, name):
             return
         record = parse_object(data)
-        for key, value in facts_of(record).items():
-            if entry is not None and entry[key] != value:
-                found.problems.append(
-                    f"{where}: {key} is {shortened(value)}, {name} of the chain has {shortened(entry[key])}"
-                )
-        files = typed_value_at(record, "files", dict)
-        for file in (CONFIG, WEIGHTS, DELTA):
-            if file not in files:
-                found.problems.append(
-                    f"{where}: it records no {file}, so nothing vouches for that file"
-                )
+        files = _check_facts(result.problems, folder / RECORD, record, line, name)
         for file, expected in files.items():
-            _check_file(found.problems, folder, file, expected)
-        for file in sorted(os.listdir(folder)):
-            if file in files or file == RECORD:
-                continue
-            if _LOADED.fullmatch(file):
-                found.problems.append(
-                    f"{folder / file} is not in the record, and loaders may read it: take it away"
-                )
-            else:
-                found.notes.append(
-                    f"{folder / file} is not in the record; no loader of the adapter reads it"
-                )
-        if len(found.problems) == before:
-            of = "" if entry is None else ", its record is the one of the chain"
-            rows = f"{len(record['requests'])} row{'s' * (len(record['requests']) != 1)}"
-            found.checked.append(
-                f"{name}: {record['kind']} of {rows}{_by(record)} in {folder}: {len(files)} files have the sha256 that was recorded{of}"
+            _check_file(result.problems, folder, file, expected)
+        _check_other_files(result, folder, files)
+        if len(result.problems) == before:
+            read = EditRecord.salvaged(record)
+            of_chain = "" if line is None else ", its record is the one of the chain"
+            rows = f"{len(read.requests)} row{'s' * (len(read.requests) != 1)}"
+            method = (
+                f" by {clipped(printable(read.method.name), 60)}"
+                if read.method.name is not None
+                else ""
+            )
+            result.checked.append(
+                f"{name}: {read.kind} of {rows}{method} in {folder}: {len(files)} files have the "
+                f"sha256 that was recorded{of_chain}"
             )
         if apply:
-            _check_delta(found, folder, record, name)
+            _check_delta(result, folder, value_at(record, "adapter.before.path"), name)
 
 
-def _by(record: dict[str, Any]) -> str:
-    """The method, as the record names it."""
-    method = value_at(record, "method.name")
-    return f" by {clipped(printable(method), 60)}" if isinstance(method, str) else ""
+def _is_of_line(
+    problems: list[str], where: Path, data: bytes, line: dict[str, Any], name: str
+) -> bool:
+    """Whether the bytes of a record are those that a line of the chain names; else a problem says so."""
+    digest = hashlib.sha256(data).hexdigest()
+    if digest == line["record"]:
+        return True
+    problems.append(
+        f"{where}: its sha256 is {digest}, {name} recorded {line['record']}: it was changed, so it "
+        "vouches for no file"
+    )
+    return False
+
+
+def _check_facts(
+    problems: list[str], where: Path, record: dict[str, Any], line: dict[str, Any] | None, name: str
+) -> dict[str, Any]:
+    """Check what the line repeats of a record; returns the digests of its files, by name."""
+    for key, value in facts_of(record).items():
+        if line is not None and line[key] != value:
+            problems.append(
+                f"{where}: {key} is {shortened(value)}, {name} of the chain has {shortened(line[key])}"
+            )
+    files = typed_value_at(record, "files", dict)
+    problems += [
+        f"{where}: it records no {file}, so nothing vouches for that file"
+        for file in (CONFIG, WEIGHTS, DELTA)
+        if file not in files
+    ]
+    return files
 
 
 def _check_file(problems: list[str], folder: Path, file: str, expected: Any) -> None:
+    """Check one file of the folder against its recorded SHA-256."""
     if file in ("", ".", "..", RECORD) or "/" in file:
         problems.append(
-            f"{folder / RECORD}: files names {shortened(file)}, expected plain file names of the directory"
+            f"{folder / RECORD}: files names {shortened(file)}, expected plain file names of the "
+            "directory"
         )
         return
     with naming(problems, folder / file):
         digest = sha256_of_file(folder / file)
         if digest != expected:
             problems.append(
-                f"{folder / file}: its sha256 is {digest}, expected {shortened(expected)}: it was changed"
+                f"{folder / file}: its sha256 is {digest}, expected {shortened(expected)}: it was "
+                "changed"
             )
 
 
-def _check_delta(found: Verification, folder: Path, record: dict[str, Any], name: str) -> None:
-    """Old adapter + delta = new adapter, bit for bit, and nothing that scales the matrices differs."""
-    before, place = len(found.problems), record["adapter"]["before"].get("path")
+def _check_other_files(result: Verification, folder: Path, files: Mapping[str, Any]) -> None:
+    """Name the files that the record does not: a problem where a loader may read them, else a note."""
+    for file in sorted(os.listdir(folder)):
+        if file in files or file == RECORD:
+            continue
+        if _LOADED.fullmatch(file):
+            result.problems.append(
+                f"{folder / file} is not in the record, and loaders may read it: take it away"
+            )
+        else:
+            result.notes.append(
+                f"{folder / file} is not in the record; no loader of the adapter reads it"
+            )
+
+
+def _check_delta(result: Verification, folder: Path, place: Any, name: str) -> None:
+    """Check that the adapter at `place` + delta is the adapter in `folder`, bit for bit, scaled alike."""
+    before = len(result.problems)
     with naming(
-        found.problems, f"{name}: the adapter before the edit, {shortened(place)}, cannot be read"
+        result.problems, f"{name}: the adapter before the edit, {shortened(place)}, cannot be read"
     ):
         if not isinstance(place, str):
             raise StoreError("its place was not recorded")
@@ -171,48 +205,50 @@ def _check_delta(found: Verification, folder: Path, record: dict[str, Any], name
         read_plain(old / CONFIG)
         with _tensors(old / WEIGHTS):
             pass
-    if len(found.problems) > before:
+    if len(result.problems) > before:
         return
-    with naming(found.problems, f"{name}: the settings of {old} and {folder}"):
-        was, now = parse_object(read_plain(old / CONFIG)), parse_object(read_plain(folder / CONFIG))
+    with naming(result.problems, f"{name}: the settings of {old} and {folder}"):
+        config_before = parse_object(read_plain(old / CONFIG))
+        config = parse_object(read_plain(folder / CONFIG))
         for key in _SCALING:
-            if (was.get(key) or None) != (now.get(key) or None):
-                values = shortened(now.get(key)), shortened(was.get(key))
-                found.problems.append(
-                    f"{folder / CONFIG}: {key} is {values[0]}, before the edit it was {values[1]}"
+            if (config_before.get(key) or None) != (config.get(key) or None):
+                result.problems.append(
+                    f"{folder / CONFIG}: {key} is {shortened(config.get(key))}, before the edit it was "
+                    f"{shortened(config_before.get(key))}"
                 )
     with (
-        naming(found.problems, f"{name}: the weights of {folder}"),
+        naming(result.problems, f"{name}: the weights of {folder}"),
         _tensors(old / WEIGHTS) as olds,
         _tensors(folder / DELTA) as deltas,
         _tensors(folder / WEIGHTS) as news,
     ):
+        places = (old / WEIGHTS, folder / DELTA, folder / WEIGHTS)
         keys = [set(file.keys()) for file in (olds, deltas, news)]
-        for file, held in zip((old / WEIGHTS, folder / DELTA, folder / WEIGHTS), keys, strict=True):
+        for place_of, held in zip(places, keys, strict=True):
             if missing := sorted(set.union(*keys) - held):
-                found.problems.append(
-                    f"{file} lacks {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
-                )
-        same = sorted(set.intersection(*keys))
-        for key in same:
-            with naming(found.problems, f"{folder / WEIGHTS}: {key}"):
-                reason = _difference(
-                    olds.get_tensor(key), deltas.get_tensor(key), news.get_tensor(key)
-                )
+                more = ", ..." * (len(missing) > 3)
+                result.problems.append(f"{place_of} lacks {', '.join(missing[:3])}{more}")
+        common = sorted(set.intersection(*keys))
+        for key in common:
+            with naming(result.problems, f"{folder / WEIGHTS}: {key}"):
+                tensors = (file.get_tensor(key) for file in (olds, deltas, news))
+                reason = _difference(*tensors)
                 if reason:
-                    found.problems.append(f"{folder / WEIGHTS}: {key}: {reason}")
-        if len(found.problems) == before:
-            found.checked.append(
-                f"{name}: {old} + {DELTA} is {folder}, bit for bit, in {len(same)} matrices"
+                    result.problems.append(f"{folder / WEIGHTS}: {key}: {reason}")
+        if len(result.problems) == before:
+            result.checked.append(
+                f"{name}: {old} + {DELTA} is {folder}, bit for bit, in {len(common)} matrices"
             )
 
 
 def _difference(old: torch.Tensor, delta: torch.Tensor, new: torch.Tensor) -> str | None:
     """Why `old + delta`, in the delta's type, is not `new` to the bit; None if it is."""
     if not old.shape == delta.shape == new.shape:
-        return f"its shapes are {tuple(old.shape)} before, {tuple(delta.shape)} of the delta, {tuple(new.shape)} after"
+        shapes = [tuple(tensor.shape) for tensor in (old, delta, new)]
+        return f"its shapes are {shapes[0]} before, {shapes[1]} of the delta, {shapes[2]} after"
     if delta.dtype not in DTYPES.values() or new.dtype != delta.dtype:
         return f"its type is {new.dtype} and the delta's {delta.dtype}, expected the same floating type"
+    # Compared as bytes: -0 equals 0 as a number, and NaN equals nothing.
     bits = [
         part.contiguous().reshape(-1).view(torch.uint8)
         for part in (old.to(delta.dtype) + delta, new)
@@ -220,7 +256,10 @@ def _difference(old: torch.Tensor, delta: torch.Tensor, new: torch.Tensor) -> st
     if torch.equal(*bits):
         return None
     count = int((bits[0] != bits[1]).view(-1, new.element_size()).any(1).sum())
-    return f"{count} of {new.numel()} entries are not old + delta: the delta, or one of the two adapters, was changed"
+    return (
+        f"{count} of {new.numel()} entries are not old + delta: the delta, or one of the two "
+        "adapters, was changed"
+    )
 
 
 @contextmanager
@@ -236,25 +275,6 @@ def naming(problems: list[str], what: object) -> Iterator[None]:
     """Turn whatever a damaged or hostile file makes its reader do into a problem that names the file."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # any other kind of error would be a file that stops its own verification
+    # Any kind of error: one that got through would be a file that stops its own verification.
+    except Exception as error:
         problems.append(f"{what}: {reason_of(error)}")
-
-
-def facts_of(record: dict[str, Any]) -> dict[str, Any]:
-    """What a line of the chain repeats from a record; `StoreError` names the key that is wrong."""
-    if record.get("format") != FORMAT:
-        raise StoreError(
-            f"format is {shortened(record.get('format'))}, this version reads {FORMAT}"
-        )
-    return {
-        "kind": typed_value_at(record, "kind", str),
-        "ids": [
-            typed_value_at(request, "id", str)
-            for request in typed_value_at(record, "requests", list)
-        ],
-        "adapter_before": typed_value_at(record, "adapter.before.digest", str),
-        "adapter_after": typed_value_at(record, "adapter.after.digest", str),
-        "run": typed_value_at(record, "run.digest", str),
-    }

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from influence.console import printable
 from influence.errors import InputError, StoreError
 from unlearn.record.chain import MANIFEST, Chain, checked_manifest, newest_adapter, read_chain
+from unlearn.record.edit_record import EditRecord
 from unlearn.record.folder import RECORD, Verification, check_folder, naming
-from unlearn.record.plain import parse_object, read_plain, shortened, value_at
+from unlearn.record.plain import parse_object, read_plain, shortened
 
 
 def verify(
@@ -30,21 +32,26 @@ def verify(
         Also read the weights: old adapter + `delta.safetensors`, added in the delta's type, must be the new adapter
         bit for bit.
 
-    Damage of whatever kind is told in `problems`, never raised. Raises `InputError` for a wrong call: no run there, no
-    such directory. The adapters' digests are compared as they stand: computing them takes the base (its order of sites).
+    Damage of whatever kind is told in `problems`, never raised. The adapters' digests are compared as they stand:
+    computing them takes the base, whose order of sites they follow.
+
+    Raises
+    ------
+    InputError
+        For a wrong call: nothing to verify, no run there, no such directory.
     """
-    found = Verification()
+    result = Verification()
     if adapter is not None:
         _verify_adapter(
-            found, Path(adapter), None if run_directory is None else Path(run_directory), apply
+            result, Path(adapter), None if run_directory is None else Path(run_directory), apply
         )
     elif run_directory is not None:
-        _verify_run(found, Path(run_directory), apply)
+        _verify_run(result, Path(run_directory), apply)
     else:
         raise InputError(
             "nothing was given to verify: give a run (--run), an edited adapter (--adapter) or both"
         )
-    parts = (found.checked, found.problems, found.notes)
+    parts = (result.checked, result.problems, result.notes)
     return Verification(*([printable(text).replace("\n", " ") for text in part] for part in parts))
 
 
@@ -60,73 +67,75 @@ def render(verification: Verification) -> str:
     return "\n".join([*lines, verdict])
 
 
-def _verify_run(found: Verification, run_directory: Path, apply: bool) -> None:
-    chain = _checked_chain(found, run_directory)
+def _verify_run(result: Verification, run_directory: Path, apply: bool) -> None:
+    chain = _checked_chain(result, run_directory)
     if chain is None:
         return
     if not chain.lines and not chain.problems and chain.torn is None:
-        found.notes.append(f"no edits yet: {chain.path} has no line")
+        result.notes.append(f"no edits yet: {chain.path} has no line")
     if chain.problems:
-        found.notes.append(
-            "the directory that a damaged line names was not checked: --adapter DIR checks one by itself"
+        result.notes.append(
+            "the directory that a damaged line names was not checked: --adapter DIR checks one by "
+            "itself"
         )
     last = {entry["edit"]: place for place, entry in chain.lines}
     for place, entry in chain.lines:
         name = f"line {place}"
         if last[entry["edit"]] != place:
-            found.notes.append(
+            result.notes.append(
                 f"{name}: the edit of line {last[entry['edit']]} replaced its directory {entry['edit']}"
             )
         else:
-            check_folder(found, Path(entry["edit"]), entry, name, apply)
+            check_folder(result, Path(entry["edit"]), entry, name, apply)
 
 
 def _verify_adapter(
-    found: Verification, folder: Path, run_directory: Path | None, apply: bool
+    result: Verification, folder: Path, run_directory: Path | None, apply: bool
 ) -> None:
     if not folder.is_dir():
         raise InputError(
             f"there is no adapter directory {folder}: give the directory that an edit made"
         )
-    where, digest, record = folder / RECORD, "", {}
+    where, digest, record = folder / RECORD, "", EditRecord.salvaged({})
     with naming([], where):  # check_folder tells what is wrong with it
         data = read_plain(where)
-        digest, record = hashlib.sha256(data).hexdigest(), parse_object(data)
+        digest = hashlib.sha256(data).hexdigest()
+        record = EditRecord.salvaged(parse_object(data))
     chain = None
     if run_directory is not None:
-        chain = _checked_chain(found, run_directory)
+        chain = _checked_chain(result, run_directory)
     else:
-        place = value_at(record, "run.path")
-        if isinstance(place, str) and os.path.lexists(os.path.join(place, MANIFEST)):
-            with naming(found.problems, f"{where} names the run {place}"):
-                chain = _checked_chain(found, Path(place))
+        place = record.run.path
+        if place is not None and os.path.lexists(os.path.join(place, MANIFEST)):
+            with naming(result.problems, f"{where} names the run {place}"):
+                chain = _checked_chain(result, Path(place))
         else:
-            found.notes.append(
+            result.notes.append(
                 f"{where} names no run that is there, so nothing vouches for it itself: give --run RUN"
             )
     name, entry = str(folder), None
     if chain is not None:
         line = _line_of(chain, folder, digest, record)
         if line is None:
-            found.problems.append(
+            result.problems.append(
                 f"no line of {chain.path} records {where} (sha256 {digest or 'unknown'})"
             )
         else:
             name, entry = f"line {line[0]}", line[1]
             if entry["edit"] != str(folder.resolve()):
-                found.notes.append(
+                result.notes.append(
                     f"{name} was saved at {entry['edit']} and is checked at {folder}"
                 )
-    check_folder(found, folder, entry, name, apply)
+    check_folder(result, folder, entry, name, apply)
 
 
 def _line_of(
-    chain: Chain, folder: Path, digest: str, record: dict[str, Any]
+    chain: Chain, folder: Path, digest: str, record: EditRecord
 ) -> tuple[int, dict[str, Any]] | None:
     """The line of an adapter directory: with this very record, else of this adapter, else of this place."""
     wanted = {
         "record": digest,
-        "adapter_after": value_at(record, "adapter.after.digest"),
+        "adapter_after": record.adapter.after.digest,
         "edit": str(folder.resolve()),
     }
     for key, value in wanted.items():
@@ -136,31 +145,35 @@ def _line_of(
     return None
 
 
-def _checked_chain(found: Verification, run_directory: Path) -> Chain | None:
+def _checked_chain(result: Verification, run_directory: Path) -> Chain | None:
     """The chain, with what was found about it; None where the manifest is damaged."""
     try:
         manifest = checked_manifest(run_directory)
     except StoreError as error:
-        found.problems.append(f"{error}; the record of edits cannot be checked without it")
+        result.problems.append(f"{error}; the record of edits cannot be checked without it")
         return None
     chain = read_chain(run_directory, manifest)
-    found.problems.extend([*chain.problems, *([chain.torn] if chain.torn else [])])
+    result.problems.extend([*chain.problems, *([chain.torn] if chain.torn else [])])
     count = len(chain.lines)
-    now, last = manifest.now, chain.lines[-1][1] if chain.lines else None
-    told = newest_adapter(last) if last else None
-    if now != told and not chain.pending and not chain.problems:
-        found.problems.append(
-            f"{run_directory / MANIFEST}: now is {shortened(now)}, and the last line of {chain.path} says {shortened(told)}: lines or "
-            "the whole chain were taken away, or the manifest was changed"
+    in_chain = newest_adapter(chain.lines[-1][1]) if count else None
+    if manifest.now != in_chain and not chain.pending and not chain.problems:
+        now, last = (
+            shortened(None if newest is None else asdict(newest))
+            for newest in (manifest.now, in_chain)
+        )
+        result.problems.append(
+            f"{run_directory / MANIFEST}: now is {now}, and the last line of {chain.path} says {last}: "
+            "lines or the whole chain were taken away, or the manifest was changed"
         )
     if chain.pending:
-        found.notes.append(
-            f"{chain.path} line {count} is complete, and {run_directory / MANIFEST} does not count it yet: an append was "
-            "killed between the two; the next edit that is saved settles it"
+        result.notes.append(
+            f"{chain.path} line {count} is complete, and {run_directory / MANIFEST} does not count it "
+            "yet: an append was killed between the two; the next edit that is saved settles it"
         )
     if count and not chain.problems:
-        found.checked.append(
-            f"{chain.path}: {count} line{'s' * (count > 1)}, each unchanged and following the one before; head {chain.head} "
-            "(a copy of it kept elsewhere also guards against a whole new history)"
+        result.checked.append(
+            f"{chain.path}: {count} line{'s' * (count > 1)}, each unchanged and following the one "
+            f"before; head {chain.head} (a copy of it kept elsewhere also guards against a whole new "
+            "history)"
         )
     return chain

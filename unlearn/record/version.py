@@ -1,9 +1,10 @@
-"""The versions of an adapter: what a run was fitted on, and what each edit made of it.
+"""Versions of an adapter: what a run was fitted on, and what each edit made of it.
 
 A run's factors and gradients stay those of the adapter it was fitted on. An edit makes a new adapter and a new set of
-training rows; the next edit starts from there: removed rows are no training rows any more, and changed rows are what they
-were changed into. Which edits there were is read from the run's audit chain; the record of the one that is started from, whose bytes the
-chain vouches for, says which rows are gone and which changed by then (`lineage`), so the folders of earlier edits may go.
+training rows, and the next edit starts from there: removed rows are no training rows any more, and changed rows are
+what they were changed into. Which edits there were is read from the run's audit chain. The record of the one that is
+started from, whose bytes the chain vouches for, says which rows are gone and which changed by then (`lineage`), so the
+folders of earlier edits may go.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from influence.run import Run
 from influence.store import read_json
 from influence.tokens import TokenizedExamples, tokenize
 from unlearn.record import chain, verify
+from unlearn.record.edit_record import EditRecord
 from unlearn.record.folder import RECORD
 
 #: What the run's own adapter is called where a version is asked for.
@@ -52,8 +54,10 @@ class Version:
         Ids of the rows that earlier edits changed: the run's stored gradients are not theirs.
     removed : frozenset of str
         Ids of the rows that earlier edits removed.
-    path, digest : str
-        The adapter's folder, and what `AdaptedModel.adapter_digest` gives for it.
+    path : str or None
+        The adapter's folder; None where it is nowhere on disk.
+    digest : str
+        What `AdaptedModel.adapter_digest` gives for it.
     edits : int
         How many edits led here.
     head : str
@@ -68,7 +72,7 @@ class Version:
     positions: np.ndarray = field(repr=False)
     changed: frozenset[str]
     removed: frozenset[str]
-    path: str
+    path: str | None
     digest: str
     edits: int
     head: str
@@ -81,111 +85,125 @@ class Version:
 
     @cached_property
     def tokens(self) -> TokenizedExamples:
-        """The rows' tokens: the fit's, and the changed rows' own."""
-        own = list(self.run.tokens.select(self.positions))
+        """The rows' tokens: those of the fit, and of the changed rows their new ones."""
+        rows = list(self.run.tokens.select(self.positions))
         places = [place for place, id in enumerate(self.rows.ids) if id in self.changed]
         if places:
-            max_length = self.run.manifest["objective"]["max_length"]
+            max_length = self.run.manifest.objective.max_length
             changed = tokenize(
                 self.rows.select(places), self.model.tokenizer, max_length=max_length
             )
             for place, tokens in zip(places, changed, strict=True):
-                own[place] = tokens
-        return TokenizedExamples(own, self.rows.ids)
+                rows[place] = tokens
+        return TokenizedExamples(rows, self.rows.ids)
 
     @cached_property
     def weights(self) -> np.ndarray:
         """The weights `w` of the rows in the fit's objective, `[n]` float64: its N_tok (or n) is kept."""
         w = self.run.weights[self.positions].copy()
-        if self.changed and self.run.manifest["objective"]["reduction"] == "example":
-            w = weights(self.tokens.counts, "example") * len(w) / self.run.manifest["data"]["rows"]
+        if self.changed and self.run.manifest.objective.reduction == "example":
+            w = weights(self.tokens.counts, "example") * len(w) / self.run.manifest.data.rows
         return w
 
 
 def version(run: Run, adapter: str | Path | None = None) -> Version:
     """The version of a run at one of its adapters.
 
-    `adapter` is the folder of an edit of this run, or `original`, the adapter it was fitted on; without one it is the last
-    edit's. Raises `InputError` for an adapter that is neither; `StoreError` for a broken chain, a record that is not the
-    chain's, or weights that are not the record's.
+    `adapter` is the folder of an edit of this run, or `original`, the adapter it was fitted on; without one it is the
+    last edit's.
+
+    Raises
+    ------
+    InputError
+        For an adapter that is neither.
+    StoreError
+        For a broken chain, a record that is not the chain's, or weights that are not the record's.
     """
-    entries = chain.entries(run.directory)
-    own = run.manifest["adapter"]
-    head = entries[-1]["hash"] if entries else chain.START
+    lines, original = chain.entries(run.directory), run.manifest.adapter.path
     start = Version(
-        run,
-        run.model.snapshot(),
-        run.train,
-        np.arange(len(run.train)),
-        frozenset(),
-        frozenset(),
-        own["path"],
-        run.manifest["identity"]["adapter"],
-        0,
-        head,
+        run=run,
+        theta=run.model.snapshot(),
+        rows=run.train,
+        positions=np.arange(len(run.train)),
+        changed=frozenset(),
+        removed=frozenset(),
+        path=original,
+        digest=run.manifest.identity["adapter"],
+        edits=0,
+        head=lines[-1]["hash"] if lines else chain.START,
+        latest=adapter is None,
     )
     if adapter is None:
-        entry = entries[-1] if entries else None
-    elif str(adapter) == ORIGINAL or (
-        own["path"] and Path(adapter).resolve() == Path(own["path"]).resolve()
-    ):
-        entry = None
+        line = lines[-1] if lines else None
+    elif str(adapter) == ORIGINAL or _is_at(original, adapter):
+        line = None
     else:
-        place = str(Path(adapter).resolve())
-        found = [entry for entry in entries if entry["edit"] == place]
-        if not found:
-            known = ", ".join(entry["edit"] for entry in entries[-5:]) or "none so far"
-            raise InputError(
-                f"{adapter} is no adapter of the run {run.directory}: give {ORIGINAL!r} (the adapter it was fitted on, "
-                f"{own['path']}) or the folder of an edit of it ({known})"
-            )
-        entry = found[-1]
-    found = start if entry is None else _edited(start, entry, _record(entry))
-    return replace(found, latest=adapter is None)
+        line = _line_of(run, lines, adapter)
+    return start if line is None else _edited(start, line, _record(line))
 
 
-def _record(entry: dict[str, Any]) -> dict[str, Any]:
-    """The record that a line of the chain names, its folder checked file by file."""
-    folder = Path(entry["edit"])
-    problems = (
-        verify.verify(adapter=folder).problems if folder.is_dir() else [f"{folder} does not exist"]
+def _is_at(original: str | None, adapter: str | Path) -> bool:
+    """Whether a path is that of the adapter that the run was fitted on."""
+    return bool(original) and Path(adapter).resolve() == Path(str(original)).resolve()
+
+
+def _line_of(run: Run, lines: list[dict[str, Any]], adapter: str | Path) -> dict[str, Any]:
+    """The last line of the chain about an edit's folder; `InputError` where there is none."""
+    place = str(Path(adapter).resolve())
+    for line in reversed(lines):
+        if line["edit"] == place:
+            return line
+    last = ", ".join(line["edit"] for line in lines[-5:]) or "none so far"
+    raise InputError(
+        f"{adapter} is no adapter of the run {run.directory}: give {ORIGINAL!r} (the adapter it was "
+        f"fitted on, {run.manifest.adapter.path}) or the folder of an edit of it ({last})"
     )
+
+
+def _record(line: dict[str, Any]) -> EditRecord:
+    """The record that a line of the chain names, its folder checked file by file."""
+    folder = Path(line["edit"])
+    problems = [f"{folder} does not exist"]
+    if folder.is_dir():
+        problems = verify.verify(adapter=folder).problems
     path = folder / RECORD
-    if not problems and hashlib.sha256(path.read_bytes()).hexdigest() != entry["record"]:
+    if not problems and hashlib.sha256(path.read_bytes()).hexdigest() != line["record"]:
         problems = [f"{path} is not the record that the run's audit chain names"]
+    record = EditRecord.salvaged({} if problems else read_json(path))
+    if not problems and None in (record.lineage.removed, record.lineage.changed):
+        problems = [f"{path} does not say which rows are gone and which changed (lineage)"]
     if problems:
         raise StoreError(
-            f"edit {entry['number']} cannot be followed: {problems[0]}. Restore its folder (unlearn verify says what is "
-            f"wrong), or start from another adapter (--start {ORIGINAL})"
+            f"edit {line['number']} cannot be followed: {problems[0]}. Restore its folder (unlearn "
+            f"verify says what is wrong), or start from another adapter (--start {ORIGINAL})"
         )
-    return read_json(path)
+    return record
 
 
-def _edited(original: Version, entry: dict[str, Any], record: dict[str, Any]) -> Version:
-    """The version that an edit made: its record says which rows of the fit are gone and which changed, its own and earlier."""
-    folder = Path(entry["edit"])
+def _edited(original: Version, line: dict[str, Any], record: EditRecord) -> Version:
+    """The version that an edit made: its record says which rows of the fit are gone and which changed by then."""
+    folder = Path(line["edit"])
     theta = read_parameters(original.model, folder)
-    lineage = record["lineage"]
-    contents = (
-        {row.id: row for row in read_examples(folder / CHANGED)} if lineage["changed"] else {}
+    removed, changed = (
+        frozenset(ids or ()) for ids in (record.lineage.removed, record.lineage.changed)
     )
-    gone = set(lineage["removed"])
-    kept = [place for place, id in enumerate(original.rows.ids) if id not in gone]
+    contents = {row.id: row for row in read_examples(folder / CHANGED)} if changed else {}
+    kept = [place for place, id in enumerate(original.rows.ids) if id not in removed]
     rows = Examples(contents.get(original.rows[place].id, original.rows[place]) for place in kept)
     with original.model.at(theta):
         digest = original.model.adapter_digest
-    if digest != entry["adapter_after"] or rows.digest != record["data"]["after"]:
+    if digest != line["adapter_after"] or rows.digest != record.data.after:
         raise StoreError(
-            f"{folder} does not hold the adapter and rows of edit {entry['number']}: see unlearn verify"
+            f"{folder} does not hold the adapter and rows of edit {line['number']}: see unlearn verify"
         )
     return replace(
         original,
         theta=theta,
         rows=rows,
         positions=original.positions[kept],
-        changed=frozenset(lineage["changed"]),
-        removed=frozenset(gone),
+        changed=changed,
+        removed=removed,
         path=str(folder),
         digest=digest,
-        edits=lineage["edits"],
+        edits=record.lineage.edits or 0,
     )

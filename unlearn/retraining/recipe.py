@@ -1,4 +1,4 @@
-"""How an adapter was trained, as a value, and where that is recorded."""
+"""Recipes: how an adapter was trained, as a value, and where that is recorded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from influence.errors import InputError
 from influence.progress import say
 from influence.run import Run
 
+#: How the rate falls after the warm-up.
 SCHEDULES = ("linear", "constant", "cosine")
 
 
@@ -50,20 +51,22 @@ class Recipe:
         real = all(type(value) in (int, float) and np.isfinite(value) for value in numbers)
         if not (whole and real and type(self.dropout) is bool):
             raise InputError(
-                "a recipe needs whole epochs, batch_size, warmup and seed, dropout true or false, and else finite "
-                f"numbers: {self}"
+                "a recipe needs whole epochs, batch_size, warmup and seed, dropout true or false, and "
+                f"else finite numbers: {self}"
             )
-        positive = (
+        in_range = (
             self.lr > 0
             and self.eps > 0
             and self.epochs >= 1
             and self.batch_size >= 1
             and self.warmup >= 0
+            and self.weight_decay >= 0
+            and all(0 <= beta < 1 for beta in self.betas)
         )
-        if not (positive and self.weight_decay >= 0 and all(0 <= beta < 1 for beta in self.betas)):
+        if not in_range:
             raise InputError(
-                "a recipe needs lr and eps above 0, epochs and batch_size of at least 1, warmup and weight_decay of at least "
-                f"0, betas in [0, 1): {self}"
+                "a recipe needs lr and eps above 0, epochs and batch_size of at least 1, warmup and "
+                f"weight_decay of at least 0, betas in [0, 1): {self}"
             )
 
     @classmethod
@@ -72,75 +75,48 @@ class Recipe:
         return cls.of(_read_object(Path(path), "recipe"), f"recipe {path}")
 
     @classmethod
-    def of(cls, found: Mapping[str, Any], source: str) -> Recipe:
+    def of(cls, values: Mapping[str, Any], source: str) -> Recipe:
         """Make a recipe from a mapping with this class's fields; `source` is named in errors."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(found) - known)
+        names = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - names)
         if unknown:
             raise InputError(
-                f"{source} has unknown keys: {', '.join(unknown)}; expected {', '.join(sorted(known))}"
+                f"{source} has unknown keys: {', '.join(unknown)}; expected {', '.join(sorted(names))}"
             )
-        betas = found.get("betas", cls.betas)
+        betas = values.get("betas", cls.betas)
         if not (isinstance(betas, list | tuple) and len(betas) == 2):
             raise InputError(
                 f"{source} has betas {betas!r}; expected two numbers, as in [0.9, 0.999]"
             )
         try:
-            return cls(**{**found, "betas": tuple(betas)})
+            return cls(**{**values, "betas": tuple(betas)})
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
 
     @classmethod
-    def of_training_arguments(cls, found: Mapping[str, Any], source: str) -> Recipe:
+    def of_training_arguments(cls, arguments: Mapping[str, Any], source: str) -> Recipe:
         """Translate Hugging Face `TrainingArguments` (its `to_json_string`), for one device.
 
         Only the numbers: a trainer draws the order of the rows in its own way, so the retrained adapter is one of
-        another order. What a recipe cannot express, and a key that is missing, is an error that lists them.
+        another order. What a recipe cannot express, and a key that is missing, is an `InputError` that lists them.
         """
-        names = {
-            "lr": "learning_rate",
-            "weight_decay": "weight_decay",
-            "eps": "adam_epsilon",
-            "schedule": "lr_scheduler_type",
-            "seed": "seed",
-        }
-        plain = {
-            "warmup_ratio": 0,
-            "max_steps": -1,
-            "label_smoothing_factor": 0,
-            "neftune_noise_alpha": 0,
-        }
-        plain |= dict.fromkeys(("packing", "dataloader_drop_last", "group_by_length"), 0)
-        others = ("adam_beta1", "adam_beta2", "num_train_epochs", "max_grad_norm", "optim")
-        batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        missing = [name for name in (*names.values(), *others) if name not in found]
-        missing += [name for name in batch if type(found.get(name)) is not int]
-        strange = [
-            f"{key}={found[key]!r}"
-            for key, value in plain.items()
-            if (found.get(key) or 0) not in (0, value)
-        ]
-        if found.get("loss_type") not in (None, "nll"):
-            strange.append(f"loss_type={found['loss_type']!r}")
-        if not str(found.get("optim", "adamw")).startswith("adamw"):
-            strange.append(f"optim={found['optim']!r}")
-        if missing or strange:
-            problems = [f"it lacks {', '.join(missing)}"] * bool(missing)
-            problems += [f"a recipe cannot express {', '.join(strange)}"] * bool(strange)
+        problems = _untranslatable(arguments)
+        if problems:
             raise InputError(
                 f"{source} cannot be followed: {'; '.join(problems)}. Give a recipe (--recipe FILE.json)"
             )
-        epochs = found["num_train_epochs"]
+        epochs = arguments["num_train_epochs"]
+        if isinstance(epochs, float) and epochs.is_integer():
+            epochs = int(epochs)
+        batch_size, accumulated = (arguments[name] for name in _BATCH)
         return cls.of(
             {
-                **{ours: found[theirs] for ours, theirs in names.items()},
-                "betas": (found["adam_beta1"], found["adam_beta2"]),
-                "epochs": int(epochs)
-                if isinstance(epochs, float) and epochs.is_integer()
-                else epochs,
-                "batch_size": found[batch[0]] * found[batch[1]],
-                "max_grad_norm": found["max_grad_norm"] or None,
-                "warmup": found.get("warmup_steps") or 0,
+                **{name: arguments[theirs] for name, theirs in _RENAMED.items()},
+                "betas": (arguments["adam_beta1"], arguments["adam_beta2"]),
+                "epochs": epochs,
+                "batch_size": batch_size * accumulated,
+                "max_grad_norm": arguments["max_grad_norm"] or None,
+                "warmup": arguments.get("warmup_steps") or 0,
             },
             source,
         )
@@ -150,28 +126,65 @@ class Recipe:
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, steps - self.warmup)
-        return (
-            self.lr
-            * {"linear": 1 - done, "cosine": (1 + np.cos(np.pi * done)) / 2, "constant": 1.0}[
-                self.schedule
-            ]
-        )
+        shares = {"linear": 1 - done, "cosine": (1 + np.cos(np.pi * done)) / 2, "constant": 1.0}
+        return self.lr * shares[self.schedule]
+
+
+#: Fields of a recipe that training arguments hold under another name, and all they need besides.
+_RENAMED = {
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "eps": "adam_epsilon",
+    "schedule": "lr_scheduler_type",
+    "seed": "seed",
+}
+_OTHERS = ("adam_beta1", "adam_beta2", "num_train_epochs", "max_grad_norm", "optim")
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+#: Training arguments that a recipe cannot express, with the values that ask for nothing.
+_IDLE = {
+    "warmup_ratio": 0,
+    "max_steps": -1,
+    "label_smoothing_factor": 0,
+    "neftune_noise_alpha": 0,
+    "packing": 0,
+    "dataloader_drop_last": 0,
+    "group_by_length": 0,
+}
+
+
+def _untranslatable(arguments: Mapping[str, Any]) -> list[str]:
+    """What keeps training arguments from being a recipe: what they lack, and what no recipe can express."""
+    missing = [name for name in (*_RENAMED.values(), *_OTHERS) if name not in arguments]
+    missing += [name for name in _BATCH if type(arguments.get(name)) is not int]
+    strange = [
+        f"{name}={arguments[name]!r}"
+        for name, idle in _IDLE.items()
+        if (arguments.get(name) or 0) not in (0, idle)
+    ]
+    if arguments.get("loss_type") not in (None, "nll"):
+        strange.append(f"loss_type={arguments['loss_type']!r}")
+    if not str(arguments.get("optim", "adamw")).startswith("adamw"):
+        strange.append(f"optim={arguments['optim']!r}")
+    problems = [f"it lacks {', '.join(missing)}"] if missing else []
+    return problems + ([f"a recipe cannot express {', '.join(strange)}"] if strange else [])
 
 
 def recipe_of(run: Run) -> Recipe:
-    """How the run's adapter was trained, as recorded in its folder; else the defaults of `Recipe`, with a warning.
+    """The recipe of the run's adapter, as recorded in its folder; else the defaults of `Recipe`, with a warning.
 
     Read, the first that is there: `recipe.json` (the fields of `Recipe`), `retrain.json` (which `retrain` writes),
-    `training_args.json` (a trainer's arguments as JSON; its pickled `.bin` is never opened).
+    `training_args.json` (a trainer's arguments as JSON; its pickled `.bin` is never opened). Raises `InputError` for
+    one that cannot be read or followed.
     """
-    found = _recorded(run)
-    if found is None:
+    recorded = _recorded(run)
+    if recorded is None:
         recipe = Recipe()
         say(
-            f"warning: no recipe was given; training by {recipe}, which may not be how this adapter was trained"
+            f"warning: no recipe was given; training by {recipe}, which may not be how this adapter "
+            "was trained"
         )
         return recipe
-    recipe, path = found
+    recipe, path = recorded
     if path.name == "training_args.json":
         say(
             f"note: {path} says how the adapter was trained, but not in which order it saw the rows"
@@ -181,39 +194,43 @@ def recipe_of(run: Run) -> Recipe:
 
 
 def recorded_recipe(run: Run) -> Recipe | None:
-    """The recipe recorded in the adapter's folder; None where there is none that can be followed. Says nothing."""
+    """The recipe recorded in the adapter's folder; None where there is none that can be followed.
+
+    Prints nothing, other than `recipe_of`.
+    """
     try:
-        found = _recorded(run)
+        recorded = _recorded(run)
     except InputError:
         return None
-    return None if found is None else found[0]
+    return None if recorded is None else recorded[0]
 
 
 def _recorded(run: Run) -> tuple[Recipe, Path] | None:
-    folder = Path(run.manifest["adapter"]["path"] or os.devnull)
+    """The recipe in the adapter's folder, and the file that it was read from."""
+    folder = Path(run.manifest.adapter.path or os.devnull)
     if (path := folder / "recipe.json").is_file():
         return Recipe.read(path), path
     if (path := folder / "retrain.json").is_file():
-        found = _read_object(path, "record")
-        recipe = Recipe.of(found.get("recipe") or {}, f"record {path}")
-        if found.get("epoch") != recipe.epochs:
+        record = _read_object(path, "record")
+        recipe = Recipe.of(record.get("recipe") or {}, f"record {path}")
+        if record.get("epoch") != recipe.epochs:
             raise InputError(
-                f"{path} says that this adapter's training stopped after epoch {found.get('epoch')} of {recipe.epochs}: "
-                "give the recipe to train by (--recipe FILE.json)"
+                f"{path} says that this adapter's training stopped after epoch {record.get('epoch')} "
+                f"of {recipe.epochs}: give the recipe to train by (--recipe FILE.json)"
             )
         return recipe, path
     if (path := folder / "training_args.json").is_file():
-        return Recipe.of_training_arguments(
-            _read_object(path, "training arguments"), str(path)
-        ), path
+        arguments = _read_object(path, "training arguments")
+        return Recipe.of_training_arguments(arguments, str(path)), path
     return None
 
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file; `InputError` where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{what} {path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise InputError(f"{what} {path} holds no JSON object; expected one, as in {{...}}")
-    return found
+    return value

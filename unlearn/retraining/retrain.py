@@ -1,11 +1,10 @@
-"""The exact answer: train the adapter again, on other rows.
+"""Training of an adapter again, on other rows: the exact answer that edits and scores are judged by.
 
 `retrain` starts from the run's base, makes a fresh LoRA adapter of the same configuration, and trains it by a
-`Recipe` on the rows that are kept; `retrain_subsets` does so for many subsets and measures the losses that
-scores are judged by (the truth of `analysis lds`). Everything that is random is keyed by the recipe's seed: the
-initial A matrices (`torch.manual_seed(seed)` before PEFT makes them), dropout, and the order of the rows (a
-generator of its own, one permutation per epoch). With the recipe an adapter was trained by, and no row removed,
-this gives that adapter again, up to rounding.
+`Recipe` on the rows that are kept. Everything that is random is keyed by the recipe's seed: the initial A matrices
+(`torch.manual_seed(seed)` before PEFT makes them), dropout, and the order of the rows (a generator of its own, one
+permutation per epoch). With the recipe an adapter was trained by, and no row removed, this gives that adapter again,
+up to rounding.
 
 The loss of a batch is the cross-entropy averaged over its supervised tokens, what Hugging Face trainers minimise.
 """
@@ -34,12 +33,13 @@ from influence.rows import Examples
 from influence.run import Run
 from influence.store import write_json
 from influence.tokens import TokenizedExamples
+from unlearn.record.outputs import refuse_taken
 from unlearn.record.version import version
 from unlearn.retraining.recipe import Recipe, recipe_of
 
-#: Tokens that a training step runs at a time, padding included; larger batches are split, which changes rounding only.
+#: Tokens that a training step runs at a time, padding included (a choice). Larger batches are split, which changes
+#: rounding only.
 MICRO_TOKENS = 16384
-
 
 #: Initial values of LoRA matrices that change no weight of the base and read no data: those that can be drawn again.
 _REPEATABLE = (True, False, "gaussian", "orthogonal")
@@ -89,25 +89,7 @@ def retrain(
     refuse_taken(out, overwrite)
     recipe = recipe or recipe_of(run)
     last = _last_epoch(recipe, stop_after)
-    wrong = sorted({epoch for epoch in checkpoints if not 1 <= epoch <= last})
-    if wrong:
-        raise InputError(
-            f"checkpoints after epochs {', '.join(map(str, wrong))} were asked for; expected 1 to {last}, the epochs "
-            "that are trained: change --keep-epochs, --stop-after or the recipe"
-        )
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-
-    def save(state: TrainingState) -> None:
-        if state.epoch in checkpoints:
-            _save(
-                model,
-                partial / f"epoch-{state.epoch}",
-                {**asdict(state), **about, **_digests(run, model)},
-            )
-        if state.epoch == last:
-            _save(model, partial, {**asdict(state), **about, **_digests(run, model)})
-
+    _refuse_epochs(checkpoints, last)
     gone = [id for id in run.train.ids if start is not None and id in start.removed]
     about: dict[str, Any] = {
         "removed": [*gone, *remove],
@@ -116,7 +98,15 @@ def retrain(
     }
     if start is not None:
         about |= {"edit": start.path, "rows_digest": rows.digest}
-    with _own_randomness(run.model):
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+
+    def save(state: TrainingState) -> None:
+        folders = [partial / f"epoch-{state.epoch}"] if state.epoch in checkpoints else []
+        for folder in [*folders, partial] if state.epoch == last else folders:
+            save_adapter(model, folder, {**asdict(state), **about, **digests_of(run, model)})
+
+    with own_randomness(run.model):
         model = fresh_adapter(run.model, recipe.seed)
         train(model, tokens.select(kept), recipe, stop_after=last, after_epoch=save)
     if out.exists():
@@ -126,8 +116,21 @@ def retrain(
     return out
 
 
+def _refuse_epochs(checkpoints: Sequence[int], last: int) -> None:
+    """Refuse epochs that are not trained, where the adapter was to be saved after them."""
+    wrong = sorted({epoch for epoch in checkpoints if not 1 <= epoch <= last})
+    if wrong:
+        raise InputError(
+            f"checkpoints after epochs {', '.join(map(str, wrong))} were asked for; expected 1 to "
+            f"{last}, the epochs that are trained: change --keep-epochs, --stop-after or the recipe"
+        )
+
+
 def kept_rows(rows: Examples, remove: Sequence[str]) -> np.ndarray:
-    """Positions of the rows that stay; unknown ids, repeated ids and nothing left are errors."""
+    """Positions of the rows that stay `[k]`.
+
+    Raises `DataError` for an unknown id, `InputError` for a repeated one, or where nothing is left.
+    """
     removed = [rows.index(id) for id in remove]
     if len(set(removed)) != len(removed):
         repeated = sorted(id for id, times in Counter(remove).items() if times > 1)
@@ -139,7 +142,10 @@ def kept_rows(rows: Examples, remove: Sequence[str]) -> np.ndarray:
 
 
 def fresh_adapter(model: AdaptedModel, seed: int) -> AdaptedModel:
-    """A new, untrained adapter of the same configuration on a copy of the same base."""
+    """A new, untrained adapter of the same configuration on a copy of the same base.
+
+    Raises `InputError` for an initialisation that changes the base or reads data.
+    """
     import copy
 
     with warnings.catch_warnings():
@@ -149,7 +155,10 @@ def fresh_adapter(model: AdaptedModel, seed: int) -> AdaptedModel:
 
 
 def renewed_adapter(fresh: AdaptedModel, like: AdaptedModel, seed: int) -> AdaptedModel:
-    """`fresh_adapter(like, seed)` on the base of an earlier one, `fresh`, whose adapter is thrown away: no copy."""
+    """The same as `fresh_adapter(like, seed)`, on the base of an earlier one, whose adapter is thrown away.
+
+    It saves the copy of the base.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base = fresh.model.unload()
@@ -157,7 +166,7 @@ def renewed_adapter(fresh: AdaptedModel, like: AdaptedModel, seed: int) -> Adapt
 
 
 def _attach(base: Any, like: AdaptedModel, seed: int) -> AdaptedModel:
-    """Put a new adapter of the configuration of `like` on a bare base; the seed is set just before PEFT draws it."""
+    """Put a new adapter of the configuration of `like` on a bare base."""
     import copy
 
     from peft import get_peft_model
@@ -165,9 +174,9 @@ def _attach(base: Any, like: AdaptedModel, seed: int) -> AdaptedModel:
     config = copy.deepcopy(like.model.peft_config[like.model.active_adapters[0]])
     if config.init_lora_weights not in _REPEATABLE:
         raise InputError(
-            f"the adapter was initialised by init_lora_weights={config.init_lora_weights!r}, which changes the base or "
-            f"reads data; retraining starts from one of {', '.join(map(str, _REPEATABLE))}: train such an adapter by "
-            "the program that made it"
+            f"the adapter was initialised by init_lora_weights={config.init_lora_weights!r}, which "
+            "changes the base or reads data; retraining starts from one of "
+            f"{', '.join(map(str, _REPEATABLE))}: train such an adapter by the program that made it"
         )
     config.inference_mode = False
     with warnings.catch_warnings():
@@ -175,13 +184,13 @@ def _attach(base: Any, like: AdaptedModel, seed: int) -> AdaptedModel:
         for parameter in base.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)  # as a freshly loaded base has it; PEFT freezes it
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # just before PEFT draws the A matrices
         return from_peft(get_peft_model(base, config), like.tokenizer, base=like.base)
 
 
 @contextmanager
-def _own_randomness(model: AdaptedModel) -> Iterator[None]:
-    """Within the block torch's generators may be seeded; afterwards they are as they were."""
+def own_randomness(model: AdaptedModel) -> Iterator[None]:
+    """A block in which torch's generators may be seeded; afterwards they are as they were."""
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
@@ -189,7 +198,17 @@ def _own_randomness(model: AdaptedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a training stands after an epoch: steps taken, rate of the last one, sum of all rates, last batch's loss."""
+    """Where a training stands after an epoch.
+
+    Attributes
+    ----------
+    epoch, step : int
+        How many are done.
+    lr, sum_lr : float
+        The learning rate of the last step, and the sum of all so far.
+    loss : float
+        Of the last batch, nats per token.
+    """
 
     epoch: int
     step: int
@@ -206,10 +225,10 @@ def train(
     stop_after: int | None = None,
     after_epoch: Callable[[TrainingState], None] | None = None,
 ) -> float:
-    """Train the adapter in place; returns the last batch's loss. Raises `NumericalError` if the loss is not finite.
+    """Train the adapter in place; returns the last batch's loss, nats per token.
 
     `after_epoch` is called with the state after each epoch; `stop_after` ends after that epoch, the rates being
-    those of the whole recipe.
+    those of the whole recipe. Raises `NumericalError` if a loss is not finite.
     """
     parameters: list[Any] = model.parameters
     for parameter in parameters:
@@ -236,17 +255,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        loss, count = 0.0, int(tokens.counts[rows].sum())
-        for some in _micro_batches(
-            tokens, rows
-        ):  # their losses add up to the batch's mean over its tokens
-            part = supervised_logits(
-                model, collate(tokens, some, pad_id=model.pad_id, device=model.device)
-            )
-            losses = token_losses(part.logits, part.targets)
-            mean = losses.mean() if len(some) == len(rows) else losses.sum() / count
-            mean.backward()
-            loss += float(mean.detach())
+        loss = _backward(model, tokens, rows)
         if not np.isfinite(loss):
             raise NumericalError(
                 f"the training loss is {loss} at step {step + 1} of {steps}: lower the recipe's lr"
@@ -256,12 +265,25 @@ def train(
         optimizer.step()
         sum_lr += lr
         if after_epoch is not None and (step + 1) % per_epoch == 0:
-            after_epoch(
-                TrainingState((step + 1) // per_epoch, step + 1, float(lr), float(sum_lr), loss)
-            )
+            epoch = (step + 1) // per_epoch
+            after_epoch(TrainingState(epoch, step + 1, float(lr), float(sum_lr), loss))
     model.model.eval()
     for parameter in parameters:
         parameter.requires_grad_(False)
+    return loss
+
+
+def _backward(model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray) -> float:
+    """Add up the gradient of a batch's mean loss over its supervised tokens; returns that loss."""
+    loss, count = 0.0, int(tokens.counts[rows].sum())
+    for micro_batch in _micro_batches(tokens, rows):
+        batch = collate(tokens, micro_batch, pad_id=model.pad_id, device=model.device)
+        part = supervised_logits(model, batch)
+        losses = token_losses(part.logits, part.targets)
+        # The parts' shares add up to the mean; a batch in one part keeps the rounding of a plain mean.
+        mean = losses.mean() if len(micro_batch) == len(rows) else losses.sum() / count
+        mean.backward()
+        loss += float(mean.detach())
     return loss
 
 
@@ -276,28 +298,22 @@ def _last_epoch(recipe: Recipe, stop_after: int | None) -> int:
     """The epoch after which a training ends."""
     if stop_after is not None and not 1 <= stop_after <= recipe.epochs:
         raise InputError(
-            f"stop_after {stop_after} was given; the recipe has epochs 1 to {recipe.epochs}: give one of them"
+            f"stop_after {stop_after} was given; the recipe has epochs 1 to {recipe.epochs}: give one "
+            "of them"
         )
     return stop_after or recipe.epochs
 
 
-def refuse_taken(out: Path, overwrite: bool) -> None:
-    """Refuse an output directory that is a file, or that holds something without `overwrite`."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; an adapter is a directory: give another --out")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise InputError(f"{out} is not empty: give another directory, or --overwrite")
-
-
-def _digests(run: Run, model: AdaptedModel) -> dict[str, str]:
+def digests_of(run: Run, model: AdaptedModel) -> dict[str, str]:
+    """Digests of the base, the training rows and the trained adapter, for the record beside it."""
     return {
-        "base_digest": run.manifest["base"]["digest"],
-        "data_digest": run.manifest["data"]["digest"],
+        "base_digest": run.manifest.base.digest,
+        "data_digest": run.manifest.data.digest,
         "adapter_digest": model.adapter_digest,
     }
 
 
-def _save(model: AdaptedModel, folder: Path, record: Mapping[str, Any]) -> None:
+def save_adapter(model: AdaptedModel, folder: Path, record: Mapping[str, Any]) -> None:
     """Save the adapter as PEFT reads it, with the record of its training beside it."""
     model.model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     write_json(folder / "retrain.json", record)

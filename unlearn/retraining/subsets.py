@@ -1,4 +1,7 @@
-"""Adapters trained again on many random subsets of the rows, and the losses that scores are judged by."""
+"""Adapters trained again on many random subsets of the rows, and their losses, which scores are judged by.
+
+They are the truth of `analysis lds`: what a row's absence does to a loss, seen over many trainings.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
 from influence.store import only_writer
-from influence.tokens import tokenizer_digest
+from influence.tokens import TokenizedExamples, tokenizer_digest
 from unlearn.retraining.recipe import Recipe, recipe_of
 from unlearn.retraining.retrain import (
-    _digests,
-    _own_randomness,
-    _save,
+    digests_of,
     fresh_adapter,
+    own_randomness,
     renewed_adapter,
+    save_adapter,
     train,
 )
 
@@ -61,21 +64,21 @@ def random_halves(
     """Draw `count` random subsets of n rows, each of `fraction` of them: bool [count, n], True = kept.
 
     With `groups` [n] (any labels) whole groups are kept or left out, `fraction` of the groups in each subset.
-    Subset k depends on the seed and k only: a longer list begins with the shorter one.
+    Subset k depends on the seed and k only: a longer list begins with the shorter one. Raises `InputError` where a
+    subset would keep everything or nothing.
     """
-    labels = (
-        np.arange(n)
-        if groups is None
-        else np.unique([str(g) for g in groups], return_inverse=True)[1]
-    )
+    labels = np.arange(n)
+    if groups is not None:
+        labels = np.unique([str(group) for group in groups], return_inverse=True)[1]
     if len(labels) != n:
         raise InputError(f"{len(labels)} groups were given for {n} rows; give one per row")
     units = int(labels.max()) + 1 if n else 0
     kept = round(fraction * units)
     if count < 1 or not 1 <= kept < units:
+        parts = "rows" if groups is None else "groups"
         raise InputError(
-            f"{count} subsets of {fraction:g} of {units} {'rows' if groups is None else 'groups'} were asked for; "
-            "expected at least one subset, which keeps something and leaves something out"
+            f"{count} subsets of {fraction:g} of {units} {parts} were asked for; expected at least one "
+            "subset, which keeps something and leaves something out"
         )
     masks = np.empty((count, n), bool)
     for k in range(count):
@@ -95,7 +98,7 @@ def retrain_subsets(
     keep_adapters: bool = False,
     overwrite: bool = False,
 ) -> Retrained:
-    """Train an adapter on every subset of the rows and measure its losses: what scores are judged by.
+    """Train an adapter on every subset of the rows and measure its losses.
 
     Called again after a kill, with the same request, it goes on with the first subset that is not done; a finished
     one returns at once. The file is replaced whole after each subset, and holds the subsets that are done: it can
@@ -125,89 +128,136 @@ def retrain_subsets(
     Raises
     ------
     InputError
-        For masks that do not fit the rows; `MismatchError`, naming what differs, for a file of another request.
+        For masks or seeds that do not fit the rows.
+    MismatchError
+        For a file of another request, naming what differs.
+    StoreError
+        For a damaged file, or one that cannot be written.
     NumericalError
         When all others are done and saved, naming the subsets whose losses were not finite.
     """
-    masks = _check_masks(masks, len(run.train))
+    masks = _checked_masks(masks, len(run.train))
     recipe = recipe or recipe_of(run)
     seeds = [recipe.seed] * len(masks) if seeds is None else [int(seed) for seed in seeds]
     if len(seeds) != len(masks):
         raise InputError(f"{len(seeds)} seeds were given for {len(masks)} subsets; give one each")
     queries = queries or Examples()
-    query_tokens = run.tokenized(queries)
+    work = _Subsets(run, masks, queries, run.tokenized(queries), recipe, seeds)
     file, folder = _places(Path(out))
-    request = _request(run, masks, queries, recipe, seeds)
     file.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(file):
-        done, query_loss, train_loss = _resume(file, request, masks.shape, len(queries), overwrite)
+        losses = _resumed(file, work, overwrite)
         if keep_adapters:
-            done &= [
-                (folder / f"subset-{k:03d}" / "retrain.json").exists() for k in range(len(masks))
-            ]
-        names = {
-            "train_ids": np.array(run.train.ids, dtype=np.str_),
-            "query_ids": np.array(queries.ids, dtype=np.str_),
-            "request": np.array(json.dumps(request)),
-            "run_digest": np.array(run.digest),
-        }
-        left = np.flatnonzero(~done)
-        failed: dict[int, str] = {}
-        start, model = time.monotonic(), None
-        for count, k in enumerate(left.tolist(), start=1):
-            kept = np.flatnonzero(masks[k])
-            own = replace(recipe, seed=seeds[k])
-            try:
-                with _own_randomness(run.model):
-                    model = (
-                        fresh_adapter(run.model, own.seed)
-                        if model is None
-                        else renewed_adapter(model, run.model, own.seed)
-                    )
-                    loss = train(model, run.tokens.select(kept), own)
-                query_loss[k] = mean_losses(model, query_tokens)
-                train_loss[k] = mean_losses(model, run.tokens)
-            except NumericalError as error:
-                failed[k] = str(error)
-                say(f"warning: subset {k} failed: {error}")
-                continue
-            if keep_adapters:
-                record = {
-                    "subset": k,
-                    "rows": len(kept),
-                    "epoch": own.epochs,
-                    "recipe": asdict(own),
-                    "loss": loss,
-                }
-                _save(model, folder / f"subset-{k:03d}", {**record, **_digests(run, model)})
-            done[k] = True
-            _write(
-                file,
-                masks=masks[done],
-                query_loss=query_loss[done],
-                train_loss=train_loss[done],
-                seeds=np.array(seeds, dtype=np.int64)[done],
-                done=done,
-                **names,
-            )
-            seconds = (time.monotonic() - start) / count * (len(left) - count)
-            ahead = f", about {seconds:.0f} s left" if count < len(left) else ""
-            say(f"retrained subset {k}: {int(done.sum())} of {len(masks)} done{ahead}")
+            for k in range(len(masks)):
+                losses.done[k] &= (_adapter_of(folder, k) / "retrain.json").exists()
+        failed = _train_the_rest(work, losses, file, folder if keep_adapters else None)
     if failed:
         shown = "; ".join(f"subset {k}: {reason}" for k, reason in list(failed.items())[:5])
         raise NumericalError(
-            f"{len(failed)} of {len(masks)} subsets have no finite losses ({shown}); the {int(done.sum())} others are in "
-            f"{file}"
+            f"{len(failed)} of {len(masks)} subsets have no finite losses ({shown}); the "
+            f"{int(losses.done.sum())} others are in {file}"
         )
-    return Retrained(file, masks, query_loss, train_loss)
+    return Retrained(file, masks, losses.query, losses.train)
 
 
-def _check_masks(masks: Any, n: int) -> np.ndarray:
+@dataclass(frozen=True, eq=False)
+class _Subsets:
+    """What is trained and measured: the run's rows by masks [S, n], by a recipe with seeds [S]."""
+
+    run: Run
+    masks: np.ndarray
+    queries: Examples
+    query_tokens: TokenizedExamples
+    recipe: Recipe
+    seeds: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Losses:
+    """Which subsets are done [S], and the losses [S, Q] and [S, n]; NaN where there is none yet."""
+
+    done: np.ndarray
+    query: np.ndarray
+    train: np.ndarray
+
+    @classmethod
+    def empty(cls, work: _Subsets) -> _Losses:
+        """Nothing done."""
+        subsets = len(work.masks)
+        queries = np.full((subsets, len(work.queries)), np.nan)
+        return cls(np.zeros(subsets, bool), queries, np.full(work.masks.shape, np.nan))
+
+
+def _train_the_rest(
+    work: _Subsets, losses: _Losses, file: Path, folder: Path | None
+) -> dict[int, str]:
+    """Train the subsets that are not done, writing the file after each; returns why some have no finite losses.
+
+    Adapters are saved in `folder`, where there is one.
+    """
+    run, masks = work.run, work.masks
+    names = {
+        "train_ids": np.array(run.train.ids, dtype=np.str_),
+        "query_ids": np.array(work.queries.ids, dtype=np.str_),
+        "request": np.array(json.dumps(_request(work))),
+        "run_digest": np.array(run.digest),
+    }
+    missing = np.flatnonzero(~losses.done).tolist()
+    failed: dict[int, str] = {}
+    start, model = time.monotonic(), None
+    for count, k in enumerate(missing, start=1):
+        kept, recipe = np.flatnonzero(masks[k]), replace(work.recipe, seed=work.seeds[k])
+        try:
+            with own_randomness(run.model):
+                if model is None:
+                    model = fresh_adapter(run.model, recipe.seed)
+                else:
+                    model = renewed_adapter(model, run.model, recipe.seed)
+                loss = train(model, run.tokens.select(kept), recipe)
+            losses.query[k] = mean_losses(model, work.query_tokens)
+            losses.train[k] = mean_losses(model, run.tokens)
+        except NumericalError as error:
+            failed[k] = str(error)
+            say(f"warning: subset {k} failed: {error}")
+            continue
+        if folder is not None:
+            record = {
+                "subset": k,
+                "rows": len(kept),
+                "epoch": recipe.epochs,
+                "recipe": asdict(recipe),
+                "loss": loss,
+            }
+            save_adapter(model, _adapter_of(folder, k), record | digests_of(run, model))
+        losses.done[k] = True
+        _write(
+            file,
+            masks=masks[losses.done],
+            query_loss=losses.query[losses.done],
+            train_loss=losses.train[losses.done],
+            seeds=np.array(work.seeds, dtype=np.int64)[losses.done],
+            done=losses.done,
+            **names,
+        )
+        seconds = (time.monotonic() - start) / count * (len(missing) - count)
+        ahead = f", about {seconds:.0f} s left" if count < len(missing) else ""
+        say(f"retrained subset {k}: {int(losses.done.sum())} of {len(masks)} done{ahead}")
+    return failed
+
+
+def _adapter_of(folder: Path, subset: int) -> Path:
+    """The directory of a subset's adapter."""
+    return folder / f"subset-{subset:03d}"
+
+
+def _checked_masks(masks: Any, n: int) -> np.ndarray:
+    """The masks as an array; `InputError` where they do not fit n rows, or one keeps none."""
     masks = np.asarray(masks)
     if masks.dtype != np.bool_ or masks.ndim != 2 or masks.shape[1] != n or len(masks) == 0:
         raise InputError(
-            f"masks of type {masks.dtype} and shape {masks.shape} were given; expected bool [subsets, {n}], True where a "
-            "row of the run is kept: make them with unlearn.random_halves"
+            f"masks of type {masks.dtype} and shape {masks.shape} were given; expected bool "
+            f"[subsets, {n}], True where a row of the run is kept: make them with "
+            "unlearn.random_halves"
         )
     empty = np.flatnonzero(~masks.any(axis=1))
     if len(empty):
@@ -228,12 +278,11 @@ def _places(out: Path) -> tuple[Path, Path]:
     return out / "truth.npz", out
 
 
-def _request(
-    run: Run, masks: np.ndarray, queries: Examples, recipe: Recipe, seeds: Sequence[int]
-) -> dict[str, Any]:
+def _request(work: _Subsets) -> dict[str, Any]:
     """All that the losses depend on, in JSON's own types."""
+    run = work.run
     config = run.model.model.peft_config[run.model.model.active_adapters[0]].to_dict()
-    told = (
+    settings = (
         "r",
         "lora_alpha",
         "lora_dropout",
@@ -242,49 +291,43 @@ def _request(
         "rank_pattern",
         "alpha_pattern",
     )
-    kind = {"space": run.model.space.digest, **{key: config.get(key) for key in told}}
-    packed = np.packbits(masks).tobytes()
+    adapter = {"space": run.model.space.digest, **{key: config.get(key) for key in settings}}
     request = {
         "base": run.model.base_digest,
-        "adapter configuration": _sha256(json.dumps(kind, sort_keys=True, default=str).encode()),
+        "adapter configuration": _sha256(json.dumps(adapter, sort_keys=True, default=str).encode()),
         "training rows": run.train.digest,
-        "queries": queries.digest,
+        "queries": work.queries.digest,
         "tokenizer": tokenizer_digest(run.model.tokenizer),
-        "max_length": run.manifest["objective"]["max_length"],
+        "max_length": run.manifest.objective.max_length,
         "dtype": str(next(run.model.model.parameters()).dtype).removeprefix("torch."),
-        "number of subsets": len(masks),
-        "masks": _sha256(packed),
-        "seeds": list(seeds),
-        **{f"recipe's {name}": value for name, value in asdict(recipe).items()},
+        "number of subsets": len(work.masks),
+        "masks": _sha256(np.packbits(work.masks).tobytes()),
+        "seeds": list(work.seeds),
+        **{f"recipe's {name}": value for name, value in asdict(work.recipe).items()},
     }
     return json.loads(json.dumps(request))
 
 
-def _resume(
-    file: Path, request: dict[str, Any], shape: tuple[int, int], queries: int, overwrite: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Done flags [S] and losses [S, Q], [S, n] so far; NaN where there is none yet."""
-    done, query_loss, train_loss = (
-        np.zeros(shape[0], bool),
-        np.full((shape[0], queries), np.nan),
-        np.full(shape, np.nan),
-    )
+def _resumed(file: Path, work: _Subsets, overwrite: bool) -> _Losses:
+    """The losses so far, from a file of the same request; a damaged or other one is refused, or with `overwrite` left out."""
+    losses, request = _Losses.empty(work), _request(work)
     if not file.exists():
-        return done, query_loss, train_loss
+        return losses
     try:
         with open(file, "rb") as handle, zipfile.ZipFile(handle):
             pass  # numpy would also take a single array
-        with np.load(file, allow_pickle=False) as found:
-            arrays = {key: found[key] for key in found.files}
-        known = json.loads(str(arrays["request"])) if "request" in arrays else {}
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {key: stored[key] for key in stored.files}
+        recorded = json.loads(str(arrays["request"])) if "request" in arrays else {}
         differences = [
-            f"{key} is {_short(known.get(key))}, now {_short(value)}"
+            f"{key} is {_short(recorded.get(key))}, now {_short(value)}"
             for key, value in request.items()
-            if known.get(key, ...) != value
+            if recorded.get(key, ...) != value
         ]
         if not differences:
-            done[:] = arrays["done"]
-            query_loss[done], train_loss[done] = arrays["query_loss"], arrays["train_loss"]
+            losses.done[:] = arrays["done"]
+            losses.query[losses.done] = arrays["query_loss"]
+            losses.train[losses.done] = arrays["train_loss"]
     except (
         OSError,
         KeyError,
@@ -295,20 +338,20 @@ def _resume(
         zlib.error,
     ) as error:
         if overwrite:
-            return np.zeros(shape[0], bool), query_loss, train_loss
+            return _Losses.empty(work)
         raise StoreError(
             f"{file} is damaged or no .npz ({error}): move it away, or --overwrite"
         ) from error
     if differences and not overwrite:
-        if not known:
+        if not recorded:
             raise InputError(
                 f"{file} was not written by retraining subsets: give another file, or --overwrite"
             )
         raise MismatchError(
-            f"{file} holds other subsets: {'; '.join(differences)}. Ask for the same ones to go on, give another file, or "
-            "--overwrite"
+            f"{file} holds other subsets: {'; '.join(differences)}. Ask for the same ones to go on, "
+            "give another file, or --overwrite"
         )
-    return done, query_loss, train_loss
+    return losses
 
 
 def _write(file: Path, **arrays: np.ndarray) -> None:
