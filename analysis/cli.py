@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, ClassVar
 
-import typer
-
+from analysis.evaluation.options import Options as EvaluationOptions
+from analysis.studies.options import Memorization, Ood
 from influence import console
-from influence.cli import (
-    CheckpointingOption,
+from influence.errors import InputError
+from influence.options import (
+    AdapterOptions,
     DeviceOption,
     JsonOption,
-    OverwriteOption,
+    OutputOptions,
     RunOption,
     TrustOption,
-    numbers,
+    TypedLoadingOptions,
+    command,
+    keywords,
+    option,
+    points,
 )
+
+if TYPE_CHECKING:  # a command's help does not wait for torch
+    from analysis.metrics.lds import Truth
+    from influence.scorefile import Scores
 
 app = console.app("Did it work, and what do the scores mean?")
 main = console.main(app)
+
+#: Defaults of what goes with --run only: the option itself is None where it was not given.
+SUBSETS, SUBSET_SEED = 40, 0
 
 
 @app.callback()
@@ -27,693 +41,513 @@ def _group() -> None:
     """Did it work, and what do the scores mean?"""
 
 
-@app.command()
-def evaluate(
-    adapter: Annotated[
-        str, typer.Option("--adapter", help="PEFT LoRA adapter to evaluate: folder or hub id.")
-    ],
-    forget: Annotated[
-        Path,
-        typer.Option(
-            "--forget", help="Rows that should be forgotten: .jsonl, .parquet or a datasets folder."
-        ),
-    ],
-    retain: Annotated[
-        Path | None, typer.Option("--retain", help="Rows that should still be known.")
-    ] = None,
-    holdout: Annotated[
-        Path | None,
-        typer.Option("--holdout", help="Rows of the same kind that the adapter never saw."),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            "--reference",
-            help="Adapter of the same rank and layers to compare with: best one trained without the forget rows.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", help="Base model: folder or hub id. Default: the one the adapter records."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Record to write (.json), with every row.")
-    ] = None,
-    generate: Annotated[
-        int,
-        typer.Option(
-            "--generate", help="Continue at most so many prompts of each set, for ROUGE; 0: none."
-        ),
-    ] = 32,
-    probe: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--probe",
-            help="relearn (train on a few forget rows, watch the others) or quantise. May be repeated.",
-        ),
-    ] = None,
-    texts: Annotated[
-        bool,
-        typer.Option(
-            "--texts", help="Write the rows' texts and what was generated into the record too."
-        ),
-    ] = False,
-    max_length: Annotated[
-        int | None,
-        typer.Option("--max-length", help="Truncate rows to so many tokens, as in training."),
-    ] = None,
-    token_budget: Annotated[
-        int | None,
-        typer.Option(
-            "--token-budget",
-            help="Tokens per batch, padding included. Default 1024 on a CPU, else 4096.",
-        ),
-    ] = None,
-    device: DeviceOption = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="The base's type: float32, bfloat16, float16 or float64.")
-    ] = "float32",
-    seed: Annotated[
-        int, typer.Option("--seed", help="Of the bootstrap, and of the rows learned again.")
-    ] = 0,
-    checkpointing: CheckpointingOption = False,
-    trust_remote_code: TrustOption = False,
-    overwrite: OverwriteOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Is it forgotten, is the rest still there? Loss, ROUGE, extraction, truth ratios, membership attacks, probes.
+# ---- evaluation ------------------------------------------------------------------------------
 
-    Rows may carry "paraphrased_completion" and "perturbed_completions" (or TOFU's "paraphrased_answer" and "perturbed_answer"),
-    for truth ratios and forget quality. What was not given is left out, with the reason in the record's notes.
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(AdapterOptions, EvaluationOptions, TypedLoadingOptions, OutputOptions):
+    """The options of `analysis evaluate`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "model": "reference",
+        "out": "model",
+        "seed": "dtype",
+    }
+
+    forget: Path = option("Rows that should be forgotten: .jsonl, .parquet or a datasets folder.")
+    retain: Path | None = option("Rows that should still be known.", default=None)
+    holdout: Path | None = option("Rows of the same kind that the adapter never saw.", default=None)
+    reference: str | None = option(
+        "Adapter of the same rank and layers to compare with: best one trained without the forget "
+        "rows.",
+        default=None,
+    )
+    out: Path | None = option("Record to write (.json), with every row.", default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        out = self.out
+        if out is not None and out.exists() and not self.overwrite:
+            raise InputError(
+                f"{out} exists and would be replaced: give another --out, or --overwrite"
+            )
+        if out is not None and not out.parent.is_dir():
+            raise InputError(
+                f"there is no folder {out.parent} to write {out.name} into: make it, "
+                "or give another --out"
+            )
+        if self.texts and out is None and not self.json:
+            raise InputError("--texts goes into the record: give --out FILE.json, or --json")
+
+
+@command(app, Evaluate)
+def evaluate(options: Evaluate) -> None:
+    """Is it forgotten, is the rest still there? Loss, ROUGE, extraction, truth ratios, membership
+    attacks, probes.
+
+    Rows may carry "paraphrased_completion" and "perturbed_completions" (or TOFU's
+    "paraphrased_answer" and "perturbed_answer"), for truth ratios and forget quality. What was not
+    given is left out, with the reason in the record's notes.
     """
     from analysis.evaluation.answers import read_rows
-    from analysis.evaluation.evaluation import Options, parted
     from analysis.evaluation.evaluation import evaluate as measure
+    from analysis.evaluation.sets import parted
     from analysis.evaluation.table import table
-    from influence.errors import InputError
     from influence.loading import adapter_folder, load
     from influence.store import write_json
 
-    options = Options(
-        generate=generate,
-        probes=tuple(probe or ()),
-        max_length=max_length,
-        token_budget=token_budget,
-        seed=seed,
-        texts=texts,
-    )
-    if out is not None and out.exists() and not overwrite:
-        raise InputError(f"{out} exists and would be replaced: give another --out, or --overwrite")
-    if out is not None and not out.parent.is_dir():
-        raise InputError(
-            f"there is no folder {out.parent} to write {out.name} into: make it, or give another --out"
-        )
-    if texts and out is None and not json:
-        raise InputError("--texts goes into the record: give --out FILE.json, or --json")
-    files = {"forget": forget, "retain": retain, "holdout": holdout}
+    files = {"forget": options.forget, "retain": options.retain, "holdout": options.holdout}
     sets = {name: read_rows(path) for name, path in files.items() if path is not None}
     parted(sets)
-    for place in (adapter, reference):
+    for place in (options.adapter, options.reference):
         if place is not None:
             adapter_folder(place)
     console.quiet_transformers()
-    loaded = load(
-        model,
-        adapter,
-        dtype=dtype,
-        device=device,
-        checkpointing=checkpointing,
-        trust_remote_code=trust_remote_code,
+    model = load(
+        options.model,
+        options.adapter,
+        dtype=options.dtype,
+        device=options.device,
+        checkpointing=options.checkpointing,
+        trust_remote_code=options.trust_remote_code,
     )
     result = measure(
-        loaded,
+        model,
         sets["forget"],
         sets.get("retain"),
         sets.get("holdout"),
-        reference=reference,
-        options=options,
+        reference=options.reference,
+        options=EvaluationOptions(**keywords(EvaluationOptions, options)),
     )
-    if out is not None:
-        write_json(out, result)
-    written = "" if out is None else f"\n\n{out}: every number of every row"
-    console.emit(result, console.printable(table(result) + written), json)
+    text = table(result)
+    if options.out is not None:
+        write_json(options.out, result)
+        text += f"\n\n{options.out}: every number of every row"
+    console.emit(result, console.printable(text), options.json)
 
 
-@app.command()
-def lds(
-    scores: Annotated[
-        Path, typer.Option("--scores", help="Score file (HDF5) made by influence score.")
-    ],
-    truth: Annotated[
-        Path | None,
-        typer.Option(
-            "--truth", help="npz with masks [S, n] and query_loss [S, Q] of retrained adapters."
-        ),
-    ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            "--run", help="In place of --truth: the run whose adapter to retrain on subsets."
-        ),
-    ] = None,
-    queries: Annotated[
-        Path | None, typer.Option("--queries", help="With --run: the rows that were scored.")
-    ] = None,
-    subsets: Annotated[
-        int | None,
-        typer.Option("--subsets", help="With --run: random halves to retrain on. Default: 40."),
-    ] = None,
-    subset_seed: Annotated[
-        int | None,
-        typer.Option("--subset-seed", help="With --run: seed that draws the halves. Default: 0."),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option("--recipe", help="With --run: JSON of how the adapter was trained."),
-    ] = None,
-    truth_out: Annotated[
-        Path | None,
-        typer.Option(
-            "--truth-out", help="With --run: npz to keep the losses in. Default: RUN/truth.npz."
-        ),
-    ] = None,
-    resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples.")] = 1000,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap.")] = 0,
-    per_query: Annotated[
-        bool, typer.Option("--per-query", help="Print the Spearman of every query too.")
-    ] = False,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the Spearman of every query (.png or .svg).")
-    ] = None,
-    device: DeviceOption = "auto",
-    overwrite: OverwriteOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Linear datamodeling score: do the scores order retrained adapters as their measured losses do?
+# ---- faithfulness ----------------------------------------------------------------------------
 
-    With --truth from losses that are there; with --run by retraining first (killed, the same command goes on).
+
+@dataclass(frozen=True, kw_only=True)
+class Lds(DeviceOption, OutputOptions):
+    """The options of `analysis lds`."""
+
+    scores: Path = option("Score file (HDF5) made by influence score.")
+    truth: Path | None = option(
+        "npz with masks [S, n] and query_loss [S, Q] of retrained adapters.", default=None
+    )
+    run: Path | None = option(
+        "In place of --truth: the run whose adapter to retrain on subsets.",
+        default=None,
+        also=["--run-dir"],
+    )
+    queries: Path | None = option("With --run: the rows that were scored.", default=None)
+    subsets: int | None = option(
+        f"With --run: random halves to retrain on. Default: {SUBSETS}.", default=None
+    )
+    subset_seed: int | None = option(
+        f"With --run: seed that draws the halves. Default: {SUBSET_SEED}.", default=None
+    )
+    recipe: Path | None = option("With --run: JSON of how the adapter was trained.", default=None)
+    truth_out: Path | None = option(
+        "With --run: npz to keep the losses in. Default: RUN/truth.npz.", default=None
+    )
+    resamples: int = option("Bootstrap resamples.", default=1000)
+    seed: int = option("Seed of the bootstrap.", default=0)
+    per_query: bool = option("Print the Spearman of every query too.", default=False)
+    plot: Path | None = option("Draw the Spearman of every query (.png or .svg).", default=None)
+
+    def __post_init__(self) -> None:
+        if (self.truth is None) == (self.run is None):
+            raise InputError(
+                "give either --truth FILE.npz (ready losses) or --run RUN --queries FILE "
+                "(retrain first)"
+            )
+        with_run = {
+            "--queries": self.queries,
+            "--subsets": self.subsets,
+            "--subset-seed": self.subset_seed,
+            "--recipe": self.recipe,
+            "--truth-out": self.truth_out,
+        }
+        given = [name for name, value in with_run.items() if value is not None]
+        if self.truth is not None and given:
+            raise InputError(
+                f"{', '.join(given)} goes with --run only, and --truth was given: "
+                "leave one of them out"
+            )
+        if self.run is not None and self.queries is None:
+            raise InputError(
+                "--run retrains and measures the losses of queries: name the scored ones with "
+                "--queries FILE"
+            )
+        if self.plot is not None and self.plot.exists() and not self.overwrite:
+            raise InputError(
+                f"{self.plot} exists and would be replaced: give another --plot, or --overwrite"
+            )
+
+
+@command(app, Lds)
+def lds(options: Lds) -> None:
+    """Linear datamodeling score: do the scores order retrained adapters as their measured losses
+    do?
+
+    With --truth from losses that are there; with --run by retraining first (killed, the same
+    command goes on).
     """
     from analysis.metrics.lds import lds as linear_datamodeling_score
-    from analysis.truth import ready_truth, retrained_truth
-    from influence.errors import InputError
-    from influence.rows import read_examples
-    from influence.run import Run
+    from analysis.words import lds_text
     from influence.scorefile import Scores
-    from unlearn.retraining.recipe import Recipe
 
-    if (truth is None) == (run is None):
+    scores = Scores.load(options.scores, detail=False)
+    measurement = scores.attributes.get("measurement", "loss")
+    if measurement != "loss":
         raise InputError(
-            "give either --truth FILE.npz (ready losses) or --run RUN --queries FILE (retrain first)"
+            f"{options.scores} explains the measurement {measurement!r}, and the truth holds "
+            "losses: score again with --measurement loss"
         )
-    options = {"--queries": queries, "--subsets": subsets, "--subset-seed": subset_seed}
-    options |= {"--recipe": recipe, "--truth-out": truth_out}
-    given = [name for name, value in options.items() if value is not None]
-    if truth is not None and given:
-        raise InputError(
-            f"{', '.join(given)} goes with --run only, and --truth was given: leave one of them out"
-        )
-    if run is not None and queries is None:
-        raise InputError(
-            "--run retrains and measures the losses of queries: name the scored ones with --queries FILE"
-        )
-    if plot is not None and plot.exists() and not overwrite:
-        raise InputError(
-            f"{plot} exists and would be replaced: give another --plot, or --overwrite"
-        )
-    loaded = Scores.load(scores, detail=False)
-    if loaded.attributes.get("measurement", "loss") != "loss":
-        raise InputError(
-            f"{scores} explains the measurement {loaded.attributes['measurement']!r}, and the truth holds losses: score "
-            "again with --measurement loss"
-        )
-    if truth is not None:
-        known = ready_truth(loaded, truth)
-    else:
-        assert run is not None
-        assert queries is not None
-        how = None if recipe is None else Recipe.read(recipe)
-        asked = read_examples(queries)
-        console.quiet_transformers()
-        known = retrained_truth(
-            loaded,
-            Run.open(run, device=device),
-            asked,
-            subsets=40 if subsets is None else subsets,
-            subset_seed=subset_seed or 0,
-            recipe=how,
-            out=truth_out or run / "truth.npz",
-        )
+    truth = _truth(options, scores)
     result = linear_datamodeling_score(
-        loaded.values, known.masks, known.query_loss, resamples=resamples, seed=seed
+        scores.values,
+        truth.masks,
+        truth.query_loss,
+        resamples=options.resamples,
+        seed=options.seed,
     )
-    if plot is not None:
+    if options.plot is not None:
         from analysis.plots import lds_plot
 
-        lds_plot(result, plot, overwrite=overwrite)
-    interval = result.interval
-    text = (
-        f"LDS {result.mean:.4f}, {interval.level:.0%} interval [{interval.low:.4f}, {interval.high:.4f}] "
-        f"({interval.resamples} resamples of {result.subsets} retrained adapters, seed {seed}); "
-        f"mean Spearman over {result.queries - result.undefined} of {result.queries} queries"
-    )
-    if per_query:
-        lines = zip(result.per_query.tolist(), loaded.query_ids, strict=True)
-        text += "\n" + "\n".join(
-            f"{rho:+.4f}  {console.printable(id).replace(chr(10), ' ')}" for rho, id in lines
-        )
-    console.emit(
-        {
-            "lds": result.mean,
-            "low": interval.low,
-            "high": interval.high,
-            "level": interval.level,
-            "subsets": result.subsets,
-            "queries": result.queries,
-            "undefined": result.undefined,
-            "seed": seed,
-            "per_query": result.per_query,
-            "query_ids": loaded.query_ids,
-        },
-        text,
-        json,
+        lds_plot(result, options.plot, overwrite=options.overwrite)
+    record = {
+        "lds": result.mean,
+        "low": result.interval.low,
+        "high": result.interval.high,
+        "level": result.interval.level,
+        "subsets": result.subsets,
+        "queries": result.queries,
+        "undefined": result.undefined,
+        "seed": options.seed,
+        "per_query": result.per_query,
+        "query_ids": scores.query_ids,
+    }
+    text = lds_text(result, options.seed, scores.query_ids if options.per_query else None)
+    console.emit(record, text, options.json)
+
+
+def _truth(options: Lds, scores: Scores) -> Truth:
+    """The losses of retrained adapters: ready ones, or measured by retraining."""
+    from analysis.truth import ready_truth, retrained_truth
+    from influence.rows import read_examples
+    from influence.run import Run
+    from unlearn.retraining.recipe import Recipe
+
+    if options.truth is not None:
+        return ready_truth(scores, options.truth)
+    assert options.run is not None
+    assert options.queries is not None
+    recipe = None if options.recipe is None else Recipe.read(options.recipe)
+    queries = read_examples(options.queries)
+    console.quiet_transformers()
+    return retrained_truth(
+        scores,
+        Run.open(options.run, device=options.device),
+        queries,
+        subsets=SUBSETS if options.subsets is None else options.subsets,
+        subset_seed=options.subset_seed or SUBSET_SEED,
+        recipe=recipe,
+        out=options.truth_out or options.run / "truth.npz",
     )
 
 
-@app.command()
-def tune(
-    run: RunOption,
-    truth: Annotated[
-        Path | None,
-        typer.Option(
-            "--truth", help="npz of retrained adapters' losses; without it local checks choose."
-        ),
-    ] = None,
-    queries: Annotated[
-        Path | None,
-        typer.Option(
-            "--queries",
-            help="The rows that the truth's query_loss is of. Default: those of the run's scores.",
-        ),
-    ] = None,
-    geometry: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--geometry",
-            help="Also fit and sweep this geometry: function or adam. May be repeated.",
-        ),
-    ] = None,
-    path: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--path", help="Also fit and sweep these points, as in 0.3,0.6,0.9. May be repeated."
-        ),
-    ] = None,
-    damping: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--damping",
-            help="The dampings to sweep. Default: mean:1, mean:0.1, mean:0.01, mean:0.001.",
-        ),
-    ] = None,
-    columns: Annotated[
-        int,
-        typer.Option(
-            "--columns",
-            help="Compare the choice with the exact GGN on so many rows (hundreds of passes).",
-        ),
-    ] = 0,
-    k: Annotated[int, typer.Option("-k", help="How many settings to show.")] = 15,
-    seed: Annotated[
-        int,
-        typer.Option("--seed", help="Draws the halves of the truth and the rows of the checks."),
-    ] = 0,
-    device: DeviceOption = "auto",
-    trust_remote_code: TrustOption = False,
-    forget: Annotated[
-        bool, typer.Option("--forget", help="Drop what an earlier tune chose, and do nothing else.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the table, keep nothing in the manifest.")
-    ] = False,
-    json: JsonOption = False,
-) -> None:
-    """Which curvature, damping, geometry and points: a table, and the best kept in the run for later scores."""
+def paths(texts: Iterable[str]) -> tuple[tuple[float, ...], ...]:
+    """Several paths as they are typed, each as `points` reads it."""
+    return tuple(points(text) for text in texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(RunOption, DeviceOption, TrustOption, JsonOption):
+    """The options of `analysis tune`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "forget": "trust_remote_code",
+        "dry_run": "forget",
+    }
+
+    truth: Path | None = option(
+        "npz of retrained adapters' losses; without it local checks choose.", default=None
+    )
+    queries: Path | None = option(
+        "The rows that the truth's query_loss is of. Default: those of the run's scores.",
+        default=None,
+    )
+    geometries: tuple[str, ...] = option(
+        "Also fit and sweep this geometry: function or adam. May be repeated.",
+        default=(),
+        flag="--geometry",
+        typed=list[str] | None,
+        read=tuple,
+    )
+    paths: tuple[tuple[float, ...], ...] = option(
+        "Also fit and sweep these points, as in 0.3,0.6,0.9. May be repeated.",
+        default=(),
+        flag="--path",
+        typed=list[str] | None,
+        read=paths,
+    )
+    dampings: tuple[str, ...] = option(
+        "The dampings to sweep.",
+        default=("mean:1", "mean:0.1", "mean:0.01", "mean:0.001"),
+        flag="--damping",
+        typed=list[str],
+        read=tuple,
+    )
+    columns: int = option(
+        "Compare the choice with the exact GGN on so many rows (hundreds of passes).", default=0
+    )
+    k: int = option("How many settings to show.", default=15, flag="-k")
+    seed: int = option("Draws the halves of the truth and the rows of the checks.", default=0)
+    forget: bool = option("Drop what an earlier tune chose, and do nothing else.", default=False)
+    dry_run: bool = option("Show the table, keep nothing in the manifest.", default=False)
+
+    def __post_init__(self) -> None:
+        console.at_least("-k", self.k, 1)
+        if self.queries is not None and self.truth is None:
+            raise InputError(
+                "--queries was given without --truth; the local checks need no queries: "
+                "leave it out"
+            )
+
+
+@command(app, Tune)
+def tune(options: Tune) -> None:
+    """Which curvature, damping, geometry and points: a table, and the best kept in the run for
+    later scores.
+    """
     from analysis.metrics.lds import read_truth
-    from analysis.tune import DAMPINGS, default_queries, table_rows
+    from analysis.tune import default_queries, table_rows
     from analysis.tune import forget as drop
     from analysis.tune import tune as choose
-    from influence.errors import InputError
+    from analysis.words import tuning_table, tuning_text
     from influence.rows import read_examples
     from influence.run import Run
 
-    if k < 1:
-        raise InputError(f"-k {k} was given; expected at least 1")
-    if queries is not None and truth is None:
-        raise InputError(
-            "--queries was given without --truth; the local checks need no queries: leave it out"
-        )
-    paths = [numbers(text, "--path") for text in path or ()]
-    known = None if truth is None else read_truth(truth)
+    truth = None if options.truth is None else read_truth(options.truth)
     console.quiet_transformers()
-    opened = Run.open(run, device=device, trust_remote_code=trust_remote_code)
-    if forget:
-        drop(opened)
-        console.emit({"chosen": None}, f"{run}: scores use what it was fitted with", json)
+    run = Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code)
+    if options.forget:
+        drop(run)
+        text = f"{options.run}: scores use what it was fitted with"
+        console.emit({"chosen": None}, text, options.json)
         return
-    rows = None if known is None else read_examples(queries or default_queries(opened))
+    queries = None if truth is None else read_examples(options.queries or default_queries(run))
     result = choose(
-        opened,
-        truth=known,
-        queries=rows,
-        dampings=tuple(damping or DAMPINGS),
-        geometries=tuple(geometry or ()),
-        paths=paths,
-        columns=columns,
-        seed=seed,
-        keep=not dry_run,
+        run,
+        truth=truth,
+        queries=queries,
+        dampings=options.dampings,
+        geometries=options.geometries,
+        paths=options.paths,
+        columns=options.columns,
+        seed=options.seed,
+        keep=not options.dry_run,
     )
-    table = list(table_rows(result, k))
-    best = result.chosen
-    where = (
-        "shown only"
-        if dry_run
-        else f"kept in {run}/manifest.json: later scores use it unless told otherwise"
-    )
-    text = f"chosen by {result.by}: {best.name}; {where}"
-    held_out = None
-    if result.held_out is not None:
-        interval = result.held_out.interval
-        held_out = {"lds": result.held_out.mean, "low": interval.low, "high": interval.high}
-        text += (
-            f"\nLDS of the chosen setting on the other subsets: {result.held_out.mean:.4f}, {interval.level:.0%} interval "
-            f"[{interval.low:.4f}, {interval.high:.4f}]"
-        )
-    if result.exact is not None:
-        text += (
-            f"\nSpearman of its scores with the exact GGN's on {columns} rows: {result.exact:.3f} (worst residual "
-            f"{result.exact_residual:.1e})"
-        )
-    if json:
-        chosen = next(iter(table_rows(result, 1)))
-        console.emit(
-            {
-                "chosen": chosen,
-                "by": result.by,
-                "held_out": held_out,
-                "exact": result.exact,
-                "table": table,
-            },
-            "",
-            True,
-        )
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(
-        title=f"the best {len(table)} of {len(result.judged)} settings", title_justify="left"
-    )
-    for column in table[0]:
-        numeric = isinstance(table[0][column], float)
-        short = {
-            "concentration": "conc.",
-            "agreement": "agree.",
-            "selectivity": "select.",
-            "calibration": "calib.",
+    rows = list(table_rows(result, options.k))
+    if options.json:
+        held_out = None
+        if result.held_out is not None:
+            interval = result.held_out.interval
+            held_out = {"lds": result.held_out.mean, "low": interval.low, "high": interval.high}
+        record = {
+            "chosen": next(iter(table_rows(result, 1))),
+            "by": result.by,
+            "held_out": held_out,
+            "exact": result.exact,
+            "table": rows,
         }
-        shown.add_column(
-            short.get(column, column), justify="right" if numeric else "left", overflow="fold"
-        )
-    for row in table:
-        shown.add_row(
-            *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values())
-        )
-    Console().print(shown)
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+        console.emit(record, "", True)
+        return
+    place = f"kept in {options.run}/manifest.json: later scores use it unless told otherwise"
+    if options.dry_run:
+        place = "shown only"
+    console.show(tuning_table(rows, len(result.judged)))
+    console.show(tuning_text(result, place, options.columns), wrap=False)
 
 
-@app.command()
-def memorization(
-    run: RunOption,
-    truth: Annotated[
-        Path | None,
-        typer.Option(
-            "--truth",
-            help="npz of retrained adapters' losses (unlearn retrain --subsets): what is measured.",
-        ),
-    ] = None,
-    damping: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--damping",
-            help="Self-influence with this damping too. May be repeated. Default: mean:0.01, mean:0.1, mean:1.",
-        ),
-    ] = None,
-    canaries: Annotated[
-        Path | None,
-        typer.Option(
-            "--canaries",
-            help='JSON lines {"id", "candidates"}: what else a training row\'s completion could have been.',
-        ),
-    ] = None,
-    heldout: Annotated[
-        Path | None,
-        typer.Option("--heldout", help="Rows like the training rows that the adapter never saw."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Table to write (.csv or .parquet), one line per training row."),
-    ] = None,
-    k: Annotated[int, typer.Option("-k", help="How many rows to show.")] = 10,
-    resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples.")] = 1000,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Of the intervals, and of the halves of the reliability.")
-    ] = 0,
-    device: DeviceOption = "auto",
-    trust_remote_code: TrustOption = False,
-    overwrite: OverwriteOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Which training rows are memorised: measured from retrained adapters, forecast without, and do both agree?
+# ---- studies ---------------------------------------------------------------------------------
 
-    Without --truth the forecasts alone. With --canaries the exposure of secrets, with --heldout that of every row relative
-    to rows never seen.
+
+@command(app, Memorization)
+def memorization(options: Memorization) -> None:
+    """Which training rows are memorised: measured from retrained adapters, forecast without, and do
+    both agree?
+
+    Without --truth the forecasts alone. With --canaries the exposure of secrets, with --holdout
+    that of every row relative to rows never seen.
     """
     from analysis.metrics.lds import read_truth
     from analysis.studies.canaries import read_canaries
     from analysis.studies.memorization import memorization as measure
     from analysis.studies.memorization_tables import tables
     from influence.damping import Damping
-    from influence.errors import InputError
     from influence.rows import read_examples
     from influence.run import Run
     from influence.tables import checked_table
 
-    if k < 1:
-        raise InputError(f"-k {k} was given; expected at least 1")
-    if seed < 0 or resamples < 1:
-        raise InputError(
-            f"--seed {seed} and --resamples {resamples} were given; expected at least 0 and 1"
-        )
-    if out is not None:
-        checked_table(out, overwrite)
-    dampings = None if damping is None else [Damping.parse(rule) for rule in damping]
-    if truth is not None:
-        read_truth(truth)  # a file that is none is refused before the model is loaded
-    secrets = None if canaries is None else read_canaries(canaries)
-    unseen = None if heldout is None else read_examples(heldout)
+    if options.out is not None:
+        checked_table(options.out, options.overwrite)
+    dampings = None
+    if options.dampings is not None:
+        dampings = [Damping.parse(rule) for rule in options.dampings]
+    if options.truth is not None:
+        read_truth(options.truth)  # a file that is none is refused before the model is loaded
+    canaries = None if options.canaries is None else read_canaries(options.canaries)
+    holdout = None if options.holdout is None else read_examples(options.holdout)
     console.quiet_transformers()
-    opened = Run.open(run, device=device, trust_remote_code=trust_remote_code)
     result = measure(
-        opened,
-        truth,
+        Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code),
+        options.truth,
         dampings=dampings,
-        canaries=secrets,
-        holdout=unseen,
-        resamples=resamples,
-        seed=seed,
+        canaries=canaries,
+        holdout=holdout,
+        resamples=options.resamples,
+        seed=options.seed,
     )
-    if out is not None:
-        result.write(out, overwrite=overwrite)
-    if json:
-        console.emit({"out": None if out is None else str(out), **result.record()}, "", True)
+    if options.out is not None:
+        result.write(options.out, overwrite=options.overwrite)
+    if options.json:
+        out = None if options.out is None else str(options.out)
+        console.emit({"out": out, **result.record()}, "", True)
         return
+    for table in tables(result, options.k):
+        console.show(table)
+        console.show("")
+    lines = result.lines()
+    if options.out is not None:
+        lines = [*lines, f"{options.out}: every number of every row"]
+    console.show(console.printable("\n".join(lines)), wrap=False)
+
+
+@command(app, Ood)
+def ood(options: Ood) -> None:
+    """Are rows from outside the training distribution harder to unlearn, at a better trade-off? Two
+    answers, measured.
+
+    Plants rows of four kinds, trains the adapter again with and without them, and unlearns each by
+    gradient ascent. Killed, the same command goes on with the first part that is not finished.
+    """
     from rich.console import Console
 
-    for table in tables(result, k):
-        Console().print(table, "")
-    lines = [*result.lines(), *([f"{out}: every number of every row"] if out is not None else [])]
-    Console().print(
-        console.printable("\n".join(lines)), markup=False, highlight=False, soft_wrap=True
-    )
-
-
-@app.command()
-def ood(
-    run: RunOption,
-    heldout: Annotated[
-        Path,
-        typer.Option(
-            "--heldout",
-            help="Rows of the training rows' domain that no model saw: .jsonl, .parquet ...",
-        ),
-    ],
-    other: Annotated[Path, typer.Option("--other", help="Rows of another domain.")],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", help="Folder for adapters, measurements, ood.csv, ood.json, ood.png."
-        ),
-    ],
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            "--recipe", help="JSON of how the adapter was trained. Default: as recorded beside it."
-        ),
-    ] = None,
-    per_kind: Annotated[
-        int, typer.Option("--per-kind", help="Rows to plant of each of the four kinds.")
-    ] = 8,
-    repeats: Annotated[
-        int, typer.Option("--repeats", help="How often each planted row is among the rows.")
-    ] = 1,
-    references: Annotated[
-        int,
-        typer.Option(
-            "--references", help="Adapters to train without the planted rows, for exposure."
-        ),
-    ] = 2,
-    optimizer: Annotated[
-        str, typer.Option("--optimizer", help="Of the ascent: adam or sgd.")
-    ] = "adam",
-    seed: Annotated[
-        int, typer.Option("--seed", help="Of the planting, the sample of rows and the intervals.")
-    ] = 0,
-    device: DeviceOption = "auto",
-    trust_remote_code: TrustOption = False,
-    overwrite: OverwriteOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Are rows from outside the training distribution harder to unlearn, at a better trade-off? Two answers, measured.
-
-    Plants rows of four kinds, trains the adapter again with and without them, and unlearns each by gradient ascent. Killed, the
-    same command goes on with the first part that is not finished.
-    """
     from analysis.studies.ood import study
     from analysis.studies.ood_tables import lines, tables
-    from influence.errors import InputError
     from influence.rows import read_examples
     from influence.run import Run
-    from unlearn.difficulty.measured import Protocol
+    from unlearn.difficulty.protocol import Protocol
     from unlearn.retraining.recipe import Recipe
 
-    if seed < 0:
-        raise InputError(f"--seed {seed} was given; expected at least 0")
-    protocol = Protocol(optimizer=optimizer)
-    how = None if recipe is None else Recipe.read(recipe)
-    unseen, outside = read_examples(heldout), read_examples(other)
+    protocol = Protocol(optimizer=options.optimizer)
+    recipe = None if options.recipe is None else Recipe.read(options.recipe)
+    holdout, other = read_examples(options.holdout), read_examples(options.other)
     console.quiet_transformers()
     result = study(
-        Run.open(run, device=device, trust_remote_code=trust_remote_code),
-        unseen,
-        outside,
-        out,
-        recipe=how,
-        per_kind=per_kind,
-        repeats=repeats,
-        references=references,
+        Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code),
+        holdout,
+        other,
+        options.out,
+        recipe=recipe,
+        per_kind=options.per_kind,
+        repeats=options.repeats,
+        references=options.references,
         protocol=protocol,
-        seed=seed,
-        overwrite=overwrite,
+        seed=options.seed,
+        overwrite=options.overwrite,
     )
-    if json:
-        console.emit({"out": str(out), **result.record()}, "", True)
+    if options.json:
+        console.emit({"out": str(options.out), **result.record()}, "", True)
         return
-    from rich.console import Console
-
     for table in tables(result):
         Console(width=100).print(table, "")
-    text = console.printable("\n".join([*lines(result), f"{out}/ood.csv: every planted row"]))
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    text = "\n".join([*lines(result), f"{options.out}/ood.csv: every planted row"])
+    console.show(console.printable(text), wrap=False)
 
 
-@app.command()
-def report(
-    edit: Annotated[
-        Path,
-        typer.Option(
-            "--edit", help="Adapter folder made by unlearn remove, relabel, correct or train."
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Page to write (.html).")],
-    retrained: Annotated[
-        Path | None,
-        typer.Option(
-            "--retrained",
-            help="Adapter made by unlearn retrain --edit: how near is the edit to it? Loads the model.",
-        ),
-    ] = None,
-    holdout: Annotated[
-        Path | None,
-        typer.Option("--holdout", help="With --retrained: rows that neither adapter saw."),
-    ] = None,
-    device: DeviceOption = "auto",
-    overwrite: OverwriteOption = False,
-    json: JsonOption = False,
-) -> None:
-    """One page on one edit, from its edit.json: is it forgotten, what else changed, how exact, how to check it."""
+# ---- report and demo -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(DeviceOption, OutputOptions):
+    """The options of `analysis report`."""
+
+    edit: Path = option("Adapter folder made by unlearn remove, relabel, correct or train.")
+    out: Path = option("Page to write (.html).")
+    retrained: Path | None = option(
+        "Adapter made by unlearn retrain --edit: how near is the edit to it? Loads the model.",
+        default=None,
+    )
+    holdout: Path | None = option("With --retrained: rows that neither adapter saw.", default=None)
+
+    def __post_init__(self) -> None:
+        if self.holdout is not None and self.retrained is None:
+            raise InputError("--holdout goes with --retrained DIR: leave it out")
+
+
+@command(app, Report)
+def report(options: Report) -> None:
+    """One page on one edit, from its edit.json: is it forgotten, what else changed, how exact, how
+    to check it.
+    """
     from analysis.report.page import read_record
     from analysis.report.page import report as write_report
-    from influence.errors import InputError
 
     compared = None
-    if holdout is not None and retrained is None:
-        raise InputError("--holdout goes with --retrained DIR: leave it out")
-    if retrained is not None:
+    if options.retrained is not None:
         from analysis.report.agreement import agreement
         from influence.rows import read_examples
         from influence.run import Run
 
-        path = read_record(edit)["run"]["path"]
+        path = read_record(options.edit)["run"]["path"]
         if path is None:
-            raise InputError(f"{edit} does not record where its run is: --retrained needs it")
-        unseen = None if holdout is None else read_examples(holdout)
+            raise InputError(
+                f"{options.edit} does not record where its run is: --retrained needs it"
+            )
+        holdout = None if options.holdout is None else read_examples(options.holdout)
         console.quiet_transformers()
-        compared = agreement(Run.open(path, device=device), edit, retrained, unseen)
-    made = write_report(edit, out, compared=compared, overwrite=overwrite)
+        run = Run.open(path, device=options.device)
+        compared = agreement(run, options.edit, options.retrained, holdout)
+    page = write_report(options.edit, options.out, compared=compared, overwrite=options.overwrite)
     result = {
-        "out": str(made.path),
-        "kind": made.kind,
-        "rows": made.rows,
-        "verdicts": made.verdicts,
+        "out": str(page.path),
+        "kind": page.kind,
+        "rows": page.rows,
+        "verdicts": page.verdicts,
+        "headlines": page.headlines,
     }
-    console.emit(
-        result | {"headlines": made.headlines},
-        f"{made.path}: {made.title}\n" + "\n".join(made.headlines),
-        json,
-    )
+    text = "\n".join([f"{page.path}: {page.title}", *page.headlines])
+    console.emit(result, text, options.json)
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Directory to make: data, models, run.")],
-    seed: Annotated[
-        int, typer.Option("--seed", help="Seed of the corpus, the training and the labels.")
-    ] = 0,
-    overwrite: OverwriteOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Make people up, train a small model and an adapter on them, score, and check a prediction by retraining."""
+@dataclass(frozen=True, kw_only=True)
+class Demo(OutputOptions):
+    """The options of `analysis demo`."""
+
+    out: Path = option("Directory to make: data, models, run.")
+    seed: int = option("Seed of the corpus, the training and the labels.", default=0)
+
+
+@command(app, Demo)
+def demo(options: Demo) -> None:
+    """Make people up, train a small model and an adapter on them, score, and check a prediction by
+    retraining.
+    """
+    from rich.console import Console
+
     from analysis.demo.walkthrough import demo as run_demo
 
     console.quiet_transformers()
-    from rich.console import Console
-
     # with --json the tables go to standard error, so that standard output holds one JSON object
-    result = run_demo(out, seed=seed, overwrite=overwrite, console=Console(stderr=json))
-    if json:
+    shown = Console(stderr=options.json)
+    result = run_demo(options.out, seed=options.seed, overwrite=options.overwrite, console=shown)
+    if options.json:
         console.emit(result, "", True)
 
 

@@ -2,493 +2,394 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-from typer.core import TyperCommand
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from influence import console
+from influence.errors import InputError, MismatchError
+from influence.options import (
+    AdapterOptions,
+    BudgetOption,
+    CurvatureOptions,
+    JsonOption,
+    LengthOption,
+    LoadingOptions,
+    OutputOptions,
+    PointOption,
+    RunOption,
+    TypedLoadingOptions,
+    command,
+    option,
+    points,
+)
+
+if TYPE_CHECKING:  # a command's help does not wait for torch
+    from rich.table import Table
+    from rich.text import Text
+
+    from influence.adapter import AdaptedModel
+    from influence.manifest import DataSource
+    from influence.rows import Examples
+    from influence.run import Run
 
 app = console.app("How much did each training row matter for what a LoRA adapter says?")
 main = console.main(app)
 
-RunOption = Annotated[Path, typer.Option("--run", help="Run directory made by influence fit.")]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON, for a program.")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is already there.")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
-CurvatureOption = Annotated[
-    str | None,
-    typer.Option(
-        "--curvature", help="Another curvature that the run holds: identity, kfac, ggn, hessian ..."
-    ),
-]
-CheckpointingOption = Annotated[
-    bool,
-    typer.Option(
-        "--checkpointing", help="Recompute activations in the backward: slower, far less memory."
-    ),
-]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the base model ships.")
-]
-DampingOption = Annotated[
-    str | None,
-    typer.Option(
-        "--damping",
-        help="Another damping rule than the fit's: mean:0.1, top:0.01, abs:1e-3 or time:0.5.",
-    ),
-]
 #: Said under every table of scores.
-ORDER = "Read the order before the size: removing one row of several that teach the same changes far less."
-AtOption = Annotated[
-    str | None,
-    typer.Option(
-        "--at", help="Which of the run's points to look at: all, end, or one's label, as in 0.6."
-    ),
-]
+ORDER = (
+    "Read the order before the size: removing one row of several that teach the same changes far "
+    "less."
+)
+#: Characters of a row that a table shows.
+PREVIEW = 90
 
 
-class ManyValues(TyperCommand):
-    """A command that takes `--checkpoints A B C` as well as `--checkpoints A --checkpoints B`."""
+@dataclass(frozen=True, kw_only=True)
+class Fit(AdapterOptions, LengthOption, BudgetOption, TypedLoadingOptions, OutputOptions):
+    """The options of `influence fit`."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option before each of its values."""
-        spread, option = [], None
-        for argument in args:
-            if argument.startswith("-"):
-                option = argument if argument == "--checkpoints" else None
-                spread.append(argument)
-            elif option is not None and spread[-1] != option:
-                spread += [option, argument]
-            else:
-                spread.append(argument)
-        return super().parse_args(ctx, spread)
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "model": "run",
+        "store": "dtype",
+        "disk_budget": "store",
+        "seed": "disk_budget",
+    }
+
+    train: Path = option("The rows it was trained on: .jsonl, .parquet or a datasets folder.")
+    run: Path = option("Directory to make.", also=["--run-dir"])
+    curvature: str = option("ekfac, kfac, fisher, ggn, hessian or identity.", default="ekfac")
+    samples: int = option(
+        "Label draws per row for ekfac, kfac, fisher (fisher: 0 = the data's labels).", default=1
+    )
+    damping: str = option(
+        "mean:X, top:X (times the block's eigenvalue), abs:X, or time (1 / total learning rate, "
+        "needs --optimizer).",
+        default="mean:0.1",
+    )
+    reduction: str = option(
+        "Training loss: mean over tokens, or over examples' means.", default="token"
+    )
+    path: tuple[float, ...] | None = option(
+        "Where between base (0) and adapter (1) to look; each point is a pass over the rows. "
+        "Default: 0.4,0.6,0.8, or nowhere but at --checkpoints where these are given. "
+        "1.0: at the adapter itself only.",
+        default=None,
+        typed=str | None,
+        read=points,
+    )
+    checkpoints: tuple[Path, ...] = option(
+        "Adapter folders that training kept, to look there (one or more).",
+        default=(),
+        typed=list[Path] | None,
+        read=tuple,
+        several=True,
+    )
+    geometry: str = option(
+        "raw, function (damping in function space) or adam (the optimiser's metric).",
+        default="raw",
+    )
+    optimizer: Path | None = option(
+        "Trainer checkpoint with optimizer.pt, for --geometry adam and --damping time.",
+        default=None,
+    )
+    store: str = option("Keep the rows' gradients: auto, always or never.", default="auto")
+    disk_budget: float = option(
+        "Most gigabytes of gradients that --store auto keeps.", default=50.0
+    )
+    seed: int = option("Keys the labels sampled from the model.", default=0)
 
 
-@app.command(cls=ManyValues)
-def fit(
-    adapter: Annotated[str, typer.Option("--adapter", help="PEFT LoRA adapter: folder or hub id.")],
-    train: Annotated[
-        Path,
-        typer.Option(
-            "--train", help="The rows it was trained on: .jsonl, .parquet or a datasets folder."
-        ),
-    ],
-    run: Annotated[Path, typer.Option("--run", help="Directory to make.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", help="Base model: folder or hub id. Default: the one the adapter records."
-        ),
-    ] = None,
-    curvature: Annotated[
-        str, typer.Option("--curvature", help="ekfac, kfac, fisher, ggn, hessian or identity.")
-    ] = "ekfac",
-    samples: Annotated[
-        int,
-        typer.Option(
-            "--samples",
-            help="Label draws per row for ekfac, kfac, fisher (fisher: 0 = the data's labels).",
-        ),
-    ] = 1,
-    damping: Annotated[
-        str,
-        typer.Option(
-            "--damping",
-            help="mean:X, top:X (times the block's eigenvalue), abs:X, or time (1 / total learning rate, needs --optimizer).",
-        ),
-    ] = "mean:0.1",
-    reduction: Annotated[
-        str,
-        typer.Option(
-            "--reduction", help="Training loss: mean over tokens, or over examples' means."
-        ),
-    ] = "token",
-    path: Annotated[
-        str | None,
-        typer.Option(
-            "--path",
-            help="Where between base (0) and adapter (1) to look; each point is a pass over the rows. Default: "
-            "0.4,0.6,0.8, or nowhere but at --checkpoints where these are given. 1.0: at the adapter itself only.",
-        ),
-    ] = None,
-    checkpoints: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--checkpoints", help="Adapter folders that training kept, to look there (one or more)."
-        ),
-    ] = None,
-    geometry: Annotated[
-        str,
-        typer.Option(
-            "--geometry",
-            help="raw, function (damping in function space) or adam (the optimiser's metric).",
-        ),
-    ] = "raw",
-    optimizer: Annotated[
-        Path | None,
-        typer.Option(
-            "--optimizer",
-            help="Trainer checkpoint with optimizer.pt, for --geometry adam and --damping time.",
-        ),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option("--max-length", help="Truncate rows to so many tokens, as in training."),
-    ] = None,
-    token_budget: Annotated[
-        int | None,
-        typer.Option(
-            "--token-budget",
-            help="Tokens per batch, padding included: the memory knob. Default 1024 on a CPU, else 4096.",
-        ),
-    ] = None,
-    device: DeviceOption = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="The base's type: float32, bfloat16, float16 or float64.")
-    ] = "float32",
-    store: Annotated[
-        str, typer.Option("--store", help="Keep the rows' gradients: auto, always or never.")
-    ] = "auto",
-    disk_budget: Annotated[
-        float,
-        typer.Option("--disk-budget", help="Most gigabytes of gradients that --store auto keeps."),
-    ] = 50.0,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Keys the labels sampled from the model.")
-    ] = 0,
-    checkpointing: CheckpointingOption = False,
-    trust_remote_code: TrustOption = False,
-    overwrite: OverwriteOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Fit a curvature to an adapter on its training rows; a killed fit resumes, a finished one exits at once."""
+@command(app, Fit)
+def fit(options: Fit) -> None:
+    """Fit a curvature to an adapter on its training rows; a killed fit resumes, a finished one
+    exits at once.
+    """
     import time
 
     from influence.damping import Damping
     from influence.fitting import fit as fit_run
     from influence.rows import read_examples
 
-    if damping != "time":
-        Damping.parse(damping)
-    scales = None if path is None else numbers(path, "--path")
-    spec = _curvature(curvature, samples)
-    examples = read_examples(train)
-    loaded = _load(model, adapter, dtype, device, checkpointing, trust_remote_code)
+    if options.damping != "time":
+        Damping.parse(options.damping)
+    curvature = _curvature(options.curvature, options.samples)
+    examples = read_examples(options.train)
+    model = _load(options)
     start = time.perf_counter()
-    result = fit_run(
-        loaded,
+    run = fit_run(
+        model,
         examples,
-        directory=run,
-        curvature=spec,
-        damping=damping,
-        reduction=reduction,
-        path=scales,
-        checkpoints=checkpoints or (),
-        geometry=geometry,
-        optimizer=optimizer,
-        max_length=max_length,
-        token_budget=token_budget,
-        store=store,
-        disk_budget=disk_budget * 1e9,
-        seed=seed,
-        overwrite=overwrite,
+        directory=options.run,
+        curvature=curvature,
+        damping=options.damping,
+        reduction=options.reduction,
+        path=options.path,
+        checkpoints=options.checkpoints,
+        geometry=options.geometry,
+        optimizer=options.optimizer,
+        max_length=options.max_length,
+        token_budget=options.token_budget,
+        store=options.store,
+        disk_budget=options.disk_budget * 1e9,
+        seed=options.seed,
+        overwrite=options.overwrite,
     )
-    manifest = result.manifest
-    seconds = time.perf_counter() - start
-    stored = "stored" if result.gradients_stored else "not stored (scores will pass over the rows)"
+    manifest, seconds = run.manifest, time.perf_counter() - start
+    labels = ", ".join(point.label for point in manifest.points)
+    stored = "stored" if run.gradients_stored else "not stored (scores will pass over the rows)"
     text = (
-        f"{run}: {curvature} on {manifest.data.rows} rows ({manifest.data.supervised_tokens} supervised "
-        f"tokens), {manifest.adapter.parameters} LoRA parameters, damping {manifest.damping}; points {', '.join(point.label for point in manifest.points)}; gradients "
-        f"{stored}; "
-        f"{seconds:.1f} s"
+        f"{options.run}: {options.curvature} on {manifest.data.rows} rows "
+        f"({manifest.data.supervised_tokens} supervised tokens), "
+        f"{manifest.adapter.parameters} LoRA parameters, damping {manifest.damping}; "
+        f"points {labels}; gradients {stored}; {seconds:.1f} s"
     )
-    console.emit({"run": str(run), "seconds": seconds, "manifest": manifest.as_json()}, text, json)
+    result = {"run": str(options.run), "seconds": seconds, "manifest": manifest.as_json()}
+    console.emit(result, text, options.json)
 
 
-@app.command()
-def score(
-    run: RunOption,
-    queries: Annotated[
-        Path, typer.Option("--queries", help="Rows whose loss is explained, in the same formats.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Score file (HDF5). Default: scores.h5 in the run.")
-    ] = None,
-    solver: Annotated[
-        str,
-        typer.Option(
-            "--solver",
-            help="direct, cg, pcg (cg preconditioned by EK-FAC), astra, lissa, sgd or datainf (approximate).",
-        ),
-    ] = "direct",
-    tolerance: Annotated[
-        float | None,
-        typer.Option("--tolerance", help="Relative residual that an iterative solver goes to."),
-    ] = None,
-    max_iterations: Annotated[
-        int | None,
-        typer.Option(
-            "--max-iterations",
-            help="Most products of an iterative solver, each a pass for ggn, hessian.",
-        ),
-    ] = None,
-    measurement: Annotated[
-        str,
-        typer.Option(
-            "--measurement",
-            help="loss (mean, nats), sum (of the completion), margin (log-odds), token:K (loss of completion token K), or "
-            "contrast (with --contrast).",
-        ),
-    ] = "loss",
-    contrast: Annotated[
-        Path | None,
-        typer.Option(
-            "--contrast",
-            help="The same prompts with other completions: what made it say A rather than B?",
-        ),
-    ] = None,
-    curvature: CurvatureOption = None,
-    damping: DampingOption = None,
-    at: AtOption = None,
-    per_token: Annotated[
-        bool, typer.Option("--per-token", help="Also split scores over the rows' tokens.")
-    ] = False,
-    per_module: Annotated[
-        bool, typer.Option("--per-module", help="Also split scores over the adapted layers.")
-    ] = False,
-    device: DeviceOption = "auto",
-    checkpointing: CheckpointingOption = False,
-    trust_remote_code: TrustOption = False,
-    overwrite: OverwriteOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Score every training row for every query: the predicted change of the query's loss if the row is removed."""
+@dataclass(frozen=True, kw_only=True)
+class Score(RunOption, CurvatureOptions, PointOption, LoadingOptions, OutputOptions):
+    """The options of `influence score`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"per_token": "at", "per_module": "per_token"}
+
+    queries: Path = option("Rows whose loss is explained, in the same formats.")
+    out: Path | None = option("Score file (HDF5). Default: scores.h5 in the run.", default=None)
+    solver: str = option(
+        "direct, cg, pcg (cg preconditioned by EK-FAC), astra, lissa, sgd or datainf "
+        "(approximate).",
+        default="direct",
+    )
+    tolerance: float | None = option(
+        "Relative residual that an iterative solver goes to.", default=None
+    )
+    max_iterations: int | None = option(
+        "Most products of an iterative solver, each a pass for ggn, hessian.", default=None
+    )
+    measurement: str = option(
+        "loss (mean, nats), sum (of the completion), margin (log-odds), token:K (loss of "
+        "completion token K), or contrast (with --contrast).",
+        default="loss",
+    )
+    contrast: Path | None = option(
+        "The same prompts with other completions: what made it say A rather than B?", default=None
+    )
+    per_token: bool = option("Also split scores over the rows' tokens.", default=False)
+    per_module: bool = option("Also split scores over the adapted layers.", default=False)
+
+
+@command(app, Score)
+def score(options: Score) -> None:
+    """Score every training row for every query: the predicted change of the query's loss if the row
+    is removed.
+    """
     import time
 
-    from influence.errors import InputError
     from influence.measurements import Contrast
     from influence.rows import read_examples
 
-    examples = read_examples(queries)
-    explained: Any = measurement
-    if (measurement == "contrast") != (contrast is not None):
+    queries = read_examples(options.queries)
+    measurement: Any = options.measurement
+    if (measurement == "contrast") != (options.contrast is not None):
         raise InputError("give --measurement contrast and --contrast FILE together, or neither")
-    if contrast is not None:
-        explained = Contrast(read_examples(contrast))
-    opened = _open(run, device, checkpointing, trust_remote_code)
-    out = out or run / "scores.h5"
+    if options.contrast is not None:
+        measurement = Contrast(read_examples(options.contrast))
+    run = _open(options)
+    out = options.out or options.run / "scores.h5"
     start = time.perf_counter()
-    scores = opened.score(
-        examples,
+    scores = run.score(
+        queries,
         out=out,
-        solver=solver,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        measurement=explained,
-        curvature=curvature,
-        damping=damping,
-        at=at,
-        per_token=per_token,
-        per_module=per_module,
-        overwrite=overwrite,
+        solver=options.solver,
+        tolerance=options.tolerance,
+        max_iterations=options.max_iterations,
+        measurement=measurement,
+        curvature=options.curvature,
+        damping=options.damping,
+        at=options.at,
+        per_token=options.per_token,
+        per_module=options.per_module,
+        overwrite=options.overwrite,
     )
     seconds = time.perf_counter() - start
-    failed = int((~scores.converged).sum())
+    not_converged = int((~scores.converged).sum())
     worst = float(scores.residuals.max())
     text = (
-        f"{out}: scores [{len(scores.query_ids)} queries, {len(scores.train_ids)} rows]; {describe(scores.attributes)}; worst "
-        f"residual {worst:.1e}; {seconds:.1f} s"
+        f"{out}: scores [{len(scores.query_ids)} queries, {len(scores.train_ids)} rows]; "
+        f"{describe(scores.attributes)}; worst residual {worst:.1e}; {seconds:.1f} s"
     )
     result = {
         "out": str(out),
         "shape": list(scores.values.shape),
         "worst_residual": worst,
-        "not_converged": failed,
+        "not_converged": not_converged,
         "seconds": seconds,
     }
-    console.emit(result, text, json)
-    if (
-        failed and solver != "datainf"
-    ):  # an approximation by construction: its residual is a fact, not a failure
-        raise typer.Exit(1)
+    console.emit(result, text, options.json)
+    # datainf is an approximation by construction: its residual is a fact, not a failure
+    if not_converged and options.solver != "datainf":
+        raise SystemExit(1)
 
 
-@app.command(name="self")
-def self_(
-    run: RunOption,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="HDF5 file. Default: added to scores.h5 in the run."),
-    ] = None,
-    k: Annotated[int, typer.Option("-k", help="How many rows to show.")] = 10,
-    curvature: CurvatureOption = None,
-    damping: DampingOption = None,
-    at: AtOption = None,
-    device: DeviceOption = "auto",
-    checkpointing: CheckpointingOption = False,
-    trust_remote_code: TrustOption = False,
-    overwrite: OverwriteOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Self-influence: the predicted rise of each training row's own loss if it is removed (memorised rows are high)."""
+@dataclass(frozen=True, kw_only=True)
+class Self(RunOption, CurvatureOptions, PointOption, LoadingOptions, OutputOptions):
+    """The options of `influence self`."""
+
+    out: Path | None = option("HDF5 file. Default: added to scores.h5 in the run.", default=None)
+    k: int = option("How many rows to show.", default=10, flag="-k")
+
+
+@command(app, Self, name="self")
+def self_(options: Self) -> None:
+    """Self-influence: the predicted rise of each training row's own loss if it is removed
+    (memorised rows are high).
+    """
     import numpy as np
 
-    _at_least_one("-k", k)
-    opened = _open(run, device, checkpointing, trust_remote_code)
-    out = out or run / "scores.h5"
-    result = opened.self_influence(
-        out=out, curvature=curvature, damping=damping, at=at, overwrite=overwrite
+    console.at_least("-k", options.k, 1)
+    run = _open(options)
+    out = options.out or options.run / "scores.h5"
+    result = run.self_influence(
+        out=out,
+        curvature=options.curvature,
+        damping=options.damping,
+        at=options.at,
+        overwrite=options.overwrite,
     )
-    order = np.argsort(-result.values, kind="stable")[:k]
+    count = len(result.values)
+    highest = np.argsort(-result.values, kind="stable")[: options.k]
     rows = [
         {
             "id": result.train_ids[i],
             "self_influence": float(result.values[i]),
-            "row": opened.train[int(i)].preview(90),
+            "row": run.train[int(i)].preview(PREVIEW),
         }
-        for i in order
+        for i in highest
     ]
-    if json:
+    if options.json:
+        record = {"out": str(out), "rows": count, "worst_residual": result.worst_residual}
+        console.emit({**record, "top": rows}, "", True)
+        return
+    table = _table(
+        f"{out}: the {len(rows)} rows with the highest self-influence of {count}",
+        "self-influence",
+        ((f"{row['self_influence']:+.4f}", row["id"], row["row"]) for row in rows),
+    )
+    console.show(table)
+    console.show(f"nats per token; {describe(result.attributes)}. {ORDER}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Top(RunOption, JsonOption):
+    """The options of `influence top`."""
+
+    query: str = option("Query id, or its position in the query file.")
+    scores: Path | None = option("Score file. Default: scores.h5 in the run.", default=None)
+    k: int = option("Rows of each kind.", default=10, flag="-k")
+
+
+@command(app, Top)
+def top(options: Top) -> None:
+    """Show the rows whose removal would raise (proponents) and lower (opponents) a query's loss the
+    most.
+    """
+    from influence.manifest import read_manifest
+    from influence.scorefile import Scores
+
+    console.at_least("-k", options.k, 1)
+    manifest = read_manifest(options.run)
+    path = options.scores or options.run / "scores.h5"
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist: "
+            f"make it with influence score --run {options.run} --queries QUERIES"
+        )
+    scores = Scores.load(path, detail=False)
+    if scores.attributes.get("run_digest") != manifest.digest:
+        raise MismatchError(
+            f"{path} belongs to another run than {options.run}: give the run it was made from"
+        )
+    position = scores.query_index(options.query)
+    proponents, opponents = scores.top(position, options.k)
+    train = _rows_fitted_on(options.run, manifest.data)
+    query = scores.query_ids[position]
+    if options.json:
         console.emit(
             {
-                "out": str(out),
-                "rows": len(result.values),
-                "worst_residual": result.worst_residual,
-                "top": rows,
+                "query": query,
+                "proponents": [vars(entry) for entry in proponents],
+                "opponents": [vars(entry) for entry in opponents],
             },
             "",
             True,
         )
         return
-    from rich.console import Console
-
-    table = _table(
-        f"{out}: the {len(rows)} rows with the highest self-influence of {len(result.values)}",
-        "self-influence",
-    )
-    for row in rows:
-        table.add_row(f"{row['self_influence']:+.4f}", _cell(row["id"]), _cell(row["row"]))
-    Console().print(table)
-    Console().print(
-        f"nats per token; {describe(result.attributes)}. {ORDER}", markup=False, highlight=False
-    )
-
-
-@app.command()
-def top(
-    run: RunOption,
-    query: Annotated[
-        str, typer.Option("--query", help="Query id, or its position in the query file.")
-    ],
-    scores: Annotated[
-        Path | None, typer.Option("--scores", help="Score file. Default: scores.h5 in the run.")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", help="Rows of each kind.")] = 10,
-    json: JsonOption = False,
-) -> None:
-    """Show the rows whose removal would raise (proponents) and lower (opponents) a query's loss the most."""
-    from influence.errors import InputError, MismatchError
-    from influence.manifest import read_manifest
-    from influence.rows import read_examples
-    from influence.scorefile import Scores
-
-    _at_least_one("-k", k)
-    manifest = read_manifest(run)
-    path = scores or run / "scores.h5"
-    if not path.exists():
-        raise InputError(
-            f"{path} does not exist: make it with influence score --run {run} --queries QUERIES"
-        )
-    loaded = Scores.load(path, detail=False)
-    if loaded.attributes.get("run_digest") != manifest.digest:
-        raise MismatchError(
-            f"{path} belongs to another run than {run}: give the run it was made from"
-        )
-    position = loaded.query_index(query)
-    proponents, opponents = loaded.top(position, k)
-    source = manifest.data.path
-    train = read_examples(source) if source and Path(source).exists() else None
-    if train is not None and train.digest != manifest.data.digest:
-        raise MismatchError(
-            f"{source} has changed since {run} was fitted: restore it, or fit a new run"
-        )
-    if json:
-        entries = {
-            name: [vars(e) for e in part]
-            for name, part in (("proponents", proponents), ("opponents", opponents))
-        }
-        console.emit({"query": loaded.query_ids[position], **entries}, "", True)
-        return
-    from rich.console import Console
-
-    unit = loaded.attributes.get("unit", "")
-    effects = ("raise", "lower") if loaded.attributes.get("rises", True) else ("lower", "raise")
-    for name, part, effect in zip(
-        ("proponents", "opponents"), (proponents, opponents), effects, strict=True
+    attributes, shown = scores.attributes, console.printable(query)
+    measurement = attributes.get("measurement", "loss")
+    effects = ("raise", "lower") if attributes.get("rises", True) else ("lower", "raise")
+    for name, entries, effect in (
+        ("proponents", proponents, effects[0]),
+        ("opponents", opponents, effects[1]),
     ):
-        table = _table(
-            f"{name} of {console.printable(loaded.query_ids[position])}: removing one would {effect} its {loaded.attributes.get('measurement', 'loss')}",
-            f"score ({unit})",
+        title = f"{name} of {shown}: removing one would {effect} its {measurement}"
+        previews = [train[e.index].preview(PREVIEW) if train else "" for e in entries]
+        cells = [
+            (f"{entry.score:+.2e}", entry.id, preview)
+            for entry, preview in zip(entries, previews, strict=True)
+        ]
+        console.show(_table(title, f"score ({attributes.get('unit', '')})", cells))
+    if "points" in attributes:
+        console.show(f"{describe(attributes)}. {ORDER}")
+
+
+def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
+    """The rows that a run was fitted on; None where their file is gone.
+
+    Raises `MismatchError` where it has changed.
+    """
+    from influence.rows import read_examples
+
+    if not data.path or not Path(data.path).exists():
+        return None
+    train = read_examples(data.path)
+    if train.digest != data.digest:
+        raise MismatchError(
+            f"{data.path} has changed since {run} was fitted: restore it, or fit a new run"
         )
-        for entry in part:
-            table.add_row(
-                f"{entry.score:+.2e}",
-                _cell(entry.id),
-                _cell(train[entry.index].preview(90)) if train else "",
-            )
-        Console().print(table)
-    if "points" in loaded.attributes:
-        Console().print(f"{describe(loaded.attributes)}. {ORDER}", markup=False, highlight=False)
+    return train
 
 
-@app.command()
-def check(
-    adapter: Annotated[str, typer.Option("--adapter", help="PEFT LoRA adapter: folder or hub id.")],
-    train: Annotated[Path, typer.Option("--train", help="Rows to check on.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Base model. Default: the one the adapter records."),
-    ] = None,
-    rows: Annotated[int, typer.Option("--rows", help="How many rows to check.")] = 8,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", help="Truncate rows to so many tokens.")
-    ] = None,
-    device: DeviceOption = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="The base's type: float32, bfloat16, float16 or float64.")
-    ] = "float32",
-    checkpointing: CheckpointingOption = False,
-    trust_remote_code: TrustOption = False,
-    json: JsonOption = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Check(AdapterOptions, LengthOption, TypedLoadingOptions, JsonOption):
+    """The options of `influence check`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"model": "train"}
+
+    train: Path = option("Rows to check on.")
+    rows: int = option("How many rows to check.", default=8)
+
+
+@command(app, Check)
+def check(options: Check) -> None:
     """Compare the streamed per-example gradients of *your* model with a plain one-example loop."""
     from influence.gradients import check_gradients
     from influence.rows import read_examples
 
-    _at_least_one("--rows", rows)
-    examples = read_examples(train)[:rows]
-    result = check_gradients(
-        _load(model, adapter, dtype, device, checkpointing, trust_remote_code),
-        examples,
-        max_length=max_length,
-    )
-    console.emit(
-        {"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}, str(result), json
-    )
+    console.at_least("--rows", options.rows, 1)
+    examples = read_examples(options.train)[: options.rows]
+    model = _load(options)
+    result = check_gradients(model, examples, max_length=options.max_length)
+    record = {"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}
+    console.emit(record, str(result), options.json)
     if not result.ok:
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
 def _curvature(name: str, samples: int) -> Any:
     """The curvature a name stands for; only the command line maps names to objects."""
     from influence.curvature import EKFAC, GGN, KFAC, Fisher, Hessian, Identity
-    from influence.errors import InputError
 
     lowest = 0 if name == "fisher" else 1
     if samples < lowest:
@@ -506,72 +407,56 @@ def _curvature(name: str, samples: int) -> Any:
     return table[name]()
 
 
-def describe(attributes: Any) -> str:
+def describe(attributes: Mapping[str, Any]) -> str:
     """With what scores were made, in one line."""
-    points = ", ".join(str(label) for label in attributes["points"])
+    labels = ", ".join(str(label) for label in attributes["points"])
+    calibration = attributes["calibration"]
+    size = "not calibrated" if calibration == "none" else f"calibrated by {calibration}"
     return (
-        f"{attributes['geometry']} {attributes['curvature']}, damping {attributes['damping']}, points {points}, size "
-        f"{'not calibrated' if attributes['calibration'] == 'none' else 'calibrated by ' + str(attributes['calibration'])}"
+        f"{attributes['geometry']} {attributes['curvature']}, damping {attributes['damping']}, "
+        f"points {labels}, size {size}"
     )
 
 
-def _at_least_one(option: str, value: int) -> None:
-    from influence.errors import InputError
-
-    if value < 1:
-        raise InputError(f"{option} {value} was given; expected at least 1")
-
-
-def numbers(text: str, option: str) -> tuple[float, ...]:
-    """Numbers separated by commas."""
-    from influence.errors import InputError
-
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(
-            f"{option} {text!r} was given; expected numbers separated by commas, as in 0.4,0.6,0.8"
-        ) from None
-
-
-def _load(
-    model: str | None,
-    adapter: str,
-    dtype: str,
-    device: str,
-    checkpointing: bool,
-    trust_remote_code: bool,
-) -> Any:
+def _load(options: Fit | Check) -> AdaptedModel:
+    """The base with the adapter in it."""
     from influence.loading import load
 
     console.quiet_transformers()
     return load(
-        model,
-        adapter,
-        dtype=dtype,
-        device=device,
-        checkpointing=checkpointing,
-        trust_remote_code=trust_remote_code,
+        options.model,
+        options.adapter,
+        dtype=options.dtype,
+        device=options.device,
+        checkpointing=options.checkpointing,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
-def _open(run: Path, device: str, checkpointing: bool, trust_remote_code: bool) -> Any:
+def _open(options: Score | Self) -> Run:
+    """The run; where it has been edited since, a note says what its scores explain."""
     from influence.progress import say
     from influence.run import Run
 
     console.quiet_transformers()
-    opened = Run.open(
-        run, device=device, checkpointing=checkpointing, trust_remote_code=trust_remote_code
+    run = Run.open(
+        options.run,
+        device=options.device,
+        checkpointing=options.checkpointing,
+        trust_remote_code=options.trust_remote_code,
     )
-    if (now := opened.manifest.now) is not None:
+    edited = run.manifest.now
+    if edited is not None:
         say(
-            f"note: this run explains the adapter it was fitted on, before the edits that led to {now.adapter.path}: rows "
-            "that they removed or changed are scored as they were. Fit a run of the edited adapter for scores after them"
+            "note: this run explains the adapter it was fitted on, before the edits that led to "
+            f"{edited.adapter.path}: rows that they removed or changed are scored as they were. "
+            "Fit a run of the edited adapter for scores after them"
         )
-    return opened
+    return run
 
 
-def _table(title: str, first: str) -> Any:
+def _table(title: str, first: str, rows: Iterable[tuple[str, str, str]]) -> Table:
+    """A table of training rows: a number, the id, and how the row begins."""
     from rich.table import Table
     from rich.text import Text
 
@@ -579,10 +464,12 @@ def _table(title: str, first: str) -> Any:
     table.add_column(first, justify="right", no_wrap=True)
     table.add_column("id", max_width=24, overflow="fold")
     table.add_column("row", overflow="fold")
+    for number, id, text in rows:
+        table.add_row(number, _cell(id), _cell(text))
     return table
 
 
-def _cell(text: str) -> Any:
+def _cell(text: str) -> Text:
     """Row text as plain text: no markup is read from it."""
     from rich.text import Text
 

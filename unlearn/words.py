@@ -1,254 +1,330 @@
-"""What a person reads of edits, trainings and forecasts."""
+"""Texts for a person: of methods, forecasts of difficulty, edits and trainings."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from influence import console
 
+if TYPE_CHECKING:  # a command's help does not wait for torch
+    from unlearn.difficulty import Forecast
+    from unlearn.record.edit_record import CostRecord, EditRecord, Guard, RowRecord
 
-def methods_text(table: list[dict[str, Any]]) -> str:
-    """The methods, each in a few lines."""
-    from unlearn.methods.methods import METHODS
+#: What an edit of each kind does to rows.
+DONE = {"remove": "removed", "relabel": "relabelled", "correct": "corrected", "mixed": "changed"}
+#: A row is short of its goal where its loss is more than this from it, relative to it.
+SHORT = 0.1
+#: Rows that a table shows, and ids that a line names.
+SHOWN_ROWS, SHOWN_IDS = 10, 5
 
-    lines = []
-    for row in table:
-        cost = row["cost_per_step"]
-        parts = [
-            f"{part} {row[part]}"
-            for part in ("targets", "forget", "retain")
-            if row[part] is not None
-        ]
-        parts += [f"combine {row['combine']}"] * (row["retain"] is not None)
-        parts += [f"finish {row['finish']}"] * (row["finish"] is not None)
-        rate = (
-            "automatic rate"
-            if row["lr"] == "auto"
-            else f"first step {row['stride']:.1%} of the adapter's length"
-        )
-        needs = [f"retained rows ({row['retain_rows']})"] * row["needs_retain"]
-        needs += ["the adapter before"] * row["needs_reference"]
-        costs = [f"{cost['per_forget_row']:.3g} row-gradients for each forget row"] * (
-            row["forget"] is not None
-        )
-        costs += [f"{cost['per_retain_row']:.3g} for each retained row"] * row["needs_retain"]
-        numbers = [
-            f"{name}={one.default}"
-            for name, one in inspect.signature(METHODS[row["name"]]).parameters.items()
-        ]
-        lines += [
-            f"{row['name']}: {row['title']}",
-            f"    {row['source']}",
-            f"    {'; '.join(parts)}" + (f"; --set {', '.join(numbers)}" if numbers else ""),
-            f"    needs {' and '.join(needs) or 'the forget rows alone'}; a step costs {' and '.join(costs)}",
-            f"    {row['optimizer']}, {rate}; until {row['until']}, at most {row['steps']} steps",
-        ]
+
+# ---- methods ---------------------------------------------------------------------------------
+
+
+def methods_text(table: Sequence[Mapping[str, Any]]) -> str:
+    """The methods, each in a few lines; `table` has what their `describe` returns."""
+    lines = [line for row in table for line in _method_lines(row)]
     return "\n".join([*lines, "", "unlearn methods --guide says how to choose a learning rate."])
 
 
-def difficulty_text(forecast: Any, out: Path) -> str:
-    """The hardest rows, how many of each recommendation, what was measured and what the calibration says, for a person."""
-    import numpy as np
+def _method_lines(row: Mapping[str, Any]) -> list[str]:
+    from unlearn.methods.methods import METHODS
 
+    composed = ("targets", "forget", "retain")
+    parts = [f"{part} {row[part]}" for part in composed if row[part] is not None]
+    parts += [f"combine {row['combine']}"] * (row["retain"] is not None)
+    parts += [f"finish {row['finish']}"] * (row["finish"] is not None)
+    parameters = inspect.signature(METHODS[row["name"]]).parameters
+    numbers = [f"{name}={parameter.default}" for name, parameter in parameters.items()]
+    parts += [f"--set {', '.join(numbers)}"] * bool(numbers)
+    needs = [f"retained rows ({row['retain_rows']})"] * row["needs_retain"]
+    needs += ["the adapter before"] * row["needs_reference"]
+    cost, costs = row["cost_per_step"], []
+    if row["forget"] is not None:
+        costs.append(f"{cost['per_forget_row']:.3g} row-gradients for each forget row")
+    if row["needs_retain"]:
+        costs.append(f"{cost['per_retain_row']:.3g} for each retained row")
+    rate = f"first step {row['stride']:.1%} of the adapter's length"
+    if row["lr"] == "auto":
+        rate = "automatic rate"
+    needed = " and ".join(needs) or "the forget rows alone"
+    return [
+        f"{row['name']}: {row['title']}",
+        f"    {row['source']}",
+        f"    {'; '.join(parts)}",
+        f"    needs {needed}; a step costs {' and '.join(costs)}",
+        f"    {row['optimizer']}, {rate}; until {row['until']}, at most {row['steps']} steps",
+    ]
+
+
+# ---- difficulty ------------------------------------------------------------------------------
+
+
+def difficulty_text(forecast: Forecast, out: Path) -> str:
+    """A forecast: the hardest rows, the recommendations, what was measured, the calibration."""
     table = forecast.table.sort_values("steps", ascending=False, kind="stable")
-    protocol, shown = forecast.protocol, "measured_steps" in table
-    heads = f"{'steps':>20}  {'damage, nats per token':>26}"
-    lines = [heads + (f"  {'measured':>14}" if shown else "") + "  do       id"]
-    for row in table.head(10).itertuples():
-        steps = (
-            f"{row.steps:.1f} [{row.steps_low:.1f}, {row.steps_high:.1f}]"
-            if np.isfinite(row.steps)
-            else "beyond"
-        )
-        damage = "unknown"
-        if np.isfinite(row.damage):
-            damage = f"{row.damage:+.3f} [{row.damage_low:+.3f}, {row.damage_high:+.3f}]"
-        line = f"{steps:>20}  {damage:>26}"
-        if shown:
-            line += f"  {'-' if np.isnan(row.measured_steps) else f'{row.measured_steps:.1f} {row.measured_damage:+.3f}':>14}"
-        lines.append(f"{line}  {row.recommended:<8} {row.id}".replace("\n", " "))
-    if len(table) > 10:
-        lines.append(f"... and {len(table) - 10} more, all in {out}")
-    told = forecast.table["recommended"].value_counts()
-    aim = (
-        "of the base model"
-        if protocol["target"] == "base"
-        else "expected of a model that never saw the row"
-    )
+    protocol, measured = forecast.protocol, "measured_steps" in table
+    head = f"{'steps':>20}  {'damage, nats per token':>26}"
+    head += f"  {'measured':>14}" if measured else ""
+    lines = [f"{head}  do       id"]
+    lines += [_difficulty_line(row, measured) for row in table.head(SHOWN_ROWS).itertuples()]
+    if len(table) > SHOWN_ROWS:
+        lines.append(f"... and {len(table) - SHOWN_ROWS} more, all in {out}")
+    target = "expected of a model that never saw the row"
+    if protocol["target"] == "base":
+        target = "of the base model"
+    counts = forecast.table["recommended"].value_counts()
+    recommended = ", ".join(f"{method} {count}" for method, count in counts.items())
     lines += [
         "",
-        f"hardest first; ascent by {protocol['optimizer']}, rate {protocol['lr']:g}, to the loss {aim}; [ ] should hold nine rows of ten",
-        "recommended: "
-        + ", ".join(f"{method} {count}" for method, count in told.items())
-        + f" (ascent where it costs at most {forecast.max_damage:.1%} of the sampled rows' mean loss, "
-        f"{forecast.retained_loss:.3f} nats per token)",
+        f"hardest first; ascent by {protocol['optimizer']}, rate {protocol['lr']:g}, "
+        f"to the loss {target}; [ ] should hold nine rows of ten",
+        f"recommended: {recommended} (ascent where it costs at most {forecast.max_damage:.1%} of "
+        f"the sampled rows' mean loss, {forecast.retained_loss:.3f} nats per token)",
     ]
-    if shown:
-        both = forecast.table[["steps", "measured_steps", "damage", "measured_damage"]]
-        both = both[np.isfinite(both).all(axis=1) & (both["measured_steps"] > 0)]
-        if len(both) > 2 and forecast.calibration is None:
-            error = (both["steps"] / both["measured_steps"] - 1).abs().median()
-            rank = both.corr("spearman")
-            lines.append(
-                f"measured against forecast, {len(both)} rows: median error of steps {error:.0%}; Spearman "
-                f"{rank.loc['steps', 'measured_steps']:.2f} (steps), {rank.loc['damage', 'measured_damage']:.2f} (damage)"
-            )
-    if (found := forecast.calibration) is not None:
-        lines.append(
-            f"calibrated on {found.measured} measured rows; out of fold (and before): Spearman {found.spearman['steps']:.2f} "
-            f"({found.before['steps']:.2f}) of steps, {found.spearman['damage']:.2f} ({found.before['damage']:.2f}) of damage; "
-            f"median error of steps {found.error:.0%}"
-        )
-        for name, falls in found.importances.items():
-            if found.spearman[name] < found.before[name] - 0.02:
-                lines.append(
-                    f"warning: the correction of {name} does harm; measure more rows (--calibrate N), or do without"
-                )
-            lines.append(f"what the correction of {name} leans on: " + ", ".join(list(falls)[:4]))
+    if measured and forecast.calibration is None:
+        lines += _error_lines(forecast)
+    lines += _calibration_lines(forecast)
     lines.append(f"{out}: {_rows(len(table))} and their features")
     return console.printable("\n".join(lines))
 
 
-def _loss_table(
-    title: str, rows: list[tuple[str, dict[str, Any] | None]], columns: list[tuple[str, str]]
-) -> str:
-    """Mean losses as lines of text."""
-    head = f"{title:<26}{'rows':>6}" + "".join(f"{name:>12}" for name, _ in columns)
-    lines = [head]
-    for name, found in rows:
-        if found is not None:
-            shown = "".join(f"{_number(found.get(key)):>12}" for _, key in columns)
-            lines.append(f"{name:<26}{found['rows']:>6}{shown}")
-    return "\n".join(lines)
+def _difficulty_line(row: Any, measured: bool) -> str:
+    """One row of the table of difficulty, from pandas' `itertuples`."""
+    from math import isfinite, isnan
+
+    steps, damage = "beyond", "unknown"
+    if isfinite(row.steps):
+        steps = f"{row.steps:.1f} [{row.steps_low:.1f}, {row.steps_high:.1f}]"
+    if isfinite(row.damage):
+        damage = f"{row.damage:+.3f} [{row.damage_low:+.3f}, {row.damage_high:+.3f}]"
+    line = f"{steps:>20}  {damage:>26}"
+    if measured:
+        took = f"{row.measured_steps:.1f} {row.measured_damage:+.3f}"
+        line += f"  {'-' if isnan(row.measured_steps) else took:>14}"
+    return f"{line}  {row.recommended:<8} {row.id}".replace("\n", " ")
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}" if abs(value) < 1e4 else f"{value:.2g}"
+def _error_lines(forecast: Forecast) -> list[str]:
+    """How far the forecast was from what was measured, where three rows or more were."""
+    import numpy as np
 
-
-WHAT = {"remove": "removed", "relabel": "relabelled", "correct": "corrected", "mixed": "changed"}
-
-
-def edit_text(report: dict[str, Any]) -> str:
-    """What an edit did, for a person."""
-    losses, guard, cost = report["losses"], report["guard"], report["cost"]
-    columns = [("before", "before"), ("after", "after"), ("goal", "target")]
-    measured = _by_kind(report["rows"])
-    measured += [
-        ("retained rows (sample)", losses["retained"]),
-        ("held-out rows", losses["heldout"]),
+    both: Any = forecast.table[["steps", "measured_steps", "damage", "measured_damage"]]
+    both = both[np.isfinite(both).all(axis=1) & (both["measured_steps"] > 0)]
+    if len(both) <= 2:
+        return []
+    error = (both["steps"] / both["measured_steps"] - 1).abs().median()
+    rank = both.corr("spearman")
+    steps = rank.loc["steps", "measured_steps"]
+    damage = rank.loc["damage", "measured_damage"]
+    return [
+        f"measured against forecast, {len(both)} rows: median error of steps {error:.0%}; "
+        f"Spearman {steps:.2f} (steps), {damage:.2f} (damage)"
     ]
-    method = report["method"]
-    done = f"{method['name']} against" if "steps_taken" in method else WHAT[report["kind"]]
-    lines = [f"{done} {_rows(len(report['rows']))}: {report['stopped']}", ""]
-    if method.get("kept") is not None:
-        lines[1:1] = [f"{method['finish']}: {method['kept']:+.3g} times the whole move was kept"]
-    if method.get("lr_last") is not None:
-        lines[1:1] = [
-            f"learning rate {method['lr_first']:.3g}, {method['lr_last']:.3g} in the last step"
-        ]
-    lines += [_loss_table("mean loss, nats per token", measured, columns), ""]
-    for title, chosen in (("removed rows", True), ("new contents", False)):
-        rows = [row for row in report["rows"] if (row["action"] == "remove") == chosen]
-        if rows:
-            first, now = (
-                sum(row[key] == 1 for row in rows)
-                for key in ("extraction_before", "extraction_after")
-            )
+
+
+def _calibration_lines(forecast: Forecast) -> list[str]:
+    """How good the corrected forecasts are, and what the corrections lean on."""
+    calibration = forecast.calibration
+    if calibration is None:
+        return []
+    rank, before = calibration.spearman, calibration.before
+    lines = [
+        f"calibrated on {calibration.measured} measured rows; out of fold (and before): "
+        f"Spearman {rank['steps']:.2f} ({before['steps']:.2f}) of steps, "
+        f"{rank['damage']:.2f} ({before['damage']:.2f}) of damage; "
+        f"median error of steps {calibration.error:.0%}"
+    ]
+    for name, importances in calibration.importances.items():
+        if rank[name] < before[name] - 0.02:
             lines.append(
-                f"{title} that the prompt alone draws out word for word: {first} before, {now} after, of {len(rows)}"
+                f"warning: the correction of {name} does harm; measure more rows (--calibrate N), "
+                "or do without"
             )
-            short = [row for row in rows if _falls_short(row)]
-            if short:
-                named = ", ".join(row["id"] for row in short[:5]) + (
-                    " ..." if len(short) > 5 else ""
-                )
-                lines.append(
-                    f"{title} that are more than 10 % short of their goal: {len(short)} ({named})"
-                )
-    ratio = "" if cost["ratio"] is None else f", {cost['ratio']:.0%} of retraining"
-    damage = (
-        "no retained row to measure"
-        if guard["damage"] is None
-        else f"retained loss {guard['damage']:+.1%}"
+        features = ", ".join(list(importances)[:4])
+        lines.append(f"what the correction of {name} leans on: {features}")
+    return lines
+
+
+# ---- edits and trainings ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeanLosses:
+    """Mean losses of some rows, nats per token; None where there is none."""
+
+    title: str
+    rows: int | None
+    before: float | None
+    target: float | None = None
+    after: float | None = None
+    linear: float | None = None
+
+
+def edit_text(record: EditRecord) -> str:
+    """What an edit or a training did."""
+    method = record.method.settings
+    done = f"{record.method.name} against" if "steps_taken" in method else DONE[record.kind]
+    lines = [f"{done} {_rows(len(record.rows))}: {record.stopped}"]
+    if method.get("lr_last") is not None:
+        lines.append(
+            f"learning rate {method['lr_first']:.3g}, {method['lr_last']:.3g} in the last step"
+        )
+    if method.get("kept") is not None:
+        lines.append(f"{method['finish']}: {method['kept']:+.3g} times the whole move was kept")
+    losses = _means_by_kind(record.rows)
+    retained, held_out = record.losses.retained, record.losses.heldout
+    losses.append(
+        MeanLosses("retained rows (sample)", retained.rows, retained.before, after=retained.after)
     )
-    allowed = "any" if guard["max_damage"] == float("inf") else f"{100 * guard['max_damage']:g}%"
-    lines.append(
-        f"{damage} ({allowed} allowed); {cost['total']:.0f} row-gradients{ratio}, {cost['seconds']:.0f} s"
-    )
-    if report["reached"] is False:
+    if held_out is not None:
+        losses.append(
+            MeanLosses("held-out rows", held_out.rows, held_out.before, after=held_out.after)
+        )
+    columns = {"before": "before", "after": "after", "goal": "target"}
+    lines += ["", _loss_table(losses, columns), ""]
+    removed = [row for row in record.rows if row.action == "remove"]
+    renewed = [row for row in record.rows if row.action != "remove"]
+    lines += _outcome_lines("removed rows", removed) + _outcome_lines("new contents", renewed)
+    lines.append(f"{_damage(record.guard)}; {_cost(record.cost)}")
+    if record.reached is False:
         lines.append("warning: the goal was not reached")
     return console.printable("\n".join(lines))
 
 
-def _rows(count: int) -> str:
-    return f"{count} row" if count == 1 else f"{count} rows"
+def after_edit_text(out: Path, run: Path) -> str:
+    """What to do with an edited adapter."""
+    return (
+        f"{out}: the edited adapter. Ship its configuration, weights and tokenizer; keep edit.json "
+        "and delta.safetensors, which leads back to the old adapter.\n"
+        f"Next: unlearn verify --run {run}; analysis report --edit {out} --out report.html"
+    )
 
 
-def _falls_short(row: dict[str, Any]) -> bool:
-    """Whether a row is more than a tenth from its goal, on the wrong side."""
-    if row["target"] is None:
-        return False
-    if row["action"] == "remove":
-        return row["after"] < 0.9 * row["target"]
-    return row["after"] > 1.1 * row["target"]
+def after_training_text(out: Path, run: Path) -> str:
+    """What to do with a trained adapter."""
+    return (
+        f"{out}: the adapter. Ship its configuration, weights and tokenizer; keep edit.json, "
+        "steps.jsonl and delta.safetensors, which leads back to the old adapter.\n"
+        f"Next: unlearn verify --run {run}; analysis evaluate --adapter {out} ...\n"
+        "The next edit or training of this run starts from it; "
+        "--start original: from the run's own adapter."
+    )
 
 
-def _by_kind(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any] | None]]:
-    """Mean losses of the removed rows, the new contents and the old ones they replace."""
-    kinds = {
-        "removed rows": (
-            [row for row in rows if row["action"] == "remove"],
-            "before",
-            "after",
-            "target",
-        ),
-        "new contents": (
-            [row for row in rows if row["action"] != "remove"],
-            "before",
-            "after",
-            "target",
-        ),
-        "the contents they replace": (
-            [row for row in rows if row["action"] != "remove"],
-            "old_before",
-            "old_after",
-            "old_target",
-        ),
-    }
-    found: list[tuple[str, dict[str, Any] | None]] = []
-    for title, (chosen, *keys) in kinds.items():
-        known = (
-            [[row[key] for row in chosen if row[key] is not None] for key in keys] if chosen else []
+def dry_run_text(ahead: Mapping[str, Any]) -> str:
+    """What an edit would do; `ahead` is what `unlearn.forecast` returns."""
+    from unlearn.record.edit_record import RowRecord
+
+    rows = [RowRecord(**row) for row in ahead["rows"]]
+    losses = _means_by_kind(rows) + [
+        MeanLosses(title, **ahead["losses"][name])
+        for title, name in (
+            ("all of them", "edited"),
+            ("retained rows (sample)", "retained"),
+            ("held-out rows", "heldout"),
         )
-        means = [sum(values) / len(values) if values else None for values in known]
-        if chosen:
-            found.append(
-                (
-                    title,
-                    {
-                        "rows": len(chosen),
-                        **dict(zip(("before", "after", "target"), means, strict=True)),
-                    },
-                )
-            )
-    return found
-
-
-def dry_run_text(ahead: dict[str, Any]) -> str:
-    """What an edit would do, for a person."""
-    losses, cost = ahead["losses"], ahead["cost"]
-    columns = [("now", "before"), ("goal", "target"), ("linear", "linear")]
-    named = [*_by_kind(ahead["rows"]), ("all of them", losses["edited"])]
-    named += [("retained rows (sample)", losses["retained"]), ("held-out rows", losses["heldout"])]
-    table = _loss_table("mean loss, nats per token", named, columns)
+        if ahead["losses"][name] is not None
+    ]
+    columns = {"now": "before", "goal": "target", "linear": "linear"}
+    cost = ahead["cost"]
     ratio = "" if cost["ratio"] is None else f" ({cost['ratio']:.0%} of retraining)"
     return (
-        f"dry run: {_rows(len(ahead['rows']))} would be {WHAT[ahead['kind']]}; nothing was changed or written\n\n{table}\n\n"
-        "goal: where the edit stops (removed rows: the loss expected of a model that never saw them; new contents: the retained "
-        "rows' loss).\nlinear: what one linear step (--steps 1) is forecast to do; where that is far from the goal, only the "
-        "default, which takes several, will get there.\n"
-        f"cost: about {cost['row_gradients']} row-gradients{ratio}, about {cost['seconds']:.0f} s here, plus loading"
+        f"dry run: {_rows(len(rows))} would be {DONE[ahead['kind']]}; "
+        f"nothing was changed or written\n\n{_loss_table(losses, columns)}\n\n"
+        "goal: where the edit stops (removed rows: the loss expected of a model that never saw "
+        "them; new contents: the retained rows' loss).\n"
+        "linear: what one linear step (--steps 1) is forecast to do; where that is far from the "
+        "goal, only the default, which takes several, will get there.\n"
+        f"cost: about {cost['row_gradients']} row-gradients{ratio}, "
+        f"about {cost['seconds']:.0f} s here, plus loading"
     )
+
+
+def _means_by_kind(rows: Sequence[RowRecord]) -> list[MeanLosses]:
+    """Mean losses of the removed rows, the new contents and the old ones they replace."""
+    removed = [row for row in rows if row.action == "remove"]
+    renewed = [row for row in rows if row.action != "remove"]
+    kinds = (
+        ("removed rows", removed, ""),
+        ("new contents", renewed, ""),
+        ("the contents they replace", renewed, "old_"),
+    )
+    means = []
+    for title, chosen, prefix in kinds:
+        if chosen:
+            values = {
+                name: _mean([getattr(row, prefix + name) for row in chosen])
+                for name in ("before", "after", "target")
+            }
+            means.append(MeanLosses(title, len(chosen), **values))
+    return means
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are there; None where none is."""
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+def _loss_table(losses: Sequence[MeanLosses], columns: Mapping[str, str]) -> str:
+    """Mean losses as lines of text; `columns` has the field of `MeanLosses` by its heading."""
+    lines = [f"{'mean loss, nats per token':<26}{'rows':>6}" + "".join(f"{c:>12}" for c in columns)]
+    for entry in losses:
+        cells = [_number(getattr(entry, field)) for field in columns.values()]
+        lines.append(f"{entry.title:<26}{entry.rows:>6}" + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.2g}"
+
+
+def _outcome_lines(title: str, rows: Sequence[RowRecord]) -> list[str]:
+    """How many rows the prompt alone draws out, and which are short of their goal."""
+    if not rows:
+        return []
+    before = sum(row.extraction_before == 1 for row in rows)
+    after = sum(row.extraction_after == 1 for row in rows)
+    lines = [
+        f"{title} that the prompt alone draws out word for word: "
+        f"{before} before, {after} after, of {len(rows)}"
+    ]
+    short = [row.id for row in rows if _falls_short(row)]
+    if short:
+        named = ", ".join(short[:SHOWN_IDS]) + (" ..." if len(short) > SHOWN_IDS else "")
+        lines.append(f"{title} that are more than 10 % short of their goal: {len(short)} ({named})")
+    return lines
+
+
+def _falls_short(row: RowRecord) -> bool:
+    """Whether a row is more than `SHORT` from its goal, on the wrong side."""
+    if row.target is None or row.after is None:
+        return False
+    if row.action == "remove":
+        return row.after < (1 - SHORT) * row.target
+    return row.after > (1 + SHORT) * row.target
+
+
+def _damage(guard: Guard) -> str:
+    damage = "no retained row to measure"
+    if guard.damage is not None:
+        damage = f"retained loss {guard.damage:+.1%}"
+    limit = guard.max_damage
+    allowed = "any" if limit is None or limit == float("inf") else f"{100 * limit:g}%"
+    return f"{damage} ({allowed} allowed)"
+
+
+def _cost(cost: CostRecord) -> str:
+    ratio = "" if cost.ratio is None else f", {cost.ratio:.0%} of retraining"
+    return f"{cost.total:.0f} row-gradients{ratio}, {cost.seconds:.0f} s"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"

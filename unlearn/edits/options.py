@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # a command's help does not wait for torch
 #: Steps of a re-linearised edit: at most, and as many as most take.
 STEPS, USUAL_STEPS = 80, 15
 
-#: Retained rows in a step. The default edit of LOG.md's entry "Closed-form edits" (2026-11-21) has it;
-#: without any the retained loss rises from 0.873 to 0.997, with 24 it ends at 0.864.
+#: Retained rows in a step. The default edit of LOG.md's entry "Closed-form edits" (2026-11-21) has
+#: them: without any the retained loss rises from 0.873 to 0.997, with 24 it ends at 0.864.
 REST = 24
 
 

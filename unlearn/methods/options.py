@@ -1,76 +1,87 @@
-"""How a method of unlearning is run."""
+"""The options of a training by gradient steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from influence.errors import InputError
-from unlearn.retraining.recipe import Recipe
-from unlearn.stopping import Stop
+from influence.options import option
+from unlearn.options import StartOption
+
+if TYPE_CHECKING:  # a command's help does not wait for torch
+    import torch
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a method is run; what is None is the method's own.
+def learning_rate(text: str) -> float | str:
+    """A rate as it is typed: a number, or `auto`. Raises `InputError` for anything else."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--lr {text!r} was given; expected a number above 0, or auto") from None
 
-    Parameters
-    ----------
-    lr
-        Learning rate; `auto`: GeN changes it on the way, by the retained rows' loss (`unlearn.methods.automatic_rate`).
-    stride
-        In place of a rate: the length of the first step's move over the adapter's length, from which the rate follows.
-    optimizer
-        Name of a class of `torch.optim`, or a callable that takes the parameters and `lr`.
-    schedule, warmup
-        As in `unlearn.Recipe`: `constant`, `linear`, `cosine` over the most steps; steps of a linear rise.
-    batch_size, retain_batch_size
-        Forget rows and retained rows in a step.
-    steps
-        The most steps.
-    until
-        `base` (the forget rows' mean loss reaches the base model's), `expected` (that of a model that never saw them, as influence
-        predicts it), `loss=X` (nats per token), or `steps=N`.
-    stop_damage
-        Also stop when the retained sample's mean loss has risen by this share.
-    control
-        Mix the result with the adapter before until this share of the retained rows' likelihood is left.
-    max_damage
-        Rise of the retained rows' mean loss beyond which the result is not saved without `force`. None: any is saved.
-    max_grad_norm
-        Clips the combined gradient.
-    seed
-        Draws batches, random labels, refusals and the measured sample.
-    start
-        As in `unlearn.edits.options.Options`.
-    save_every
-        Steps between two saves of a training that can be resumed.
-    token_budget
-        Tokens that run at a time, padding included; None: the fit's.
+
+@dataclass(frozen=True, kw_only=True)
+class Options(StartOption):
+    """How a method is run; the help beside each field says what it is.
+
+    Where a field is None the method's own value holds; with `max_damage` None any result may be
+    saved. `optimizer` may also be a callable that takes the parameters and `lr`.
+
+    Raises `InputError` for a value that no training can be run with.
     """
 
-    lr: float | str | None = None
-    stride: float | None = None
-    optimizer: str | Callable[..., torch.optim.Optimizer] | None = None
-    schedule: str = "constant"
-    warmup: int = 0
-    batch_size: int = 32
-    retain_batch_size: int | None = None
-    steps: int | None = None
-    until: str | None = None
-    stop_damage: float | None = None
-    control: float | None = None
-    max_damage: float | None = None
-    max_grad_norm: float | None = None
-    seed: int = 0
-    start: str | Path | None = None
-    save_every: int = 25
-    token_budget: int | None = None
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"start": "max_damage"}
+
+    until: str | None = option(
+        "base (the rows' loss reaches the base model's; the usual default), expected, loss=X, "
+        "or steps=N.",
+        default=None,
+    )
+    lr: float | str | None = option(
+        "Learning rate, or auto (GeN). Default: by --stride.",
+        default=None,
+        typed=str | None,
+        read=learning_rate,
+    )
+    stride: float | None = option(
+        "Length of the first step over the adapter's. Default: the method's own.", default=None
+    )
+    steps: int | None = option("The most steps. Default: the method's own.", default=None)
+    batch_size: int = option("Rows to unlearn in a step.", default=32)
+    retain_batch_size: int | None = option(
+        "Retained rows in a step. Default: as many.", default=None
+    )
+    optimizer: str | Callable[..., torch.optim.Optimizer] | None = option(
+        "A class of torch.optim. Default: the method's own.", default=None, typed=str | None
+    )
+    schedule: str = option("constant, linear or cosine.", default="constant")
+    warmup: int = option("Steps of a linear rise.", default=0)
+    max_grad_norm: float | None = option("Clips the combined gradient.", default=None)
+    stop_damage: float | None = option(
+        "Also stop when the retained rows' loss has risen by this share.", default=None
+    )
+    control: float | None = option(
+        "Mix with the adapter before until this share of the retained rows' likelihood is left.",
+        default=None,
+    )
+    max_damage: float | None = option(
+        "Allowed relative rise of the retained rows' loss; beyond it nothing is written.",
+        default=None,
+    )
+    token_budget: int | None = option(
+        "Tokens that run at a time, padding included. Default: the fit's.", default=None
+    )
+    save_every: int = option("Steps between two saves of the unfinished training.", default=25)
+    seed: int = option("Draws batches, random labels and refusals.", default=0)
 
     def __post_init__(self) -> None:
+        from unlearn.retraining.recipe import Recipe
+        from unlearn.stopping import TrainingRule
+
         if self.lr not in (None, "auto") and not (
             isinstance(self.lr, float | int) and 0 < self.lr < float("inf")
         ):
@@ -81,7 +92,8 @@ class Options:
             )
         if self.stride is not None and self.lr not in (None, "auto"):
             raise InputError(
-                f"lr {self.lr} and stride {self.stride} were given, and one follows from the other: give one"
+                f"lr {self.lr} and stride {self.stride} were given, and one follows from the "
+                "other: give one"
             )
         if isinstance(self.optimizer, str):
             optimizer_class(self.optimizer)
@@ -101,18 +113,24 @@ class Options:
         if self.seed < 0:
             raise InputError(f"seed {self.seed} was given; expected 0 or more")
         if self.until is not None:
-            Stop.parse(self.until)
+            TrainingRule.parse(self.until)
 
 
 def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """The class of `torch.optim` that is called so; `InputError` where there is none that takes plain steps."""
-    found = getattr(torch.optim, name, None)
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or name in (
-        "Optimizer",
-        "LBFGS",
-        "SparseAdam",
+    """The class of `torch.optim` that is called so.
+
+    Raises `InputError` where there is none, or none that takes plain steps.
+    """
+    from torch import optim
+
+    optimizer = getattr(optim, name, None)
+    if (
+        not isinstance(optimizer, type)
+        or not issubclass(optimizer, optim.Optimizer)
+        or name in ("Optimizer", "LBFGS", "SparseAdam")
     ):
         raise InputError(
-            f"optimizer {name!r} was given; expected a class of torch.optim, as in Adam, AdamW or SGD"
+            f"optimizer {name!r} was given; expected a class of torch.optim, as in Adam, AdamW "
+            "or SGD"
         )
-    return found
+    return optimizer

@@ -1,0 +1,292 @@
+"""Command-line options, each declared once as a field of a frozen dataclass, with its help.
+
+A command is a function of one dataclass of options, which `command(app, Options)` registers.
+Options that several commands share are base classes. `--help` lists a command's own options first,
+then those of its bases from left to right, except where `LISTED_AFTER` names another place.
+
+The same dataclass serves the Python API where its fields are the keywords of a function: `typed`
+and `read` translate for a field that takes more there than can be typed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:  # a command's help does not wait for torch
+    from influence.damping import Damping
+
+T = TypeVar("T")
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line knows of a field.
+
+    Attributes
+    ----------
+    help : str
+        What `--help` says of it.
+    default
+        Its value where it is not typed; `MISSING`: it must be.
+    flag : str
+        How it is typed; empty: the field's name, as in `--max-length`.
+    also : sequence of str
+        Other spellings that are taken, and that `--help` does not list.
+    typed : type or None
+        What the command line reads; None: the field's own type.
+    read : callable
+        Makes the field's value of what was read.
+    several : bool
+        Whether several values may follow the flag, as in `--checkpoints A B C`.
+    """
+
+    help: str
+    default: Any = MISSING
+    flag: str = ""
+    also: Sequence[str] = ()
+    typed: Any = None
+    read: Callable[[Any], Any] = _same
+    several: bool = False
+
+
+def option(help: str, *, default: Any = MISSING, **rest: Any) -> Any:
+    """Declare a dataclass field as an option; `rest` are the other fields of `Option`."""
+    return field(default=default, metadata={"option": Option(help, default, **rest)})
+
+
+def options_of(options: type) -> dict[str, Option]:
+    """The options of a dataclass by field, in the order of `--help`, flags and types filled in."""
+    declared = {f.name: f.metadata["option"] for f in fields(options) if "option" in f.metadata}
+    order: list[str] = []
+    places: dict[str, str] = {}
+    for owner in options.__mro__:
+        annotations = vars(owner).get("__annotations__", {})
+        order += [name for name in annotations if name in declared and name not in order]
+        places = vars(owner).get("LISTED_AFTER", {}) | places
+    for name, place in places.items():
+        order.remove(name)
+        order.insert(order.index(place) + 1 if place else 0, name)
+    return {name: _filled(options, name, declared[name]) for name in order}
+
+
+def _filled(options: type, name: str, declared: Option) -> Option:
+    flag = declared.flag or f"--{name.replace('_', '-')}"
+    if declared.typed is not None:  # the annotation may name what is not imported yet
+        return replace(declared, flag=flag)
+    owner = next(c for c in options.__mro__ if name in vars(c).get("__annotations__", {}))
+    alone = {"__annotations__": {name: owner.__annotations__[name]}, "__module__": owner.__module__}
+    return replace(declared, flag=flag, typed=get_type_hints(type("Alone", (), alone))[name])
+
+
+def keywords(options: type, given: Any) -> dict[str, Any]:
+    """The fields of `options` with their values in `given`, an instance of a derived class."""
+    return {f.name: getattr(given, f.name) for f in fields(options)}
+
+
+class Command(TyperCommand):
+    """A command that takes other spellings of its options, and several values after some."""
+
+    spellings: ClassVar[Mapping[str, str]] = {}
+    several: ClassVar[frozenset[str]] = frozenset()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the usual spelling for another, and repeat an option before each of its values."""
+        spread, repeated = [], None
+        for argument in args:
+            flag, equals, value = argument.partition("=")
+            argument = self.spellings.get(flag, flag) + equals + value
+            if argument.startswith("-"):
+                repeated = argument if argument in self.several else None
+            elif repeated is not None and spread[-1] != repeated:
+                spread.append(repeated)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
+def command(
+    app: typer.Typer, options: type[T], *, name: str | None = None
+) -> Callable[[Callable[[T], None]], Callable[[T], None]]:
+    """Register a function of `options` as a command of `app`, its docstring the help."""
+    known = options_of(options)
+    special = {
+        "spellings": {other: one.flag for one in known.values() for other in one.also},
+        "several": frozenset(one.flag for one in known.values() if one.several),
+    }
+    parameters = [_parameter(name, one) for name, one in known.items()]
+
+    def register(function: Callable[[T], None]) -> Callable[[T], None]:
+        def call(**typed: Any) -> None:
+            given = {key: value for key, value in typed.items() if value is not None}
+            function(options(**{key: known[key].read(value) for key, value in given.items()}))
+
+        call.__name__, call.__doc__ = function.__name__, function.__doc__
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {each.name: each.annotation for each in parameters}
+        app.command(name=name, cls=type("Command", (Command,), special))(call)
+        return function
+
+    return register
+
+
+def _parameter(name: str, known: Option) -> inspect.Parameter:
+    """The keyword of the function that typer is given."""
+    default = inspect.Parameter.empty if known.default is MISSING else known.default
+    if isinstance(default, tuple):
+        default = list(default) or None
+    annotation = Annotated[known.typed, typer.Option(known.flag, help=known.help)]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+# ---- options that several commands share -----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOption:
+    """The run that a command works on.
+
+    torchrun takes `--run`, before a `--` on its line, for an abbreviation of its own `--run-path`,
+    but not `--run-dir`.
+    """
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"run": ""}
+
+    run: Path = option("Run directory made by influence fit.", also=["--run-dir"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """An adapter and its base, where no run names them."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"adapter": ""}
+
+    adapter: str = option("PEFT LoRA adapter: folder or hub id.")
+    model: str | None = option(
+        "Base model: folder or hub id. Default: the one the adapter records.", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthOption:
+    """How long rows may be."""
+
+    max_length: int | None = option(
+        "Truncate rows to so many tokens, as in training.", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOption:
+    """How much runs at a time."""
+
+    token_budget: int | None = option(
+        "Tokens per batch, padding included: the memory knob. Default 1024 on a CPU, else 4096.",
+        default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureOptions:
+    """A curvature and damping other than those of the fit."""
+
+    curvature: str | None = option(
+        "Another curvature that the run holds: identity, kfac, ggn, hessian ...", default=None
+    )
+    damping: str | Damping | None = option(
+        "Another damping rule than the fit's: mean:0.1, top:0.01, abs:1e-3 or time:0.5.",
+        default=None,
+        typed=str | None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointOption:
+    """Which of a run's points are looked at."""
+
+    at: str | None = option(
+        "Which of the run's points to look at: all, end, or one's label, as in 0.6.", default=None
+    )
+
+
+def points(text: str) -> tuple[float, ...]:
+    """Points of a path as they are typed: numbers separated by commas, else `InputError`."""
+    from influence.errors import InputError
+
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"--path {text!r} was given; expected numbers separated by commas, as in 0.4,0.6,0.8"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOption:
+    """Where the model runs."""
+
+    device: str = option("auto, cpu, cuda, cuda:1 ...", default="auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypeOption:
+    """The number type of the base."""
+
+    dtype: str = option(
+        "The base's type: float32, bfloat16, float16 or float64.", default="float32"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointingOption:
+    """Memory for time."""
+
+    checkpointing: bool = option(
+        "Recompute activations in the backward: slower, far less memory.", default=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustOption:
+    """Whether code that a model ships may run."""
+
+    trust_remote_code: bool = option("Run code that the base model ships.", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions(DeviceOption, CheckpointingOption, TrustOption):
+    """How a run's model is loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypedLoadingOptions(DeviceOption, TypeOption, CheckpointingOption, TrustOption):
+    """How a model is loaded that no run records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonOption:
+    """How a result is printed."""
+
+    json: bool = option("Print the result as JSON, for a program.", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverwriteOption:
+    """Whether files may be replaced."""
+
+    overwrite: bool = option("Replace what is already there.", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(OverwriteOption, JsonOption):
+    """How a result is written and printed."""

@@ -1,0 +1,67 @@
+"""The options of `unlearn difficulty`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from influence.console import at_least
+from influence.errors import InputError
+from influence.options import DeviceOption, OutputOptions, RunOption, TrustOption, option
+from unlearn.options import RowsOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difficulty(RunOption, RowsOptions, DeviceOption, TrustOption, OutputOptions):
+    """Which rows are forecast or measured, and how.
+
+    Raises `InputError` for options that do not go together, and for numbers out of range.
+    """
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"ids_file": "ids"}
+
+    out: Path = option("Table to write: .csv or .parquet.")
+    ids: str | None = option("Ids of the rows, separated by commas. Default: all.", default=None)
+    by_group: bool = option(
+        "All rows of a group (their field of that name) are unlearned together; "
+        "--ids names any row of it.",
+        default=False,
+    )
+    measure: bool = option("Also unlearn every row alone and add what it took.", default=False)
+    calibrate: int | None = option(
+        "Unlearn this many rows (drawn by --seed) and correct the forecasts by them.", default=None
+    )
+    target: str = option(
+        "Loss to reach: base (the base model's) or unseen (expected by influence; costs hundreds "
+        "of gradients a row).",
+        default="base",
+    )
+    optimizer: str = option("adam or sgd.", default="adam")
+    lr: float | None = option("Learning rate. Default: 1e-4 (adam), 5e-3 (sgd).", default=None)
+    steps: int = option("The most steps.", default=200)
+    looks: int = option("Gradients a row; 1 is a line scan.", default=3)
+    max_damage: float = option(
+        "Share of the retained loss that ascent may cost where it is recommended.", default=0.01
+    )
+    holdout: Path | None = option(
+        "Rows the adapter never saw; measured too, and used by --target unseen.", default=None
+    )
+    seed: int = option("Draws the retained sample, and the rows of --calibrate.", default=0)
+
+    def __post_init__(self) -> None:
+        measuring = self.measure or self.calibrate is not None
+        if self.calibrate is not None and self.measure:
+            raise InputError(
+                "--calibrate and --measure were given together: --measure unlearns all rows and "
+                "corrects nothing"
+            )
+        at_least("--looks", self.looks, 1)
+        at_least("--seed", self.seed, 0)
+        at_least("--max-damage", self.max_damage, 0)
+        if self.holdout is not None and not measuring and self.target == "base":
+            raise InputError(
+                "--holdout was given: it is for --target unseen, --measure or --calibrate; "
+                "leave it out here"
+            )

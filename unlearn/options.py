@@ -1,0 +1,53 @@
+"""Command-line options that several `unlearn` commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from influence.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsOptions:
+    """Which training rows a command is about."""
+
+    ids: str | None = option("Ids of the rows, separated by commas.", default=None)
+    ids_file: Path | None = option("File with one id per line.", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOption:
+    """The adapter that a change begins with.
+
+    torchrun takes `--start`, before a `--` on its line, for an abbreviation of its own
+    `--start-method`, but not `--start-from`.
+    """
+
+    start: str | Path | None = option(
+        "Adapter to begin with: an earlier edit's directory, or original. "
+        "Default: the last edit's.",
+        default=None,
+        also=["--start-from"],
+        typed=str | None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldoutOption:
+    """Held-out rows of an edit or training."""
+
+    holdout: Path | None = option(
+        "Rows the adapter never saw: measured, and a measure of unseen.", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForceOption:
+    """Whether a result is saved in spite of its damage."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"force": "seed"}
+
+    force: bool = option("Write the adapter whatever the damage.", default=False)
