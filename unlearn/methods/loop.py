@@ -77,9 +77,27 @@ def train(
     holdout: Examples | None = None,
     checkpoint: str | Path | None = None,
     restart: bool = False,
-    **options: Any,
+    start: str | Path | None = None,
+    until: str | None = None,
+    lr: float | str | None = None,
+    stride: float | None = None,
+    steps: int | None = None,
+    batch_size: int = 32,
+    retain_batch_size: int | None = None,
+    optimizer: str | Callable[..., torch.optim.Optimizer] | None = None,
+    schedule: str = "constant",
+    warmup: int = 0,
+    max_grad_norm: float | None = None,
+    stop_damage: float | None = None,
+    control: float | None = None,
+    max_damage: float | None = None,
+    token_budget: int | None = None,
+    save_every: int = 25,
+    seed: int = 0,
 ) -> Edit:
     """Unlearn training rows by gradient steps from the run's adapter.
+
+    `Options` says what the keywords from `start` on mean.
 
     Parameters
     ----------
@@ -99,8 +117,6 @@ def train(
         result is saved.
     restart
         Begin anew where the folder holds another training, or a damaged one.
-    options
-        The fields of `Options`.
 
     Returns
     -------
@@ -119,7 +135,26 @@ def train(
     """
     begun_at = time.monotonic()
     refuse_text(ids)
-    work = prepare(run, method_of(method), ids, retain, holdout, Options(**options))
+    options = Options(
+        start=start,
+        until=until,
+        lr=lr,
+        stride=stride,
+        steps=steps,
+        batch_size=batch_size,
+        retain_batch_size=retain_batch_size,
+        optimizer=optimizer,
+        schedule=schedule,
+        warmup=warmup,
+        max_grad_norm=max_grad_norm,
+        stop_damage=stop_damage,
+        control=control,
+        max_damage=max_damage,
+        token_budget=token_budget,
+        save_every=save_every,
+        seed=seed,
+    )
+    work = prepare(run, method_of(method), ids, retain, holdout, options)
     before = work.measure(work.version.theta)
     expected = work.expected(before)
     goals = work.goals(expected, before)
