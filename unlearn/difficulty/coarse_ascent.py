@@ -39,11 +39,11 @@ from unlearn.difficulty.ascent import Climb
 from unlearn.difficulty.protocol import Protocol
 from unlearn.difficulty.units import Units
 
-#: Gradients of a unit; three of them made the ranks of the steps reach 0.93 on both worlds, one did
-#: not (benchmarks/difficulty.py, 2026-11-21, LOG.md).
+#: Gradients of a unit. With three the ranks of the steps reach 0.93 on the testbed and the demo,
+#: with one on the demo under Adam alone (benchmarks/difficulty.py, 2026-11-21, LOG.md).
 LOOKS = 3
-#: Sampled rows whose loss is read off. Six gave damage a rank of 0.89 and 0.95, all sixteen would
-#: give 0.97 and 0.99 for six more forwards (benchmarks/difficulty.py, 2026-11-21, LOG.md).
+#: Sampled rows whose loss is read off. Six give the damage a rank of 0.89 and 0.95 there, all
+#: sixteen would give 0.97 and 0.99 (the same entry).
 READ = 6
 #: Forwards at most that look for the crossing: with six rows read off, ten a unit. A choice.
 SCANS = 4
@@ -53,8 +53,8 @@ FASTER_LATER, FIRST_SCAN = 1.25, 1.2
 #: The least pace, as a share of the one before, that a scan which hardly rose leaves behind. A
 #: choice.
 LEAST_PACE = 0.1
-#: Where the crossing was not seen, damage is told at most this many times the last scan further on:
-#: an extrapolated end would otherwise set everybody's damage. A choice.
+#: Where the crossing was not seen, damage is told at most this many times the last scan further on.
+#: A choice.
 FARTHEST = 3.0
 
 
@@ -122,11 +122,11 @@ def _rises_read_off(
     order = np.argsort(-candidates, axis=1, kind="stable")[:, :READ]
     for places in order.T:
         counted = np.take_along_axis(candidates, places[:, None], 1)[:, 0] >= 0
-        moved = np.flatnonzero(counted)
-        if len(moved):
-            ends, places = ascent.ends[_index(moved, ascent.ends)], places[moved]
+        which = np.flatnonzero(counted)
+        if len(which):
+            ends, places = ascent.ends[_index(which, ascent.ends)], places[which]
             losses = units.sampled_row_losses(ends, places)
-            rises[moved, places] = losses - units.sample_loss[places]
+            rises[which, places] = losses - units.sample_loss[places]
     return rises
 
 
@@ -291,7 +291,7 @@ def closed_form(run: Run, d: Tensor) -> np.ndarray:
     Where the run's curvature has no product that is free of passes over the training rows, or is in
     other coordinates than the parameters', C is the identity.
     """
-    if run.fitted_name not in ("ekfac", "kfac") or run.manifest.geometry != "raw":
+    if not run.curvature().in_memory or run.manifest.geometry != "raw":
         return (d * d).sum(1).double().cpu().numpy() / 2
     total = np.zeros(len(d))
     for point in run.points:
