@@ -1,4 +1,6 @@
-"""The linear datamodeling score: sign, hand-computed cases, a slow oracle, errors, files, and the testbed."""
+"""The linear datamodeling score: sign, cases by hand, a slow oracle, errors, files, the testbed."""
+
+from __future__ import annotations
 
 import os
 import time
@@ -9,20 +11,11 @@ import pytest
 import scipy.stats
 
 from analysis.metrics import lds, lds_difference, read_truth
-from analysis.plots import lds_plot
 from analysis.stats import spearman
 from influence.errors import InputError
+from tests.analysis.metrics.lds_cases import LOSSES, MASKS, SCORES, world
 
 TESTBED = os.environ.get("LORA_INFLUENCE_TESTBED")
-
-
-def world(seed=0, queries=6, train=20, subsets=12, noise=1.0):
-    """Scores [Q, n], random halves [S, n], and the losses [S, Q] an additive world with some noise has."""
-    rng = np.random.default_rng(seed)
-    scores = rng.normal(size=(queries, train))
-    masks = rng.random((subsets, train)).argsort(axis=1) < train // 2
-    losses = 5 + np.where(masks, 0, 1) @ scores.T + noise * rng.normal(size=(subsets, queries))
-    return scores, masks, losses
 
 
 def oracle(scores, masks, losses):
@@ -162,9 +155,6 @@ def _with(array, index, value):
     return array
 
 
-SCORES, MASKS, LOSSES = world()
-
-
 @pytest.mark.parametrize(
     ("scores", "masks", "losses", "sentence"),
     [
@@ -224,9 +214,6 @@ def test_forty_by_forty_with_a_thousand_resamples_is_quick():
     start = time.process_time()
     lds(scores, masks, losses)
     assert time.process_time() - start < 2
-
-
-# ---------------------------------------------------------------------------------------------------- files
 
 
 def test_read_truth_gives_back_what_was_written(tmp_path):
@@ -294,47 +281,6 @@ def test_read_truth_says_what_is_wrong_when_it_is_no_npz(tmp_path):
             InputError, match=r"cannot be read \(.+\); expected an \.npz of plain arrays: write one"
         ):
             read_truth(tmp_path / name)
-
-
-# -------------------------------------------------------------------------------------------------- picture
-
-
-def test_plot_writes_png_and_svg(tmp_path):
-    pytest.importorskip("matplotlib")
-    losses = LOSSES.copy()
-    losses[:, 2] = 0.7
-    result = lds(SCORES, MASKS, losses)
-    assert lds_plot(result, tmp_path / "lds.png").read_bytes().startswith(b"\x89PNG")
-    svg = lds_plot(result, tmp_path / "lds.svg").read_text()
-    for text in (
-        "Linear datamodeling score",
-        "6 queries, 12 retrained subsets",
-        f"mean {result.mean:.3f}",
-        "95 % bootstrap interval",
-        "query, sorted by its correlation (1 undefined, left out)",
-    ):
-        assert text in svg
-    assert lds_plot(result, tmp_path / "again.svg").read_text() == svg
-
-
-def test_plot_says_what_is_wrong_with_the_call(tmp_path):
-    result = lds(SCORES, MASKS, LOSSES, resamples=5)
-    with pytest.raises(
-        InputError, match=r"lds\.pdf; expected a name that ends in \.png or \.svg: rename"
-    ):
-        lds_plot(result, tmp_path / "lds.pdf")
-    (tmp_path / "lds.png").write_bytes(b"mine")
-    with pytest.raises(
-        InputError, match=r"lds\.png exists and would be replaced: choose another name"
-    ):
-        lds_plot(result, tmp_path / "lds.png")
-    assert (tmp_path / "lds.png").read_bytes() == b"mine"
-    nothing = lds(SCORES, MASKS, np.ones((12, 6)), resamples=5)
-    with pytest.raises(InputError, match=r"None of the 6 queries has a defined correlation"):
-        lds_plot(nothing, tmp_path / "nothing.png")
-
-
-# -------------------------------------------------------------------------------------------------- testbed
 
 
 @pytest.mark.skipif(not TESTBED, reason="LORA_INFLUENCE_TESTBED names no folder")

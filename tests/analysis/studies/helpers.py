@@ -1,0 +1,58 @@
+"""Losses of retrained adapters, and plain forwards of one row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import influence
+from analysis.metrics.lds import Truth
+from analysis.studies.memorization import DAMPINGS
+from tests.conftest import build_model, rows
+
+DAMPED = [f"self_influence {rule}" for rule in DAMPINGS if rule != "mean:0.1"]
+
+
+def subsets(n: int = 7, models: int = 9, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [K, n] and masks: row 0 is in every subset, row 1 in none, row 2 in all but one."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((models, n)) < 0.5
+    masks[:, 0], masks[:, 1], masks[:, 2] = True, False, np.arange(models) > 0
+    return rng.gamma(2, 1, (models, n)), masks
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny float64 run of seven rows, the last two of which say words that the tokenizer does not know."""
+    items = [
+        *rows(5),
+        *(
+            {"id": f"secret-{i}", "prompt": "the red fox", "completion": f" {w} runs"}
+            for i, w in ((1, "zq"), (2, "xj"))
+        ),
+    ]
+    model = build_model("llama", layers=1, target_modules=["q_proj", "v_proj"])
+    train = influence.examples_from_rows(items)
+    where = tmp_path_factory.mktemp("memorization") / "run"
+    return influence.fit(
+        model, train, path=(0.6, 1.0), curvature=influence.EKFAC(), directory=where
+    )
+
+
+def truth_of(run, *, named: bool = True) -> Truth:
+    losses, masks = subsets()
+    extra = {"train_ids": np.array(run.train.ids)} if named else {}
+    return Truth(masks, losses[:, :2], losses, extra)
+
+
+def plain(model, example, tokenizer) -> tuple[list[float], list[bool]]:
+    """Losses and greedy hits of every completion token, from a single row's logits."""
+    ids = tokenizer(example.prompt + example.completion)["input_ids"] + [1]
+    first = len(tokenizer(example.prompt)["input_ids"])
+    with torch.no_grad():
+        logs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    at = range(first, len(ids))
+    return [-float(logs[t - 1, ids[t]]) for t in at], [
+        int(logs[t - 1].argmax()) == ids[t] for t in at
+    ]
