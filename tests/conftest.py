@@ -177,6 +177,25 @@ def testbed() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session")
+def demo_world(tmp_path_factory):
+    """The demo's world with its run, made once a session, also for several workers of xdist.
+
+    Tests read it; what writes takes a copy, since a run directory has one writer at a time.
+    """
+    from filelock import FileLock
+
+    from analysis.demo.world import demo_world as make_world
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker's folder lies in that of the session
+        shared = shared.parent
+    with FileLock(shared / "demo.lock"):
+        world = make_world(shared / "worlds" / "demo")
+        world.run()
+    return world
+
+
 @pytest.fixture
 def run_main(monkeypatch, capfd):
     """Call a package's `main` in this process: status, standard output, standard error, and the

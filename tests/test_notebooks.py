@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import ast
-import io
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import nbformat
-import numpy as np
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from analysis.demo.world import demo_world
-from analysis.studies import pictures
+from analysis.demo.world import World
 from notebooks.execute import cleaned, execute
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,57 +53,66 @@ def images(notebook) -> int:
 
 
 def surroundings(worlds: Path, testbed: Path | None = None) -> dict[str, str]:
-    found = {
+    environment = {
         key: value for key, value in os.environ.items() if not key.startswith("LORA_INFLUENCE_")
     }
-    found |= {"LORA_INFLUENCE_WORLDS": str(worlds), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return found if testbed is None else found | {"LORA_INFLUENCE_TESTBED": str(testbed)}
-
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory) -> list[Path]:
-    """The demo's world, made once, and a copy: a run directory has one writer at a time, and two notebooks run at once."""
-    folders = [tmp_path_factory.mktemp("worlds") for _ in range(2)]
-    demo_world(folders[0] / "demo").run()
-    shutil.copytree(folders[0] / "demo", folders[1] / "demo")
-    return folders
+    environment |= {
+        "LORA_INFLUENCE_WORLDS": str(worlds),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return (
+        environment if testbed is None else environment | {"LORA_INFLUENCE_TESTBED": str(testbed)}
+    )
 
 
 @contextmanager
-def runs(worlds: list[Path], testbed: Path | None = None) -> Iterator[Mapping[Path, Future]]:
-    """Every notebook's run, two at a time, the same ones that the tests wait for."""
-    free: Queue[Path] = Queue()
-    for folder in worlds:
-        free.put(folder)
+def runs(
+    paths: list[Path], demo: World, folder: Path, testbed: Path | None = None
+) -> Iterator[Callable[[Path], Any]]:
+    """Runs of notebooks, each on a copy of the demo's world: those of `paths` at once, two by two.
+
+    One that is not among `paths` runs when it is asked for.
+    """
 
     def run(path: Path) -> Any:
-        folder = free.get()
+        worlds = folder / path.stem
+        shutil.copytree(demo.folder, worlds / "demo")
         try:
-            return execute(path, environment=surroundings(folder, testbed), timeout=1200)
+            return execute(path, environment=surroundings(worlds, testbed), timeout=1200)
         finally:
-            free.put(folder)
+            shutil.rmtree(worlds)
 
-    with ThreadPoolExecutor(len(worlds)) as pool:
-        yield {
-            path: pool.submit(run, path) for path in reversed(NOTEBOOKS)
-        }  # the longest one is the last
+    with ThreadPoolExecutor(2) as pool:
+        started = {path: pool.submit(run, path) for path in paths}
+        yield lambda path: started[path].result() if path in started else run(path)
+
+
+def asked_for(session: pytest.Session, test: str) -> list[Path]:
+    """Notebooks that a test of this session will run; none where xdist deals them out."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return []
+    items = [item for item in session.items if getattr(item, "originalname", "") == test]
+    return [item.callspec.params["path"] for item in items]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.fixture(scope="module")
-def executed(worlds):
-    with runs(worlds) as found:
-        yield found
+def run_in_demo(request, demo_world, tmp_path_factory):
+    paths = asked_for(request.session, "test_every_claim_holds_in_the_demo")
+    with runs(paths, demo_world, tmp_path_factory.mktemp("worlds")) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
-def executed_on_both(worlds, testbed):
-    with runs(worlds, testbed) as found:
-        yield found
+def run_on_both(request, demo_world, testbed, tmp_path_factory):
+    paths = asked_for(request.session, "test_every_claim_holds_on_the_testbed_too")
+    with runs(paths, demo_world, tmp_path_factory.mktemp("worlds"), testbed) as run:
+        yield run
 
 
-def check_run(path: Path, run: Callable[[], Any]) -> None:
+def check_run(path: Path, run: Callable[[Path], Any]) -> None:
     before = path.read_bytes()
-    notebook = run()
+    notebook = run(path)
     assert images(notebook) >= 1
     assert path.read_bytes() == before, "a test never changes a notebook"
     stored = [cell.source for cell in nbformat.read(path, as_version=4).cells]
@@ -115,14 +120,14 @@ def check_run(path: Path, run: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_every_claim_holds_in_the_demo(path, executed):
-    check_run(path, executed[path].result)
+def test_every_claim_holds_in_the_demo(path, run_in_demo):
+    check_run(path, run_in_demo)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_every_claim_holds_on_the_testbed_too(path, executed_on_both):
-    check_run(path, executed_on_both[path].result)
+def test_every_claim_holds_on_the_testbed_too(path, run_on_both):
+    check_run(path, run_on_both)
 
 
 def test_a_claim_that_fails_fails_the_run_and_outputs_are_cleaned(tmp_path):
@@ -199,17 +204,3 @@ def test_nothing_of_one_machine_is_stored(path):
     assert [match[0] for text in texts for match in ABSOLUTE.finditer(text)] == []
     assert [text for text in texts if str(ROOT) in text or str(Path.home()) + os.sep in text] == []
     assert len(path.read_bytes()) < 1_500_000
-
-
-# ---- pictures ------------------------------------------------------------------------------------------------
-
-
-def test_text_of_rows_is_drawn_as_it_is():
-    tokens = ["$\\frac{", "</script>", "\x1b[2J", "\n", "$"]
-    figure = pictures.tokens_plot(
-        {"$\\oops$ \x07": (tokens, np.array([1.0, -2, 0, 0.5, 3]))}, "title"
-    )
-    figure.savefig(io.BytesIO())
-    letters = {text.get_text() for text in figure.axes[0].texts}
-    assert {"$", "\u21b5", "\u00b7"} <= letters
-    assert not any("\x1b" in letter for letter in letters)
