@@ -22,7 +22,7 @@ from influence.loss import mean_losses
 from influence.manifest import CalibrationRecord
 from influence.measurements import MeanLoss
 from influence.progress import say
-from influence.run import Run, parts
+from influence.run import Run, memory_chunks
 from influence.setting import Setting, setting_name
 
 #: Largest predicted rise of the edited row's own mean loss, nats: edits are scaled down to it.
@@ -84,13 +84,13 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
         assert isinstance(operator.curvature, Invertible)
         weights = torch.from_numpy(run.weights[rows] * factor).to(deltas)
         moves = torch.empty_like(deltas)
-        for some in parts(run, len(rows)):
+        for some in memory_chunks(run, len(rows)):
             solved = operator.curvature.solve(
                 point.gradients_of(rows[some]) * weights[some, None], operator.lam
             )
             moves[torch.from_numpy(some)] = solved
             deltas[torch.from_numpy(some)] += point.geometry.adjoint(solved)
-        for some in parts(run, len(probes)):
+        for some in memory_chunks(run, len(probes)):
             asked = point.query_gradients(tokens.select(some), MeanLoss())
             predicted[some] += (asked @ moves.T).double().cpu().numpy()
     own = predicted[np.arange(len(rows)), np.arange(len(rows))]

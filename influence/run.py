@@ -515,14 +515,14 @@ class AtPoint:
         """
         key = (operator.curvature.name, operator.lam.numpy().tobytes())
         if key not in self._scales:
-            rows = spaced(len(self.run.tokens), SCALE_ROWS)
+            rows = evenly_spaced(len(self.run.tokens), SCALE_ROWS)
             invert = operator
             if not isinstance(operator.curvature, Invertible):
                 stands = self.preconditions
                 invert = self.preconditioner(operator) if stands else self.operator(PLAIN)
             assert isinstance(invert.curvature, Invertible)
             total = 0.0
-            for some in parts(self.run, len(rows)):
+            for some in memory_chunks(self.run, len(rows)):
                 gradients, part = self.gradients_of(rows[some]), rows[some]
                 solved = invert.curvature.solve(gradients, invert.lam)
                 products = np.array([float(g @ x) for g, x in zip(gradients, solved, strict=True)])
@@ -570,12 +570,12 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(list(iter(self)))
 
 
-def spaced(n: int, most: int) -> np.ndarray:
+def evenly_spaced(n: int, most: int) -> np.ndarray:
     """At most `most` of the positions 0 ... n - 1, evenly spaced."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 
-def parts(run: Run, count: int) -> list[np.ndarray]:
+def memory_chunks(run: Run, count: int) -> list[np.ndarray]:
     """Positions 0 ... count - 1 in parts whose gradients, and some copies of them, take a bounded amount of memory."""
     size = max(1, PART_BYTES // (run.model.space.size * run.model.dtype.itemsize))
     return np.array_split(np.arange(count), -(-count // size))
@@ -588,7 +588,7 @@ def geometry_here(run: Run, name: str) -> Geometry:
     if name == "raw":
         return Raw()
     n = len(run.tokens)
-    rows = spaced(n, RMS_ROWS)
+    rows = evenly_spaced(n, RMS_ROWS)
     budget, order, blocks = run.manifest.token_budget, [], []
     for indices, gradients, _ in stream_gradients(
         run.model, run.tokens.select(rows), token_budget=budget

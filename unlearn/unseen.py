@@ -31,7 +31,7 @@ from influence.curvature import PLAIN, Invertible
 from influence.loss import mean_losses
 from influence.measurements import SumLoss
 from influence.path import scaled
-from influence.run import AtPoint, Run, parts, spaced
+from influence.run import AtPoint, Run, evenly_spaced, memory_chunks
 from influence.tokens import TokenizedExamples
 from unlearn.record.change import Change
 from unlearn.record.version import Version
@@ -50,7 +50,7 @@ ENOUGH, LARGEST = 8, 2.0
 POWER = 1.25
 
 #: Bytes of solved gradients of S that are held, in the host's memory. Where S is larger, evenly
-#: spaced rows of it stand for all. A choice.
+#: evenly_spaced rows of it stand for all. A choice.
 HELD_BYTES = 2 << 30
 
 #: Rows of S that are solved whatever they take. A choice.
@@ -138,7 +138,7 @@ def expected_losses(
             new_base = mean_losses(model, change.new, token_budget=token_budget)
         cost.forwards += len(base) + len(new_base)
         if holdout is not None and holdout_losses is not None and len(holdout) >= ENOUGH:
-            sample = spaced(len(holdout), CANDIDATES)
+            sample = evenly_spaced(len(holdout), CANDIDATES)
             unseen = mean_losses(model, holdout.select(sample), token_budget=token_budget).mean()
             cost.forwards += len(sample)
             rho = float(np.clip(holdout_losses[sample].mean() / unseen, 1.0, LARGEST))
@@ -159,7 +159,7 @@ def removed_shares(change: Change, cost: Cost) -> np.ndarray:
     points = run.points if all_points else [middle_point(run)]
     retained, ordinary = candidates(change)
     row_bytes = run.model.space.size * run.model.dtype.itemsize
-    solved = spaced(s, max(FEWEST, HELD_BYTES // row_bytes))
+    solved = evenly_spaced(s, max(FEWEST, HELD_BYTES // row_bytes))
     influence = np.zeros((len(solved), s + len(retained) + len(change.new)))
     for point in points:
         at_point = _influence(change, point, solved, retained, cost)
@@ -191,14 +191,14 @@ def _influence(
     curvature, lam = _inverse(run, point)
     rows = np.concatenate([change.rows, retained])
     solutions = torch.empty(len(solved), run.model.space.size, dtype=run.model.dtype)
-    for part in parts(run, len(solved)):
+    for part in memory_chunks(run, len(solved)):
         gradients = _gradients(version, point, change.rows[solved[part]], cost)
         solutions[torch.from_numpy(part)] = curvature.solve(gradients, lam).cpu()
     influence = np.zeros((len(solved), s + k + r))
-    for part in parts(run, s + k):
+    for part in memory_chunks(run, s + k):
         gradients = _gradients(version, point, rows[part], cost).cpu()
         influence[:, part] = (solutions @ gradients.T).double().numpy()
-    for part in parts(run, r) if r else []:
+    for part in memory_chunks(run, r) if r else []:
         cost.gradients += len(part)
         gradients = point.query_gradients(change.new.select(part), SumLoss()).cpu()
         influence[:, s + k + part] = (solutions @ gradients.T).double().numpy()
@@ -239,13 +239,13 @@ def candidates(change: Change) -> tuple[np.ndarray, np.ndarray]:
     rows, half = change.version.rows, CANDIDATES // 2
     groups = {request.before.group for request in change.requests} - {None}
     mates = np.array([row for row in retained if rows[int(row)].group in groups], dtype=int)
-    relatives = mates[spaced(len(mates), half)] if len(mates) else mates
+    relatives = mates[evenly_spaced(len(mates), half)] if len(mates) else mates
     if len(relatives) < half:
         strangers = np.setdiff1d(retained, relatives)
         most_similar = strangers[_by_similarity(change, strangers)[: half - len(relatives)]]
         relatives = np.concatenate([relatives, most_similar])
     others = np.setdiff1d(retained, relatives)
-    others = others[spaced(len(others), half)]
+    others = others[evenly_spaced(len(others), half)]
     # The median is taken over the others alone: relatives are chosen for teaching more than usual.
     return (
         np.concatenate([relatives, others]),

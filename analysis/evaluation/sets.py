@@ -13,7 +13,7 @@ from analysis.metrics.outputs import continuable
 from influence.adapter import AdaptedModel
 from influence.errors import InputError
 from influence.loss import check_rows
-from influence.run import spaced
+from influence.run import evenly_spaced
 from influence.tokens import TokenizedExamples, tokenize
 
 #: Names of the sets, in the order of records and tables.
@@ -82,7 +82,7 @@ def prepared(
         notes[f"sets.{name}.rougeL"] = "nothing was generated (generate is 0)"
     elif not len(able):
         notes[f"sets.{name}.rougeL"] = "the rows have no prompt that the model could continue"
-    continued = able[spaced(len(able), options.generate)] if len(able) else able
+    continued = able[evenly_spaced(len(able), options.generate)] if len(able) else able
     if not any(rows.perturbed):
         notes[f"sets.{name}.truth_ratio"] = f"the rows carry no {PARAPHRASED[0]} and {PERTURBED[0]}"
     return PreparedSet(name, rows, tokens, continued)

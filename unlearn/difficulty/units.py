@@ -16,7 +16,7 @@ from influence.gradients import stream_gradients
 from influence.loss import mean_losses
 from influence.path import scaled
 from influence.rows import Examples
-from influence.run import Run, parts, spaced
+from influence.run import Run, evenly_spaced, memory_chunks
 from influence.tokens import TokenizedExamples
 from unlearn.difficulty.copies import copy_gradients, copy_losses
 from unlearn.difficulty.protocol import Protocol
@@ -147,7 +147,7 @@ class Units:
     def chunk(self) -> int:
         """How many copies of the parameters take a bounded amount of memory."""
         wider = self.start.dtype.itemsize // self.run.model.dtype.itemsize
-        return max(1, len(parts(self.run, 4096)[0]) // wider)
+        return max(1, len(memory_chunks(self.run, 4096)[0]) // wider)
 
     def chunks(self, copies: int) -> list[np.ndarray]:
         """Units in parts that take a bounded amount of memory at `copies` copies each."""
@@ -187,7 +187,7 @@ def find_units(
     if protocol.target == "unseen":
         target = _unseen_targets(run, ids_of, [losses[rows] for rows in members], holdout_tokens)
     if holdout_tokens is not None:
-        holdout_tokens = holdout_tokens.select(spaced(len(holdout_tokens), HOLDOUT_ROWS))
+        holdout_tokens = holdout_tokens.select(evenly_spaced(len(holdout_tokens), HOLDOUT_ROWS))
     return Units(
         run=run,
         names=tuple(ids_of),

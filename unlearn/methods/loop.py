@@ -37,7 +37,7 @@ from influence.errors import NumericalError
 from influence.gradients import checkpointed_layers, replaced_forwards
 from influence.progress import say, track
 from influence.rows import Examples
-from influence.run import Run, spaced
+from influence.run import Run, evenly_spaced
 from influence.tokens import TokenizedExamples
 from unlearn.methods import automatic_rate
 from unlearn.methods.batches import TermBatches, TermGradient
@@ -409,7 +409,7 @@ class Training:
         if len(work.sample):
             retain_loss = loss_of(work.version.tokens, work.sample)
         else:
-            retain_loss = loss_of(work.retained, spaced(len(work.retained), CHECK_ROWS))
+            retain_loss = loss_of(work.retained, evenly_spaced(len(work.retained), CHECK_ROWS))
         return Trained(
             work.version.theta,
             theta,

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from influence.errors import InputError, NumericalError
-from influence.run import spaced
+from influence.run import evenly_spaced
 from unlearn.methods.batches import TermGradient
 from unlearn.methods.preparation import Work
 from unlearn.record.before_after import State, Targets
@@ -113,7 +113,7 @@ class StopRules:
     @property
     def checked_rows(self) -> np.ndarray:
         """The forget rows that are measured."""
-        return spaced(len(self.work.forget), CHECK_ROWS)
+        return evenly_spaced(len(self.work.forget), CHECK_ROWS)
 
     def goal(self, rows: np.ndarray) -> float:
         """The mean loss that these forget rows should reach."""

@@ -21,7 +21,7 @@ from influence.gradients import loss_sum_gradient
 from influence.loss import mean_losses
 from influence.progress import say
 from influence.rows import Examples
-from influence.run import Run, spaced
+from influence.run import Run, evenly_spaced
 from influence.tokens import TokenizedExamples
 from unlearn.record.change import Change, Request, concatenated
 from unlearn.record.edit_record import (
@@ -152,10 +152,10 @@ class Evidence:
         """
         change, start = self.change, self.version.theta
         removed = change.old.select(np.flatnonzero(~change.replaced))
-        retained = self.version.tokens.select(self.sample[spaced(len(self.sample), FORECAST_ROWS)])
+        retained = self.version.tokens.select(self.sample[evenly_spaced(len(self.sample), FORECAST_ROWS)])
         heldout = self.heldout
         if heldout is not None:
-            heldout = heldout.select(spaced(len(heldout), FORECAST_ROWS))
+            heldout = heldout.select(evenly_spaced(len(heldout), FORECAST_ROWS))
         sets = {
             "edited": concatenated(removed, change.new),
             "retained": retained,

@@ -8,7 +8,7 @@ import torch
 
 from influence.errors import InputError
 from influence.path import scaled
-from influence.run import spaced
+from influence.run import evenly_spaced
 from tests.unlearn.methods.helpers import (
     FORGET,
     KEPT,
@@ -177,5 +177,5 @@ def test_a_sample_of_forget_rows_is_held_against_its_own_goal(run, monkeypatch):
         (i, j) for i in range(ROWS) for j in range(ROWS) if now[i] < base[i] and now[j] < base[j]
     ]
     i, j = next((i, j) for i, j in pairs if now[i] > (base[i] + base[j]) / 2)
-    ids = [run.train.ids[k] for k in ((i, j) if spaced(2, 1)[0] == 0 else (j, i))]
+    ids = [run.train.ids[k] for k in ((i, j) if evenly_spaced(2, 1)[0] == 0 else (j, i))]
     assert len(train(run, "ga", ids, until="base", steps=1, batch_size=1).log) == 1
