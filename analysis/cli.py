@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from analysis.evaluation.options import Options as EvaluationOptions
+from analysis.options import ResamplesOption
 from analysis.studies.options import Memorization, Ood
 from influence import console
 from influence.errors import InputError
@@ -130,8 +131,10 @@ def evaluate(options: Evaluate) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lds(DeviceOption, OutputOptions):
+class Lds(ResamplesOption, DeviceOption, OutputOptions):
     """The options of `analysis lds`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"resamples": "truth_out"}
 
     scores: Path = option("Score file (HDF5) made by influence score.")
     truth: Path | None = option(
@@ -153,7 +156,6 @@ class Lds(DeviceOption, OutputOptions):
     truth_out: Path | None = option(
         "With --run: npz to keep the losses in. Default: RUN/truth.npz.", default=None
     )
-    resamples: int = option("Bootstrap resamples.", default=1000)
     seed: int = option("Seed of the bootstrap.", default=0)
     per_query: bool = option("Print the Spearman of every query too.", default=False)
     plot: Path | None = option("Draw the Spearman of every query (.png or .svg).", default=None)
@@ -496,8 +498,8 @@ def report(options: Report) -> None:
     """One page on one edit, from its edit.json: is it forgotten, what else changed, how exact, how
     to check it.
     """
-    from analysis.report.page import read_record
     from analysis.report.page import report as write_report
+    from analysis.report.reading import read_record
 
     compared = None
     if options.retrained is not None:

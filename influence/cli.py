@@ -12,6 +12,7 @@ from influence.errors import InputError, MismatchError
 from influence.options import (
     AdapterOptions,
     BudgetOption,
+    CountOption,
     CurvatureOptions,
     JsonOption,
     LengthOption,
@@ -234,11 +235,10 @@ def score(options: Score) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Self(RunOption, CurvatureOptions, PointOption, LoadingOptions, OutputOptions):
+class Self(RunOption, CountOption, CurvatureOptions, PointOption, LoadingOptions, OutputOptions):
     """The options of `influence self`."""
 
     out: Path | None = option("HDF5 file. Default: added to scores.h5 in the run.", default=None)
-    k: int = option("How many rows to show.", default=10, flag="-k")
 
 
 @command(app, Self, name="self")

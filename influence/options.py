@@ -97,6 +97,7 @@ def keywords(options: type, given: Any) -> dict[str, Any]:
 class Command(TyperCommand):
     """A command that takes other spellings of its options, and several values after some."""
 
+    options: ClassVar[type]
     spellings: ClassVar[Mapping[str, str]] = {}
     several: ClassVar[frozenset[str]] = frozenset()
 
@@ -120,6 +121,7 @@ def command(
     """Register a function of `options` as a command of `app`, its docstring the help."""
     known = options_of(options)
     special = {
+        "options": options,
         "spellings": {other: one.flag for one in known.values() for other in one.also},
         "several": frozenset(one.flag for one in known.values() if one.several),
     }
@@ -271,6 +273,13 @@ class LoadingOptions(DeviceOption, CheckpointingOption, TrustOption):
 @dataclass(frozen=True, kw_only=True)
 class TypedLoadingOptions(DeviceOption, TypeOption, CheckpointingOption, TrustOption):
     """How a model is loaded that no run records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountOption:
+    """How long a table is."""
+
+    k: int = option("How many rows to show.", default=10, flag="-k")
 
 
 @dataclass(frozen=True, kw_only=True)

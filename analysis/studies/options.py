@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from analysis.options import ResamplesOption
 from influence.console import at_least
 from influence.errors import InputError
-from influence.options import DeviceOption, OutputOptions, RunOption, TrustOption, option
+from influence.options import (
+    CountOption,
+    DeviceOption,
+    OutputOptions,
+    RunOption,
+    TrustOption,
+    option,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memorization(RunOption, DeviceOption, TrustOption, OutputOptions):
+class Memorization(
+    RunOption, CountOption, ResamplesOption, DeviceOption, TrustOption, OutputOptions
+):
     """The options of `analysis memorization`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"k": "out", "resamples": "k"}
 
     truth: Path | None = option(
         "npz of retrained adapters' losses (unlearn retrain --subsets): what is measured.",
@@ -38,8 +52,6 @@ class Memorization(RunOption, DeviceOption, TrustOption, OutputOptions):
     out: Path | None = option(
         "Table to write (.csv or .parquet), one line per training row.", default=None
     )
-    k: int = option("How many rows to show.", default=10, flag="-k")
-    resamples: int = option("Bootstrap resamples.", default=1000)
     seed: int = option("Of the intervals, and of the halves of the reliability.", default=0)
 
     def __post_init__(self) -> None:
