@@ -47,9 +47,9 @@ LOOKS = 3
 READ = 6
 #: Forwards at most that look for the crossing: with six rows read off, ten a unit. A choice.
 SCANS = 4
-#: How much shorter than its pace suggests the rest of an ascent is after a look, and how much
-#: longer the first scan after one reaches. Choices: they set where the looks and the scans are.
-FASTER_LATER, FIRST_SCAN = 1.25, 1.2
+#: How many times faster than last seen the loss is taken to rise after a look: in a stride, and in
+#: the first scan. Choices: they set where the looks and the scans are, not what is found there.
+FASTER_STRIDE, FASTER_SCAN = 1.25, 1.2
 #: The least pace, as a share of the one before, that a scan which hardly rose leaves behind. A
 #: choice.
 LEAST_PACE = 0.1
@@ -183,7 +183,7 @@ class CoarseAscent:
         self.late[self.live] += late
         self.growth, self.width = gradient - self.gradient, h.astype(float)
         self.gradient, self.pace, self.since = gradient, rate, np.zeros_like(h)
-        self.losses[self.live], self._faster = losses, FASTER_LATER
+        self.losses[self.live], self._faster = losses, FASTER_STRIDE
         self._keep(np.flatnonzero(~crossed & np.isfinite(losses)))
 
     def scan(self, last: bool) -> None:
@@ -193,8 +193,8 @@ class CoarseAscent:
         """
         if len(self.live) == 0:
             return
-        reach = FIRST_SCAN if self.since.max() == 0 else 1.0
-        h = self._whole_steps(np.ceil(self._gap / (self.pace * reach)))
+        faster = FASTER_SCAN if self.since.max() == 0 else 1.0
+        h = self._whole_steps(np.ceil(self._gap / (self.pace * faster)))
         origin = self._walk(h)
         losses = self.units.losses(self._thetas, self.rows[self.live])
         rise = losses - self.losses[self.live]

@@ -194,8 +194,7 @@ def _empty(units: Units, protocol: Protocol) -> dict[str, np.ndarray]:
     return {name: np.zeros(shape, kind) for name, (shape, kind) in layout.items()}
 
 
-# ------------------------------------------------------------------------------------------ the
-# ascents
+# ---- the ascents ----------------------------------------------------------------------
 
 
 def climb_units(units: Units, rows: np.ndarray, protocol: Protocol) -> dict[str, np.ndarray]:
@@ -304,8 +303,7 @@ def _measured(units: Units, protocol: Protocol, arrays: Mapping[str, np.ndarray]
     )
 
 
-# --------------------------------------------------------------------------------------------- the
-# file
+# ---- the file -------------------------------------------------------------------------
 
 
 def _request(units: Units, protocol: Protocol, holdout: Examples | None) -> str:

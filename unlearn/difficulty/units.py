@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence.at_point import evenly_spaced, memory_chunks
 from influence.cost import Cost
 from influence.errors import InputError
 from influence.gradients import stream_gradients
 from influence.loss import mean_losses
 from influence.path import scaled
 from influence.rows import Examples
-from influence.run import Run, evenly_spaced, memory_chunks
+from influence.run import Run
 from influence.tokens import TokenizedExamples
 from unlearn.difficulty.copies import copy_gradients, copy_losses
 from unlearn.difficulty.protocol import Protocol
@@ -27,7 +28,7 @@ from unlearn.unseen import ENOUGH, expected_losses
 
 #: Retained rows whose loss is measured after an ascent, and held-out rows, at most.
 SAMPLE_ROWS, HOLDOUT_ROWS = 16, 16
-#: Units that run at a time, at most: longer batches of tiny adapters gain nothing. A choice.
+#: Units that run at a time, at most. A choice.
 CHUNK = 32
 
 
