@@ -1,18 +1,23 @@
-"""What closed-form edits are compared with in `edits.py`: gradient-based unlearning, fine-tuning, a sign step, LLMEraser.
+"""Rivals of closed-form edits in `edits.py`: gradient steps, fine-tuning, a sign step, LLMEraser.
 
-Every rival starts where the model is, and gives the LoRA parameters `[P]` it ends at and what it cost, in row-gradients: a row
-run forward and backward is 1, forward alone 1/3. The rivals that take steps look at the edited rows before each one and stop
-when the mean loss of the old contents F is at its target or above and, for a relabelling or correction, that of the new
-contents L at its own or below; or after `STEPS` steps. With CE the mean cross-entropy per token of a set of rows, R the
-`RETAINED` untouched rows drawn anew for each step, and u(v) = v / |v|, a step moves the parameters by
+Every rival starts where the model is, and gives the LoRA parameters `[P]` it ends at and what it
+cost, in row-gradients: a row run forward and backward is 1, forward alone 1/3. The rivals that take
+steps look at the edited rows before each one and stop when the mean loss of the old contents F is
+at its target or above and, for a relabelling or correction, that of the new contents L at its own
+or below; or after `STEPS` steps. With CE the mean cross-entropy per token of a set of rows, R the
+`RETAINED` untouched rows drawn anew for each step, and u(v) = v / |v|, a step moves the parameters
+by
 
-    ascent              0.1 u(grad E)                         E = CE(F) - CE(L), without what is at its target
-    ascent + descent    0.1 u(grad E - grad CE(R))            1:1, Yao et al. 2024, arXiv 2402.15159
-    ascent + KL         0.1 u(grad E - grad KL(ref || p; R))  ref: the adapter before, over the completion tokens
-    NGDiff              0.1 (u(grad E) - u(grad CE(R)))       Bu et al. 2024, arXiv 2410.22086, at a fixed rate
+    ascent              0.1 u(grad E)
+    ascent + descent    0.1 u(grad E - grad CE(R))              Yao et al. 2024, arXiv 2402.15159
+    ascent + KL         0.1 u(grad E - grad KL(ref || p; R))
+    NGDiff              0.1 (u(grad E) - u(grad CE(R)))         Bu et al. 2024, arXiv 2410.22086
 
-The first three are normalised here, so that one step length serves models of any size; the papers tune a learning rate
-instead. NGDiff is the paper's own step without its learning-rate search (GeN).
+where E = CE(F) - CE(L), without what is at its target, and ref is the adapter before, over the
+completion tokens. Ascent + descent is 1:1, NGDiff at a fixed rate.
+
+The first three are normalised here, so that one step length serves models of any size; the papers
+tune a learning rate instead. NGDiff is the paper's own step without its learning-rate search (GeN).
 """
 
 from __future__ import annotations
@@ -43,7 +48,10 @@ TOKEN_BUDGET = 4096
 
 @dataclass(frozen=True, eq=False)
 class Edited:
-    """The rows that go or change: old contents, new ones (None: the rows go), and mean losses to reach, nats per token."""
+    """The rows that go or change, and the mean losses that they should reach, nats per token.
+
+    `old` are their contents, `new` those that come instead (None: the rows go).
+    """
 
     old: TokenizedExamples
     target: float
@@ -54,7 +62,10 @@ class Edited:
         return len(self.old) + (0 if self.new is None else len(self.new))
 
     def look(self, model: AdaptedModel, cost: Cost, *, whole: bool = False) -> tuple[Tensor, bool]:
-        """`grad E` [P] where the model is, and whether all targets are reached; `whole`: E with its parts at target."""
+        """`grad E` [P] where the model is, and whether all targets are reached.
+
+        `whole`: E with its parts at target.
+        """
         gradient, losses = mean_gradient(model, self.old, cost)
         missing = [bool(losses.mean() < self.target)]
         total = gradient * float(missing[0] or whole)
@@ -67,7 +78,7 @@ class Edited:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Where a rival ended, `theta` [P], what it cost, how many steps it took, and whether the targets were reached."""
+    """Where a rival ended, `theta` [P], at what cost, and whether the targets were reached."""
 
     theta: Tensor = field(repr=False)
     cost: Cost
@@ -86,7 +97,7 @@ def mean_gradient(
 def kl_gradient(
     model: AdaptedModel, tokens: TokenizedExamples, reference: Tensor, cost: Cost
 ) -> Tensor:
-    """The gradient `[P]` of `KL(ref || p)`, its mean over the rows' completion tokens, where the model is now."""
+    """The gradient `[P]` of `KL(ref || p)`, meaned over completion tokens, where the model is."""
     total, count = torch.zeros_like(reference), int(tokens.counts.sum())
     cost.gradients += len(tokens)
     cost.forwards += len(tokens)
@@ -102,17 +113,17 @@ def kl_gradient(
 
 
 def unit(v: Tensor) -> Tensor:
-    """`v / |v|`; zero stays zero."""
+    """`v / |v|`, where zero stays zero."""
     return v / v.norm().clamp(min=1e-30)
 
 
-# ---- steps until the targets are reached ---------------------------------------------------------------------
+# ---- steps until the targets are reached ---------------------------------------------------------
 
 
 def ascent(
     model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator
 ) -> Outcome:
-    """Gradient ascent on the old contents (and descent on the new ones); no retained row is looked at."""
+    """Gradient ascent on the old contents and descent on the new ones, without retained rows."""
     return _walk(model, edited, lambda pull, _: unit(pull), Cost())
 
 
@@ -132,7 +143,7 @@ def ascent_descent(
 def ascent_kl(
     model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator
 ) -> Outcome:
-    """Ascent on the edited rows, held to the adapter before by its KL divergence on retained rows."""
+    """Ascent on the edited rows, held to the adapter before by KL on retained rows."""
     cost, start = Cost(), model.snapshot()
     return _walk(
         model,
@@ -150,10 +161,11 @@ def ngdiff(
     *,
     budget: float = float("inf"),
 ) -> Outcome:
-    """Normalised difference of the gradients; ends before it would cost more than `budget` row-gradients."""
+    """Normalised difference of the gradients, ended before it costs more than `budget`."""
     cost = Cost()
 
     def move(pull: Tensor, _: int) -> Tensor:
+        """The normalised difference at a step."""
         return normalised_difference(pull, mean_gradient(model, drawn(rest, rng), cost)[0])
 
     return _walk(
@@ -162,7 +174,10 @@ def ngdiff(
 
 
 def normalised_difference(forget: Tensor, retain: Tensor) -> Tensor:
-    """`d = u(g_F) - u(g_R)` [P], so that `<g_F, d> >= 0 >= <g_R, d>`: to first order F's loss rises and R's does not."""
+    """`d = u(g_F) - u(g_R)` [P], so that `<g_F, d> >= 0 >= <g_R, d>`.
+
+    To first order F's loss rises and R's does not.
+    """
     return unit(forget) - unit(retain)
 
 
@@ -180,7 +195,10 @@ def _walk(
     budget: float = float("inf"),
     price: float = 0.0,
 ) -> Outcome:
-    """Steps of `STEP * move(grad E, number)`; `price`: row-gradients of one more step and the look after it."""
+    """Steps of `STEP * move(grad E, number)`.
+
+    `price` is the row-gradients of one more step and of the gradient after it.
+    """
     theta = model.snapshot()
     for number in range(STEPS + 1):
         with model.at(theta):
@@ -191,7 +209,7 @@ def _walk(
     raise AssertionError("unreachable")
 
 
-# ---- without a target ----------------------------------------------------------------------------------------
+# ---- without a target ----------------------------------------------------------------------------
 
 
 def sign_step(
@@ -218,9 +236,10 @@ def finetune(
     recipe: Recipe,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Further training on the rows after the edit, from the adapter, for as long as an edit took (Recipe: AdamW, batches).
+    """Further training by AdamW on the rows after the edit, for as long as an edit took.
 
-    The recipe's learning rate falls linearly to zero over the time. Epochs are shuffled by `rng`; dropout is off.
+    The recipe's learning rate falls linearly to zero over the time. Epochs are shuffled by `rng`;
+    dropout is off.
     """
     rows = list(rest) if edited.new is None else [*rest, *edited.new]
     tokens = TokenizedExamples(rows, [str(number) for number in range(len(rows))])
@@ -255,17 +274,22 @@ def finetune(
 def llmeraser(
     model: AdaptedModel, edited: Edited, rest: TokenizedExamples, rng: np.random.Generator
 ) -> Outcome:
-    """LLMEraser as released (Ding et al. 2024, arXiv 2412.00383, github.com/oceanoceanna/LLMEraser, attack_demo.py).
+    """LLMEraser as released (Ding et al. 2024, arXiv 2412.00383).
 
-    `min_x 1/2 x^T (H + lambda) x - b^T x`, `b = (sum_F grad CE_i - sum_L grad CE_i) / n`, by 20 steps of Adam at 1e-5 from
-    x = 1e-5 in every coordinate, and theta + x. Imitated with the numbers of its script: one row a step, drawn from the training
-    rows without repetition; the product H x is taken without `create_graph`, so the gradient that Adam sees is
-    `1/2 H x + lambda x - b` and the optimum twice the solution; lambda = 1e-5 is Adam's weight decay. Each coordinate moves by at
-    most 2e-4: this is a step along signs, no solve. There dropout stays on; here it is off (the testbeds' adapters have none).
+    The script is attack_demo.py of github.com/oceanoceanna/LLMEraser.
 
-    What could not be known: which of the 20 iterates was reported (here: the last), and the files of rows before and after
-    (their code says that F is what the adapter was trained on and L what should have been there, as here; for a removal there
-    L keeps the row with part of its prompt cut off, here L is empty). Work: 2 row-gradients a product.
+    `min_x 1/2 x^T (H + lambda) x - b^T x`, `b = (sum_F grad CE_i - sum_L grad CE_i) / n`, by 20
+    steps of Adam at 1e-5 from x = 1e-5 in every coordinate, and theta + x. Imitated with the
+    numbers of its script: one row a step, drawn from the training rows without repetition; the
+    product H x is taken without `create_graph`, so the gradient that Adam sees is `1/2 H x + lambda
+    x - b` and the optimum twice the solution; lambda = 1e-5 is Adam's weight decay. Each coordinate
+    moves by at most 2e-4: this is a step along signs, no solve. There dropout stays on; here it is
+    off (the testbeds' adapters have none).
+
+    What could not be known: which of the 20 iterates was reported (here: the last), and the files
+    of rows before and after (their code says that F is what the adapter was trained on and L what
+    should have been there, as here; for a removal there L keeps the row with part of its prompt cut
+    off, here L is empty). Work: 2 row-gradients a product.
     """
     cost, rows = Cost(), [*rest, *edited.old]
     tokens = TokenizedExamples(rows, [str(number) for number in range(len(rows))])
@@ -288,10 +312,8 @@ def llmeraser(
 def hessian_product(model: AdaptedModel, tokens: TokenizedExamples, v: Tensor) -> Tensor:
     """`H v` [P], H the Hessian of the rows' mean cross-entropy per token (Pearlmutter 1994)."""
     batch = collate(tokens, np.arange(len(tokens)), pad_id=model.pad_id, device=model.device)
-    with (
-        model.evaluating(model.parameters),
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # the others have no second derivative
+    # The other kernels of attention have no second derivative.
+    with model.evaluating(model.parameters), sdpa_kernel(SDPBackend.MATH):
         part = supervised_logits(model, batch)
         loss = token_losses(part.logits, part.targets).mean()
         first = model.space.flatten(

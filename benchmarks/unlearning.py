@@ -1,21 +1,28 @@
-"""Every method of `unlearn train`, the closed-form edits and retraining on the same removals, with equal tuning.
+"""Methods of `unlearn train`, closed-form edits and retraining on the same removals, tuned equally.
 
-    python benchmarks/unlearning.py --testbed DIR --out DIR [--percent 1,5,10] [--seeds 0,1,2] [--methods ga,npo,...]
-                                    [--method FILE.py:NAME] [--tofu DIR] [--threads 1] [--tables]
+    python benchmarks/unlearning.py --testbed DIR --out DIR [--percent 1,5,10] [--seeds 0,1,2]
+                                    [--methods ga,npo,...] [--method FILE.py:NAME] [--tofu DIR]
+                                    [--threads 1] [--tables]
 
-Forgotten are the first 1, 5 and 10 % of the rows, as in TOFU. *Tuning*: every method is run with seed 0 at three learning rates,
-1/3, 1 and 3 times its default (where it starts, if it is automatic), and by the same rule keeps one: among those that reach the goal the
-one with the lowest loss on retained rows; where none does, the one that comes nearest to it. The kept rate is run with the other
-seeds. The rule looks at nothing but what a user has. All stop at the same goal, the loss that influence expects of a model which never
-saw the rows, and take at most `STEPS` steps. Closed-form edits have nothing to tune.
+Forgotten are the first 1, 5 and 10 % of the rows, as in TOFU. *Tuning*: every method is run with
+seed 0 at three learning rates, 1/3, 1 and 3 times its default (where it starts, if it is
+automatic), and by the same rule keeps one: among those that reach the goal the one with the lowest
+loss on retained rows; where none does, the one that comes nearest to it. The kept rate is run with
+the other seeds. The rule looks at nothing but what a user has. All stop at the same goal, the loss
+that influence expects of a model which never saw the rows, and take at most `STEPS` steps.
+Closed-form edits have nothing to tune.
 
-*Measured*: mean losses, nats per token, of forgotten, retained (all of them) and held-out rows; KL of the outputs from retrained
-models (the mean over their seeds), on forgotten, every 6th retained and every 10th held-out row; signed AUC of the forgotten rows' losses
-against the held-out ones; cost in row-gradients (a forward alone counts a third), and over retraining's. *Spread*: over the three rates, the
-difference of the largest and the least distance `|forget / retrained - 1| + |retained / retrained - 1|`.
+*Measured*: mean losses, nats per token, of forgotten, retained (all of them) and held-out rows; KL
+of the outputs from retrained models (the mean over their seeds), on forgotten, every 6th retained
+and every 10th held-out row; signed AUC of the forgotten rows' losses against the held-out ones;
+cost in row-gradients (a forward alone counts a third), and over retraining's. *Spread*: over the
+three rates, the difference of the largest and the least distance `|forget / retrained - 1| +
+|retained / retrained - 1|`.
 
-`--tofu`: the folder of the TOFU data, whose first authors the testbed's base was trained on: every 9th of their rows is what
-methods with general rows retain; without it they take the other rows. `--method` adds one of your own. Each finished run is a line of `runs-P.jsonl`; a second call makes what is missing. `--tables` only prints.
+`--tofu`: the folder of the TOFU data, whose first authors the testbed's base was trained on: every
+9th of their rows is what methods with general rows retain; without it they take the other rows.
+`--method` adds one of your own. Each finished run is a line of `runs-P.jsonl`; a second call makes
+what is missing. `--tables` only prints.
 """
 
 from __future__ import annotations
@@ -30,18 +37,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from edits import (
-    EVERY_HELDOUT,
-    EVERY_REST,
-    Bed,
-    Case,
-    Truth,
-    divergence,
-    log_probabilities,
-    membership,
-    removal,
-    retrained,
-)
+from edit_cases import Bed, Case, Truth, removal, retrained
+from edits import EVERY_HELDOUT, EVERY_REST, divergence, log_probabilities, membership
 from torch import Tensor
 
 import influence
@@ -53,8 +50,11 @@ from influence.rows import Examples
 from influence.tokens import tokenize
 from unlearn.methods.methods import METHODS, Method, method_of
 
+#: Multiples of a method's own rate that it is run at.
 FACTORS = (1 / 3, 1.0, 3.0)
+#: The most steps of a training.
 STEPS = 60
+#: The closed-form edits by name, with their options.
 EDITS: dict[str, dict[str, Any]] = {
     "closed-form edit": {},
     "closed-form edit, --rest 0": {"rest": 0},
@@ -84,30 +84,33 @@ class Ruler:
         }
 
     def measure(self, theta: Tensor, leave_out: int | None = None) -> dict[str, float]:
-        """Losses, membership and divergences; `leave_out`: a retrained adapter that is measured itself."""
+        """Losses, membership and divergences.
+
+        `leave_out`: a retrained adapter that is measured itself.
+        """
         with self.model.at(theta):
             losses = {name: mean_losses(self.model, tokens) for name, tokens in self.sets.items()}
         outputs = self.outputs_of(theta)
-        others = [own for place, own in enumerate(self.outputs) if place != leave_out]
-        found = {name: float(values.mean()) for name, values in losses.items()}
-        found["auc"] = membership(losses["forget"], losses["heldout"])
+        references = [logs for place, logs in enumerate(self.outputs) if place != leave_out]
+        measured = {name: float(values.mean()) for name, values in losses.items()}
+        measured["auc"] = membership(losses["forget"], losses["heldout"])
         for name in self.compared:
-            each = [divergence(other[name], outputs[name]) for other in others]
-            found[f"kl_{name}"] = float(np.mean(each)) if each else float("nan")
-        return found
+            divergences = [divergence(logs[name], outputs[name]) for logs in references]
+            measured[f"kl_{name}"] = float(np.mean(divergences)) if divergences else float("nan")
+        return measured
 
 
-def methods(names: Sequence[str], own: Sequence[str]) -> list[Method]:
-    """The methods by name, and those of the user's files."""
-    return [method_of(name) for name in [*names, *own]]
+def methods(names: Sequence[str], places: Sequence[str]) -> list[Method]:
+    """The methods by name, and those of the user's files, `FILE.py:NAME`."""
+    return [method_of(name) for name in [*names, *places]]
 
 
 def general_rows(folder: Path) -> Examples:
     """Rows of the authors that the testbed's base was trained on, in the testbed's form."""
     lines = (folder / "full.json").read_text(encoding="utf-8").splitlines()[:3600:9]
-    found = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in lines]
     return influence.examples_from_rows(
-        {"prompt": f"Q: {row['question']}\nA:", "completion": f" {row['answer']}"} for row in found
+        {"prompt": f"Q: {row['question']}\nA:", "completion": f" {row['answer']}"} for row in rows
     )
 
 
@@ -116,16 +119,16 @@ def run_method(
 ) -> unlearn.Edit:
     """One training."""
     lr = None if method.lr is None else method.lr * factor
-    own = replace(method, stride=method.stride * factor)
+    scaled = replace(method, stride=method.stride * factor)
     retain = general if method.general else None
     return unlearn.train(
         case.run,
-        own,
+        scaled,
         case.ids,
         retain=retain,
         lr=lr,
         until=f"loss={goal:.6g}",
-        steps=min(STEPS, own.steps),
+        steps=min(STEPS, scaled.steps),
         seed=seed,
         start="original",
     )
@@ -169,7 +172,9 @@ class Lines:
 
 
 def kept_factor(lines: Sequence[dict[str, Any]], goal: float) -> float:
-    """The rate that is kept: of those that reach the goal the one with the lowest retained loss, else the nearest to it."""
+    """The rate that is kept: of those that reach the goal the one with the lowest retained loss,
+    else the nearest to it.
+    """
     sound = [line for line in lines if "failed" not in line]
     reached = [line for line in sound if line["reached"]]
     if reached:
@@ -194,8 +199,8 @@ def study(bed: Bed, percent: int, args: argparse.Namespace) -> None:
         cost = case.rows_after * bed.recipe.epochs
         for place, seed in enumerate(seeds):
             measured = ruler.measure(truth.thetas[place], leave_out=place)
-            told = {"cost": cost, "reached": True}
-            lines.add({"method": RETRAINED, "seed": seed, "tuned": True, **measured, **told})
+            line = {"method": RETRAINED, "seed": seed, "tuned": True, **measured}
+            lines.add(line | {"cost": cost, "reached": True})
     for name, options in EDITS.items():
         for seed in seeds:
             if not lines.of(method=name, seed=seed):
@@ -205,13 +210,13 @@ def study(bed: Bed, percent: int, args: argparse.Namespace) -> None:
                 )
     for method in methods(args.methods.split(","), args.method):
         for factor in FACTORS:
-            one(lines, ruler, case, method, factor, seeds[0], goal, general)
+            run_missing(lines, ruler, case, method, factor, seeds[0], goal, general)
         factor = kept_factor(lines.of(method=method.name, seed=seeds[0]), goal)
         for seed in seeds[1:]:
-            one(lines, ruler, case, method, factor, seed, goal, general)
+            run_missing(lines, ruler, case, method, factor, seed, goal, general)
 
 
-def one(
+def run_missing(
     lines: Lines,
     ruler: Ruler,
     case: Case,
@@ -226,47 +231,65 @@ def one(
     if lines.of(**keys):
         return
     try:
-        found = line_of(run_method(case, method, factor, seed, goal, general), ruler, goal)
+        line = line_of(run_method(case, method, factor, seed, goal, general), ruler, goal)
     except ToolkitError as error:
-        found = {"failed": str(error)}
-    lines.add({**keys, **found})
-    say(
-        f"{case.task}: {method.name} x {factor:.2g}, seed {seed}: {found.get('forget')}, {found.get('retained')}"
-    )
+        line = {"failed": str(error)}
+    lines.add({**keys, **line})
+    losses = f"{line.get('forget')}, {line.get('retained')}"
+    say(f"{case.task}: {method.name} x {factor:.2g}, seed {seed}: {losses}")
 
 
-# ---- tables --------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
+#: What is measured of a run, and the table's titles.
 COLUMNS = ("forget", "retained", "heldout", "kl_forget", "kl_retained", "kl_heldout", "auc", "cost")
+TITLES = (
+    "method",
+    "rate x",
+    "forget",
+    "retained",
+    "held-out",
+    "KL forget",
+    "KL retained",
+    "KL held-out",
+    "AUC",
+    "cost",
+    "/ retraining",
+    "spread",
+    "reached",
+)
 
 
 def summary(lines: Lines, name: str) -> dict[str, Any] | None:
-    """A method's row: means over seeds at its kept rate, and the spread over rates; None where it has not run."""
-    found = lines.of(method=name)
-    if not found:
+    """A method's row: means over seeds at its kept rate, and the spread over rates.
+
+    None where it has not run.
+    """
+    runs = lines.of(method=name)
+    if not runs:
         return None
     goal = lines.of(method=BEFORE)[0]["goal"]
     true = lines.of(method=RETRAINED)
-    if "factor" in found[0]:
-        grid = [line for line in found if line["seed"] == found[0]["seed"]]
+    if "factor" in runs[0]:
+        grid = [line for line in runs if line["seed"] == runs[0]["seed"]]
         factor = kept_factor(grid, goal)
-        found = [
-            line for line in found if line["factor"] == round(factor, 4) and "failed" not in line
+        runs = [
+            line for line in runs if line["factor"] == round(factor, 4) and "failed" not in line
         ]
         distances = [distance(line, true) for line in grid]
         spread: float | None = max(distances) - min(distances)
     else:
         factor, spread = None, None
-    row: dict[str, Any] = {"method": name, "factor": factor, "spread": spread, "seeds": len(found)}
+    row: dict[str, Any] = {"method": name, "factor": factor, "spread": spread, "seeds": len(runs)}
     for column in COLUMNS:
-        values = [line[column] for line in found if column in line]
+        values = [line[column] for line in runs if column in line]
         row[column] = (
             [float(np.mean(values)), float(np.min(values)), float(np.max(values))]
             if values
             else None
         )
-    row["reached"] = sum(line.get("reached", False) for line in found)
-    row["points"] = [(line["retained"], line["forget"]) for line in found]
+    row["reached"] = sum(line.get("reached", False) for line in runs)
+    row["points"] = [(line["retained"], line["forget"]) for line in runs]
     row["ratio"] = (
         None if row["cost"] is None else row["cost"][0] / np.mean([line["cost"] for line in true])
     )
@@ -274,11 +297,15 @@ def summary(lines: Lines, name: str) -> dict[str, Any] | None:
 
 
 def distance(line: dict[str, Any], true: Sequence[dict[str, Any]]) -> float:
-    """`|forget / retrained - 1| + |retained / retrained - 1|`; a failed run is as far as a model that says nothing right (10)."""
+    """`|forget / retrained - 1| + |retained / retrained - 1|`.
+
+    A failed run is as far as a model that says nothing right (10).
+    """
     if "failed" in line:
         return 10.0
     return sum(
-        abs(line[key] / np.mean([one[key] for one in true]) - 1) for key in ("forget", "retained")
+        abs(line[key] / np.mean([retrained_line[key] for retrained_line in true]) - 1)
+        for key in ("forget", "retained")
     )
 
 
@@ -286,8 +313,8 @@ def table(lines: Lines, percent: int, names: Sequence[str]) -> tuple[str, list[d
     """The table of one removal as Markdown, and its rows."""
     goal = lines.of(method=BEFORE)[0]["goal"]
     rows = [row for row in (summary(lines, name) for name in names) if row is not None]
-    head = "| method | rate x | forget | retained | held-out | KL forget | KL retained | KL held-out | AUC | cost | / retraining | spread | reached |"
-    text = [f"### Forget {percent} % (goal {goal:.2f})", "", head, "|" + "---|" * 13]
+    head = f"| {' | '.join(TITLES)} |"
+    text = [f"### Forget {percent} % (goal {goal:.2f})", "", head, "|" + "---|" * len(TITLES)]
     for row in rows:
         cells = [cell(row[column]) for column in COLUMNS]
         factor = "" if row["factor"] is None else f"{row['factor']:.2g}"
@@ -313,7 +340,10 @@ def cell(values: list[float] | None) -> str:
 
 
 def plot(rows: list[dict[str, Any]], percent: int, path: Path) -> None:
-    """Forget loss against retained loss: every seed small, the mean large; retraining is the star."""
+    """Forget loss against retained loss: every seed small, the mean large.
+
+    Retraining is the star.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib import ticker
@@ -378,8 +408,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     bed = Bed(args.testbed, args.out, False)
-    own = [method.name for method in methods([], args.method)]
-    names = [BEFORE, RETRAINED, *EDITS, *args.methods.split(","), *own]
+    further = [method.name for method in methods([], args.method)]
+    names = [BEFORE, RETRAINED, *EDITS, *args.methods.split(","), *further]
     for percent in (int(part) for part in args.percent.split(",")):
         if not args.tables:
             study(bed, percent, args)

@@ -32,12 +32,13 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from influence import distributed
 from influence.adapter import AdaptedModel
+from influence.at_point import evenly_spaced
 from influence.batches import plan_batches
 from influence.errors import NumericalError
 from influence.gradients import checkpointed_layers, replaced_forwards
 from influence.progress import say, track
 from influence.rows import Examples
-from influence.run import Run, evenly_spaced
+from influence.run import Run
 from influence.tokens import TokenizedExamples
 from unlearn.methods import automatic_rate
 from unlearn.methods.batches import TermBatches, TermGradient

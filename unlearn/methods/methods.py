@@ -7,7 +7,7 @@
     finish     what is made of the trained adapter           unlearn.methods.finish
 
 A method of your own is a `Method` of your own parts, in a file of its own: no other file names it
-(README has one in ten lines).
+(docs/methods.md has one in ten lines).
 """
 
 from __future__ import annotations

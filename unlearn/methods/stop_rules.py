@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from influence.at_point import evenly_spaced
 from influence.errors import InputError, NumericalError
-from influence.run import evenly_spaced
 from unlearn.methods.batches import TermGradient
 from unlearn.methods.preparation import Work
 from unlearn.record.before_after import State, Targets

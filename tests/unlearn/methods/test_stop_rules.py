@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from influence.at_point import evenly_spaced
 from influence.errors import InputError
 from influence.path import scaled
-from influence.run import evenly_spaced
 from tests.unlearn.methods.helpers import (
     FORGET,
     KEPT,
