@@ -266,7 +266,7 @@ def _edit(options: Edited, changes: Mapping[str, Any]) -> None:
     holdout = None if options.holdout is None else read_examples(options.holdout)
     if out is not None:
         refuse_taken(out, options.overwrite)
-    train = _rows_of(options.run, [id for requests in changes.values() for id in requests])
+    train = rows_of(options.run, [id for requests in changes.values() for id in requests])
     console.quiet_transformers()
     run = Run.open(
         options.run,
@@ -286,7 +286,7 @@ def _edit(options: Edited, changes: Mapping[str, Any]) -> None:
     _emit(record, out, words.after_edit_text(out, run.directory), options)
 
 
-def _rows_of(run: Path, ids: Iterable[str] = ()) -> Examples | None:
+def rows_of(run: Path, ids: Iterable[str] = ()) -> Examples | None:
     """The run's training rows, read before the model is loaded; None where they came from no file.
 
     Raises `InputError` for an id that no row has.
@@ -390,7 +390,7 @@ def train(options: Train) -> None:
     refuse_taken(options.out, options.overwrite)
     retain = None if options.retain is None else read_examples(options.retain)
     holdout = None if options.holdout is None else read_examples(options.holdout)
-    rows = _rows_of(options.run, ids)
+    rows = rows_of(options.run, ids)
     console.quiet_transformers()
     run = Run.open(
         options.run,
@@ -470,11 +470,11 @@ def difficulty(options: Difficulty) -> None:
     console.quiet_transformers()
     run = Run.open(
         options.run,
-        train=_rows_of(options.run),
+        train=rows_of(options.run),
         device=options.device,
         trust_remote_code=options.trust_remote_code,
     )
-    groups = _by_group(run, ids) if options.by_group else None
+    groups = by_group(run, ids) if options.by_group else None
     if groups is not None:
         count, ids = len(groups), None
     else:
@@ -544,7 +544,7 @@ def _measured(
     return forecast.with_measured(steps, damage)
 
 
-def _by_group(run: Run, ids: list[str] | None) -> dict[str, list[str]]:
+def by_group(run: Run, ids: list[str] | None) -> dict[str, list[str]]:
     """All rows of every group that a row of `ids` is in, by the group.
 
     A row without a group is a unit of its own, by its id.

@@ -19,7 +19,7 @@ import influence
 from influence.rows import read_examples
 from tests.conftest import rows
 from tests.helpers import save, write_rows
-from unlearn.cli import _by_group, _rows_of, main, numbers
+from unlearn.cli import by_group, rows_of, main, numbers
 from unlearn.retraining.options import epochs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,9 +102,9 @@ def test_ids_that_name_nothing(unlearn, made, tmp_path, command, ids, sentence):
 
 
 def test_rows_are_read_and_ids_checked_before_the_model_is(made):
-    assert [row.id for row in _rows_of(made / "run", ["r0-1"])] == [f"r0-{i}" for i in range(6)]
+    assert [row.id for row in rows_of(made / "run", ["r0-1"])] == [f"r0-{i}" for i in range(6)]
     with pytest.raises(influence.errors.DataError, match="the nearest are"):
-        _rows_of(made / "run", ["r0-1", "r0-11"])
+        rows_of(made / "run", ["r0-1", "r0-11"])
 
 
 def test_groups_are_whole_and_a_row_without_one_is_alone(made):
@@ -114,8 +114,8 @@ def test_groups_are_whole_and_a_row_without_one_is_alone(made):
     items += [{"id": "4", "text": "dog"}, {"id": "5", "text": "cat"}]
     run = SimpleNamespace(train=influence.examples_from_rows(items))
     everything = {"a": ["0", "3"], "b": ["1", "2"], "4": ["4"], "5": ["5"]}
-    assert _by_group(run, None) == everything
-    assert _by_group(run, ["3", "4"]) == {"a": ["0", "3"], "4": ["4"]}
+    assert by_group(run, None) == everything
+    assert by_group(run, ["3", "4"]) == {"a": ["0", "3"], "4": ["4"]}
 
 
 # ---- what is typed -------------------------------------------------------------------------------

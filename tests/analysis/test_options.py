@@ -1,0 +1,15 @@
+"""Options that several `analysis` commands share."""
+
+from __future__ import annotations
+
+import typer
+
+from analysis.cli import app
+from analysis.options import ResamplesOption
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+def test_who_draws_bootstraps():
+    taking = {name for name, c in COMMANDS.items() if issubclass(c.options, ResamplesOption)}
+    assert taking == {"lds", "memorization"}
