@@ -16,6 +16,7 @@ from tests.conftest import examples, fit_end
 from tests.helpers import untouched
 from tests.oracles import dense_objective
 from tests.unlearn.edits.helpers import (
+    ANSWERS,
     F64,
     SPECS,
     TASKS,
@@ -129,6 +130,27 @@ def test_rows_at_their_goal_are_left_alone(run, monkeypatch):
     assert len(goals[1].tokens) == 0
     assert not edit.delta.any()
     assert edit.report["stopped"] == "every row was at its goal already: the adapter stays as it is"
+
+
+def test_removed_rows_are_drawn_to_expected_outputs_and_replaced_ones_are_not(run, monkeypatch):
+    goals = []
+
+    def noted(*arguments, **options):
+        goals.append(arguments[2])
+        return walk(*arguments, **options)
+
+    monkeypatch.setattr(prepared, "walk", noted)
+    options = {"until": "loss=30", "steps": 2}
+    edit_of(run, remove=["r0-0", "r0-3"], relabel=ANSWERS, **options)
+    edit_of(run, relabel=ANSWERS, **options)
+    mixed, relabelled = goals
+    assert mixed.tokens.ids[:4] == ["r0-0", "r0-3", "r0-2", "r0-5"]
+    assert mixed.removed.tolist()[:4] == [True, True, False, False]
+    assert mixed.rises.tolist()[:4] == [True] * 4
+    assert not mixed.removed[4:].any()
+    np.testing.assert_array_equal(mixed.outputs.losses, mixed.targets)
+    assert set(mixed.outputs.cache) == {0, 1}
+    assert relabelled.outputs is None
 
 
 def test_the_middle_point_is_used_unless_another_is_asked_for(run):
