@@ -19,7 +19,7 @@ import influence
 from influence.rows import read_examples
 from tests.conftest import rows
 from tests.helpers import save, write_rows
-from unlearn.cli import by_group, rows_of, main, numbers
+from unlearn.cli import by_group, main, numbers, rows_of
 from unlearn.retraining.options import epochs
 
 ROOT = Path(__file__).resolve().parents[2]
