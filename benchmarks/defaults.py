@@ -1,11 +1,12 @@
-"""Where the toolkit's defaults come from: every setting of `analysis tune`'s grid against retraining, on two models.
+"""Where the defaults come from: `analysis tune`'s grid against retraining, on two models.
 
     python benchmarks/defaults.py --testbed T [--demo DIR] [--out table.json]
 
-`--testbed` is the folder of the tofu-tiny testbed with its `truth.npz`; `--demo` a folder made by `analysis demo`, whose
-truth (40 random halves, 15 epochs each) is made there first, which takes some minutes and resumes when killed. For each
-setting: the linear datamodeling score over all halves, and what `tune` finds of it without retraining. At the end, how
-well these local checks order the settings (Spearman), and what tune would have chosen by them.
+`--testbed` is the folder of the tofu-tiny testbed with its `truth.npz`; `--demo` a folder made by
+`analysis demo`, whose truth (40 random halves, 15 epochs each) is made there first, which takes
+some minutes and resumes when killed. For each setting: the linear datamodeling score over all
+halves, and what `tune` finds of it without retraining. At the end, how well these local checks
+order the settings (Spearman), and what tune would have chosen by them.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ PATHS = ((1.0,), (0.6,), (0.3, 0.6, 0.9))
 
 
 def table(
-    base: Path, rows: Path, asked: Path, truth_file: Path, seed: int, make_truth: bool
+    base: Path, rows: Path, queries_file: Path, truth_file: Path, seed: int, make_truth: bool
 ) -> dict[str, Any]:
-    """Every setting's LDS and local checks on one model, best LDS first, and what follows from them."""
+    """Every setting's LDS and local checks on one model, best LDS first."""
     model, train, queries = (
         influence.load(base / "base", base / "adapter"),
-        *map(influence.read_examples, (rows, asked)),
+        *map(influence.read_examples, (rows, queries_file)),
     )
     with tempfile.TemporaryDirectory() as folder:
         run = influence.fit(model, train, directory=Path(folder) / "run", seed=seed)
@@ -50,32 +51,31 @@ def judged(run: influence.Run, truth: Truth, queries: Examples) -> dict[str, Any
     """The grid on one run."""
     grid: dict[str, Any] = {"geometries": GEOMETRIES, "paths": PATHS, "keep": False}
     by_truth, by_checks = tune(run, truth=truth, queries=queries, **grid), tune(run, **grid)
-    scored = {(one.run, one.name): one.scores for one in by_truth.judged}
-    found = []
-    for one in by_checks.judged:
-        scores = scored[one.run, one.name]
+    scored = {(setting.run, setting.name): setting.scores for setting in by_truth.judged}
+    rows = []
+    for setting in by_checks.judged:
+        scores = scored[setting.run, setting.name]
         assert scores is not None
         result = lds(scores, truth.masks, truth.query_loss)
-        found.append(
+        rows.append(
             {
-                "setting": one.name,
-                "factors": one.run or "default path",
+                "setting": setting.name,
+                "factors": setting.run or "default path",
                 "lds": result.mean,
                 "low": result.interval.low,
                 "high": result.interval.high,
-                "concentration": one.concentration,
-                "selectivity": one.selectivity,
-                "agreement": one.agreement,
-                "chosen": one is by_checks.chosen,
+                "concentration": setting.concentration,
+                "selectivity": setting.selectivity,
+                "agreement": setting.agreement,
+                "chosen": setting is by_checks.chosen,
             }
         )
-    found.sort(key=lambda row: -row["lds"])
+    rows.sort(key=lambda row: -row["lds"])
     checks = ("concentration", "selectivity", "agreement")
     order = {
-        key: float(spearmanr([r["lds"] for r in found], [r[key] for r in found])[0])
-        for key in checks
+        key: float(spearmanr([r["lds"] for r in rows], [r[key] for r in rows])[0]) for key in checks
     }  # pyright: ignore[reportArgumentType]
-    return {"rows": found, "rank correlation with the LDS": order}
+    return {"rows": rows, "rank correlation with the LDS": order}
 
 
 def render(name: str, result: dict[str, Any]) -> str:
@@ -87,8 +87,9 @@ def render(name: str, result: dict[str, Any]) -> str:
     for row in result["rows"]:
         mark = "  <- chosen without retraining" if row["chosen"] else ""
         lines.append(
-            f"{row['setting']:44} {row['factors']:24} {row['lds']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
-            f"{row['concentration']:.3f}  {row['selectivity']:6.2f}  {row['agreement']:.3f}{mark}"
+            f"{row['setting']:44} {row['factors']:24} {row['lds']:.3f}  [{row['low']:.3f}, "
+            f"{row['high']:.3f}]  {row['concentration']:.3f}  {row['selectivity']:6.2f}  "
+            f"{row['agreement']:.3f}{mark}"
         )
     order = ", ".join(
         f"{key} {value:.2f}" for key, value in result["rank correlation with the LDS"].items()
@@ -109,18 +110,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the tables as JSON")
     args = parser.parse_args()
     T = args.testbed
-    found = {
+    results = {
         "testbed": table(T, T / "train.jsonl", T / "query.jsonl", T / "truth.npz", args.seed, False)
     }
     if args.demo:
         D = args.demo
-        found["demo"] = table(
+        results["demo"] = table(
             D, D / "train.jsonl", D / "queries.jsonl", D / "truth.npz", args.seed, True
         )
-    for name, result in found.items():
+    for name, result in results.items():
         print(render(name, result))
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

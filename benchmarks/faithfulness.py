@@ -1,22 +1,27 @@
 """One table of methods x questions with a known answer, on the same adapter in one run.
 
-    python benchmarks/faithfulness.py --testbed DIR [--work DIR] [--kronfluence PYTHON] [--bergson PYTHON]
-                                      [--astra-steps N] [--tasks lds,retrieval,mislabelled,loo] [--seeds 3]
-                                      [--out table.json]
+    python benchmarks/faithfulness.py --testbed DIR [--work DIR] [--kronfluence PYTHON] [--bergson
+    PYTHON]
+                                      [--astra-steps N] [--tasks lds,retrieval,mislabelled,loo]
+                                      [--seeds 3] [--out table.json]
 
-The testbed has a base, an adapter, its rows, queries of which number j paraphrases row 2 + 5 j, and in truth.npz the
-query losses of adapters retrained on random halves of the rows. The questions are those of `tasks.py`:
+The testbed has a base, an adapter, its rows, queries of which number j paraphrases row 2 + 5 j, and
+in truth.npz the query losses of adapters retrained on random halves of the rows. The questions are
+those of `tasks.py`:
 
     lds          do the scores order the retrained halves as their measured losses do
     retrieval    is the row that a query paraphrases ranked first
-    mislabelled  on an adapter trained with 20 wrong rows: are they found by how much they oppose the clean queries about
-                 their own author; by self-influence, the score of a row for itself
-    loo          measured changes of the queries' losses when one of 12 rows is left out of the training
+    mislabelled  on an adapter trained with 20 wrong rows: are they found by how much they oppose
+                 the clean queries about their own author; by self-influence, the score of a row for
+                 itself
+    loo          measured changes of the queries' losses when one of 12 rows is left out of the
+                 training
 
-The methods are settings of this project (`OURS`), the rivals of `rivals.py`, and peers (`PEERS`), each in an
-environment of its own (`peers/README.md`). All are scores for a query's mean loss; a peer, which works with summed ones,
-is divided by the query's number of tokens. Adapters that have to be trained for the questions, and the peers' scores,
-are kept in the work folder: a killed run, or one with more tasks, goes on where it was.
+The methods are settings of this project (`OURS`), the rivals of `rivals.py`, and peers (`PEERS`),
+each in an environment of its own (`peers/README.md`). All are scores for a query's mean loss; a
+peer, which works with summed ones, is divided by the query's number of tokens. Adapters that have
+to be trained for the questions, and the peers' scores, are kept in the work folder: a killed run,
+or one with more tasks, goes on where it was.
 """
 
 from __future__ import annotations
@@ -61,9 +66,10 @@ TASKS = ("lds", "retrieval", "mislabelled", "loo")
 class Ours:
     """A setting of this project: options of `influence.fit` and of `run.score`.
 
-    With `normalise`, every row's scores are divided by the square root of its self-influence. With `replay`, the run looks
-    at the adapters after these epochs of the training repeated with seed `replay_seed` (0 is the adapter's own). With
-    `tuned`, `analysis.tune` chooses the setting on one half of the truth's subsets; the column `LDS, other half` judges it.
+    With `normalise`, every row's scores are divided by the square root of its self-influence. With
+    `replay`, the run looks at the adapters after these epochs of the training repeated with seed
+    `replay_seed` (0 is the adapter's own). With `tuned`, `analysis.tune` chooses the setting on one
+    half of the truth's subsets; the column `LDS, other half` judges it.
     """
 
     label: str
@@ -105,17 +111,19 @@ PEERS = (
     Peer("bergson EK-FAC", "bergson"),
 )
 #: Every method's scores, `[seeds, Q, n]`, or the sentence that says why there are none.
-Found = dict[str, np.ndarray | str]
+Scored = dict[str, np.ndarray | str]
 
 
-def our_scores(bed: Testbed, seeds: int, truth: Truth | None) -> Found:
-    """Scores of every setting in `OURS`; settings with the same options of `fit` share one run per seed.
+def our_scores(bed: Testbed, seeds: int, truth: Truth | None) -> Scored:
+    """Scores of every setting in `OURS`.
+
+    Settings with the same options of `fit` share one run per seed.
 
     Without a `truth` nothing can be tuned against it, and those settings are left out.
     """
     settings = [ours for ours in OURS if truth is not None or not ours.tuned]
     model, train, queries = bed.load()
-    found: dict[str, list[np.ndarray]] = {ours.label: [] for ours in settings}
+    scores: dict[str, list[np.ndarray]] = {ours.label: [] for ours in settings}
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             runs: list[tuple[dict[str, Any], influence.Run]] = []
@@ -124,7 +132,7 @@ def our_scores(bed: Testbed, seeds: int, truth: Truth | None) -> Found:
                 if ours.replay:
                     options["checkpoints"] = replayed(bed, ours.replay, ours.replay_seed)
                 run = next(
-                    (run for known, run in runs if known == options and not ours.tuned), None
+                    (run for fitted, run in runs if fitted == options and not ours.tuned), None
                 )
                 if run is None:
                     run = influence.fit(
@@ -140,18 +148,21 @@ def our_scores(bed: Testbed, seeds: int, truth: Truth | None) -> Found:
                         runs.append((options, run))
                 values = run.score(queries, **ours.score).values
                 if ours.normalise:
-                    own = {
+                    given = {
                         key: ours.score[key]
                         for key in ("curvature", "damping")
                         if key in ours.score
                     }
-                    values = values / np.sqrt(run.self_influence(**own).values)
-                found[ours.label].append(values)
-    return {label: np.stack(values) for label, values in found.items()}
+                    values = values / np.sqrt(run.self_influence(**given).values)
+                scores[ours.label].append(values)
+    return {label: np.stack(values) for label, values in scores.items()}
 
 
 def peer_scores(peer: Peer, python: str | None, bed: Testbed, seeds: int) -> np.ndarray | str:
-    """A peer's scores `[seeds, Q, n]`, for mean losses of the queries; what went wrong where it gives none."""
+    """A peer's scores `[seeds, Q, n]`, for mean losses of the queries.
+
+    What went wrong where it gives none.
+    """
     if python is None:
         return f"not run: give --{peer.name} PYTHON"
     script = HERE / "peers" / f"{peer.name}_ekfac.py"
@@ -185,23 +196,28 @@ def peer_scores(peer: Peer, python: str | None, bed: Testbed, seeds: int) -> np.
     return scores / tokenize(queries, model.tokenizer).counts[:, None]
 
 
-def every_score(bed: Testbed, clean: Testbed, args: argparse.Namespace, seeds: int) -> Found:
-    """Scores of every method on one adapter; ASTRA, which is slow, gets one seed and the queries of `clean` only."""
+def every_score(bed: Testbed, clean: Testbed, args: argparse.Namespace, seeds: int) -> Scored:
+    """Scores of every method on one adapter.
+
+    ASTRA, which is slow, gets one seed and the queries of `clean` only.
+    """
     pythons = {"kronfluence": args.kronfluence, "bergson": args.bergson}
     model, train, queries = bed.load()
-    found = our_scores(bed, seeds, read_truth(args.testbed / "truth.npz") if bed is clean else None)
-    found |= {name: scores[None] for name, scores in rival_scores(model, train, queries).items()}
+    scored = our_scores(
+        bed, seeds, read_truth(args.testbed / "truth.npz") if bed is clean else None
+    )
+    scored |= {name: values[None] for name, values in rival_scores(model, train, queries).items()}
     for peer in PEERS:
-        found[peer.label] = peer_scores(peer, pythons[peer.name], bed, seeds)
-    found["bergson ASTRA"] = (
+        scored[peer.label] = peer_scores(peer, pythons[peer.name], bed, seeds)
+    scored["bergson ASTRA"] = (
         "not run: give --astra-steps N, at about 1.5 CPU seconds per query and step"
     )
     if args.astra_steps:
         astra = Peer("bergson ASTRA", "bergson", ("--astra-steps", str(args.astra_steps)))
-        found[astra.label] = peer_scores(
+        scored[astra.label] = peer_scores(
             astra, args.bergson, replace(bed, queries=clean.queries), 1
         )
-    return found
+    return scored
 
 
 def summary(result: LDS | LDSDifference) -> Measured:
@@ -210,10 +226,10 @@ def summary(result: LDS | LDSDifference) -> Measured:
 
 
 def ask(
-    found: Found, question: Callable[[np.ndarray], dict[str, Measured]], table: dict[str, Any]
+    scored: Scored, question: Callable[[np.ndarray], dict[str, Measured]], table: dict[str, Any]
 ) -> None:
-    """Put one question to every method's first seed; the answers go into `table[method]`."""
-    for method, scores in found.items():
+    """Put one question to every method's first seed. The answers go into `table[method]`."""
+    for method, scores in scored.items():
         answers = table.setdefault(method, {})
         if isinstance(scores, str):
             answers["note"] = scores
@@ -222,31 +238,34 @@ def ask(
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Every answer, `[method][column]` = value, low, high; and `note` where a method gave no scores."""
+    """Every answer, `[method][column]` = value, low, high.
+
+    And `note` where a method gave no scores.
+    """
     bed = Testbed.open(args.testbed, args.work)
     table: dict[str, Any] = {}
     _, train, queries = bed.load()
     paraphrased = 2 + 5 * np.arange(len(queries))
     if set(args.tasks) - {"mislabelled"}:
-        found = every_score(bed, bed, args, args.seeds if "lds" in args.tasks else 1)
+        scored = every_score(bed, bed, args, args.seeds if "lds" in args.tasks else 1)
         if "lds" in args.tasks:
-            ask_lds(found, args.testbed / "truth.npz", table)
+            ask_lds(scored, args.testbed / "truth.npz", table)
         if "retrieval" in args.tasks:
-            ask(found, lambda scores: retrieval(scores, paraphrased), table)
+            ask(scored, lambda scores: retrieval(scores, paraphrased), table)
         if "loo" in args.tasks:
             changes = left_out(bed, paraphrased, args.left_out)
-            ask(found, lambda scores: leave_one_out(scores, changes), table)
+            ask(scored, lambda scores: leave_one_out(scores, changes), table)
     if "mislabelled" in args.tasks:
         planted, wrong = plant(bed, paraphrased)
-        found = every_score(planted, bed, args, 1)
-        ask(found, lambda scores: find_wrong(scores, wrong, train, queries), table)
+        scored = every_score(planted, bed, args, 1)
+        ask(scored, lambda scores: find_wrong(scores, wrong, train, queries), table)
     return table
 
 
-def ask_lds(found: Found, truth_file: Path, table: dict[str, Any]) -> None:
-    """Linear datamodeling score of the first seed, of every seed, and the first's difference to the reference's."""
+def ask_lds(scored: Scored, truth_file: Path, table: dict[str, Any]) -> None:
+    """LDS of the first seed and of each, and its gain over the reference's."""
     truth = read_truth(truth_file)
-    reference = found[REFERENCE]
+    reference = scored[REFERENCE]
 
     def question(scores: np.ndarray) -> dict[str, Measured]:
         other = np.random.default_rng(0).permutation(len(truth.masks))[
@@ -262,8 +281,8 @@ def ask_lds(found: Found, truth_file: Path, table: dict[str, Any]) -> None:
             )
         return answers
 
-    ask(found, question, table)
-    for method, scores in found.items():
+    ask(scored, question, table)
+    for method, scores in scored.items():
         if not isinstance(scores, str):
             each = [
                 lds(values, truth.masks, truth.query_loss, resamples=1).mean for values in scores
@@ -274,9 +293,12 @@ def ask_lds(found: Found, truth_file: Path, table: dict[str, Any]) -> None:
 def find_wrong(
     scores: np.ndarray, wrong: np.ndarray, train: Examples, queries: Examples
 ) -> dict[str, Measured]:
-    """Wrong rows found by opposition to their author's queries, and by self-influence where that was computed."""
-    groups, asked = ([row.group for row in rows] for rows in (train, queries))
-    by = {"opposition": opposition(scores[: len(queries)], groups, asked)}
+    """Wrong rows found by opposition to their author's queries, and by self-influence.
+
+    The latter where it was computed.
+    """
+    groups, query_groups = ([row.group for row in rows] for rows in (train, queries))
+    by = {"opposition": opposition(scores[: len(queries)], groups, query_groups)}
     if len(scores) > len(queries):
         by["self"] = np.diagonal(scores[len(queries) :])
     return {
@@ -300,19 +322,20 @@ COLUMNS = {
     "pearson": "LOO Pearson",
 }
 CAPTION = """
-Brackets: 95 % bootstrap intervals, over the retrained halves (LDS and its paired difference), the queries (retrieval),
-the rows (wrong), the rows left out (LOO). First seed of the sampled labels. By chance: LDS and LOO 0,
-recall@1 0.005, mean reciprocal rank 0.03, AP about 0.12, AUC 0.5. `wrong`: mislabelled rows found by how much they oppose
-the clean queries about their author; `by self`: by a row's score for itself. A dash: not asked or undefined."""
+Brackets: 95 % bootstrap intervals, over the retrained halves (LDS and its paired difference), the
+queries (retrieval), the rows (wrong), the rows left out (LOO). First seed of the sampled labels. By
+chance: LDS and LOO 0, recall@1 0.005, mean reciprocal rank 0.03, AP about 0.12, AUC 0.5. `wrong`:
+mislabelled rows found by how much they oppose the clean queries about their author; `by self`: by a
+row's score for itself. A dash: not asked or undefined."""
 
 
 def cell(answers: dict[str, Any], column: str) -> str:
     """One number with its interval, or a dash."""
-    found = answers.get(column)
-    if found is None or np.isnan(found["value"]):
+    answer = answers.get(column)
+    if answer is None or np.isnan(answer["value"]):
         return "-"
     sign = "+" if column == "lds gain" else ""
-    return f"{found['value']:{sign}.3f} [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{answer['value']:{sign}.3f} [{answer['low']:.2f}, {answer['high']:.2f}]"
 
 
 def render(table: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Rival attribution scores that need no library of their own: each short, each with its source.
 
-Every function returns scores `[Q, n]`, positive = proponent. Gradients are those of the LoRA parameters, `[., P]`.
+Every function returns scores `[Q, n]`, positive = proponent. Gradients are those of the LoRA
+parameters, `[., P]`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from influence.tokens import TokenizedExamples, tokenize
 
 
 def loss_gradients(model: AdaptedModel, tokens: TokenizedExamples, *, mean: bool = True) -> Tensor:
-    """Gradients `[n, P]` of every row's cross-entropy: its mean over the supervised tokens, or their sum."""
+    """Gradients `[n, P]` of every row's cross-entropy: mean over supervised tokens, or sum."""
     out = torch.empty(len(tokens), model.space.size, dtype=model.dtype)
     measurement = MeanLoss() if mean else None
     for rows, gradients, _ in influence.stream_gradients(
@@ -34,20 +35,28 @@ def loss_gradients(model: AdaptedModel, tokens: TokenizedExamples, *, mean: bool
 
 
 def gradient_dot(queries: Tensor, train: Tensor) -> np.ndarray:
-    """`grad m(q) . grad l_i`: influence with the identity for a curvature (TracIn's last checkpoint, 2002.08484)."""
+    """`grad m(q) . grad l_i`: influence without a curvature.
+
+    TracIn's last checkpoint, arXiv 2002.08484.
+    """
     return (queries @ train.T).numpy()
 
 
 def gradient_cosine(queries: Tensor, train: Tensor) -> np.ndarray:
-    """The cosine of the angle between the two gradients (Hammoudeh and Lowd 2022, arXiv 2201.10055)."""
+    """The cosine of the angle between the two gradients.
+
+    Hammoudeh and Lowd 2022, arXiv 2201.10055.
+    """
     return cosine(queries, train)
 
 
 def datainf(queries: Tensor, train: Tensor, space: ParamSpace) -> np.ndarray:
-    """DataInf as released (Kwon et al. 2023, arXiv 2310.00902, equation 5, and `IFEngineGeneration` of its code).
+    """DataInf as released.
 
-    For each matrix of the adapter, with v and g_i its part of the query's and of row i's gradient, both of **mean**
-    losses, `d` its number of entries, and `lambda = 0.1 mean_i |g_i|^2 / d`:
+    Kwon et al. 2023, arXiv 2310.00902, equation 5, and `IFEngineGeneration` of its code.
+
+    For each matrix of the adapter, with v and g_i its part of the query's and of row i's gradient,
+    both of **mean** losses, `d` its number of entries, and `lambda = 0.1 mean_i |g_i|^2 / d`:
 
         hvp = 1 / (n lambda) sum_i [ v - <v, g_i> / (lambda + |g_i|^2) g_i ]
         score[q, i] = sum over the matrices of <hvp, g_i>
@@ -64,7 +73,7 @@ def datainf(queries: Tensor, train: Tensor, space: ParamSpace) -> np.ndarray:
 
 
 def hidden_states(model: AdaptedModel, tokens: TokenizedExamples, *, last: bool = False) -> Tensor:
-    """Hidden states after the last layer, `[n, width]`: their mean over the supervised tokens, or the last token's.
+    """Hidden states after the last layer, `[n, width]`: mean over supervised tokens, or the last.
 
     Supervised are the completion and the end-of-sequence token, which is the last one.
     """
@@ -83,35 +92,41 @@ def hidden_states(model: AdaptedModel, tokens: TokenizedExamples, *, last: bool 
 
 
 def repsim(queries: Tensor, train: Tensor) -> np.ndarray:
-    """The cosine of two rows' `hidden_states` (RepSim, as in Pezeshkpour et al. 2021, arXiv 2104.04128)."""
+    """The cosine of two rows' `hidden_states` (RepSim).
+
+    As in Pezeshkpour et al. 2021, arXiv 2104.04128.
+    """
     return cosine(queries, train)
 
 
-def cosine(one: Tensor, other: Tensor) -> np.ndarray:
-    """Cosine of every row of `one` with every row of `other`."""
+def cosine(first: Tensor, second: Tensor) -> np.ndarray:
+    """Cosine of every row of `first` with every row of `second`."""
     return (
-        torch.nn.functional.normalize(one, dim=1) @ torch.nn.functional.normalize(other, dim=1).T
+        torch.nn.functional.normalize(first, dim=1) @ torch.nn.functional.normalize(second, dim=1).T
     ).numpy()
 
 
 def bm25(
     queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.5, b: float = 0.75
 ) -> np.ndarray:
-    """Okapi BM25 (Robertson and Zaragoza 2009, The Probabilistic Relevance Framework, equation 3.15): text alone.
+    """Okapi BM25: text alone.
 
-    `sum over the words t of q of idf(t) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))`, f = how often t is in d,
-    `idf(t) = ln(1 + (N - n_t + 0.5) / (n_t + 0.5))`, n_t = documents with t among N; the 1 keeps it positive. Words are
-    runs of letters and digits in lower case; a word that is twice in the query counts twice.
+    Robertson and Zaragoza 2009, The Probabilistic Relevance Framework, equation 3.15.
+
+    `sum over the words t of q of idf(t) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))`, f = how
+    often t is in d, `idf(t) = ln(1 + (N - n_t + 0.5) / (n_t + 0.5))`, n_t = documents with t among
+    N; the 1 keeps it positive. Words are runs of letters and digits in lower case; a word that is
+    twice in the query counts twice.
     """
-    found = [Counter(words(text)) for text in documents]
-    lengths = [sum(counts.values()) for counts in found]
+    word_counts = [Counter(words(text)) for text in documents]
+    lengths = [sum(counts.values()) for counts in word_counts]
     mean = sum(lengths) / len(lengths)
-    holders = Counter(word for counts in found for word in counts)
+    holders = Counter(word for counts in word_counts for word in counts)
     scores = np.zeros((len(queries), len(documents)))
     for q, text in enumerate(queries):
         for word, times in Counter(words(text)).items():
-            idf = math.log(1 + (len(found) - holders[word] + 0.5) / (holders[word] + 0.5))
-            for i, counts in enumerate(found):
+            idf = math.log(1 + (len(word_counts) - holders[word] + 0.5) / (holders[word] + 0.5))
+            for i, counts in enumerate(word_counts):
                 if f := counts[word]:
                     scores[q, i] += (
                         times * idf * f * (k1 + 1) / (f + k1 * (1 - b + b * lengths[i] / mean))
@@ -126,8 +141,8 @@ def words(text: str) -> list[str]:
 
 def rival_scores(model: AdaptedModel, train: Examples, queries: Examples) -> dict[str, np.ndarray]:
     """Every rival's scores `[Q, n]`, by name."""
-    rows, asked = tokenize(train, model.tokenizer), tokenize(queries, model.tokenizer)
-    v, g = loss_gradients(model, asked), loss_gradients(model, rows)
+    rows, query_rows = tokenize(train, model.tokenizer), tokenize(queries, model.tokenizer)
+    v, g = loss_gradients(model, query_rows), loss_gradients(model, rows)
     sums = g * torch.from_numpy(rows.counts).to(g)[:, None]
     texts, questions = (
         [f"{row.prompt}{row.completion}" for row in part] for part in (train, queries)
@@ -137,10 +152,10 @@ def rival_scores(model: AdaptedModel, train: Examples, queries: Examples) -> dic
         "gradient cosine": gradient_cosine(v, g),
         "DataInf, released formula": datainf(v, g, model.space),
         "RepSim, mean of the completion": repsim(
-            hidden_states(model, asked), hidden_states(model, rows)
+            hidden_states(model, query_rows), hidden_states(model, rows)
         ),
         "RepSim, last token": repsim(
-            hidden_states(model, asked, last=True), hidden_states(model, rows, last=True)
+            hidden_states(model, query_rows, last=True), hidden_states(model, rows, last=True)
         ),
         "BM25, text alone": bm25(questions, texts),
     }

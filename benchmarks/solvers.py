@@ -1,12 +1,14 @@
 """Products that each solver needs for `(GGN + lambda I) x = v`, v the gradients of queries.
 
-    python benchmarks/solvers.py --model BASE --adapter ADAPTER --train TRAIN --queries QUERIES [--run DIR]
+    python benchmarks/solvers.py --model BASE --adapter ADAPTER --train TRAIN --queries QUERIES
+    [--run DIR]
         [--columns 4] [--samples 1] [--tolerance 1e-3] [--damping mean:0.1] [--max-products 300]
         [--solvers cg,pcg,astra,lissa,sgd] [--json]
 
-EK-FAC is fitted (or its finished run in DIR opened), and serves as the preconditioner of pcg and astra with the damping
-of the GGN. A product costs a forward and two backwards of every training row for each column that is left; the
-products of a power iteration count, each as one for every column. float32; no times are taken.
+EK-FAC is fitted (or its finished run in DIR opened), and serves as the preconditioner of pcg and
+astra with the damping of the GGN. A product costs a forward and two backwards of every training row
+for each column that is left; the products of a power iteration count, each as one for every column.
+float32; no times are taken.
 """
 
 from __future__ import annotations
@@ -94,13 +96,14 @@ def main() -> None:
         print(json.dumps({"rows": len(train), "parameters": model.space.size, "solvers": results}))
         return
     print(
-        f"{len(train)} rows, {model.space.size} parameters, GGN damped by {args.damping}, {len(v)} columns"
+        f"{len(train)} rows, {model.space.size} parameters, GGN damped by {args.damping}, {len(v)} "
+        "columns"
     )
     print(f"{'':6} {'products':>9} {'converged':>10} {'worst residual':>15}")
-    for name, found in results.items():
-        converged = f"{sum(found['converged'])}/{len(v)}"
+    for name, solved in results.items():
+        converged = f"{sum(solved['converged'])}/{len(v)}"
         print(
-            f"{name:6} {max(found['products']):9} {converged:>10} {max(found['residuals']):15.1e}"
+            f"{name:6} {max(solved['products']):9} {converged:>10} {max(solved['residuals']):15.1e}"
         )
 
 

@@ -1,12 +1,14 @@
 """Speed and memory of EK-FAC scores beside kronfluence and bergson, and beside the bare work.
 
-    python benchmarks/speed.py --testbed DIR [--kronfluence PYTHON] [--bergson PYTHON] [--repeat 3] [--out F.json]
+    python benchmarks/speed.py --testbed DIR [--kronfluence PYTHON] [--bergson PYTHON] [--repeat 3]
+    [--out F.json]
 
-The work: EK-FAC of a LoRA adapter on its training rows, and scores of every query against every row; float32, CPU.
-Model loading and imports are left out of every time. `bare` is one forward and backward of every training and query
-row by transformers and PEFT alone, in batches sorted by length: what no method can do without. Each contender runs
-in a process of its own, one after the other, `--repeat` times in it; medians are printed. The peers need
-environments of their own (see `peers/README.md`); without their interpreters they are left out.
+The work: EK-FAC of a LoRA adapter on its training rows, and scores of every query against every
+row; float32, CPU. Model loading and imports are left out of every time. `bare` is one forward and
+backward of every training and query row by transformers and PEFT alone, in batches sorted by
+length: what no method can do without. Each contender runs in a process of its own, one after the
+other, `--repeat` times in it; medians are printed. The peers need environments of their own (see
+`peers/README.md`); without their interpreters they are left out.
 """
 
 from __future__ import annotations
@@ -125,8 +127,10 @@ def run_peer(name: str, python: str, testbed: Path, repeat: int) -> dict[str, An
 
 def peer_times(name: str, python: str, testbed: Path, repeat: int) -> dict[str, Any]:
     """A peer's times and memory."""
-    found = run_peer(name, python, testbed, repeat)
-    return {key: value.tolist() for key, value in found.items() if "seconds" in key or "rss" in key}
+    arrays = run_peer(name, python, testbed, repeat)
+    return {
+        key: value.tolist() for key, value in arrays.items() if "seconds" in key or "rss" in key
+    }
 
 
 def worker(name: str, testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
@@ -185,25 +189,27 @@ def main() -> None:
     print(f"bare forward and backward of every row: {floor:.2f} s")
     print(f"{'':12} {'fit':>7} {'score':>7} {'sum':>7} {'x bare':>7} {'peak MB':>8} {'work MB':>8}")
     for name in [n for n in results if n != "bare"]:
-        found = results[name]
-        fit, score = (statistics.median(found[key]) for key in ("fit_seconds", "score_seconds"))
+        times = results[name]
+        fit, score = (statistics.median(times[key]) for key in ("fit_seconds", "score_seconds"))
         peak, work = (
-            found["peak_rss_bytes"] / 1e6,
-            (found["peak_rss_bytes"] - found["rss_before_bytes"]) / 1e6,
+            times["peak_rss_bytes"] / 1e6,
+            (times["peak_rss_bytes"] - times["rss_before_bytes"]) / 1e6,
         )
         total = fit + score
         print(
-            f"{name:12} {fit:7.2f} {score:7.2f} {total:7.2f} {total / floor:7.2f} {peak:8.0f} {work:8.0f}"
+            f"{name:12} {fit:7.2f} {score:7.2f} {total:7.2f} {total / floor:7.2f} {peak:8.0f} "
+            f"{work:8.0f}"
         )
     if "kronfluence" in results:
         mine = statistics.median(results["ours"]["fit_seconds"]) + statistics.median(
             results["ours"]["score_seconds"]
         )
-        found = results["kronfluence"]
-        theirs = statistics.median(found["fit_seconds"]) + statistics.median(found["score_seconds"])
+        times = results["kronfluence"]
+        theirs = statistics.median(times["fit_seconds"]) + statistics.median(times["score_seconds"])
         second = statistics.median(results["ours"]["second_seconds"])
         print(
-            f"ours / kronfluence: {mine / theirs:.3f}; a second query set from stored gradients: {second / theirs:.3f}"
+            f"ours / kronfluence: {mine / theirs:.3f}; a second query set from stored gradients: "
+            f"{second / theirs:.3f}"
         )
 
 

@@ -1,6 +1,9 @@
-"""EK-FAC influence scores of a LoRA adapter with bergson, timed; with `--astra-steps`, refined by ASTRA.
+"""EK-FAC influence scores of a LoRA adapter with bergson, timed.
 
-Runs in an environment of its own (see README.md beside this file) and imports nothing of this project.
+With `--astra-steps`, refined by ASTRA.
+
+Runs in an environment of its own (see README.md beside this file) and imports nothing of this
+project.
 """
 
 import argparse
@@ -86,8 +89,8 @@ class Stopwatch:
 def write_rows(source: Path, tokenizer: Any, target: Path) -> None:
     """Tokenize a JSON lines file into a folder that bergson reads as it is.
 
-    Rows that already have ``input_ids`` and ``labels`` are not put through a chat template, so the model sees
-    prompt + completion + end of sequence as in training, and only the last two count.
+    Rows that already have ``input_ids`` and ``labels`` are not put through a chat template, so the
+    model sees prompt + completion + end of sequence as in training, and only the last two count.
 
     Parameters
     ----------
@@ -187,8 +190,8 @@ def command(folder: Path, run: str, tokenizer: Path, args: argparse.Namespace) -
 def copy_before_writing() -> None:
     """Let ASTRA work on copies of what it reads.
 
-    bergson 2.5.1 updates its solutions in place, and on a CPU in float32 these are views of a file mapped for reading
-    only: the process dies with a segmentation fault.
+    bergson 2.5.1 updates its solutions in place, and on a CPU in float32 these are views of a file
+    mapped for reading only: the process dies with a segmentation fault.
     """
     read = Astra._read_row
 

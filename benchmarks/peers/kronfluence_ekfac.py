@@ -1,6 +1,7 @@
 """EK-FAC influence scores of a LoRA adapter with kronfluence, timed.
 
-Runs in an environment of its own (see README.md beside this file) and imports nothing of this project.
+Runs in an environment of its own (see README.md beside this file) and imports nothing of this
+project.
 """
 
 import argparse
@@ -42,8 +43,8 @@ def read_rows(path: Path, tokenizer: Any) -> list[Row]:
     Returns
     -------
     list of dict
-        ``input_ids`` of prompt + completion + end of sequence, and ``labels``: the same with the prompt's
-        tokens replaced by -100.
+        ``input_ids`` of prompt + completion + end of sequence, and ``labels``: the same with the
+        prompt's tokens replaced by -100.
     """
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
