@@ -32,6 +32,7 @@ from scipy.stats import rankdata, spearmanr
 from analysis.metrics.lds import LDS, Truth, lds
 from analysis.stats import spearman
 from analysis.truth import check_belongs
+from influence.at_point import AtPoint
 from influence.calibration import EDITED_ROWS, Edits, measured_edits, record, some_rows
 from influence.curvature import EXACT, Damped, Invertible
 from influence.errors import InputError, MismatchError, NumericalError
@@ -42,7 +43,7 @@ from influence.measurements import MeanLoss
 from influence.path import DEFAULT_PATH, check_path
 from influence.progress import say, track
 from influence.rows import Examples, read_examples
-from influence.run import AtPoint, Run, update_manifest
+from influence.run import Run, update_manifest
 from influence.scorefile import Scores
 from influence.scores import queries_at_once
 from influence.setting import Setting

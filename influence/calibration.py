@@ -4,9 +4,10 @@ The edit that a setting predicts for the removal of training row i moves the LoR
 
     delta_i = sum_p kappa_p T_p^T (C_p + lambda_p I)^-1 w_i T_p grad l_i(theta_p)
 
-(the points p of the path with their factors, T the geometry's map; `influence.scores`). Moving the adapter itself by
-`t delta_i` and running some rows forward measures what it does. Through the origin, measured against predicted gives the
-factor that scores are multiplied by; as good as the edit is as a stand-in for retraining, and no better.
+(the points p of the path with their factors, T the geometry's map; `influence.scores`). Moving the
+adapter itself by `t delta_i` and running some rows forward measures what it does. Through the
+origin, measured against predicted gives the factor that scores are multiplied by; as good as the
+edit is as a stand-in for retraining, and no better.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from influence.at_point import memory_chunks
 from influence.curvature.base import Invertible
 from influence.errors import InputError
 from influence.loss import mean_losses
 from influence.manifest import CalibrationRecord
 from influence.measurements import MeanLoss
 from influence.progress import say
-from influence.run import Run, memory_chunks
+from influence.run import Run
 from influence.setting import Setting, setting_name
 
 #: Largest predicted rise of the edited row's own mean loss, nats: edits are scaled down to it.
@@ -33,10 +35,11 @@ EDITED_ROWS = 8
 
 @dataclass(frozen=True)
 class Edits:
-    """Changes of the mean loss (nats) of probe rows by edits that remove a little of some training rows.
+    """Changes of the mean loss (nats) of probe rows by edits that remove a little of some training
+    rows.
 
-    `rows` [m] are the edited training rows and `probes` [k] the measured ones, the edited first; `predicted` and
-    `measured` are `[k, m]`, of edits of the share `sizes` [m] of a removal.
+    `rows` [m] are the edited training rows and `probes` [k] the measured ones, the edited first;
+    `predicted` and `measured` are `[k, m]`, of edits of the share `sizes` [m] of a removal.
     """
 
     rows: np.ndarray
@@ -47,29 +50,36 @@ class Edits:
 
     @property
     def factor(self) -> float:
-        """Measured over predicted rise of the edited rows' own losses, least squares through the origin."""
+        """Measured over predicted rise of the edited rows' own losses, least squares through the
+        origin.
+        """
         own = np.arange(len(self.rows))
         predicted, measured = self.predicted[own, own], self.measured[own, own]
         return float((predicted * measured).sum() / (predicted**2).sum())
 
     @property
     def selectivity(self) -> float:
-        """Mean rise of the edited row's own loss over the mean absolute change of all other probes: measured only."""
+        """Mean rise of the edited row's own loss over the mean absolute change of all other
+        probes: measured only.
+        """
         own = np.eye(*self.measured.shape, dtype=bool)
         return float(self.measured[own].mean() / max(np.abs(self.measured[~own]).mean(), 1e-12))
 
 
 def some_rows(run: Run, count: int, seed: int = 0) -> np.ndarray:
-    """Positions of `count` training rows drawn without replacement, or of all where there are fewer."""
+    """Positions of `count` training rows drawn without replacement, or of all where there are
+    fewer.
+    """
     n = len(run.tokens)
     return np.random.default_rng(seed).permutation(n)[:count]
 
 
 def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Edits:
-    """Edit the adapter by a setting's own direction for each of `rows`, and measure `probes` (other rows) too.
+    """Edit the adapter by a setting's own direction for each of `rows`, and measure `probes` (other
+    rows) too.
 
-    Runs the probes forward once for each edited row. Raises `InputError` where the curvature has no closed-form
-    inverse.
+    Runs the probes forward once for each edited row. Raises `InputError` where the curvature has no
+    closed-form inverse.
     """
     run, model = setting.run, setting.run.model
     if not all(isinstance(operator.curvature, Invertible) for operator in setting.operators):
@@ -105,10 +115,13 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
 
 
 def calibrate(run: Run, seed: int = 0) -> dict[str, CalibrationRecord]:
-    """The calibration of the fit's own setting by a few measured edits, for its manifest; empty where there is none.
+    """The calibration of the fit's own setting by a few measured edits, for its manifest.
 
-    At the adapter itself there is nothing to measure: scores are the edit's own first-order effect there. Matrix-free
-    curvatures are not calibrated, and a setting that the manifest has a calibration for is not measured again.
+    Empty where there is none.
+
+    At the adapter itself there is nothing to measure: scores are the edit's own first-order effect
+    there. Matrix-free curvatures are not calibrated, and a setting that the manifest has a
+    calibration for is not measured again.
     """
     specification = run.specification
     if specification.undamped or specification.matrix_free:

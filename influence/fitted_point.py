@@ -1,8 +1,10 @@
-"""The fit of one point of the path: the pass over the training rows, resumed, and what is kept of it.
+"""The fit of one point of the path: the pass over the training rows, resumed, and what is kept of
+it.
 
-One pass does everything: each batch runs forward once and backward once per set of labels, the model's own for the
-curvature and the data's for the gradients. Which sums are formed of it, the curvature's accumulator knows
-(`influence.curvature.base`); no curvature is known here by name, and nothing is scored.
+One pass does everything: each batch runs forward once and backward once per set of labels, the
+model's own for the curvature and the data's for the gradients. Which sums are formed of it, the
+curvature's accumulator knows (`influence.curvature.base`); no curvature is known here by name, and
+nothing is scored.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence.at_point import AtPoint, geometry_here, row_blocks
 from influence.batches import collate, plan_batches
 from influence.curvature import Accumulator, Specification
 from influence.curvature.base import ALWAYS, ONCE
@@ -25,7 +28,6 @@ from influence.gradients import Tape, label_uniforms, max_rows, sampled_gradient
 from influence.loss import Supervised, loss_gradient, probabilities
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
-from influence.run import AtPoint, geometry_here, row_blocks
 from influence.store import RowFile, open_file, read, write_file
 
 #: Seconds between checkpoints of a pass: a killed fit loses no more than that.
@@ -35,7 +37,9 @@ CHECKPOINT = "checkpoint.h5"
 
 @dataclass(frozen=True)
 class Storage:
-    """What a fit keeps on disk: whether the rows' gradients, and the bytes that sampled rows may take meanwhile."""
+    """What a fit keeps on disk: whether the rows' gradients, and the bytes that sampled rows may
+    take meanwhile.
+    """
 
     gradients: bool
     rule: str
@@ -53,21 +57,29 @@ def fits(rule: str, needed: int, budget: float) -> bool:
 
 @dataclass
 class RowFiles:
-    """The open row files of a pass; None where nothing is written."""
+    """The open row files of a pass.
+
+    None where nothing is written.
+    """
 
     gradients: RowFile | None = None
     done: RowFile | None = None
     sampled: RowFile | None = None
 
     def flush(self) -> None:
-        """Wait until the rows are on disk; `done` last, which vouches for them."""
+        """Wait until the rows are on disk.
+
+        `done` last, which vouches for them.
+        """
         for file in (self.gradients, self.sampled, self.done):
             if file is not None:
                 file.flush()
 
 
 class PointFit:
-    """The fit of one point: the pass over the training rows, its checkpoints, and what is made of it."""
+    """The fit of one point: the pass over the training rows, its checkpoints, and what is made
+    of it.
+    """
 
     def __init__(
         self,
@@ -95,14 +107,20 @@ class PointFit:
         self.created = False  # whether a row file had to be made, so that nothing in it counts
 
     def coordinates(self, state: OptimizerState | None) -> Geometry:
-        """The geometry at this point; Adam's from the optimiser's state, or from gradients of some training rows."""
+        """The geometry at this point.
+
+        Adam's from the optimiser's state, or from gradients of some training rows.
+        """
         name = self.run.manifest.geometry
         if name == "adam" and state is not None:
             return Adam.of(self.model.space, state.v.to(self.model.device))
         return geometry_here(self.run, name)
 
     def plan(self, limited: bool) -> list[np.ndarray]:
-        """The batches; `limited` in rows too, where every row's gradient is held at once."""
+        """The batches.
+
+        `limited` in rows too, where every row's gradient is held at once.
+        """
         budget = self.run.manifest.token_budget
         most = max_rows(self.model.space) if limited else None
         return plan_batches(self.tokens, budget, max_rows=most)
@@ -150,7 +168,10 @@ class PointFit:
             )
 
     def main_pass(self, first: int) -> None:
-        """The batches from number `first` on, with their row files open; checkpoints now and then."""
+        """The batches from number `first` on, with their row files open.
+
+        Checkpoints now and then.
+        """
         with ExitStack() as stack:
 
             def opened(file: str, name: str) -> RowFile:
@@ -179,7 +200,10 @@ class PointFit:
             self.checkpoint(count)  # the first pass is not lost where the second is killed
 
     def run_batch(self, recorder: Tape, rows: np.ndarray, files: RowFiles | None = None) -> None:
-        """One batch into the accumulator and the files; its graph is gone when this returns."""
+        """One batch into the accumulator and the files.
+
+        Its graph is gone when this returns.
+        """
         files = files or RowFiles()
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         part = recorder.forward(batch)
@@ -205,7 +229,10 @@ class PointFit:
         draw: int,
         final: bool,
     ) -> Tensor | None:
-        """One backward at sampled labels, shown to the accumulator; the rows' gradients `[b, P]` where they are wanted."""
+        """One backward at sampled labels, shown to the accumulator.
+
+        The rows' gradients `[b, P]` where they are wanted.
+        """
         gradient = sampled_gradient(part, probs, self.uniforms(rows, draw))
         weights, accumulator = self.relative_weights(rows), self.accumulator
         wanted = self.store_rows or accumulator.per_row
@@ -227,7 +254,9 @@ class PointFit:
         return sink.rows
 
     def uniforms(self, rows: np.ndarray, draw: int) -> Tensor:
-        """The random numbers that draw a batch's labels: keyed by seed, draw and row alone, whatever the batch."""
+        """The random numbers that draw a batch's labels: keyed by seed, draw and row alone,
+        whatever the batch.
+        """
         seed, ids, counts = self.run.manifest.seed, self.tokens.ids, self.tokens.counts
         streams = [label_uniforms(seed, draw, ids[i], int(counts[i])) for i in rows]
         return torch.from_numpy(np.concatenate(streams))
@@ -301,7 +330,9 @@ class PointFit:
         )
 
     def sampled_rows(self) -> StoredRows | ComputedRows:
-        """Per-row features at the sampled labels (or at the data's), read back or computed again with the same labels."""
+        """Per-row features at the sampled labels (or at the data's), read back or computed again
+        with the same labels.
+        """
         if self.store_rows or (self.draws == 0 and self.store_gradients):
             return StoredRows(self)
         return ComputedRows(self)
@@ -364,7 +395,9 @@ class ComputedRows:
 
 
 def accumulate(fit: PointFit, batches: Iterable[np.ndarray]) -> dict[str, Tensor]:
-    """The sums of some of the rows' batches: one process's share of a pass, to be added up with the others'."""
+    """The sums of some of the rows' batches: one process's share of a pass, to be added up with
+    the others'.
+    """
     with tape(fit.model) as recorder:
         for rows in batches:
             fit.run_batch(recorder, rows)

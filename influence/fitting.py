@@ -1,7 +1,8 @@
 """`influence.fit`: a run directory from an adapter and its training rows.
 
-What can be refused is refused, the directory is claimed, and every point of the path is fitted (`influence.fitted_point`),
-one after the other: a killed fit goes on with the point, and the batch, that it was at.
+What can be refused is refused, the directory is claimed, and every point of the path is fitted
+(`influence.fitted_point`), one after the other: a killed fit goes on with the point, and the batch,
+that it was at.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
+from influence.at_point import AtPoint, point_digest, run_file
 from influence.calibration import calibrate
 from influence.curvature import DEFAULT, Specification
 from influence.curvature.base import ALWAYS
@@ -45,7 +47,7 @@ from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, Point, check_path, points
 from influence.progress import say
 from influence.rows import Examples
-from influence.run import AtPoint, Run, point_digest, run_file, update_manifest
+from influence.run import Run, update_manifest
 from influence.store import only_writer, open_file, open_rows
 from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
 
@@ -79,39 +81,42 @@ def fit(
     model, train
         The adapter (`influence.load`) and the rows it was trained on (`influence.read_examples`).
     directory
-        The run directory. A finished identical fit returns at once, an unfinished one resumes; anything else
-        there is an error unless `overwrite`.
+        The run directory. A finished identical fit returns at once, an unfinished one resumes;
+        anything else there is an error unless `overwrite`.
     curvature
         A specification of `influence.curvature` (default: EK-FAC), or one of your own.
     damping
-        `mean:X`, `top:X`, `abs:X` or `time:T`; scores may use another. `time` alone takes T from `optimizer`.
+        `mean:X`, `top:X`, `abs:X` or `time:T`; scores may use another. `time` alone takes T from
+        `optimizer`.
     reduction
-        `token`: `w_i = 1/N_tok`, as Hugging Face trainers weight rows; `example`: `w_i = 1/(n T_i)`.
+        `token`: `w_i = 1/N_tok`, as Hugging Face trainers weight rows; `example`: `w_i = 1/(n
+        T_i)`.
     path
-        Where on the way from the base to the adapter to look: scales c of every B, in (0, 1]. Default: 0.4, 0.6, 0.8,
-        or no scale at all where checkpoints are given. `(1.0,)` looks at the adapter itself only. Every point costs a
-        pass over the rows. See `influence.path`.
+        Where on the way from the base to the adapter to look: scales c of every B, in (0, 1].
+        Default: 0.4, 0.6, 0.8, or no scale at all where checkpoints are given. `(1.0,)` looks at
+        the adapter itself only. Every point costs a pass over the rows. See `influence.path`.
     checkpoints
         PEFT folders that the adapter's training kept, to look there too.
     geometry
-        `raw`, `function` (damping in function space, the same however A and B are scaled) or `adam` (the optimiser's
-        metric). See `influence.geometry`.
+        `raw`, `function` (damping in function space, the same however A and B are scaled) or `adam`
+        (the optimiser's metric). See `influence.geometry`.
     optimizer
-        The Hugging Face trainer checkpoint whose `optimizer.pt` holds Adam's second moments; without it `adam`
-        estimates them from training gradients. It also tells the total learning rate for `damping="time"`.
+        The Hugging Face trainer checkpoint whose `optimizer.pt` holds Adam's second moments;
+        without it `adam` estimates them from training gradients. It also tells the total learning
+        rate for `damping="time"`.
     max_length
         Truncate rows to so many tokens, as in training.
     token_budget
-        Tokens per batch, padding included: the memory knob (default 1,024 on a CPU, 4,096 elsewhere). Results do not
-        depend on it.
+        Tokens per batch, padding included: the memory knob (default 1,024 on a CPU, 4,096
+        elsewhere). Results do not depend on it.
     store, disk_budget
-        Store the gradients (n x P floats): `always`, `never`, or `auto`: where they take at most `disk_budget`
-        bytes. Without them every later scoring is a pass over the training rows.
+        Store the gradients (n x P floats): `always`, `never`, or `auto`: where they take at most
+        `disk_budget` bytes. Without them every later scoring is a pass over the training rows.
     seed
         Keys the sampled labels.
 
-    Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory was made from
-    something else (naming what differs), `StoreError` where the disk is too small.
+    Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory
+    was made from something else (naming what differs), `StoreError` where the disk is too small.
     """
     curvature = DEFAULT if curvature is None else curvature
     if token_budget is None:
@@ -225,7 +230,10 @@ def _manifest(
 
 
 def _calibrate(run: Run) -> None:
-    """Measure how large the scores of the fit's own setting are, unless that is known; a failure is told, not raised."""
+    """Measure how large the scores of the fit's own setting are, unless that is known.
+
+    A failure is told, not raised.
+    """
     try:
         found = calibrate(run)
     except (NumericalError, MemoryError, torch.OutOfMemoryError) as error:
@@ -249,7 +257,10 @@ def _check_options(geometry: str, store: str, token_budget: int, disk_budget: fl
 
 
 def _training_time(damping: str | Damping, state: OptimizerState | None) -> Damping:
-    """The damping rule; `time` alone becomes `time:T` with the optimiser's total learning rate T."""
+    """The damping rule.
+
+    `time` alone becomes `time:T` with the optimiser's total learning rate T.
+    """
     if damping != "time":
         return Damping.parse(damping)
     if state is None or state.sum_lr is None:
@@ -267,7 +278,9 @@ def _digest(tensor: Tensor) -> str:
 def _claim(
     directory: Path, manifest: Manifest, curvature: Specification, overwrite: bool
 ) -> Manifest | None:
-    """Make the directory this fit's own: return the manifest of a finished identical fit, or None to go on."""
+    """Make the directory this fit's own: return the manifest of a finished identical fit, or
+    None to go on.
+    """
     path = directory / "manifest.json"
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; give a directory for the run")
@@ -307,7 +320,9 @@ def _claim(
 
 
 def _follow_latest_call(directory: Path, existing: Manifest, asked: Manifest) -> Manifest:
-    """A finished run's manifest with what is no part of its factors: damping, and where the same things lie now."""
+    """A finished run's manifest with what is no part of its factors: damping, and where the same
+    things lie now.
+    """
     current = replace(
         existing,
         damping=asked.damping,
@@ -391,7 +406,10 @@ def fit_points(
 
 
 def _finished(run: Run, number: int, stored: bool) -> bool:
-    """Whether a killed fit had finished a point; a file of another run is a `MismatchError`."""
+    """Whether a killed fit had finished a point.
+
+    A file of another run is a `MismatchError`.
+    """
     names = ["factors"] + ["gradients"] * stored
     paths = [run_file(run.directory, name, number) for name in names]
     for path in paths:

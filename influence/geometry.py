@@ -1,18 +1,20 @@
 """Geometries: the coordinates in which gradients are compared and curvature is formed.
 
-A geometry is a linear map T from the flat LoRA gradient `[P]` to features `[P]`, in the same leaf layout, fixed at
-the adapter's current parameters. Curvature C_f, damping lambda I and scores live in feature coordinates; an edit
-goes back to the parameters by T^T:
+A geometry is a linear map T from the flat LoRA gradient `[P]` to features `[P]`, in the same leaf
+layout, fixed at the adapter's current parameters. Curvature C_f, damping lambda I and scores live
+in feature coordinates; an edit goes back to the parameters by T^T:
 
     f = T g,     score = f_q^T (C_f + lambda I)^-1 f_i,     delta = T^T (C_f + lambda I)^-1 f
 
-With features `f` the damping is `lambda (T^T T)^+` in raw coordinates: a geometry says which moves of the adapter
-count as long.
+With features `f` the damping is `lambda (T^T T)^+` in raw coordinates: a geometry says which moves
+of the adapter count as long.
 
 * `Raw`: T = I. A move is as long as its coordinates.
-* `FunctionSpace`: a move of (A, B) is as long as the change of `s B A` that it makes. Scores do not depend on how
-  (A, B) factor the adapter, and the r^2 null directions per site have features of zero.
-* `Adam`: `f = g / (sqrt(v) + eps)^(1/2)`. A coordinate's moves count as long where its gradients were large in training.
+* `FunctionSpace`: a move of (A, B) is as long as the change of `s B A` that it makes. Scores do not
+  depend on how (A, B) factor the adapter, and the r^2 null directions per site have features of
+  zero.
+* `Adam`: `f = g / (sqrt(v) + eps)^(1/2)`. A coordinate's moves count as long where its gradients
+  were large in training.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ ADAM_FLOOR = 1e-3
 
 
 class Geometry(Protocol):
-    """A linear map T from gradients to features; stacks of vectors are rows, `[K, P]`."""
+    """A linear map T from gradients to features.
+
+    Stacks of vectors are rows, `[K, P]`.
+    """
 
     @property
     def name(self) -> str:
@@ -48,7 +53,9 @@ class Geometry(Protocol):
 
     @property
     def shares_inputs(self) -> bool:
-        """Whether `factor` leaves the inputs of every A as they are, so that layers reading one tensor share a moment."""
+        """Whether `factor` leaves the inputs of every A as they are, so that layers reading one
+        tensor share a moment.
+        """
         ...
 
     def features(self, rows: Tensor) -> Tensor:
@@ -60,10 +67,11 @@ class Geometry(Protocol):
         ...
 
     def factor(self, leaf: int, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """What K-FAC's factors of a leaf are formed of: `x'` and `g'` for inputs `x` [b, T, d_in], output gradients `g`.
+        """What K-FAC's factors of a leaf are formed of: `x'` and `g'` for inputs `x` [b, T, d_in],
+        output gradients `g`.
 
-        Where T maps the leaf's gradient as `G -> L G R`, `x' = x R` and `g' = g L^T`, so `sum_t g'_t x'_t^T` are the
-        leaf's features.
+        Where T maps the leaf's gradient as `G -> L G R`, `x' = x R` and `g' = g L^T`, so `sum_t
+        g'_t x'_t^T` are the leaf's features.
         """
         ...
 
@@ -103,21 +111,25 @@ class Raw:
 class FunctionSpace:
     """The tangent space of `M = s B A`, in orthonormal coordinates.
 
-    With `G = dl/dM` (never formed), U an orthonormal basis of B's columns and V of A's rows, the features of a site
-    are G's projection on the tangent space `{X A + B Y}`, each part in the layout of its leaf:
+    With `G = dl/dM` (never formed), U an orthonormal basis of B's columns and V of A's rows, the
+    features of a site are G's projection on the tangent space `{X A + B Y}`, each part in the
+    layout of its leaf:
 
         A:  U^T G             = L G_A,               L = ((s U^T B)^T)^+      [r, d_in]
         B:  (I - U U^T) G V   = (I - U U^T) G_B R,   R = (s V^T A^T)^+        [d_out, r]
 
-    because `G_A = s B^T G` and `G_B = s G A^T`. `J^T J = I` in these coordinates, J = d vec(s B A) / d(A, B). U and V
-    come in the order of the singular vectors of B A, so (A, B) -> (Q A, B Q^-1) changes no feature, up to the signs
-    of singular vectors (and rotations among equal singular values), which act on the narrow side only.
+    because `G_A = s B^T G` and `G_B = s G A^T`. `J^T J = I` in these coordinates, J = d vec(s B A)
+    / d(A, B). U and V come in the order of the singular vectors of B A, so (A, B) -> (Q A, B Q^-1)
+    changes no feature, up to the signs of singular vectors (and rotations among equal singular
+    values), which act on the narrow side only.
 
-    A rank below r is told from B's and A's own singular values (those under `RANK_CUTOFF` units of rounding times the largest
-    count as zero): U and V then have fewer columns, and the features' remaining rows (of A) or columns (of B) are
-    zero. That is still the exact projection. At a fresh adapter, B = 0, nothing but `G V` is left.
+    A rank below r is told from B's and A's own singular values (those under `RANK_CUTOFF` units of
+    rounding times the largest count as zero): U and V then have fewer columns, and the features'
+    remaining rows (of A) or columns (of B) are zero. That is still the exact projection. At a fresh
+    adapter, B = 0, nothing but `G V` is left.
 
-    `left` [r, r], `right` [r, r] and `U` [d_out, r] (missing columns zero), one of each per site, in float64.
+    `left` [r, r], `right` [r, r] and `U` [d_out, r] (missing columns zero), one of each per site,
+    in float64.
     """
 
     space: ParamSpace
@@ -154,7 +166,10 @@ class FunctionSpace:
         return out
 
     def factor(self, leaf: int, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """A: `x` and `g L^T`; B: `x R` and `g (I - U U^T)`."""
+        """A: `x` and `g L^T`.
+
+        B: `x R` and `g (I - U U^T)`.
+        """
         site = leaf // 2
         if self.space.leaves[leaf].is_A:
             return x, g @ self.left[site].T.to(g)
@@ -200,10 +215,12 @@ def function_space(model: AdaptedModel) -> FunctionSpace:
 
 
 def _canonical(A: Tensor, B: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`left` [r, r], `right` [r, r] and `U` [d_out, r] of one site, from `s A` [r, d_in] and `s B` [d_out, r].
+    """`left` [r, r], `right` [r, r] and `U` [d_out, r] of one site, from `s A` [r, d_in] and `s B`
+    [d_out, r].
 
-    With thin `B = Q S Z^T` and `A^T = P D Y^T` (of the ranks that count) and `S Z^T Y D = u sigma w^T`: U = Q u,
-    V = P w, `L = u^T S^-1 Z^T` solves `G_A = B^T G` for `U^T G`, and `R = Y D^-1 w` solves `G_B = G A^T` for `G V`.
+    With thin `B = Q S Z^T` and `A^T = P D Y^T` (of the ranks that count) and `S Z^T Y D = u sigma
+    w^T`: U = Q u, V = P w, `L = u^T S^-1 Z^T` solves `G_A = B^T G` for `U^T G`, and `R = Y D^-1 w`
+    solves `G_B = G A^T` for `G V`.
     """
     r = A.shape[0]
     Q, S, Z = _thin(B, cutoff)
@@ -217,7 +234,9 @@ def _canonical(A: Tensor, B: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Ten
 
 
 def _thin(matrix: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of a tall `[d, r]` matrix without its null space: left vectors [d, k], values [k], right vectors [r, k]."""
+    """SVD of a tall `[d, r]` matrix without its null space: left vectors [d, k], values [k],
+    right vectors [r, k].
+    """
     Q, core = torch.linalg.qr(matrix)
     left, values, right = torch.linalg.svd(core, full_matrices=False)
     k = int((values > cutoff * values[0]).sum())
@@ -229,11 +248,13 @@ def _thin(matrix: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Adam:
-    """The optimiser's own metric: `f = h g` elementwise, `h = (sqrt(v) + eps)^(-1/2)`, v its second moments.
+    """The optimiser's own metric: `f = h g` elementwise, `h = (sqrt(v) + eps)^(-1/2)`, v its second
+    moments.
 
-    So `f_q . f_i = g_q^T diag(1 / (sqrt(v) + eps)) g_i`. `h` is `scale`, `[P]`; made by `of` from a trainer's second
-    moments (`influence.optimizer_state.second_moments`), or by `from_rms` from gradients where there are none.
-    `factor` takes h as separable within a leaf (the least-squares fit in log h), and is exact where it is.
+    So `f_q . f_i = g_q^T diag(1 / (sqrt(v) + eps)) g_i`. `h` is `scale`, `[P]`; made by `of` from a
+    trainer's second moments (`influence.optimizer_state.second_moments`), or by `from_rms` from
+    gradients where there are none. `factor` takes h as separable within a leaf (the least-squares
+    fit in log h), and is exact where it is.
     """
 
     space: ParamSpace
@@ -245,8 +266,8 @@ class Adam:
     def of(cls, space: ParamSpace, v: Tensor, *, eps: float = 1e-8) -> Adam:
         """From bias-corrected second moments `v` [P].
 
-        `sqrt(v)` counts as at least `ADAM_FLOOR` of its leaf's mean: a coordinate that no gradient ever reached would
-        otherwise outweigh all others by up to eps^-1/2.
+        `sqrt(v)` counts as at least `ADAM_FLOOR` of its leaf's mean: a coordinate that no gradient
+        ever reached would otherwise outweigh all others by up to eps^-1/2.
         """
         if v.shape != (space.size,):
             raise InputError(
@@ -267,10 +288,11 @@ class Adam:
     def from_rms(
         cls, space: ParamSpace, rows: Iterable[Tensor], weights: Tensor, *, eps: float = 1e-8
     ) -> Adam:
-        """From training gradients: `v_j = mean_i (n w_i g_ij)^2`, as an optimiser with one row a step would see them.
+        """From training gradients: `v_j = mean_i (n w_i g_ij)^2`, as an optimiser with one row a
+        step would see them.
 
-        `rows` gives stacks `[b, P]` of gradients of the summed losses l_i, in the order of the objective's `weights`
-        [n].
+        `rows` gives stacks `[b, P]` of gradients of the summed losses l_i, in the order of the
+        objective's `weights` [n].
         """
         n = len(weights)
         total, seen = torch.zeros(space.size, dtype=torch.float64), 0
@@ -318,7 +340,8 @@ class Adam:
 def load_geometry(name: str, space: ParamSpace, state: Mapping[str, Tensor]) -> Geometry:
     """A geometry from its name and what its `state` gave.
 
-    Raises `StoreError` where a tensor is missing, has another shape than `space` asks for, or is not finite.
+    Raises `StoreError` where a tensor is missing, has another shape than `space` asks for, or is
+    not finite.
     """
     if name not in GEOMETRIES:
         raise InputError(f"geometry {name!r} was given; expected one of {', '.join(GEOMETRIES)}")

@@ -1,8 +1,9 @@
 """The manifest of a run: what it was made from, and what later commands keep there.
 
-`run/manifest.json` as a value. `identity` is what two runs must agree in to be the same run, and `digest` its SHA-256; the
-fields beside it say the same for people, with places and sizes. `calibration`, `tuned`, `audit` and `now` are written by
-later commands; keys that this version does not know are kept as they are.
+`run/manifest.json` as a value. `identity` is what two runs must agree in to be the same run, and
+`digest` its SHA-256; the fields beside it say the same for people, with places and sizes.
+`calibration`, `tuned`, `audit` and `now` are written by later commands; keys that this version does
+not know are kept as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from influence.store import only_writer, read_json, write_json
 
 FORMAT = 2
 NAME = "manifest.json"
-#: The record of the edits that were made from a run (`unlearn.record.chain`), under whose lock the manifest is changed.
+#: The record of the edits that were made from a run (`unlearn.record.chain`), under whose lock the
+#: manifest is changed.
 AUDIT = "audit.jsonl"
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -58,7 +60,9 @@ class TokenizerSource:
 
 @dataclass(frozen=True)
 class ObjectiveRecord:
-    """The training objective: how rows are weighted, at how many tokens they are cut, and all supervised tokens."""
+    """The training objective: how rows are weighted, at how many tokens they are cut, and all
+    supervised tokens.
+    """
 
     reduction: str
     max_length: int | None
@@ -67,7 +71,9 @@ class ObjectiveRecord:
 
 @dataclass(frozen=True)
 class PointRecord:
-    """One point of the path: its label, share of the average, and scale of B (None: a checkpoint with this digest)."""
+    """One point of the path: its label, share of the average, and scale of B (None: a checkpoint
+    with this digest).
+    """
 
     label: str
     share: float
@@ -85,7 +91,9 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class TunedRecord:
-    """The setting that `analysis tune` chose: the run below this one that holds it (None: this one), what to use, and why."""
+    """The setting that `analysis tune` chose: the run below this one that holds it (None: this
+    one), what to use, and why.
+    """
 
     run: str | None
     curvature: str
@@ -111,11 +119,14 @@ class NowRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of a run; see the module.
+    """The manifest of a run.
 
-    `curvature` has the specification's `name` and its options; `damping` the rule as it is typed; `store`, `disk_budget` and
-    `token_budget` (tokens of a batch) are `fit`'s options; `gradients_stored` whether the rows' gradients are on disk;
-    `calibration` the factors by the setting's name. `rest` has the keys that this version does not know.
+    See the module.
+
+    `curvature` has the specification's `name` and its options; `damping` the rule as it is typed;
+    `store`, `disk_budget` and `token_budget` (tokens of a batch) are `fit`'s options;
+    `gradients_stored` whether the rows' gradients are on disk; `calibration` the factors by the
+    setting's name. `rest` has the keys that this version does not know.
     """
 
     format: int
@@ -150,7 +161,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """Read a JSON object; `StoreError` names the key that is missing or of another type than it should be."""
+        """Read a JSON object.
+
+        `StoreError` names the key that is missing or of another type than it should be.
+        """
         names = {part.name for part in fields(cls)} - {"rest"}
         values = _values(cls, {key: record[key] for key in record if key in names}, "")
         return cls(**values, rest={key: value for key, value in record.items() if key not in names})
@@ -184,7 +198,10 @@ def digest_of(identity: Mapping[str, Any]) -> str:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a finished run; anything else is an `InputError` that says what is there."""
+    """The manifest of a finished run.
+
+    Anything else is an `InputError` that says what is there.
+    """
     path = directory / NAME
     if not path.exists():
         raise InputError(
@@ -205,7 +222,10 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def recorded_identity(directory: Path) -> Mapping[str, Any]:
-    """What the run in a directory is made from, finished or not, of whatever format; nothing where that is not said."""
+    """What the run in a directory is made from, finished or not, of whatever format.
+
+    Nothing where that is not said.
+    """
     identity = read_json(directory / NAME).get("identity")
     return identity if isinstance(identity, dict) else {}
 
@@ -222,7 +242,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def change_manifest(directory: Path, **changes: Any) -> Manifest:
-    """Set some fields, where the others stay what they are on disk by now; returns the manifest as written."""
+    """Set some fields, where the others stay what they are on disk by now.
+
+    Returns the manifest as written.
+    """
     with only_writer(directory / AUDIT):  # which edits hold while they write their own fields
         return change_under_lock(directory, **changes)
 
@@ -236,7 +259,10 @@ def change_under_lock(directory: Path, **changes: Any) -> Manifest:
 
 
 def differences(there: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """What differs between two run identities, in words; digests are shortened."""
+    """What differs between two run identities, in words.
+
+    Digests are shortened.
+    """
 
     def short(value: Any) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
@@ -264,7 +290,10 @@ def _from_file(path: Path, record: Mapping[str, Any]) -> Manifest:
 
 
 def _values(kind: type, record: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The fields of a dataclass from a JSON object, each checked; a missing field has its default or is an error."""
+    """The fields of a dataclass from a JSON object, each checked.
+
+    A missing field has its default or is an error.
+    """
     hints, values = get_type_hints(kind), {}
     for part in fields(kind):
         if part.name in record:

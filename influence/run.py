@@ -1,4 +1,5 @@
-"""A finished run: what `influence fit` computed about one adapter and one training set, kept in a directory.
+"""A finished run: what `influence fit` computed about one adapter and one training set, kept in a
+directory.
 
     run/manifest.json   base, adapter, data and tokenizer, each with its digest; objective; curvature; points; versions
     run/factors.h5      the curvature, the geometry, and (of a checkpoint) the parameters /theta [P]
@@ -6,53 +7,44 @@
     run/rows.h5         /rows [n * samples, P] of the sample-space Fisher            (curvature `fisher`)
     run/scores.h5       scores and self-influences computed later
 
-A run with several points of the path has one such file for each: `factors.h5`, `factors-2.h5`, `factors-3.h5` ...
-Gradients and rows are stored in the parameters' own coordinates; the geometry's map is applied when they are read.
+A run with several points of the path has one such file for each: `factors.h5`, `factors-2.h5`,
+`factors-3.h5` ... Gradients and rows are stored in the parameters' own coordinates; the geometry's
+map is applied when they are read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
-from influence.batches import plan_batches
+from influence.at_point import AtPoint, point_digest, run_file
 from influence.curvature import (
-    PLAIN,
     SPECIFICATIONS,
     Curvature,
     Damped,
-    Identity,
     Invertible,
     Specification,
 )
 from influence.damping import Damping
-from influence.errors import InputError, MismatchError, StoreError
-from influence.geometry import Adam, Geometry, Raw, function_space, load_geometry
-from influence.gradients import max_rows, stream_gradients
+from influence.errors import InputError, MismatchError
 from influence.loading import load
 from influence.loss import check_rows, weights
 from influence.manifest import Manifest, change_manifest, differences, read_manifest
 from influence.measurements import Measurement
 from influence.path import Point, point_from_record, scaled
-from influence.progress import track
 from influence.rows import Examples, read_examples
 from influence.store import (
-    RowFile,
     open_file,
-    open_rows,
     read,
-    read_group,
 )
 from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
 
@@ -61,20 +53,11 @@ if TYPE_CHECKING:
     from influence.scorefile import Scores, SelfInfluence
     from influence.solvers import Solver
 
-#: Bytes of gradients read and multiplied at a time, and the fewest rows.
-BLOCK_BYTES = 32 << 20
-BLOCK_ROWS = 8
-#: Bytes of gradients that are solved for at a time where only a few numbers of each are wanted.
-PART_BYTES = 256 << 20
-#: A point's scale is the mean self-influence of at most so many training rows, evenly spaced.
-SCALE_ROWS = 512
-#: Training rows whose gradients estimate Adam's second moments where no optimiser state is given.
-RMS_ROWS = 256
-
 
 @dataclass
 class Run:
-    """A fitted run: the manifest, and on demand the curvatures and the training gradients at each of its points.
+    """A fitted run: the manifest, and on demand the curvatures and the training gradients at each
+    of its points.
 
     Made by `influence.fit`, or opened again with `Run.open`.
     """
@@ -100,9 +83,9 @@ class Run:
     ) -> Run:
         """Open a run directory with the base, adapter and data it records (or those given).
 
-        Raises `MismatchError`, naming what differs, if base, adapter, data or tokenizer are not those it was made
-        from; `InputError` if it is no run or an unfinished one. `curvature`: the specification that the run was fitted with,
-        where that is one of your own.
+        Raises `MismatchError`, naming what differs, if base, adapter, data or tokenizer are not
+        those it was made from; `InputError` if it is no run or an unfinished one. `curvature`: the
+        specification that the run was fitted with, where that is one of your own.
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
@@ -143,11 +126,17 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the run was made from; every file of the run carries it."""
+        """SHA-256 of what the run was made from.
+
+        Every file of the run carries it.
+        """
         return self.manifest.digest
 
     def tokenized(self, rows: Examples) -> TokenizedExamples:
-        """Tokens of other rows, truncated as the training rows are; rows that the model cannot take are an error."""
+        """Tokens of other rows, truncated as the training rows are.
+
+        Rows that the model cannot take are an error.
+        """
         found = tokenize(rows, self.model.tokenizer, max_length=self.manifest.objective.max_length)
         check_rows(self.model, found)
         return found
@@ -184,14 +173,18 @@ class Run:
 
     @property
     def closed_forms(self) -> list[str]:
-        """Names of the curvatures of this run that have a closed inverse: the fitted one first, plain products last."""
+        """Names of the curvatures of this run that have a closed inverse: the fitted one first,
+        plain products last.
+        """
         point = self.points[-1]
         names = [self.fitted_name, *(name for name in point.held if name != self.fitted_name)]
         closed = [name for name in names if isinstance(point.curvature(name), Invertible)]
         return sorted(closed, key=self.is_plain)
 
     def is_plain(self, curvature: str | None) -> bool:
-        """Whether a curvature (None: the fitted one) stands for plain gradient products, without damping."""
+        """Whether a curvature (None: the fitted one) stands for plain gradient products, without
+        damping.
+        """
         if curvature is None or curvature == self.fitted_name:
             return self.specification.undamped
         return curvature in SPECIFICATIONS and SPECIFICATIONS[curvature].undamped
@@ -243,23 +236,35 @@ class Run:
         return AtPoint(self, None, Point("1", 1.0, scaled(self.model, 1.0), scale=1.0))
 
     def curvature(self, name: str | None = None) -> Curvature:
-        """The curvature at the run's last point; see `AtPoint.curvature`."""
+        """The curvature at the run's last point.
+
+        See `AtPoint.curvature`.
+        """
         return self.points[-1].curvature(name)
 
     def operator(
         self, curvature: str | None = None, damping: str | Damping | None = None
     ) -> Damped:
-        """`C + lambda I` at the run's last point; see `AtPoint.operator`."""
+        """`C + lambda I` at the run's last point.
+
+        See `AtPoint.operator`.
+        """
         return self.points[-1].operator(curvature, damping)
 
     def preconditioner(self, operator: Damped) -> Damped:
-        """The damped EK-FAC of the run's last point; see `AtPoint.preconditioner`."""
+        """The damped EK-FAC of the run's last point.
+
+        See `AtPoint.preconditioner`.
+        """
         return self.points[-1].preconditioner(operator)
 
     def gradient_blocks(
         self, skip: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """The training gradients at the run's last point; see `AtPoint.gradient_blocks`."""
+        """The training gradients at the run's last point.
+
+        See `AtPoint.gradient_blocks`.
+        """
         return self.points[-1].gradient_blocks(skip)
 
     def score(
@@ -278,7 +283,10 @@ class Run:
         per_module: bool = False,
         overwrite: bool = False,
     ) -> Scores:
-        """Influence of every training row on every query; the keywords are those of `influence.scores.score`."""
+        """Influence of every training row on every query.
+
+        The keywords are those of `influence.scores.score`.
+        """
         from influence.scores import score
 
         return score(
@@ -306,7 +314,10 @@ class Run:
         at: str | None = None,
         overwrite: bool = False,
     ) -> SelfInfluence:
-        """Predicted rise of every training row's own mean loss if it is removed; see `influence.scores.self_influence`."""
+        """Predicted rise of every training row's own mean loss if it is removed.
+
+        See `influence.scores.self_influence`.
+        """
         from influence.scores import self_influence
 
         return self_influence(
@@ -316,7 +327,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The setting that `analysis tune` recorded: the run that holds it (this one, or one below it), and what to use."""
+    """The setting that `analysis tune` recorded: the run that holds it (this one, or one below
+    it), and what to use.
+    """
 
     run: Run
     curvature: str
@@ -324,307 +337,8 @@ class Tuned:
     at: str
 
 
-class AtPoint:
-    """A run at one point of its path: curvature, training gradients and query gradients there.
-
-    Vectors are in the coordinates of the run's geometry. `number` is None for the adapter itself where the run has
-    no factors there.
-    """
-
-    def __init__(self, run: Run, number: int | None, place: Point) -> None:
-        self.run, self.number, self.place = run, number, place
-        self._cache: dict[str, Curvature] = {}
-        self._scales: dict[tuple[str, bytes], float] = {}
-
-    @property
-    def model(self) -> AdaptedModel:
-        """The adapter; `model.at(place.theta)` puts it at this point."""
-        return self.run.model
-
-    @property
-    def digest(self) -> str:
-        """What every file of this point carries."""
-        return point_digest(self.run.digest, self.number or 0)
-
-    def file(self, name: str) -> Path:
-        """The `factors`, `gradients` or `rows` file of this point."""
-        return run_file(self.run.directory, name, self.number or 0)
-
-    @cached_property
-    def geometry(self) -> Geometry:
-        """The coordinates in which gradients are compared and curvature is formed."""
-        name = self.run.manifest.geometry
-        if self.number is None and not (name == "adam" and self.run.manifest.optimizer):
-            with self.model.at(self.place.theta):
-                return geometry_here(self.run, name)
-        with open_file(self.file("factors"), run_digest=self.digest) as file:
-            arrays = read_group(file, "geometry")
-        state = {
-            key: torch.from_numpy(array).to(self.model.device) for key, array in arrays.items()
-        }
-        return load_geometry(name, self.model.space, state)
-
-    def curvature(self, name: str | None = None) -> Curvature:
-        """The fitted curvature, or another one that its factors hold.
-
-        Every run has `identity`; what else it has, `Specification.held` of its curvature says (an `ekfac` run also `kfac`,
-        `ggn` and `hessian`). Anything else is an `InputError`.
-        """
-        name = name or self.run.fitted_name
-        if name not in self._cache:
-            self._cache[name] = self._load_curvature(name)
-        return self._cache[name]
-
-    def _load_curvature(self, name: str) -> Curvature:
-        if name == PLAIN:
-            return Identity().load({}, self)
-        specification = self.run.specification
-        with open_file(self.file("factors"), run_digest=self.digest) as file:
-            held = specification.held(StoredTensors(file, self.model.device), self)
-            if name in held:
-                return held[name]()
-        raise InputError(
-            f"curvature {name!r} was asked of a run fitted with {specification.name!r}, which does "
-            f"not hold it: fit another run with --curvature {name}"
-        )
-
-    @property
-    def held(self) -> list[str]:
-        """Names of the curvatures that can be asked for at this point."""
-        with open_file(self.file("factors"), run_digest=self.digest) as file:
-            names = self.run.specification.held(StoredTensors(file, self.model.device), self)
-        return [*names, *([PLAIN] if PLAIN not in names else [])]
-
-    def operator(
-        self, curvature: str | None = None, damping: str | Damping | None = None
-    ) -> Damped:
-        """`C + lambda I` for a curvature of this run and a damping rule (the fit's by default)."""
-        fitted = self.curvature(curvature)
-        if fitted.undamped:
-            return Damped(fitted, torch.ones(1, dtype=torch.float64))
-        rule = Damping.parse(damping or self.run.manifest.damping)
-        return Damped(fitted, rule.resolve(fitted))
-
-    @property
-    def preconditions(self) -> bool:
-        """Whether the run's own curvature can precondition iterations on others."""
-        return self.curvature().preconditions
-
-    def preconditioner(self, operator: Damped) -> Damped:
-        """The run's own curvature with the operator's lambda, for preconditioned iterations."""
-        fitted = self.curvature()
-        if not fitted.preconditions:
-            raise InputError(
-                "preconditioned CG and ASTRA need EK-FAC factors and this run was fitted with "
-                f"{fitted.name!r}: fit with --curvature ekfac, or use --solver cg"
-            )
-        diagonal = operator.diagonal(torch.empty(0, dtype=torch.float64))
-        lam = torch.stack([diagonal[block.start] for block in fitted.blocks])
-        return Damped(fitted, lam)
-
-    @property
-    def gradients_stored(self) -> bool:
-        """Whether the training gradients at this point are on disk."""
-        return self.number is not None and self.run.gradients_stored
-
-    def gradient_blocks(
-        self, skip: np.ndarray | None = None, label: str | None = "stored gradients"
-    ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """`(indices [b], gradients of l_i [b, P])` of all training rows, read or computed, in a fixed order.
-
-        `skip` [n] marks rows that are not needed; a block of which all rows are marked is passed over.
-        """
-        tokens = self.run.tokens
-        skip = np.zeros(len(tokens), dtype=bool) if skip is None else skip
-        if self.gradients_stored:
-            self._check_gradients()
-            start = 0
-            for block in row_blocks(
-                self.file("gradients"), "gradients", self.digest, self.model.device, label
-            ):
-                indices = np.arange(start, start + len(block))
-                start += len(block)
-                if not skip[indices].all():
-                    yield indices, self.geometry.features(block)
-            return
-        plan = self._plan()
-        left = [rows for rows in plan if not skip[rows].all()]
-        with self.model.at(self.place.theta):
-            stream = stream_gradients(self.model, tokens, batches=left)
-            for indices, gradients, _ in track(
-                stream, "training rows", total=len(plan), done=len(plan) - len(left)
-            ):
-                yield indices, self.geometry.features(gradients)
-
-    @property
-    def stream_weights(self) -> Tensor:
-        """The weights `w_i` [n] in the order in which `gradient_blocks` gives the rows."""
-        if self.gradients_stored:
-            return torch.from_numpy(self.run.weights)
-        return torch.from_numpy(self.run.weights[np.concatenate(self._plan())])
-
-    def _plan(self) -> list[np.ndarray]:
-        budget = self.run.manifest.token_budget
-        return plan_batches(self.run.tokens, budget, max_rows=max_rows(self.model.space))
-
-    def gradients_of(self, rows: np.ndarray) -> Tensor:
-        """Gradients of l_i `[b, P]` of some training rows, in their order."""
-        out = torch.empty(
-            len(rows), self.model.space.size, dtype=self.model.dtype, device=self.model.device
-        )
-        if self.gradients_stored:
-            self._check_gradients()
-            with RowFile(self.file("gradients"), "gradients") as file:
-                for place, row in enumerate(rows.tolist()):
-                    out[place] = torch.from_numpy(file.read(row, row + 1)[0]).to(out)
-            return self.geometry.features(out)
-        return self._stream(self.run.tokens.select(rows), None, out)
-
-    def query_gradients(self, tokens: TokenizedExamples, measurement: Measurement) -> Tensor:
-        """Gradients of m(q), `[Q, P]`, in query order."""
-        out = torch.empty(
-            len(tokens), self.model.space.size, dtype=self.model.dtype, device=self.model.device
-        )
-        return self._stream(tokens, measurement, out)
-
-    def _stream(
-        self, tokens: TokenizedExamples, measurement: Measurement | None, out: Tensor
-    ) -> Tensor:
-        budget = self.run.manifest.token_budget
-        options: dict[str, Any] = {} if measurement is None else {"measurement": measurement}
-        with self.model.at(self.place.theta):
-            for rows, gradients, _ in stream_gradients(
-                self.model, tokens, token_budget=budget, **options
-            ):
-                out[torch.from_numpy(rows)] = gradients
-        return self.geometry.features(out)
-
-    def _check_gradients(self) -> None:
-        path = self.file("gradients")
-        with open_file(path, run_digest=self.digest):
-            if not open_rows(path, "done").all():
-                raise StoreError(
-                    f"{path} lacks the gradients of some rows: fit the run again with --overwrite"
-                )
-
-    def scale(self, operator: Damped) -> float:
-        """Mean self-influence of the training rows under this operator, nats per token: the scale of this point's scores.
-
-        Of at most `SCALE_ROWS` rows, evenly spaced. A matrix-free operator is stood in for by the run's EK-FAC with the
-        same lambda, or by plain gradient products where there is none: what matters is how the points compare.
-        """
-        key = (operator.curvature.name, operator.lam.numpy().tobytes())
-        if key not in self._scales:
-            rows = evenly_spaced(len(self.run.tokens), SCALE_ROWS)
-            invert = operator
-            if not isinstance(operator.curvature, Invertible):
-                stands = self.preconditions
-                invert = self.preconditioner(operator) if stands else self.operator(PLAIN)
-            assert isinstance(invert.curvature, Invertible)
-            total = 0.0
-            for some in memory_chunks(self.run, len(rows)):
-                gradients, part = self.gradients_of(rows[some]), rows[some]
-                solved = invert.curvature.solve(gradients, invert.lam)
-                products = np.array([float(g @ x) for g, x in zip(gradients, solved, strict=True)])
-                total += float(
-                    (products * self.run.weights[part] / self.run.tokens.counts[part]).sum()
-                )
-            self._scales[key] = total / len(rows)
-        return self._scales[key]
-
-    def kept_rows(self) -> Iterator[Tensor]:
-        """Features `[b, P]` of the rows that the curvature keeps, in order: at sampled labels, or at the data's own."""
-        name = "rows" if self.run.specification.draws else "gradients"
-        blocks = row_blocks(self.file(name), name, self.digest, self.model.device)
-        return (self.geometry.features(block) for block in blocks)
-
-    def kept_rows_of(self, row: int) -> Tensor:
-        """Features `[k, P]` of the kept rows of one training row, one for each label draw."""
-        draws = self.run.specification.draws
-        name, each = ("rows", draws) if draws else ("gradients", 1)
-        with RowFile(self.file(name), name) as file:
-            block = torch.from_numpy(file.read(row * each, (row + 1) * each))
-        return self.geometry.features(block.to(self.model.device))
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The datasets of an open HDF5 file as tensors on a device, read when asked for."""
-
-    def __init__(self, file: h5py.File, device: torch.device) -> None:
-        self.file, self.device = file, device
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one; `StoreError` where it is missing."""
-        return torch.from_numpy(np.asarray(read(self.file, name))).to(self.device)
-
-    def __iter__(self) -> Iterator[str]:
-        """The names of the datasets."""
-        names: list[str] = []
-        self.file.visititems(
-            lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
-        )
-        return iter(names)
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(list(iter(self)))
-
-
-def evenly_spaced(n: int, most: int) -> np.ndarray:
-    """At most `most` of the positions 0 ... n - 1, evenly spaced."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
-
-
-def memory_chunks(run: Run, count: int) -> list[np.ndarray]:
-    """Positions 0 ... count - 1 in parts whose gradients, and some copies of them, take a bounded amount of memory."""
-    size = max(1, PART_BYTES // (run.model.space.size * run.model.dtype.itemsize))
-    return np.array_split(np.arange(count), -(-count // size))
-
-
-def geometry_here(run: Run, name: str) -> Geometry:
-    """A geometry where the model is now; Adam's is estimated from gradients of some training rows."""
-    if name == "function":
-        return function_space(run.model)
-    if name == "raw":
-        return Raw()
-    n = len(run.tokens)
-    rows = evenly_spaced(n, RMS_ROWS)
-    budget, order, blocks = run.manifest.token_budget, [], []
-    for indices, gradients, _ in stream_gradients(
-        run.model, run.tokens.select(rows), token_budget=budget
-    ):
-        order.append(indices)
-        blocks.append(gradients)
-    # so few rows stand for all: n w_i keeps its meaning
-    shares = torch.from_numpy(run.weights[rows][np.concatenate(order)] * n / len(rows))
-    return Adam.from_rms(run.model.space, blocks, shares)
-
-
-def run_file(directory: Path, name: str, number: int) -> Path:
-    """Where a point's `factors`, `gradients` or `rows` are: plain for the first point, numbered from 2 for others."""
-    return directory / (f"{name}.h5" if number == 0 else f"{name}-{number + 1}.h5")
-
-
-def point_digest(run_digest: str, number: int) -> str:
-    """What the files of a point carry, so that the files of two points cannot be exchanged."""
-    return (
-        run_digest if number == 0 else hashlib.sha256(f"{run_digest}/{number}".encode()).hexdigest()
-    )
-
-
-def row_blocks(
-    path: Path, name: str, run_digest: str, device: torch.device, label: str | None = None
-) -> Iterator[Tensor]:
-    """Blocks `[b, P]` of a stored row dataset, in order, each about `BLOCK_BYTES`; with progress if labelled."""
-    with open_file(path, run_digest=run_digest):
-        pass
-    with RowFile(path, name) as rows:
-        step = max(BLOCK_ROWS, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
-        starts = range(0, len(rows), step)
-        for start in starts if label is None else track(starts, label):
-            yield torch.from_numpy(rows.read(start, min(start + step, len(rows)))).to(device)
-
-
 def update_manifest(run: Run, **changes: Any) -> None:
-    """Set some fields of a run's manifest, in memory and on disk, where the others stay what they are by now."""
+    """Set some fields of a run's manifest, in memory and on disk, where the others stay what
+    they are by now.
+    """
     run.manifest = change_manifest(run.directory, **changes)

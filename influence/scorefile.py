@@ -37,9 +37,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Scores:
-    """Influence of every training row on every query: `values` float32 [query, train]; see the module's convention.
+    """Influence of every training row on every query: `values` float32 [query, train].
 
-    Where they were asked for: `modules` float32 [query, module, train] and `tokens`, which sum to `values`.
+    See the module's convention.
+
+    Where they were asked for: `modules` float32 [query, module, train] and `tokens`, which sum to
+    `values`.
     """
 
     values: np.ndarray = field(repr=False)
@@ -53,7 +56,10 @@ class Scores:
     tokens: Tokenwise | None = field(default=None, repr=False)
 
     def query_index(self, query: int | str) -> int:
-        """Position of a query given by position or id; an unknown one is an `InputError`."""
+        """Position of a query given by position or id.
+
+        An unknown one is an `InputError`.
+        """
         if isinstance(query, str) and query in self.query_ids:
             return self.query_ids.index(query)
         try:
@@ -71,7 +77,8 @@ class Scores:
     def top(self, query: int | str, k: int = 10) -> tuple[list[Entry], list[Entry]]:
         """The k strongest proponents and the k strongest opponents, strongest first.
 
-        Proponents have positive scores, but for a measurement that falls when the model gets worse (margin): negative.
+        Proponents have positive scores, but for a measurement that falls when the model gets worse
+        (margin): negative.
         """
         row = self.values[self.query_index(query)]
         harm = row if self.attributes.get("rises", True) else -row
@@ -83,7 +90,10 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path, *, detail: bool = True) -> Scores:
-        """Read a score file, with the scores by token and module if it has them and `detail`; plain h5py reads it too."""
+        """Read a score file, with the scores by token and module if it has them and `detail`.
+
+        Plain h5py reads it too.
+        """
         path = Path(path)
         with open_file(path) as file:
             missing = [key for key in ("scores", "query_ids", "train_ids") if key not in file]
@@ -110,7 +120,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class SelfInfluence:
-    """Predicted rise of every training row's own mean loss if it is removed: `values` float32 [train], nats per token."""
+    """Predicted rise of every training row's own mean loss if it is removed: `values` float32
+    [train], nats per token.
+    """
 
     values: np.ndarray
     train_ids: list[str]
@@ -141,7 +153,10 @@ def different_attributes(found: Mapping[str, Any], attributes: dict[str, Any]) -
 
 
 def existing_scores(target: Path, attributes: dict[str, Any]) -> Scores | None:
-    """The scores of the very same request; None where the file holds a self-influence of this run only."""
+    """The scores of the very same request.
+
+    None where the file holds a self-influence of this run only.
+    """
     with open_file(target) as file:
         only_self = set(file) == {"self_influence", "train_ids"}
         if only_self and file.attrs.get("run_digest") == attributes["run_digest"]:
@@ -162,9 +177,10 @@ def existing_scores(target: Path, attributes: dict[str, Any]) -> Scores | None:
 class ScoresInTheMaking:
     """Scores in the making, in memory or in files that a killed call leaves to go on with.
 
-    `parts` [points, query, train] are the points' own scores before they are added, `module_parts` [points, query,
-    module, train] the same by module; with one point of factor 1 they are the final arrays themselves. `done` [chunks *
-    points, train]. On disk: `F.partial`, which becomes the score file, and beside it where they are apart `F.parts`.
+    `parts` [points, query, train] are the points' own scores before they are added, `module_parts`
+    [points, query, module, train] the same by module; with one point of factor 1 they are the final
+    arrays themselves. `done` [chunks * points, train]. On disk: `F.partial`, which becomes the
+    score file, and beside it where they are apart `F.parts`.
     """
 
     chunks: int
@@ -252,7 +268,10 @@ class ScoresInTheMaking:
         )
 
     def note(self, rows: np.ndarray, solution: Solution) -> None:
-        """A query's residual is the worst of its points'; it has converged where it has at all of them."""
+        """A query's residual is the worst of its points'.
+
+        It has converged where it has at all of them.
+        """
         self.residuals[rows] = np.maximum(self.residuals[rows], solution.residuals.numpy())
         self.converged[rows] = self.converged[rows] & solution.converged.cpu().numpy()
 
@@ -320,7 +339,10 @@ def parts_file(target: Path) -> Path:
 
 
 def _begun(partial: Path, attributes: dict[str, Any]) -> int:
-    """Rows of `/done` of an unfinished file of the very same request; 0 where there is none to go on with."""
+    """Rows of `/done` of an unfinished file of the very same request.
+
+    0 where there is none to go on with.
+    """
     if not partial.exists():
         return 0
     try:
@@ -365,7 +387,10 @@ def _lay_out(
 def existing_self_influence(
     target: Path, run: Run, attributes: dict[str, Any], overwrite: bool
 ) -> SelfInfluence | None:
-    """The stored self-influence of the very same request; None where there is none; anything else is refused."""
+    """The stored self-influence of the very same request.
+
+    None where there is none; anything else is refused.
+    """
     if not target.exists():
         return None
     with open_file(target, run_digest=run.digest) as file:

@@ -2,21 +2,25 @@
 
 The convention, said once:
 
-* `l_i(theta)` is the **sum** over the supervised tokens of example i of the cross-entropy, in nats; the training
-  objective is `J = sum_i w_i l_i`, with `w_i = 1/N_tok` (reduction `token`) or `1/(n T_i)` (`example`).
-* `score[q, i] = w_i grad m(q)^T (C + lambda I)^-1 grad l_i` is the **predicted change of measurement m(q) when
-  example i is removed** from training. With m = loss (mean cross-entropy over the query's completion tokens, in
-  nats): positive, removing i raises the query's loss, it helped: a *proponent*; negative: an *opponent*.
-* `self_influence[i]` is the predicted rise of example i's own mean loss if it is removed, in nats per token.
+* `l_i(theta)` is the **sum** over the supervised tokens of example i of the cross-entropy, in nats;
+  the training objective is `J = sum_i w_i l_i`, with `w_i = 1/N_tok` (reduction `token`) or `1/(n
+  T_i)` (`example`).
+* `score[q, i] = w_i grad m(q)^T (C + lambda I)^-1 grad l_i` is the **predicted change of
+  measurement m(q) when example i is removed** from training. With m = loss (mean cross-entropy over
+  the query's completion tokens, in nats): positive, removing i raises the query's loss, it helped:
+  a *proponent*; negative: an *opponent*.
+* `self_influence[i]` is the predicted rise of example i's own mean loss if it is removed, in nats
+  per token.
 * Scores of several rows add up: the predicted change for a removed set is the sum over it.
-* A run that looks at several points of the path (`influence.path`) averages what each of them predicts,
-  `score = kappa sum_p a_p score_p` with `a_p = share_p mean(Z) / Z_p`. Z_p is the mean self-influence of the training rows
-  at p, a number of the training rows alone, so no point outweighs the others by its gradients' size and a score
-  never depends on which other queries were asked; the averaged score keeps the unit. `kappa` calibrates its size by
-  measured edits or by retraining (`influence.calibration`); it is 1 until measured.
+* A run that looks at several points of the path (`influence.path`) averages what each of them
+  predicts, `score = kappa sum_p a_p score_p` with `a_p = share_p mean(Z) / Z_p`. Z_p is the mean
+  self-influence of the training rows at p, a number of the training rows alone, so no point
+  outweighs the others by its gradients' size and a score never depends on which other queries were
+  asked; the averaged score keeps the unit. `kappa` calibrates its size by measured edits or by
+  retraining (`influence.calibration`); it is 1 until measured.
 
-First-order in the weight of the removed row (Koh & Liang 2017, arXiv 1703.04730; with a proximal reading of the
-adapter as the optimum, Bae et al. 2022, arXiv 2209.05364).
+First-order in the weight of the removed row (Koh & Liang 2017, arXiv 1703.04730; with a proximal
+reading of the adapter as the optimum, Bae et al. 2022, arXiv 2209.05364).
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ import torch
 from torch import Tensor
 
 from influence.adapter import ParamSpace
+from influence.at_point import AtPoint
 from influence.curvature import Invertible
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError
@@ -41,7 +46,7 @@ from influence.loss import check_rows
 from influence.measurements import MEASUREMENTS, Contrast, MeanLoss, Measurement, SumLoss, TokenLoss
 from influence.progress import say
 from influence.rows import Examples
-from influence.run import AtPoint, Run
+from influence.run import Run
 from influence.scorefile import (
     Scores,
     ScoresInTheMaking,
@@ -72,7 +77,8 @@ SELF_CONVENTION = (
 )
 
 
-#: Share of the free memory that the gradients of one chunk of queries, with all that solving holds beside them, may take.
+#: Share of the free memory that the gradients of one chunk of queries, with all that solving holds
+#: beside them, may take.
 QUERY_SHARE = 0.8
 
 
@@ -99,30 +105,33 @@ def score(
     run, queries
         A finished run and the rows whose measurement is explained.
     out
-        Write a score file here, row block by row block; killed and called again, it goes on where it was. Without
-        it the scores stay in memory. A file with the very same scores is returned at once; one of anything
-        else is an error unless `overwrite`.
+        Write a score file here, row block by row block; killed and called again, it goes on where
+        it was. Without it the scores stay in memory. A file with the very same scores is returned
+        at once; one of anything else is an error unless `overwrite`.
     solver
-        `direct`, `cg`, `pcg` (CG preconditioned by the run's EK-FAC), `lissa`, `astra`, `sgd`, `datainf`, or a solver
-        object.
+        `direct`, `cg`, `pcg` (CG preconditioned by the run's EK-FAC), `lissa`, `astra`, `sgd`,
+        `datainf`, or a solver object.
     tolerance, max_iterations
         Of an iterative solver given by name: the relative residual to reach, and the most products.
     curvature, damping
-        Another curvature of this run (see `AtPoint.curvature`) or another damping rule than the one that `analysis
-        tune` chose, or the fit's.
+        Another curvature of this run (see `AtPoint.curvature`) or another damping rule than the one
+        that `analysis tune` chose, or the fit's.
     measurement
-        `loss` (mean cross-entropy, nats), `sum` (of the whole completion), `margin` (mean log-odds of the right token),
-        `token:K` (loss of completion token K), or a measurement object: `Contrast`, `Custom` ...
+        `loss` (mean cross-entropy, nats), `sum` (of the whole completion), `margin` (mean log-odds
+        of the right token), `token:K` (loss of completion token K), or a measurement object:
+        `Contrast`, `Custom` ...
     at
-        `all` points of the run (default; `identity` looks at the `end`), the `end` of the path, or one point's label.
+        `all` points of the run (default; `identity` looks at the `end`), the `end` of the path, or
+        one point's label.
     per_token
-        Also split every score over the positions of its training row (`Scores.tokens`): a pass over the training rows.
+        Also split every score over the positions of its training row (`Scores.tokens`): a pass over
+        the training rows.
     per_module
         Also split every score over the adapted modules (`Scores.modules` [query, module, train]).
 
-    With stored gradients no training row is run again, but for `per_token` and for plain gradient products at the end of a
-    path that the run has no point at. Columns that did not converge are flagged in `converged`
-    and said on standard error.
+    With stored gradients no training row is run again, but for `per_token` and for plain gradient
+    products at the end of a path that the run has no point at. Columns that did not converge are
+    flagged in `converged` and said on standard error.
     """
     if len(queries) == 0:
         raise InputError("no queries were given; give at least one row")
@@ -178,7 +187,9 @@ def score(
 
 @dataclass(frozen=True)
 class _Asked:
-    """The queries of one request: rows, tokens, what is measured of them, and what they are contrasted with."""
+    """The queries of one request: rows, tokens, what is measured of them, and what they are
+    contrasted with.
+    """
 
     queries: Examples
     tokens: TokenizedExamples
@@ -204,7 +215,10 @@ def _score(
     per_token: bool,
     per_module: bool,
 ) -> Scores:
-    """Solve a chunk of queries, then pass over the training gradients once for it; into a file if there is one."""
+    """Solve a chunk of queries, then pass over the training gradients once for it.
+
+    Into a file if there is one.
+    """
     run, queries, points = setting.run, asked.queries, setting.points
     modules = module_slices(run.model.space) if per_module else {}
     _refuse_large_detail(setting, len(queries), len(modules), per_token, target is not None)
@@ -250,7 +264,9 @@ def _score(
 
 
 def queries_at_once(run: Run, copies: int) -> int:
-    """Queries whose gradients, with the `copies` [K, P] that solving holds beside them, fit into the free memory."""
+    """Queries whose gradients, with the `copies` [K, P] that solving holds beside them, fit into
+    the free memory.
+    """
     if run.model.device.type == "cuda":
         free = torch.cuda.mem_get_info(run.model.device)[0]
     else:
@@ -264,7 +280,9 @@ def queries_at_once(run: Run, copies: int) -> int:
 def _refuse_large_detail(
     setting: Setting, queries: int, modules: int, per_token: bool, filed: bool
 ) -> None:
-    """Scores by token, and by module where there is no file, are held in memory: say so before the work."""
+    """Scores by token, and by module where there is no file, are held in memory: say so before
+    the work.
+    """
     n, points = len(setting.run.train), len(setting.points)
     needed = 4 * queries * int(setting.run.tokens.lengths.sum()) if per_token else 0
     needed += 4 * queries * modules * n * (1 if filed else points + 2)
@@ -293,10 +311,11 @@ def self_influence(
     at: str | None = None,
     overwrite: bool = False,
 ) -> SelfInfluence:
-    """Predicted rise of every training row's own mean loss if it is removed, `[train]`, nats per token.
+    """Predicted rise of every training row's own mean loss if it is removed, `[train]`, nats per
+    token.
 
-    Solved directly where the curvature has a closed form, else by CG (preconditioned where the run has EK-FAC
-    factors). `out` may be a score file of the same run; the values are added to it.
+    Solved directly where the curvature has a closed form, else by CG (preconditioned where the run
+    has EK-FAC factors). `out` may be a score file of the same run; the values are added to it.
     """
     setting = Setting.of(run, curvature, damping, at)
     run, name = setting.run, "direct"
@@ -340,7 +359,10 @@ def self_influence(
 
 
 def _measurement(value: str | Measurement | Contrast) -> Measurement | Contrast:
-    """A measurement by name; an object as it is."""
+    """A measurement by name.
+
+    An object as it is.
+    """
     if not isinstance(value, str):
         return value
     kind, _, position = value.partition(":")
@@ -355,5 +377,7 @@ def _measurement(value: str | Measurement | Contrast) -> Measurement | Contrast:
 
 
 def _measurement_options(measurement: Measurement | Contrast) -> str:
-    """A measurement for the record, without the memory addresses of functions or the rows of a contrast."""
+    """A measurement for the record, without the memory addresses of functions or the rows of a
+    contrast.
+    """
     return f"{type(measurement).__name__}({measurement.name})"

@@ -1,4 +1,6 @@
-"""What scores are made with: the points that are looked at, and the damped curvature at each of them."""
+"""What scores are made with: the points that are looked at, and the damped curvature at each of
+them.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +10,23 @@ from typing import Any
 
 import numpy as np
 
+from influence.at_point import AtPoint
 from influence.curvature.base import Damped
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError
-from influence.run import AtPoint, Run
+from influence.run import Run
 from influence.solvers import Solver
 
 
 @dataclass(frozen=True)
 class Setting:
-    """With what scores are made: the points that are looked at, and the damped curvature at each of them.
+    """With what scores are made: the points that are looked at, and the damped curvature at each of
+    them.
 
-    `run` holds the factors and `owner` is the run that was asked, which may be one above it (`analysis tune`).
-    `factors` [points]: what the points' scores are multiplied by before they are added (`kappa a_p` in the module's
-    convention); `rule` is the damping as it was asked for, None for the identity.
+    `run` holds the factors and `owner` is the run that was asked, which may be one above it
+    (`analysis tune`). `factors` [points]: what the points' scores are multiplied by before they are
+    added (`kappa a_p` in the module's convention); `rule` is the damping as it was asked for, None
+    for the identity.
     """
 
     owner: Run
@@ -43,7 +48,8 @@ class Setting:
         tuned: bool = True,
         calibrated: bool = True,
     ) -> Setting:
-        """Option by option, what is typed wins over what `analysis tune` chose, which wins over the fit's.
+        """Option by option, what is typed wins over what `analysis tune` chose, which wins over the
+        fit's.
 
         A point that only the run itself has (`at`) is looked at there.
         """
@@ -87,7 +93,9 @@ class Setting:
         return setting.calibrated() if calibrated else setting
 
     def calibrated(self) -> Setting:
-        """The same with the manifest's calibration, where that was measured for this very setting."""
+        """The same with the manifest's calibration, where that was measured for this very
+        setting.
+        """
         known = self.run.manifest.calibration.get(self.name)
         if known is None:
             return self
@@ -139,7 +147,9 @@ def _number(text: str) -> float | None:
 
 
 def _short(lam: np.ndarray) -> np.ndarray:
-    """Every lambda, or, where an HDF5 attribute (64 KB) cannot hold them, the smallest and the largest of each point."""
+    """Every lambda, or, where an HDF5 attribute (64 KB) cannot hold them, the smallest and the
+    largest of each point.
+    """
     return lam if lam.size <= 4096 else np.stack([lam.min(-1), lam.max(-1)], -1)
 
 

@@ -1,13 +1,14 @@
 """Which tokens of a training row did it: scores split over the row's positions.
 
-A row's gradient is a sum over its positions, leaf by leaf `sum_t g_t x_t^T` with the input x_t and the output gradient
-g_t at position t (`influence.gradients`). So a score is a sum over positions too (Grosse et al. 2023, arXiv 2308.03296,
-section 5.3.3):
+A row's gradient is a sum over its positions, leaf by leaf `sum_t g_t x_t^T` with the input x_t and
+the output gradient g_t at position t (`influence.gradients`). So a score is a sum over positions
+too (Grosse et al. 2023, arXiv 2308.03296, section 5.3.3):
 
     score[q, i] = sum_t w_i <X_q, g_t x_t^T>,         X_q = (C + lambda I)^-1 grad m(q)
 
-Position t is where token t is read and token t + 1 predicted: it carries the loss of predicting t + 1 *and* what later
-tokens' losses send back to it through attention. The last token is never read; its entry is 0.
+Position t is where token t is read and token t + 1 predicted: it carries the loss of predicting t +
+1 *and* what later tokens' losses send back to it through attention. The last token is never read;
+its entry is 0.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence.at_point import AtPoint
 from influence.batches import collate, plan_batches
 from influence.errors import InputError
 from influence.gradients import tape
 from influence.loss import loss_gradient, probabilities
 from influence.progress import track
-from influence.run import AtPoint, Run
+from influence.run import Run
 
 
 @dataclass
 class Tokenwise:
     """Scores of every position of every training row, rows one after the other (ragged).
 
-    `values` float32 [query, all positions]; row i has the columns `offsets[i]:offsets[i + 1]`; `token_ids` [all
-    positions] are the rows' tokens.
+    `values` float32 [query, all positions]; row i has the columns `offsets[i]:offsets[i + 1]`;
+    `token_ids` [all positions] are the rows' tokens.
     """
 
     values: np.ndarray = field(repr=False)
@@ -56,7 +58,9 @@ class Tokenwise:
         return self.token_ids[part], self.values[query, part]
 
     def add(self, point: AtPoint, queries: np.ndarray, solutions: Tensor, factor: float) -> None:
-        """Add `factor` times the scores at one point, for the `solutions` [K, P] of these queries [K]."""
+        """Add `factor` times the scores at one point, for the `solutions` [K, P] of these
+        queries [K].
+        """
         run, model = point.run, point.model
         columns = model.space.split(point.geometry.adjoint(solutions))
         plan = plan_batches(run.tokens, run.manifest.token_budget)
@@ -97,7 +101,9 @@ class Tokenwise:
 
 
 def _products(x: Tensor, g: Tensor, columns: Tensor) -> Tensor:
-    """`<X_k, g_t x_t^T>` `[K, b, T]` for `x` [b, T, d_in], `g` [b, T, d_out], `columns` [K, d_out, d_in]."""
+    """`<X_k, g_t x_t^T>` `[K, b, T]` for `x` [b, T, d_in], `g` [b, T, d_out], `columns` [K,
+    d_out, d_in].
+    """
     K, out, into = columns.shape
     if out <= into:  # through the narrow side
         inner = (x @ columns.reshape(K * out, into).T).unflatten(-1, (K, out))

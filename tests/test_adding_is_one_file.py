@@ -17,10 +17,10 @@ import influence
 import unlearn
 from analysis.tune import tune
 from influence import Run, distributed
+from influence.at_point import AtPoint
 from influence.curvature import Accumulator, Curvature, Specification
 from influence.errors import InputError, MismatchError
 from influence.fitted_point import PointFit, Storage, accumulate
-from influence.run import AtPoint
 from influence.solvers import Solution
 from tests.conftest import build_model, examples
 from tests.helpers import in_two_processes

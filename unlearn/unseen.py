@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence.at_point import AtPoint, evenly_spaced, memory_chunks
 from influence.cost import Cost
 from influence.curvature import PLAIN, Invertible
 from influence.loss import mean_losses
 from influence.measurements import SumLoss
 from influence.path import scaled
-from influence.run import AtPoint, Run, evenly_spaced, memory_chunks
+from influence.run import Run
 from influence.tokens import TokenizedExamples
 from unlearn.record.change import Change
 from unlearn.record.version import Version

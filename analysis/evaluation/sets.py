@@ -11,9 +11,9 @@ from analysis.evaluation.answers import PARAPHRASED, PERTURBED, Rows
 from analysis.evaluation.options import Options
 from analysis.metrics.outputs import continuable
 from influence.adapter import AdaptedModel
+from influence.at_point import evenly_spaced
 from influence.errors import InputError
 from influence.loss import check_rows
-from influence.run import evenly_spaced
 from influence.tokens import TokenizedExamples, tokenize
 
 #: Names of the sets, in the order of records and tables.

@@ -1,6 +1,9 @@
-"""Curvatures: what stands for the second derivative of the training objective; one file each.
+"""Curvatures: what stands for the second derivative of the training objective.
 
-A curvature that is asked for by name, on the command line or when a run is opened again, is a line of `SPECIFICATIONS`.
+One file each.
+
+A curvature that is asked for by name, on the command line or when a run is opened again, is a line
+of `SPECIFICATIONS`.
 """
 
 from influence.curvature.base import (
@@ -25,7 +28,8 @@ SPECIFICATIONS: dict[str, type[Specification]] = {
 }
 #: What `fit` takes unless told otherwise.
 DEFAULT = EKFAC()
-#: The name of plain gradient products, which every run holds, and of the exact curvature that others are compared with.
+#: The name of plain gradient products, which every run holds, and of the exact curvature that
+#: others are compared with.
 PLAIN, EXACT = Identity.name, GGN.name
 
 __all__ = [

@@ -1,7 +1,8 @@
-"""What a curvature is: how it is asked for, summed up over the training rows, kept, loaded, and what it then offers.
+"""What a curvature is: how it is asked for, summed up over the training rows, kept, loaded, and
+what it then offers.
 
-`C` approximates the second derivative of the training objective `J = sum_i w_i l_i`, with the same weights, and is never
-formed. A curvature is one file with three things:
+`C` approximates the second derivative of the training objective `J = sum_i w_i l_i`, with the same
+weights, and is never formed. A curvature is one file with three things:
 
     Specification    what is asked of `fit`, a small frozen dataclass (`EKFAC(samples=1)`), also its record
     Accumulator      what one pass over the training rows adds up at one point of the path
@@ -24,7 +25,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from influence.adapter import AdaptedModel
-    from influence.run import AtPoint
+    from influence.at_point import AtPoint
     from influence.tokens import TokenizedExamples
 
 #: When the per-row gradients at sampled labels are read, beside the pass itself.
@@ -32,7 +33,9 @@ NEVER, ONCE, ALWAYS = "never", "once", "always"
 
 
 class SampledRows(Protocol):
-    """Features `[b, P]` of per-row gradients, in blocks, and what each row weighs; a new iteration starts at the first.
+    """Features `[b, P]` of per-row gradients, in blocks, and what each row weighs.
+
+    A new iteration starts at the first.
 
     At the labels that the pass sampled from the model (or, without label draws, at the data's own).
     """
@@ -50,8 +53,9 @@ class SampledRows(Protocol):
 class Accumulator(ABC):
     """Running sums of one pass over the training rows, at one point.
 
-    All state that batches change is in `sums`: it is what a checkpoint saves, what a resumed pass restores in place, and
-    what several processes add up (`influence.distributed.add_up(accumulator.sums())`), each with its share of the rows.
+    All state that batches change is in `sums`: it is what a checkpoint saves, what a resumed pass
+    restores in place, and what several processes add up
+    (`influence.distributed.add_up(accumulator.sums())`), each with its share of the rows.
     """
 
     #: Whether `add_rows` is wanted: every row's whole gradient is then formed in the pass.
@@ -62,17 +66,22 @@ class Accumulator(ABC):
     ) -> None:
         """Take one leaf of one batch at one draw of labels.
 
-        `x` [b, T, d_in] are its inputs and `g` [b, T, d_out] its output gradients, both in the geometry's coordinates;
-        `valid` [b, T] marks positions that a token follows; `weights` [b] are `w_i` over the largest `w` of all rows,
-        None where all rows weigh the same. Row i's gradient is `sum_t g_it x_it^T` (a leaf that runs twice in a forward
-        is shown twice).
+        `x` [b, T, d_in] are its inputs and `g` [b, T, d_out] its output gradients, both in the
+        geometry's coordinates; `valid` [b, T] marks positions that a token follows; `weights` [b]
+        are `w_i` over the largest `w` of all rows, None where all rows weigh the same. Row i's
+        gradient is `sum_t g_it x_it^T` (a leaf that runs twice in a forward is shown twice).
         """
 
     def add_rows(self, features: Tensor, weights: Tensor | None) -> None:
-        """Take the gradients `features` [b, P] of one batch at one draw of labels; `weights` as in `add`."""
+        """Take the gradients `features` [b, P] of one batch at one draw of labels.
+
+        `weights` as in `add`.
+        """
 
     def sums(self) -> dict[str, Tensor]:
-        """The running sums by name, the tensors themselves: who writes into them changes the accumulator."""
+        """The running sums by name, the tensors themselves: who writes into them changes the
+        accumulator.
+        """
         return {}
 
     @abstractmethod
@@ -88,19 +97,21 @@ Arrays = Mapping[str, Tensor]
 
 
 class Specification(ABC):
-    """What is asked of `influence.fit`: a frozen dataclass, whose fields are recorded in the manifest.
+    """What is asked of `influence.fit`: a frozen dataclass, whose fields are recorded in the
+    manifest.
 
-    `name` is a field that is not set by the caller (`field(default="ekfac", init=False)`): by it the curvature is asked
-    for, and recorded with scores.
+    `name` is a field that is not set by the caller (`field(default="ekfac", init=False)`): by it
+    the curvature is asked for, and recorded with scores.
     """
 
     name: str
-    #: When `finish` or the fitted curvature reads per-row gradients: NEVER, ONCE (by `finish`: kept on disk meanwhile if
-    #: they fit, else computed again), ALWAYS (kept with the run).
+    #: When `finish` or the fitted curvature reads per-row gradients: NEVER, ONCE (by `finish`: kept
+    #: on disk meanwhile if they fit, else computed again), ALWAYS (kept with the run).
     reads_rows: ClassVar[str] = NEVER
     #: Whether `C + lambda I` is the identity whatever the damping rule says.
     undamped: ClassVar[bool] = False
-    #: Whether nothing but a trace is fitted, and products pass over the training rows: there is no closed inverse.
+    #: Whether nothing but a trace is fitted, and products pass over the training rows: there is no
+    #: closed inverse.
     matrix_free: ClassVar[bool] = False
     #: Where on the path to look unless told otherwise; None: where `influence.path` says.
     default_path: ClassVar[tuple[float, ...] | None] = None
@@ -111,26 +122,40 @@ class Specification(ABC):
 
     @property
     def draws(self) -> int:
-        """Label draws per row that the pass makes, k; 0: none."""
+        """Label draws per row that the pass makes, k.
+
+        0: none.
+        """
         return 0
 
     def refuse(self, rows: int) -> None:
-        """Raise `InputError` where this many training rows cannot be fitted on this machine; asked before the pass."""
+        """Raise `InputError` where this many training rows cannot be fitted on this machine.
+
+        Asked before the pass.
+        """
 
     def caution(self, model: AdaptedModel) -> str | None:
-        """What a user should know before this is fitted to a model; None where there is nothing."""
+        """What a user should know before this is fitted to a model.
+
+        None where there is nothing.
+        """
         return None
 
     @abstractmethod
     def begin(self, point: AtPoint) -> Accumulator:
-        """Empty sums for a pass at a point: its model, geometry, tokens, weights and seed are there."""
+        """Empty sums for a pass at a point: its model, geometry, tokens, weights and seed are
+        there.
+        """
 
     @abstractmethod
     def load(self, arrays: Arrays, point: AtPoint) -> Curvature:
         """The fitted curvature from what `Accumulator.finish` gave."""
 
     def held(self, arrays: Arrays, point: AtPoint) -> dict[str, Callable[[], Curvature]]:
-        """Every curvature that the arrays hold, by name, loaded when called; by default this one alone."""
+        """Every curvature that the arrays hold, by name, loaded when called.
+
+        By default this one alone.
+        """
         return {self.name: lambda: self.load(arrays, point)}
 
 
@@ -139,7 +164,10 @@ class ChangedRows(Protocol):
 
     @property
     def positions(self) -> np.ndarray:
-        """Places in the training set of rows that are taken out, `[k]`; empty for rows that are put in."""
+        """Places in the training set of rows that are taken out, `[k]`.
+
+        Empty for rows that are put in.
+        """
         ...
 
     @property
@@ -153,7 +181,8 @@ class ChangedRows(Protocol):
         ...
 
     def sampled(self, draws: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """`(rows [b], features [b, P])` of gradients at labels drawn as `fit` draws them, every row `draws` times.
+        """`(rows [b], features [b, P])` of gradients at labels drawn as `fit` draws them, every row
+        `draws` times.
 
         With no draws (the empirical Fisher) once, at the data's own labels.
         """
@@ -191,22 +220,33 @@ class Curvature(ABC):
 
     @abstractmethod
     def mean_eigenvalues(self) -> Tensor:
-        """Trace over size of each block, `[blocks]`; the scale of the `mean` damping rule."""
+        """Trace over size of each block, `[blocks]`.
+
+        The scale of the `mean` damping rule.
+        """
 
     @abstractmethod
     def top_eigenvalues(self) -> Tensor:
-        """Largest eigenvalue of each block, `[blocks]`; the scale of the `top` damping rule."""
+        """Largest eigenvalue of each block, `[blocks]`.
+
+        The scale of the `top` damping rule.
+        """
 
     @abstractmethod
     def updated(self, gone: ChangedRows, come: ChangedRows) -> Curvature:
-        """`C - sum_{gone} w_i C_i + sum_{come} w_i C_i`, as exactly as this curvature allows; the class says how.
+        """`C - sum_{gone} w_i C_i + sum_{come} w_i C_i`, as exactly as this curvature allows.
 
-        Abstract on purpose: an edit solves with the curvature after it, and one that forgot to change would silently
-        solve with the curvature before.
+        The class says how.
+
+        Abstract on purpose: an edit solves with the curvature after it, and one that forgot to
+        change would silently solve with the curvature before.
         """
 
     def moved_to(self, theta: Tensor) -> Curvature:
-        """The curvature taken again at other LoRA parameters `[P]`; itself where it was fitted once and for all."""
+        """The curvature taken again at other LoRA parameters `[P]`.
+
+        Itself where it was fitted once and for all.
+        """
         return self
 
 
@@ -215,13 +255,18 @@ class Invertible(Protocol):
     """A curvature that knows `(C + lambda I)^-1` in closed form."""
 
     def solve(self, v: Tensor, lam: Tensor) -> Tensor:
-        """`(C + lambda I)^-1 v` for every row of `v` [K, P]; `lam` [blocks]."""
+        """`(C + lambda I)^-1 v` for every row of `v` [K, P].
+
+        `lam` [blocks].
+        """
         ...
 
 
 @runtime_checkable
 class Subsampled(Protocol):
-    """A curvature `C = sum_i w_i C_i` over training rows that can be multiplied on some of them alone."""
+    """A curvature `C = sum_i w_i C_i` over training rows that can be multiplied on some of them
+    alone.
+    """
 
     @property
     def count(self) -> int:
@@ -238,7 +283,10 @@ class Subsampled(Protocol):
 
 @dataclass(frozen=True)
 class Damped:
-    """The operator `C + lambda I` that solvers invert; `lam` [blocks] from a damping rule."""
+    """The operator `C + lambda I` that solvers invert.
+
+    `lam` [blocks] from a damping rule.
+    """
 
     curvature: Curvature
     lam: Tensor
@@ -258,7 +306,10 @@ class Damped:
 def dense(
     curvature: Curvature, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The whole matrix C, `[P, P]`, column by column, made symmetric; for small P and for tests."""
+    """The whole matrix C, `[P, P]`, column by column, made symmetric.
+
+    For small P and for tests.
+    """
     rows = torch.eye(curvature.size, dtype=dtype, device=device)
     matrix = torch.cat([curvature.matvec(part) for part in rows.split(64)])
     return (matrix + matrix.T) / 2
@@ -267,7 +318,9 @@ def dense(
 def as_linear_operator(
     operator: Curvature | Damped, device: torch.device | str = "cpu"
 ) -> sla.LinearOperator:
-    """A SciPy `LinearOperator` [P, P] (float64 outside, the model's type inside) of C or of C + lambda I."""
+    """A SciPy `LinearOperator` [P, P] (float64 outside, the model's type inside) of C or of C +
+    lambda I.
+    """
     size = operator.curvature.size if isinstance(operator, Damped) else operator.size
 
     def matmat(columns: np.ndarray) -> np.ndarray:

@@ -1,9 +1,12 @@
-"""EK-FAC: K-FAC's eigenbases with refitted eigenvalues (George et al. 2018; Grosse et al. 2023, arXiv 2308.03296).
+"""EK-FAC: K-FAC's eigenbases with refitted eigenvalues (George et al. 2018.
+
+Grosse et al. 2023, arXiv 2308.03296).
 
     Lambda = sum_i w_i (Q_S^T G_i Q_A)^2,      (C + lambda I)^-1 V = Q_S [ (Q_S^T V Q_A) / (Lambda + lambda) ] Q_A^T
 
-G_i is the gradient of example i's loss at labels *sampled from the model*, summed over its tokens, so the
-diagonal in the eigenbasis is exact for these samples. With several draws per example, the mean over them.
+G_i is the gradient of example i's loss at labels *sampled from the model*, summed over its tokens,
+so the diagonal in the eigenbasis is exact for these samples. With several draws per example, the
+mean over them.
 """
 
 from __future__ import annotations
@@ -19,12 +22,15 @@ from influence.curvature.base import ONCE, Arrays, Curvature, SampledRows
 from influence.curvature.kfac import KFAC, Kronecker, Moments, load_kronecker, wide_side
 
 if TYPE_CHECKING:
-    from influence.run import AtPoint
+    from influence.at_point import AtPoint
 
 
 @dataclass(frozen=True)
 class EKFAC(KFAC):
-    """EK-FAC with labels sampled from the model; options as in `KFAC`."""
+    """EK-FAC with labels sampled from the model.
+
+    Options as in `KFAC`.
+    """
 
     name: str = field(default="ekfac", init=False)
     reads_rows: ClassVar[str] = ONCE
@@ -44,7 +50,10 @@ class EKFAC(KFAC):
 
 
 class RefittedMoments(Moments):
-    """K-FAC's moments; `finish` refits the eigenvalues on per-row gradients."""
+    """K-FAC's moments.
+
+    `finish` refits the eigenvalues on per-row gradients.
+    """
 
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
         """K-FAC's eigenbases with both eigenvalues, its own and the refitted."""

@@ -1,12 +1,14 @@
 """The sample-space Fisher: exact inverses for any number of parameters, at n x n cost.
 
-With rows `f_ik = sqrt(w_i / k) g_ik` stacked as F [m, P] (k label draws per example, or the data's own labels),
+With rows `f_ik = sqrt(w_i / k) g_ik` stacked as F [m, P] (k label draws per example, or the data's
+own labels),
 
     C = F^T F,       (C + lambda I)^-1 v = ( v - F^T (F F^T + lambda I)^-1 F v ) / lambda
 
-exactly (Woodbury), over A, B and all layers jointly. One eigendecomposition `F F^T = U diag(s) U^T` serves every
-lambda. With labels sampled from the model C is the GGN in expectation; with the data's labels (`samples=0`) it
-is the empirical Fisher, which is not. What lies outside the span of the rows sees only the damping.
+exactly (Woodbury), over A, B and all layers jointly. One eigendecomposition `F F^T = U diag(s) U^T`
+serves every lambda. With labels sampled from the model C is the GGN in expectation; with the data's
+labels (`samples=0`) it is the empirical Fisher, which is not. What lies outside the span of the
+rows sees only the damping.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from influence.curvature.base import (
 from influence.errors import InputError, NumericalError
 
 if TYPE_CHECKING:
-    from influence.run import AtPoint
+    from influence.at_point import AtPoint
 
 #: Streams F in order, as blocks `[b, P]` of unscaled gradients.
 Rows = Callable[[], Iterator[Tensor]]
@@ -41,7 +43,10 @@ MEMORY_SHARE = 0.7
 
 @dataclass(frozen=True)
 class Fisher(Specification):
-    """Sample-space Fisher; `samples` label draws per example (0: the data's labels)."""
+    """Sample-space Fisher.
+
+    `samples` label draws per example (0: the data's labels).
+    """
 
     samples: int = 1
     name: str = field(default="fisher", init=False)
@@ -57,7 +62,9 @@ class Fisher(Specification):
         return self.samples
 
     def refuse(self, rows: int) -> None:
-        """The Gram matrix and its eigendecomposition take about 3 m^2 doubles: refused before the pass, not after."""
+        """The Gram matrix and its eigendecomposition take about 3 m^2 doubles: refused before
+        the pass, not after.
+        """
         m = rows * max(1, self.samples)
         needed, there = 24 * m * m, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > MEMORY_SHARE * there:
@@ -90,17 +97,20 @@ class Gram(Accumulator):
         self.parameters = parameters
 
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
-        """`vectors` and `values` of the Gram matrix, and the rows' `scales` [m], `sqrt(w_i / k)`."""
+        """`vectors` and `values` of the Gram matrix, and the rows' `scales` [m], `sqrt(w_i /
+        k)`.
+        """
         fisher = SampleSpaceFisher.fit(self.parameters, lambda: iter(rows), rows.weights.sqrt())
         return {"vectors": fisher.vectors, "values": fisher.values, "scales": fisher.scales}
 
 
 @dataclass(frozen=True)
 class SampleSpaceFisher(Curvature):
-    """A fitted sample-space Fisher: where its rows are, their scales `[m]`, and the Gram's eigendecomposition.
+    """A fitted sample-space Fisher: where its rows are, their scales `[m]`, and the Gram's
+    eigendecomposition.
 
-    Row products are summed in float64: the Woodbury difference cancels in every direction the rows span. `samples` as in
-    `Fisher`.
+    Row products are summed in float64: the Woodbury difference cancels in every direction the rows
+    span. `samples` as in `Fisher`.
     """
 
     parameters: int
@@ -113,7 +123,10 @@ class SampleSpaceFisher(Curvature):
 
     @classmethod
     def fit(cls, parameters: int, rows: Rows, scales: Tensor) -> SampleSpaceFisher:
-        """Form the Gram matrix F F^T [m, m] and eigendecompose it; `scales` are `sqrt(w_i / k)`."""
+        """Form the Gram matrix F F^T [m, m] and eigendecompose it.
+
+        `scales` are `sqrt(w_i / k)`.
+        """
         values, vectors = torch.linalg.eigh(gram(rows, scales))
         return cls(parameters, rows, scales, vectors, values.clamp(min=0))
 
@@ -142,13 +155,18 @@ class SampleSpaceFisher(Curvature):
         return self.combine(self.products(v)).to(v)
 
     def solve(self, v: Tensor, lam: Tensor) -> Tensor:
-        """`(C + lambda I)^-1 v` for every row of `v` [K, P]; `lam` [1]."""
+        """`(C + lambda I)^-1 v` for every row of `v` [K, P].
+
+        `lam` [1].
+        """
         damping = float(lam)
         inner = (self.products(v) @ self.vectors) / (self.values + damping) @ self.vectors.T
         return ((v.double() - self.combine(inner)) / damping).to(v)
 
     def leverage(self, lam: float) -> Tensor:
-        """`f^T (C + lambda I)^-1 f` of every row f of F, `[m]`: the h of the leave-one-out factor 1/(1 - h)."""
+        """`f^T (C + lambda I)^-1 f` of every row f of F, `[m]`: the h of the leave-one-out
+        factor 1/(1 - h).
+        """
         return self.vectors.square() @ (self.values / (self.values + lam))
 
     def mean_eigenvalues(self) -> Tensor:
@@ -178,8 +196,9 @@ class SampleSpaceFisher(Curvature):
 class UpdatedFisher(Curvature):
     """A fitted sample-space Fisher plus `rows^T diag(signs) rows`.
 
-    With the rows that go and come as W [k, P], scaled by their weights' roots, and signs D = diag(+-1), Woodbury's identity
-    around the fitted inverse `M = C + lambda I` needs a k x k matrix:
+    With the rows that go and come as W [k, P], scaled by their weights' roots, and signs D =
+    diag(+-1), Woodbury's identity around the fitted inverse `M = C + lambda I` needs a k x k
+    matrix:
 
         (M + W^T D W)^-1 v = M^-1 v - M^-1 W^T (D + W M^-1 W^T)^-1 W M^-1 v          (D = D^-1)
     """
@@ -202,7 +221,9 @@ class UpdatedFisher(Curvature):
         return self.fitted.matvec(v) + changed.to(v)
 
     def solve(self, v: Tensor, lam: Tensor) -> Tensor:
-        """`(C' + lambda I)^-1 v` for every row of `v` [K, P]; `lam` [1].
+        """`(C' + lambda I)^-1 v` for every row of `v` [K, P].
+
+        `lam` [1].
 
         Where a row that goes has a leverage within rounding of 1, the solver's residual tells.
         """
@@ -219,7 +240,9 @@ class UpdatedFisher(Curvature):
         return (plain - coefficients.T @ solved).to(v)
 
     def _solved(self, lam: float, rows: Tensor) -> Tensor:
-        """`M^-1 W^T`, `[k, P]` float64, kept for the next right-hand side: it passes over all stored rows."""
+        """`M^-1 W^T`, `[k, P]` float64, kept for the next right-hand side: it passes over all
+        stored rows.
+        """
         if lam not in self.solved_rows:
             self.solved_rows.clear()
             self.solved_rows[lam] = self.fitted.solve(

@@ -1,4 +1,5 @@
-"""The generalised Gauss-Newton matrix of the training objective: exact, matrix-free, positive semi-definite.
+"""The generalised Gauss-Newton matrix of the training objective: exact, matrix-free, positive
+semi-definite.
 
     C v = sum_i w_i sum_t J_t^T (diag(p_t) - p_t p_t^T) J_t v        (Schraudolph 2002)
 
@@ -22,12 +23,15 @@ from influence.curvature.objective import MatrixFree, SecondDerivative, objectiv
 from influence.loss import Supervised, probabilities
 
 if TYPE_CHECKING:
-    from influence.run import AtPoint
+    from influence.at_point import AtPoint
 
 
 @dataclass(frozen=True)
 class GGN(MatrixFree):
-    """The exact GGN; sampled labels estimate its trace, the scale of its damping."""
+    """The exact GGN.
+
+    Sampled labels estimate its trace, the scale of its damping.
+    """
 
     name: str = field(default="ggn", init=False)
 
@@ -47,8 +51,9 @@ def ggn_products(
 ) -> list[Tensor]:
     """GGN of `sum_i w_i l_i` of one batch times each row of `v` (leaves `[K, ...]`).
 
-    `u -> J^T u` is linear in u, so its derivative along v is `J v` (Pearlmutter's trick, transposed): no forward-mode
-    rule is needed from any layer. Then the softmax's `diag(p) - p p^T`, then `J^T`.
+    `u -> J^T u` is linear in u, so its derivative along v is `J v` (Pearlmutter's trick,
+    transposed): no forward-mode rule is needed from any layer. Then the softmax's `diag(p) - p
+    p^T`, then `J^T`.
     """
     probs = probabilities(part.logits)
     counts = torch.tensor(part.counts, device=weights.device)
@@ -74,20 +79,30 @@ def ggn_products(
 
 @dataclass(frozen=True)
 class GGNOperator(SecondDerivative):
-    """The generalised Gauss-Newton matrix of J as an operator (a fitted curvature); one damping block per leaf."""
+    """The generalised Gauss-Newton matrix of J as an operator (a fitted curvature).
+
+    One damping block per leaf.
+    """
 
     name: str = "ggn"
 
     def matvec(self, v: Tensor) -> Tensor:
-        """`C v` for every row of `v` [K, P]; one forward per batch, two backwards per batch and column."""
+        """`C v` for every row of `v` [K, P].
+
+        One forward per batch, two backwards per batch and column.
+        """
         return self.objective.product(v, ggn_products)
 
     def matvec_on(self, v: Tensor, rows: np.ndarray) -> Tensor:
-        """An unbiased estimate of `C v` from these training rows alone: their weights times n over their number."""
+        """An unbiased estimate of `C v` from these training rows alone: their weights times n
+        over their number.
+        """
         return self.objective.product(v, ggn_products, rows)
 
     def top_eigenvalues(self) -> Tensor:
-        """The largest eigenvalue of the whole matrix (Lanczos, to 1 %), the same for every leaf, `[leaves]`."""
+        """The largest eigenvalue of the whole matrix (Lanczos, to 1 %), the same for every leaf,
+        `[leaves]`.
+        """
         return torch.full((len(self.blocks),), self._top, dtype=torch.float64)
 
     @cached_property

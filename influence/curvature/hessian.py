@@ -21,12 +21,15 @@ from influence.curvature.objective import MatrixFree, SecondDerivative, objectiv
 from influence.loss import Supervised, token_losses
 
 if TYPE_CHECKING:
-    from influence.run import AtPoint
+    from influence.at_point import AtPoint
 
 
 @dataclass(frozen=True)
 class Hessian(MatrixFree):
-    """The exact Hessian; sampled labels estimate the GGN's trace, its damping scale."""
+    """The exact Hessian.
+
+    Sampled labels estimate the GGN's trace, its damping scale.
+    """
 
     name: str = field(default="hessian", init=False)
 
@@ -42,7 +45,9 @@ class Hessian(MatrixFree):
 def hessian_products(
     part: Supervised, weights: Tensor, parameters: list[Tensor], v: list[Tensor]
 ) -> list[Tensor]:
-    """Hessian of `sum_i w_i l_i` of one batch times each row of `v` (leaves `[K, ...]`): backward over backward."""
+    """Hessian of `sum_i w_i l_i` of one batch times each row of `v` (leaves `[K, ...]`):
+    backward over backward.
+    """
     sums = part.per_example(token_losses(part.logits, part.targets))
     first = torch.autograd.grad(
         (weights.to(sums) * sums).sum(), parameters, create_graph=True, materialize_grads=True
@@ -63,16 +68,24 @@ def hessian_products(
 
 @dataclass(frozen=True)
 class HessianOperator(SecondDerivative):
-    """The Hessian of J as an operator (a fitted curvature); damping is relative to the GGN's spectrum."""
+    """The Hessian of J as an operator (a fitted curvature).
+
+    Damping is relative to the GGN's spectrum.
+    """
 
     name: str = "hessian"
 
     def matvec(self, v: Tensor) -> Tensor:
-        """`H v` for every row of `v` [K, P]; one forward and backward per batch, one more per batch and column."""
+        """`H v` for every row of `v` [K, P].
+
+        One forward and backward per batch, one more per batch and column.
+        """
         return self.objective.product(v, hessian_products)
 
     def matvec_on(self, v: Tensor, rows: np.ndarray) -> Tensor:
-        """An unbiased estimate of `H v` from these training rows alone: their weights times n over their number."""
+        """An unbiased estimate of `H v` from these training rows alone: their weights times n
+        over their number.
+        """
         return self.objective.product(v, hessian_products, rows)
 
     def top_eigenvalues(self) -> Tensor:

@@ -18,7 +18,7 @@ from influence.curvature.base import (
 )
 
 if TYPE_CHECKING:
-    from influence.run import AtPoint
+    from influence.at_point import AtPoint
 
 
 class Nothing(Accumulator):
@@ -31,7 +31,10 @@ class Nothing(Accumulator):
 
 @dataclass(frozen=True)
 class Identity(Specification):
-    """The identity; nothing to fit. `C + lambda I := I`, whatever the damping rule says."""
+    """The identity.
+
+    Nothing to fit. `C + lambda I := I`, whatever the damping rule says.
+    """
 
     name: str = field(default="identity", init=False)
     undamped: ClassVar[bool] = True
@@ -49,7 +52,9 @@ class Identity(Specification):
 
 @dataclass(frozen=True)
 class IdentityCurvature(Curvature):
-    """`C = 0` with `lambda = 1`: the damped operator is the identity on `parameters` coordinates."""
+    """`C = 0` with `lambda = 1`: the damped operator is the identity on `parameters`
+    coordinates.
+    """
 
     parameters: int
     name: str = "identity"

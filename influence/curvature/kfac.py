@@ -1,23 +1,27 @@
-"""K-FAC for LoRA leaves (Martens & Grosse 2015, arXiv 1503.05671; expand setting of Eschenhagen et al. 2023).
+"""K-FAC for LoRA leaves (Martens & Grosse 2015, arXiv 1503.05671.
 
-A leaf with input x_t and output gradient g_t (labels sampled from the model) at token t has the gradient
-`G_i = sum_t g_t x_t^T` and the Fisher block `sum_i w_i vec(G_i) vec(G_i)^T`. K-FAC takes tokens as independent
-and inputs as independent of output gradients:
+Expand setting of Eschenhagen et al. 2023).
+
+A leaf with input x_t and output gradient g_t (labels sampled from the model) at token t has the
+gradient `G_i = sum_t g_t x_t^T` and the Fisher block `sum_i w_i vec(G_i) vec(G_i)^T`. K-FAC takes
+tokens as independent and inputs as independent of output gradients:
 
     C  ~  S (x) A,     S = sum_i w_i sum_t g_t g_t^T,     A = sum_i w_i sum_t x_t x_t^T / sum_i w_i T_i
 
-(T_i counts all positions of example i, prompt included). With `S = Q_S diag(s) Q_S^T`, `A = Q_A diag(a) Q_A^T`:
+(T_i counts all positions of example i, prompt included). With `S = Q_S diag(s) Q_S^T`, `A = Q_A
+diag(a) Q_A^T`:
 
     (C + lambda I)^-1 V = Q_S [ (Q_S^T V Q_A) / (s a^T + lambda) ] Q_A^T
 
-One internal shape: every leaf block is seen as `[r, d]`, its *narrow* side r and its *wide* side d. For A
-(`[r, d_in]`) the narrow side is the output gradient and the wide side the input; for B (`[d_out, r]`, seen
-transposed) the narrow side is the input A x and the wide side the output gradient. Layers that read the same
-tensor (q/k/v, gate/up) share one wide factor.
+One internal shape: every leaf block is seen as `[r, d]`, its *narrow* side r and its *wide* side d.
+For A (`[r, d_in]`) the narrow side is the output gradient and the wide side the input; for B
+(`[d_out, r]`, seen transposed) the narrow side is the input A x and the wide side the output
+gradient. Layers that read the same tensor (q/k/v, gate/up) share one wide factor.
 
-A wide side of more than `max_width` never gets a `d x d` matrix. Its second moment is sketched in one pass
-(randomised Nystroem, Tropp et al. 2017, arXiv 1706.05736, algorithm 3), which keeps `rank` eigenvectors; the
-complement of their span is treated as isotropic, with its own mean eigenvalue per narrow direction.
+A wide side of more than `max_width` never gets a `d x d` matrix. Its second moment is sketched in
+one pass (randomised Nystroem, Tropp et al. 2017, arXiv 1706.05736, algorithm 3), which keeps `rank`
+eigenvectors; the complement of their span is treated as isotropic, with its own mean eigenvalue per
+narrow direction.
 """
 
 from __future__ import annotations
@@ -48,14 +52,15 @@ from influence.loss import supervised_logits
 from influence.tokens import TokenizedExamples
 
 if TYPE_CHECKING:
-    from influence.run import AtPoint
+    from influence.at_point import AtPoint
 
 
 @dataclass(frozen=True)
 class KFAC(Specification):
     """K-FAC with labels sampled from the model.
 
-    `samples` label draws per training example; wide factors above `max_width` are sketched with `rank` directions.
+    `samples` label draws per training example; wide factors above `max_width` are sketched with
+    `rank` directions.
     """
 
     samples: int = 1
@@ -113,7 +118,9 @@ class DenseMoment:
             self.state[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
     def eigen(self) -> tuple[Tensor, Tensor, float]:
-        """Eigenvectors `[d, d]`, eigenvalues `[d]` (clipped at 0), and the mean eigenvalue of the complement, 0."""
+        """Eigenvectors `[d, d]`, eigenvalues `[d]` (clipped at 0), and the mean eigenvalue of
+        the complement, 0.
+        """
         matrix = self.state.double()
         if not bool(torch.isfinite(matrix).all()):
             raise NumericalError(
@@ -141,7 +148,9 @@ class SketchedMoment:
         self.state[-1, 0] += x.square().sum()
 
     def eigen(self) -> tuple[Tensor, Tensor, float]:
-        """Leading eigenvectors `[d, k]`, eigenvalues `[k]`, and the mean eigenvalue of the complement."""
+        """Leading eigenvectors `[d, k]`, eigenvalues `[k]`, and the mean eigenvalue of the
+        complement.
+        """
         sketch, trace = self.state[:-1].double(), float(self.state[-1, 0])
         width, rank = sketch.shape
         shift = torch.finfo(self.state.dtype).eps * float(torch.linalg.matrix_norm(sketch))
@@ -164,8 +173,9 @@ class SketchedMoment:
 class Moments(Accumulator):
     """Both second moments of every leaf.
 
-    `wide_of[leaf]` names the leaf whose wide moment a leaf uses (its own, unless it shares its input). Sums are of weights
-    relative to the largest, `unit`, so that their size does not depend on the number of rows.
+    `wide_of[leaf]` names the leaf whose wide moment a leaf uses (its own, unless it shares its
+    input). Sums are of weights relative to the largest, `unit`, so that their size does not depend
+    on the number of rows.
     """
 
     def __init__(
@@ -194,7 +204,10 @@ class Moments(Accumulator):
 
     @classmethod
     def at(cls, point: AtPoint, options: KFAC) -> Self:
-        """Empty moments at a point; layers that read the same tensor share one wide factor where the geometry allows it."""
+        """Empty moments at a point.
+
+        Layers that read the same tensor share one wide factor where the geometry allows it.
+        """
         model, run = point.model, point.run
         wide_of = shared_inputs(model, run.tokens)
         if not point.geometry.shares_inputs:
@@ -205,9 +218,12 @@ class Moments(Accumulator):
     def add(
         self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, weights: Tensor | None, draw: int
     ) -> None:
-        """Add a batch of one leaf; inputs once, at the first draw of labels.
+        """Add a batch of one leaf.
 
-        Output gradients vanish where nothing is predicted; inputs do not, and are cut to the valid tokens.
+        Inputs once, at the first draw of labels.
+
+        Output gradients vanish where nothing is predicted; inputs do not, and are cut to the valid
+        tokens.
         """
         inputs = draw == 0
         if inputs and (not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf):
@@ -230,7 +246,10 @@ class Moments(Accumulator):
         return self.narrow[leaf] if self.space.leaves[leaf].is_A else self.wide[leaf]
 
     def _eigen(self, moment: DenseMoment | SketchedMoment) -> tuple[Tensor, Tensor, float]:
-        """Decompose in float64; keep the vectors in the gradients' type, which is what they are applied to."""
+        """Decompose in float64.
+
+        Keep the vectors in the gradients' type, which is what they are applied to.
+        """
         vectors, values, rest = moment.eigen()
         return vectors.to(self.dtype), values, rest
 
@@ -246,7 +265,9 @@ class Moments(Accumulator):
         return self.arrays(kfac, kfac)
 
     def arrays(self, kfac: Kronecker, fitted: Kronecker) -> dict[str, Tensor]:
-        """What a run keeps: the eigenbases, K-FAC's eigenvalues, and those of the curvature that was fitted."""
+        """What a run keeps: the eigenbases, K-FAC's eigenvalues, and those of the curvature that
+        was fitted.
+        """
         arrays = {"wide_of": torch.tensor(self.wide_of)}
         pairs = zip(kfac.leaf_blocks, fitted.leaf_blocks, strict=True)
         for number, (plain, block) in enumerate(pairs):
@@ -263,8 +284,12 @@ class Moments(Accumulator):
         return arrays
 
     def kronecker(self) -> Kronecker:
-        """K-FAC from the moments, eigendecomposed; output moments are means over the label draws."""
-        # LAPACK runs without the interpreter's lock; CUDA's library is not safe to enter from several threads
+        """K-FAC from the moments, eigendecomposed.
+
+        Output moments are means over the label draws.
+        """
+        # LAPACK runs without the interpreter's lock; CUDA's library is not safe to enter from
+        # several threads
         workers = torch.get_num_threads() if self.narrow[0].state.device.type == "cpu" else 1
         with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
             wide = dict(zip(self.wide, pool.map(self._eigen, self.wide.values()), strict=True))
@@ -273,7 +298,8 @@ class Moments(Accumulator):
             narrow_vectors, narrow_values, _ = self.narrow[number].eigen()
             narrow_vectors = narrow_vectors.to(self.dtype)
             wide_vectors, wide_values, rest = wide[self.wide_of[number]]
-            # inputs are normalised by the mass of their tokens, output gradients weighted and averaged over draws
+            # inputs are normalised by the mass of their tokens, output gradients weighted and
+            # averaged over draws
             factor = self.unit / self.options.samples / max(float(self.mass[number]), 1.0)
             eigenvalues = factor * narrow_values[:, None] * wide_values[None, :]
             blocks.append(
@@ -296,8 +322,8 @@ def wide_side(leaf: Leaf) -> int:
 class KroneckerBlock:
     """Eigenbasis and eigenvalues of one leaf, seen as `[r, d]`.
 
-    `narrow` [r, r], `wide` [d, k] (k = d unless sketched), `eigenvalues` [r, k], and `rest` [r], the eigenvalue
-    of each narrow direction on the complement of `wide` (unused when k = d).
+    `narrow` [r, r], `wide` [d, k] (k = d unless sketched), `eigenvalues` [r, k], and `rest` [r],
+    the eigenvalue of each narrow direction on the complement of `wide` (unused when k = d).
     """
 
     leaf: Leaf
@@ -312,7 +338,9 @@ class KroneckerBlock:
         return self.wide.shape[1] == wide_side(self.leaf)
 
     def rotate(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Coordinates `[K, r, k]` of flat leaf vectors `[K, r*d]`, and what lies off the wide basis `[K, r, d]`."""
+        """Coordinates `[K, r, k]` of flat leaf vectors `[K, r*d]`, and what lies off the wide
+        basis `[K, r, d]`.
+        """
         matrix = v.unflatten(-1, self.leaf.shape)
         matrix = self.narrow.T.to(v) @ (matrix if self.leaf.is_A else matrix.mT)
         wide = self.wide.to(v)
@@ -330,7 +358,9 @@ class KroneckerBlock:
 
 @dataclass(frozen=True)
 class Kronecker(Curvature):
-    """A fitted K-FAC or EK-FAC: one eigenbasis and one table of eigenvalues per leaf; one damping block per leaf.
+    """A fitted K-FAC or EK-FAC: one eigenbasis and one table of eigenvalues per leaf.
+
+    One damping block per leaf.
 
     `samples` label draws of each training row made the eigenvalues.
     """
@@ -352,7 +382,10 @@ class Kronecker(Curvature):
         return self._apply(v, ((block.eigenvalues, block.rest) for block in self.leaf_blocks))
 
     def solve(self, v: Tensor, lam: Tensor) -> Tensor:
-        """`(C + lambda I)^-1 v` for every row of `v` [K, P]; `lam` [leaves]."""
+        """`(C + lambda I)^-1 v` for every row of `v` [K, P].
+
+        `lam` [leaves].
+        """
         damped = zip(self.leaf_blocks, lam.tolist(), strict=True)
         return self._apply(
             v, ((1 / (block.eigenvalues + x), 1 / (block.rest + x)) for block, x in damped)
@@ -385,8 +418,9 @@ class Kronecker(Curvature):
     def updated(self, gone: ChangedRows, come: ChangedRows) -> Kronecker:
         """The eigenvalues of the rows after the change, in the same eigenbases.
 
-        Each row's share `w_i (Q_S^T G_i Q_A)^2` at its sampled labels is taken out or put in. For EK-FAC that is exactly
-        its eigenvalues refitted on these rows; for K-FAC an approximation, and what would fall below zero is zero.
+        Each row's share `w_i (Q_S^T G_i Q_A)^2` at its sampled labels is taken out or put in. For
+        EK-FAC that is exactly its eigenvalues refitted on these rows; for K-FAC an approximation,
+        and what would fall below zero is zero.
         """
         inside = [block.eigenvalues.clone() for block in self.leaf_blocks]
         outside = [block.rest.clone() for block in self.leaf_blocks]
@@ -423,9 +457,12 @@ def load_kronecker(arrays: Arrays, point: AtPoint, name: str, prefix: str) -> Kr
 
 
 def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
-    """For each leaf, the first leaf whose wide side sees the very same tensor (q, k and v; gate and up).
+    """For each leaf, the first leaf whose wide side sees the very same tensor (q, k and v.
 
-    Found by running the shortest row once and comparing the layers' inputs; only A leaves can share.
+    Gate and up).
+
+    Found by running the shortest row once and comparing the layers' inputs; only A leaves can
+    share.
     """
     seen: list[tuple[int, Tensor]] = []
     wide_of = list(range(len(model.space.leaves)))

@@ -1,7 +1,8 @@
-"""The training objective, differentiable twice: what the exact curvatures multiply with, batch by batch.
+"""The training objective, differentiable twice: what the exact curvatures multiply with, batch by
+batch.
 
-Products with second derivatives differentiate a backward pass, so attention runs on its unfused (math) kernel
-here, and only here. One forward per batch serves every column.
+Products with second derivatives differentiate a backward pass, so attention runs on its unfused
+(math) kernel here, and only here. One forward per batch serves every column.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from influence.loss import Supervised, supervised_logits
 from influence.tokens import TokenizedExamples
 
 if TYPE_CHECKING:
-    from influence.run import AtPoint
+    from influence.at_point import AtPoint
 
-#: (batch, weights [b], parameters, v as leaves [K, rows, cols]) -> products as leaves [K, rows, cols]
+#: (batch, weights [b], parameters, v as leaves [K, rows, cols]) -> products as leaves [K, rows,
+#: cols]
 Products = Callable[[Supervised, Tensor, list[Tensor], list[Tensor]], list[Tensor]]
 
 
@@ -41,9 +43,9 @@ Products = Callable[[Supervised, Tensor, list[Tensor], list[Tensor]], list[Tenso
 class Objective:
     """The training objective J at the adapter, differentiable twice: model, rows, weights `w` [n].
 
-    `trace` [leaves] is the trace of the GGN on each leaf, estimated from sampled labels in `fit`'s pass. Products run
-    with the LoRA parameters at `theta` [P] (None: where the model is), in the coordinates of `geometry`. `ran` is told how
-    many rows every product runs.
+    `trace` [leaves] is the trace of the GGN on each leaf, estimated from sampled labels in `fit`'s
+    pass. Products run with the LoRA parameters at `theta` [P] (None: where the model is), in the
+    coordinates of `geometry`. `ran` is told how many rows every product runs.
     """
 
     model: AdaptedModel
@@ -71,7 +73,10 @@ class Objective:
         return len(self.tokens)
 
     def batches(self, only: np.ndarray | None = None) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches of all rows with their weights `[b]`; of the rows `only`, with weights times n over their number."""
+        """Batches of all rows with their weights `[b]`.
+
+        Of the rows `only`, with weights times n over their number.
+        """
         tokens, weights = self.tokens, self.weights
         if only is not None:
             tokens, weights = tokens.select(only), weights[only] * (len(tokens) / len(only))
@@ -86,7 +91,9 @@ class Objective:
         )
 
     def product(self, v: Tensor, products: Products, only: np.ndarray | None = None) -> Tensor:
-        """Sum over the batches (of the rows `only`) of a second-derivative product with every row of `v` [K, P]."""
+        """Sum over the batches (of the rows `only`) of a second-derivative product with every
+        row of `v` [K, P].
+        """
         if self.ran is not None:
             self.ran(self.count if only is None else len(only))
         out = torch.zeros_like(v)
@@ -106,7 +113,9 @@ class Objective:
 
 @dataclass(frozen=True)
 class SecondDerivative(Curvature):
-    """What the matrix-free curvatures of one objective share: one damping block per leaf, products over all rows."""
+    """What the matrix-free curvatures of one objective share: one damping block per leaf,
+    products over all rows.
+    """
 
     objective: Objective
 
@@ -125,7 +134,9 @@ class SecondDerivative(Curvature):
         return self.objective.mean_eigenvalues()
 
     def updated(self, gone: ChangedRows, come: ChangedRows) -> Self:
-        """Products over the rows after the change: exact. Every product is counted by `come.ran`."""
+        """Products over the rows after the change: exact. Every product is counted by
+        `come.ran`.
+        """
         objective = self.objective
         stay = np.setdiff1d(np.arange(objective.count), gone.positions)
         rows = [objective.tokens[i] for i in stay] + list(come.tokens)
@@ -144,10 +155,11 @@ class SecondDerivative(Curvature):
 
 
 class Traces(Accumulator):
-    """The GGN's trace on each leaf, from gradients at labels sampled from the model: `sum_i w_i |G_i|^2`.
+    """The GGN's trace on each leaf, from gradients at labels sampled from the model: `sum_i w_i
+    |G_i|^2`.
 
-    The Fisher at sampled labels is the GGN in expectation, so a trace costs one backward, where a product of the GGN with
-    every coordinate would cost P of them.
+    The Fisher at sampled labels is the GGN in expectation, so a trace costs one backward, where a
+    product of the GGN with every coordinate would cost P of them.
     """
 
     per_row = True
@@ -173,7 +185,9 @@ class Traces(Accumulator):
 
 
 class MatrixFree(Specification):
-    """What the specifications of matrix-free curvatures share: only a trace is fitted, the scale of the damping."""
+    """What the specifications of matrix-free curvatures share: only a trace is fitted, the scale
+    of the damping.
+    """
 
     matrix_free: ClassVar[bool] = True
 
@@ -197,7 +211,10 @@ class MatrixFree(Specification):
 
 
 def objective_at(point: AtPoint, trace: Tensor) -> Objective:
-    """The training objective of a run at one of its points; `trace` [leaves] is the GGN's."""
+    """The training objective of a run at one of its points.
+
+    `trace` [leaves] is the GGN's.
+    """
     return Objective(
         point.model,
         point.run.tokens,
@@ -211,7 +228,10 @@ def objective_at(point: AtPoint, trace: Tensor) -> Objective:
 
 @contextmanager
 def _twice_differentiable(model: AdaptedModel) -> Iterator[list[Tensor]]:
-    """LoRA parameters require gradients, nothing else does, attention has a double backward; all restored."""
+    """LoRA parameters require gradients, nothing else does, attention has a double backward.
+
+    All restored.
+    """
     implementation = getattr(model.model.get_base_model().config, "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "eager"):
         raise AdapterError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import is_dataclass, replace
 from typing import Any, cast
 
+from influence.at_point import AtPoint
 from influence.curvature.base import Damped
 from influence.errors import InputError
-from influence.run import AtPoint, Run
+from influence.run import Run
 from influence.solvers import ASTRA, CG, SGD, DataInf, Direct, LiSSA, Solver
 
 SOLVERS = ("direct", "cg", "pcg", "lissa", "astra", "sgd", "datainf")
@@ -19,7 +20,10 @@ COPIES = {"direct": 4, "cg": 8, "pcg": 8, "datainf": 10, "lissa": 12, "sgd": 12,
 
 
 def make_solver(point: AtPoint | Run, solver: str | Solver, operator: Damped) -> Solver:
-    """A solver by name, with the preconditioner or the gradients it needs; a solver object as it is."""
+    """A solver by name, with the preconditioner or the gradients it needs.
+
+    A solver object as it is.
+    """
     if not isinstance(solver, str):
         return solver
     point = point.points[-1] if isinstance(point, Run) else point

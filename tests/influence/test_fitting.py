@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import influence
-import influence.fitting as fitting
-import influence.run as run_module
+import influence.at_point as at_point_module
+import influence.fitted_point as fitting
 from influence import KFAC, Run
 from influence.errors import InputError, MismatchError, StoreError
 from influence.scorefile import Scores
@@ -61,7 +61,7 @@ def test_a_finished_fit_computes_nothing_again(model, run, tmp_path, monkeypatch
     """Not the scales of its points, nor its calibration, though nothing is stored."""
     options = {"path": PATH, "directory": tmp_path / "run", "store": "never"}
     expected = influence.fit(model, run.train, **options).manifest
-    monkeypatch.setattr("influence.run.stream_gradients", None)
+    monkeypatch.setattr("influence.at_point.stream_gradients", None)
     assert influence.fit(model, run.train, **options).manifest == expected
 
 
@@ -91,8 +91,8 @@ def test_a_fit_interrupted_between_batches_and_resumed_equals_an_uninterrupted_o
         works = kind != "identity" or KINDS[kind][1] == "always"
         assert interruptions >= (2 if works else 0)
         same_files(tmp_path / "whole", directory, "factors.h5", "gradients.h5", "rows.h5")
-        found = run.score(queries, solver=solver_of(kind)).values
-        assert np.array_equal(found, expected)
+        scores = run.score(queries, solver=solver_of(kind)).values
+        assert np.array_equal(scores, expected)
         assert sorted(contents(directory)) == sorted(
             contents(tmp_path / "whole")
         )  # nothing is left behind
@@ -105,8 +105,8 @@ def test_another_batch_plan_does_not_continue_a_checkpoint_but_gives_the_same_sc
     monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0)
     interrupted_fit(monkeypatch, tmp_path / "run", 4)
     run = fit(tmp_path / "run", token_budget=100)
-    found = run.score(examples(3, seed=9)).values
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    scores = run.score(examples(3, seed=9)).values
+    assert np.abs(scores - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def in_child(work, kill_after: float | None) -> bool:
@@ -137,15 +137,16 @@ def in_child(work, kill_after: float | None) -> bool:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored", "ekfac, two points"])
 def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path, monkeypatch, kind):
-    train, queries = examples(150), examples(20, seed=9)
+    train, queries = examples(50), examples(6, seed=9)
     monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.02)
-    monkeypatch.setattr(run_module, "BLOCK_BYTES", 10 * small_model().space.size * 4)
+    monkeypatch.setattr(at_point_module, "BLOCK_BYTES", 10 * small_model().space.size * 4)
 
     def work(directory: Path) -> None:
         fit(directory, kind, train=train, token_budget=BUDGET).score(
             queries, out=directory / "scores.h5"
         )
 
+    work(tmp_path / "warm")  # what is imported here is not in the children: kills fall on the work
     start = time.monotonic()
     assert in_child(lambda: work(tmp_path / "whole"), None)
     whole = time.monotonic() - start
@@ -153,10 +154,8 @@ def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path, monkeypatch, ki
     kills, directory, copies = 0, tmp_path / "run", 0
     while kills < 10 and copies < 30:
         if in_child(lambda path=directory: work(path), generator.uniform(0, 0.7 * whole)):
-            directory, copies = (
-                tmp_path / f"run {copies}",
-                copies + 1,
-            )  # it came to its end: start over
+            # it came to its end: start over
+            directory, copies = tmp_path / f"run {copies}", copies + 1
         else:
             kills += 1
     assert kills == 10
@@ -191,7 +190,10 @@ def test_commands_killed_at_ten_random_moments_change_nothing(tmp_path):
             "40",
         ]
         score = ["score", "--run", run, "--queries", tmp_path / "queries.jsonl"]
-        start = "import influence.fitting as r; r.CHECKPOINT_SECONDS = 0.05; from influence.cli import main; main()"
+        start = (
+            "import influence.fitted_point as r; r.CHECKPOINT_SECONDS = 0.05; from influence.cli "
+            "import main; main()"
+        )
         return [[sys.executable, "-c", start, *map(str, c)] for c in ([*fit, "--run", run], score)]
 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -229,10 +231,10 @@ def test_a_finished_identical_fit_returns_at_once_and_touches_nothing(tmp_path, 
     monkeypatch.setattr(fitting, "collate", None)  # any pass over rows would fail
     run = fit(tmp_path)
     assert run.gradients_stored
-    found = run.score(
+    scores = run.score(
         examples(2, seed=9), out=tmp_path / "scores.h5"
     )  # the very same scores are returned, too
-    assert np.array_equal(found.values, expected)
+    assert np.array_equal(scores.values, expected)
     assert (contents(tmp_path), times(tmp_path)) == before
 
 
@@ -263,7 +265,10 @@ def test_a_fit_into_another_run_names_the_difference_and_overwrites_nothing(
     tmp_path, named, options
 ):
     fit(tmp_path).score(examples(2, seed=9), out=tmp_path / "scores.h5")
-    message = f"holds a run made from something else: {named}.*Give another --run directory, or --overwrite"
+    message = (
+        f"holds a run made from something else: {named}.*Give another --run directory, or "
+        "--overwrite"
+    )
     with untouched(tmp_path), pytest.raises(MismatchError, match=message):
         fit(tmp_path, **options)
 
@@ -315,15 +320,17 @@ def test_wrong_arguments_leave_no_directory(tmp_path):
 
 @pytest.mark.parametrize("lost", ["rows.h5", "gradients.h5"])
 def test_a_resume_that_must_store_other_rows_starts_again(tmp_path, monkeypatch, lost):
-    """A checkpoint says which row files it goes with: a larger disk budget, or a lost file, voids it."""
+    """A checkpoint says which row files it goes with: a larger disk budget, or a lost file, voids
+    it.
+    """
     monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", -1)  # after every batch
     expected = fit(tmp_path / "whole", store="auto").score(examples(2, seed=9)).values
     row = small_model().space.size * 8 * N_ROWS
     interrupted_fit(
         monkeypatch, tmp_path / "budget", 4, store="auto", disk_budget=row
     )  # gradients, no rows
-    found = fit(tmp_path / "budget", store="auto").score(examples(2, seed=9)).values
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    scores = fit(tmp_path / "budget", store="auto").score(examples(2, seed=9)).values
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
     interrupted_fit(monkeypatch, tmp_path / "lost", 4, store="auto")
     (tmp_path / "lost" / lost).unlink()
     assert np.array_equal(
@@ -362,7 +369,10 @@ def test_a_disk_that_is_too_small_is_told_before_the_pass(tmp_path, monkeypatch)
     run = fit(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 100, 100))
-        message = r"gradients of all points need \d+\.\d+ GB and 0.00 GB are free on the disk of .*free some space, .*--store never"
+        message = (
+            r"gradients of all points need \d+\.\d+ GB and 0.00 GB are free on the disk of "
+            r".*free some space, .*--store never"
+        )
         with pytest.raises(StoreError, match=message):
             fit(tmp_path / "full")
         assert not (tmp_path / "full" / "gradients.h5").exists()

@@ -162,9 +162,9 @@ def test_factors_multiply_to_the_features(kind):
     with tape(model) as recorder:
         part = recorder.forward(collate(tokens, np.arange(4), pad_id=model.pad_id))
         recorder.backward(part.logits, output_gradient(part, None)[1], sink)
-    found = model.space.flatten([parts[i] for i in range(len(model.space.leaves))])
+    product = model.space.flatten([parts[i] for i in range(len(model.space.leaves))])
     expected = geometry.features(gradients(model, tokens))
-    assert (found - expected).norm() / expected.norm() < 1e-12
+    assert (product - expected).norm() / expected.norm() < 1e-12
     assert geometry.shares_inputs == all(
         kept[i] for i, leaf in enumerate(model.space.leaves) if leaf.is_A
     )
@@ -200,14 +200,14 @@ def test_function_features_are_the_dense_gradient_in_canonical_coordinates():
         # are compared
         u, _, w = torch.linalg.svd(site.B.weight.detach() @ site.A.weight.detach())
         U, V = u[:, :3], w[:3].T
-        for found, expected in [
+        for part, expected in [
             (features[2 * number], U.T @ G),
             (features[2 * number + 1], G @ V - U @ (U.T @ G @ V)),
         ]:
             # row by row of the narrow side, up to its sign
-            narrow = 1 if found.shape[1] == 3 else 2
+            narrow = 1 if part.shape[1] == 3 else 2
             for k in range(3):
-                a, b = found.select(narrow, k).flatten(), expected.select(narrow, k).flatten()
+                a, b = part.select(narrow, k).flatten(), expected.select(narrow, k).flatten()
                 assert min((a - b).norm(), (a + b).norm()) / b.norm() < 1e-10
 
 
@@ -234,9 +234,9 @@ def test_features_have_the_length_of_the_projection_on_the_tangent_space(case):
     tokens = tokens_of(model, examples(5))
     features = geometry.features(gradients(model, tokens))
     assert bool(torch.isfinite(features).all())
-    own = features[:, slice(model.space.leaves[2].start, model.space.leaves[3].stop)]
+    site_features = features[:, slice(model.space.leaves[2].start, model.space.leaves[3].stop)]
     projected = projection(site, dense_gradients(model, tokens)[1]).flatten(1)
-    gram, expected = own @ own.T, projected @ projected.T
+    gram, expected = site_features @ site_features.T, projected @ projected.T
     if case == "scaling 0":
         assert gram.abs().max() == 0
     else:
@@ -333,8 +333,8 @@ def test_second_moments_from_gradients():
     v = torch.zeros(space.size, dtype=F64)
     for i in range(5):
         v += (5 * w[i] * g[i]) ** 2 / 5
-    found = Adam.from_rms(space, iter([g[:2], g[2:]]), w)
-    torch.testing.assert_close(found.scale, Adam.of(space, v).scale, rtol=1e-12, atol=0)
+    adam = Adam.from_rms(space, iter([g[:2], g[2:]]), w)
+    torch.testing.assert_close(adam.scale, Adam.of(space, v).scale, rtol=1e-12, atol=0)
     for rows in ([g[:4]], [g, g[:1]], []):
         with pytest.raises(InputError, match="expected one weight for each row"):
             Adam.from_rms(space, rows, w)
@@ -345,11 +345,11 @@ def test_it_all_goes_together(tmp_path):
     model = build_model("llama", **FEW)
     optimizer = torch.optim.AdamW(trainer_groups(model), lr=1e-3)
     train(model, optimizer)
-    found = second_moments(write(tmp_path / "c", model, optimizer), model)
+    state = second_moments(write(tmp_path / "c", model, optimizer), model)
     g = torch.randn(2, model.space.size, dtype=F64)
-    f = Adam.of(model.space, found.v).features(g)
+    f = Adam.of(model.space, state.v).features(g)
     assert float(f[0] @ f[1]) == pytest.approx(
-        float((g[0] * g[1] / (found.v.sqrt() + 1e-8)).sum()), rel=1e-2
+        float((g[0] * g[1] / (state.v.sqrt() + 1e-8)).sum()), rel=1e-2
     )
 
 
@@ -446,7 +446,7 @@ def test_ekfac_of_function_space_is_the_formula(model, tmp_path, double):
         return [(x, d @ U), (x @ V, d @ off)]
 
     def at_data_labels(rows_, measure):
-        found = []
+        gradients = []
         with differentiable(model):
             for item in tokens_of(model, rows_):
                 seen = []
@@ -455,8 +455,8 @@ def test_ekfac_of_function_space_is_the_formula(model, tmp_path, double):
                 value = measure(*plain_log_probs(model, item))
                 handle.remove()
                 d = torch.autograd.grad(value, seen[0][1])[0][0]
-                found.append([g.T @ x for x, g in leaves(seen[0][0], d)])
-        return found
+                gradients.append([g.T @ x for x, g in leaves(seen[0][0], d)])
+        return gradients
 
     collected: list = []
     sampled_gradients(model, data, collected)
@@ -512,7 +512,7 @@ def test_function_space_does_not_see_how_the_adapter_is_factored(tmp_path, doubl
         ("fisher", Fisher(), (1.0,), [{}]),
     ]
     for geometry in ("function", "raw"):
-        for name, curvature, path, asked in fitted:
+        for name, curvature, path, all_requests in fitted:
             options = {"path": path, "geometry": geometry, "curvature": curvature}
             with warnings.catch_warnings():
                 if geometry == "raw":  # damping relative to blocks a million times apart
@@ -521,7 +521,9 @@ def test_function_space_does_not_see_how_the_adapter_is_factored(tmp_path, doubl
                     influence.fit(m, data, directory=tmp_path / f"{geometry}-{name}-{k}", **options)
                     for k, m in enumerate((plain, other))
                 )
-                for number, request in enumerate(asked if geometry == "function" else asked[:2]):
+                for number, request in enumerate(
+                    all_requests if geometry == "function" else all_requests[:2]
+                ):
                     first, second = (
                         one.score(queries, **request).values,
                         two.score(queries, **request).values,

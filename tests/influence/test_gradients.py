@@ -34,7 +34,9 @@ def head_targets(kind: str) -> list[str]:
 
 
 def oracle(model, tokens) -> torch.Tensor:
-    """Each example alone through the whole PEFT model in plain autograd; the loss written out token by token."""
+    """Each example alone through the whole PEFT model in plain autograd; the loss written out token
+    by token.
+    """
     out = []
     for item in tokens:
         ids = torch.from_numpy(item.input_ids)[None]
@@ -82,8 +84,8 @@ def test_streamed_gradients_equal_the_one_example_loop(kind, option):
     assert expected.norm(dim=1).min() > 1e-3
     for budget in (1, 30, 1000):
         for padding in ("right", "left"):
-            found = streamed(model, tokens, token_budget=budget, padding=padding)
-            error = (found - expected).norm() / expected.norm()
+            gradients = streamed(model, tokens, token_budget=budget, padding=padding)
+            error = (gradients - expected).norm() / expected.norm()
             assert error < 1e-10, (budget, padding)
 
 
@@ -150,8 +152,8 @@ def test_order_does_not_matter():
     model = build_model("llama")
     tokens = tokens_of(model, examples(6))
     order = np.array([4, 0, 5, 2, 1, 3])
-    found = streamed(model, tokens, batches=[order[:4], order[4:]])
-    assert (found - streamed(model, tokens)).norm() / found.norm() < 1e-10
+    reordered = streamed(model, tokens, batches=[order[:4], order[4:]])
+    assert (reordered - streamed(model, tokens)).norm() / reordered.norm() < 1e-10
 
 
 def test_float32_and_bfloat16_accumulate_in_float32():
@@ -161,12 +163,12 @@ def test_float32_and_bfloat16_accumulate_in_float32():
         model = influence.from_peft(add_lora(base), build_tokenizer())
         model.restore(model64.snapshot())
         tokens = tokens_of(model, examples(6))
-        found = streamed(model, tokens)
-        assert found.dtype == torch.float32
-        assert (found - exact).norm() / exact.norm() < tolerance
-        assert (found - streamed(model, tokens, token_budget=1)).norm() / found.norm() < max(
-            1e-5, tolerance / 2
-        )
+        gradients = streamed(model, tokens)
+        assert gradients.dtype == torch.float32
+        assert (gradients - exact).norm() / exact.norm() < tolerance
+        assert (
+            gradients - streamed(model, tokens, token_budget=1)
+        ).norm() / gradients.norm() < max(1e-5, tolerance / 2)
 
 
 @pytest.mark.parametrize("name", MEASUREMENTS)
@@ -174,7 +176,7 @@ def test_measurement_gradients_equal_finite_differences(name):
     tiny = build_model("gpt2", layers=1)  # no float32 inside, as Llama's RMSNorm has
     tokens = tokens_of(tiny, examples(3))
     measurement = MEASUREMENTS[name]
-    found = streamed(tiny, tokens, measurement=measurement)
+    gradients = streamed(tiny, tokens, measurement=measurement)
     direction = torch.randn(
         tiny.space.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
@@ -189,7 +191,7 @@ def test_measurement_gradients_equal_finite_differences(name):
         return np.array([parts[i] for i in range(3)])
 
     slope = (values(1e-5) - values(-1e-5)) / 2e-5
-    np.testing.assert_allclose((found @ direction).numpy(), slope, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose((gradients @ direction).numpy(), slope, rtol=1e-6, atol=1e-8)
 
 
 def test_public_check_passes_and_can_fail(tiny, monkeypatch):

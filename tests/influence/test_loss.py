@@ -16,12 +16,12 @@ from tests.conftest import build_model, examples, fit_end, rows, tokens_of
 def test_mean_losses_are_the_models_own(tiny):
     data = examples(5)
     tokens = tokens_of(tiny, data)
-    for item, found in zip(tokens, mean_losses(tiny, tokens), strict=True):
+    for item, loss in zip(tokens, mean_losses(tiny, tokens), strict=True):
         ids = torch.from_numpy(item.input_ids)[None]
         logp = tiny.model(input_ids=ids).logits[0].log_softmax(-1)
         supervised = [t for t in range(ids.shape[1]) if item.supervised[t]]
         expected = -sum(logp[t - 1, ids[0, t]].item() for t in supervised) / len(supervised)
-        assert abs(found - expected) < 1e-10
+        assert abs(loss - expected) < 1e-10
 
 
 def test_sampled_labels_follow_the_model_and_the_key_alone():

@@ -83,9 +83,9 @@ def test_values_and_gradients_of_every_measurement(model, run, double, name):
         ):
             close(gradients, expected[torch.from_numpy(indices)], 1e-10)
             np.testing.assert_allclose(values, wanted[indices], rtol=1e-10)
-    asked = measurement_of(name) if name == "custom" else name
+    measurement = measurement_of(name) if name == "custom" else name
     g, counts = plain_gradients(model, run.train), tokens_of(model, run.train).counts
-    scores = run.score(queries, measurement=asked, curvature="identity")
+    scores = run.score(queries, measurement=measurement, curvature="identity")
     close(scores.values, (expected @ g.T).numpy() / (N * counts))
     assert scores.attributes["measurement"] == ("entropy" if name == "custom" else name)
 
@@ -123,8 +123,8 @@ def test_a_contrast_is_the_difference_of_two_log_probabilities(model, run, doubl
     queries, against = examples(Q, seed=1), others()
     g, counts = plain_gradients(model, run.train), tokens_of(model, run.train).counts
     q = plain_gradients(model, queries, plain_loss) - plain_gradients(model, against, plain_loss)
-    found = run.score(queries, measurement=Contrast(against), curvature="identity")
-    close(found.values, (q @ g.T).numpy() / (N * counts))
+    contrast = run.score(queries, measurement=Contrast(against), curvature="identity")
+    close(contrast.values, (q @ g.T).numpy() / (N * counts))
     scores = run.score(queries, measurement=Contrast(against)).values
     operator, epsilon = run.operator(), 1e-6
     C = influence.curvature.dense(operator.curvature) + torch.diag(operator.diagonal(g[0]))

@@ -40,10 +40,10 @@ def test_second_moments_of_adamw(tmp_path):
         "log_history": [{"step": 1, "learning_rate": 0.4}, {"step": 3, "learning_rate": 0.2}],
     }
     log["log_history"].append({"step": 4, "eval_loss": 1.0})
-    found = second_moments(write(tmp_path / "c", model, optimizer, log), model)
-    torch.testing.assert_close(found.v, adam_by_hand(history, 0.9), rtol=1e-12, atol=0)
-    assert found.steps == 3
-    assert found.sum_lr == pytest.approx(0.4 + 0.3 + 0.2 + 0.2)
+    state = second_moments(write(tmp_path / "c", model, optimizer, log), model)
+    torch.testing.assert_close(state.v, adam_by_hand(history, 0.9), rtol=1e-12, atol=0)
+    assert state.steps == 3
+    assert state.sum_lr == pytest.approx(0.4 + 0.3 + 0.2 + 0.2)
     (tmp_path / "c" / "trainer_state.json").unlink()
     assert second_moments(tmp_path / "c", model).sum_lr is None
 
@@ -54,8 +54,8 @@ def test_recorded_names_are_followed(tmp_path):
     optimizer = torch.optim.AdamW(named, lr=1e-3)
     assert "param_names" in optimizer.state_dict()["param_groups"][0]
     history = train(model, optimizer)
-    found = second_moments(write(tmp_path / "c", model, optimizer), model)
-    torch.testing.assert_close(found.v, adam_by_hand(history, 0.999), rtol=1e-12, atol=0)
+    state = second_moments(write(tmp_path / "c", model, optimizer), model)
+    torch.testing.assert_close(state.v, adam_by_hand(history, 0.999), rtol=1e-12, atol=0)
 
 
 def test_a_layer_that_looks_like_a_norm_is_in_the_second_group(tmp_path):
@@ -70,8 +70,8 @@ def test_a_layer_that_looks_like_a_norm_is_in_the_second_group(tmp_path):
     groups = [[p for name, p in named if ("bias" in name) == flag] for flag in (False, True)]
     optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-3)
     history = train(model, optimizer)
-    found = second_moments(write(tmp_path / "c", model, optimizer), model)
-    torch.testing.assert_close(found.v, adam_by_hand(history, 0.999), rtol=1e-12, atol=0)
+    state = second_moments(write(tmp_path / "c", model, optimizer), model)
+    torch.testing.assert_close(state.v, adam_by_hand(history, 0.999), rtol=1e-12, atol=0)
 
 
 def build_base_with_bias_layer():
@@ -106,9 +106,9 @@ def test_second_moments_in_eight_bits(tmp_path, wrapped):
             n: s.pop("__bnb_optimizer_quant_state__", {}) | s for n, s in content["state"].items()
         }
         torch.save(content, folder / "optimizer.pt")
-    found, expected = second_moments(folder, model).v, adam_by_hand(history, 0.999).float()
-    assert (found - expected).norm() / expected.norm() < 0.05  # 8 bits
-    assert not torch.equal(found, expected)
+    moments, expected = second_moments(folder, model).v, adam_by_hand(history, 0.999).float()
+    assert (moments - expected).norm() / expected.norm() < 0.05  # 8 bits
+    assert not torch.equal(moments, expected)
     for state in content["state"].values():
         state.get("__bnb_optimizer_quant_state__", state).pop("absmax2")
     torch.save(content, folder / "optimizer.pt")
@@ -187,10 +187,10 @@ def test_a_real_trainer_writes_what_is_read(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         Recording(model=model.model, args=options, train_dataset=data).train()
-    found = second_moments(tmp_path / "checkpoint-3", model)
-    torch.testing.assert_close(found.v, adam_by_hand(history, 0.95).float(), rtol=1e-5, atol=1e-12)
-    assert found.steps == 3
-    assert found.sum_lr == pytest.approx(
+    state = second_moments(tmp_path / "checkpoint-3", model)
+    torch.testing.assert_close(state.v, adam_by_hand(history, 0.95).float(), rtol=1e-5, atol=1e-12)
+    assert state.steps == 3
+    assert state.sum_lr == pytest.approx(
         0.01 + 0.01 * 2 / 3 + 0.01 / 3
     )  # linear decay from 0.01 to 0 in 3 steps
 

@@ -93,12 +93,12 @@ def weights_of(model, folder: Path):
 
 
 def at_checkpoints(model, data, queries, folder, folders):
-    found = []
+    pairs = []
     for number, place in enumerate(folders):
         with weights_of(model, place):
             one = fit_end(model, data, directory=folder / f"at-{number}")
-            found.append((one.score(queries).values, one.self_influence().values))
-    return found
+            pairs.append((one.score(queries).values, one.self_influence().values))
+    return pairs
 
 
 def test_checkpoints_count_by_their_learning_rate(model, tmp_path, double, capfd):
@@ -115,11 +115,11 @@ def test_checkpoints_count_by_their_learning_rate(model, tmp_path, double, capfd
         in capfd.readouterr().err
     )
     assert [point.label for point in fitted.manifest.points] == ["a", "b"]
-    found = at_checkpoints(model, data, queries, tmp_path, folders[:2])
-    scores, own = averaged(found, [0.75, 0.25])
+    pairs = at_checkpoints(model, data, queries, tmp_path, folders[:2])
+    scores, self_influence = averaged(pairs, [0.75, 0.25])
     close(fitted.score(queries).values, kappa(fitted) * scores)
-    close(fitted.self_influence().values, kappa(fitted) * own)
-    close(fitted.score(queries, at="b").values, found[1][0])
+    close(fitted.self_influence().values, kappa(fitted) * self_influence)
+    close(fitted.score(queries, at="b").values, pairs[1][0])
     with pytest.raises(InputError, match="at every given checkpoint is 0"):
         influence.fit(model, data, checkpoints=folders[2:], directory=tmp_path / "zero")
     assert not (tmp_path / "zero").exists()
@@ -153,14 +153,14 @@ def test_checkpoints_and_scales_share(model, tmp_path, double):
         model, data, checkpoints=folders, path=(0.8,), directory=tmp_path / "run"
     )
     assert [point.share for point in fitted.manifest.points] == pytest.approx([1 / 2, 1 / 6, 1 / 3])
-    found = at_checkpoints(model, data, queries, tmp_path / "x", folders)
-    found += singles(model, data, queries, tmp_path / "y", (0.8,))
-    scores, own = averaged(found, [1 / 2, 1 / 6, 1 / 3])
+    pairs = at_checkpoints(model, data, queries, tmp_path / "x", folders)
+    pairs += singles(model, data, queries, tmp_path / "y", (0.8,))
+    scores, self_influence = averaged(pairs, [1 / 2, 1 / 6, 1 / 3])
     for folder in folders:
         shutil.rmtree(folder)
     for opened in (fitted, Run.open(tmp_path / "run", model=model, train=data)):
         close(opened.score(queries).values, kappa(fitted) * scores)
-        close(opened.self_influence().values, kappa(fitted) * own)
+        close(opened.self_influence().values, kappa(fitted) * self_influence)
 
 
 def test_a_checkpoint_that_is_left_out_takes_no_share(model, tmp_path):
@@ -290,7 +290,7 @@ def test_the_command_takes_checkpoints_in_both_ways(command, tmp_path):
         "two": ["--checkpoints", A, *shared, "--checkpoints", B, "--run", tmp_path / "two"],
         "three": ["--run", tmp_path / "three", *shared, "--checkpoints", A, B],
     }
-    found = {}
+    values = {}
     for name, arguments in ways.items():
         made = command("fit", *arguments, "--json")
         assert made.status == 0, made.err
@@ -301,9 +301,9 @@ def test_the_command_takes_checkpoints_in_both_ways(command, tmp_path):
             ).status
             == 0
         )
-        found[name] = Scores.load(tmp_path / name / "scores.h5").values
-    assert np.array_equal(found["one"], found["two"])
-    assert np.array_equal(found["one"], found["three"])
+        values[name] = Scores.load(tmp_path / name / "scores.h5").values
+    assert np.array_equal(values["one"], values["two"])
+    assert np.array_equal(values["one"], values["three"])
     both = command(
         "fit", *shared, "--path", "0.8,1", "--checkpoints", A, "--run", tmp_path / "both", "--json"
     )

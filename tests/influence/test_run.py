@@ -40,10 +40,10 @@ def run(model, tmp_path_factory):
 
 def test_order_store_batches_and_reopening_change_nothing(model, run, tmp_path, double):
     queries = examples(4, seed=1)
-    expected, own = run.score(queries).values, run.self_influence().values
+    expected, self_influence = run.score(queries).values, run.self_influence().values
     opened = Run.open(run.directory, model=model, train=run.train)
     assert np.array_equal(opened.score(queries).values, expected)
-    assert np.array_equal(opened.self_influence().values, own)
+    assert np.array_equal(opened.self_influence().values, self_influence)
     for number, options in enumerate(
         ({"path": PATH[::-1]}, {"store": "never"}, {"store": "always"}, {"token_budget": 20})
     ):
@@ -52,13 +52,13 @@ def test_order_store_batches_and_reopening_change_nothing(model, run, tmp_path, 
         )
         assert other.gradients_stored == (options.get("store") != "never")
         close(other.score(queries).values, expected, 1e-8)
-        close(other.self_influence().values, own, 1e-8)
+        close(other.self_influence().values, self_influence, 1e-8)
 
 
 @pytest.mark.parametrize("geometry", ["function", "adam"])
 def test_geometries_do_not_depend_on_the_store_or_the_order(model, tmp_path, double, geometry):
     data, queries = examples(6), examples(3, seed=1)
-    found = []
+    results = []
     for number, (path, store) in enumerate(
         ((PATH, "always"), (PATH, "never"), (PATH[::-1], "never"))
     ):
@@ -72,10 +72,10 @@ def test_geometries_do_not_depend_on_the_store_or_the_order(model, tmp_path, dou
             token_budget=20,
             directory=tmp_path / str(number),
         )
-        found.append((fitted.score(queries).values, fitted.self_influence().values))
-    for scores, own in found[1:]:
-        close(scores, found[0][0], 1e-8)
-        close(own, found[0][1], 1e-8)
+        results.append((fitted.score(queries).values, fitted.self_influence().values))
+    for scores, self_influence in results[1:]:
+        close(scores, results[0][0], 1e-8)
+        close(self_influence, results[0][1], 1e-8)
 
 
 @pytest.mark.parametrize("geometry", ["function", "adam"])
@@ -89,8 +89,8 @@ def test_the_geometry_of_the_end_is_that_of_the_end(model, tmp_path, double, geo
         fitted = influence.fit(
             model, data, path=path, geometry=geometry, directory=tmp_path / str(number)
         )
-        found = fitted.score(queries, curvature="identity").values
-        close(found, expected.score(queries, curvature="identity").values, 1e-8)
+        scores = fitted.score(queries, curvature="identity").values
+        close(scores, expected.score(queries, curvature="identity").values, 1e-8)
 
 
 def test_the_model_is_untouched(model, run):

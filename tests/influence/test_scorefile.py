@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import influence
-import influence.run as run_module
+import influence.at_point as at_point_module
 from influence import scorefile
+from influence.at_point import AtPoint
 from influence.errors import MismatchError, StoreError
 from influence.manifest import CalibrationRecord
-from influence.run import AtPoint
 from influence.scorefile import Scores
 from influence.scores import CONVENTION, SELF_CONVENTION
 from influence.setting import Setting
@@ -45,8 +45,8 @@ def test_a_calibrated_score_of_one_point_is_calibrated_once(model, tmp_path, mon
     multiplied again.
     """
     fitted = fit_end(model, examples(5), directory=tmp_path / "run")
-    known = {Setting.of(fitted).name: CalibrationRecord(3.0, "by hand")}
-    fitted.manifest = replace(fitted.manifest, calibration=known)
+    calibration = {Setting.of(fitted).name: CalibrationRecord(3.0, "by hand")}
+    fitted.manifest = replace(fitted.manifest, calibration=calibration)
     queries = examples(2, seed=1)
     expected = fitted.score(queries).values
 
@@ -88,9 +88,9 @@ def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupte
     run = fit(tmp_path / "run", kind)
     queries = examples(5, seed=9)
     monkeypatch.setattr(
-        run_module, "BLOCK_BYTES", 5 * run.model.space.size * 4
+        at_point_module, "BLOCK_BYTES", 5 * run.model.space.size * 4
     )  # five rows at a time
-    monkeypatch.setattr(run_module, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(at_point_module, "BLOCK_ROWS", 1)
     monkeypatch.setattr("influence.scores.queries_at_once", lambda *_: 2)
     expected = run.score(queries, out=tmp_path / "whole.h5", per_module=True)
     expected, by_module = expected.values, expected.modules
@@ -115,11 +115,11 @@ def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupte
                 interruptions += 1
                 assert not out.exists()
     capfd.readouterr()
-    found = run.score(queries, out=out, per_module=True)
+    scores = run.score(queries, out=out, per_module=True)
     assert interruptions == 6
     assert "resuming" in capfd.readouterr().err
-    assert np.array_equal(found.values, expected)
-    assert np.array_equal(found.modules, by_module)
+    assert np.array_equal(scores.values, expected)
+    assert np.array_equal(scores.modules, by_module)
     assert np.array_equal(Scores.load(out).values, expected)
     assert not list(tmp_path.glob("*.part*"))
 
@@ -309,11 +309,11 @@ def test_plain_h5py_reads_the_scores(tmp_path):
 def test_self_influence_and_scores_share_a_file_without_harm(tmp_path):
     run, queries, out = fit(tmp_path / "run"), examples(2, seed=9), tmp_path / "both.h5"
     scores = run.score(queries, out=out)
-    own = run.self_influence(out=out)
+    self_influence = run.self_influence(out=out)
     for _ in range(2):
         with h5py.File(out) as file:
             assert np.array_equal(file["scores"], scores.values)
-            assert np.array_equal(file["self_influence"], own.values)
+            assert np.array_equal(file["self_influence"], self_influence.values)
             assert file["self_influence"].shape == (N_ROWS,)
             assert file["self_influence"].dtype == np.float32
             assert file["self_influence"].attrs["convention"] == SELF_CONVENTION
@@ -324,10 +324,10 @@ def test_self_influence_and_scores_share_a_file_without_harm(tmp_path):
 
 def test_self_influence_first_and_scores_after(tmp_path):
     run, out = fit(tmp_path / "run"), tmp_path / "both.h5"
-    own = run.self_influence(out=out)
+    self_influence = run.self_influence(out=out)
     with pytest.raises(StoreError, match="is no score file: it lacks scores, query_ids"):
         Scores.load(out)
     run.score(examples(2, seed=9), out=out)
     with h5py.File(out) as file:
-        assert np.array_equal(file["self_influence"], own.values)
+        assert np.array_equal(file["self_influence"], self_influence.values)
         assert file["scores"].shape == (2, N_ROWS)

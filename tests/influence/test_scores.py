@@ -55,10 +55,10 @@ def test_scores_are_the_formula_of_the_convention(model, tmp_path, curvature, re
     )
     if curvature == "ggn":
         return  # its self-influence is the same solver on other right-hand sides
-    own = fitted.self_influence(curvature=curvature).values
+    self_influence = fitted.self_influence(curvature=curvature).values
     expected = np.einsum("ip,pi->i", g.numpy(), torch.linalg.solve(C, g.T).numpy()) * w / T
-    np.testing.assert_allclose(own, expected, rtol=2e-5)
-    assert (own > 0).all()
+    np.testing.assert_allclose(self_influence, expected, rtol=2e-5)
+    assert (self_influence > 0).all()
 
 
 def test_a_step_along_the_edit_moves_the_query_as_predicted(run, model):
@@ -91,13 +91,14 @@ def test_a_training_duplicate_of_the_query_is_a_proponent(model, tmp_path, curva
     data = examples(15)
     fitted = fit_end(model, data, curvature=spec, directory=tmp_path / "run")
     scores = fitted.score(data)
-    own = fitted.self_influence()
+    self_influence = fitted.self_influence()
     assert (np.diag(scores.values) > 0).all()
-    np.testing.assert_allclose(np.diag(scores.values), own.values, rtol=1e-4)
+    np.testing.assert_allclose(np.diag(scores.values), self_influence.values, rtol=1e-4)
     # normalised by the length of the training gradient in the curvature's inner product
     # (Cauchy-Schwarz)
     normalised = (
-        scores.values / np.sqrt(own.values * fitted.tokens.counts / fitted.weights)[None, :]
+        scores.values
+        / np.sqrt(self_influence.values * fitted.tokens.counts / fitted.weights)[None, :]
     )
     assert (normalised.argmax(1) == np.arange(15)).all()
 

@@ -47,14 +47,14 @@ def test_scores_of_several_points_are_the_documented_average(
     options = {"curvature": spec.get(curvature, influence.Identity)(), "reduction": reduction}
     data, queries = examples(N), examples(4, seed=1)
     fitted = influence.fit(model, data, path=PATH, directory=tmp_path / "run", **options)
-    found = singles(model, data, queries, tmp_path, PATH, **options)
-    scores, own = averaged(found, [0.5, 0.5])
+    pairs = singles(model, data, queries, tmp_path, PATH, **options)
+    scores, self_influence = averaged(pairs, [0.5, 0.5])
     at = {"at": "all"}
     factor = kappa(fitted)
-    assert abs(found[0][1].mean() / found[1][1].mean() - 1) > 0.01  # the weights are not equal
+    assert abs(pairs[0][1].mean() / pairs[1][1].mean() - 1) > 0.01  # the weights are not equal
     close(fitted.score(queries, **at).values, factor * scores)
-    close(fitted.self_influence(**at).values, factor * own)
-    for label, (score, self_) in zip(("0.4", "0.8"), found, strict=True):
+    close(fitted.self_influence(**at).values, factor * self_influence)
+    for label, (score, self_) in zip(("0.4", "0.8"), pairs, strict=True):
         close(fitted.score(queries, at=label).values, score)
         close(fitted.self_influence(at=label).values, self_)
 
@@ -64,12 +64,12 @@ def test_another_damping_and_another_curvature_of_several_points(model, run, tmp
     for number, of in enumerate(
         ({"damping": "mean:0.5"}, {"curvature": "kfac"}, {"damping": "top:0.3"})
     ):
-        found = singles(model, run.train, queries, tmp_path / str(number), PATH, of=of)
-        scores, own = averaged(found, [0.5, 0.5])
+        pairs = singles(model, run.train, queries, tmp_path / str(number), PATH, of=of)
+        scores, self_influence = averaged(pairs, [0.5, 0.5])
         close(
             run.score(queries, **of).values, scores
         )  # the calibration is of the default setting only
-        close(run.self_influence(**of).values, own)
+        close(run.self_influence(**of).values, self_influence)
 
 
 def test_identity_looks_at_the_end_unless_told_otherwise(model, run, double):
@@ -83,13 +83,13 @@ def test_identity_looks_at_the_end_unless_told_otherwise(model, run, double):
         w = 1 / counts.sum()
         return (w * q @ g.T).numpy(), (w * (g * g).sum(1)).numpy() / counts
 
-    scores, own = products(1.0)
+    scores, self_influence = products(1.0)
     for at in (None, "end"):
         close(run.score(queries, curvature="identity", at=at).values, scores)
-        close(run.self_influence(curvature="identity", at=at).values, own)
-    scores, own = averaged([products(c) for c in PATH], [0.5, 0.5])
+        close(run.self_influence(curvature="identity", at=at).values, self_influence)
+    scores, self_influence = averaged([products(c) for c in PATH], [0.5, 0.5])
     close(run.score(queries, curvature="identity", at="all").values, scores)
-    close(run.self_influence(curvature="identity", at="all").values, own)
+    close(run.self_influence(curvature="identity", at="all").values, self_influence)
 
 
 def test_a_run_fitted_with_identity_also_looks_at_the_end(model, run, tmp_path, double):
@@ -135,10 +135,10 @@ def test_other_queries_of_a_request_change_no_score(run, monkeypatch):
 def test_the_scale_is_of_some_training_rows(run, monkeypatch, double, model, tmp_path):
     """Of at most SCALE_ROWS rows, evenly spaced: here 3 of 9."""
     queries = examples(3, seed=1)
-    found = singles(model, run.train, queries, tmp_path, PATH)
-    Z = [own[[0, 4, 8]].mean() for _, own in found]
-    expected = sum(0.5 * np.mean(Z) / z * score for z, (score, _) in zip(Z, found, strict=True))
-    monkeypatch.setattr("influence.run.SCALE_ROWS", 3)
+    pairs = singles(model, run.train, queries, tmp_path, PATH)
+    Z = [self_influence[[0, 4, 8]].mean() for _, self_influence in pairs]
+    expected = sum(0.5 * np.mean(Z) / z * score for z, (score, _) in zip(Z, pairs, strict=True))
+    monkeypatch.setattr("influence.at_point.SCALE_ROWS", 3)
     opened = Run.open(run.directory, model=model, train=run.train)
     close(opened.score(queries).values, kappa(run) * expected)
 

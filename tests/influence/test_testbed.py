@@ -59,8 +59,8 @@ def test_commands_write_scores_of_every_query_and_row(testbed, fitted):
     model = influence.load(testbed / "base", testbed / "adapter")
     train = influence.read_examples(testbed / "train.jsonl")
     run = influence.Run.open(fitted, model=model, train=train)
-    found = run.score(influence.read_examples(testbed / "query.jsonl")).values
-    np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-6 * np.abs(values).max())
+    scores = run.score(influence.read_examples(testbed / "query.jsonl")).values
+    np.testing.assert_allclose(scores, values, rtol=1e-4, atol=1e-6 * np.abs(values).max())
 
 
 @pytest.mark.slow
@@ -133,10 +133,10 @@ def test_stored_and_streamed_gradients_give_the_same_scores(testbed, fitted, tmp
         model, train, directory=tmp_path / "run", store="never", token_budget=3000
     )
     expected = influence.Run.open(fitted, model=model, train=train).score(queries).values
-    found = streamed.score(queries).values
+    scores = streamed.score(queries).values
     # float32 and other batches: a sampled label may fall on the other side of its boundary once in
     # a while
-    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9999
+    assert np.corrcoef(scores.ravel(), expected.ravel())[0, 1] > 0.9999
 
 
 def test_gradients_agree_with_the_plain_loop(testbed):
@@ -178,7 +178,7 @@ def without_author(testbed, fitted, tmp_path_factory):
 
     The 64 rows that are measured say +16 % for the latter, all 180 +14 %.
     """
-    found, place = {}, tmp_path_factory.mktemp("edits")
+    edits, place = {}, tmp_path_factory.mktemp("edits")
     ids = ",".join(f"train-{i:03d}" for i in range(20))
     for name, options in {"default": [], "alone": ["--rest", 0, "--max-damage", 0.2]}.items():
         out = place / name
@@ -197,8 +197,8 @@ def without_author(testbed, fitted, tmp_path_factory):
         )
         edited = influence.load(testbed / "base", out)
         tokens = tokenize(influence.read_examples(testbed / "train.jsonl"), edited.tokenizer)
-        found[name] = said, mean_losses(edited, tokens), out
-    return fitted, found
+        edits[name] = said, mean_losses(edited, tokens), out
+    return fitted, edits
 
 
 @pytest.mark.slow
@@ -206,13 +206,13 @@ def test_an_author_is_forgotten_and_the_others_are_not(without_author):
     """Retraining without rows 0-19 gives 4.71 on them and 0.898 on the others (seeds 1, 2: 4.81,
     4.94), for 2,700 row-gradients.
     """
-    _, found = without_author
-    said, losses, _ = found["default"]
+    _, edits = without_author
+    said, losses, _ = edits["default"]
     assert abs(losses[:20].mean() / 4.71 - 1) < 0.10
     assert losses[20:].mean() <= 0.90
     assert said["cost"]["total"] <= 0.65 * 2700
     assert said["reached"]
-    said, losses, _ = found["alone"]
+    said, losses, _ = edits["alone"]
     assert abs(losses[:20].mean() / 4.71 - 1) < 0.10
     assert losses[20:].mean() <= 1.00
     assert said["cost"]["total"] <= 0.65 * 2700
@@ -220,13 +220,13 @@ def test_an_author_is_forgotten_and_the_others_are_not(without_author):
 
 @pytest.mark.slow
 def test_edited_adapters_verify_and_merge(testbed, without_author):
-    run, found = without_author
+    run, edits = without_author
     assert run_command("unlearn", "verify", "--run", run, "--apply")["passed"]
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(testbed / "base")
-    model = PeftModel.from_pretrained(base, str(found["default"][2])).eval()
+    model = PeftModel.from_pretrained(base, str(edits["default"][2])).eval()
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits

@@ -8,9 +8,9 @@ import torch
 
 import influence
 from influence import Contrast
+from influence.at_point import AtPoint
 from influence.curvature import dense
 from influence.errors import InputError, MismatchError
-from influence.run import AtPoint
 from influence.scorefile import Scores, ScoresInTheMaking
 from influence.tokenwise import Tokenwise
 from tests.conftest import build_model, examples, fit_end, rows, tokens_of
@@ -67,26 +67,26 @@ def position_products(model, item, X) -> np.ndarray:
         outer = torch.autograd.grad(loss, [out for _, out in seen])
     for handle in handles:
         handle.remove()
-    found = np.zeros((len(X), len(item.input_ids)))
+    products = np.zeros((len(X), len(item.input_ids)))
     for leaf, (x, _), g in zip(model.space.leaves, seen, outer, strict=True):
-        own = X[:, leaf.slice].reshape(len(X), *leaf.shape)
+        directions = X[:, leaf.slice].reshape(len(X), *leaf.shape)
         for t in range(x.shape[1]):
             gradient = torch.outer(g[0, t], x[0, t].detach())
-            found[:, t] += (own * gradient).sum((1, 2)).numpy()
-    return found
+            products[:, t] += (directions * gradient).sum((1, 2)).numpy()
+    return products
 
 
 def by_hand(run, queries, factors, measure=plain_mean) -> list[np.ndarray]:
     """Scores `[Q, T]` of every training row by position."""
-    found = [np.zeros((len(queries), int(length))) for length in run.tokens.lengths]
+    scores = [np.zeros((len(queries), int(length))) for length in run.tokens.lengths]
     for point, factor in zip(run.points, np.atleast_1d(factors), strict=True):
         with run.model.at(point.place.theta):
             X = preconditioned(
                 point, point.operator(), plain_gradients(run.model, queries, measure)
             )
             for row, item in enumerate(run.tokens):
-                found[row] += factor * run.weights[row] * position_products(run.model, item, X)
-    return found
+                scores[row] += factor * run.weights[row] * position_products(run.model, item, X)
+    return scores
 
 
 def check_by_hand(run, queries, scores, tolerance=1e-9, **options):
@@ -180,23 +180,23 @@ def test_chunks_of_queries_and_batches_change_nothing(model, run, tmp_path, monk
         model, run.train, path=(0.4, 0.8), directory=tmp_path / "run", token_budget=1, store="never"
     )
     for other in (run, small):
-        found = other.score(queries, per_token=True, per_module=True)
-        close(found.tokens.values, expected.tokens.values, 1e-9)
-        close(found.modules, expected.modules, 1e-9)
-        close(sums(found), found.values, 1e-10)
+        scores = other.score(queries, per_token=True, per_module=True)
+        close(scores.tokens.values, expected.tokens.values, 1e-9)
+        close(scores.modules, expected.modules, 1e-9)
+        close(sums(scores), scores.values, 1e-10)
 
 
 def test_a_file_holds_tokens_and_modules(run, tmp_path, monkeypatch):
     queries = examples(Q, seed=1)
     out = tmp_path / "s.h5"
     made = run.score(queries, out=out, per_token=True, per_module=True)
-    for found in (Scores.load(out), run.score(queries, out=out, per_token=True, per_module=True)):
+    for read in (Scores.load(out), run.score(queries, out=out, per_token=True, per_module=True)):
         for name in ("values", "offsets", "token_ids"):
-            one, two = getattr(found.tokens, name), getattr(made.tokens, name)
+            one, two = getattr(read.tokens, name), getattr(made.tokens, name)
             assert one.dtype == two.dtype
             assert np.array_equal(one, two)
-        assert np.array_equal(found.modules, made.modules)
-        assert found.module_names == made.module_names
+        assert np.array_equal(read.modules, made.modules)
+        assert read.module_names == made.module_names
     close(sums(made), made.values, 1e-5)
     with pytest.raises(MismatchError, match="detail"):
         run.score(queries, out=out)
@@ -218,8 +218,8 @@ def test_a_scoring_that_was_killed_counts_nothing_twice(model, tmp_path, monkeyp
     )
     queries, out = examples(5, seed=1), tmp_path / "s.h5"
     monkeypatch.setattr("influence.scores.queries_at_once", lambda *_: 2)
-    monkeypatch.setattr("influence.run.BLOCK_BYTES", 1)
-    monkeypatch.setattr("influence.run.BLOCK_ROWS", 2)
+    monkeypatch.setattr("influence.at_point.BLOCK_BYTES", 1)
+    monkeypatch.setattr("influence.at_point.BLOCK_ROWS", 2)
     expected = fitted.score(queries, per_token=True, per_module=True)
     owner, name = {
         "blocks": (AtPoint, "gradient_blocks"),
@@ -251,8 +251,8 @@ def test_a_scoring_that_was_killed_counts_nothing_twice(model, tmp_path, monkeyp
             patch.setattr(owner, name, few)
             with pytest.raises(Interruption):
                 fitted.score(queries, out=out, per_token=True, per_module=True)
-    found = fitted.score(queries, out=out, per_token=True, per_module=True)
-    for scores in (found, Scores.load(out)):
+    resumed = fitted.score(queries, out=out, per_token=True, per_module=True)
+    for scores in (resumed, Scores.load(out)):
         assert np.array_equal(scores.values, expected.values)
         assert np.array_equal(scores.modules, expected.modules)
         assert np.array_equal(scores.tokens.values, expected.tokens.values)
@@ -288,7 +288,9 @@ def test_a_modules_share_is_the_product_over_its_parameters(model, tmp_path, dou
         sizes = [p.numel() for name, p in model.model.named_parameters() if "lora_" in name]
         start = 0
         for name, size in zip(names, sizes, strict=True):
-            module = next(i for i, own in enumerate(scores.module_names) if f".{own}." in name)
+            module = next(
+                i for i, module_name in enumerate(scores.module_names) if f".{module_name}." in name
+            )
             part = slice(start, start + size)
             expected[:, module] += factor * w * (X[:, part] @ g[:, part].T).numpy()
             start += size

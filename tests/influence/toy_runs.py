@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import influence
-import influence.fitting as fitting
+import influence.fitted_point as fitting
 from influence import CG, EKFAC, GGN, KFAC, Fisher, Identity, Run
 from tests.conftest import build_model, examples
 
@@ -88,19 +88,21 @@ def times(directory: Path) -> dict[str, int]:
 
 
 def arrays(path: Path) -> dict[str, bytes]:
-    """Every dataset and attribute of a file, bit for bit (HDF5 may note the time of day beside them)."""
+    """Every dataset and attribute of a file, bit for bit (HDF5 may note the time of day beside
+    them).
+    """
 
     def bits(value) -> bytes:
         value = np.asarray(value)
         return b"|".join(value.ravel()) if value.dtype == object else value.tobytes()
 
-    found = {}
+    contents = {}
     with h5py.File(path) as file:
-        found |= {f"@{name}": bits(value) for name, value in file.attrs.items()}
+        contents |= {f"@{name}": bits(value) for name, value in file.attrs.items()}
         file.visititems(
-            lambda name, item: found.update({name: bits(item)} if hasattr(item, "dtype") else {})
+            lambda name, item: contents.update({name: bits(item)} if hasattr(item, "dtype") else {})
         )
-    return found
+    return contents
 
 
 def same_files(one: Path, other: Path, *names: str) -> None:
@@ -114,5 +116,5 @@ def same_files(one: Path, other: Path, *names: str) -> None:
 
 
 def solver_of(kind: str):
-    """Direct where there is a closed form; else a few steps of CG, which is enough to compare bits."""
+    """Direct where there is a closed form, else a few steps of CG: enough to compare bits."""
     return CG(max_iterations=2) if kind.startswith(("ggn", "hessian")) else "direct"

@@ -1,9 +1,10 @@
-"""The curvature after an edit, `C' = C - sum_{gone} w_i C_i + sum_{come} w_i C_i`, from the run's own factors.
+"""The curvature after an edit, `C' = C - sum_{gone} w_i C_i + sum_{come} w_i C_i`, from the run's
+own factors.
 
-Which rows make the difference between the fit and the rows after the edit is said here; how a curvature changes with them,
-each curvature says itself (`Curvature.updated`). lambda stays the fit's: it is the same for the edit and for a refit that
-checks it. Work is that of the changed rows: one forward and backward of each at sampled labels, less where the run keeps
-them.
+Which rows make the difference between the fit and the rows after the edit is said here; how a
+curvature changes with them, each curvature says itself (`Curvature.updated`). lambda stays the
+fit's: it is the same for the edit and for a refit that checks it. Work is that of the changed rows:
+one forward and backward of each at sampled labels, less where the run keeps them.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence.at_point import AtPoint
 from influence.batches import collate, plan_batches
 from influence.cost import Cost
 from influence.curvature import Damped
 from influence.curvature.base import ALWAYS
 from influence.gradients import label_uniforms, max_rows, sampled_gradient, tape
 from influence.loss import probabilities
-from influence.run import AtPoint
 from influence.tokens import TokenizedExamples
 from unlearn.record.change import Change
 
 
 @dataclass(frozen=True, eq=False)
 class RowsOut:
-    """Training rows that are gone after an edit, at `positions` [k] of the training set (`ChangedRows`)."""
+    """Training rows that are gone after an edit, at `positions` [k] of the training set
+    (`ChangedRows`).
+    """
 
     point: AtPoint
     positions: np.ndarray
@@ -82,7 +85,9 @@ class RowsIn:
 
 
 def moved(point: AtPoint, change: Change, cost: Cost) -> tuple[RowsOut, RowsIn]:
-    """The rows that make the difference between a fit and the rows after an edit, all earlier edits included."""
+    """The rows that make the difference between a fit and the rows after an edit, all earlier
+    edits included.
+    """
     version = change.version
     changed = set(version.changed) | {request.before.id for request in change.requests}
     after, tokens, weights = change.after, change.tokens_after, change.weights_after
@@ -103,7 +108,8 @@ def after(point: AtPoint, operator: Damped, change: Change, cost: Cost) -> Dampe
 def sampled_rows(
     point: AtPoint, tokens: TokenizedExamples, draws: int, cost: Cost
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Yield `(rows [b], features [b, P])` of gradients at labels drawn as `fit` draws them, draw after draw.
+    """Yield `(rows [b], features [b, P])` of gradients at labels drawn as `fit` draws them, draw
+    after draw.
 
     With no draws (the empirical Fisher) at the data's own labels.
     """

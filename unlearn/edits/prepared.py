@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence.at_point import AtPoint
 from influence.curvature import Damped
 from influence.errors import InputError, NumericalError
 from influence.gradients import loss_sum_gradient
 from influence.rows import Examples
-from influence.run import AtPoint, Run
+from influence.run import Run
 from influence.setting import Setting
 from influence.solvers.named import make_solver
 from influence.tokens import TokenizedExamples

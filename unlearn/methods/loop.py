@@ -156,13 +156,18 @@ def train(
         seed=seed,
     )
     work = prepare(run, method_of(method), ids, retain, holdout, options)
+    folder = None if checkpoint is None else Path(checkpoint)
+    return _measured_training(work, Checkpoint(work, folder, restart, begun_at))
+
+
+def _measured_training(work: Work, checkpoint: Checkpoint) -> Edit:
+    """Train, measure the rows before and after, and put it all on record."""
     before = work.measure(work.version.theta)
     expected = work.expected(before)
     goals = work.goals(expected, before)
-    folder = None if checkpoint is None else Path(checkpoint)
-    saving = Checkpoint(work, folder, restart, begun_at)
-    training = Training(work, before, expected, goals, saving)
+    training = Training(work, before, expected, goals, checkpoint)
     ending, share = training.run()
+    # As it is saved: old + delta, which may differ in the last bit from where the steps ended.
     delta = ending.theta - work.version.theta
     theta = work.version.theta + delta
     if not bool(torch.isfinite(theta).all()):
@@ -184,7 +189,7 @@ def train(
         expected,
         goals,
         linear,
-        training.progress.seconds + time.monotonic() - begun_at,
+        training.progress.seconds + time.monotonic() - checkpoint.begun_at,
     )
     if distributed.rank() == 0:
         _warn(record.guard.damage, before, after)
@@ -254,6 +259,7 @@ class Training:
             frozen(model) as reference,
         ):
             forget, retain = self._batches(reference)
+            # What targets and kept losses ran; from here on each gradient counts its own.
             work.cost.forwards += reference.rows_run
             stopped = self._steps(forget, retain, rules)
             theta, share = model.snapshot(), None
@@ -283,6 +289,7 @@ class Training:
         def batches(
             term: Term | None, tokens: TokenizedExamples, target: Target, size: int, stream: int
         ) -> TermBatches | None:
+            """The batches of a term, where there is one."""
             if term is None:
                 return None
             how = (size, work.budget, options.seed, stream, work.cost)
@@ -315,9 +322,12 @@ class Training:
         """Take steps until a rule stops them, and say which."""
         work, model, options = self.work, self.work.version.model, self.work.options
         optimizer, new_optimizer = self._take_up(rules)
+        # Steps are numbered from the start of the training, not of this process: batches, schedule,
+        # measurements and saves then fall on the same steps after a kill.
         rate, theta = self.progress.rate, model.snapshot()
         for number in self._numbers():
             forget_gradient = None if forget is None else forget.gradient(number)
+            # The forget gradient has the losses that tell whether the step before was the last.
             stopped = rules.reached(number, forget_gradient) or rules.damaged(number, theta)
             if stopped is not None:
                 return self._stop(stopped)
@@ -331,6 +341,7 @@ class Training:
             looks_ahead = work.automatic and number % automatic_rate.EVERY == 0
             if looks_ahead and retain is not None and retain_gradient is not None:
                 rate = automatic_rate.rate_along(retain, retain_gradient, theta, move, rate)
+                # The step is taken again at the new rate; the optimizer's state stays as it is.
                 move = move * (rate / lr)
                 lr = rate
                 model.restore(theta + move)
@@ -401,7 +412,10 @@ class Training:
         work, model = self.work, self.work.version.model
 
         def loss_of(tokens: TokenizedExamples, rows: np.ndarray) -> Callable[[Tensor], float]:
+            """Mean loss of some rows as a function of the adapter."""
+
             def loss(place: Tensor) -> float:
+                """Mean loss at an adapter `[P]`."""
                 with model.at(place):
                     return work.mean_loss(tokens, rows)
 
@@ -456,6 +470,7 @@ def rate_of_stride(
     move = take_step(optimizer, model, direction, 1.0, theta)
     model.restore(theta)
     length, wanted = float(move.norm()), stride * float(theta.norm())
+    # Adam takes rounding for a direction, SGD would be thrown far off along it.
     if length == 0 or abs(float(direction @ move)) * wanted / length < NOTHING:
         length = len(theta) ** 0.5
     return wanted / length

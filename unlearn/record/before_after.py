@@ -15,13 +15,14 @@ import numpy as np
 from torch import Tensor
 
 from influence import distributed
+from influence.at_point import evenly_spaced
 from influence.cost import Cost
 from influence.fitting import versions
 from influence.gradients import loss_sum_gradient
 from influence.loss import mean_losses
 from influence.progress import say
 from influence.rows import Examples
-from influence.run import Run, evenly_spaced
+from influence.run import Run
 from influence.tokens import TokenizedExamples
 from unlearn.record.change import Change, Request, concatenated
 from unlearn.record.edit_record import (

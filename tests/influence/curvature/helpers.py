@@ -12,7 +12,9 @@ F64 = torch.float64
 
 
 def moments_of(leaves, inputs, grads, weights=None, unit=1.0, **options):
-    """Moments of leaves named (name, shape) fed one batch each of x [b, T, d_in] and g [b, T, d_out]."""
+    """Moments of leaves named (name, shape) fed one batch each of x [b, T, d_in] and g [b, T,
+    d_out].
+    """
     space = ParamSpace.of(leaves)
     kinds = (F64, torch.device("cpu"))
     moments = Moments(space, list(range(len(leaves))), KFAC(**options), 0, unit, *kinds)

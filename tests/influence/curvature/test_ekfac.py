@@ -27,7 +27,7 @@ def fitted(tmp_path, model, data, curvature, **options):
 
 
 def test_ekfac_is_exact_where_the_fisher_is_kronecker_and_transposition_would_show():
-    """Gradients g x^T with independent g, x of very different spectra: the exact block is S (x) A."""
+    """Gradients g x^T with independent g, x of different spectra: the exact block is S (x) A."""
     n = 60_000
     g = (
         random_rows(1, n, 3)
@@ -48,7 +48,8 @@ def test_ekfac_is_exact_where_the_fisher_is_kronecker_and_transposition_would_sh
         ekfac = refit_eigenvalues(kfac, [(rows, torch.full((n,), 1 / n, dtype=F64))])
         for fitted_ in (kfac, ekfac):
             assert (dense(fitted_) - exact).norm() / exact.norm() < 0.05
-            # and it inverts like it, with a damping far below the spectrum, where a wrong basis is off by orders
+            # and it inverts like it, with a damping far below the spectrum, where a wrong basis is
+            # off by orders
             v = rows[:3]
             lam = torch.tensor([1e-3 * float(torch.linalg.eigvalsh(exact)[0])], dtype=F64)
             expected = torch.linalg.solve(exact + lam * torch.eye(18, dtype=F64), v.T).T
@@ -95,7 +96,9 @@ def test_second_pass_gives_the_factors_of_stored_rows(tmp_path, small):
 
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_sketched_ekfac_solves_like_the_dense_one_where_the_data_has_low_rank(side):
-    """Wide data of rank 5 and a sketch of 8: same curvature, same inverse, complement seen by the damping only."""
+    """Wide data of rank 5 and a sketch of 8: same curvature, same inverse, complement seen by the
+    damping only.
+    """
     n, r, d = 60, 3, 40
     wide = (random_rows(1, n, 5) @ random_rows(2, 5, d))[:, None]
     narrow = random_rows(3, n, r)[:, None]

@@ -26,7 +26,7 @@ def fitted(tmp_path, model, data, curvature, **options):
 
 
 def test_the_ggn_is_the_fisher_of_the_models_own_labels(tmp_path, small):
-    """Expectation over labels written out: one token per example, every label with its probability."""
+    """The expectation over labels written out: one token, every label with its probability."""
     data = influence.examples_from_rows([{"prompt": "the red fox", "completion": " runs"}])
     tokens = tokens_of(small, data)
     tokens[0].supervised[-1] = False  # supervise the one completion token, not the EOS
@@ -41,7 +41,9 @@ def test_the_ggn_is_the_fisher_of_the_models_own_labels(tmp_path, small):
 
 
 def test_blocks_have_null_directions_from_the_gauge(small, tmp_path):
-    """(A, B) -> (R A, B R^-1) leaves the model unchanged: r^2 null directions per site, so lambda = 0 has no answer."""
+    """(A, B) -> (R A, B R^-1) leaves the model unchanged: r^2 null directions per site, so lambda =
+    0 has no answer.
+    """
     run = fitted(tmp_path, small, examples(40), influence.GGN())
     G = dense(run.curvature("ggn"))
     for site, i in zip(small.sites, range(0, 4, 2), strict=True):

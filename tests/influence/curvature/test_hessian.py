@@ -12,7 +12,9 @@ def fitted(tmp_path, model, data, curvature, **options):
 
 
 def test_hessian_and_ggn_agree_where_the_logits_are_linear(tmp_path):
-    """LoRA on the head with A frozen by symmetry would be linear; B alone is: compare that diagonal block."""
+    """LoRA on the head with A frozen by symmetry would be linear; B alone is: compare that diagonal
+    block.
+    """
     model = build_model("gpt2", layers=1, target_modules=["lm_head"], tie=False)
     run = fitted(tmp_path, model, examples(4), influence.GGN())
     b = model.space.leaves[1].slice

@@ -26,7 +26,9 @@ def fitted(tmp_path, model, data, curvature, **options):
 
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_kfac_is_the_exact_block_for_one_token_of_one_example(side):
-    """One input, all labels: `E[vec(g x^T) vec(g x^T)^T] = E[g g^T] (x) x x^T` exactly, rank one in x."""
+    """One input, all labels: `E[vec(g x^T) vec(g x^T)^T] = E[g g^T] (x) x x^T` exactly, rank one in
+    x.
+    """
     shape = (3, 7) if side == "A" else (7, 3)
     x = random_rows(1, 1, 1, shape[1]).expand(5, 1, shape[1])  # the same token, five labels
     g = random_rows(2, 5, 1, shape[0])
@@ -38,7 +40,9 @@ def test_kfac_is_the_exact_block_for_one_token_of_one_example(side):
 
 
 def test_kfac_is_exact_for_a_deep_linear_network():
-    """y = W2 W1 x with squared loss: the output gradients (labels of the model's own) do not depend on x."""
+    """y = W2 W1 x with squared loss: the output gradients (labels of the model's own) do not depend
+    on x.
+    """
     n, widths = 40_000, (4, 3, 2)
     W1, W2 = random_rows(1, 3, 4), random_rows(2, 2, 3)
     x, e = (
@@ -61,9 +65,9 @@ def test_kfac_factors_are_those_of_the_definition(tmp_path, small):
     data = examples(6)
     run = fitted(tmp_path, small, data, KFAC(), reduction="example", token_budget=25)
     expected = plain_kfac(small, run.tokens, run.weights)
-    found = dense(run.curvature("kfac"))
+    matrix = dense(run.curvature("kfac"))
     for leaf, block in zip(small.space.leaves, expected, strict=True):
-        assert (found[leaf.slice, leaf.slice] - block).norm() / block.norm() < 1e-9
+        assert (matrix[leaf.slice, leaf.slice] - block).norm() / block.norm() < 1e-9
 
 
 def test_shared_inputs_are_found_and_change_nothing(tmp_path):
@@ -77,12 +81,12 @@ def test_shared_inputs_are_found_and_change_nothing(tmp_path):
         names[i].rsplit(".", 2)[1]: names[j].rsplit(".", 2)[1] for i, j in enumerate(wide) if i != j
     }
     assert shared == {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    found = dense(run.curvature("kfac"))
+    matrix = dense(run.curvature("kfac"))
     for leaf, block in zip(
         model.space.leaves, plain_kfac(model, run.tokens, run.weights), strict=True
     ):
         assert (
-            found[leaf.slice, leaf.slice] - block
+            matrix[leaf.slice, leaf.slice] - block
         ).norm() / block.norm() < 1e-6  # float32 norms inside Llama
 
 

@@ -28,12 +28,12 @@ def test_matrix_free_products_equal_the_dense_oracle(tmp_path, small, kind, redu
     spec = {"ggn": influence.GGN(), "hessian": influence.Hessian()}[kind]
     run = fitted(tmp_path, small, data, spec, reduction=reduction, token_budget=30)
     expected = dense_objective(small, run.tokens, run.weights, kind)
-    found = run.curvature(kind)
+    curvature = run.curvature(kind)
     assert expected.abs().max() > 1e-3
-    assert (dense(found) - expected).norm() / expected.norm() < 1e-10
+    assert (dense(curvature) - expected).norm() / expected.norm() < 1e-10
     vector = np.random.default_rng(0).standard_normal(small.space.size)
     np.testing.assert_allclose(
-        as_linear_operator(found) @ vector, expected.numpy() @ vector, rtol=0, atol=1e-9
+        as_linear_operator(curvature) @ vector, expected.numpy() @ vector, rtol=0, atol=1e-9
     )
 
 

@@ -104,7 +104,7 @@ def test_datainf_is_its_formula_with_and_without_stored_gradients(
     data, queries = examples(N), examples(Q, seed=1)
     w = 1 / (N * tokens_of(model, data).counts)
     assert len(set(w)) > 2
-    found = []
+    by_store = []
     for store in ("always", "never"):
         fitted = fit_end(
             model,
@@ -116,7 +116,7 @@ def test_datainf_is_its_formula_with_and_without_stored_gradients(
             directory=tmp_path / store,
         )
         scores = fitted.score(queries, solver="datainf", curvature=curvature)
-        found.append(scores.values)
+        by_store.append(scores.values)
         order = np.concatenate([indices for indices, _ in fitted.gradient_blocks()])
         assert (list(order) == list(range(N))) == (store == "always")
     g, q = plain_gradients(model, data), plain_gradients(model, queries, plain_mean)
@@ -132,5 +132,5 @@ def test_datainf_is_its_formula_with_and_without_stored_gradients(
             matrix = N * w[i] * torch.outer(g[i, part], g[i, part]) + lam * eye
             x[:, part] += torch.linalg.solve(matrix, q[:, part].T).T / N
     expected = (x @ g.T).numpy() * w
-    close(found[0], expected, 1e-8)
-    close(found[1], expected, 1e-8)
+    close(by_store[0], expected, 1e-8)
+    close(by_store[1], expected, 1e-8)

@@ -105,7 +105,7 @@ def test_mini_batches_are_unbiased_and_honest(solver):
     C = rows.C + torch.eye(10, dtype=F64)
     v = torch.randn(2, 10, dtype=F64, generator=torch.Generator().manual_seed(3))
     preconditioner = Damped(Scaled(torch.diag(rows.C.diagonal())), operator.lam)
-    found = []
+    answers = []
     for seed in range(8):
         options = {"batch_size": 4, "seed": seed, "max_iterations": 240, "tolerance": 1e-8}
         one = {
@@ -118,10 +118,10 @@ def test_mini_batches_are_unbiased_and_honest(solver):
         torch.testing.assert_close(solution.residuals, true)
         assert not solution.converged.any()
         assert "relative residual above" in solution.message
-        found.append(solution.values)
+        answers.append(solution.values)
     expected = torch.linalg.solve(C, v.T).T
-    errors = torch.stack([(one - expected).norm() for one in found]) / expected.norm()
-    mean = (torch.stack(found).mean(0) - expected).norm() / expected.norm()
+    errors = torch.stack([(one - expected).norm() for one in answers]) / expected.norm()
+    mean = (torch.stack(answers).mean(0) - expected).norm() / expected.norm()
     assert float(errors.max()) < 0.08  # 0.14 to 0.16 without the averaging
     assert float(mean) < 0.55 * float(errors.mean())
     loose = {"batch_size": 4, "seed": 0, "max_iterations": 4000, "tolerance": 0.2}

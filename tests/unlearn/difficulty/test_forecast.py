@@ -101,7 +101,7 @@ def test_the_same_call_gives_the_same_table(run, forecast):
 
 
 def test_parts_of_one_row_give_the_same(run, forecast, monkeypatch):
-    monkeypatch.setattr("influence.run.PART_BYTES", 1)
+    monkeypatch.setattr("influence.at_point.PART_BYTES", 1)
     again = predict(run, protocol=ADAM, sample_rows=6)
     pd.testing.assert_frame_equal(again.table, forecast.table, rtol=1e-7)
 

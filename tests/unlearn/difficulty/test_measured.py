@@ -124,7 +124,7 @@ def test_area_and_heldout_damage_by_hand():
 def test_chunks_and_the_other_rows_that_are_asked_change_nothing(run, measured, monkeypatch):
     alone = measure(run, ids=["r0-4", "r0-1"], protocol=SHORT_ADAM, **SMALL)
     same(measured, alone, [4, 1], rtol=1e-8, atol=1e-10)
-    monkeypatch.setattr("influence.run.PART_BYTES", 1)  # one copy at a time
+    monkeypatch.setattr("influence.at_point.PART_BYTES", 1)  # one copy at a time
     four = measure(run, ids=run.train.ids[3:7], protocol=SHORT_ADAM, **SMALL)
     same(measured, four, slice(3, 7), rtol=1e-8, atol=1e-10)
 

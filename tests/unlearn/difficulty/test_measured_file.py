@@ -30,7 +30,7 @@ ODD = ["a/b", "line\nbreak", 'quo"te,comma', "\u202ertl", "🙂", "x" * 3000, ""
 
 def test_a_killed_measurement_goes_on_and_is_the_same_bit_for_bit(run, tmp_path, monkeypatch):
     """Six rows, two at a time, killed in the first part, the second, there again, the third."""
-    monkeypatch.setattr("influence.run.PART_BYTES", 24 * 8 * run.model.space.size)
+    monkeypatch.setattr("influence.at_point.PART_BYTES", 24 * 8 * run.model.space.size)
     options = {
         "ids": run.train.ids[:6],
         "protocol": Protocol("adam", 1e-2, steps=8),
