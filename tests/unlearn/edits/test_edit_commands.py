@@ -1,4 +1,4 @@
-"""`unlearn remove | relabel | correct | edit | verify` and `analysis report`, as people call them."""
+"""The commands `unlearn remove`, `relabel`, `correct`, `edit`, `verify` and `analysis report`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(tmp_path):
 
 
 def test_edits_follow_one_another_and_verify(run, run_main, tmp_path):
-    one = run_main(
+    first = run_main(
         unlearn,
         "unlearn",
         "remove",
@@ -45,9 +45,9 @@ def test_edits_follow_one_another_and_verify(run, run_main, tmp_path):
         9,
         "--json",
     )
-    assert one.status == 0, one.err
-    assert one.json()["written"]
-    assert one.json()["data"]["rows_after"] == 8
+    assert first.status == 0, first.err
+    assert first.json()["written"]
+    assert first.json()["data"]["rows_after"] == 8
     write_rows(
         tmp_path / "new.jsonl",
         [{"id": "r0-3", "completion": " old cats"}, {"id": "r0-4", "prompt": "at dawn"}],
@@ -89,9 +89,9 @@ def test_edits_follow_one_another_and_verify(run, run_main, tmp_path):
 
 def test_a_dry_run_changes_nothing(run, run_main, tmp_path):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    found = run_main(unlearn, "unlearn", "remove", "--run", run, "--ids", "r0-1", "--dry-run")
-    assert found.status == 0
-    assert "nothing was changed or written" in found.out
+    result = run_main(unlearn, "unlearn", "remove", "--run", run, "--ids", "r0-1", "--dry-run")
+    assert result.status == 0
+    assert "nothing was changed or written" in result.out
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert (
         run_main(
@@ -102,7 +102,7 @@ def test_a_dry_run_changes_nothing(run, run_main, tmp_path):
 
 
 def test_an_edit_that_does_too_much_damage_is_not_written(run, run_main, tmp_path, monkeypatch):
-    """What the command makes of a guard that did not pass; when it does not, tests/test_edits.py has."""
+    """What the command makes of a guard that did not pass."""
     monkeypatch.setattr("unlearn.record.save.Edit.passed", property(lambda _: False))
     call = ("remove", "--run", run, "--ids", "r0-1", "--out", tmp_path / "out", "--steps", 1)
     refused = run_main(unlearn, "unlearn", *call, "--json")
@@ -145,24 +145,24 @@ def test_wrong_calls_exit_with_two_and_write_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "same.jsonl", [{"id": "r0-3", "completion": rows(10)[3]["completion"]}])
-    found = run_main(unlearn, "unlearn", *arguments, "--run", run)
-    assert found.status == 2
-    assert sentence in " ".join(found.err.split())
+    result = run_main(unlearn, "unlearn", *arguments, "--run", run)
+    assert result.status == 2
+    assert sentence in " ".join(result.err.split())
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_that_is_not_the_runs_is_refused(run, run_main, tmp_path):
     call = ("remove", "--run", run, "--ids", "r0-1", "--out", tmp_path / "out")
-    found = run_main(unlearn, "unlearn", *call, "--start", tmp_path / "base")
-    assert found.status == 2
-    assert "is no adapter of the run" in found.err
+    result = run_main(unlearn, "unlearn", *call, "--start", tmp_path / "base")
+    assert result.status == 2
+    assert "is no adapter of the run" in result.err
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     from safetensors.torch import load_file, save_file
 
     save_file({key: tensor + 1 for key, tensor in load_file(weights).items()}, weights)
-    found = run_main(unlearn, "unlearn", *call)
-    assert found.status == 2
-    assert "adapter is" in found.err
+    result = run_main(unlearn, "unlearn", *call)
+    assert result.status == 2
+    assert "adapter is" in result.err
     assert not (tmp_path / "out").exists()
 
 
@@ -226,9 +226,9 @@ def test_retraining_on_the_rows_after_an_edit_and_the_page_that_compares(run, ru
         "--out",
         tmp_path / "two.html",
     )
-    found = run_main(analysis, "analysis", *wrong)
-    assert found.status == 2
-    assert "was trained without 1 rows" in found.err
+    result = run_main(analysis, "analysis", *wrong)
+    assert result.status == 2
+    assert "was trained without 1 rows" in result.err
 
 
 def test_the_run_says_that_scores_are_of_the_adapter_before(run, run_main, tmp_path):
@@ -236,8 +236,8 @@ def test_the_run_says_that_scores_are_of_the_adapter_before(run, run_main, tmp_p
     assert run_main(unlearn, "unlearn", *edit).status == 0
     from influence.cli import main
 
-    found = run_main(main, "influence", "self", "--run", run)
-    assert "before the edits that led to" in found.err
+    result = run_main(main, "influence", "self", "--run", run)
+    assert "before the edits that led to" in result.err
     overwrite = (
         "fit",
         "--adapter",
@@ -247,7 +247,7 @@ def test_the_run_says_that_scores_are_of_the_adapter_before(run, run_main, tmp_p
         "--train",
         tmp_path / "train.jsonl",
     )
-    found = run_main(main, "influence", *overwrite, "--run", run, "--overwrite")
-    assert found.status == 2
-    assert "which is evidence" in found.err
+    result = run_main(main, "influence", *overwrite, "--run", run, "--overwrite")
+    assert result.status == 2
+    assert "which is evidence" in result.err
     assert Run.open(run).manifest.audit.entries == 1
