@@ -164,52 +164,54 @@ def plain_mean(log_probs, targets):
 
 def plain_gradients(model, data, measure=plain_loss) -> torch.Tensor:
     """Gradients `[n, P]` of a function of (log_probs, targets), one row after the other."""
-    found = []
+    rows = []
     with differentiable(model):
         for item in tokens_of(model, data):
             grads = torch.autograd.grad(measure(*plain_log_probs(model, item)), model.parameters)
-            found.append(torch.cat([g.reshape(-1) for g in grads]))
-    return torch.stack(found)
+            rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    return torch.stack(rows)
 
 
 def kappa(run: Run) -> float:
     """The calibration of a run's default setting."""
-    (found,) = run.manifest.calibration.values() or (CalibrationRecord(1.0, "none"),)
-    return found.factor
+    (calibration,) = run.manifest.calibration.values() or (CalibrationRecord(1.0, "none"),)
+    return calibration.factor
 
 
 def singles(model, data, queries, folder, path, *, of=None, **options):
     """Scores and self-influences of one run of one point for each scale, with the weights set in
     place.
     """
-    found = []
+    pairs = []
     for number, c in enumerate(path):
         with b_times(model, c):
             one = fit_end(model, data, directory=folder / f"single-{number}", **options)
-            found.append(
+            pairs.append(
                 (one.score(queries, **(of or {})).values, one.self_influence(**(of or {})).values)
             )
-    return found
+    return pairs
 
 
-def averaged(found, shares):
+def averaged(pairs, shares):
     """`sum_p share_p mean(Z) / Z_p score_p`: the documented rule for scores and self-influences."""
-    Z = [own.mean() for _, own in found]
+    Z = [self_influence.mean() for _, self_influence in pairs]
     mean = sum(share * z for share, z in zip(shares, Z, strict=True))
-    parts = [(share * mean / z, *pair) for share, z, pair in zip(shares, Z, found, strict=True)]
-    return sum(a * s for a, s, _ in parts), sum(a * own for a, _, own in parts)
+    parts = [(share * mean / z, *pair) for share, z, pair in zip(shares, Z, pairs, strict=True)]
+    return sum(a * s for a, s, _ in parts), sum(
+        a * self_influence for a, _, self_influence in parts
+    )
 
 
-def close(found, expected, tolerance=1e-9):
-    found, expected = np.asarray(found), np.asarray(expected)
-    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+def close(values, expected, tolerance=1e-9):
+    values, expected = np.asarray(values), np.asarray(expected)
+    assert np.abs(values - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def sampled_gradients(model, data, collected=None) -> torch.Tensor:
     """Gradients `[n, P]` at labels drawn from the model; `collected` also gets each row's (x, d) at
     the site.
     """
-    found, site = [], model.sites[0].layer
+    rows, site = [], model.sites[0].layer
     with differentiable(model):
         for item, id in zip(tokens_of(model, data), data.ids, strict=True):
             seen = []
@@ -222,10 +224,10 @@ def sampled_gradients(model, data, collected=None) -> torch.Tensor:
             labels = (cdf <= u[:, None] * cdf[:, -1:]).sum(1)
             wanted = [*model.parameters, seen[0][1]]
             *grads, outer = torch.autograd.grad(plain_loss(log_probs, labels), wanted)
-            found.append(torch.cat([g.reshape(-1) for g in grads]))
+            rows.append(torch.cat([g.reshape(-1) for g in grads]))
             if collected is not None:
                 collected.append((seen[0][0], outer[0]))
-    return torch.stack(found)
+    return torch.stack(rows)
 
 
 def matrices(model):
@@ -280,8 +282,8 @@ def dense_ggn(model, data, w) -> torch.Tensor:
         for item, weight in zip(tokens_of(model, data), w, strict=True):
             log_probs, _ = plain_log_probs(model, item)
             eye = torch.eye(log_probs.numel(), dtype=F64).unflatten(1, log_probs.shape)
-            found = torch.autograd.grad(log_probs, model.parameters, eye, is_grads_batched=True)
-            J = torch.cat([f.flatten(1) for f in found], 1).unflatten(0, log_probs.shape)
+            jacobians = torch.autograd.grad(log_probs, model.parameters, eye, is_grads_batched=True)
+            J = torch.cat([f.flatten(1) for f in jacobians], 1).unflatten(0, log_probs.shape)
             p = log_probs.detach().exp()
             # of log-probabilities, sum_v p_v J_v = 0, so the Fisher of a token is sum_v p_v J_v
             # J_v^T
