@@ -46,8 +46,9 @@ SKIPPED = {
 #: Words of a command that are replaced here, so that it takes seconds.
 REDUCED = {
     "--subsets 40": "--subsets 8",  # adapters to train; 8 is the least that tune takes
-    "--calibrate 40": "--calibrate 20",  # of 36 rows; 20 is the least
+    "--calibrate 40": "--calibrate 20 --lr 1e-3",  # rows, 20 is the least; shorter ascents
     "--per-kind 4": "--per-kind 2 --references 1 --optimizer sgd",  # rows, adapters, steps
+    "--out adapter-p": "--out adapter-p --until steps=3",  # of 200
     "analysis tune --run run": "analysis tune --run run --damping mean:0.1",  # of four dampings
     "analysis memorization": "analysis memorization --resamples 50",  # of 1,000 resamples
 }
