@@ -6,11 +6,13 @@ from influence.front_door import on_first_use
 
 if TYPE_CHECKING:
     from analysis.report.agreement import agreement
-    from analysis.report.page import read_record, report
+    from analysis.report.page import report
+    from analysis.report.reading import read_record
 
 _HOMES = {
-    "page": ("read_record", "report"),
     "agreement": ("agreement",),
+    "page": ("report",),
+    "reading": ("read_record",),
 }
 
 __all__ = [

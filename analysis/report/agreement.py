@@ -1,7 +1,8 @@
-"""How near an edited adapter is to one that was trained again on the rows after the edit: losses and outputs.
+"""Comparison of an edited adapter with one that was trained again on the rows after the edit.
 
-`kl` is `KL(retrained || edited)` of the next-token distributions at the completion tokens, nats per token, averaged over
-rows. Two trainings with other seeds differ too: their distance is the floor, and one retrained adapter does not tell it.
+`kl` is `KL(retrained || edited)` of the next-token distributions at the completion tokens, nats per
+token, averaged over rows. Two trainings with other seeds differ too: their distance is the floor, and
+one retrained adapter does not tell it.
 """
 
 from __future__ import annotations
@@ -23,53 +24,67 @@ from influence.rows import Examples
 from influence.run import Run
 from influence.store import read_json
 from influence.tokens import TokenizedExamples
+from unlearn.record.edit_record import RECORD, EditRecord
 from unlearn.record.sample import guard_sample
 from unlearn.record.version import ORIGINAL, Version, version
 
-#: Positions whose distributions are compared at a time: in float64 they take more room than the forward.
+#: Positions whose distributions are compared at a time (a choice): in float64 they take more room than
+#: the forward.
 POSITIONS = 256
 
 
 def agreement(
-    run: Run, edit: Path, retrained: Path, heldout: Examples | None = None
+    run: Run, edit: Path, retrained: Path, holdout: Examples | None = None
 ) -> dict[str, Any]:
-    """Compare an edit of `run` with a retrained adapter; the `agreement` of a record.
+    """Compare an edit of `run` with a retrained adapter: the `agreement` of a record.
 
-    `edited` are the rows that the edit changed (removed ones as they were, others with their new content), `retained` the
-    others that were measured then, `heldout` rows that neither adapter saw. Raises `MismatchError` where
-    `retrained` records another training set (`retrain.json`) than the edit's rows.
+    Parameters
+    ----------
+    run
+        The run that is edited.
+    edit, retrained
+        Folders of the two adapters.
+    holdout
+        Rows that neither adapter saw.
+
+    Returns
+    -------
+    dict
+        `adapter`, the folder of the retrained one; its mean loss on three sets of rows, nats per token,
+        None without any; and `kl`, the divergence on each. `edited` are the rows that the edit changed
+        (removed ones as they were, others with their new content), `retained` the others that were
+        measured then, `heldout` those given here.
+
+    Raises
+    ------
+    MismatchError
+        Where `retrained` records another training set (`retrain.json`) than the edit's rows.
     """
     made = version(run, edit)
-    record = read_json(edit / "edit.json")
+    record = EditRecord.salvaged(read_json(edit / RECORD))
     _refuse_other_rows(retrained, made)
     theta = read_parameters(run.model, adapter_folder(retrained))
-    changed = [request["id"] for request in record["requests"]]
-    edited = _tokens(version(run, record["adapter"]["before"]["path"] or ORIGINAL), made, changed)
-    gone = {request["content_before"] for request in record["requests"]}
-    others = np.array(
-        [place for place, id in enumerate(made.rows.ids) if id not in set(changed)], dtype=int
-    )
+    requested = [request.id for request in record.requests]
+    before = version(run, record.adapter.before.path or ORIGINAL)
+    contents = [request.content_before for request in record.requests]
+    others = [place for place, id in enumerate(made.rows.ids) if id not in set(requested)]
+    seed = record.method.settings["seed"]
+    copied = {content for content in contents if content is not None}
+    sample = guard_sample(made.rows, np.array(others, dtype=int), seed, copied)
     sets: dict[str, TokenizedExamples | None] = {
-        "edited": edited,
-        "retained": made.tokens.select(
-            guard_sample(made.rows, others, record["method"]["seed"], gone)
-        ),
-        "heldout": None,
+        "edited": _tokens(before, made, requested),
+        "retained": made.tokens.select(sample),
+        "heldout": None if holdout is None else run.tokenized(holdout),
     }
-    if heldout is not None:
-        sets["heldout"] = run.tokenized(heldout)
-    losses, kl = {}, {}
+    budget = run.manifest.token_budget
+    losses: dict[str, float | None] = dict.fromkeys(sets)
+    kl: dict[str, float | None] = dict.fromkeys(sets)
     for name, tokens in sets.items():
-        losses[name] = kl[name] = None
         if tokens is None or len(tokens) == 0:
             continue
         with run.model.at(theta) as model:
-            losses[name] = float(
-                mean_losses(model, tokens, token_budget=run.manifest["token_budget"]).mean()
-            )
-        kl[name] = divergence(
-            run.model, tokens, theta, made.theta, token_budget=run.manifest["token_budget"]
-        )
+            losses[name] = float(mean_losses(model, tokens, token_budget=budget).mean())
+        kl[name] = divergence(run.model, tokens, theta, made.theta, token_budget=budget)
     return {"adapter": str(Path(retrained).resolve()), **losses, "kl": kl}
 
 
@@ -81,7 +96,10 @@ def divergence(
     *,
     token_budget: int = 4096,
 ) -> float:
-    """`KL(reference || other)` per completion token, nats, averaged over rows; both are parameters `[P]`."""
+    """`KL(reference || other)` per completion token, nats, averaged over rows.
+
+    Both are parameters `[P]`; at most `token_budget` tokens run at a time.
+    """
     total = 0.0
     for rows in plan_batches(tokens, token_budget):
         batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
@@ -89,13 +107,9 @@ def divergence(
         for theta in (reference, other):
             with model.at(theta), model.evaluating(), torch.no_grad():
                 logits.append(supervised_logits(model, batch).logits)
-        values = torch.cat(
-            [
-                _divergences(*some)
-                for some in zip(*(one.split(POSITIONS) for one in logits), strict=True)
-            ]
-        )
-        total += sum(float(own.mean()) for own in values.split(tokens.counts[rows].tolist()))
+        parts = zip(*(whole.split(POSITIONS) for whole in logits), strict=True)
+        values = torch.cat([_divergences(*pair) for pair in parts])
+        total += sum(float(row.mean()) for row in values.split(tokens.counts[rows].tolist()))
     return total / len(tokens)
 
 
@@ -107,22 +121,24 @@ def _divergences(p: Tensor, q: Tensor) -> Tensor:
 
 def _tokens(before: Version, made: Version, ids: list[str]) -> TokenizedExamples:
     """Rows by id: as they are after the edit, or, where they are gone, as they were before it."""
-    there = {id: place for place, id in enumerate(made.rows.ids)}
+    places = {id: place for place, id in enumerate(made.rows.ids)}
     rows = [
-        made.tokens[there[id]] if id in there else before.tokens[before.rows.index(id)]
+        made.tokens[places[id]] if id in places else before.tokens[before.rows.index(id)]
         for id in ids
     ]
     return TokenizedExamples(rows, ids)
 
 
 def _refuse_other_rows(retrained: Path, made: Version) -> None:
+    """Refuse an adapter whose `retrain.json` names other training rows than the edit has."""
     path = adapter_folder(retrained) / "retrain.json"
     if not path.exists():
         return
-    found = read_json(path)
-    gone, changed = set(found.get("removed") or []), found.get("rows_digest")
-    if gone != set(made.removed) or (made.changed and changed != made.rows.digest):
+    record = read_json(path)
+    gone, digest = set(record.get("removed") or []), record.get("rows_digest")
+    if gone != set(made.removed) or (made.changed and digest != made.rows.digest):
         raise MismatchError(
-            f"{retrained} was trained without {len(gone)} rows, and after the edit {len(made.removed)} rows are gone and "
-            f"{len(made.changed)} changed: train the comparison by unlearn retrain --run RUN --edit {made.path} --out DIR"
+            f"{retrained} was trained without {len(gone)} rows, and after the edit "
+            f"{len(made.removed)} rows are gone and {len(made.changed)} changed: train the comparison "
+            f"by unlearn retrain --run RUN --edit {made.path} --out DIR"
         )

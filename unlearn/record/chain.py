@@ -39,8 +39,8 @@ from influence.manifest import (
     read_manifest,
 )
 from influence.store import only_writer
-from unlearn.record.edit_record import facts_of
-from unlearn.record.folder import RECORD, Verification, check_folder
+from unlearn.record.edit_record import RECORD, facts_of
+from unlearn.record.folder import Verification, check_folder
 from unlearn.record.plain import (
     KINDS,
     canonical,

@@ -21,8 +21,8 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 from influence.errors import StoreError
 from unlearn.record.plain import shortened, typed_value_at
 
-#: The format that this version writes and reads.
-FORMAT = 1
+#: The file's name, and the format that this version writes and reads.
+RECORD, FORMAT = "edit.json", 1
 
 #: Rules of a field for reading and writing, in its metadata. An object that must not be null:
 NEEDED = {"needed": True}
@@ -341,6 +341,11 @@ class AgreementRecord:
     heldout: float | None
     #: `KL(retrained || edited)` of each of the three sets, nats per token.
     kl: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, comparison: Mapping[str, Any]) -> Self:
+        """The comparison with these entries; those that are missing are None."""
+        return _object(cls, dict(comparison), "agreement", salvage=True)
 
 
 @dataclass(frozen=True, kw_only=True)

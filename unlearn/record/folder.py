@@ -18,7 +18,7 @@ from influence.console import printable
 from influence.errors import InputError, StoreError
 from influence.loading import DTYPES, adapter_folder
 from influence.store import write_json
-from unlearn.record.edit_record import EditRecord, facts_of
+from unlearn.record.edit_record import RECORD, EditRecord, facts_of
 from unlearn.record.plain import (
     clipped,
     json_value,
@@ -32,8 +32,6 @@ from unlearn.record.plain import (
     value_at,
 )
 
-#: The file that holds the record.
-RECORD = "edit.json"
 #: PEFT's two files of an adapter, and the move that made it, in the same layout.
 CONFIG, WEIGHTS, DELTA = "adapter_config.json", "adapter_model.safetensors", "delta.safetensors"
 
@@ -126,7 +124,7 @@ def check_folder(
                 f"sha256 that was recorded{of_chain}"
             )
         if apply:
-            _check_delta(result, folder, value_at(record, "adapter.before.path"), name)
+            check_delta(result, folder, value_at(record, "adapter.before.path"), name)
 
 
 def _is_of_line(
@@ -193,7 +191,7 @@ def _check_other_files(result: Verification, folder: Path, files: Mapping[str, A
             )
 
 
-def _check_delta(result: Verification, folder: Path, place: Any, name: str) -> None:
+def check_delta(result: Verification, folder: Path, place: Any, name: str) -> None:
     """Check that the adapter at `place` + delta is the adapter in `folder`, bit for bit, scaled alike."""
     before = len(result.problems)
     with naming(

@@ -11,8 +11,8 @@ from typing import Any
 from influence.console import printable
 from influence.errors import InputError, StoreError
 from unlearn.record.chain import MANIFEST, Chain, checked_manifest, newest_adapter, read_chain
-from unlearn.record.edit_record import EditRecord
-from unlearn.record.folder import RECORD, Verification, check_folder, naming
+from unlearn.record.edit_record import RECORD, EditRecord
+from unlearn.record.folder import Verification, check_folder, naming
 from unlearn.record.plain import parse_object, read_plain, shortened
 
 

@@ -27,8 +27,7 @@ from influence.run import Run
 from influence.store import read_json
 from influence.tokens import TokenizedExamples, tokenize
 from unlearn.record import chain, verify
-from unlearn.record.edit_record import EditRecord
-from unlearn.record.folder import RECORD
+from unlearn.record.edit_record import RECORD, EditRecord
 
 #: What the run's own adapter is called where a version is asked for.
 ORIGINAL = "original"
