@@ -87,7 +87,7 @@ def fit_arguments(at: Path, **changes) -> list:
     return ["fit", *(part for name, value in options.items() for part in (f"--{name}", value))]
 
 
-# ---- the happy path ----------------------------------------------------------------------------------------
+# ---- the happy path ------------------------------------------------------------------------------
 
 
 def test_fit_says_what_it_did_and_a_second_one_returns_at_once(influence, at):
@@ -137,7 +137,10 @@ def test_score_writes_into_the_run_and_prints_the_shape(influence, at):
     (at / "run" / "scores.h5").unlink()
     result = influence("score", "--run", at / "run", "--queries", at / "queries.jsonl")
     assert result.status == 0
-    start = f"{at / 'run' / 'scores.h5'}: scores [4 queries, 20 rows]; raw ekfac, damping mean:0.1, points 0.4, 0.6, 0.8, size "
+    start = (
+        f"{at / 'run' / 'scores.h5'}: scores [4 queries, 20 rows]; raw ekfac, damping mean:0.1, "
+        "points 0.4, 0.6, 0.8, size "
+    )
     assert result.out.startswith(start)
     assert "calibrated" in result.out
     options = ["--measurement", "margin", "--solver", "pcg", "--damping", "top:0.1", "--json"]
@@ -239,7 +242,7 @@ def test_check_agrees(influence, at):
     assert len(result.json()["errors"]) == 4
 
 
-# ---- wrong calls: status 2, a sentence, nothing written ----------------------------------------------------
+# ---- wrong calls: status 2, a sentence, nothing written ------------------------------------------
 
 
 def wrong(influence, at, arguments, *sentences, status=2) -> None:
@@ -280,7 +283,8 @@ def test_missing_keys_are_listed_row_by_row(influence, at):
         at,
         fit_arguments(at, train=bad),
         f"3 of 4 rows of {bad} cannot be used:",
-        "row 1 (id 'a'): has no content, only the keys 'id', 'question'; expected 'prompt' and 'completion'",
+        "row 1 (id 'a'): has no content, only the keys 'id', 'question'; expected 'prompt' and "
+        "'completion'",
         "row 3: has 'prompt' but no 'completion'",
         "row 4 (id 'd'): has 'completion' but no 'prompt'",
     )
@@ -304,7 +308,8 @@ def test_all_tokens_truncated_away(influence, at):
         at,
         fit_arguments(at, train=data, max_length=6),
         "rows have no supervised token:",
-        "row 1 (id 'long'): max_length=6 cuts off all 2 supervised tokens of its 8; max_length=7 keeps the first",
+        "row 1 (id 'long'): max_length=6 cuts off all 2 supervised tokens of its 8; max_length=7 "
+        "keeps the first",
     )
     wrong(influence, at, fit_arguments(at, max_length=1), "max_length is 1; it must be at least 2")
 
@@ -361,7 +366,8 @@ def test_a_merged_adapter(influence, at):
     [
         (
             "mean:0",
-            "damping mean:0 was given; lambda must be positive: a LoRA curvature has at least r^2 exact null",
+            "damping mean:0 was given; lambda must be positive: a LoRA curvature has at least r^2 "
+            "exact null",
         ),
         ("abs:0", "damping abs:0 was given; lambda must be positive"),
         ("top:-1", "damping top:-1 was given; lambda must be positive"),
@@ -389,7 +395,10 @@ def test_damping_zero(influence, at, damping, sentence):
 
 @pytest.mark.parametrize("query", ["r9-99", "4", "-1", "", "0.5"])
 def test_an_unknown_query(influence, at, query):
-    sentence = f"query {query!r} was given; there are 4 scored queries: give a position 0..3 or one of the ids r9-0, r9-1"
+    sentence = (
+        f"query {query!r} was given; there are 4 scored queries: give a position 0..3 or one of "
+        "the ids r9-0, r9-1"
+    )
     wrong(influence, at, ["top", "--run", at / "run", f"--query={query}"], sentence)
 
 
@@ -398,7 +407,8 @@ def test_an_unknown_query(influence, at, query):
     [
         (
             {"curvature": "newton"},
-            "curvature 'newton' was given; expected one of ekfac, kfac, fisher, ggn, hessian, identity",
+            "curvature 'newton' was given; expected one of ekfac, kfac, fisher, ggn, hessian, "
+            "identity",
         ),
         ({"reduction": "row"}, "reduction 'row' was given; expected"),
         ({"store": "maybe"}, "store 'maybe' was given; expected auto, always or never"),
@@ -517,7 +527,7 @@ def test_a_run_with_self_influence_only_has_no_scores_to_show(influence, at):
     )
 
 
-# ---- work that fails: status 1 -----------------------------------------------------------------------------
+# ---- work that fails: status 1 -------------------------------------------------------------------
 
 
 def test_a_truncated_file_exits_with_one(influence, at):
@@ -567,7 +577,7 @@ def test_an_unwritable_place_exits_with_one(influence, at):
     assert "Traceback" not in result.err
 
 
-# ---- hostile text ------------------------------------------------------------------------------------------
+# ---- hostile text --------------------------------------------------------------------------------
 
 
 def harmless(text: str) -> None:
@@ -622,7 +632,7 @@ def test_hostile_ids_of_bad_rows_are_printed_harmlessly(influence, at):
     harmless(result.err)
 
 
-# ---- the process -------------------------------------------------------------------------------------------
+# ---- the process ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [[], ["fit"], ["score"], ["self"], ["top"], ["check"]])
@@ -632,8 +642,8 @@ def test_help_does_not_wait_for_torch(command):
         "from influence.cli import main\n"
         f"sys.argv = ['influence', *{command!r}, '--help']\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "slow = {'torch', 'transformers', 'peft', 'datasets', 'scipy', 'h5py', 'numpy'} & set(sys.modules)\n"
-        "assert not slow, slow\n"
+        "slow = {'torch', 'transformers', 'peft', 'datasets', 'scipy', 'h5py', 'numpy'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
