@@ -79,7 +79,10 @@ class TermBatches:
     reference_losses: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
 
     def rows(self, step: int) -> np.ndarray:
-        """The rows of a step: an epoch's permutation, cut into batches."""
+        """The rows of a step: an epoch's permutation, cut into batches.
+
+        They depend on the seed and the step alone, so that a resumed training has the same.
+        """
         n = len(self.tokens)
         steps_per_epoch = -(-n // self.batch_size)
         epoch, place = divmod(step, steps_per_epoch)
@@ -114,6 +117,7 @@ class TermBatches:
         # The term's value, the rows that the reference ran, and the mean loss of every row.
         sums = torch.zeros(2 + len(rows), dtype=torch.float64, device=model.device)
         rows_run = 0 if self.reference is None else self.reference.rows_run
+        # All rows of the step, not this process's: every process counts the work of all.
         self.cost.gradients += len(rows) * (1 if self.target.other is None else 2)
         if len(places):
             longest = self._longest.select(rows[places])
