@@ -84,7 +84,8 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
     run, model = setting.run, setting.run.model
     if not all(isinstance(operator.curvature, Invertible) for operator in setting.operators):
         raise InputError(
-            f"edits were to be measured for {setting.name}, which has no closed-form inverse: use ekfac"
+            f"edits were to be measured for {setting.name}, which has no closed-form inverse: use "
+            "ekfac"
         )
     probes = np.concatenate([rows, np.setdiff1d(probes, rows)])
     deltas = torch.zeros(len(rows), model.space.size, dtype=model.dtype, device=model.device)
@@ -136,7 +137,8 @@ def calibrate(run: Run, seed: int = 0) -> dict[str, CalibrationRecord]:
     factor = measured_edits(setting, rows, rows).factor
     if not (np.isfinite(factor) and factor > 0):
         say(
-            f"note: small edits of {len(rows)} rows did not raise their losses (factor {factor:.2g}): not calibrated"
+            f"note: small edits of {len(rows)} rows did not raise their losses (factor "
+            f"{factor:.2g}): not calibrated"
         )
         return {}
     return record(setting, factor, f"measured edits of {len(rows)} rows")

@@ -1,5 +1,4 @@
-"""The fit of one point of the path: the pass over the training rows, resumed, and what is kept of
-it.
+"""The fit of one point of the path: one pass over the training rows, resumed where it was killed.
 
 One pass does everything: each batch runs forward once and backward once per set of labels, the
 model's own for the curvature and the data's for the gradients. Which sums are formed of it, the

@@ -265,8 +265,10 @@ def _training_time(damping: str | Damping, state: OptimizerState | None) -> Damp
         return Damping.parse(damping)
     if state is None or state.sum_lr is None:
         raise InputError(
-            "damping time was given, lambda = 1 / (sum of the learning rates), and no trainer checkpoint that records them: "
-            "give --optimizer CHECKPOINT with a trainer_state.json, or time:T with T from your training"
+            "damping time was given, lambda = 1 / (sum of the learning rates), and no trainer "
+            "checkpoint that records them: "
+            "give --optimizer CHECKPOINT with a trainer_state.json, or time:T with T from your "
+            "training"
         )
     return Damping("time", state.sum_lr)
 
@@ -286,7 +288,8 @@ def _claim(
         raise InputError(f"{directory} is a file; give a directory for the run")
     if overwrite and (directory / AUDIT).exists():
         raise InputError(
-            f"{directory} holds the record of edits ({AUDIT}), which is evidence and never replaced: give another --run directory"
+            f"{directory} holds the record of edits ({AUDIT}), which is evidence and never "
+            "replaced: give another --run directory"
         )
     if path.exists():
         different = differences(recorded_identity(directory), manifest.identity)
@@ -303,10 +306,11 @@ def _claim(
             )
     elif directory.exists() and any(directory.iterdir()):
         foreign = [path.name for path in _own_files(directory)]
+        held = f", but {', '.join(foreign)}" if foreign else ""
         if foreign or not overwrite:
             raise InputError(
-                f"{directory} is not empty and holds no run (no manifest.json{', but ' + ', '.join(foreign) if foreign else ''}"
-                "): give a new directory"
+                f"{directory} is not empty and holds no run (no manifest.json{held}): give a new "
+                "directory"
             )
     directory.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -337,7 +341,8 @@ def _follow_latest_call(directory: Path, existing: Manifest, asked: Manifest) ->
             else ""
         )
         say(
-            f"note: the damping of {directory} was {existing.damping} and is now {current.damping}; "
+            f"note: the damping of {directory} was {existing.damping} and is now "
+            f"{current.damping}; "
             f"scores made before keep theirs{chosen}"
         )
     if current != existing:

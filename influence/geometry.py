@@ -104,7 +104,7 @@ class Raw:
         return {}
 
 
-# ---- function space ------------------------------------------------------------------------------------------
+# ---- function space ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,10 @@ def function_space(model: AdaptedModel) -> FunctionSpace:
         short += bool((L == 0).all(1).any() or (R == 0).all(0).any())
     if short:
         warnings.warn(
-            f"{short} of {len(model.sites)} sites have an A or B of rank below r (a fresh adapter's B is zero): the "
-            "missing directions have no part in the function-space features; train the adapter first if that is not meant",
+            f"{short} of {len(model.sites)} sites have an A or B of rank below r (a fresh "
+            "adapter's B is zero): the "
+            "missing directions have no part in the function-space features; train the adapter "
+            "first if that is not meant",
             stacklevel=2,
         )
     return FunctionSpace(model.space, tuple(left), tuple(right), tuple(bases))
@@ -243,7 +245,7 @@ def _thin(matrix: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     return Q @ left[:, :k], values[:k], right[:k].T
 
 
-# ---- Adam ----------------------------------------------------------------------------------------------------
+# ---- Adam ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,8 @@ class Adam:
         """
         if v.shape != (space.size,):
             raise InputError(
-                f"second moments of shape {tuple(v.shape)} were given; expected [{space.size}], one for each LoRA "
+                f"second moments of shape {tuple(v.shape)} were given; expected [{space.size}], "
+                "one for each LoRA "
                 "parameter in ParamSpace order"
             )
         if not bool((torch.isfinite(v) & (v >= 0)).all()):
@@ -354,7 +357,8 @@ def load_geometry(name: str, space: ParamSpace, state: Mapping[str, Tensor]) -> 
         found = tuple(state[key].shape) if key in state else None
         if found != shape or not bool(torch.isfinite(state[key]).all()):
             raise StoreError(
-                f"the stored {name} geometry should hold {key} of shape {list(shape)}, all finite; found "
+                f"the stored {name} geometry should hold {key} of shape {list(shape)}, all finite; "
+                "found "
                 f"{'no such tensor' if found is None else list(found)}: fit the run again"
             )
     if name == "raw":

@@ -1,10 +1,9 @@
-"""A finished run: what `influence fit` computed about one adapter and one training set, kept in a
-directory.
+"""A finished run: what `influence fit` computed about an adapter and its training rows.
 
-    run/manifest.json   base, adapter, data and tokenizer, each with its digest; objective; curvature; points; versions
+    run/manifest.json   what it was made from (`influence.manifest`)
     run/factors.h5      the curvature, the geometry, and (of a checkpoint) the parameters /theta [P]
     run/gradients.h5    /gradients [n, P] of l_i at the data's labels, /done [n]     (when stored)
-    run/rows.h5         /rows [n * samples, P] of the sample-space Fisher            (curvature `fisher`)
+    run/rows.h5         /rows [n * draws, P] at sampled labels       (curvatures that keep them)
     run/scores.h5       scores and self-influences computed later
 
 A run with several points of the path has one such file for each: `factors.h5`, `factors-2.h5`,
@@ -92,7 +91,8 @@ class Run:
         if model is None:
             if manifest.adapter.path is None:
                 raise InputError(
-                    f"{directory} was fitted on an adapter that came from no folder: pass it as model="
+                    f"{directory} was fitted on an adapter that came from no folder: pass it as "
+                    "model="
                 )
             model = load(
                 manifest.base.path,
@@ -118,7 +118,8 @@ class Run:
         different = differences(manifest.identity, given)
         if different:
             raise MismatchError(
-                f"{directory} was made from something else: {'; '.join(different)}. Restore what it "
+                f"{directory} was made from something else: {'; '.join(different)}. Restore what "
+                "it "
                 "was made from (paths in manifest.json), or fit a new run"
             )
         tokens = tokenize(train, model.tokenizer, max_length=manifest.objective.max_length)
@@ -159,7 +160,8 @@ class Run:
             given = json.loads(json.dumps(self.own_curvature.record()))
             if given != dict(self.manifest.curvature):
                 raise MismatchError(
-                    f"the curvature {self.own_curvature} was given, and {self.directory} was fitted "
+                    f"the curvature {self.own_curvature} was given, and {self.directory} was "
+                    "fitted "
                     f"with {name} {options}: give that one"
                 )
             return self.own_curvature

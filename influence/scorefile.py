@@ -69,7 +69,8 @@ class Scores:
         if not 0 <= index < len(self.query_ids):
             shown = ", ".join(self.query_ids[:5]) + (", ..." if len(self.query_ids) > 5 else "")
             raise InputError(
-                f"query {query!r} was given; there are {len(self.query_ids)} scored queries: give a position "
+                f"query {query!r} was given; there are {len(self.query_ids)} scored queries: give "
+                "a position "
                 f"0..{len(self.query_ids) - 1} or one of the ids {shown}"
             )
         return index
@@ -101,7 +102,8 @@ class Scores:
                 raise StoreError(f"{path} is no score file: it lacks {', '.join(missing)}")
             if not file.attrs.get("complete", True):
                 raise StoreError(
-                    f"{path} is unfinished: run the same influence score command again to complete it"
+                    f"{path} is unfinished: run the same influence score command again to complete "
+                    "it"
                 )
             return cls(
                 read(file, "scores"),
@@ -130,26 +132,26 @@ class SelfInfluence:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
-def different_attributes(found: Mapping[str, Any], attributes: dict[str, Any]) -> list[str]:
+def different_attributes(stored: Mapping[str, Any], attributes: dict[str, Any]) -> list[str]:
     """Names of the attributes in which what is stored differs from what is asked now."""
 
-    def same(one: Any, other: Any) -> bool:
-        one, other = np.asarray(one), np.asarray(other)
-        if one.dtype.kind == "f" and one.shape == other.shape:
-            return np.allclose(
-                one, other, rtol=1e-6, atol=0
-            )  # a device's sums may differ in their last bits
-        return np.array_equal(one, other)
+    def same(there: Any, now: Any) -> bool:
+        there, now = np.asarray(there), np.asarray(now)
+        if there.dtype.kind == "f" and there.shape == now.shape:
+            # a device's sums may differ in their last bits
+            return np.allclose(there, now, rtol=1e-6, atol=0)
+        return np.array_equal(there, now)
 
     keys = [key for key in attributes if key not in ("residuals", "complete", "version", "queries")]
-    different = [key for key in keys if key not in found or not same(found[key], attributes[key])]
-    short = lambda key: (
-        isinstance(attributes[key], str) and len(attributes[key]) < 40 and key in found
-    )
-    return [
-        f"{key} {found[key]!s} there, {attributes[key]} now" if short(key) else f"another {key}"
-        for key in different
-    ]
+    different = [key for key in keys if key not in stored or not same(stored[key], attributes[key])]
+
+    def sentence(key: str) -> str:
+        value = attributes[key]
+        if isinstance(value, str) and len(value) < 40 and key in stored:
+            return f"{key} {stored[key]!s} there, {value} now"
+        return f"another {key}"
+
+    return [sentence(key) for key in different]
 
 
 def existing_scores(target: Path, attributes: dict[str, Any]) -> Scores | None:
@@ -168,7 +170,8 @@ def existing_scores(target: Path, attributes: dict[str, Any]) -> Scores | None:
         )
     if different:
         raise MismatchError(
-            f"{target} holds other scores ({'; '.join(different)}): give another --out, or --overwrite to replace them"
+            f"{target} holds other scores ({'; '.join(different)}): give another --out, or "
+            "--overwrite to replace them"
         )
     return Scores.load(target)
 
@@ -331,10 +334,12 @@ class ScoresInTheMaking:
 
 
 def partial_file(target: Path) -> Path:
+    """The unfinished score file, which becomes `target`."""
     return target.with_name(target.name + ".partial")
 
 
 def parts_file(target: Path) -> Path:
+    """The points' own scores, beside the unfinished file until they are added up."""
     return target.with_name(target.name + ".parts")
 
 
@@ -403,12 +408,14 @@ def existing_self_influence(
         values, found = dataset[()], dict(dataset.attrs)
     if different:
         raise MismatchError(
-            f"{target} holds another self-influence ({'; '.join(different)}): give another --out, or --overwrite"
+            f"{target} holds another self-influence ({'; '.join(different)}): give another --out, "
+            "or --overwrite"
         )
     return SelfInfluence(values, run.train.ids, float(np.asarray(found["residuals"])), found)
 
 
 def write_self_influence(target: Path, run: Run, result: SelfInfluence) -> None:
+    """Add self-influences to a score file of the run, or begin one, in one move."""
     partial = target.with_name(target.name + ".self.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():

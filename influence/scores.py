@@ -58,21 +58,27 @@ from influence.scorefile import (
 )
 from influence.setting import Setting
 from influence.solvers import Solver
-from influence.solvers.named import COPIES, make_solver, solver_options, with_limits
+from influence.solvers.base import MOST_COPIES
+from influence.solvers.named import make_solver, solver_options, with_limits
 from influence.store import only_writer
 from influence.tokens import TokenizedExamples, tokenize
 from influence.tokenwise import Tokenwise
 
 CONVENTION = (
-    "score[q, i] = w_i * grad m(q)^T (C + lambda I)^-1 grad l_i: predicted change of measurement m(q) when training "
-    "row i is removed; with m = loss, positive = proponent (removing it raises the query's loss), negative = opponent. At "
-    "several points of the path: the sum of the points' scores times `factors` = kappa share_p mean(Z) / Z_p, with Z_p the "
-    "mean self-influence of the training rows at p and kappa the calibration of the size, 1 if `calibration` is none"
+    "score[q, i] = w_i * grad m(q)^T (C + lambda I)^-1 grad l_i: predicted change of measurement "
+    "m(q) when training "
+    "row i is removed; with m = loss, positive = proponent (removing it raises the query's loss), "
+    "negative = opponent. At "
+    "several points of the path: the sum of the points' scores times `factors` = kappa share_p "
+    "mean(Z) / Z_p, with Z_p the "
+    "mean self-influence of the training rows at p and kappa the calibration of the size, 1 if "
+    "`calibration` is none"
 )
 
 
 SELF_CONVENTION = (
-    "self_influence[i] = w_i / T_i * grad l_i^T (C + lambda I)^-1 grad l_i: predicted rise of row i's own mean loss, in "
+    "self_influence[i] = w_i / T_i * grad l_i^T (C + lambda I)^-1 grad l_i: predicted rise of row "
+    "i's own mean loss, in "
     "nats per token, if it is removed"
 )
 
@@ -80,6 +86,8 @@ SELF_CONVENTION = (
 #: Share of the free memory that the gradients of one chunk of queries, with all that solving holds
 #: beside them, may take.
 QUERY_SHARE = 0.8
+#: The same for scores by token or module, which are held whole.
+DETAIL_SHARE = 0.7
 
 
 def score(
@@ -222,7 +230,7 @@ def _score(
     run, queries, points = setting.run, asked.queries, setting.points
     modules = module_slices(run.model.space) if per_module else {}
     _refuse_large_detail(setting, len(queries), len(modules), per_token, target is not None)
-    at_once = queries_at_once(run, COPIES.get(solvers[0].name, max(COPIES.values())))
+    at_once = queries_at_once(run, getattr(solvers[0], "copies", MOST_COPIES))
     work = ScoresInTheMaking.begin(
         target, setting, queries, -(-len(queries) // at_once), list(modules), attributes
     )
@@ -271,10 +279,8 @@ def queries_at_once(run: Run, copies: int) -> int:
         free = torch.cuda.mem_get_info(run.model.device)[0]
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return max(
-        1,
-        int(QUERY_SHARE * free / ((1 + copies) * run.model.space.size * run.model.dtype.itemsize)),
-    )
+    each = (1 + copies) * run.model.space.size * run.model.dtype.itemsize
+    return max(1, int(QUERY_SHARE * free / each))
 
 
 def _refuse_large_detail(
@@ -287,10 +293,12 @@ def _refuse_large_detail(
     needed = 4 * queries * int(setting.run.tokens.lengths.sum()) if per_token else 0
     needed += 4 * queries * modules * n * (1 if filed else points + 2)
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if needed > 0.7 * free:
+    if needed > DETAIL_SHARE * free:
+        split = "token" if per_token else "module"
         raise InputError(
-            f"scores of {queries} queries by {'token' if per_token else 'module'} need {needed / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free: score fewer queries at a time, each into a file of its own"
+            f"scores of {queries} queries by {split} need {needed / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free: score fewer queries at a time, each into a file of its "
+            "own"
         )
 
 
@@ -370,7 +378,8 @@ def _measurement(value: str | Measurement | Contrast) -> Measurement | Contrast:
         return TokenLoss(int(position))
     if value not in MEASUREMENTS:
         raise InputError(
-            f"measurement {value!r} was given; expected one of {', '.join(MEASUREMENTS)}, token:K for completion token K, or "
+            f"measurement {value!r} was given; expected one of {', '.join(MEASUREMENTS)}, token:K "
+            "for completion token K, or "
             "contrast (on the command line, with --contrast FILE)"
         )
     return MEASUREMENTS[value]

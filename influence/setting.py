@@ -1,6 +1,4 @@
-"""What scores are made with: the points that are looked at, and the damped curvature at each of
-them.
-"""
+"""What scores are made with: points of a run, and the damped curvature at each of them."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ from influence.solvers import Solver
 
 @dataclass(frozen=True)
 class Setting:
-    """With what scores are made: the points that are looked at, and the damped curvature at each of
-    them.
+    """The points that scores look at, and the damped curvature at each of them.
 
     `run` holds the factors and `owner` is the run that was asked, which may be one above it
     (`analysis tune`). `factors` [points]: what the points' scores are multiplied by before they are
@@ -55,7 +52,8 @@ class Setting:
         """
         if damping is not None and curvature is not None and run.is_plain(curvature):
             raise InputError(
-                f"damping {damping} was given with the curvature {curvature}, which means C + lambda I := I and has none: leave "
+                f"damping {damping} was given with the curvature {curvature}, which means C + "
+                "lambda I := I and has none: leave "
                 "it out, or give another curvature"
             )
         owner, chosen = run, run.tuned if tuned else None
@@ -78,8 +76,9 @@ class Setting:
                 [point.scale(operator) for point, operator in zip(points, operators, strict=True)]
             )
             if not (np.isfinite(scales).all() and (scales > 0).all()):
+                labels = ", ".join(point.place.label for point in points)
                 raise NumericalError(
-                    f"the mean self-influence at the points {', '.join(p.place.label for p in points)} is {scales}: points "
+                    f"the mean self-influence at the points {labels} is {scales}: points "
                     "without gradients cannot be averaged; give --at one of the others"
                 )
         shares = shares / shares.sum()
@@ -163,7 +162,8 @@ def points_of(run: Run, curvature: str | None, at: str | None) -> tuple[AtPoint,
         if run.end.number is None and not identity:
             labels = ", ".join(point.place.label for point in run.points)
             raise InputError(
-                f"--at end was given, and this run has factors at {labels} only: give one of these, or fit another run with "
+                f"--at end was given, and this run has factors at {labels} only: give one of "
+                "these, or fit another run with "
                 "--path 1.0"
             )
         return (run.end,)

@@ -1,12 +1,11 @@
-"""What a curvature is: how it is asked for, summed up over the training rows, kept, loaded, and
-what it then offers.
+"""What a curvature is, from what is asked of a fit to what an edit makes of it.
 
 `C` approximates the second derivative of the training objective `J = sum_i w_i l_i`, with the same
 weights, and is never formed. A curvature is one file with three things:
 
-    Specification    what is asked of `fit`, a small frozen dataclass (`EKFAC(samples=1)`), also its record
+    Specification    what is asked of `fit`, a small frozen dataclass: `EKFAC(samples=1)`
     Accumulator      what one pass over the training rows adds up at one point of the path
-    Curvature        the fitted matrix: products, perhaps an inverse, and itself after rows were taken out or put in
+    Curvature        the fitted matrix: products, perhaps an inverse, and itself after an edit
 
 so that `influence.fit` knows none of them by name. Stacks of vectors are rows: `[K, P]`.
 """

@@ -2,7 +2,8 @@
 
 Grosse et al. 2023, arXiv 2308.03296).
 
-    Lambda = sum_i w_i (Q_S^T G_i Q_A)^2,      (C + lambda I)^-1 V = Q_S [ (Q_S^T V Q_A) / (Lambda + lambda) ] Q_A^T
+    Lambda = sum_i w_i (Q_S^T G_i Q_A)^2
+    (C + lambda I)^-1 V = Q_S [ (Q_S^T V Q_A) / (Lambda + lambda) ] Q_A^T
 
 G_i is the gradient of example i's loss at labels *sampled from the model*, summed over its tokens,
 so the diagonal in the eigenbasis is exact for these samples. With several draws per example, the

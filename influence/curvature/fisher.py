@@ -70,7 +70,8 @@ class Fisher(Specification):
         if needed > MEMORY_SHARE * there:
             raise InputError(
                 f"curvature fisher with {m} rows needs {needed / 1e9:.0f} GB of memory for its "
-                f"{m} x {m} Gram matrix, and this machine has {there / 1e9:.0f} GB: use --curvature "
+                f"{m} x {m} Gram matrix, and this machine has {there / 1e9:.0f} GB: use "
+                "--curvature "
                 "ekfac, or fewer --samples"
             )
 

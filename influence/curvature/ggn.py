@@ -1,5 +1,4 @@
-"""The generalised Gauss-Newton matrix of the training objective: exact, matrix-free, positive
-semi-definite.
+"""The exact generalised Gauss-Newton matrix, matrix-free and positive semi-definite.
 
     C v = sum_i w_i sum_t J_t^T (diag(p_t) - p_t p_t^T) J_t v        (Schraudolph 2002)
 

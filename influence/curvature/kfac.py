@@ -6,7 +6,7 @@ A leaf with input x_t and output gradient g_t (labels sampled from the model) at
 gradient `G_i = sum_t g_t x_t^T` and the Fisher block `sum_i w_i vec(G_i) vec(G_i)^T`. K-FAC takes
 tokens as independent and inputs as independent of output gradients:
 
-    C  ~  S (x) A,     S = sum_i w_i sum_t g_t g_t^T,     A = sum_i w_i sum_t x_t x_t^T / sum_i w_i T_i
+    C  ~  S (x) A,  S = sum_i w_i sum_t g_t g_t^T,  A = sum_i w_i sum_t x_t x_t^T / sum_i w_i T_i
 
 (T_i counts all positions of example i, prompt included). With `S = Q_S diag(s) Q_S^T`, `A = Q_A
 diag(a) Q_A^T`:
@@ -99,7 +99,7 @@ class KFAC(Specification):
         return super().held(arrays, point) | exact
 
 
-# ---- second moments ------------------------------------------------------------------------------------------
+# ---- second moments ------------------------------------------------------------------------------
 
 
 class DenseMoment:
@@ -315,7 +315,7 @@ def wide_side(leaf: Leaf) -> int:
     return leaf.shape[1] if leaf.is_A else leaf.shape[0]
 
 
-# ---- the fitted curvature ------------------------------------------------------------------------------------
+# ---- the fitted curvature ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""The training objective, differentiable twice: what the exact curvatures multiply with, batch by
-batch.
+"""The training objective, differentiable twice, batch by batch.
 
 Products with second derivatives differentiate a backward pass, so attention runs on its unfused
 (math) kernel here, and only here. One forward per batch serves every column.
@@ -235,7 +234,8 @@ def _twice_differentiable(model: AdaptedModel) -> Iterator[list[Tensor]]:
     implementation = getattr(model.model.get_base_model().config, "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "eager"):
         raise AdapterError(
-            f"attention {implementation!r} has no second derivative; load the base with attn_implementation='sdpa' "
+            f"attention {implementation!r} has no second derivative; load the base with "
+            "attn_implementation='sdpa' "
             "for Hessian and GGN products"
         )
     with model.evaluating(model.parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from typing import Any, cast
 
@@ -11,12 +12,36 @@ from influence.errors import InputError
 from influence.run import Run
 from influence.solvers import ASTRA, CG, SGD, DataInf, Direct, LiSSA, Solver
 
-SOLVERS = ("direct", "cg", "pcg", "lissa", "astra", "sgd", "datainf")
+
+def _pcg(point: AtPoint, operator: Damped) -> Solver:
+    return CG(preconditioner=point.preconditioner(operator), name="pcg")
 
 
-#: Vectors [K, P] that a solver holds beside the right-hand sides, counted in its code; of any other
-#: solver the most.
-COPIES = {"direct": 4, "cg": 8, "pcg": 8, "datainf": 10, "lissa": 12, "sgd": 12, "astra": 12}
+def _astra(point: AtPoint, operator: Damped) -> Solver:
+    return ASTRA(preconditioner=point.preconditioner(operator))
+
+
+def _datainf(point: AtPoint, operator: Damped) -> Solver:
+    if operator.curvature.undamped:
+        raise InputError(
+            "solver datainf inverts the empirical Fisher, and the curvature identity asks for no "
+            "inverse"
+        )
+    leaves = tuple(leaf.slice for leaf in point.model.space.leaves)
+    gradients = lambda: (block for _, block in point.gradient_blocks())  # noqa: E731
+    return DataInf(gradients, point.stream_weights, leaves)
+
+
+#: How each solver that is known by name is made for an operator at a point.
+SOLVERS: dict[str, Callable[[AtPoint, Damped], Solver]] = {
+    "direct": lambda point, operator: Direct(),
+    "cg": lambda point, operator: CG(),
+    "pcg": _pcg,
+    "lissa": lambda point, operator: LiSSA(),
+    "astra": _astra,
+    "sgd": lambda point, operator: SGD(),
+    "datainf": _datainf,
+}
 
 
 def make_solver(point: AtPoint | Run, solver: str | Solver, operator: Damped) -> Solver:
@@ -26,25 +51,9 @@ def make_solver(point: AtPoint | Run, solver: str | Solver, operator: Damped) ->
     """
     if not isinstance(solver, str):
         return solver
-    point = point.points[-1] if isinstance(point, Run) else point
-    if solver == "pcg":
-        return CG(preconditioner=point.preconditioner(operator), name="pcg")
-    if solver == "astra":
-        return ASTRA(preconditioner=point.preconditioner(operator))
-    if solver == "datainf" and operator.curvature.undamped:
-        raise InputError(
-            "solver datainf inverts the empirical Fisher, and the curvature identity asks for no "
-            "inverse"
-        )
-    if solver == "datainf":
-        leaves = tuple(leaf.slice for leaf in point.model.space.leaves)
-        return DataInf(
-            lambda: (block for _, block in point.gradient_blocks()), point.stream_weights, leaves
-        )
-    solvers: dict[str, Solver] = {"direct": Direct(), "cg": CG(), "lissa": LiSSA(), "sgd": SGD()}
-    if solver not in solvers:
+    if solver not in SOLVERS:
         raise InputError(f"solver {solver!r} was given; expected one of {', '.join(SOLVERS)}")
-    return solvers[solver]
+    return SOLVERS[solver](point.points[-1] if isinstance(point, Run) else point, operator)
 
 
 def with_limits(solver: Solver, limits: dict[str, Any]) -> Solver:

@@ -1,5 +1,6 @@
-"""The curvature after an edit, `C' = C - sum_{gone} w_i C_i + sum_{come} w_i C_i`, from the run's
-own factors.
+"""The curvature after an edit, from the run's own factors.
+
+    C' = C - sum_{gone} w_i C_i + sum_{come} w_i C_i
 
 Which rows make the difference between the fit and the rows after the edit is said here; how a
 curvature changes with them, each curvature says itself (`Curvature.updated`). lambda stays the
