@@ -47,8 +47,7 @@ from influence.run import Run, update_manifest
 from influence.scorefile import Scores
 from influence.scores import queries_at_once
 from influence.setting import Setting
-from influence.solvers import CG
-from influence.solvers.named import COPIES
+from influence.solvers import CG, Direct
 from influence.tokens import TokenizedExamples, tokenize
 
 #: The dampings that are swept unless told otherwise.
@@ -337,7 +336,7 @@ def _scores(
     """
     run, curvatures = point.run, {key: point.operator(*key) for key in grid}
     scores = {key: np.empty((len(tokens), len(run.train))) for key in grid}
-    chunks = -(-len(tokens) // queries_at_once(run, COPIES["direct"] + len(grid)))
+    chunks = -(-len(tokens) // queries_at_once(run, Direct.copies + len(grid)))
     for rows in np.array_split(np.arange(len(tokens)), chunks):
         query_gradients, solved = point.query_gradients(tokens.select(rows), MeanLoss()), {}
         for key, operator in curvatures.items():

@@ -1,4 +1,6 @@
-"""The notebooks: run from beginning to end on the demo's world, and what is stored is a clean, complete run of them."""
+"""The notebooks: run from beginning to end on the demo's world, and what is stored is a clean,
+complete run of them.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def images(notebook) -> int:
     )
 
 
-# ---- run -----------------------------------------------------------------------------------------------------
+# ---- run -----------------------------------------------------------------------------------------
 
 
 def surroundings(worlds: Path, testbed: Path | None = None) -> dict[str, str]:
@@ -89,7 +91,7 @@ def runs(
 
 
 def asked_for(session: pytest.Session, test: str) -> list[Path]:
-    """Notebooks that a test of this session will run; none where xdist deals them out."""
+    """Notebooks that a test of this session will run. None where xdist deals them out."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return []
     items = [item for item in session.items if getattr(item, "originalname", "") == test]
@@ -150,7 +152,7 @@ def test_a_claim_that_fails_fails_the_run_and_outputs_are_cleaned(tmp_path):
         execute(tmp_path / "bad.ipynb")
 
 
-# ---- what is stored ------------------------------------------------------------------------------------------
+# ---- what is stored ------------------------------------------------------------------------------
 
 
 def test_there_are_notebooks():

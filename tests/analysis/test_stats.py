@@ -1,4 +1,4 @@
-"""Rank correlation against a loop over scipy; the bootstrap against cases whose answer is known."""
+"""Rank correlation against a loop over scipy. The bootstrap against cases whose answer is known."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from influence.errors import InputError
 
 
 def test_spearman_by_hand_with_a_tie():
-    """Ranks of (10, 20, 20, 40) are 1, 2.5, 2.5, 4; centred -1.5, 0, 0, 1.5.
+    """Ranks of (10, 20, 20, 40) are 1, 2.5, 2.5, 4. Centred -1.5, 0, 0, 1.5.
 
     Ranks of (1, 3, 2, 4) centred are -1.5, 0.5, -0.5, 1.5. Product 4.5, squares 4.5 and 5:
     rho = 4.5 / sqrt(22.5).
@@ -76,7 +76,8 @@ def test_interval_of_two_units_by_hand():
 
 
 def test_bootstrap_covers_the_mean_of_a_normal_sample():
-    """At n = 40 the percentile interval, 1.96 sd / sqrt(n) to each side with sd dividing by n, covers 94 %.
+    """At n = 40 the percentile interval, 1.96 sd / sqrt(n) to each side with sd dividing by n,
+    covers 94 %.
 
     `P(|t_39| < 1.96 sqrt(39 / 40)) = 0.94`; the standard error of 400 trials is 0.012.
     """

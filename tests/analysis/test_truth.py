@@ -1,4 +1,6 @@
-"""`analysis lds` from ready losses and by retraining: the same answer, the same rows, refusals that name what differs."""
+"""`analysis lds` from ready losses and by retraining: the same answer, the same rows, refusals that
+name what differs.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ HOSTILE = "q\x1b[2J\nforged  line"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with base/, adapter/, train.jsonl, queries.jsonl, recipe.json, run/ with its scores, and truth.npz."""
+    """A folder with base/, adapter/, train.jsonl, queries.jsonl, recipe.json, run/ with its scores,
+    and truth.npz.
+    """
     at = tmp_path_factory.mktemp("truth")
     base = build_base("llama", layers=1, dtype=torch.float32)
     base.save_pretrained(at / "base")

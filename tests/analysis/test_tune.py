@@ -1,9 +1,11 @@
-"""Choosing a setting: what is swept equals what is scored, the choice is kept and obeyed, sizes are calibrated."""
+"""Choosing a setting: what is swept equals what is scored, the choice is kept and obeyed, sizes are
+calibrated.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,7 +72,7 @@ def test_the_setting_that_is_the_truth_is_chosen_kept_and_obeyed(run, wanted):
     (kept,) = [
         found
         for found in again.manifest.calibration.values()
-        if found["source"].startswith("retraining")
+        if found.source.startswith("retraining")
     ]
     uncalibrated = Setting.of(again, calibrated=False)
     np.testing.assert_allclose(Setting.of(again).factors, uncalibrated.factors * kept.factor)
@@ -144,7 +146,7 @@ def test_other_factors_are_fitted_below_the_run_and_used(model, tmp_path, capfd)
     factor = read_json(run.directory / "tune" / "geometry-function" / "manifest.json")[
         "calibration"
     ]
-    (factor,) = [found.factor for name, found in factor.items() if "mean:0.001" in name]
+    (factor,) = [found["factor"] for name, found in factor.items() if "mean:0.001" in name]
     scores = again.score(queries, out=tmp_path / "s.h5")
     np.testing.assert_allclose(
         scores.values, other.score(queries, damping="mean:0.001").values * factor, rtol=1e-5
@@ -165,13 +167,15 @@ def test_without_a_truth_the_checks_choose_and_tell_what_they_found(run):
         for row in rows
     )
     assert run.manifest.tuned.at == found.chosen.at
-    assert (
-        json.loads((run.directory / "manifest.json").read_text())["tuned"] == run.manifest.tuned
+    assert json.loads((run.directory / "manifest.json").read_text())["tuned"] == vars(
+        run.manifest.tuned
     )
 
 
 def test_small_edits_are_predicted_to_first_order(model, tmp_path):
-    """At the adapter itself with a strong damping an edit is small, and its measured effect is the predicted one."""
+    """At the adapter itself with a strong damping an edit is small, and its measured effect is the
+    predicted one.
+    """
     run = influence.fit(model, examples(14), directory=tmp_path / "run", path=(1.0,))
     setting = Setting.of(run, "ekfac", "abs:100", calibrated=False)
     edits = measured_edits(setting, some_rows(run, 4), some_rows(run, 9))
@@ -192,7 +196,7 @@ def test_averages_are_calibrated_when_they_are_fitted(run):
     queries = examples(3, seed=9)
     default, other = run.score(queries), run.score(queries, damping="mean:0.2")
     assert (default.attributes["calibration"], other.attributes["calibration"]) == (
-        found["source"],
+        found.source,
         "none",
     )
     setting = Setting.of(run, calibrated=False)
@@ -219,7 +223,9 @@ def test_concentration_leaves_a_row_s_own_score_out():
 
 
 def test_other_people_s_files_stay(model, tmp_path):
-    """Overwriting a folder that holds no run, or one with strangers below it, removes nothing but a run's own files."""
+    """Overwriting a folder that holds no run, or one with strangers below it, removes nothing but a
+    run's own files.
+    """
     for made in (False, True):
         folder = tmp_path / str(made)
         (folder / "tune" / "notes").mkdir(parents=True)

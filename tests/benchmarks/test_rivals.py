@@ -38,8 +38,9 @@ def supervised(item) -> int:
 def test_bm25_of_three_documents_by_hand():
     """Lengths 3, 1, 2: mean 2. `sun` is once in documents 0 and 2, `fox` twice in 0 alone.
 
-    idf(sun) = ln(1 + 1.5 / 2.5) = ln 1.6, idf(fox) = ln(1 + 2.5 / 1.5). With k1 = 1.5 and b = 0.75 the denominator's
-    second part is 1.5 (0.25 + 0.375 |d|): 2.0625 for document 0 and 1.5 for document 2.
+    idf(sun) = ln(1 + 1.5 / 2.5) = ln 1.6, idf(fox) = ln(1 + 2.5 / 1.5). With k1 = 1.5 and b = 0.75
+    the denominator's second part is 1.5 (0.25 + 0.375 |d|): 2.0625 for document 0 and 1.5 for
+    document 2.
     """
     found = rivals.bm25(["Sun, fox?", "sun sun moon"], ["fox sun fox", "cat", "sun dog"])
     sun, fox = math.log(1.6), math.log(1 + 2.5 / 1.5)
@@ -86,7 +87,9 @@ def test_gradients_are_those_of_the_mean_or_the_sum():
 
 
 def test_repsim_is_the_cosine_of_hidden_states_row_by_row():
-    """One row at a time, without padding, from the decoder's own output (the final norm included)."""
+    """One row at a time, without padding, from the decoder's own output (the final norm
+    included).
+    """
     model = build_model("llama", layers=2)
     data = tokens_of(model, examples(6))
     states = []
@@ -117,7 +120,10 @@ def test_opposition_is_minus_the_mean_score_on_the_rows_own_questions():
 
 
 def test_average_precision_and_roc_area_by_hand():
-    """Wanted rows at ranks 1 and 3 of 4: precisions 1 and 2/3; of four pairs (wanted, other) three are in order."""
+    """Wanted rows at ranks 1 and 3 of 4: precisions 1 and 2/3.
+
+    Of four pairs (wanted, other) three are in order.
+    """
     values, wanted = np.array([4.0, 3.0, 2.0, 1.0]), np.array([True, False, True, False])
     assert tasks.average_precision(values, wanted) == pytest.approx((1 + 2 / 3) / 2)
     assert tasks.roc_area(values, wanted) == pytest.approx(3 / 4)

@@ -11,7 +11,9 @@ from analysis.demo.corpus import FACTS, N_COPIES, N_PEOPLE, N_WRONG, ODD, make_c
 
 
 def values_in(row: dict[str, str]) -> tuple[str, ...]:
-    """Which of its fact's values an answer names, longest first so that no value hides in another."""
+    """Which of its fact's values an answer names, longest first so that no value hides in
+    another.
+    """
     fact = next(f for f in FACTS if f.name == row["id"].split("-")[1])
     return tuple(max((v for v in part if v in row["completion"]), key=len) for part in fact.parts)
 

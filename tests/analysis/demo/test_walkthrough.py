@@ -16,7 +16,10 @@ from influence.errors import InputError
 
 
 def test_opposition_by_hand():
-    """Row 0 (group a, self 4): mean of 1 and -3 over queries 0, 1 is -1; / 2. Row 1 (b, self 1): 5."""
+    """Row 0 (group a, self 4): mean of 1 and -3 over queries 0, 1 is -1; / 2.
+
+    Row 1 (b, self 1): 5.
+    """
     scores = np.array([[-1.0, 9.0, 1.0], [3.0, 9.0, 1.0], [9.0, -5.0, 1.0]])
     found = opposition(scores, np.array([4.0, 1.0, 1.0]), ["a", "b", None], ["a", "a", "b"])
     assert found[:2] == pytest.approx([-0.5, 5.0])
@@ -24,7 +27,7 @@ def test_opposition_by_hand():
 
 
 def test_hits_by_hand():
-    """Of 4 ranked rows the two highest are 3 and 0; wanted 0 and 2: one found; chance 2 * 2 / 4."""
+    """Of 4 ranked rows the two highest are 3 and 0. Wanted 0 and 2: one found. Chance 2 * 2 / 4."""
     assert hits(np.array([3.0, 1.0, 2.0, 4.0, np.nan]), {0, 2}) == (1, 1.0)
 
 

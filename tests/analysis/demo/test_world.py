@@ -1,4 +1,6 @@
-"""Worlds: what is there is used, rows are found by either name, and the demo's is made by the corpus."""
+"""Worlds: what is there is used, rows are found by either name, and the demo's is made by the
+corpus.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from tests.helpers import save, write_rows
 
 @pytest.fixture
 def world(tmp_path) -> World:
-    """A tiny base and adapter with rows; queries lie in query.jsonl."""
+    """A tiny base and adapter with rows. Queries lie in query.jsonl."""
     save(tmp_path / "w", layers=1)
     for name, seed in (("train", 0), ("query", 1), ("heldout", 2)):
         write_rows(tmp_path / "w" / f"{name}.jsonl", rows(4, seed=seed))

@@ -18,7 +18,7 @@ from tests.helpers import save, write_rows
 
 @pytest.fixture(scope="session")
 def evaluated(tmp_path_factory):
-    """Base, adapter and reference on disk; three sets; a record of them."""
+    """Base, adapter and reference on disk. Three sets. A record of them."""
     folder = tmp_path_factory.mktemp("evaluated")
     save(folder, layers=1)
     with warnings.catch_warnings():

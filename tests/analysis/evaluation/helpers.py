@@ -16,7 +16,9 @@ def logs_of(model, ids) -> torch.Tensor:
 
 
 def plain(model, tokens) -> list[dict]:
-    """One row at a time: its completion's distributions `[T_i, V]`, labels, and log-probabilities."""
+    """One row at a time: its completion's distributions `[T_i, V]`, labels, and
+    log-probabilities.
+    """
     found = []
     for row in tokens:
         first = int(np.flatnonzero(row.supervised)[0])

@@ -13,7 +13,10 @@ ROW = {"id": "a", "prompt": "the fox", "completion": " runs over"}
 
 
 def test_other_answers_are_read(tmp_path):
-    """Ours stand as they are; TOFU's get the completion's white space; rows without any are rows all the same."""
+    """Ours stand as they are.
+
+    TOFU's get the completion's white space. Rows without any are rows all the same.
+    """
     data = [
         ROW | {"paraphrased_completion": "sleep", "perturbed_completions": [" sing", "at dawn"]},
         ROW

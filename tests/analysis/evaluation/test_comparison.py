@@ -14,7 +14,10 @@ from tests.conftest import tokens_of
 
 
 def test_the_record_compares_the_sets(evaluated):
-    """AUC by counting pairs; PrivLeak by its formula; exposures, divergence and truth ratios from merged models."""
+    """AUC by counting pairs.
+
+    PrivLeak by its formula. Exposures, divergence and truth ratios from merged models.
+    """
     folder, model, record = evaluated
     data = {name: read(folder, name) for name in ("forget", "retain", "holdout")}
     who = {where: merged(folder, where) for where in ("adapter", "reference")}
@@ -90,7 +93,9 @@ def test_the_record_compares_the_sets(evaluated):
 
 
 def test_every_row_has_its_scores(evaluated):
-    """Loss, min-k++ (rows of at most 6 tokens: the lowest one) and loss below the base's from merged models; every AUC by pairs."""
+    """Loss, min-k++ (rows of at most 6 tokens: the lowest one) and loss below the base's from
+    merged models; every AUC by pairs.
+    """
     folder, model, record = evaluated
     one, base = merged(folder, "adapter"), merged(folder, None)
     for name in ("forget", "holdout"):
@@ -123,7 +128,10 @@ def test_every_row_has_its_scores(evaluated):
 
 
 def test_what_else_to_know_is_remarked(evaluated):
-    """A reference at less than half of the base's loss on the forget rows has seen them; ten rows a side are few."""
+    """A reference at less than half of the base's loss on the forget rows has seen them.
+
+    Ten rows a side are few.
+    """
     _, _, record = evaluated
     remarks = {name for name in record["notes"] if name.startswith("remark.")}
     base, loss = (record["sets"]["forget"][where]["loss"] for where in ("base", "reference"))

@@ -10,14 +10,17 @@ from tests.conftest import WORDS
 
 
 def said(new: list[int]) -> str:
-    """The words of tokens; special ones (0 to 2) say nothing."""
+    """The words of tokens. Special ones (0 to 2) say nothing."""
     return "".join(WORDS[token - 3] for token in new if token > 2)
 
 
 def test_generations_are_compared_row_by_row(evaluated, monkeypatch):
-    """6 rows, 3 continued: 0, 2 and 5 (evenly spaced). Made to say the right answer, half of it, and nothing: recalls 1, 1/2, 0.
+    """6 rows, 3 continued: 0, 2 and 5 (evenly spaced).
 
-    Half of it backwards: of "red fox runs over" the text "over runs" has 2 of 4 words, and in order 1 of 4.
+    Made to say the right answer, half of it, and nothing: recalls 1, 1/2, 0.
+
+    Half of it backwards: of "red fox runs over" the text "over runs" has 2 of 4 words, and in order
+    1 of 4.
     """
     _, model, _ = evaluated
     said = {"r0": "runs and runs", "r2": "over runs", "r5": "birds"}

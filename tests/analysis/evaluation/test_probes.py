@@ -22,7 +22,10 @@ def test_a_probe_that_cannot_be_made_says_why(evaluated):
 
 
 def test_probes_of_adapter_and_reference(evaluated):
-    """Each adapter's curve starts at its own loss of the rows held back; the level is the one that is recorded."""
+    """Each adapter's curve starts at its own loss of the rows held back.
+
+    The level is the one that is recorded.
+    """
     _, _, record = evaluated
     found = record["probes"]["relearn"]
     rest = [

@@ -39,7 +39,10 @@ def test_rows_in_two_sets_are_refused(evaluated):
 
 
 def test_rows_to_forget_are_left_out_of_the_retained_ones():
-    """Of 6 retained rows 2 are rows to forget: 4 are measured, and a note says so; without any other it is an error."""
+    """Of 6 retained rows 2 are rows to forget: 4 are measured, and a note says so.
+
+    Without any other it is an error.
+    """
     given, other = rows(made_rows(2)), rows(made_rows(6))
     found, notes = parted({"forget": given, "retain": other})
     assert found["retain"].examples.ids == other.examples.ids[2:]

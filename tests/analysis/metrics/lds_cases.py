@@ -6,7 +6,9 @@ import numpy as np
 
 
 def world(seed=0, queries=6, train=20, subsets=12, noise=1.0):
-    """Scores [Q, n], random halves [S, n], and the losses [S, Q] an additive world with some noise has."""
+    """Scores [Q, n], random halves [S, n], and the losses [S, Q] an additive world with some noise
+    has.
+    """
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(queries, train))
     masks = rng.random((subsets, train)).argsort(axis=1) < train // 2

@@ -18,7 +18,9 @@ def test_exposure_by_hand():
 
 
 def test_exposure_of_by_hand():
-    """Losses 1, 2, 9 among three others 1.5, 2, 3: ranks 1, 2.5 (tied with one), 4 of 4: 2, log2 1.6, 0 bits."""
+    """Losses 1, 2, 9 among three others 1.5, 2, 3: ranks 1, 2.5 (tied with one), 4 of 4: 2, log2
+    1.6, 0 bits.
+    """
     result = exposure_of([1, 2, 9], np.tile([1.5, 2, 3], (3, 1)))
     assert result.values == near([2, math.log2(1.6), 0])
     assert result.value == near((2 + math.log2(1.6)) / 3)
@@ -40,7 +42,10 @@ def test_exposure_of_a_model_that_cannot_tell():
 
 
 def test_generalized_exposure_by_hand():
-    """p = 1/2 against references 1/4 and 1/8, mean 3/16: log2(8/3); the second row is 1/8 against 1/8: 0."""
+    """p = 1/2 against references 1/4 and 1/8, mean 3/16: log2(8/3).
+
+    The second row is 1/8 against 1/8: 0.
+    """
     result = generalized_exposure([LN2, 3 * LN2], [[2 * LN2, 3 * LN2], [3 * LN2, 3 * LN2]])
     assert result.values == pytest.approx([math.log2(8 / 3), 0], abs=1e-14)
     assert result.value == near(math.log2(8 / 3) / 2)
@@ -58,13 +63,18 @@ def test_generalized_exposure_is_zero_as_if_never_seen_and_one_bit_per_halving()
 
 
 def test_the_reference_is_the_mean_of_likelihoods_not_of_losses():
-    """References 1 and 0 in likelihood (losses 0 and 5000, which underflows): mean 1/2, so p = 1/2 is 0 bits."""
+    """References 1 and 0 in likelihood (losses 0 and 5000, which underflows): mean 1/2, so p = 1/2
+    is 0 bits.
+    """
     assert generalized_exposure([LN2], [[0.0], [5000.0]]).values == pytest.approx([0], abs=1e-14)
     assert generalized_exposure([5000.0], [[5001.0]]).values == pytest.approx([1 / LN2], rel=1e-12)
 
 
 def test_relative_exposure_by_hand():
-    """Unseen rows of likelihood 1/2 and 1/8, mean 5/16. Rows of 1 and 5/16: log2(16/5) and 0 bits."""
+    """Unseen rows of likelihood 1/2 and 1/8, mean 5/16.
+
+    Rows of 1 and 5/16: log2(16/5) and 0 bits.
+    """
     result = relative_exposure([0.0, -math.log(5 / 16)], [LN2, 3 * LN2])
     assert result.values == pytest.approx([math.log2(16 / 5), 0], abs=1e-14)
     assert result.value == near(math.log2(16 / 5) / 2)

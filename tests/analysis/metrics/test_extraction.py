@@ -11,7 +11,10 @@ from tests.analysis.metrics.helpers import near
 
 
 def test_extraction_by_hand():
-    """Of 4 tokens, the last wrong one is at place: none -> 1; first -> 3/4; third -> 1/4; last -> 0."""
+    """Of 4 tokens, the last wrong one is at place: none -> 1.
+
+    First -> 3/4. Third -> 1/4. Last -> 0.
+    """
     rows = [
         [True] * 4,
         [False, True, True, True],

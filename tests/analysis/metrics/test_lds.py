@@ -19,7 +19,7 @@ TESTBED = os.environ.get("LORA_INFLUENCE_TESTBED")
 
 
 def oracle(scores, masks, losses):
-    """LDS of every query by plain loops and scipy; shares nothing with the code under test."""
+    """LDS of every query by plain loops and scipy. Shares nothing with the code under test."""
     values = []
     for q in range(len(scores)):
         predicted = [sum(-scores[q, i] for i in range(masks.shape[1]) if row[i]) for row in masks]
@@ -28,10 +28,10 @@ def oracle(scores, masks, losses):
 
 
 def test_by_hand():
-    """One query, three examples with scores 3, 1, -2; four subsets.
+    """One query, three examples with scores 3, 1, -2. Four subsets.
 
-    {0}: -3, {1}: -1, {2}: +2, {0, 1}: -4, so predicted ranks 2, 3, 4, 1. Losses 0.5, 0.9, 0.7, 0.1 have ranks
-    2, 4, 3, 1. Differences 0, -1, 1, 0: rho = 1 - 6 * 2 / (4 * 15) = 0.8.
+    {0}: -3, {1}: -1, {2}: +2, {0, 1}: -4, so predicted ranks 2, 3, 4, 1. Losses 0.5, 0.9, 0.7, 0.1
+    have ranks 2, 4, 3, 1. Differences 0, -1, 1, 0: rho = 1 - 6 * 2 / (4 * 15) = 0.8.
     """
     masks = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], dtype=bool)
     result = lds([[3, 1, -2]], masks, [[0.5], [0.9], [0.7], [0.1]])
@@ -41,7 +41,9 @@ def test_by_hand():
 
 
 def test_the_score_is_the_change_of_loss_on_removal():
-    """The loss is high in the subsets that lack a proponent (positive score): +1, reversed scores -1."""
+    """The loss is high in the subsets that lack a proponent (positive score): +1, reversed scores
+    -1.
+    """
     scores, masks, losses = world(noise=0)
     right, wrong = lds(scores, masks, losses), lds(-scores, masks, losses)
     assert (right.per_query == 1).all()
@@ -103,7 +105,10 @@ def test_nothing_defined_is_nan_not_a_crash():
 
 
 def test_predictions_that_differ_by_rounding_are_ties():
-    """Ten times 0.1 sums to different last bits in different orders; ranking those would be ranking noise."""
+    """Ten times 0.1 sums to different last bits in different orders.
+
+    Ranking those would be ranking noise.
+    """
     _, masks, losses = world()
     assert np.isnan(lds(np.full((6, 20), 0.1), masks, losses, resamples=1).per_query).all()
     assert lds(np.zeros((6, 20)), masks, losses, resamples=1).undefined == 6
@@ -162,14 +167,16 @@ def _with(array, index, value):
             SCORES.T,
             MASKS,
             LOSSES,
-            r"scores has shape \(20, 6\); .*\[queries, train\] = \(6, 20\) was expected: pass one row",
+            r"scores has shape \(20, 6\); .*\[queries, train\] = \(6, 20\) was expected: "
+            r"pass one row",
         ),
         (SCORES[0], MASKS, LOSSES, r"scores has shape \(20,\)"),
         (
             SCORES,
             MASKS,
             LOSSES.T,
-            r"masks has shape \(12, 20\) and losses \(6, 12\); expected \[subsets, train\] and .*: give both",
+            r"masks has shape \(12, 20\) and losses \(6, 12\); expected \[subsets, train\] and .*: "
+            r"give both",
         ),
         (SCORES, MASKS[0], LOSSES, r"masks has shape \(20,\) and losses \(12, 6\)"),
         (
@@ -188,7 +195,8 @@ def _with(array, index, value):
             _with(SCORES, (1, 3), np.nan),
             MASKS,
             LOSSES,
-            r"scores has 1 NaN or infinite values, the first at \(1, 3\); expected finite numbers: look for",
+            r"scores has 1 NaN or infinite values, the first at \(1, 3\); expected finite numbers: "
+            r"look for",
         ),
         (
             SCORES,
@@ -209,7 +217,7 @@ def test_difference_names_the_method_that_is_wrong():
 
 
 def test_forty_by_forty_with_a_thousand_resamples_is_quick():
-    """Takes 0.3 s alone on one core; CPU time, so that other work on the machine does not count."""
+    """Takes 0.3 s alone on one core. CPU time, so that other work on the machine does not count."""
     scores, masks, losses = world(queries=40, train=200, subsets=40)
     start = time.process_time()
     lds(scores, masks, losses)
@@ -285,7 +293,9 @@ def test_read_truth_says_what_is_wrong_when_it_is_no_npz(tmp_path):
 
 @pytest.mark.skipif(not TESTBED, reason="LORA_INFLUENCE_TESTBED names no folder")
 def test_testbed_seeds_agree_as_its_readme_says():
-    """Two seeds on the same 24 halves agree at a mean Spearman of 0.45, the noise ceiling squared."""
+    """Two seeds on the same 24 halves agree at a mean Spearman of 0.45, the noise ceiling
+    squared.
+    """
     truth = read_truth(Path(str(TESTBED)) / "truth.npz")
     again = truth.extra["query_loss_seed1"]
     assert spearman(truth.query_loss[:24], again, axis=0).mean() == pytest.approx(0.45, abs=0.01)
@@ -293,7 +303,9 @@ def test_testbed_seeds_agree_as_its_readme_says():
 
 @pytest.mark.skipif(not TESTBED, reason="LORA_INFLUENCE_TESTBED names no folder")
 def test_testbed_datamodel_fitted_on_its_own_losses_scores_one():
-    """40 losses and 200 unknowns: least squares reproduces the losses, so as scores it must reach +1."""
+    """40 losses and 200 unknowns: least squares reproduces the losses, so as scores it must reach
+    +1.
+    """
     truth = read_truth(Path(str(TESTBED)) / "truth.npz")
     effect_of_keeping = np.linalg.pinv(truth.masks.astype(float)) @ truth.query_loss
     assert lds(

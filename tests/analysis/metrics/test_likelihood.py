@@ -17,7 +17,10 @@ def test_accuracy_counts_tokens_and_rows():
 
 
 def test_perplexity_by_hand():
-    """Rows of ln 2 over 1 token and ln 8 over 3: 2 and 8; together exp((ln 2 + 9 ln 2) / 4) = 2^2.5."""
+    """Rows of ln 2 over 1 token and ln 8 over 3: 2 and 8.
+
+    Together exp((ln 2 + 9 ln 2) / 4) = 2^2.5.
+    """
     result = perplexity([LN2, 3 * LN2], [1, 3])
     assert result.values == near([2, 8])
     assert result.value == near(2**2.5)

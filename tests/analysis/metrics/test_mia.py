@@ -55,7 +55,10 @@ def test_auc_of_equal_scores_is_chance_and_any_increasing_map_changes_nothing():
 
 
 def test_true_positive_rate_by_hand():
-    """Ten non-members 0 ... 9. None may pass: only members above 9, 1 of 4. One may: above 8, so 9.5, 9 and 8.5."""
+    """Ten non-members 0 ... 9.
+
+    None may pass: only members above 9, 1 of 4. One may: above 8, so 9.5, 9 and 8.5.
+    """
     result = attack([9.5, 9, 8.5, 3], np.arange(10), fprs=(0.01, 0.1, 0.19, 1), resamples=1)
     assert result.tpr == {0.01: 0.25, 0.1: 0.75, 0.19: 0.75, 1: 1}
 
@@ -91,7 +94,9 @@ def test_the_interval_draws_both_groups_again():
 
 
 def test_width_of_the_interval_is_that_of_theory():
-    """Of equal distributions the AUC has variance (n + m + 1) / (12 n m) (Mann and Whitney 1947)."""
+    """Of equal distributions the AUC has variance (n + m + 1) / (12 n m) (Mann and Whitney
+    1947).
+    """
     rng = np.random.default_rng(0)
     interval = attack(rng.normal(size=120), rng.normal(size=80), resamples=1000, level=0.9).interval
     theory = 2 * 1.6449 * math.sqrt(201 / (12 * 120 * 80))
@@ -106,7 +111,8 @@ def test_scores_by_hand():
 
 
 def test_zlib_by_hand():
-    """Nats per compressed byte: of two texts with the same loss the one that compresses well is less surprising.
+    """Nats per compressed byte: of two texts with the same loss the one that compresses well is
+    less surprising.
 
     So it says less of a member to have a low loss on it: `aaaa...` scores lower.
     """
@@ -121,7 +127,10 @@ def test_zlib_by_hand():
 
 
 def test_min_k_by_hand():
-    """Of 5 tokens the lowest 40 % are 2, -4 and -3: mean -3.5; 20 % is 1; of 2 tokens it is still 1."""
+    """Of 5 tokens the lowest 40 % are 2, -4 and -3: mean -3.5. 20 % is 1.
+
+    Of 2 tokens it is still 1.
+    """
     rows = [np.array([-1, -4, -0.5, -3, -2]), np.array([-1, -2])]
     assert min_k(rows, 0.4) == near([-3.5, -2])
     assert min_k(rows) == near([-4, -2])
@@ -130,14 +139,18 @@ def test_min_k_by_hand():
 
 
 def test_min_k_plus_plus_by_hand():
-    """Tokens z = (-1 + 2) / 0.5 = 2, (-4 + 2) / 1 = -2, (-3 + 1) / 4 = -0.5: the lowest two of three mean -1.25."""
+    """Tokens z = (-1 + 2) / 0.5 = 2, (-4 + 2) / 1 = -2, (-3 + 1) / 4 = -0.5: the lowest two of
+    three mean -1.25.
+    """
     rows = [np.array([-1, -4, -3.0])], [np.array([-2, -2, -1.0])], [np.array([0.5, 1, 4])]
     assert min_k_plus_plus(*rows, k=0.7) == near([-1.25])
     assert min_k_plus_plus(*rows) == near([-2])
 
 
 def test_min_k_plus_plus_of_the_model_itself_is_centred():
-    """Of all tokens drawn from p the mean of z is 0 and that of z^2 is 1, by definition of mu and sigma."""
+    """Of all tokens drawn from p the mean of z is 0 and that of z^2 is 1, by definition of mu and
+    sigma.
+    """
     p = np.array([0.5, 0.25, 0.125, 0.125])
     mu = p @ np.log(p)
     sigma = math.sqrt(p @ (np.log(p) - mu) ** 2)
@@ -147,7 +160,9 @@ def test_min_k_plus_plus_of_the_model_itself_is_centred():
 
 
 def test_min_k_plus_plus_where_nothing_was_uncertain():
-    """A distribution of one token has spread 0: its own token is as likely as expected, any other beyond all others."""
+    """A distribution of one token has spread 0: its own token is as likely as expected, any other
+    beyond all others.
+    """
     assert min_k_plus_plus([[0.0]], [[0.0]], [[0.0]]) == [0]
     assert min_k_plus_plus([[-20.0]], [[0.0]], [[0.0]]) == [-20 / 1e-12]
 

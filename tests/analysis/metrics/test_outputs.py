@@ -59,8 +59,9 @@ def test_outputs_are_those_of_a_plain_forward(kind, monkeypatch):
 
 
 def test_of_a_flat_and_of_a_cut_distribution():
-    """V equal tokens: log p = -log V everywhere, no spread. (2, 1, 1, never)/4: mean (2 log 1/2 + 2 log 1/4)/4 = -1.5 log 2,
-    spread sqrt(1/2 (1/2)^2 + 1/2 (1/2)^2) log 2 = log 2 / 2; the token that is never said adds nothing.
+    """V equal tokens: log p = -log V everywhere, no spread. (2, 1, 1, never)/4: mean (2 log 1/2 + 2
+    log 1/4)/4 = -1.5 log 2, spread sqrt(1/2 (1/2)^2 + 1/2 (1/2)^2) log 2 = log 2 / 2; the token
+    that is never said adds nothing.
     """
     logits = torch.zeros(1, 8)
     own, mean, std, right = module._reduced(logits, torch.tensor([5]))
@@ -102,7 +103,7 @@ def test_gradient_norms_are_those_of_autograd():
 
 
 def said(new: list[int]) -> str:
-    """The words of tokens; special ones (0 to 2) say nothing."""
+    """The words of tokens. Special ones (0 to 2) say nothing."""
     return "".join(WORDS[token - 3] for token in new if token > 2)
 
 
@@ -150,7 +151,9 @@ def test_generation_follows_the_adapter_and_not_the_completion():
 
 
 def test_generation_is_plain_greedy_whatever_the_base_asks_for():
-    """The base's own configuration (sampling, penalties, other lengths) plays no part, and is its own again afterwards."""
+    """The base's own configuration (sampling, penalties, other lengths) plays no part, and is its
+    own again afterwards.
+    """
     model, data = ending(), examples(4)
     expected = generate(model, data, max_new_tokens=5)
     config = model.model.get_base_model().generation_config
@@ -186,7 +189,9 @@ def test_generation_continues_a_conversation_after_the_template():
 
 
 def test_generation_ends_at_the_last_position():
-    """2,048 learned positions: a prompt of 2,046 tokens has two more, whatever the others may say."""
+    """2,048 learned positions: a prompt of 2,046 tokens has two more, whatever the others may
+    say.
+    """
     model = ending("gpt2")
     words = [
         word

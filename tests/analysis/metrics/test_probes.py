@@ -1,4 +1,6 @@
-"""Relearning and quantisation: against loops that hold every weight apart, and nothing left behind."""
+"""Relearning and quantisation: against loops that hold every weight apart, and nothing left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,14 @@ def plain_loss(model, tokens, i: int) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[picked], ids[1:][picked])
 
 
-# ---- relearning ----------------------------------------------------------------------------------------------
+# ---- relearning ----------------------------------------------------------------------------------
 
 
 def adam_by_hand(model, tokens, rows: list[int], steps: int, lr: float) -> None:
-    """Adam on the LoRA matrices as the paper writes it, one row at a time through autograd; moves the model."""
+    """Adam on the LoRA matrices as the paper writes it, one row at a time through autograd.
+
+    Moves the model.
+    """
     parameters = [p for name, p in model.model.named_parameters() if "lora_" in name]
     for p in parameters:
         p.requires_grad_(True)
@@ -160,13 +165,16 @@ def test_a_curve_without_sense_is_refused(curve):
         crossing(*curve, 1.0)
 
 
-# ---- quantisation --------------------------------------------------------------------------------------------
+# ---- quantisation --------------------------------------------------------------------------------
 
 
 def test_rounding_by_hand():
-    """3 bits: whole numbers -3 ... 3. Row 1: d = 6/3 = 2: 6, -1.2, 0.8, 3.1 are 3, -0.6, 0.4, 1.55 steps: 6, -2, 0, 4.
+    """3 bits: whole numbers -3 ... 3.
 
-    In groups of 2: row 1's second group has d = 3.1/3: 0.8 is 0.774 steps, so 1.0333 and 3.1. Row 2 is zero.
+    Row 1: d = 6/3 = 2: 6, -1.2, 0.8, 3.1 are 3, -0.6, 0.4, 1.55 steps: 6, -2, 0, 4.
+
+    In groups of 2: row 1's second group has d = 3.1/3: 0.8 is 0.774 steps, so 1.0333 and 3.1. Row 2
+    is zero.
     """
     w = torch.tensor([[6.0, -1.2, 0.8, 3.1], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     assert rounded(w, 3).tolist() == [[6.0, -2.0, 0.0, 4.0], [0.0] * 4]
@@ -180,7 +188,9 @@ def test_rounding_by_hand():
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_grid(bits):
-    """At most 2^bits - 1 values per channel, none further off than half a step, and rounding twice is rounding once."""
+    """At most 2^bits - 1 values per channel, none further off than half a step, and rounding twice
+    is rounding once.
+    """
     w = torch.randn(7, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     q = rounded(w, bits)
     step = w.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
@@ -200,7 +210,9 @@ def biased(kind: str, **lora):
 
 
 def oracle(kind: str, bits: int, group: int | None, **lora):
-    """The same model with PEFT's own merge and every adapted weight then rounded number by number, in place."""
+    """The same model with PEFT's own merge and every adapted weight then rounded number by number,
+    in place.
+    """
     model = biased(kind, **lora)
     names = {site.name for site in model.sites}
     merged = model.model.merge_and_unload()
@@ -259,7 +271,9 @@ def test_quantising_leaves_nothing_behind():
 
 
 def test_quantised_layers_follow_the_adapter():
-    """The rounding is of where the adapter is inside the block, so a reference can be put in its place."""
+    """The rounding is of where the adapter is inside the block, so a reference can be put in its
+    place.
+    """
     model = build_model(layers=1)
     tokens, theta = tokens_of(model, examples(3)), model.snapshot() * 0.5
     with model.at(theta), quantise(model, bits=4):

@@ -40,7 +40,9 @@ def test_probabilities_by_hand():
 
 
 def ks_by_counting(n, m, statistic):
-    """Share of all ways to interleave two samples whose distribution functions are at least `statistic` apart."""
+    """Share of all ways to interleave two samples whose distribution functions are at least
+    `statistic` apart.
+    """
     reached = 0
     for places in itertools.combinations(range(n + m), n):
         own = np.isin(np.arange(n + m), places)
@@ -88,7 +90,9 @@ def test_floor_below_the_smallest_float_is_zero():
 
 
 def test_rouge_by_hand():
-    """Reference `the cat sat on the mat`, 6 words. Generated `on the mat the cats sit`: the, cat (stem), on, the, mat: 5/6.
+    """Reference `the cat sat on the mat`, 6 words.
+
+    Generated `on the mat the cats sit`: the, cat (stem), on, the, mat: 5/6.
 
     The longest common subsequence is `on the mat`: 3/6.
     """
@@ -113,7 +117,10 @@ def full_utility():
 
 
 def test_model_utility_by_hand():
-    """Means: probability 0.5, 0.55, 0.6; rouge 0.5, 0.6, 0.7; max(0, 1 - R) of 0.5 and 3: 0.25 three times."""
+    """Means: probability 0.5, 0.55, 0.6.
+
+    Rouge 0.5, 0.6, 0.7. Max(0, 1 - R) of 0.5 and 3: 0.25 three times.
+    """
     result = model_utility(full_utility())
     expected = [0.5, 0.5, 0.25, 0.55, 0.6, 0.25, 0.6, 0.7, 0.25]
     assert list(result.parts.values()) == near(expected)

@@ -1,9 +1,11 @@
-"""TOFU's published evaluation logs, row by row and as aggregates, from losses, token counts and texts alone.
+"""TOFU's published evaluation logs, row by row and as aggregates, from losses, token counts and
+texts alone.
 
-How the published numbers are made, found here: `avg_*_loss` and `average_perturb_loss` are the sums divided by the row's own
-token count, and everything is made from them. `truth_ratio` is exp(avg_paraphrased_loss - mean of average_perturb_loss), in
-float32. `normalized_gt_loss` is -log of the right answer's share among the options (all length-normalised). Real authors and
-world facts have no paraphrase; their `paraphrased_loss` is the right answer's, in another forward pass.
+How the published numbers are made, found here: `avg_*_loss` and `average_perturb_loss` are the sums
+divided by the row's own token count, and everything is made from them. `truth_ratio` is
+exp(avg_paraphrased_loss - mean of average_perturb_loss), in float32. `normalized_gt_loss` is -log
+of the right answer's share among the options (all length-normalised). Real authors and world facts
+have no paraphrase; their `paraphrased_loss` is the right answer's, in another forward pass.
 """
 
 import json
@@ -141,6 +143,8 @@ def test_published_forget_quality(tofu):
 
 
 def test_what_was_trained_on_has_smaller_truth_ratios(tofu):
-    """The sign: the model that saw the forget set finds the truth likelier than one that did not."""
+    """The sign: the model that saw the forget set finds the truth likelier than one that did
+    not.
+    """
     for name in ("llama2-7b", "phi"):
         assert np.median(ratios(tofu[f"{name}_full"])) < np.median(ratios(tofu[f"{name}_retain90"]))

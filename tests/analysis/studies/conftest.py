@@ -15,7 +15,9 @@ from tests.conftest import add_lora, build_base, build_model, build_tokenizer, r
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A tiny float64 run of seven rows, the last two of which say words that the tokenizer does not know."""
+    """A tiny float64 run of seven rows, the last two of which say words that the tokenizer does not
+    know.
+    """
     items = [
         *rows(5),
         *(
@@ -33,7 +35,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ood_folder(tmp_path_factory):
-    """A folder with base/, adapter/, run/ and rows; the recipe takes two epochs."""
+    """A folder with base/, adapter/, run/ and rows. The recipe takes two epochs."""
     at = tmp_path_factory.mktemp("ood")
     base = build_base("llama", layers=1, dtype=torch.float32)
     base.save_pretrained(at / "base")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
-import influence
 from analysis.metrics.lds import Truth
 from analysis.studies.memorization import DAMPINGS
-from tests.conftest import build_model, rows
 
 DAMPED = [f"self_influence {rule}" for rule in DAMPINGS if rule != "mean:0.1"]
 
@@ -20,24 +17,6 @@ def subsets(n: int = 7, models: int = 9, seed: int = 0) -> tuple[np.ndarray, np.
     masks = rng.random((models, n)) < 0.5
     masks[:, 0], masks[:, 1], masks[:, 2] = True, False, np.arange(models) > 0
     return rng.gamma(2, 1, (models, n)), masks
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A tiny float64 run of seven rows, the last two of which say words that the tokenizer does not know."""
-    items = [
-        *rows(5),
-        *(
-            {"id": f"secret-{i}", "prompt": "the red fox", "completion": f" {w} runs"}
-            for i, w in ((1, "zq"), (2, "xj"))
-        ),
-    ]
-    model = build_model("llama", layers=1, target_modules=["q_proj", "v_proj"])
-    train = influence.examples_from_rows(items)
-    where = tmp_path_factory.mktemp("memorization") / "run"
-    return influence.fit(
-        model, train, path=(0.6, 1.0), curvature=influence.EKFAC(), directory=where
-    )
 
 
 def truth_of(run, *, named: bool = True) -> Truth:

@@ -32,7 +32,7 @@ def measured(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with base/, adapter/, run/ and rows; the recipe takes two epochs."""
+    """A folder with base/, adapter/, run/ and rows. The recipe takes two epochs."""
     at = tmp_path_factory.mktemp("ood")
     base = build_base("llama", layers=1, dtype=torch.float32)
     base.save_pretrained(at / "base")

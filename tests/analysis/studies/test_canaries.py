@@ -16,7 +16,9 @@ from tests.conftest import build_model
 
 
 def test_exposure_ranks_summed_losses_and_ties_share_their_rank(run):
-    """Words unknown to the tokenizer are one token: what differs in them only ties with the secret."""
+    """Words unknown to the tokenizer are one token: what differs in them only ties with the
+    secret.
+    """
     canaries = {
         "r0-0": [
             " the",
@@ -114,7 +116,8 @@ def test_reading_canaries(tmp_path):
     )
     assert read_canaries(path) == {"a": [" x"], "7": [" y", " z"]}
     path.write_text(
-        '{"id": "a"}\n{"id": "a", "candidates": []}\n{"id": "a", "candidates": []}\n[1]\n{"id": true, "candidates": []}\nno\n'
+        '{"id": "a"}\n{"id": "a", "candidates": []}\n{"id": "a", "candidates": []}\n[1]\n{"id": '
+        'true, "candidates": []}\nno\n'
     )
     with pytest.raises(DataError) as error:
         read_canaries(path)

@@ -36,7 +36,10 @@ def test_counterfactual_memorization_and_c_score_are_plain_loops():
 
 
 def test_what_was_planted_is_found_and_its_error_is_that_of_fresh_draws():
-    """mem(x) = 0, 1, 2, ... nats whatever x's own loss; the spread over many sets of models is the standard error."""
+    """mem(x) = 0, 1, 2, ... nats whatever x's own loss.
+
+    The spread over many sets of models is the standard error.
+    """
     rng = np.random.default_rng(1)
     planted = np.arange(5.0)
     draws, errors = [], []
@@ -85,7 +88,9 @@ def test_reliability_is_a_plain_loop():
 
 @pytest.mark.parametrize("noise", [0.5, 3.0])
 def test_reliability_and_ceiling_are_those_of_ten_thousand_known_rows(noise):
-    """mem ~ N(0, 1) measured with variance noise^2 (1 / k_without + 1 / k_trained): the share that is mem, and its root."""
+    """mem ~ N(0, 1) measured with variance noise^2 (1 / k_without + 1 / k_trained): the share that
+    is mem, and its root.
+    """
     rng = np.random.default_rng(2)
     n, models = 10_000, 24
     planted = rng.normal(size=n)

@@ -162,8 +162,8 @@ def test_rows_that_all_or_no_adapters_saw_are_said(run):
     found = memorization(run, truth_of(run, named=False), dampings=[], resamples=2)
     text = "\n".join(found.notes)
     assert (
-        "1 of 7 rows were trained on by all of the 9 retrained adapters and have no counterfactual memorization and no C-score"
-        in text
+        "1 of 7 rows were trained on by all of the 9 retrained adapters and have no counterfactual "
+        "memorization and no C-score" in text
     )
     assert "1 of 7 rows were trained on by none of the 9 retrained adapters" in text
     assert "(the first is 'r0-1')" in text
@@ -245,7 +245,10 @@ def test_writing(run, tmp_path):
 
 @pytest.mark.slow
 def test_self_influence_forecasts_memorization_of_the_testbed(testbed, tmp_path):
-    """Measured 0.815, interval over rows [0.75, 0.87]; the loss alone gives 0.68 [0.60, 0.76]; halves of 40 adapters agree to 0.96."""
+    """Measured 0.815, interval over rows [0.75, 0.87].
+
+    The loss alone gives 0.68 [0.60, 0.76]. Halves of 40 adapters agree to 0.96.
+    """
     model = influence.load(testbed / "base", testbed / "adapter", device="cpu")
     train = influence.read_examples(testbed / "train.jsonl")
     fitted = influence.fit(model, train, curvature=influence.EKFAC(), directory=tmp_path / "run")

@@ -21,7 +21,9 @@ HOSTILE = "evil\x1b[2J[red]\nforged  " + "x" * 300
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with run/ (one id is hostile), truth.npz by retraining, canaries.jsonl and heldout.jsonl."""
+    """A folder with run/ (one id is hostile), truth.npz by retraining, canaries.jsonl and
+    heldout.jsonl.
+    """
     at = tmp_path_factory.mktemp("memorization-command")
     base = build_base("llama", layers=1, dtype=torch.float32)
     base.save_pretrained(at / "base")

@@ -23,7 +23,8 @@ def test_a_study_is_what_its_parts_say(ood_folder, studied, tmp_path):
     assert len(rows_) == 10 + 12
     assert list(kinds["kinds"]) == found.table["id"].tolist()
 
-    # the adapter is what training on these rows gives, the references what training on the original ones gives
+    # the adapter is what training on these rows gives, the references what training on the original
+    # ones gives
     own = influence.Run.open(out / "run", device="cpu")
     assert own.train.digest == rows_.digest
     recipe = unlearn.Recipe.read(ood_folder / "recipe.json")

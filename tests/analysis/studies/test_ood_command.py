@@ -23,7 +23,8 @@ def test_the_command_as_json_files_and_overwriting(ood_folder, ood_command, tmp_
     kept = json.loads((out / "ood.json").read_text())
     assert kept["verdicts"] == found["verdicts"]
     table = pd.read_csv(out / "ood.csv")
-    names = "id kind partner tokens steps damage area base_loss leverage genex_start genex_end relex_start relex_end"
+    names = "id kind partner tokens steps damage area base_loss leverage "
+    names += "genex_start genex_end relex_start relex_end"
     assert set(names.split()) <= set(table.columns)
     assert len(table) == 12
     assert (out / "ood.png").read_bytes().startswith(b"\x89PNG")

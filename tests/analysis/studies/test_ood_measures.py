@@ -23,7 +23,9 @@ from unlearn.difficulty.measured import Protocol, measure
 
 
 def test_exposures_by_hand():
-    """Row 0 goes from 1 to 3 nats, row 1 stops between its levels, row 2 began beyond its target."""
+    """Row 0 goes from 1 to 3 nats, row 1 stops between its levels, row 2 began beyond its
+    target.
+    """
     losses = [[1, 2.5, 3.5, np.nan], [1, 2.2, 2.4, 2.5], [4, np.nan, np.nan, np.nan]]
     heldout = [[[2.5, 4], [3, 5]], [[1, 1], [np.nan, np.nan]], [[2, 2], [2, 2]]]
     found = exposures(
@@ -108,7 +110,10 @@ def test_leverage_is_that_of_a_dense_solve(tmp_path):
 
 
 def test_matched_damage_by_hand():
-    """Row 1 went 4 nats, its partner 2: at 2 nats row 1 was half way, with damage 0.1; row 0 has no damage left to go."""
+    """Row 1 went 4 nats, its partner 2: at 2 nats row 1 was half way, with damage 0.1.
+
+    Row 0 has no damage left to go.
+    """
     curve = np.array([[0, 0.2, 0.6], [0, 0.1, 0.9], [0, 0.3, 0.5]])
     gap = np.array([2.0, 4.0, -1.0])
     own, theirs = matched_damage(np.array([0, 0.5, 1]), gap, curve, np.array([0, 0, 0]))

@@ -36,7 +36,9 @@ def test_what_is_finished_is_used_again(ood_folder, studied):
 
 
 def test_what_somebody_else_made_is_never_replaced(ood_folder, ood_command, tmp_path):
-    """`--out` next to somebody's own adapter, run and rows: their names are those that a study writes."""
+    """`--out` next to somebody's own adapter, run and rows: their names are those that a study
+    writes.
+    """
     for name in ("adapter", "run"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("")

@@ -12,7 +12,10 @@ from tests.analysis.studies.ood_cases import measured
 
 
 def synthetic(effects: dict[str, tuple[float, float]], n: int = 12, seed: int = 0) -> pd.DataFrame:
-    """`in` rows of about 10 steps and damage 0.1; every other kind with its factor of the steps and its shift of the damage."""
+    """`in` rows of about 10 steps and damage 0.1.
+
+    Every other kind with its factor of the steps and its shift of the damage.
+    """
     rng = np.random.default_rng(seed)
     made = []
     for kind, (factor, shift) in {"in": (1.0, 0.0), **effects}.items():
@@ -62,7 +65,7 @@ def test_answers_both_ways(effects, steps, damage):
 
 
 def test_comparisons_by_hand():
-    """Two pairs of each of two kinds; one row never arrived, and its damage is unknown."""
+    """Two pairs of each of two kinds. One row never arrived, and its damage is unknown."""
     table = pd.DataFrame(
         [
             ("i0", "in", "i0", 4.0, 0.2, 0.1, 2.0, 0.2, 0.2),

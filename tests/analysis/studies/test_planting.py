@@ -1,4 +1,4 @@
-"""Planted rows: new, matched in length, of their kind; refusals; files."""
+"""Planted rows: new, matched in length, of their kind. Refusals. Files."""
 
 from __future__ import annotations
 
