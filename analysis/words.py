@@ -40,7 +40,7 @@ def lds_text(result: LDS, seed: int, query_ids: Sequence[str] | None = None) -> 
 
 
 def tuning_text(result: Tuning, place: str, columns: int) -> str:
-    """What was chosen, where it is kept, and how good it is; `columns` rows have exact scores."""
+    """What was chosen, where it is kept, and how good it is by exact scores of `columns` rows."""
     lines = [f"chosen by {result.by}: {result.chosen.name}; {place}"]
     if result.held_out is not None:
         score = _with_interval(result.held_out.mean, result.held_out.interval)

@@ -345,7 +345,7 @@ def top(options: Top) -> None:
 
 
 def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
-    """The rows that a run was fitted on; None where their file is gone.
+    """The rows that a run was fitted on, None where their file is gone.
 
     Raises `MismatchError` where it has changed.
     """
@@ -388,7 +388,7 @@ def check(options: Check) -> None:
 
 
 def _curvature(name: str, samples: int) -> Any:
-    """The curvature a name stands for; only the command line maps names to objects."""
+    """The curvature that a name stands for, which only the command line asks."""
     from influence.curvature import EKFAC, GGN, KFAC, Fisher, Hessian, Identity
 
     lowest = 0 if name == "fisher" else 1
@@ -434,7 +434,7 @@ def _load(options: Fit | Check) -> AdaptedModel:
 
 
 def _open(options: Score | Self) -> Run:
-    """The run; where it has been edited since, a note says what its scores explain."""
+    """The run, with a note on what its scores explain where it has been edited since."""
     from influence.progress import say
     from influence.run import Run
 

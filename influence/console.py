@@ -90,7 +90,7 @@ def emit(result: dict[str, Any] | list[dict[str, Any]], text: str, as_json: bool
 
 
 def show(part: Table | str, *, wrap: bool = True) -> None:
-    """Print a table, or text as it is, for a person; text is wrapped at the terminal's width."""
+    """Print a table, or text as it is, for a person, with `wrap` at the terminal's width."""
     from rich.console import Console
 
     Console().print(part, markup=False, highlight=False, soft_wrap=not wrap)

@@ -61,7 +61,7 @@ class Option:
 
 
 def option(help: str, *, default: Any = MISSING, **rest: Any) -> Any:
-    """Declare a dataclass field as an option; `rest` are the other fields of `Option`."""
+    """Declare a dataclass field as an option, with other fields of `Option` in `rest`."""
     return field(default=default, metadata={"option": Option(help, default, **rest)})
 
 
@@ -119,18 +119,18 @@ def command(
     app: typer.Typer, options: type[T], *, name: str | None = None
 ) -> Callable[[Callable[[T], None]], Callable[[T], None]]:
     """Register a function of `options` as a command of `app`, its docstring the help."""
-    known = options_of(options)
+    declared = options_of(options)
     special = {
         "options": options,
-        "spellings": {other: one.flag for one in known.values() for other in one.also},
-        "several": frozenset(one.flag for one in known.values() if one.several),
+        "spellings": {other: each.flag for each in declared.values() for other in each.also},
+        "several": frozenset(each.flag for each in declared.values() if each.several),
     }
-    parameters = [_parameter(name, one) for name, one in known.items()]
+    parameters = [_parameter(field_name, each) for field_name, each in declared.items()]
 
     def register(function: Callable[[T], None]) -> Callable[[T], None]:
         def call(**typed: Any) -> None:
             given = {key: value for key, value in typed.items() if value is not None}
-            function(options(**{key: known[key].read(value) for key, value in given.items()}))
+            function(options(**{key: declared[key].read(value) for key, value in given.items()}))
 
         call.__name__, call.__doc__ = function.__name__, function.__doc__
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -141,12 +141,12 @@ def command(
     return register
 
 
-def _parameter(name: str, known: Option) -> inspect.Parameter:
+def _parameter(name: str, declared: Option) -> inspect.Parameter:
     """The keyword of the function that typer is given."""
-    default = inspect.Parameter.empty if known.default is MISSING else known.default
+    default = inspect.Parameter.empty if declared.default is MISSING else declared.default
     if isinstance(default, tuple):
         default = list(default) or None
-    annotation = Annotated[known.typed, typer.Option(known.flag, help=known.help)]
+    annotation = Annotated[declared.typed, typer.Option(declared.flag, help=declared.help)]
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
 

@@ -55,10 +55,10 @@ def declarations() -> dict[str, dict[tuple[type, str], Option]]:
     """What every flag is declared by: the class and the name of the field."""
     table: dict[str, dict[tuple[type, str], Option]] = {}
     for command in COMMANDS.values():
-        for name, known in options_of(command.options).items():
+        for name, each in options_of(command.options).items():
             bases = command.options.__mro__
             owner = next(c for c in bases if name in vars(c).get("__annotations__", {}))
-            table.setdefault(known.flag, {})[owner, name] = known
+            table.setdefault(each.flag, {})[owner, name] = each
     return table
 
 
@@ -69,8 +69,8 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
-def alike(one: str, other: str) -> float:
-    return len(words(one) & words(other)) / len(words(one) | words(other))
+def alike(text: str, other: str) -> float:
+    return len(words(text) & words(other)) / len(words(text) | words(other))
 
 
 # ---- declared once -------------------------------------------------------------------------------
@@ -88,11 +88,11 @@ def test_every_option_is_a_field_with_help(name):
     assert is_dataclass(command.options)
     assert command.options.__dataclass_params__.frozen
     declared = {
-        field: ([known.flag], known.help, known.default is MISSING)
-        for field, known in options_of(command.options).items()
+        field: ([each.flag], each.help, each.default is MISSING)
+        for field, each in options_of(command.options).items()
     }
     assert declared == {p.name: (p.opts, p.help, p.required) for p in command.params}
-    assert all(known.help.endswith((".", "?")) for known in options_of(command.options).values())
+    assert all(each.help.endswith((".", "?")) for each in options_of(command.options).values())
 
 
 def test_an_option_is_declared_once():
@@ -100,11 +100,11 @@ def test_an_option_is_declared_once():
     twice = {
         flag
         for flag, table in DECLARED.items()
-        if len({known.help for known in table.values()}) < len(table)
+        if len({each.help for each in table.values()}) < len(table)
     }
     assert twice == set(SAME_WORDS)
     for flag in SAME_WORDS:
-        meanings = [(known.help, known.default) for known in DECLARED[flag].values()]
+        meanings = [(each.help, each.default) for each in DECLARED[flag].values()]
         assert len(set(meanings)) == len(meanings), f"{flag}: the very same option, declared twice"
 
 
@@ -112,8 +112,8 @@ def test_one_meaning_has_one_text():
     near = {
         flag
         for flag, table in DECLARED.items()
-        for one, other in combinations({known.help for known in table.values()}, 2)
-        if alike(one, other) > NEAR
+        for text, other in combinations({each.help for each in table.values()}, 2)
+        if alike(text, other) > NEAR
     }
     assert near == set(NEARLY_SAME_WORDS)
 
@@ -124,16 +124,16 @@ def test_held_out_rows_are_called_holdout_everywhere():
     assert {name for name, c in COMMANDS.items() if "--heldout" in c.spellings} == old
     for command in COMMANDS.values():
         assert "heldout" not in command.help
-        assert all("heldout" not in known.help for known in options_of(command.options).values())
+        assert all("heldout" not in each.help for each in options_of(command.options).values())
 
 
 def test_a_default_is_said_by_the_field():
     """Help says it in words only where it depends on something else than a number."""
     said = [
-        f"{flag}: {known.help}"
+        f"{flag}: {each.help}"
         for flag, table in DECLARED.items()
-        for known in table.values()
-        if re.search(r"Default:? [\d.]+\.$", known.help)
+        for each in table.values()
+        if re.search(r"Default:? [\d.]+\.$", each.help)
     ]
     # None tells that these, which go with --subsets or --run only, were not given
     assert sorted(text.split(":")[0] for text in said) == [
@@ -243,9 +243,9 @@ def test_torchrun_hands_every_option_on(flag):
         try:
             assert after_torchrun(*line) == line[1:]
         except SystemExit:
-            for known in DECLARED[flag].values():
-                assert known.also, f"torchrun takes {flag} for its own: give it another spelling"
-                line = ["unlearn", "train", known.also[0], *typed[1:], "--json"]
+            for each in DECLARED[flag].values():
+                assert each.also, f"torchrun takes {flag} for its own: give it another spelling"
+                line = ["unlearn", "train", each.also[0], *typed[1:], "--json"]
                 assert after_torchrun(*line) == line[1:]
 
 

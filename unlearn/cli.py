@@ -223,7 +223,7 @@ def edit(options: Several) -> None:
 
 
 def _named(options: RowsOptions) -> list[str] | None:
-    """The ids that were named; None where neither of the options was given."""
+    """The ids that were named, None where neither of the options was given."""
     from unlearn.record.change_files import read_ids
 
     if options.ids is not None and options.ids_file is not None:
@@ -241,7 +241,7 @@ def _named(options: RowsOptions) -> list[str] | None:
 
 
 def _changes(options: ChangesOption, kind: str | None) -> dict[str, Any]:
-    """The changes of the file, by kind; all are of `kind` where it is given."""
+    """The changes of the file by kind, all of `kind` where it is given."""
     from unlearn.record.change_files import read_changes
 
     if options.changes is None:
@@ -287,9 +287,9 @@ def _edit(options: Edited, changes: Mapping[str, Any]) -> None:
 
 
 def rows_of(run: Path, ids: Iterable[str] = ()) -> Examples | None:
-    """The run's training rows, read before the model is loaded; None where they came from no file.
+    """The run's training rows, None where they came from no file.
 
-    Raises `InputError` for an id that no row has.
+    They are read before the model is loaded. Raises `InputError` for an id that no row has.
     """
     from influence.manifest import read_manifest
     from influence.rows import read_examples
@@ -304,7 +304,7 @@ def rows_of(run: Path, ids: Iterable[str] = ()) -> Examples | None:
 
 
 def _saved(made: Edit, options: Edited | Train, out: Path, what: str) -> EditRecord:
-    """Save an edit and return its record; one that is refused is shown before `save` raises."""
+    """Save an edit and return its record, or show the edit before `save` refuses it."""
     record = made.record.saved(forced=options.force and not made.passed)
     if not made.passed and not options.force:
         refusal = f"not written: the {what} that was tried does too much damage"
@@ -538,8 +538,8 @@ def _measured(
         labels = None
         if not options.by_group:
             labels = [run.train[rows[0]].group for rows in units.members]
-        known = [label for label in labels or () if label is not None]
-        groups = known if len(known) == count else None
+        named = [label for label in labels or () if label is not None]
+        groups = named if len(named) == count else None
         forecast = forecast.calibrated(steps, damage, groups, options.seed)
     return forecast.with_measured(steps, damage)
 

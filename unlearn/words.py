@@ -26,7 +26,7 @@ SHOWN_ROWS, SHOWN_IDS = 10, 5
 
 
 def methods_text(table: Sequence[Mapping[str, Any]]) -> str:
-    """The methods, each in a few lines; `table` has what their `describe` returns."""
+    """The methods of `table`, which has what their `describe` returns, each in a few lines."""
     lines = [line for row in table for line in _method_lines(row)]
     return "\n".join([*lines, "", "unlearn methods --guide says how to choose a learning rate."])
 
@@ -155,7 +155,7 @@ def _calibration_lines(forecast: Forecast) -> list[str]:
 
 @dataclass(frozen=True)
 class MeanLosses:
-    """Mean losses of some rows, nats per token; None where there is none."""
+    """Mean losses of some rows, nats per token, None where there is none."""
 
     title: str
     rows: int | None
@@ -217,7 +217,7 @@ def after_training_text(out: Path, run: Path) -> str:
 
 
 def dry_run_text(ahead: Mapping[str, Any]) -> str:
-    """What an edit would do; `ahead` is what `unlearn.forecast` returns."""
+    """What an edit would do, of what `unlearn.forecast` returns."""
     from unlearn.record.edit_record import RowRecord
 
     rows = [RowRecord(**row) for row in ahead["rows"]]
@@ -266,13 +266,13 @@ def _means_by_kind(rows: Sequence[RowRecord]) -> list[MeanLosses]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are there; None where none is."""
+    """Mean of the values that are there, None where none is."""
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
 
 
 def _loss_table(losses: Sequence[MeanLosses], columns: Mapping[str, str]) -> str:
-    """Mean losses as lines of text; `columns` has the field of `MeanLosses` by its heading."""
+    """Mean losses as lines of text, with a field of `MeanLosses` under each heading."""
     lines = [f"{'mean loss, nats per token':<26}{'rows':>6}" + "".join(f"{c:>12}" for c in columns)]
     for entry in losses:
         cells = [_number(getattr(entry, field)) for field in columns.values()]

@@ -13,9 +13,10 @@ PROBES = ("relearn", "quantise")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LengthOption, BudgetOption):
-    """How to evaluate; the help beside each field says what it is.
+    """How to evaluate.
 
-    Raises `InputError` for a number out of range, and for a probe that there is none of.
+    The help beside each field says what it is. Raises `InputError` for a number out of range, and
+    for a probe that there is none of.
     """
 
     generate: int = option(

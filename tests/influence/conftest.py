@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import influence
 from tests.conftest import examples, rows
 from tests.helpers import save
+from tests.influence.toy_commands import make_folder
 from tests.influence.toy_runs import N_ROWS
 
 
@@ -67,3 +69,22 @@ def folders(tmp_path):
         examples(2, seed=9), out=tmp_path / "run" / "scores.h5"
     )
     return tmp_path
+
+
+@pytest.fixture(name="influence")
+def named_as_it_is_typed(command):
+    """The `influence` command, under its own name."""
+    return command
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A folder as users of the command have it, with a run that was scored."""
+    return make_folder(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture
+def at(made, tmp_path):
+    """A copy of `made` to spoil. The manifest records the paths of the original."""
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"

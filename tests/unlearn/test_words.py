@@ -191,7 +191,7 @@ def test_a_method_is_told_in_five_lines():
 
 
 def forecast(n: int = 12, **columns) -> Forecast:
-    """A forecast of n rows, the last the hardest; the first is beyond reach."""
+    """A forecast of n rows, the last the hardest but for the first, which is beyond reach."""
     steps = np.arange(n, dtype=float)
     steps[0] = np.inf
     table = pd.DataFrame({"id": [f"r{i}" for i in range(n)], "steps": steps})

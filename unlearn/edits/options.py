@@ -24,10 +24,11 @@ REST = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StartOption, CurvatureOptions):
-    """How an edit is made; the help beside each field says what it is.
+    """How an edit is made.
 
-    `until` and `solver` may also be objects. With `expected`, removed rows reach the loss that a
-    model which never saw them would have, and new contents the retained rows' mean loss.
+    The help beside each field says what it is. `until` and `solver` may also be objects. With
+    `expected`, removed rows reach the loss that a model which never saw them would have, and new
+    contents the retained rows' mean loss.
 
     Raises `InputError` for a value that no edit can be made with.
     """

@@ -26,10 +26,11 @@ def learning_rate(text: str) -> float | str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StartOption):
-    """How a method is run; the help beside each field says what it is.
+    """How a method is run.
 
-    Where a field is None the method's own value holds; with `max_damage` None any result may be
-    saved. `optimizer` may also be a callable that takes the parameters and `lr`.
+    The help beside each field says what it is. Where a field is None the method's own value holds;
+    with `max_damage` None any result may be saved. `optimizer` may also be a callable that takes
+    the parameters and `lr`.
 
     Raises `InputError` for a value that no training can be run with.
     """
