@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+# Tests are single-threaded, so two processes share two cores; a file stays in one, with its fixtures.
+WORKERS ?= 2
+SPREAD := -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test lint types slow clean
 
@@ -16,10 +19,10 @@ demo: $(VENV)/.installed
 	$(BIN)/analysis demo --out $(DEMO) --overwrite
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(SPREAD) -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,9 +17,9 @@ from influence.adapter import AdaptedModel
 from influence.batches import plan_batches
 from influence.curvature import (
     PLAIN,
+    SPECIFICATIONS,
     Curvature,
     Damped,
-    Identity,
     Invertible,
 )
 from influence.damping import Damping
@@ -108,7 +108,7 @@ class AtPoint:
 
     def _load_curvature(self, name: str) -> Curvature:
         if name == PLAIN:
-            return Identity().load({}, self)
+            return SPECIFICATIONS[PLAIN]().load({}, self)
         specification = self.run.specification
         with open_file(self.file("factors"), run_digest=self.digest) as file:
             held = specification.held(StoredTensors(file, self.model.device), self)

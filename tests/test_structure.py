@@ -135,3 +135,135 @@ def test_pyproject_lists_every_package():
     for script, target in settings["project"]["scripts"].items():
         module = ROOT.joinpath(*target.split(":")[0].split(".")).with_suffix(".py")
         assert module.exists(), f"{script} starts {target}, which is not there"
+
+
+# ---- walls ---------------------------------------------------------------------------------------
+
+#: Rooms of `unlearn` that import nothing of one another.
+APART = ("unlearn.edits", "unlearn.methods", "unlearn.difficulty")
+#: Names of concrete curvatures, specified and fitted, as code and as text.
+CONCRETE = {"EKFAC", "KFAC", "Fisher", "GGN", "Hessian", "Identity", "Kronecker", "Moments"}
+CONCRETE |= {"SampleSpaceFisher", "UpdatedFisher", "GGNOperator", "HessianOperator"}
+CONCRETE |= {"IdentityCurvature"}
+CURVATURE_NAMES = {"ekfac", "kfac", "fisher", "ggn", "hessian", "identity"}
+#: Where concrete curvatures may be named: their own folder, the front door, the command lines.
+NAMING = ("influence/curvature/", "influence/__init__.py", "influence/cli.py")
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_edits_methods_and_difficulty_are_apart(path):
+    room = next((room for room in APART if module_of(path).startswith(room)), None)
+    others = tuple(f"{other}." for other in APART if other != room)
+    reached = {f"{module}." for module in imported(parse(path))}
+    assert room is None or [module for module in reached if module.startswith(others)] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_curvature_is_named_outside_its_room(path):
+    """Neither imported nor compared with: what differs between curvatures, they say themselves."""
+    if name(path).startswith(NAMING):
+        return
+    nodes = list(ast.walk(parse(path)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {a.name for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names}
+    compared = [
+        constant.value
+        for node in nodes
+        if isinstance(node, ast.Compare | ast.Dict | ast.MatchValue)
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant) and constant.value in CURVATURE_NAMES
+    ]
+    assert (names & CONCRETE, compared) == (set(), [])
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_the_manifest_is_indexed_in_its_own_file_alone(path):
+    text = path.read_text(encoding="utf-8")
+    assert path.name == "manifest.py" or "manifest[" not in text
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_private_name_crosses_a_file(path):
+    """Neither `from m import _x` nor `m._x` of an imported module."""
+    tree = parse(path)
+    modules, private = set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            private += [f"{node.module}.{a.name}" for a in node.names if is_private(a.name)]
+            below = ROOT.joinpath(*(node.module or "").split("."))
+            modules |= {
+                a.asname or a.name
+                for a in node.names
+                if (below / a.name).is_dir() or (below / f"{a.name}.py").exists()
+            }
+    reached = [
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in modules
+        and is_private(node.attr)
+    ]
+    assert private + reached == []
+
+
+def is_private(text: str) -> bool:
+    return text.startswith("_") and not text.startswith("__")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_every_module_has_its_test_file(path):
+    if path.name in ("__init__.py", "__main__.py"):
+        return
+    parts = path.relative_to(ROOT).parts
+    assert ROOT.joinpath("tests", *parts[:-1], f"test_{path.name}").exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_file_is_longer_than_one_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_front_doors_say_the_same_thing_thrice(package):
+    """What type checkers see, what is handed on, and `__all__`; and every name is really there."""
+    import importlib
+
+    door = importlib.import_module(package)
+    homes, modules = door._HOMES, {}
+    tree = parse(ROOT / package / "__init__.py")
+    seen = {
+        a.asname or a.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If)
+        for inner in node.body
+        if isinstance(inner, ast.ImportFrom)
+        for a in inner.names
+    }
+    call = tree.body[-1]
+    assert isinstance(call, ast.Assign)
+    if isinstance(call.value, ast.Call) and len(call.value.args) == 3:
+        modules = ast.literal_eval(call.value.args[2])
+    handed_on = {name for names in homes.values() for name in names} | set(modules)
+    assert seen == handed_on == set(door.__all__)
+    assert all(getattr(door, name) is not None for name in handed_on)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_help_does_not_wait_for_torch(package):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from importlib import import_module; "
+        f"import_module('{package}.cli'); "
+        "heavy = {'torch', 'transformers', 'peft', 'pandas', 'scipy', 'datasets', 'sklearn'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

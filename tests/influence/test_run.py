@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import influence
 from influence import EKFAC, GGN, KFAC, Fisher, Hessian, Identity, Run
 from influence.errors import InputError, MismatchError, StoreError
 from influence.store import read_json, write_json
-from tests.conftest import build_model, examples, fit_end
+from tests.conftest import build_model, examples
 from tests.helpers import edit_weights, untouched
 from tests.influence.toy_runs import N_ROWS, fit, interrupted_fit, small_model, solver_of
 from tests.oracles import close
@@ -53,44 +51,6 @@ def test_order_store_batches_and_reopening_change_nothing(model, run, tmp_path, 
         assert other.gradients_stored == (options.get("store") != "never")
         close(other.score(queries).values, expected, 1e-8)
         close(other.self_influence().values, self_influence, 1e-8)
-
-
-@pytest.mark.parametrize("geometry", ["function", "adam"])
-def test_geometries_do_not_depend_on_the_store_or_the_order(model, tmp_path, double, geometry):
-    data, queries = examples(6), examples(3, seed=1)
-    results = []
-    for number, (path, store) in enumerate(
-        ((PATH, "always"), (PATH, "never"), (PATH[::-1], "never"))
-    ):
-        fitted = influence.fit(
-            model,
-            data,
-            path=path,
-            store=store,
-            geometry=geometry,
-            reduction="example",
-            token_budget=20,
-            directory=tmp_path / str(number),
-        )
-        results.append((fitted.score(queries).values, fitted.self_influence().values))
-    for scores, self_influence in results[1:]:
-        close(scores, results[0][0], 1e-8)
-        close(self_influence, results[0][1], 1e-8)
-
-
-@pytest.mark.parametrize("geometry", ["function", "adam"])
-def test_the_geometry_of_the_end_is_that_of_the_end(model, tmp_path, double, geometry):
-    """`identity` at the end of a run that has no factors there: the geometry there, not that of its
-    first point.
-    """
-    data, queries = examples(6), examples(3, seed=1)
-    expected = fit_end(model, data, geometry=geometry, directory=tmp_path / "end")
-    for number, path in enumerate((PATH, PATH[::-1])):
-        fitted = influence.fit(
-            model, data, path=path, geometry=geometry, directory=tmp_path / str(number)
-        )
-        scores = fitted.score(queries, curvature="identity").values
-        close(scores, expected.score(queries, curvature="identity").values, 1e-8)
 
 
 def test_the_model_is_untouched(model, run):
@@ -190,50 +150,6 @@ def test_a_moved_base_adapter_or_data_set_is_the_same(folders):
     )  # finished: only learns where things lie now
     assert (folders / "run" / "factors.h5").stat() == factors
     assert Run.open(folders / "run", device="cpu").gradients_stored
-
-
-@pytest.mark.parametrize("kind", ["ekfac", "kfac", "fisher", "ggn"])
-@pytest.mark.parametrize("name", ["factors.h5", "gradients.h5", "rows.h5"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.98])
-def test_a_truncated_file_is_named_and_nothing_is_overwritten(tmp_path, kind, name, share):
-    fit(tmp_path, kind)
-    path = tmp_path / name
-    if not path.exists():
-        pytest.skip(f"{kind} runs keep no {name}")
-    size = path.stat().st_size
-    os.truncate(path, int(share * size))
-    run = fit(tmp_path, kind)  # finished: opened as it is
-    with (
-        untouched(tmp_path),
-        pytest.raises(StoreError, match=f"{name} is damaged, truncated, or not an HDF5 file"),
-    ):
-        run.score(examples(2, seed=9), out=tmp_path / "scores.h5", solver=solver_of(kind))
-
-
-@pytest.mark.parametrize("kind", ["ekfac", "fisher", "ggn"])
-@pytest.mark.parametrize("name", ["factors.h5", "gradients.h5", "rows.h5"])
-def test_a_file_of_another_run_is_refused_and_nothing_is_overwritten(tmp_path, kind, name):
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    fit(ours, kind)
-    fit(theirs, kind, seed=1)
-    if not (ours / name).exists():
-        pytest.skip(f"{kind} runs keep no {name}")
-    shutil.copy(theirs / name, ours / name)
-    message = (
-        rf"{name} belongs to another run \(digest [0-9a-f]{{12}}, this run has [0-9a-f]{{12}}\)"
-    )
-    with untouched(ours), pytest.raises(MismatchError, match=message):
-        fit(ours, kind).score(examples(2, seed=9), out=ours / "scores.h5", solver=solver_of(kind))
-
-
-def test_a_run_without_a_file_it_needs_says_which(tmp_path):
-    run = fit(tmp_path)
-    (tmp_path / "gradients.h5").unlink()
-    with pytest.raises(StoreError, match=r"gradients.h5 does not exist"):
-        run.score(examples(2, seed=9))
-    (tmp_path / "factors.h5").unlink()
-    with pytest.raises(StoreError, match=r"factors.h5 does not exist"):
-        fit(tmp_path).score(examples(2, seed=9))
 
 
 def test_a_run_opens_from_another_working_directory(folders, monkeypatch, tmp_path_factory):
