@@ -9,6 +9,9 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+# before torch is imported, and for the processes that tests start: two of them share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
