@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # a command's help does not wait for torch
     from rich.text import Text
 
     from influence.adapter import AdaptedModel
+    from influence.curvature.base import Specification
     from influence.manifest import DataSource
     from influence.rows import Examples
     from influence.run import Run
@@ -387,7 +388,7 @@ def check(options: Check) -> None:
         raise SystemExit(1)
 
 
-def _curvature(name: str, samples: int) -> Any:
+def _curvature(name: str, samples: int) -> Specification:
     """The curvature that a name stands for, which only the command line asks."""
     from influence.curvature import EKFAC, GGN, KFAC, Fisher, Hessian, Identity
 
