@@ -75,52 +75,57 @@ def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = Fal
             "matplotlib, or work with the numbers."
         ) from error
 
-    interval = result.interval
-    rank = np.arange(1, len(rho) + 1)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.add_subplot()
-        axes.grid(axis="y", color=GRID)
-        axes.set_axisbelow(True)
-        axes.axhline(0, color=MUTED, linewidth=0.8)
-        axes.axhspan(
-            interval.low,
-            interval.high,
-            color=POSITIVE,
-            alpha=0.15,
-            linewidth=0,
-            label=f"{100 * interval.level:g} % bootstrap interval "
-            f"[{interval.low:.2f}, {interval.high:.2f}]",
-        )
-        axes.axhline(result.mean, color=POSITIVE, linewidth=1.5, label=f"mean {result.mean:.3f}")
-        colors = [POSITIVE if value >= 0 else NEGATIVE for value in rho]
-        if len(rho) <= 150:  # more stems than that run together
-            axes.vlines(rank, 0, rho, colors=colors, linewidth=1.2, alpha=0.5)
-        axes.scatter(rank, rho, s=min(28.0, max(4.0, 1500 / len(rho))), c=colors, zorder=3)
-        axes.set_xlim(0, len(rho) + 1)
-        axes.set_ylim(min(0, rho[-1], interval.low) - 0.06, max(0, rho[0], interval.high) + 0.06)
+        _draw(axes, result, rho)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel("Spearman correlation,\npredicted and measured loss")
-        axes.set_title(
-            "Linear datamodeling score",
-            loc="left",
-            fontweight="bold",
-            fontsize=12,
-            pad=22,
-            color=INK,
-        )
-        left_out = f" ({result.undefined} undefined, left out)" if result.undefined else ""
-        axes.set_xlabel(f"query, sorted by its correlation{left_out}")
-        axes.text(
-            0,
-            1.03,
-            f"{result.queries} queries, {result.subsets} retrained subsets",
-            transform=axes.transAxes,
-            color=MUTED,
-        )
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
         _save(figure, path)
     return path
+
+
+def _draw(axes: Any, result: LDS, rho: np.ndarray) -> None:
+    """Draw the sorted correlations `rho`, their mean and its interval."""
+    interval = result.interval
+    rank = np.arange(1, len(rho) + 1)
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.axhspan(
+        interval.low,
+        interval.high,
+        color=POSITIVE,
+        alpha=0.15,
+        linewidth=0,
+        label=f"{100 * interval.level:g} % bootstrap interval "
+        f"[{interval.low:.2f}, {interval.high:.2f}]",
+    )
+    axes.axhline(result.mean, color=POSITIVE, linewidth=1.5, label=f"mean {result.mean:.3f}")
+    colors = [POSITIVE if value >= 0 else NEGATIVE for value in rho]
+    if len(rho) <= 150:  # more stems than that run together
+        axes.vlines(rank, 0, rho, colors=colors, linewidth=1.2, alpha=0.5)
+    axes.scatter(rank, rho, s=min(28.0, max(4.0, 1500 / len(rho))), c=colors, zorder=3)
+    axes.set_xlim(0, len(rho) + 1)
+    axes.set_ylim(min(0, rho[-1], interval.low) - 0.06, max(0, rho[0], interval.high) + 0.06)
+    axes.set_ylabel("Spearman correlation,\npredicted and measured loss")
+    axes.set_title(
+        "Linear datamodeling score",
+        loc="left",
+        fontweight="bold",
+        fontsize=12,
+        pad=22,
+        color=INK,
+    )
+    left_out = f" ({result.undefined} undefined, left out)" if result.undefined else ""
+    axes.set_xlabel(f"query, sorted by its correlation{left_out}")
+    axes.text(
+        0,
+        1.03,
+        f"{result.queries} queries, {result.subsets} retrained subsets",
+        transform=axes.transAxes,
+        color=MUTED,
+    )
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
 
 
 def _target(path: str | os.PathLike[str], overwrite: bool) -> Path:
