@@ -264,7 +264,7 @@ def report(
     with version.model.at(version.theta + delta) as model:
         digest = model.adapter_digest
     comparable, source = _comparable_losses(work, after)
-    guard = _guard(work, before, after)
+    guard = guard_of(work, before, after)
     rows_after = change.after
     return EditRecord(
         kind=change.kind,
@@ -364,7 +364,7 @@ def damage_of(before: State, after: State) -> float | None:
     return float(rises.mean() / before.retained.loss.mean()) if len(rises) else None
 
 
-def _guard(work: Evidence, before: State, after: State) -> Guard:
+def guard_of(work: Evidence, before: State, after: State) -> Guard:
     """What the retained rows lost against the limit; a warning where edits add up to more than one may do."""
     damage, since_the_fit = damage_of(before, after), work.since_the_fit(after)
     if (

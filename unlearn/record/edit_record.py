@@ -433,10 +433,12 @@ def refuse_other_format(record: Mapping[str, Any]) -> None:
 def facts_of(record: dict[str, Any]) -> dict[str, Any]:
     """What a line of the chain repeats from a record; `StoreError` names the key that is wrong."""
     refuse_other_format(record)
-    requests = typed_value_at(record, "requests", list)
     return {
         "kind": typed_value_at(record, "kind", str),
-        "ids": [typed_value_at(request, "id", str) for request in requests],
+        "ids": [
+            typed_value_at(request, "id", str)
+            for request in typed_value_at(record, "requests", list)
+        ],
         "adapter_before": typed_value_at(record, "adapter.before.digest", str),
         "adapter_after": typed_value_at(record, "adapter.after.digest", str),
         "run": typed_value_at(record, "run.digest", str),

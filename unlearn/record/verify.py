@@ -99,8 +99,8 @@ def _verify_adapter(
     where, digest, record = folder / RECORD, "", EditRecord.salvaged({})
     with naming([], where):  # check_folder tells what is wrong with it
         data = read_plain(where)
-        digest = hashlib.sha256(data).hexdigest()
         record = EditRecord.salvaged(parse_object(data))
+        digest = hashlib.sha256(data).hexdigest()
     chain = None
     if run_directory is not None:
         chain = _checked_chain(result, run_directory)
