@@ -13,7 +13,8 @@ Three ways to judge a setting, from the best to the cheapest:
 
 Either of the two alone is misled: selectivity, which is measured at the adapter, favours points
 near it; concentration favours points near the base. Without retraining the setting with the best
-sum of both ranks is chosen, a rule found on two models and tried on a third (benchmarks/defaults.py, LOG.md, 2026-11-21).
+sum of both ranks is chosen, a rule found on two models and tried on a third
+(benchmarks/defaults.py, LOG.md, 2026-11-21).
 
 One set of stored gradients serves every curvature, damping and point of a run. Another geometry or
 path needs factors of its own: those are fitted below the run, in `tune/`, and said so.
@@ -455,7 +456,8 @@ def _by_checks(
 def agreement(edits: Edits) -> float:
     """Spearman's rho of predicted and measured changes of the rows that were not the edited one."""
     others = ~np.eye(*edits.measured.shape, dtype=bool)
-    return float(spearmanr(edits.predicted[others], edits.measured[others]).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+    result: Any = spearmanr(edits.predicted[others], edits.measured[others])
+    return float(result.statistic)
 
 
 def _keep(run: Run, holder: Run, best: Judged, factor: float, source: str, figures: str) -> None:

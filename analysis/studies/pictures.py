@@ -328,15 +328,13 @@ def rows_plot(
 ) -> Figure:
     """Every row's loss before and after, a line of panels for each world, a panel for each method.
 
-    Logarithmic scales.
-
     Parameters
     ----------
     rows : mapping of world to mapping of method to (before [n], after [n], removed [n] bool)
         Mean loss per completion token, nats.
     title : str
     least : float
-        Where both axes begin; rows below it are drawn at the edge.
+        Where both axes, logarithmic, begin; rows below it are drawn at the edge.
     """
     methods = list(next(iter(rows.values())))
     most = 1.25 * max(np.max(ends) for results in rows.values() for *ends, _ in results.values())
@@ -407,7 +405,7 @@ def paths_plot(
         One pair for each panel.
     """
     figure, panels = _panels(paths, title, share=False, height=3.9)
-    colors, markers = (INK, POSITIVE, NEGATIVE, MUTED), ("o", "s", "D", "^")
+    colors, markers = (INK, POSITIVE, NEGATIVE, MUTED), "osD^"
     for axes, kinds, (x_label, y_label) in zip(panels, paths.values(), labels, strict=True):
         for (kind, (x, y)), color, marker in zip(kinds.items(), colors, markers, strict=False):
             axes.plot(x.T, y.T, color=color, linewidth=0.6, alpha=0.13)
