@@ -1,8 +1,8 @@
 """Comparison of an edited adapter with one that was trained again on the rows after the edit.
 
 `kl` is `KL(retrained || edited)` of the next-token distributions at the completion tokens, nats per
-token, averaged over rows. Two trainings with other seeds differ too: their distance is the floor, and
-one retrained adapter does not tell it.
+token, averaged over rows. Two trainings with other seeds differ too: their distance is the floor,
+and one retrained adapter does not tell it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from unlearn.record.edit_record import RECORD, EditRecord
 from unlearn.record.sample import guard_sample
 from unlearn.record.version import ORIGINAL, Version, version
 
-#: Positions whose distributions are compared at a time (a choice): in float64 they take more room than
-#: the forward.
+#: Positions whose distributions are compared at a time (a choice): in float64 they take more room
+#: than the forward.
 POSITIONS = 256
 
 
@@ -50,10 +50,10 @@ def agreement(
     Returns
     -------
     dict
-        `adapter`, the folder of the retrained one; its mean loss on three sets of rows, nats per token,
-        None without any; and `kl`, the divergence on each. `edited` are the rows that the edit changed
-        (removed ones as they were, others with their new content), `retained` the others that were
-        measured then, `heldout` those given here.
+        `adapter`, the folder of the retrained one; its mean loss on three sets of rows, nats per
+        token, None without any; and `kl`, the divergence on each. `edited` are the rows that the
+        edit changed (removed ones as they were, others with their new content), `retained` the
+        others that were measured then, `heldout` those given here.
 
     Raises
     ------
@@ -139,6 +139,7 @@ def _refuse_other_rows(retrained: Path, made: Version) -> None:
     if gone != set(made.removed) or (made.changed and digest != made.rows.digest):
         raise MismatchError(
             f"{retrained} was trained without {len(gone)} rows, and after the edit "
-            f"{len(made.removed)} rows are gone and {len(made.changed)} changed: train the comparison "
+            f"{len(made.removed)} rows are gone and {len(made.changed)} changed: train the "
+            "comparison "
             f"by unlearn retrain --run RUN --edit {made.path} --out DIR"
         )

@@ -1,4 +1,4 @@
-"""Drawings of the page as numbers in pixels, for the template: axes, histograms, tables with marks."""
+"""Drawings of the page as numbers in pixels: axes, histograms, tables with marks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Axis:
         return cls(first * step, last * step, ticks, width)
 
     def x(self, value: float | None) -> float | None:
-        """Where a loss lies, in pixels; None where it is unknown."""
+        """Where a loss lies, in pixels, or None where it is unknown."""
         value = finite(value)
         if value is None:
             return None
@@ -59,7 +59,7 @@ class Axis:
 def histogram(
     values: np.ndarray, axis: Axis, height: float, bins: int = 50
 ) -> list[tuple[float, float, float]]:
-    """Left edge, width and height of the bars in pixels; the tallest is `height` high."""
+    """Left edge, width and height of the bars in pixels, the tallest `height` high."""
     clipped = np.clip(values, axis.low, axis.high)
     counts, edges = np.histogram(clipped, bins=bins, range=(axis.low, axis.high))
     lefts = [axis.x(float(edge)) or 0.0 for edge in edges]
@@ -82,7 +82,8 @@ def distribution(group: Group) -> dict[str, Any]:
         "goal": np.array([goal for goal in goals if goal is not None]),
     }
     series = {name: values for name, values in series.items() if values.size}
-    # One row far out must not squeeze the others together: the last half per cent goes into the last bar.
+    # One row far out must not squeeze the others together: the last half per cent goes into the
+    # last bar.
     axis = Axis.over([float(np.quantile(values, 0.995)) for values in series.values()], 560)
     beyond = sum(int(np.sum(values > axis.high)) for values in series.values())
     drawn = [(name, histogram(values, axis, 26)) for name, values in series.items()]
@@ -98,7 +99,7 @@ def distribution(group: Group) -> dict[str, Any]:
 
 
 def table(group: Group, limit: int) -> dict[str, Any]:
-    """The `limit` rows that have a line of their own, least forgotten first: chart, cells and verdict."""
+    """The `limit` least forgotten rows, a line each: chart, cells and verdict."""
     shown = sorted(group.rows, key=lambda row: row.order)[:limit]
     axis = Axis.over([part for row in shown for part in (row.before, row.after, row.goal)], 190)
     change, several = group.kind == "change", len({row.action for row in group.rows}) > 1

@@ -1,4 +1,4 @@
-"""The edited rows of a record: each with its verdict, and the removed and the changed ones as groups."""
+"""The edited rows of a record, each with its verdict: the removed ones and the changed ones."""
 
 from __future__ import annotations
 

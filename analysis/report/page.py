@@ -1,10 +1,11 @@
-"""One page on one edit, for people: is it forgotten, what else changed, how exact is it, how to check it.
+"""One page on one edit, for people: is it forgotten, what else changed, how exact, how to check it.
 
-Everything on the page comes from DIR/edit.json, the record that an edit leaves beside its adapter. No
-model is loaded and nothing is measured here; what the record does not know is said as "not measured".
-The page is one HTML file with inline styles and drawings, without scripts and without anything
-fetched from elsewhere; ids and paths in it are hostile input and are escaped. The same record gives the
-same bytes. The verdicts follow from the numbers by the rules of `analysis.report.verdicts`.
+Everything on the page comes from DIR/edit.json, the record that an edit leaves beside its adapter.
+No model is loaded and nothing is measured here; what the record does not know is said as "not
+measured". The page is one HTML file with inline styles and drawings, without scripts and without
+anything fetched from elsewhere; ids and paths in it are hostile input and are escaped. The same
+record gives the same bytes. The verdicts follow from the numbers by the rules of
+`analysis.report.verdicts`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def report(
     Parameters
     ----------
     folder : path
-        Made by `unlearn remove`, `relabel`, `correct`, `edit` or `train`; only its edit.json is read.
+        Made by `unlearn remove`, `relabel`, `correct`, `edit` or `train`; only its edit.json is
+        read.
     out : path
         Ends in `.html`; its folder is made where it is missing.
     compared : mapping, optional
@@ -145,10 +147,12 @@ def page(record: EditRecord, folder: str | os.PathLike[str], digest: str | None 
 
 
 def _verdict_on_others(record: EditRecord) -> str:
+    """The word for the rows that nobody asked to change."""
     return damage(record.guard.damage, record.guard.max_damage)
 
 
 def _verdict_on_retraining(record: EditRecord) -> str:
+    """The word for the comparison with a retrained adapter."""
     return agreement(words.compared_losses(record))[0]
 
 
@@ -187,7 +191,7 @@ def _section(group: Group, record: EditRecord, limit: int) -> dict[str, Any]:
 
 @cache
 def _template() -> Any:
-    """The page's template; whatever is put into it is escaped."""
+    """The page's template. Whatever is put into it is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

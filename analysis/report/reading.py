@@ -30,7 +30,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_edit_record(folder: str | os.PathLike[str]) -> EditRecord:
-    """The record of an edit as a value, checked; the errors are those of `read_record`."""
+    """The record of an edit as a value, checked, with the errors of `read_record`."""
     return _checked(folder)[1]
 
 
@@ -39,7 +39,8 @@ def _checked(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], EditRecord
     path = Path(folder) / RECORD
     if not path.is_file():
         raise InputError(
-            f"{folder} holds no {RECORD}; expected a folder made by unlearn remove, relabel, correct "
+            f"{folder} holds no {RECORD}; expected a folder made by unlearn remove, relabel, "
+            "correct "
             "or train: give the --out of such a command"
         )
     try:
@@ -53,7 +54,8 @@ def _checked(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], EditRecord
     if stored["format"] != FORMAT or isinstance(stored["format"], bool):
         other = printable(str(stored["format"]))[:40]
         raise InputError(
-            f"{path} has format {other}; this version reads format {FORMAT}: use the version of the "
+            f"{path} has format {other}; this version reads format {FORMAT}: use the version of "
+            "the "
             "toolkit that made it"
         )
     try:
@@ -93,5 +95,6 @@ def _refuse_contradictions(record: EditRecord) -> None:
 def _damaged(path: Path, what: str) -> StoreError:
     """The error about a damaged record."""
     return StoreError(
-        f"{path} is damaged: {printable(what)}; take the record from a backup, or make the edit again"
+        f"{path} is damaged: {printable(what)}; take the record from a backup, or make the edit "
+        "again"
     )

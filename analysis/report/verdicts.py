@@ -101,7 +101,7 @@ def damage(rise: float | None, limit: float | None) -> str:
 def agreement(
     losses: Mapping[str, tuple[float | None, float | None]],
 ) -> tuple[str, tuple[str, ...]]:
-    """Verdict on the comparison with a retrained adapter, and the sets that differ by more than 10 %.
+    """Verdict on the comparison with a retrained adapter, and the sets that are over 10 % apart.
 
     `losses` are the edited and the retrained adapter's loss of each set of rows, in nats.
     """

@@ -1,7 +1,7 @@
 """Sentences of the page: what the record's numbers say, for people who do not read code.
 
-Losses, shares and counts are rounded here and nowhere else. Whatever comes from the record as text is
-foreign: `text` makes it harmless, and the template escapes it.
+Losses, shares and counts are rounded here and nowhere else. Whatever comes from the record as text
+is foreign: `text` makes it harmless, and the template escapes it.
 """
 
 from __future__ import annotations
@@ -189,12 +189,14 @@ def _forgotten(group: Group, record: EditRecord, rows: str) -> str:
         )
     if asked_for:
         return (
-            f"{rows} {'has' if single else 'have'} reached the loss asked for: {loss(after)} against "
+            f"{rows} {'has' if single else 'have'} reached the loss asked for: {loss(after)} "
+            "against "
             f"{loss(goal)}"
         )
     as_unfamiliar = "to the base model" if of_base else f"{unseen} it never saw"
     return (
-        f"{rows} {verb} now about as unfamiliar to the adapter as {as_unfamiliar}: loss {loss(after)} "
+        f"{rows} {verb} now about as unfamiliar to the adapter as {as_unfamiliar}: loss "
+        f"{loss(after)} "
         f"against {loss(goal)}{'' if of_base else ' expected'}"
     )
 
@@ -207,7 +209,8 @@ def _taken_up(group: Group, rows: str) -> str:
     if group.finite_values("target").size:
         aim = "expected"
     return (
-        f"the new content of {rows} is {group.verdict.removesuffix(' on average')}: loss {loss(after)}, "
+        f"the new content of {rows} is {group.verdict.removesuffix(' on average')}: loss "
+        f"{loss(after)}, "
         f"{loss(before)} before, against {loss(goal)} {aim}"
     )
 
@@ -231,7 +234,8 @@ def remarks(group: Group) -> list[str]:
     has_goal = group.mean("goal", "after") is not None
     if group.kind == "change" and has_goal and not group.finite_values("target").size:
         sentences.append(
-            "The goal is the loss that the old content had before the edit: so well did the adapter "
+            "The goal is the loss that the old content had before the edit: so well did the "
+            "adapter "
             "know it."
         )
     if missing:
@@ -240,12 +244,13 @@ def remarks(group: Group) -> list[str]:
 
 
 def _remarks_on_removed(group: Group) -> list[str]:
-    """That removed rows went too far, were forgotten before, and how they rank among unseen ones."""
+    """That removed rows went too far, or were forgotten before, and how they rank."""
     sentences, several = [], len(group.rows) > 1
     after, goal = group.mean("after", "goal"), group.mean("goal", "after")
     if after is not None and goal is not None and after > 1.25 * goal:
         sentences.append(
-            "Their loss is well above what is expected of rows never seen: a conspicuously high loss "
+            "Their loss is well above what is expected of rows never seen: a conspicuously high "
+            "loss "
             "can itself give away that something was removed."
         )
     already = sum(forgetting(None, row.before, row.target) == "forgotten" for row in group.rows)
@@ -275,7 +280,8 @@ def _recital(group: Group) -> list[str]:
         spread = f"; mean of {count(values.size)}, highest now {share(float(values.max()))}"
     what = "text" if group.kind == "remove" else "new content"
     return [
-        f"Recital: given the prompt and the start of the {what}, the adapter can be made to say the "
+        f"Recital: given the prompt and the start of the {what}, the adapter can be made to say "
+        "the "
         f"last {share(group.mean('extraction_after'))} of it word for word (before: "
         f"{share(group.mean('extraction_before'))}{spread})."
     ]
@@ -344,7 +350,8 @@ def compared(record: EditRecord) -> str:
     names = {"edited": "edited rows", "retained": "retained rows", "heldout": "held-out rows"}
     listed = ", ".join(names[name] for name in apart)
     return (
-        f"More than 10 % from an adapter trained again on: {listed}. Two trainings with other seeds "
+        f"More than 10 % from an adapter trained again on: {listed}. Two trainings with other "
+        "seeds "
         "differ too."
     )
 
@@ -386,7 +393,8 @@ def below_losses(record: EditRecord) -> str:
     heldout, comparable = record.losses.heldout, record.comparable
     if heldout is None:
         sentences.append(
-            "No held-out rows were given, so nothing was measured on text outside the training rows."
+            "No held-out rows were given, so nothing was measured on text outside the training "
+            "rows."
         )
     elif heldout.source:
         sentences.append(f"Held-out rows from {text(heldout.source)}.")
@@ -408,7 +416,8 @@ def method(record: EditRecord) -> str:
         taken = f"{accepted:,} of {len(steps):,} tried steps kept"
     if name == "one-shot":
         return (
-            "One step of the closed formula: the weights moved once, by the inverse curvature of the "
+            "One step of the closed formula: the weights moved once, by the inverse curvature of "
+            "the "
             "training loss times the gradients of the rows in question."
         )
     if name == "re-linearised":
@@ -433,7 +442,8 @@ def exactness(record: EditRecord) -> list[tuple[str, str]]:
     gradient = NOT_MEASURED
     if objective is not None and (objective.before, objective.after) != (None, None):
         gradient = (
-            f"{small(objective.before)} before, {small(objective.after)} now: norm for the retained "
+            f"{small(objective.before)} before, {small(objective.after)} now: norm for the "
+            "retained "
             "rows, 0 only at their optimum (Guo et al. 2020)"
         )
     forecast = ("First-order forecast", NOT_MEASURED)

@@ -1,7 +1,8 @@
 """Measurements of an edit before and after, and its record: losses, damage, forecast, cost.
 
-Every way of changing an adapter (closed formula, gradient steps) is judged by the same measurements and leaves the same
-record (`unlearn.record.edit_record`): edited rows, a fixed sample of the untouched ones, held-out rows.
+Every way of changing an adapter (closed formula, gradient steps) is judged by the same measurements
+and leaves the same record (`unlearn.record.edit_record`): edited rows, a fixed sample of the
+untouched ones, held-out rows.
 """
 
 from __future__ import annotations
@@ -55,14 +56,16 @@ from unlearn.retraining.recipe import recorded_recipe
 from unlearn.stopping import Ending
 from unlearn.unseen import Expected, scaled_to
 
-#: Rows of each kind whose gradient gives the linear forecast and the norm of the objective's gradient (a choice).
+#: Rows of each kind whose gradient gives the linear forecast and the norm of the objective's
+#: gradient (a choice).
 FORECAST_ROWS = 32
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What is measured at one adapter: rows S, new contents, a sample of untouched rows, held-out rows.
+    """What is measured at one adapter.
 
+    Of the rows S (`old`), their new contents, a sample of the untouched rows, and held-out rows.
     `edited` [s] is the loss of each request: of its new content, where it has one.
     """
 
@@ -89,7 +92,10 @@ class Targets:
 
 @dataclass(frozen=True)
 class LinearForecast:
-    """Rises of the mean losses to first order (None: no such rows), and the retained objective's norms."""
+    """Rises of the mean losses to first order, and the retained objective's norms.
+
+    None: there are no such rows.
+    """
 
     edited: float | None
     retained: float | None
@@ -99,9 +105,10 @@ class LinearForecast:
 
 @dataclass(eq=False, kw_only=True)
 class Evidence:
-    """An edit in the making: what is changed, what is measured beside it, and what it has cost so far.
+    """An edit in the making: what is changed, what is measured beside it, and its cost so far.
 
-    `holdout` are the held-out rows and `heldout` their tokens; `max_damage` and `seed` are as in the edit's options.
+    `holdout` are the held-out rows and `heldout` their tokens; `max_damage` and `seed` are as in
+    the edit's options.
     """
 
     version: Version
@@ -138,7 +145,10 @@ class Evidence:
         return State(old, new, retained, heldout, by_request(change, old.loss, new.loss))
 
     def since_the_fit(self, after: State) -> float | None:
-        """Relative rise of the retained sample's loss since the run's own adapter; None without earlier edits."""
+        """Relative rise of the retained sample's loss since the run's own adapter.
+
+        None where no edit came between.
+        """
         if self.version.edits == 0 or len(self.sample) == 0:
             return None
         self.cost.forwards += len(self.sample)
@@ -147,13 +157,15 @@ class Evidence:
         return float((after.retained.loss.mean() - first) / first)
 
     def forecast(self, delta: Tensor, theta: Tensor | None) -> LinearForecast:
-        """First-order rises of the mean losses for a move `delta` [P], by gradients at the adapter before.
+        """First-order rises of the mean losses for a move `delta` [P], at the adapter before.
 
         With `theta` [P], the adapter after, the retained objective's gradient is taken there too.
         """
         change, start = self.change, self.version.theta
         removed = change.old.select(np.flatnonzero(~change.replaced))
-        retained = self.version.tokens.select(self.sample[evenly_spaced(len(self.sample), FORECAST_ROWS)])
+        retained = self.version.tokens.select(
+            self.sample[evenly_spaced(len(self.sample), FORECAST_ROWS)]
+        )
         heldout = self.heldout
         if heldout is not None:
             heldout = heldout.select(evenly_spaced(len(heldout), FORECAST_ROWS))
@@ -184,7 +196,10 @@ class Evidence:
             )[0]
 
     def retraining(self, spent: float) -> dict[str, float | None]:
-        """What retraining would cost in row gradients, and `spent` over it; None without a recorded recipe."""
+        """What retraining would cost in row gradients, and `spent` over it.
+
+        None where the recipe is not recorded.
+        """
         recipe = recorded_recipe(self.run)
         if recipe is None:
             return {"retraining": None, "ratio": None}
@@ -207,11 +222,12 @@ def rows_of(
     targets: Targets,
     comparable: np.ndarray | None = None,
 ) -> tuple[RowRecord, ...]:
-    """What was measured of each request; `comparable` are the losses that its rank is among."""
+    """What was measured of each request, with its rank among the losses `comparable`."""
     replaced, base = work.change.replaced, by_request(work.change, expected.base, expected.new_base)
     place_of_new = np.cumsum(replaced) - 1
 
     def record(place: int, request: Request) -> RowRecord:
+        """What was measured of one request."""
         at = int(place_of_new[place]) if replaced[place] else place
         first, last = before.old, None if after is None else after.old
         old_losses: dict[str, float | None] = {}
@@ -257,8 +273,9 @@ def report(
 ) -> EditRecord:
     """The record of an edit, all but the files (`unlearn.record.folder.seal`).
 
-    `method` are the settings by name, `residual` the linear solves' residual and tolerance, `ending` where the steps
-    led, `delta` [P] the whole move, and `seconds` the time that all of it took.
+    `method` are the settings by name, `residual` the linear solves' residual and tolerance,
+    `ending` where the steps led, `delta` [P] the whole move, and `seconds` the time that all of it
+    took.
     """
     run, version, change = work.run, work.version, work.change
     with version.model.at(version.theta + delta) as model:
@@ -359,13 +376,16 @@ def _losses(
 
 
 def damage_of(before: State, after: State) -> float | None:
-    """Relative rise of the retained sample's mean loss; None where there is no retained row."""
+    """Relative rise of the retained sample's mean loss, None without retained rows."""
     rises = after.retained.loss - before.retained.loss
     return float(rises.mean() / before.retained.loss.mean()) if len(rises) else None
 
 
 def guard_of(work: Evidence, before: State, after: State) -> Guard:
-    """What the retained rows lost against the limit; a warning where edits add up to more than one may do."""
+    """What the retained rows lost, against the limit.
+
+    Warns where this edit is within it, and all since the fit together are not.
+    """
     damage, since_the_fit = damage_of(before, after), work.since_the_fit(after)
     if (
         since_the_fit is not None
@@ -375,7 +395,8 @@ def guard_of(work: Evidence, before: State, after: State) -> Guard:
     ):
         say(
             f"warning: this edit raises the retained rows' loss by {damage:.1%}, and "
-            f"{work.version.edits + 1} edits together by {since_the_fit:.1%} since the adapter that was "
+            f"{work.version.edits + 1} edits together by {since_the_fit:.1%} since the adapter "
+            "that was "
             "fitted: each is judged by itself"
         )
     passed = None

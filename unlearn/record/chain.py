@@ -1,18 +1,20 @@
-"""The record of every edit: append-only, hash-chained, and verified from the files alone.
+"""The chain of edits of a run: append-only, hash-chained, and verified from the files alone.
 
-    OUT/edit.json       the record of one edit, with the SHA-256 of every other file of its adapter directory
-    run/audit.jsonl     one line per saved edit: the SHA-256 of its edit.json, and the hash of the line before
-    run/manifest.json   key `audit`: how many lines there are and the hash of the last one, the chain's head
+    OUT/edit.json       the record of one edit, with the SHA-256 of every other file of its adapter
+    directory run/audit.jsonl     one line per saved edit: the SHA-256 of its edit.json, and the
+    hash of the line before run/manifest.json   key `audit`: how many lines there are and the hash
+    of the last one, the chain's head
 
-A line is the canonical JSON of its entry, `hash` = SHA-256 over the canonical JSON without `hash` (linked time-stamps:
-Haber and Stornetta 1991). So a change of any byte of a line, a record or an adapter is found, and so are lines that
-were removed, added, repeated or reordered. The chain holds no secret: who can write the run *and* every adapter can
-make another consistent history. A copy of the head, which `verify` prints, kept where they cannot write, closes that
-gap.
+A line is the canonical JSON of its entry, `hash` = SHA-256 over the canonical JSON without `hash`
+(linked time-stamps: Haber and Stornetta 1991). So a change of any byte of a line, a record or an
+adapter is found, and so are lines that were removed, added, repeated or reordered. The chain holds
+no secret: who can write the run *and* every adapter can make another consistent history. A copy of
+the head, which `verify` prints, kept where they cannot write, closes that gap.
 
-An append writes the line, then the manifest. A kill between the two leaves one line more than the manifest counts,
-which is accepted and settled by the next append; a kill inside the line leaves an unfinished one, which is told apart
-from damage by the manifest's head (it is the line before) and removed by the next append.
+An append writes the line, then the manifest. A kill between the two leaves one line more than the
+manifest counts, which is accepted and settled by the next append; a kill inside the line leaves an
+unfinished one, which is told apart from damage by the manifest's head (it is the line before) and
+removed by the next append.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ from unlearn.record.plain import (
 CHAIN, MANIFEST = AUDIT, NAME
 #: What the first line has in place of the hash of the line before.
 START = "0" * 64
-#: How often, and after how many seconds, an append asks again for the lock (a choice: five seconds in all).
-#: An edit is too dear to lose for a lock that another save holds for an instant.
+#: How often, and after how many seconds, an append asks again for the lock (a choice: five seconds
+#: in all). An edit is too dear to lose for a lock that another save holds for an instant.
 ATTEMPTS, PAUSE = 50, 0.1
 
 #: The keys of a line, with the type of each.
@@ -115,7 +117,7 @@ def append(
     expect: str | None = None,
     publish: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Append the sealed edit in `folder`, its final place, to the run's chain; returns the entry.
+    """Append the sealed edit in `folder`, its final place, to the run's chain and return its line.
 
     Parameters
     ----------
@@ -124,7 +126,8 @@ def append(
     folder
         Where the edit will lie for good.
     expect
-        The hash that the last line must still have, where the edit was made from the last one's adapter.
+        The hash that the last line must still have, where the edit was made from the last one's
+        adapter.
     publish
         Called under the chain's lock, before the line is written, to move the folder to its place.
 
@@ -133,8 +136,8 @@ def append(
     Raises
     ------
     StoreError
-        Naming the line where the chain so far is broken, or the file where the folder is not as its record says.
-        Nothing is appended then.
+        Naming the line where the chain so far is broken, or the file where the folder is not as its
+        record says. Nothing is appended then.
     MismatchError
         Where the edit is of another run, or another edit was saved meanwhile.
     """
@@ -145,8 +148,10 @@ def append(
         if expect is not None and chain.head != expect:
             last = chain.lines[-1][1]["edit"] if chain.lines else "none"
             raise MismatchError(
-                f"another edit was saved to {chain.path} while this one was made ({last} is the last "
-                "now), and this one does not contain it: nothing was written. Make the edit again, or "
+                f"another edit was saved to {chain.path} while this one was made ({last} is the "
+                "last "
+                "now), and this one does not contain it: nothing was written. Make the edit again, "
+                "or "
                 "say with --start which adapter it is meant for"
             )
         if publish is not None:
@@ -167,7 +172,7 @@ def append(
 
 
 def _entry(folder: Path, chain: Chain, manifest: Manifest) -> dict[str, Any]:
-    """The next line: what it repeats from the record, checked against the folder, the run and the lines so far."""
+    """The next line, checked against the folder, the run and the lines so far."""
     try:
         data = read_plain(folder / RECORD)
         facts = facts_of(parse_object(data))
@@ -177,7 +182,8 @@ def _entry(folder: Path, chain: Chain, manifest: Manifest) -> dict[str, Any]:
         ) from error
     if facts["run"] != manifest.digest:
         raise MismatchError(
-            f"{folder} is an edit of the run {facts['run'][:12]} and {chain.path.parent} is the run "
+            f"{folder} is an edit of the run {facts['run'][:12]} and {chain.path.parent} is the "
+            "run "
             f"{manifest.digest[:12]}: give the run that it was made from"
         )
     entry: dict[str, Any] = {
@@ -216,7 +222,7 @@ def _write_line(chain: Chain, line: bytes) -> None:
 
 
 def _settle(run_directory: Path, count: int, head: str, last: Mapping[str, Any]) -> None:
-    """Let the manifest follow: the chain's length and head, and the adapter that the last edit made."""
+    """Let the manifest follow: the chain's length and head, and the adapter of the last edit."""
     change_under_lock(run_directory, audit=AuditRecord(count, head), now=newest_adapter(last))
 
 
@@ -250,7 +256,7 @@ def entries(run_directory: Path) -> list[dict[str, Any]]:
 
 
 def sound_chain(run_directory: Path, manifest: Manifest) -> Chain:
-    """The chain of a run; `StoreError` names what is wrong with it, and what to do."""
+    """The chain of a run, or a `StoreError` that says what is wrong with it and what to do."""
     chain = read_chain(run_directory, manifest)
     if chain.problems:
         more = (
@@ -260,14 +266,15 @@ def sound_chain(run_directory: Path, manifest: Manifest) -> Chain:
         )
         raise StoreError(
             f"the record of edits is broken: {chain.problems[0]}{more}. Restore it from a copy; or "
-            f"move {chain.path} away as evidence, delete the key audit of manifest.json, and begin a "
+            f"move {chain.path} away as evidence, delete the key audit of manifest.json, and begin "
+            "a "
             "new one"
         )
     return chain
 
 
 def read_chain(run_directory: Path, manifest: Manifest) -> Chain:
-    """Read and check `audit.jsonl`: each line, its link to the line before, and the manifest's count and head."""
+    """Read and check `audit.jsonl`: each line, its link to the one before, and their count."""
     path = run_directory / CHAIN
     try:
         data = read_plain(path)
@@ -310,7 +317,10 @@ def _wrong_link(
     manifest: Manifest,
     possible_starts: set[str],
 ) -> list[str]:
-    """What is wrong with how a line follows from those before; `number` and `previous` are the last one's."""
+    """What is wrong with how a line follows from those before.
+
+    `number` and `previous` are the number and the hash of the last one.
+    """
     wrong = []
     if entry["number"] != number + 1:
         wrong.append(
@@ -332,17 +342,18 @@ def _wrong_link(
 def _against_manifest(
     run_directory: Path, manifest: Manifest, hashes: list[str | None], *, unfinished: bool
 ) -> tuple[str | None, str | None]:
-    """What is wrong with the chain beside the manifest's count and head, and the sentence about a torn line.
+    """What is wrong with the chain beside the manifest, and the sentence about a torn line.
 
-    `hashes` are `START` and those of the complete lines. An unfinished line after those that are counted comes from
-    an append that was killed, and so does one complete line more.
+    `hashes` are `START` and those of the complete lines. An unfinished line after those that are
+    counted comes from an append that was killed, and so does one complete line more.
     """
     path, lines = run_directory / CHAIN, len(hashes) - 1
     count, head = _counted(manifest)
     counted = f"{run_directory / MANIFEST} counts {count} with head {head}"
     if unfinished and lines == count and hashes[-1] == head:
         return None, (
-            f"{path} line {count + 1} is unfinished: an append was killed there. The {count} before it "
+            f"{path} line {count + 1} is unfinished: an append was killed there. The {count} "
+            "before it "
             "are those that manifest.json counts; the next edit that is saved removes it"
         )
     if unfinished:
@@ -391,20 +402,24 @@ def _line(raw: bytes) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _adapters(manifest: Manifest, before: list[dict[str, Any]]) -> set[str]:
-    """Digests of the adapters that a line may start from: the run's own, and what earlier lines made."""
+    """Digests of the adapters that a line may start from: the run's, and those of earlier lines."""
     return {manifest.identity["adapter"], *(entry["adapter_after"] for entry in before)}
 
 
 def _unknown_before(entry: dict[str, Any]) -> str:
     """The sentence about an edit that starts from nowhere."""
     return (
-        f"it starts from adapter {entry['adapter_before']}, which is neither the run's nor made by an "
+        f"it starts from adapter {entry['adapter_before']}, which is neither the run's nor made by "
+        "an "
         "earlier line"
     )
 
 
 def checked_manifest(run_directory: Path) -> Manifest:
-    """The manifest of a finished run; `InputError` where there is none, `StoreError` where it is damaged."""
+    """The manifest of a finished run.
+
+    `InputError` where there is none, `StoreError` where it is damaged.
+    """
     path = run_directory / MANIFEST
     try:
         if os.path.lexists(path):

@@ -1,13 +1,16 @@
-"""What is asked of an edit: which training rows go, and which change into what; checked before any work.
+"""Changes that are asked of an edit: which training rows go, and which change into what.
 
-The three tasks of LLMEraser (Ding et al. 2024, arXiv 2412.00383) are three kinds of change of one row:
+They are checked before any work.
+
+The three tasks of LLMEraser (Ding et al. 2024, arXiv 2412.00383) are three kinds of change of one
+row:
 
 * `remove` (instance removal): the row is gone.
 * `relabel` (response correction): the same prompt, another completion.
 * `correct` (query modification): another prompt, another completion, or both; also another text.
 
-A `Change` replaces the rows S by S': `old` holds all of S, `new` those that stay with other content, in the order of the
-requests. Requests of several kinds may go into one edit.
+A `Change` replaces the rows S by S': `old` holds all of S, `new` those that stay with other
+content, in the order of the requests. Requests of several kinds may go into one edit.
 """
 
 from __future__ import annotations
@@ -25,9 +28,8 @@ from influence.rows import Example, Examples, examples_from_rows
 from influence.tokens import TokenizedExamples, Tokens
 from unlearn.record.version import Version
 
+#: What may be asked of a row, and the keys that hold its content.
 ACTIONS = ("remove", "relabel", "correct")
-
-
 CONTENT = ("prompt", "completion", "messages", "text")
 
 
@@ -40,7 +42,7 @@ class Request:
     after: Example | None
 
     def record(self) -> dict[str, Any]:
-        """What the record keeps: id, action and content hashes; never the text."""
+        """What the record keeps: id, action and content hashes, never the text."""
         after = None if self.after is None else self.after.content_hash
         given = {"id": self.before.id, "action": self.action}
         return {**given, "content_before": self.before.content_hash, "content_after": after}
@@ -63,7 +65,8 @@ class Change:
     new : TokenizedExamples
         The `replaced.sum()` new contents S'.
     old_weights, new_weights : float64 arrays
-        The objective's weights `w` of S [s] and S'. They keep the fit's N_tok: nothing is renormalised.
+        The objective's weights `w` of S [s] and S'. They keep the fit's N_tok: nothing is
+        renormalised.
     """
 
     version: Version
@@ -82,7 +85,7 @@ class Change:
 
     @property
     def lineage(self) -> dict[str, list[str]]:
-        """Ids of the fit's rows that are gone, and of those that are changed, after this change and the edits before it."""
+        """Ids of the fit's rows that are `removed` and `changed` by now, earlier edits included."""
         removed = self.version.removed | {
             request.before.id for request in self.requests if request.after is None
         }
@@ -121,11 +124,11 @@ class Change:
     @property
     def _after(self) -> tuple[TokenizedExamples, np.ndarray]:
         tokens = self.version.tokens
-        own, ids, w = list(tokens), list(tokens.ids), self.version.weights.copy()
+        rows, ids, w = list(tokens), list(tokens.ids), self.version.weights.copy()
         for place, row in enumerate(self.rows[self.replaced].tolist()):
-            own[row], w[row] = self.new[place], self.new_weights[place]
-        keep = np.setdiff1d(np.arange(len(own)), self.rows[~self.replaced])
-        return TokenizedExamples([own[i] for i in keep], [ids[i] for i in keep]), w[keep]
+            rows[row], w[row] = self.new[place], self.new_weights[place]
+        keep = np.setdiff1d(np.arange(len(rows)), self.rows[~self.replaced])
+        return TokenizedExamples([rows[i] for i in keep], [ids[i] for i in keep]), w[keep]
 
 
 def plan(
@@ -136,32 +139,36 @@ def plan(
 ) -> Change:
     """Check what is asked and find its rows.
 
-    Raises `DataError` for an unknown id (naming the nearest) or unusable new content, `InputError` for a row that is asked
-    for twice, was removed by an earlier edit, would not change, or where no training row would be left.
+    Raises
+    ------
+    DataError
+        For an unknown id, naming the nearest, or unusable new content.
+    InputError
+        For a row that is asked for twice, was removed by an earlier edit or would not change, or
+        where no training row would be left.
     """
     relabel, correct = relabel or {}, correct or {}
-    asked = [
+    actions = [
         *((id, "remove") for id in remove),
         *((id, "relabel") for id in relabel),
         *((id, "correct") for id in correct),
     ]
-    if not asked:
+    if not actions:
         raise InputError("no change was asked for: name at least one row")
-    ids = [id for id, _ in asked]
+    ids = [id for id, _ in actions]
     repeated = sorted(id for id, times in Counter(ids).items() if times > 1)
     if repeated:
-        raise InputError(
-            f"ids are given more than once: {', '.join(map(repr, repeated[:10]))}; name each row once"
-        )
+        raise InputError(f"ids are given more than once: {_first(repeated)}; name each row once")
     gone = [id for id in ids if id in version.removed]
     if gone:
         raise InputError(
-            f"{', '.join(map(repr, gone[:10]))} {'was' if len(gone) == 1 else 'were'} removed by an earlier edit and no "
-            "training row any more: leave it out, or start from an adapter before that edit (--start original, or its directory)"
+            f"{_first(gone)} {'was' if len(gone) == 1 else 'were'} removed by an earlier edit and "
+            "no training row any more: leave it out, or start from an adapter before that edit "
+            "(--start original, or its directory)"
         )
     rows = np.array([version.rows.index(id) for id in ids])
     requests = []
-    for id, action in asked:
+    for id, action in actions:
         before = version.rows[version.rows.index(id)]
         after = None
         if action == "relabel":
@@ -170,7 +177,8 @@ def plan(
             after = _corrected(before, correct[id])
         if after is not None and after.content_hash == before.content_hash:
             raise InputError(
-                f"{action} of {id!r} changes nothing: the row has this content already; leave it out"
+                f"{action} of {id!r} changes nothing: the row has this content already; leave it "
+                "out"
             )
         requests.append(Request(action, before, after))
     if len(remove) == len(version.rows):
@@ -182,15 +190,12 @@ def plan(
     new = version.run.tokenized(contents)
     tokens = version.tokens.select(rows[replaced])
     pairs = zip(new.ids, tokens, new, strict=True)
-    same = [
-        id
-        for id, a, b in pairs
-        if all(np.array_equal(x, y) for x, y in zip(_arrays(a), _arrays(b), strict=True))
-    ]
+    same = [id for id, before, after in pairs if _same_tokens(before, after)]
     if same:
         raise InputError(
-            f"the change of {', '.join(map(repr, same[:10]))} changes no token that the adapter is trained on (the "
-            "tokenizer writes both the same way, or truncation cuts the difference off): leave it out"
+            f"the change of {_first(same)} changes no token that the adapter is trained on (the "
+            "tokenizer writes both the same way, or truncation cuts the difference off): leave it "
+            "out"
         )
     return Change(
         version,
@@ -214,12 +219,23 @@ def concatenated(first: TokenizedExamples, second: TokenizedExamples) -> Tokeniz
     return TokenizedExamples([*first, *second], [*first.ids, *second.ids])
 
 
-def _arrays(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    return tokens.input_ids, tokens.supervised
+def _first(ids: Sequence[str]) -> str:
+    """The first ten ids, as a sentence lists them."""
+    return ", ".join(map(repr, ids[:10]))
+
+
+def _same_tokens(first: Tokens, second: Tokens) -> bool:
+    """Whether two rows have the same tokens, and the same ones supervised."""
+    return np.array_equal(first.input_ids, second.input_ids) and np.array_equal(
+        first.supervised, second.supervised
+    )
 
 
 def row_weights(version: Version, counts: np.ndarray) -> np.ndarray:
-    """The weights `w` of rows with these token counts in the fit's objective, its N_tok (or n) kept, `[k]`."""
+    """The weights `w` `[k]` of rows with these token counts in the fit's objective.
+
+    Its N_tok (or n) is kept: nothing is renormalised.
+    """
     manifest = version.run.manifest
     if manifest.objective.reduction == "token":
         return np.full(len(counts), 1 / manifest.objective.N_tok)
@@ -227,6 +243,7 @@ def row_weights(version: Version, counts: np.ndarray) -> np.ndarray:
 
 
 def _relabelled(row: Example, completion: Any) -> Example:
+    """The row with another completion, or an error where it cannot have it."""
     if not isinstance(completion, str):
         raise DataError(f"the new completion of {row.id!r} is {completion!r}; expected a string")
     if row.text is not None:
@@ -240,13 +257,15 @@ def _corrected(row: Example, content: Mapping[str, Any]) -> Example:
     """The row with other content, checked by the rules of training rows."""
     if not isinstance(content, Mapping) or not set(content) & set(CONTENT):
         raise DataError(
-            f"the change of {row.id!r} is {content!r}; expected new {', '.join(CONTENT[:-1])} or text"
+            f"the change of {row.id!r} is {content!r}; expected new {', '.join(CONTENT[:-1])} or "
+            "text"
         )
     content = {key: value for key, value in content.items() if key in CONTENT and value is not None}
     if row.messages is not None and "messages" not in content:
         if set(content) != {"completion"}:
             raise InputError(
-                f'{row.id!r} is a conversation: give its new "messages", or a "completion" for its last answer'
+                f'{row.id!r} is a conversation: give its new "messages", or a "completion" for its '
+                "last answer"
             )
         last = {**row.messages[-1], "content": content["completion"]}
         content = {"messages": [*map(dict, row.messages[:-1]), last]}

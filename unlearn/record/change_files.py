@@ -1,4 +1,4 @@
-"""Changes, ids and rows in files."""
+"""Files of changes, ids and rows: read for an edit, and written beside it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from unlearn.record.change import ACTIONS, CONTENT
 
 
 def read_changes(path: Path, only: str | None = None) -> dict[str, dict[str, Any]]:
-    """Requests by kind from JSON lines, for `plan`: `{"id", "completion"}` and so on, or `{"id", "action": "remove"}`.
+    """Requests by kind from JSON lines, for `plan`.
 
-    Without an `action` a row is a relabelling if it has a completion only, else a correction; with `only` (`relabel`,
-    `correct`) all rows are of that kind. Bad lines are listed all at once.
+    A line is `{"id", "completion"}`, or with other new content, or `{"id", "action": "remove"}`.
+    Without an `action` a row is a relabelling if it has a completion only, else a correction; with
+    `only` (`relabel`, `correct`) all rows are of that kind. Bad lines are listed all at once.
     """
-    found: dict[str, dict[str, Any]] = {"remove": {}, "relabel": {}, "correct": {}}
+    requests: dict[str, dict[str, Any]] = {"remove": {}, "relabel": {}, "correct": {}}
     problems: list[str] = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # splitlines would also split inside JSON strings
+        # Not splitlines, which would also split inside JSON strings.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -34,49 +34,50 @@ def read_changes(path: Path, only: str | None = None) -> dict[str, dict[str, Any
         except (ValueError, RecursionError) as error:
             problems.append(f"line {number}: not JSON ({error})")
             continue
-        problem = _sort_in(row, only, found)
+        problem = _sort_in(row, only, requests)
         if problem:
             problems.append(f"line {number}: {problem}")
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:50])
         raise DataError(f"{len(problems)} lines of {path} cannot be used:\n{shown}")
-    if not any(found.values()):
+    if not any(requests.values()):
         raise InputError(
-            f'{path} holds no change; give one JSON object per line, as in {{"id": ..., "completion": ...}}'
+            f'{path} holds no change; give one JSON object per line, as in {{"id": ..., '
+            '"completion": ...}'
         )
-    return found
+    return requests
 
 
-def _sort_in(row: Any, only: str | None, found: dict[str, dict[str, Any]]) -> str:
-    """Add one request to its kind; returns what is wrong with it, or nothing."""
-    if (
-        not isinstance(row, dict)
-        or not isinstance(row.get("id"), str | int)
-        or isinstance(row.get("id"), bool)
-    ):
+def _sort_in(row: Any, only: str | None, requests: dict[str, dict[str, Any]]) -> str:
+    """Add one request to its kind, and return what is wrong with it, or an empty text."""
+    row_id = row.get("id") if isinstance(row, dict) else None
+    if not isinstance(row_id, str | int) or isinstance(row_id, bool):
         return 'expected an object with an "id"'
-    id, content = str(row["id"]), {key: row[key] for key in CONTENT if row.get(key) is not None}
-    action = (
-        row.get("action") or only or ("relabel" if set(content) == {"completion"} else "correct")
-    )
+    id, content = str(row_id), {key: row[key] for key in CONTENT if row.get(key) is not None}
+    usual = "relabel" if set(content) == {"completion"} else "correct"
+    action = row.get("action") or only or usual
     if action not in ACTIONS:
         return f"action {action!r}; expected one of {', '.join(ACTIONS)}"
     if only is not None and action != only:
         return f"action {action!r} in a file of {only}; unlearn edit takes several kinds at once"
-    if any(id in kind for kind in found.values()):
+    if any(id in kind for kind in requests.values()):
         return f"id {id!r} was there before; name each row once"
     if action == "remove":
         if content:
             return f"row {id!r} is to be removed and has new content: leave one of them out"
-        found["remove"][id] = None
+        requests["remove"][id] = None
     elif action == "relabel":
         if set(content) != {"completion"}:
-            return f'row {id!r} has {", ".join(content) or "no content"}; a relabelling needs a "completion" and nothing else'
-        found["relabel"][id] = content["completion"]
+            given = ", ".join(content) or "no content"
+            return f'row {id!r} has {given}; a relabelling needs a "completion" and nothing else'
+        requests["relabel"][id] = content["completion"]
     elif not content:
-        return f'row {id!r} has no new content; expected a "prompt", a "completion", "messages" or a "text"'
+        return (
+            f'row {id!r} has no new content; expected a "prompt", a "completion", "messages" or a '
+            '"text"'
+        )
     else:
-        found["correct"][id] = content
+        requests["correct"][id] = content
     return ""
 
 

@@ -1,12 +1,14 @@
-"""The record of an edit, `edit.json`, as a value: what was asked, how it was made, what was measured.
+"""The record of an edit, `edit.json`, as a value: what was asked, how made, and what was measured.
 
-Every key of the file is a field below, in the file's order, with its meaning, its unit and when it is null. Losses are
-mean cross-entropies per completion token, in nats, averaged over rows. A new key is a new field here and a value where
-the record is made (`unlearn.record.before_after`); writing, reading and checking follow from the declaration.
+Every key of the file is a field below, in the file's order, with its meaning, its unit and when it
+is null. Losses are mean cross-entropies per completion token, in nats, averaged over rows. A new
+key is a new field here and a value where the record is made (`unlearn.record.before_after`);
+writing, reading and checking follow from the declaration.
 
-Records outlive the version that wrote them, and files may be damaged. So a record that is read may hold null wherever
-the declared type allows it, also where nothing writes null today, and an object that is null reads as one of which
-nothing is known (`nothing`), so that `record.losses.retained.before` is a number or None for every record.
+Records outlive the version that wrote them, and files may be damaged. So a record that is read may
+hold null wherever the declared type allows it, also where nothing writes null today, and an object
+that is null reads as one of which nothing is known (`nothing`), so that
+`record.losses.retained.before` is a number or None for every record.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from unlearn.record.plain import shortened, typed_value_at
 #: The file's name, and the format that this version writes and reads.
 RECORD, FORMAT = "edit.json", 1
 
-#: Rules of a field for reading and writing, in its metadata. An object that must not be null:
+# Rules of a field for reading and writing, in its metadata.
+#: An object that must not be null.
 NEEDED = {"needed": True}
-#: A key that was added to the format later, and that no page shows: missing or of a wrong type, it reads as null.
+#: A key that was added to the format later, and that no page shows: missing or of a wrong type, it
+#: reads as null.
 LATER = {"later": True}
 #: All keys of the object, also those that are not declared.
 WHOLE = {"whole": True}
@@ -80,7 +84,7 @@ class TrainingRows:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestRecord:
-    """One change that was asked for; never the text itself."""
+    """One change that was asked for, without the text."""
 
     #: The row's id.
     id: str
@@ -110,13 +114,14 @@ class MethodRecord:
 
     #: `one-shot`, `re-linearised`, `converged`, or the name of a method of gradient steps.
     name: str | None
-    #: All keys of the object, `name` among them, as they were given. Of every method: `curvature`, `geometry`, `damping`,
-    #: `points` (labels), `lambda` (least and largest), `solver`, `steps` (the most), `until`, `max_damage`, `seed` and
-    #: `rho` (loss of unseen rows over the base model's; null: not needed). Of closed-form edits also `rest` (retained rows
-    #: in a step). Of gradient steps the first six are null, and also there are `title`, `source`, the method's parts,
-    #: `lr`, `stride`, `optimizer`, `schedule`, `warmup`, `batch_size`, `retain_batch_size`, `retain`, `steps_taken`,
-    #: `lr_first`, `lr_last`, `kept` (share of the whole move that a finish kept), `token_budget`, `stop_damage` and
-    #: `max_grad_norm`.
+    #: All keys of the object, `name` among them, as they were given. Of every method: `curvature`,
+    #: `geometry`, `damping`, `points` (labels), `lambda` (least and largest), `solver`, `steps`
+    #: (the most), `until`, `max_damage`, `seed` and `rho` (loss of unseen rows over the base
+    #: model's; null: not needed). Of closed-form edits also `rest` (retained rows in a step). Of
+    #: gradient steps the first six are null, and also there are `title`, `source`, the method's
+    #: parts, `lr`, `stride`, `optimizer`, `schedule`, `warmup`, `batch_size`, `retain_batch_size`,
+    #: `retain`, `steps_taken`, `lr_first`, `lr_last`, `kept` (share of the whole move that a finish
+    #: kept), `token_budget`, `stop_damage` and `max_grad_norm`.
     settings: Mapping[str, Any] = field(metadata=WHOLE)
 
     @classmethod
@@ -127,7 +132,7 @@ class MethodRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNorms:
-    """Norm of the gradient of the retained rows' mean loss: 0 at their optimum only (Guo et al. 2020)."""
+    """Norm of the retained rows' mean gradient, 0 only at their optimum (Guo et al. 2020)."""
 
     #: Norm before.
     before: float | None
@@ -203,7 +208,7 @@ class EditedLosses:
 
 @dataclass(frozen=True, kw_only=True)
 class RetainedLosses:
-    """Mean loss of a fixed sample of the untouched rows; every mean is null where there is none."""
+    """Mean loss of a fixed sample of the untouched rows, null where there is none."""
 
     #: How many rows they are.
     rows: int | None
@@ -265,7 +270,8 @@ class RowRecord:
     base: float | None
     #: Share of what was taught about the row that the removed rows taught; null: not needed.
     share: float | None = field(metadata=LATER)
-    #: Share of the text that greedy decoding gives by itself once the rest is given, before (`unlearn.record.losses`).
+    #: Share of the text that greedy decoding gives by itself once the rest is given, before
+    #: (`unlearn.record.losses`).
     extraction_before: float | None
     #: The same after; null in a forecast.
     extraction_after: float | None
@@ -297,11 +303,13 @@ class Comparable:
 class Guard:
     """The limit for what the other rows may lose, and whether it was kept."""
 
-    #: Largest relative rise of the retained rows' mean loss that is allowed; null in the file: no limit.
+    #: Largest relative rise of the retained rows' mean loss that is allowed; null in the file: no
+    #: limit.
     max_damage: float | None
     #: Relative rise that was measured; null: no retained rows.
     damage: float | None
-    #: Relative rise since the run's own adapter; null: there was no edit before, or no retained rows.
+    #: Relative rise since the run's own adapter; null: there was no edit before, or no retained
+    #: rows.
     since_the_fit: float | None = field(metadata=LATER)
     #: Whether the limit was kept; null: there was none.
     passed: bool | None
@@ -311,7 +319,10 @@ class Guard:
 
 @dataclass(frozen=True, kw_only=True)
 class CostRecord:
-    """What the edit took. One row gradient is a forward and a backward of one row, or three forwards."""
+    """What the edit took.
+
+    One row gradient is a forward and a backward of one row, or three forwards.
+    """
 
     #: Row gradients.
     row_gradients: float | None
@@ -329,7 +340,7 @@ class CostRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class AgreementRecord:
-    """Comparison with an adapter that was trained again on the rows after (`analysis.report.agreement`)."""
+    """Comparison with an adapter trained again on the rows after (`analysis.report.agreement`)."""
 
     #: Folder of that adapter.
     adapter: str | None
@@ -344,7 +355,7 @@ class AgreementRecord:
 
     @classmethod
     def of(cls, comparison: Mapping[str, Any]) -> Self:
-        """The comparison with these entries; those that are missing are None."""
+        """The comparison with these entries, None for those that are missing."""
         return _object(cls, dict(comparison), "agreement", salvage=True)
 
 
@@ -380,7 +391,8 @@ class EditRecord:
     stopped: str | None
     #: Whether the loss to reach was reached; null: none was asked for.
     reached: bool | None = field(metadata=LATER)
-    #: The steps of a closed-form walk; empty where there was none (those of a training are in steps.jsonl).
+    #: The steps of a closed-form walk; empty where there was none (those of a training are in
+    #: steps.jsonl).
     steps: tuple[WalkStep, ...] | None
     #: How far the parameters moved.
     delta: Move
@@ -407,15 +419,19 @@ class EditRecord:
     def from_json(cls, record: Mapping[str, Any]) -> Self:
         """Read the JSON object of a file. Keys that are not declared are left out.
 
-        Raises `StoreError` that names the key which is missing, or is not what was expected. Null is taken for all but
-        ids, actions, `kind`, the lists of requests and rows, and the objects that hold them.
+        Raises `StoreError` that names the key which is missing, or is not what was expected. Null
+        is taken for all but ids, actions, `kind`, the lists of requests and rows, and the objects
+        that hold them.
         """
         refuse_other_format(record)
         return _object(cls, record, "", salvage=False)
 
     @classmethod
     def salvaged(cls, record: Any) -> Self:
-        """What can be read of a record that may be damaged: a value that is missing or of a wrong type is None."""
+        """What can be read of a record that may be damaged, without errors.
+
+        A value that is missing or of a wrong type is None.
+        """
         return _object(cls, record if isinstance(record, dict) else {}, "", salvage=True)
 
     def saved(self, *, forced: bool) -> Self:
@@ -426,12 +442,16 @@ class EditRecord:
 def refuse_other_format(record: Mapping[str, Any]) -> None:
     """Refuse a record of another format than this version reads."""
     if record.get("format") != FORMAT:
-        found = shortened(record.get("format"))
-        raise StoreError(f"format is {found}, this version reads {FORMAT}")
+        raise StoreError(
+            f"format is {shortened(record.get('format'))}, this version reads {FORMAT}"
+        )
 
 
 def facts_of(record: dict[str, Any]) -> dict[str, Any]:
-    """What a line of the chain repeats from a record; `StoreError` names the key that is wrong."""
+    """What a line of the chain repeats from a record.
+
+    `StoreError` names the key that is wrong. Nothing else of the record is looked at.
+    """
     refuse_other_format(record)
     return {
         "kind": typed_value_at(record, "kind", str),
@@ -445,17 +465,18 @@ def facts_of(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# ---- reading and writing by the declarations -----------------------------------------------------------------
+# ---- reading and writing by the declarations -----------------------------------------------------
 
 
 @cache
 def nothing(kind: Any) -> Any:
-    """The one value of a class that a null object reads as, and is written back as: nothing about it is known."""
+    """The value of a class that null reads as, and that is written as null."""
     return kind(**{name: _null(hint) for name, hint in _hints(kind).items()})
 
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
+    """The declared type of every field."""
     return get_type_hints(kind)
 
 
@@ -468,7 +489,7 @@ def _null(hint: Any) -> Any:
 
 
 def _object(kind: Any, record: Any, where: str, *, salvage: bool) -> Any:
-    """A dataclass from a JSON object; with `salvage` whatever cannot be read is null."""
+    """A dataclass from a JSON object. With `salvage` whatever cannot be read is null."""
     if not isinstance(record, dict):
         raise StoreError(f"{where} is {_called(record)}; expected an object")
     values = {}
@@ -492,7 +513,7 @@ def _object(kind: Any, record: Any, where: str, *, salvage: bool) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str, needed: bool, salvage: bool) -> Any:
-    """A value of the declared type; `StoreError` says where it is another, or null and `needed`."""
+    """A value of the declared type, or a `StoreError` where it is another, or null and `needed`."""
     if isinstance(hint, UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
         if value is None:
@@ -529,6 +550,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _called(value: Any) -> str:
+    """What a value is, in words."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
     return "null" if value is None else names.get(type(value), "a number")
 

@@ -38,10 +38,11 @@ CONFIG, WEIGHTS, DELTA = "adapter_config.json", "adapter_model.safetensors", "de
 #: Settings of a LoRA configuration that scale or shape the matrices.
 _SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
-#: Files that PEFT, transformers or `influence.load` would read beside the recorded ones, or that are pickles.
+#: Files that PEFT, transformers or `influence.load` would read beside the recorded ones, or that
+#: are pickles.
 _LOADED = re.compile(
-    r"(adapter_|tokenizer|special_tokens|added_tokens|chat_template|config\.json|model|pytorch_model"
-    r"|vocab|merges|spiece|sentencepiece|processor|generation_config).*"
+    r"(adapter_|tokenizer|special_tokens|added_tokens|chat_template|config\.json|model"
+    r"|pytorch_model|vocab|merges|spiece|sentencepiece|processor|generation_config).*"
     r"|.*\.(bin|pt|pth|ckpt|pkl|pickle|py)",
     re.IGNORECASE,
 )
@@ -68,16 +69,17 @@ class Verification:
 
 
 def seal(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `folder/edit.json`: the record, with the SHA-256 of every other file of the folder under `files`.
+    """Write `folder/edit.json`: the record, with the SHA-256 of every other file under `files`.
 
-    NaN and infinity become null. Raises `InputError` for a subfolder or anything else that is no plain file. Returns
-    the record as written.
+    NaN and infinity become null. Raises `InputError` for a subfolder or anything else that is no
+    plain file. Returns the record as written.
     """
     folder, files = Path(folder), {}
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or not path.is_file():
             raise InputError(
-                f"{path} is no plain file: the folder of an edit holds plain files only; take it away"
+                f"{path} is no plain file: the folder of an edit holds plain files only; take it "
+                "away"
             )
         if path.name not in (RECORD, RECORD + ".partial"):
             files[path.name] = sha256_of_file(path)
@@ -91,8 +93,8 @@ def check_folder(
 ) -> None:
     """Check an adapter directory against its record, and its record against the line of the chain.
 
-    `line` is None where there is no chain; `name` is what the sentences call the edit. With `apply` the weights are
-    read too. What is found is added to `result`.
+    `line` is None where there is no chain; `name` is what the sentences call the edit. With `apply`
+    the weights are read too. What is found is added to `result`.
     """
     if not os.path.isdir(folder):
         result.problems.append(
@@ -130,7 +132,7 @@ def check_folder(
 def _is_of_line(
     problems: list[str], where: Path, data: bytes, line: dict[str, Any], name: str
 ) -> bool:
-    """Whether the bytes of a record are those that a line of the chain names; else a problem says so."""
+    """Whether the bytes of a record are those that a line of the chain names."""
     digest = hashlib.sha256(data).hexdigest()
     if digest == line["record"]:
         return True
@@ -144,11 +146,12 @@ def _is_of_line(
 def _check_facts(
     problems: list[str], where: Path, record: dict[str, Any], line: dict[str, Any] | None, name: str
 ) -> dict[str, Any]:
-    """Check what the line repeats of a record; returns the digests of its files, by name."""
+    """Check what the line repeats of a record, and return the digests of its files by name."""
     for key, value in facts_of(record).items():
         if line is not None and line[key] != value:
             problems.append(
-                f"{where}: {key} is {shortened(value)}, {name} of the chain has {shortened(line[key])}"
+                f"{where}: {key} is {shortened(value)}, {name} of the chain has "
+                f"{shortened(line[key])}"
             )
     files = typed_value_at(record, "files", dict)
     problems += [
@@ -177,7 +180,7 @@ def _check_file(problems: list[str], folder: Path, file: str, expected: Any) -> 
 
 
 def _check_other_files(result: Verification, folder: Path, files: Mapping[str, Any]) -> None:
-    """Name the files that the record does not: a problem where a loader may read them, else a note."""
+    """Name the files that the record does not, as a problem where a loader may read them."""
     for file in sorted(os.listdir(folder)):
         if file in files or file == RECORD:
             continue
@@ -192,7 +195,10 @@ def _check_other_files(result: Verification, folder: Path, files: Mapping[str, A
 
 
 def check_delta(result: Verification, folder: Path, place: Any, name: str) -> None:
-    """Check that the adapter at `place` + delta is the adapter in `folder`, bit for bit, scaled alike."""
+    """Check that the adapter at `place` + delta is that in `folder`, bit for bit, and scaled alike.
+
+    `place` is what the record says, of whatever type.
+    """
     before = len(result.problems)
     with naming(
         result.problems, f"{name}: the adapter before the edit, {shortened(place)}, cannot be read"
@@ -211,7 +217,8 @@ def check_delta(result: Verification, folder: Path, place: Any, name: str) -> No
         for key in _SCALING:
             if (config_before.get(key) or None) != (config.get(key) or None):
                 result.problems.append(
-                    f"{folder / CONFIG}: {key} is {shortened(config.get(key))}, before the edit it was "
+                    f"{folder / CONFIG}: {key} is {shortened(config.get(key))}, before the edit it "
+                    "was "
                     f"{shortened(config_before.get(key))}"
                 )
     with (
@@ -240,12 +247,15 @@ def check_delta(result: Verification, folder: Path, place: Any, name: str) -> No
 
 
 def _difference(old: torch.Tensor, delta: torch.Tensor, new: torch.Tensor) -> str | None:
-    """Why `old + delta`, in the delta's type, is not `new` to the bit; None if it is."""
+    """Why `old + delta`, in the delta's type, is not `new` to the bit, or None if it is."""
     if not old.shape == delta.shape == new.shape:
         shapes = [tuple(tensor.shape) for tensor in (old, delta, new)]
         return f"its shapes are {shapes[0]} before, {shapes[1]} of the delta, {shapes[2]} after"
     if delta.dtype not in DTYPES.values() or new.dtype != delta.dtype:
-        return f"its type is {new.dtype} and the delta's {delta.dtype}, expected the same floating type"
+        return (
+            f"its type is {new.dtype} and the delta's {delta.dtype}, expected the same floating "
+            "type"
+        )
     # Compared as bytes: -0 equals 0 as a number, and NaN equals nothing.
     bits = [
         part.contiguous().reshape(-1).view(torch.uint8)
@@ -262,7 +272,7 @@ def _difference(old: torch.Tensor, delta: torch.Tensor, new: torch.Tensor) -> st
 
 @contextmanager
 def _tensors(path: Path) -> Iterator[Any]:
-    """An open safetensors file; nothing else is ever read as tensors."""
+    """An open safetensors file. Nothing else is ever read as tensors."""
     refuse_unless_plain(path)
     with safe_open(path, framework="pt") as file:
         yield file
@@ -270,7 +280,7 @@ def _tensors(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def naming(problems: list[str], what: object) -> Iterator[None]:
-    """Turn whatever a damaged or hostile file makes its reader do into a problem that names the file."""
+    """Turn whatever a damaged or hostile file makes its reader do into a problem that names it."""
     try:
         yield
     # Any kind of error: one that got through would be a file that stops its own verification.

@@ -1,4 +1,4 @@
-"""What is measured of rows before and after an edit: their loss, and how much of them can be drawn out."""
+"""Measurements of rows before and after an edit: loss, and how much can be drawn out."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from influence.tokens import TokenizedExamples
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Of every row: `loss` [n], mean cross-entropy per completion token, nats, and `extraction` [n] strength.
+    """Losses and extraction strengths of rows.
 
-    Extraction strength is `1 - k / T`: k is the least number of completion tokens after which greedy decoding gives the rest
-    of the T completion tokens word for word (Carlini et al. 2021, as a share). 1: the prompt alone is enough; 0: never.
+    `loss` [n]: mean cross-entropy per completion token, nats; `extraction` [n]: strength, in [0,
+    1].
+
+    Extraction strength is `1 - k / T`: k is the least number of completion tokens after which
+    greedy decoding gives the rest of the T completion tokens word for word (Carlini et al. 2021, as
+    a share). 1: the prompt alone is enough; 0: never.
     """
 
     loss: np.ndarray = field(repr=False)
@@ -34,7 +38,10 @@ def measure(
     token_budget: int = 4096,
     cost: Cost | None = None,
 ) -> Measured:
-    """Run rows forward once, where the model is now. Greedy decoding is read off the right text's own logits."""
+    """Run rows forward once, where the model is now.
+
+    Greedy decoding is read off the right text's own logits.
+    """
     loss, extraction = np.zeros(len(tokens)), np.zeros(len(tokens))
     if cost is not None:
         cost.forwards += len(tokens)
@@ -46,7 +53,7 @@ def measure(
             sums = part.per_example(token_losses(part.logits, part.targets).double())
             loss[rows] = sums.cpu().numpy() / tokens.counts[rows]
             right = (part.logits.argmax(-1) == part.targets).split(part.counts)
-            extraction[rows] = [strength(own.cpu().numpy()) for own in right]
+            extraction[rows] = [strength(tokens_right.cpu().numpy()) for tokens_right in right]
     if not np.isfinite(loss).all():
         raise NumericalError(
             f"the loss of {int((~np.isfinite(loss)).sum())} rows is NaN or infinite"
@@ -55,6 +62,9 @@ def measure(
 
 
 def strength(right: np.ndarray) -> float:
-    """Share of the tokens after the last one that greedy decoding gets wrong; `right` [T], bool."""
+    """Share of the tokens after the last one that greedy decoding gets wrong.
+
+    `right` [T] bool: whether it gets each token.
+    """
     wrong = np.flatnonzero(~right)
     return 1.0 if len(wrong) == 0 else 1 - (int(wrong[-1]) + 1) / len(right)

@@ -1,4 +1,4 @@
-"""Output directories of adapters: which ones are refused, so that nothing is lost that is needed."""
+"""Output directories of adapters, and which are refused, so that nothing is lost that is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading of files that may be damaged or hostile, and the JSON and digests that records are made of."""
+"""Reading of files that may be damaged or hostile, and the JSON that records are made of."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def value_at(value: Any, keys: str) -> Any:
 
 
 def typed_value_at(record: Any, keys: str, kind: type) -> Any:
-    """The value at the path `a.b.c`; `StoreError` names the path where it is not exactly of this type."""
+    """The value at the path `a.b.c`, which must be exactly of this type.
+
+    `StoreError` names the path where it is not.
+    """
     value = value_at(record, keys)
     if type(value) is not kind:
         raise StoreError(f"{keys} is {shortened(value)}, expected {KINDS[kind]}")
@@ -36,7 +39,10 @@ def typed_value_at(record: Any, keys: str, kind: type) -> Any:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in UTF-8 bytes; `ValueError` or `RecursionError` where they are none."""
+    """The JSON object in UTF-8 bytes.
+
+    `ValueError` or `RecursionError` where they are none.
+    """
     value = json.loads(data.decode("utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"{shortened(value)} is no JSON object")
@@ -56,13 +62,16 @@ def refuse_unless_plain(path: Path) -> None:
 
 
 def read_plain(path: Path) -> bytes:
-    """The bytes of a plain file; `StoreError` for anything else, `OSError` where it cannot be read."""
+    """The bytes of a plain file.
+
+    `StoreError` for anything else, `OSError` where it cannot be read.
+    """
     refuse_unless_plain(path)
     return path.read_bytes()
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a plain file, in hexadecimal; errors as of `read_plain`."""
+    """SHA-256 of a plain file, in hexadecimal, with the errors of `read_plain`."""
     refuse_unless_plain(path)
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

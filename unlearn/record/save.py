@@ -1,4 +1,4 @@
-"""An edit that was made, and its saving: a new PEFT adapter, its record, the move, a line in the audit chain."""
+"""An edit that was made, saved as a PEFT adapter with its record and a line of the chain."""
 
 from __future__ import annotations
 
@@ -85,10 +85,11 @@ class Edit:
         return self.record.guard.passed is not False
 
     def save(self, out: str | Path, *, force: bool = False, overwrite: bool = False) -> Path:
-        """Write the edited adapter to a new directory, with its record, and a line in the run's audit chain.
+        """Write the edited adapter and its record to a new directory, and a line to the chain.
 
-        The directory appears when it is complete. Raises `WorkError` where the guard did not pass and `force` is not
-        given, `InputError` for a directory that holds something else; nothing is written then.
+        The directory appears when it is complete. Raises `WorkError` where the guard did not pass
+        and `force` is not given, `InputError` for a directory that holds something else; nothing is
+        written then.
         """
         run, version, out = self.change.version.run, self.change.version, Path(out)
         refuse_out(run, out, overwrite)
@@ -130,7 +131,8 @@ class Edit:
             parts = zip(names, model.space.split(flat), strict=True)
             tensors = {key: part.detach().cpu().contiguous() for key, part in parts}
             save_file(tensors, folder / name, metadata={"format": "pt"})
-            # As the other files, and not as safetensors leaves it: services of other users load adapters.
+            # As the other files, and not as safetensors leaves it: services of other users load
+            # adapters.
             (folder / name).chmod(0o644)
         if self.log:
             lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
@@ -144,17 +146,19 @@ class Edit:
 def _replaced_when_published(out: Path) -> Iterator[tuple[Path, Any]]:
     """An empty folder beside `out`, and the function that puts it in its place.
 
-    A block that fails after that leaves `out` as it was. What was there before lies aside until the block has ended,
-    and a save that was killed between the two moves is undone first.
+    A block that fails after that leaves `out` as it was. What was there before lies aside until the
+    block has ended, and a save that was killed between the two moves is undone first.
     """
     partial = out.with_name(out.name + ".partial")
     replaced = out.with_name(out.name + ".replaced")
 
     def restore() -> None:
+        """Put back what was there before, where nothing took its place."""
         if replaced.exists() and not out.exists():
             os.replace(replaced, out)
 
     def publish() -> None:
+        """Move the folder into its place."""
         if out.exists():
             os.replace(out, replaced)
         os.replace(partial, out)

@@ -19,21 +19,22 @@ from unlearn.record.plain import parse_object, read_plain, shortened
 def verify(
     run_directory: Path | None = None, *, adapter: Path | None = None, apply: bool = False
 ) -> Verification:
-    """Check a run's chain and every adapter it records; or one adapter directory, wherever it lies now.
+    """Check a run's chain and every adapter it records, or one adapter directory, wherever it lies.
 
     Parameters
     ----------
     run_directory
-        The run. Its whole chain is checked, and for every line the adapter directory where it was saved.
+        The run. Its whole chain is checked, and for every line the adapter directory where it was
+        saved.
     adapter
-        Check this directory only: against its own record, and against the chain of `run_directory`, or of the run
-        that the record names where that is still there.
+        Check this directory only: against its own record, and against the chain of `run_directory`,
+        or of the run that the record names where that is still there.
     apply
-        Also read the weights: old adapter + `delta.safetensors`, added in the delta's type, must be the new adapter
-        bit for bit.
+        Also read the weights: old adapter + `delta.safetensors`, added in the delta's type, must be
+        the new adapter bit for bit.
 
-    Damage of whatever kind is told in `problems`, never raised. The adapters' digests are compared as they stand:
-    computing them takes the base, whose order of sites they follow.
+    Damage of whatever kind is told in `problems`, never raised. The adapters' digests are compared
+    as they stand: computing them takes the base, whose order of sites they follow.
 
     Raises
     ------
@@ -68,6 +69,7 @@ def render(verification: Verification) -> str:
 
 
 def _verify_run(result: Verification, run_directory: Path, apply: bool) -> None:
+    """Check the chain, and the directory of every line that no later one replaced."""
     chain = _checked_chain(result, run_directory)
     if chain is None:
         return
@@ -83,7 +85,8 @@ def _verify_run(result: Verification, run_directory: Path, apply: bool) -> None:
         name = f"line {place}"
         if last[entry["edit"]] != place:
             result.notes.append(
-                f"{name}: the edit of line {last[entry['edit']]} replaced its directory {entry['edit']}"
+                f"{name}: the edit of line {last[entry['edit']]} replaced its directory "
+                f"{entry['edit']}"
             )
         else:
             check_folder(result, Path(entry["edit"]), entry, name, apply)
@@ -92,6 +95,7 @@ def _verify_run(result: Verification, run_directory: Path, apply: bool) -> None:
 def _verify_adapter(
     result: Verification, folder: Path, run_directory: Path | None, apply: bool
 ) -> None:
+    """Check one adapter directory, against the chain of its run where that is there."""
     if not folder.is_dir():
         raise InputError(
             f"there is no adapter directory {folder}: give the directory that an edit made"
@@ -111,7 +115,8 @@ def _verify_adapter(
                 chain = _checked_chain(result, Path(place))
         else:
             result.notes.append(
-                f"{where} names no run that is there, so nothing vouches for it itself: give --run RUN"
+                f"{where} names no run that is there, so nothing vouches for it itself: give --run "
+                "RUN"
             )
     name, entry = str(folder), None
     if chain is not None:
@@ -132,7 +137,7 @@ def _verify_adapter(
 def _line_of(
     chain: Chain, folder: Path, digest: str, record: EditRecord
 ) -> tuple[int, dict[str, Any]] | None:
-    """The line of an adapter directory: with this very record, else of this adapter, else of this place."""
+    """The line of an adapter directory: of this very record, else this adapter, else this place."""
     wanted = {
         "record": digest,
         "adapter_after": record.adapter.after.digest,
@@ -146,7 +151,7 @@ def _line_of(
 
 
 def _checked_chain(result: Verification, run_directory: Path) -> Chain | None:
-    """The chain, with what was found about it; None where the manifest is damaged."""
+    """The chain, its problems added to the result, or None where the manifest is damaged."""
     try:
         manifest = checked_manifest(run_directory)
     except StoreError as error:
@@ -162,18 +167,21 @@ def _checked_chain(result: Verification, run_directory: Path) -> Chain | None:
             for newest in (manifest.now, in_chain)
         )
         result.problems.append(
-            f"{run_directory / MANIFEST}: now is {now}, and the last line of {chain.path} says {last}: "
+            f"{run_directory / MANIFEST}: now is {now}, and the last line of {chain.path} says "
+            f"{last}: "
             "lines or the whole chain were taken away, or the manifest was changed"
         )
     if chain.pending:
         result.notes.append(
-            f"{chain.path} line {count} is complete, and {run_directory / MANIFEST} does not count it "
+            f"{chain.path} line {count} is complete, and {run_directory / MANIFEST} does not count "
+            "it "
             "yet: an append was killed between the two; the next edit that is saved settles it"
         )
     if count and not chain.problems:
         result.checked.append(
             f"{chain.path}: {count} line{'s' * (count > 1)}, each unchanged and following the one "
-            f"before; head {chain.head} (a copy of it kept elsewhere also guards against a whole new "
+            f"before; head {chain.head} (a copy of it kept elsewhere also guards against a whole "
+            "new "
             "history)"
         )
     return chain

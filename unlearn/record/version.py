@@ -1,10 +1,11 @@
 """Versions of an adapter: what a run was fitted on, and what each edit made of it.
 
-A run's factors and gradients stay those of the adapter it was fitted on. An edit makes a new adapter and a new set of
-training rows, and the next edit starts from there: removed rows are no training rows any more, and changed rows are
-what they were changed into. Which edits there were is read from the run's audit chain. The record of the one that is
-started from, whose bytes the chain vouches for, says which rows are gone and which changed by then (`lineage`), so the
-folders of earlier edits may go.
+A run's factors and gradients stay those of the adapter it was fitted on. An edit makes a new
+adapter and a new set of training rows, and the next edit starts from there: removed rows are no
+training rows any more, and changed rows are what they were changed into. Which edits there were is
+read from the run's audit chain. The record of the one that is started from, whose bytes the chain
+vouches for, says which rows are gone and which changed by then (`lineage`), so the folders of
+earlier edits may go.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Version:
     head : str
         Hash of the chain's last line when this was read.
     latest : bool
-        Whether the last edit was asked for, whichever that is: another one that is saved meanwhile comes in the way.
+        Whether the last edit was asked for, whichever that is: another one that is saved meanwhile
+        comes in the way.
     """
 
     run: Run
@@ -79,7 +81,7 @@ class Version:
 
     @property
     def model(self) -> AdaptedModel:
-        """The run's model; `model.at(theta)` puts it at this version."""
+        """The run's model, which `model.at(theta)` puts at this version."""
         return self.run.model
 
     @cached_property
@@ -98,7 +100,7 @@ class Version:
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """The weights `w` of the rows in the fit's objective, `[n]` float64: its N_tok (or n) is kept."""
+        """The weights `w` [n] of the rows in the fit's objective, its N_tok (or n) kept."""
         w = self.run.weights[self.positions].copy()
         if self.changed and self.run.manifest.objective.reduction == "example":
             w = weights(self.tokens.counts, "example") * len(w) / self.run.manifest.data.rows
@@ -108,8 +110,8 @@ class Version:
 def version(run: Run, adapter: str | Path | None = None) -> Version:
     """The version of a run at one of its adapters.
 
-    `adapter` is the folder of an edit of this run, or `original`, the adapter it was fitted on; without one it is the
-    last edit's.
+    `adapter` is the folder of an edit of this run, or `original`, the adapter it was fitted on;
+    without one it is the last edit's.
 
     Raises
     ------
@@ -147,14 +149,15 @@ def _is_at(original: str | None, adapter: str | Path) -> bool:
 
 
 def _line_of(run: Run, lines: list[dict[str, Any]], adapter: str | Path) -> dict[str, Any]:
-    """The last line of the chain about an edit's folder; `InputError` where there is none."""
+    """The last line of the chain about an edit's folder, or an `InputError`."""
     place = str(Path(adapter).resolve())
     for line in reversed(lines):
         if line["edit"] == place:
             return line
     last = ", ".join(line["edit"] for line in lines[-5:]) or "none so far"
     raise InputError(
-        f"{adapter} is no adapter of the run {run.directory}: give {ORIGINAL!r} (the adapter it was "
+        f"{adapter} is no adapter of the run {run.directory}: give {ORIGINAL!r} (the adapter it "
+        "was "
         f"fitted on, {run.manifest.adapter.path}) or the folder of an edit of it ({last})"
     )
 
@@ -180,7 +183,7 @@ def _record(line: dict[str, Any]) -> EditRecord:
 
 
 def _edited(original: Version, line: dict[str, Any], record: EditRecord) -> Version:
-    """The version that an edit made: its record says which rows of the fit are gone and which changed by then."""
+    """The version that an edit made, with the rows that its record says were left by then."""
     folder = Path(line["edit"])
     theta = read_parameters(original.model, folder)
     removed, changed = (
@@ -193,7 +196,8 @@ def _edited(original: Version, line: dict[str, Any], record: EditRecord) -> Vers
         digest = original.model.adapter_digest
     if digest != line["adapter_after"] or rows.digest != record.data.after:
         raise StoreError(
-            f"{folder} does not hold the adapter and rows of edit {line['number']}: see unlearn verify"
+            f"{folder} does not hold the adapter and rows of edit {line['number']}: see unlearn "
+            "verify"
         )
     return replace(
         original,

@@ -23,8 +23,9 @@ SCHEDULES = ("linear", "constant", "cosine")
 class Recipe:
     """How an adapter was trained: AdamW on shuffled batches.
 
-    `schedule` multiplies `lr` at step k of K (after `warmup` steps of a linear rise): `linear` by 1 - k / K,
-    `cosine` by (1 + cos(pi k / K)) / 2, `constant` by 1. `max_grad_norm` clips the gradient's norm, None does not.
+    `schedule` multiplies `lr` at step k of K (after `warmup` steps of a linear rise): `linear` by 1
+    - k / K, `cosine` by (1 + cos(pi k / K)) / 2, `constant` by 1. `max_grad_norm` clips the
+    gradient's norm, None does not.
     """
 
     lr: float = 5e-3
@@ -51,7 +52,8 @@ class Recipe:
         real = all(type(value) in (int, float) and np.isfinite(value) for value in numbers)
         if not (whole and real and type(self.dropout) is bool):
             raise InputError(
-                "a recipe needs whole epochs, batch_size, warmup and seed, dropout true or false, and "
+                "a recipe needs whole epochs, batch_size, warmup and seed, dropout true or false, "
+                "and "
                 f"else finite numbers: {self}"
             )
         in_range = (
@@ -65,23 +67,28 @@ class Recipe:
         )
         if not in_range:
             raise InputError(
-                "a recipe needs lr and eps above 0, epochs and batch_size of at least 1, warmup and "
+                "a recipe needs lr and eps above 0, epochs and batch_size of at least 1, warmup "
+                "and "
                 f"weight_decay of at least 0, betas in [0, 1): {self}"
             )
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
-        """Read a recipe from a JSON object with this class's fields; unknown ones are an error."""
+        """Read a recipe from a JSON file with this class's fields, or raise an `InputError`."""
         return cls.of(_read_object(Path(path), "recipe"), f"recipe {path}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any], source: str) -> Recipe:
-        """Make a recipe from a mapping with this class's fields; `source` is named in errors."""
+        """Make a recipe from a mapping with this class's fields.
+
+        Raises `InputError` that names `source` for unknown fields and values of a wrong type.
+        """
         names = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown:
             raise InputError(
-                f"{source} has unknown keys: {', '.join(unknown)}; expected {', '.join(sorted(names))}"
+                f"{source} has unknown keys: {', '.join(unknown)}; expected "
+                f"{', '.join(sorted(names))}"
             )
         betas = values.get("betas", cls.betas)
         if not (isinstance(betas, list | tuple) and len(betas) == 2):
@@ -97,13 +104,15 @@ class Recipe:
     def of_training_arguments(cls, arguments: Mapping[str, Any], source: str) -> Recipe:
         """Translate Hugging Face `TrainingArguments` (its `to_json_string`), for one device.
 
-        Only the numbers: a trainer draws the order of the rows in its own way, so the retrained adapter is one of
-        another order. What a recipe cannot express, and a key that is missing, is an `InputError` that lists them.
+        Only the numbers: a trainer draws the order of the rows in its own way, so the retrained
+        adapter is one of another order. What a recipe cannot express, and a key that is missing, is
+        an `InputError` that lists them.
         """
         problems = _untranslatable(arguments)
         if problems:
             raise InputError(
-                f"{source} cannot be followed: {'; '.join(problems)}. Give a recipe (--recipe FILE.json)"
+                f"{source} cannot be followed: {'; '.join(problems)}. Give a recipe (--recipe "
+                "FILE.json)"
             )
         epochs = arguments["num_train_epochs"]
         if isinstance(epochs, float) and epochs.is_integer():
@@ -153,7 +162,7 @@ _IDLE = {
 
 
 def _untranslatable(arguments: Mapping[str, Any]) -> list[str]:
-    """What keeps training arguments from being a recipe: what they lack, and what no recipe can express."""
+    """What training arguments lack for a recipe, and what of them no recipe can express."""
     missing = [name for name in (*_RENAMED.values(), *_OTHERS) if name not in arguments]
     missing += [name for name in _BATCH if type(arguments.get(name)) is not int]
     strange = [
@@ -170,17 +179,20 @@ def _untranslatable(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def recipe_of(run: Run) -> Recipe:
-    """The recipe of the run's adapter, as recorded in its folder; else the defaults of `Recipe`, with a warning.
+    """The recipe of the run's adapter, as recorded in its folder.
 
-    Read, the first that is there: `recipe.json` (the fields of `Recipe`), `retrain.json` (which `retrain` writes),
-    `training_args.json` (a trainer's arguments as JSON; its pickled `.bin` is never opened). Raises `InputError` for
-    one that cannot be read or followed.
+    Without one the defaults of `Recipe`, with a warning.
+
+    Read, the first that is there: `recipe.json` (the fields of `Recipe`), `retrain.json` (which
+    `retrain` writes), `training_args.json` (a trainer's arguments as JSON; its pickled `.bin` is
+    never opened). Raises `InputError` for one that cannot be read or followed.
     """
     recorded = _recorded(run)
     if recorded is None:
         recipe = Recipe()
         say(
-            f"warning: no recipe was given; training by {recipe}, which may not be how this adapter "
+            f"warning: no recipe was given; training by {recipe}, which may not be how this "
+            "adapter "
             "was trained"
         )
         return recipe
@@ -194,7 +206,7 @@ def recipe_of(run: Run) -> Recipe:
 
 
 def recorded_recipe(run: Run) -> Recipe | None:
-    """The recipe recorded in the adapter's folder; None where there is none that can be followed.
+    """The recipe recorded in the adapter's folder, or None without one that can be followed.
 
     Prints nothing, other than `recipe_of`.
     """
@@ -215,7 +227,8 @@ def _recorded(run: Run) -> tuple[Recipe, Path] | None:
         recipe = Recipe.of(record.get("recipe") or {}, f"record {path}")
         if record.get("epoch") != recipe.epochs:
             raise InputError(
-                f"{path} says that this adapter's training stopped after epoch {record.get('epoch')} "
+                f"{path} says that this adapter's training stopped after epoch "
+                f"{record.get('epoch')} "
                 f"of {recipe.epochs}: give the recipe to train by (--recipe FILE.json)"
             )
         return recipe, path
@@ -226,7 +239,7 @@ def _recorded(run: Run) -> tuple[Recipe, Path] | None:
 
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file; `InputError` where there is none."""
+    """The JSON object in a file, or an `InputError` where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

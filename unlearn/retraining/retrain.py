@@ -1,12 +1,13 @@
-"""Training of an adapter again, on other rows: the exact answer that edits and scores are judged by.
+"""Training of an adapter again, on other rows: the exact answer for edits and scores.
 
-`retrain` starts from the run's base, makes a fresh LoRA adapter of the same configuration, and trains it by a
-`Recipe` on the rows that are kept. Everything that is random is keyed by the recipe's seed: the initial A matrices
-(`torch.manual_seed(seed)` before PEFT makes them), dropout, and the order of the rows (a generator of its own, one
-permutation per epoch). With the recipe an adapter was trained by, and no row removed, this gives that adapter again,
-up to rounding.
+`retrain` starts from the run's base, makes a fresh LoRA adapter of the same configuration, and
+trains it by a `Recipe` on the rows that are kept. Everything that is random is keyed by the
+recipe's seed: the initial A matrices (`torch.manual_seed(seed)` before PEFT makes them), dropout,
+and the order of the rows (a generator of its own, one permutation per epoch). With the recipe an
+adapter was trained by, and no row removed, this gives that adapter again, up to rounding.
 
-The loss of a batch is the cross-entropy averaged over its supervised tokens, what Hugging Face trainers minimise.
+The loss of a batch is the cross-entropy averaged over its supervised tokens, what Hugging Face
+trainers minimise.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ from unlearn.record.outputs import refuse_taken
 from unlearn.record.version import version
 from unlearn.retraining.recipe import Recipe, recipe_of
 
-#: Tokens that a training step runs at a time, padding included (a choice). Larger batches are split, which changes
-#: rounding only.
+#: Tokens that a training step runs at a time, padding included (a choice). Larger batches are
+#: split, which changes rounding only.
 MICRO_TOKENS = 16384
 
-#: Initial values of LoRA matrices that change no weight of the base and read no data: those that can be drawn again.
+#: Initial values of LoRA matrices that change no weight of the base and read no data: those that
+#: can be drawn again.
 _REPEATABLE = (True, False, "gaussian", "orthogonal")
 
 
@@ -56,7 +58,7 @@ def retrain(
     edit: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Train a fresh adapter of the run's configuration on its rows without those of the ids in `remove`.
+    """Train a fresh adapter of the run's configuration on its rows, without those in `remove`.
 
     Parameters
     ----------
@@ -65,20 +67,20 @@ def retrain(
     remove
         Ids of the rows to leave out; an unknown or repeated id is an error.
     out
-        The adapter directory to make: it loads with `PeftModel.from_pretrained`; beside it `retrain.json` says
-        what was done. It appears when the training is complete, not before.
+        The adapter directory to make: it loads with `PeftModel.from_pretrained`; beside it
+        `retrain.json` says what was done. It appears when the training is complete, not before.
     recipe
         How to train; without one as `recipe_of` finds it recorded.
     checkpoints
-        Epochs (from 1) after which the adapter is saved too, as `out/epoch-N`: a directory like `out`, whose
-        `retrain.json` has `epoch`, `step` (taken so far), `lr` (of the last step), `sum_lr` (of all steps so far)
-        and `loss` (of the last batch, nats per token).
+        Epochs (from 1) after which the adapter is saved too, as `out/epoch-N`: a directory like
+        `out`, whose `retrain.json` has `epoch`, `step` (taken so far), `lr` (of the last step),
+        `sum_lr` (of all steps so far) and `loss` (of the last batch, nats per token).
     stop_after
-        Stop after this epoch. The learning rates stay those of the whole recipe, so this gives the adapter that a
-        whole training passes through.
+        Stop after this epoch. The learning rates stay those of the whole recipe, so this gives the
+        adapter that a whole training passes through.
     edit
-        Train on the rows as they are after this edit (its folder): what a removal, relabelling or correction stands in
-        for. `remove` may be empty then.
+        Train on the rows as they are after this edit (its folder): what a removal, relabelling or
+        correction stands in for. `remove` may be empty then.
 
     Returns the directory.
     """
@@ -102,6 +104,7 @@ def retrain(
     shutil.rmtree(partial, ignore_errors=True)
 
     def save(state: TrainingState) -> None:
+        """Save the adapter where this epoch is asked for, and at the end."""
         folders = [partial / f"epoch-{state.epoch}"] if state.epoch in checkpoints else []
         for folder in [*folders, partial] if state.epoch == last else folders:
             save_adapter(model, folder, {**asdict(state), **about, **digests_of(run, model)})
@@ -155,9 +158,9 @@ def fresh_adapter(model: AdaptedModel, seed: int) -> AdaptedModel:
 
 
 def renewed_adapter(fresh: AdaptedModel, like: AdaptedModel, seed: int) -> AdaptedModel:
-    """The same as `fresh_adapter(like, seed)`, on the base of an earlier one, whose adapter is thrown away.
+    """The same as `fresh_adapter(like, seed)`, on the base of an earlier one.
 
-    It saves the copy of the base.
+    The adapter of `fresh` is thrown away, and no base is copied.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -190,7 +193,7 @@ def _attach(base: Any, like: AdaptedModel, seed: int) -> AdaptedModel:
 
 @contextmanager
 def own_randomness(model: AdaptedModel) -> Iterator[None]:
-    """A block in which torch's generators may be seeded; afterwards they are as they were."""
+    """A block in which torch's generators may be seeded, and are afterwards as they were."""
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
@@ -225,10 +228,10 @@ def train(
     stop_after: int | None = None,
     after_epoch: Callable[[TrainingState], None] | None = None,
 ) -> float:
-    """Train the adapter in place; returns the last batch's loss, nats per token.
+    """Train the adapter in place, and return the last batch's loss, nats per token.
 
-    `after_epoch` is called with the state after each epoch; `stop_after` ends after that epoch, the rates being
-    those of the whole recipe. Raises `NumericalError` if a loss is not finite.
+    `after_epoch` is called with the state after each epoch; `stop_after` ends after that epoch, the
+    rates being those of the whole recipe. Raises `NumericalError` if a loss is not finite.
     """
     parameters: list[Any] = model.parameters
     for parameter in parameters:
@@ -274,13 +277,14 @@ def train(
 
 
 def _backward(model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray) -> float:
-    """Add up the gradient of a batch's mean loss over its supervised tokens; returns that loss."""
+    """Add up the gradient of a batch's mean loss over its supervised tokens, and return it."""
     loss, count = 0.0, int(tokens.counts[rows].sum())
     for micro_batch in _micro_batches(tokens, rows):
         batch = collate(tokens, micro_batch, pad_id=model.pad_id, device=model.device)
         part = supervised_logits(model, batch)
         losses = token_losses(part.logits, part.targets)
-        # The parts' shares add up to the mean; a batch in one part keeps the rounding of a plain mean.
+        # The parts' shares add up to the mean; a batch in one part keeps the rounding of a plain
+        # mean.
         mean = losses.mean() if len(micro_batch) == len(rows) else losses.sum() / count
         mean.backward()
         loss += float(mean.detach())
@@ -288,7 +292,7 @@ def _backward(model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray) 
 
 
 def _micro_batches(tokens: TokenizedExamples, rows: np.ndarray) -> list[np.ndarray]:
-    """A batch in parts of at most `MICRO_TOKENS` tokens, padding included; one part where it fits."""
+    """A batch in parts of at most `MICRO_TOKENS` tokens, padding included."""
     if len(rows) * int(tokens.lengths[rows].max()) <= MICRO_TOKENS:
         return [rows]
     return [rows[part] for part in plan_batches(tokens.select(rows), MICRO_TOKENS)]
@@ -298,7 +302,8 @@ def _last_epoch(recipe: Recipe, stop_after: int | None) -> int:
     """The epoch after which a training ends."""
     if stop_after is not None and not 1 <= stop_after <= recipe.epochs:
         raise InputError(
-            f"stop_after {stop_after} was given; the recipe has epochs 1 to {recipe.epochs}: give one "
+            f"stop_after {stop_after} was given; the recipe has epochs 1 to {recipe.epochs}: give "
+            "one "
             "of them"
         )
     return stop_after or recipe.epochs

@@ -1,4 +1,4 @@
-"""Adapters trained again on many random subsets of the rows, and their losses, which scores are judged by.
+"""Adapters trained again on many subsets of the rows, and their losses, which scores are judged by.
 
 They are the truth of `analysis lds`: what a row's absence does to a loss, seen over many trainings.
 """
@@ -61,11 +61,12 @@ class Retrained:
 def random_halves(
     n: int, count: int, seed: int = 0, groups: Sequence[Any] | None = None, *, fraction: float = 0.5
 ) -> np.ndarray:
-    """Draw `count` random subsets of n rows, each of `fraction` of them: bool [count, n], True = kept.
+    """Draw `count` random subsets of n rows: bool [count, n], True where a row is kept.
 
-    With `groups` [n] (any labels) whole groups are kept or left out, `fraction` of the groups in each subset.
-    Subset k depends on the seed and k only: a longer list begins with the shorter one. Raises `InputError` where a
-    subset would keep everything or nothing.
+    Each has `fraction` of the rows. With `groups` [n] (any labels) whole groups are kept or left
+    out, `fraction` of the groups in each subset. Subset k depends on the seed and k only: a longer
+    list begins with the shorter one. Raises `InputError` where a subset would keep everything or
+    nothing.
     """
     labels = np.arange(n)
     if groups is not None:
@@ -77,7 +78,8 @@ def random_halves(
     if count < 1 or not 1 <= kept < units:
         parts = "rows" if groups is None else "groups"
         raise InputError(
-            f"{count} subsets of {fraction:g} of {units} {parts} were asked for; expected at least one "
+            f"{count} subsets of {fraction:g} of {units} {parts} were asked for; expected at least "
+            "one "
             "subset, which keeps something and leaves something out"
         )
     masks = np.empty((count, n), bool)
@@ -100,9 +102,9 @@ def retrain_subsets(
 ) -> Retrained:
     """Train an adapter on every subset of the rows and measure its losses.
 
-    Called again after a kill, with the same request, it goes on with the first subset that is not done; a finished
-    one returns at once. The file is replaced whole after each subset, and holds the subsets that are done: it can
-    be read at any time.
+    Called again after a kill, with the same request, it goes on with the first subset that is not
+    done; a finished one returns at once. The file is replaced whole after each subset, and holds
+    the subsets that are done: it can be read at any time.
 
     Parameters
     ----------
@@ -113,15 +115,17 @@ def retrain_subsets(
     queries
         Rows whose losses are measured beside those of the training rows, truncated like these.
     out
-        The `.npz` to write, or a directory, for `truth.npz` in it. It holds `masks`, `query_loss`, `train_loss` and
-        `seeds` of the subsets that are done, `done` [S], `train_ids`, `query_ids`, and `request` (JSON: the recipe
-        and the digests of all that the losses depend on) with the `run_digest` of the run they were made from.
+        The `.npz` to write, or a directory, for `truth.npz` in it. It holds `masks`, `query_loss`,
+        `train_loss` and `seeds` of the subsets that are done, `done` [S], `train_ids`, `query_ids`,
+        and `request` (JSON: the recipe and the digests of all that the losses depend on) with the
+        `run_digest` of the run they were made from.
     recipe
         As in `retrain`.
     seeds
         Seed of each subset, `[S]`, in place of the recipe's.
     keep_adapters
-        Also save every adapter, as `subset-000`, ... in the directory (for `truth.npz`: in a directory `truth`).
+        Also save every adapter, as `subset-000`, ... in the directory (for `truth.npz`: in a
+        directory `truth`).
     overwrite
         Replace a file that was made from another request.
 
@@ -174,7 +178,7 @@ class _Subsets:
 
 @dataclass(frozen=True, eq=False)
 class _Losses:
-    """Which subsets are done [S], and the losses [S, Q] and [S, n]; NaN where there is none yet."""
+    """Which subsets are done [S], and the losses [S, Q] and [S, n], NaN where there is none yet."""
 
     done: np.ndarray
     query: np.ndarray
@@ -191,9 +195,9 @@ class _Losses:
 def _train_the_rest(
     work: _Subsets, losses: _Losses, file: Path, folder: Path | None
 ) -> dict[int, str]:
-    """Train the subsets that are not done, writing the file after each; returns why some have no finite losses.
+    """Train the subsets that are not done, writing the file after each.
 
-    Adapters are saved in `folder`, where there is one.
+    Adapters are saved in `folder`, where there is one. Returns why some have no finite losses.
     """
     run, masks = work.run, work.masks
     names = {
@@ -251,7 +255,7 @@ def _adapter_of(folder: Path, subset: int) -> Path:
 
 
 def _checked_masks(masks: Any, n: int) -> np.ndarray:
-    """The masks as an array; `InputError` where they do not fit n rows, or one keeps none."""
+    """The masks as an array, or an `InputError` where they do not fit n rows, or one keeps none."""
     masks = np.asarray(masks)
     if masks.dtype != np.bool_ or masks.ndim != 2 or masks.shape[1] != n or len(masks) == 0:
         raise InputError(
@@ -309,7 +313,10 @@ def _request(work: _Subsets) -> dict[str, Any]:
 
 
 def _resumed(file: Path, work: _Subsets, overwrite: bool) -> _Losses:
-    """The losses so far, from a file of the same request; a damaged or other one is refused, or with `overwrite` left out."""
+    """The losses so far, from a file of the same request.
+
+    A damaged file or one of another request is refused, or with `overwrite` taken for nothing.
+    """
     losses, request = _Losses.empty(work), _request(work)
     if not file.exists():
         return losses
@@ -348,7 +355,8 @@ def _resumed(file: Path, work: _Subsets, overwrite: bool) -> _Losses:
                 f"{file} was not written by retraining subsets: give another file, or --overwrite"
             )
         raise MismatchError(
-            f"{file} holds other subsets: {'; '.join(differences)}. Ask for the same ones to go on, "
+            f"{file} holds other subsets: {'; '.join(differences)}. Ask for the same ones to go "
+            "on, "
             "give another file, or --overwrite"
         )
     return losses
@@ -369,9 +377,11 @@ def _write(file: Path, **arrays: np.ndarray) -> None:
 
 
 def _short(value: Any) -> str:
+    """A value of a request as an error shows it."""
     text = str(value)
     return text if len(text) <= 40 else text[:12] + "..."
 
 
 def _sha256(data: bytes) -> str:
+    """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
