@@ -22,6 +22,7 @@ from influence.at_point import AtPoint, geometry_here, row_blocks
 from influence.batches import collate, plan_batches
 from influence.curvature import Accumulator, Specification
 from influence.curvature.base import ALWAYS, ONCE
+from influence.errors import InputError
 from influence.geometry import Adam, Geometry
 from influence.gradients import Tape, label_uniforms, max_rows, sampled_gradient, tape
 from influence.loss import Supervised, loss_gradient, probabilities
@@ -96,6 +97,7 @@ class PointFit:
         self.store_rows = self.draws > 0 and (curvature.reads_rows == ALWAYS or keeps_once)
         point.geometry = self.coordinates(state)
         self.accumulator = curvature.begin(point)
+        refuse_without_draws(curvature, self.accumulator)
         per_row = self.store_gradients or self.store_rows or self.accumulator.per_row
         self.batches = self.plan(limited=per_row)
         # one buffer for every batch's gradients: each set is written to its file before the next
@@ -233,7 +235,7 @@ class PointFit:
         The rows' gradients `[b, P]` where they are wanted.
         """
         gradient = sampled_gradient(part, probs, self.uniforms(rows, draw))
-        weights, accumulator = self.relative_weights(rows), self.accumulator
+        relative, accumulator = self.relative_weights(rows), self.accumulator
         wanted = self.store_rows or accumulator.per_row
         sink = recorder.new_sink(self.buffer) if wanted else None
         takes_leaves = type(accumulator).add is not Accumulator.add
@@ -243,12 +245,13 @@ class PointFit:
                 sink(leaf, x, g, valid)
             if takes_leaves:
                 inputs, outputs = self.point.geometry.factor(leaf, x, g)
-                accumulator.add(leaf, inputs, outputs, valid, weights, draw)
+                accumulator.add(leaf, inputs, outputs, valid, relative, draw)
 
         recorder.backward(part.logits, gradient, show, last=final)
         if sink is None:
             return None
         if accumulator.per_row:
+            weights = torch.from_numpy(self.weights[rows] / self.draws).to(self.model.device)
             accumulator.add_rows(self.point.geometry.features(sink.rows), weights)
         return sink.rows
 
@@ -317,7 +320,14 @@ class PointFit:
         arrays = {f"geometry/{key}": tensor for key, tensor in geometry.state().items()}
         if place.scale is None:
             arrays["theta"] = place.theta
-        arrays |= self.accumulator.finish(self.sampled_rows())
+        accumulator, rows = self.accumulator, self.sampled_rows()
+        if (second := accumulator.second_look()) is not None:
+            start = 0
+            for block in rows:
+                second.add_rows(block, rows.weights[start : start + len(block)])
+                start += len(block)
+            accumulator = second
+        arrays |= accumulator.finish(rows)
         write_file(
             self.point.file("factors"),
             {name: tensor.cpu().numpy() for name, tensor in arrays.items()},
@@ -391,6 +401,19 @@ class ComputedRows:
             for rows in track(self._plan, "training rows, second pass"):
                 for gradients in self.fit.sampled_again(recorder, rows):
                     yield self.fit.point.geometry.features(gradients)
+
+
+def refuse_without_draws(curvature: Specification, accumulator: Accumulator) -> None:
+    """Refuse a curvature that would be fitted to nothing: no labels are drawn for its sums."""
+    kind = type(accumulator)
+    takes_leaves = kind.add is not Accumulator.add
+    takes_rows = accumulator.per_row and kind.add_rows is not Accumulator.add_rows
+    if curvature.draws == 0 and (takes_leaves or takes_rows):
+        raise InputError(
+            f"curvature {curvature.name} makes no label draws (`draws` is 0), and its accumulator "
+            "adds up gradients at sampled labels: give the specification a property draws of 1 or "
+            "more"
+        )
 
 
 def accumulate(fit: PointFit, batches: Iterable[np.ndarray]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
 from influence.calibration import calibrate
-from influence.curvature import DEFAULT, Specification
+from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
 from influence.curvature.base import ALWAYS
 from influence.damping import Damping
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
@@ -127,6 +127,7 @@ def fit(
     _check_options(geometry, store, token_budget, disk_budget)
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
+    _refuse_nameless(curvature)
     curvature.refuse(len(train))
     if caution := curvature.caution(model):
         say(caution)
@@ -241,6 +242,19 @@ def _calibrate(run: Run) -> None:
         return
     if found:
         update_manifest(run, calibration={**run.manifest.calibration, **found})
+
+
+def _refuse_nameless(curvature: Specification) -> None:
+    """A run is opened again by its curvature's name, which must be there, and no other's."""
+    name = getattr(curvature, "name", None)
+    if not isinstance(name, str) or not name:
+        raise InputError(f"the curvature {curvature!r} has no name: give its class a field `name`")
+    known = SPECIFICATIONS.get(name)
+    if known is not None and type(curvature) is not known:
+        raise InputError(
+            f"the curvature {curvature!r} is called {name!r}, as {known.__name__} is: give it "
+            "a name of its own"
+        )
 
 
 def _check_options(geometry: str, store: str, token_budget: int, disk_budget: float) -> None:

@@ -296,8 +296,6 @@ def chat_mask_start(
 def _without_clock(program: str) -> str:
     """Give a chat template a fixed day.
 
-    A macro of its own hides the clock that transformers lends it.
-
     A macro of its own hides the clock that transformers lends it. The line break after the macro is
     eaten by the block before it, so a template renders as it did.
     """

@@ -45,8 +45,7 @@ class DiagonalFisher(Specification):
         return self.samples
 
     def begin(self, point: AtPoint) -> Accumulator:
-        unit = float(point.run.weights.max()) / self.samples
-        return Squares(unit, torch.zeros(point.model.space.size, dtype=torch.float64))
+        return Squares(torch.zeros(point.model.space.size, dtype=torch.float64))
 
     def load(self, arrays, point: AtPoint) -> Curvature:
         blocks = tuple(leaf.slice for leaf in point.model.space.leaves)
@@ -55,21 +54,19 @@ class DiagonalFisher(Specification):
 
 @dataclass
 class Squares(Accumulator):
-    """`sum_i w_i G_i^2` over the largest weight."""
+    """`sum_i w_i G_i^2`."""
 
-    unit: float
     total: torch.Tensor
     per_row = True
 
     def add_rows(self, features, weights) -> None:
-        share = torch.ones(len(features), dtype=torch.float64) if weights is None else weights
-        self.total += (features.double().square() * share[:, None]).sum(0)
+        self.total += (features.double().square() * weights[:, None]).sum(0)
 
     def sums(self):
         return {"total": self.total}
 
     def finish(self, rows):
-        return {"diagonal": self.unit * self.total}
+        return {"diagonal": self.total}
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,8 @@ class Diagonal(Curvature):
         return v * self.d.to(v)
 
     def solve(self, v, lam):
-        damping = torch.cat(
-            [x.repeat(b.stop - b.start) for x, b in zip(lam, self.slices, strict=True)]
-        )
-        return (v.double() / (self.d + damping.to(self.d))).to(v)
+        damping = self.spread(lam, self.d)
+        return (v.double() / (self.d + damping)).to(v)
 
     def mean_eigenvalues(self):
         return torch.stack([self.d[block].mean() for block in self.slices])
@@ -223,6 +218,54 @@ def test_sums_of_two_processes_are_those_of_one(run, tmp_path):
         added = torch.load(tmp_path / f"sums-{rank}.pt", weights_only=True)["total"]
         torch.testing.assert_close(added, whole, rtol=1e-12, atol=0)
     assert not torch.equal(sums(0, 2)["total"], whole)  # half of the rows is not all of them
+
+
+@pytest.mark.parametrize("curvature", [influence.KFAC(), influence.EKFAC(samples=2)])
+def test_both_looks_of_ekfac_add_up_over_processes(run, tmp_path, curvature):
+    """Each process has its share of the rows: of the pass, and of the second look."""
+    point = AtPoint(run, 0, run.points[0].place)
+
+    def finished(rank: int, world: int, together) -> dict[str, torch.Tensor]:
+        with run.model.at(point.place.theta):
+            fitting = PointFit(point, curvature, Storage(False, "never", 0), None)
+            together(accumulate(fitting, fitting.batches[rank::world]))
+            accumulator, rows = fitting.accumulator, fitting.sampled_rows()
+            if (second := accumulator.second_look()) is not None:
+                start = 0
+                for number, block in enumerate(rows):
+                    if number % world == rank:
+                        second.add_rows(block, rows.weights[start : start + len(block)])
+                    start += len(block)
+                together(second.sums())
+                accumulator = second
+            return accumulator.finish(rows)
+
+    def share(rank: int) -> None:
+        torch.save(finished(rank, 2, distributed.add_up), tmp_path / f"arrays-{rank}.pt")
+
+    in_two_processes(share, tmp_path)
+    whole = finished(0, 1, lambda sums: sums)
+    made = torch.load(tmp_path / "arrays-1.pt", weights_only=True)
+    assert made.keys() == whole.keys()
+    for name in (name for name in whole if name.endswith(("eigenvalues", "rest"))):
+        torch.testing.assert_close(made[name], whole[name], rtol=1e-8, atol=1e-14)
+
+
+def test_a_curvature_without_draws_or_with_anothers_name_is_refused(tmp_path):
+    class Drawless(DiagonalFisher):
+        draws = 0
+
+    class Borrowed(DiagonalFisher):
+        name = "ekfac"
+
+    Nameless = type("Nameless", (DiagonalFisher,), {"name": None})
+    cases = {Drawless: "makes no label draws", Borrowed: "as EKFAC is", Nameless: "has no name"}
+    for kind, sentence in cases.items():
+        specification = kind()
+        if kind is not Drawless:
+            object.__setattr__(specification, "name", kind.name)
+        with pytest.raises(InputError, match=sentence):
+            fit(tmp_path / "run", curvature=specification)
 
 
 def test_tune_sweeps_it(tmp_path):

@@ -50,44 +50,53 @@ class SampledRows(Protocol):
 
 
 class Accumulator(ABC):
-    """Running sums of one pass over the training rows, at one point.
+    """Running sums over the training rows, at one point.
 
-    All state that batches change is in `sums`: it is what a checkpoint saves, what a resumed pass
-    restores in place, and what several processes add up
-    (`influence.distributed.add_up(accumulator.sums())`), each with its share of the rows.
+    All state that rows change is in `sums`. It is what a checkpoint saves, what a resumed pass
+    restores in place, and what several processes add up, each with its share of the rows
+    (`influence.distributed.add_up(accumulator.sums())`).
     """
 
-    #: Whether `add_rows` is wanted: every row's whole gradient is then formed in the pass.
+    #: Whether `add_rows` is wanted in the pass: every row's whole gradient is then formed there.
     per_row: ClassVar[bool] = False
 
     def add(
-        self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, weights: Tensor | None, draw: int
+        self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, relative: Tensor | None, draw: int
     ) -> None:
         """Take one leaf of one batch at one draw of labels.
 
         `x` [b, T, d_in] are its inputs and `g` [b, T, d_out] its output gradients, both in the
-        geometry's coordinates; `valid` [b, T] marks positions that a token follows; `weights` [b]
-        are `w_i` over the largest `w` of all rows, None where all rows weigh the same. Row i's
+        geometry's coordinates; `valid` [b, T] marks positions that a token follows. Row i's
         gradient is `sum_t g_it x_it^T` (a leaf that runs twice in a forward is shown twice).
+
+        `relative` [b] are the weights `w_i` over the largest of all rows, None where all rows weigh
+        the same: sums of them keep their size whatever the number of rows. What is made of them is
+        multiplied by the largest weight, `point.run.weights.max()`, and divided by the draws.
         """
 
-    def add_rows(self, features: Tensor, weights: Tensor | None) -> None:
-        """Take the gradients `features` [b, P] of one batch at one draw of labels.
+    def add_rows(self, features: Tensor, weights: Tensor) -> None:
+        """Take the gradients `features` [b, P] of some rows at one draw of labels.
 
-        `weights` as in `add`.
+        `weights` [b], float64, are `w_i / k` for k draws: no unit is left to be multiplied with.
         """
 
     def sums(self) -> dict[str, Tensor]:
-        """The running sums by name, the tensors themselves: who writes into them changes the
-        accumulator.
-        """
+        """The running sums by name, the tensors themselves: others read and write them in place."""
         return {}
+
+    def second_look(self) -> Accumulator | None:
+        """What a second look at the rows sums up, made of the complete sums of the first.
+
+        It gets every row by `add_rows`, and finishes in place of this one; its sums, too, are added
+        up over processes. None where one look is enough.
+        """
+        return None
 
     @abstractmethod
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
-        """What the run keeps of this point, by name, once all rows were added.
+        """What the run keeps of this point, by name, once all sums are complete.
 
-        `rows` may be iterated where `Specification.reads_rows` says so.
+        `rows` are all rows, for a curvature that keeps them (`Specification.reads_rows` ALWAYS).
         """
 
 
@@ -180,9 +189,9 @@ class ChangedRows(Protocol):
         ...
 
     def sampled(self, draws: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """`(rows [b], features [b, P])` of gradients at labels drawn as `fit` draws them, every row
-        `draws` times.
+        """Yield `(rows [b], features [b, P])` of gradients at labels drawn as `fit` draws them.
 
+        `rows` are places in `tokens` and `weights`, 0 ... k - 1, each `draws` times.
         With no draws (the empirical Fisher) once, at the data's own labels.
         """
         ...
@@ -212,6 +221,13 @@ class Curvature(ABC):
     def size(self) -> int:
         """P."""
         return self.blocks[-1].stop
+
+    def spread(self, lam: Tensor, like: Tensor) -> Tensor:
+        """One lambda a block, `lam` [blocks], over the coordinates: `[P]` in the type of `like`."""
+        out = torch.empty(self.size, dtype=like.dtype, device=like.device)
+        for block, value in zip(self.blocks, lam.tolist(), strict=True):
+            out[block] = value
+        return out
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
@@ -296,10 +312,7 @@ class Damped:
 
     def diagonal(self, like: Tensor) -> Tensor:
         """Lambda spread over the coordinates, `[P]`."""
-        out = torch.empty(self.curvature.size, dtype=like.dtype, device=like.device)
-        for block, value in zip(self.curvature.blocks, self.lam.tolist(), strict=True):
-            out[block] = value
-        return out
+        return self.curvature.spread(self.lam, like)
 
 
 def dense(

@@ -1,6 +1,6 @@
-"""EK-FAC: K-FAC's eigenbases with refitted eigenvalues (George et al. 2018.
+"""EK-FAC: K-FAC's eigenbases with refitted eigenvalues.
 
-Grosse et al. 2023, arXiv 2308.03296).
+George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296.
 
     Lambda = sum_i w_i (Q_S^T G_i Q_A)^2
     (C + lambda I)^-1 V = Q_S [ (Q_S^T V Q_A) / (Lambda + lambda) ] Q_A^T
@@ -12,14 +12,14 @@ mean over them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from influence.curvature.base import ONCE, Arrays, Curvature, SampledRows
+from influence.curvature.base import ONCE, Accumulator, Arrays, Curvature, SampledRows
 from influence.curvature.kfac import KFAC, Kronecker, Moments, load_kronecker, wide_side
 
 if TYPE_CHECKING:
@@ -51,42 +51,46 @@ class EKFAC(KFAC):
 
 
 class RefittedMoments(Moments):
-    """K-FAC's moments.
+    """K-FAC's moments, of which a second look at the rows makes EK-FAC."""
 
-    `finish` refits the eigenvalues on per-row gradients.
-    """
+    def second_look(self) -> Eigenvalues:
+        """The second moments in the eigenbases that these moments give."""
+        return Eigenvalues(self)
+
+
+class Eigenvalues(Accumulator):
+    """Second moments of per-row gradients in K-FAC's eigenbases: `sum_i w_i (Q_S^T G_i Q_A)^2`."""
+
+    def __init__(self, moments: Moments) -> None:
+        self.moments, self.kfac = moments, moments.kronecker()
+        self.inside = [torch.zeros_like(block.eigenvalues) for block in self.kfac.leaf_blocks]
+        self.outside = [torch.zeros_like(block.rest) for block in self.kfac.leaf_blocks]
+
+    def add_rows(self, features: Tensor, weights: Tensor) -> None:
+        """Rotate the rows into the eigenbases and add their squares."""
+        root = weights.to(features).sqrt()[:, None, None]
+        for number, block in enumerate(self.kfac.leaf_blocks):
+            coordinates, off = block.rotate(features[:, block.leaf.slice])
+            self.inside[number] += (coordinates * root).square_().sum(0)
+            if off is not None:
+                left = wide_side(block.leaf) - block.wide.shape[1]
+                self.outside[number] += (off * root).square_().sum((0, 2)) / left
+
+    def sums(self) -> dict[str, Tensor]:
+        """`inside` [r, k] and `outside` [r] of every leaf."""
+        inside = {f"inside/{i}": tensor for i, tensor in enumerate(self.inside)}
+        return inside | {f"outside/{i}": tensor for i, tensor in enumerate(self.outside)}
+
+    def refitted(self) -> Kronecker:
+        """K-FAC with these eigenvalues."""
+        blocks = (
+            replace(block, eigenvalues=eigenvalues, rest=rest)
+            for block, eigenvalues, rest in zip(
+                self.kfac.leaf_blocks, self.inside, self.outside, strict=True
+            )
+        )
+        return replace(self.kfac, leaf_blocks=tuple(blocks), name="ekfac")
 
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
         """K-FAC's eigenbases with both eigenvalues, its own and the refitted."""
-        kfac = self.kronecker()
-        return self.arrays(kfac, refit_eigenvalues(kfac, weighted(rows)))
-
-
-def weighted(rows: SampledRows) -> Iterable[tuple[Tensor, Tensor]]:
-    """Blocks `[b, P]` with their own weights `[b]`."""
-    start = 0
-    for block in rows:
-        yield block, rows.weights[start : start + len(block)].to(block)
-        start += len(block)
-
-
-def refit_eigenvalues(kfac: Kronecker, rows: Iterable[tuple[Tensor, Tensor]]) -> Kronecker:
-    """Replace K-FAC's eigenvalues by the second moments of per-example gradients in its eigenbasis.
-
-    `rows` yields `(gradients [b, P], weights [b])`; the weights of all rows are `w_i / samples`.
-    """
-    inside = [torch.zeros_like(block.eigenvalues) for block in kfac.leaf_blocks]
-    outside = [torch.zeros_like(block.rest) for block in kfac.leaf_blocks]
-    for gradients, weights in rows:
-        root = weights.sqrt().to(gradients)[:, None, None]
-        for number, block in enumerate(kfac.leaf_blocks):
-            coordinates, off = block.rotate(gradients[:, block.leaf.slice])
-            inside[number] += (coordinates * root).square_().sum(0)
-            if off is not None:
-                left = wide_side(block.leaf) - block.wide.shape[1]
-                outside[number] += (off * root).square_().sum((0, 2)) / left
-    blocks = (
-        replace(block, eigenvalues=new, rest=rest)
-        for block, new, rest in zip(kfac.leaf_blocks, inside, outside, strict=True)
-    )
-    return replace(kfac, leaf_blocks=tuple(blocks), name="ekfac")
+        return self.moments.arrays(self.kfac, self.refitted())

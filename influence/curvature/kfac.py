@@ -1,6 +1,6 @@
-"""K-FAC for LoRA leaves (Martens & Grosse 2015, arXiv 1503.05671.
+"""K-FAC for LoRA leaves.
 
-Expand setting of Eschenhagen et al. 2023).
+Martens & Grosse 2015, arXiv 1503.05671, in the expand setting of Eschenhagen et al. 2023.
 
 A leaf with input x_t and output gradient g_t (labels sampled from the model) at token t has the
 gradient `G_i = sum_t g_t x_t^T` and the Fisher block `sum_i w_i vec(G_i) vec(G_i)^T`. K-FAC takes
@@ -216,7 +216,7 @@ class Moments(Accumulator):
         return cls(model.space, wide_of, options, seed, unit, model.dtype, model.device)
 
     def add(
-        self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, weights: Tensor | None, draw: int
+        self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, relative: Tensor | None, draw: int
     ) -> None:
         """Add a batch of one leaf.
 
@@ -228,15 +228,15 @@ class Moments(Accumulator):
         inputs = draw == 0
         if inputs and (not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf):
             rows = x[valid] if not bool(valid.all()) else x.flatten(0, 1)
-            if weights is not None:
-                share = weights.sqrt().to(x)[:, None].expand(valid.shape)[valid]
+            if relative is not None:
+                share = relative.sqrt().to(x)[:, None].expand(valid.shape)[valid]
                 rows = rows * share[:, None]
             self._input_moment(leaf).add(rows)
-        if weights is not None:
-            g = g * weights.sqrt().to(g)[:, None, None]
+        if relative is not None:
+            g = g * relative.sqrt().to(g)[:, None, None]
         self._output_moment(leaf).add(g.flatten(0, 1))
         if inputs:
-            mass = valid.sum(1).double() * (1 if weights is None else weights.double())
+            mass = valid.sum(1).double() * (1 if relative is None else relative.double())
             self.mass[leaf] += float(mass.sum())
 
     def _input_moment(self, leaf: int) -> DenseMoment | SketchedMoment:
@@ -457,9 +457,9 @@ def load_kronecker(arrays: Arrays, point: AtPoint, name: str, prefix: str) -> Kr
 
 
 def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
-    """For each leaf, the first leaf whose wide side sees the very same tensor (q, k and v.
+    """For each leaf, the first leaf whose wide side sees the very same tensor.
 
-    Gate and up).
+    The query, key and value projections do, and the gate and up projections.
 
     Found by running the shortest row once and comparing the layers' inputs; only A leaves can
     share.

@@ -163,16 +163,15 @@ class Traces(Accumulator):
 
     per_row = True
 
-    def __init__(self, point: AtPoint, draws: int) -> None:
+    def __init__(self, point: AtPoint) -> None:
         self.leaves = point.model.space.leaves
-        self.unit = float(point.run.weights.max()) / draws
         self.squares = torch.zeros(len(self.leaves), dtype=torch.float64)
 
-    def add_rows(self, features: Tensor, weights: Tensor | None) -> None:
+    def add_rows(self, features: Tensor, weights: Tensor) -> None:
         """Add the squares of every leaf's part."""
         for number, leaf in enumerate(self.leaves):
             squares = features[:, leaf.slice].double().square().sum(1)
-            self.squares[number] += float((squares if weights is None else squares * weights).sum())
+            self.squares[number] += float((squares * weights).sum())
 
     def sums(self) -> dict[str, Tensor]:
         """`squares` [leaves]."""
@@ -180,7 +179,7 @@ class Traces(Accumulator):
 
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
         """`trace` [leaves]."""
-        return {"trace": self.unit * self.squares}
+        return {"trace": self.squares}
 
 
 class MatrixFree(Specification):
@@ -206,7 +205,7 @@ class MatrixFree(Specification):
 
     def begin(self, point: AtPoint) -> Accumulator:
         """The traces."""
-        return Traces(point, self.draws)
+        return Traces(point)
 
 
 def objective_at(point: AtPoint, trace: Tensor) -> Objective:

@@ -8,12 +8,21 @@ import torch
 
 import influence
 from influence.curvature import Damped, dense
-from influence.curvature.ekfac import refit_eigenvalues
+from influence.curvature.ekfac import Eigenvalues
 from tests.conftest import build_model, examples, fit_end
 from tests.influence.curvature.helpers import moments_of, random_rows, replace_unit
 from tests.oracles import sampled_rows
 
 F64 = torch.float64
+
+
+def refitted(moments, rows, weights):
+    """EK-FAC of moments, its eigenvalues refitted on rows in two blocks."""
+    second = Eigenvalues(moments)
+    half = len(rows) // 2
+    second.add_rows(rows[:half], weights[:half])
+    second.add_rows(rows[half:], weights[half:])
+    return second.refitted()
 
 
 @pytest.fixture
@@ -45,7 +54,7 @@ def test_ekfac_is_exact_where_the_fisher_is_kronecker_and_transposition_would_sh
         kfac = replace_unit(moments, 1 / n).kronecker()
         rows = torch.einsum("no,ni->noi", b, a).flatten(1)
         exact = rows.T @ rows / n
-        ekfac = refit_eigenvalues(kfac, [(rows, torch.full((n,), 1 / n, dtype=F64))])
+        ekfac = refitted(moments, rows, torch.full((n,), 1 / n, dtype=F64))
         for fitted_ in (kfac, ekfac):
             assert (dense(fitted_) - exact).norm() / exact.norm() < 0.05
             # and it inverts like it, with a damping far below the spectrum, where a wrong basis is
@@ -108,7 +117,7 @@ def test_sketched_ekfac_solves_like_the_dense_one_where_the_data_has_low_rank(si
     results = []
     for options in ({}, {"max_width": 16, "rank": 8}):
         _, moments = moments_of([(f"s.lora_{side}", shape)], [x], [g], **options)
-        ekfac = refit_eigenvalues(replace_unit(moments, 1 / n).kronecker(), [(rows, w)])
+        ekfac = refitted(replace_unit(moments, 1 / n), rows, w)
         results.append(
             (dense(ekfac), ekfac.solve(rows[:4], torch.tensor([0.01], dtype=F64)), ekfac)
         )
