@@ -275,13 +275,16 @@ class AtPoint:
         blocks = row_blocks(self.file(name), name, self.digest, self.model.device)
         return (self.geometry.features(block) for block in blocks)
 
-    def kept_rows_of(self, row: int) -> Tensor:
-        """Features `[k, P]` of the kept rows of one training row, one for each label draw."""
+    def kept_rows_of(self, rows: np.ndarray) -> Iterator[Tensor]:
+        """Features `[k, P]` of the kept rows of some training rows, one for each label draw."""
         draws = self.run.specification.draws
         name, each = ("rows", draws) if draws else ("gradients", 1)
+        with open_file(self.file(name), run_digest=self.digest):
+            pass
         with RowFile(self.file(name), name) as file:
-            block = torch.from_numpy(file.read(row * each, (row + 1) * each))
-        return self.geometry.features(block.to(self.model.device))
+            for row in rows.tolist():
+                block = torch.from_numpy(file.read(row * each, (row + 1) * each))
+                yield self.geometry.features(block.to(self.model.device))
 
 
 class StoredTensors(Mapping[str, Tensor]):

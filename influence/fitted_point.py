@@ -238,12 +238,11 @@ class PointFit:
         relative, accumulator = self.relative_weights(rows), self.accumulator
         wanted = self.store_rows or accumulator.per_row
         sink = recorder.new_sink(self.buffer) if wanted else None
-        takes_leaves = type(accumulator).add is not Accumulator.add
 
         def show(leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
             if sink is not None:
                 sink(leaf, x, g, valid)
-            if takes_leaves:
+            if accumulator.per_leaf:
                 inputs, outputs = self.point.geometry.factor(leaf, x, g)
                 accumulator.add(leaf, inputs, outputs, valid, relative, draw)
 
@@ -322,9 +321,9 @@ class PointFit:
             arrays["theta"] = place.theta
         accumulator, rows = self.accumulator, self.sampled_rows()
         if (second := accumulator.second_look()) is not None:
-            start = 0
+            start, weights = 0, rows.weights
             for block in rows:
-                second.add_rows(block, rows.weights[start : start + len(block)])
+                second.add_rows(block, weights[start : start + len(block)])
                 start += len(block)
             accumulator = second
         arrays |= accumulator.finish(rows)
@@ -405,10 +404,7 @@ class ComputedRows:
 
 def refuse_without_draws(curvature: Specification, accumulator: Accumulator) -> None:
     """Refuse a curvature that would be fitted to nothing: no labels are drawn for its sums."""
-    kind = type(accumulator)
-    takes_leaves = kind.add is not Accumulator.add
-    takes_rows = accumulator.per_row and kind.add_rows is not Accumulator.add_rows
-    if curvature.draws == 0 and (takes_leaves or takes_rows):
+    if curvature.draws == 0 and (accumulator.per_leaf or accumulator.per_row):
         raise InputError(
             f"curvature {curvature.name} makes no label draws (`draws` is 0), and its accumulator "
             "adds up gradients at sampled labels: give the specification a property draws of 1 or "

@@ -22,7 +22,7 @@ from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
 from influence.calibration import calibrate
 from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
-from influence.curvature.base import ALWAYS
+from influence.curvature.base import ALWAYS, NEVER
 from influence.damping import Damping
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
 from influence.fitted_point import CHECKPOINT, PointFit, Storage, fits
@@ -128,7 +128,6 @@ def fit(
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
     _refuse_nameless(curvature)
-    curvature.refuse(len(train))
     if caution := curvature.caution(model):
         say(caution)
     directory = Path(directory)
@@ -155,6 +154,8 @@ def fit(
     )
     weights(tokens.counts, reduction)  # refuses an unknown reduction before anything is written
     check_rows(model, tokens)
+    if not _finished_before(directory, manifest):
+        curvature.refuse(len(train))
     with only_writer(directory):
         existing = _claim(directory, manifest, curvature, overwrite)
         run = Run(directory, existing or manifest, model, train, tokens, curvature)
@@ -242,6 +243,15 @@ def _calibrate(run: Run) -> None:
         return
     if found:
         update_manifest(run, calibration={**run.manifest.calibration, **found})
+
+
+def _finished_before(directory: Path, manifest: Manifest) -> bool:
+    """Whether the directory holds this very run, complete."""
+    if not (directory / "manifest.json").is_file():
+        return False
+    if differences(recorded_identity(directory), manifest.identity):
+        return False
+    return begun_manifest(directory).complete
 
 
 def _refuse_nameless(curvature: Specification) -> None:
@@ -406,7 +416,7 @@ def fit_points(
     point_bytes = n * P * run.model.dtype.itemsize
     rule, wanted = run.manifest.store, point_bytes * len(places)
     # without label draws the gradients at the data's labels are the rows that the curvature keeps
-    needed = curvature.reads_rows == ALWAYS and curvature.draws == 0
+    needed = curvature.reads_rows != NEVER and curvature.draws == 0
     stored = fits(rule, wanted, disk_budget) or needed
     left = disk_budget - point_bytes * (len(places) - 1) if stored else disk_budget
     if stored:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType, UnionType
+from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from influence.errors import InputError, StoreError
@@ -151,13 +151,11 @@ class Manifest:
     versions: Mapping[str, str]
     created: str
     gradients_stored: bool = False
-    calibration: Mapping[str, CalibrationRecord] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
+    calibration: Mapping[str, CalibrationRecord] = field(default_factory=dict)
     tuned: TunedRecord | None = None
     audit: AuditRecord | None = None
     now: NowRecord | None = None
-    rest: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), compare=False)
+    rest: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:

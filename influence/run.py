@@ -13,7 +13,6 @@ map is applied when they are read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -157,8 +156,7 @@ class Run:
         """The curvature as it was asked of `fit`, such as `EKFAC(samples=1)`."""
         name, options = self.manifest.curvature_name, self.manifest.curvature_options
         if self.own_curvature is not None:
-            given = json.loads(json.dumps(self.own_curvature.record()))
-            if given != dict(self.manifest.curvature):
+            if self.own_curvature.record() != dict(self.manifest.curvature):
                 raise MismatchError(
                     f"the curvature {self.own_curvature} was given, and {self.directory} was "
                     "fitted "

@@ -12,8 +12,9 @@ so that `influence.fit` knows none of them by name. Stacks of vectors are rows: 
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -57,7 +58,8 @@ class Accumulator(ABC):
     (`influence.distributed.add_up(accumulator.sums())`).
     """
 
-    #: Whether `add_rows` is wanted in the pass: every row's whole gradient is then formed there.
+    #: Whether the pass is to call `add`, and whether `add_rows`: then it forms every row's gradient.
+    per_leaf: ClassVar[bool] = False
     per_row: ClassVar[bool] = False
 
     def add(
@@ -125,8 +127,9 @@ class Specification(ABC):
     default_path: ClassVar[tuple[float, ...] | None] = None
 
     def record(self) -> dict[str, Any]:
-        """The name and the options, as the manifest keeps them."""
-        return {"name": self.name, **asdict(self)}  # pyright: ignore[reportArgumentType]
+        """The name and the options as the manifest keeps them: in JSON's own types."""
+        options = asdict(self)  # pyright: ignore[reportArgumentType]
+        return json.loads(json.dumps({"name": self.name, **options}))
 
     @property
     def draws(self) -> int:
@@ -224,10 +227,7 @@ class Curvature(ABC):
 
     def spread(self, lam: Tensor, like: Tensor) -> Tensor:
         """One lambda a block, `lam` [blocks], over the coordinates: `[P]` in the type of `like`."""
-        out = torch.empty(self.size, dtype=like.dtype, device=like.device)
-        for block, value in zip(self.blocks, lam.tolist(), strict=True):
-            out[block] = value
-        return out
+        return spread(self.blocks, lam, like)
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
@@ -253,7 +253,8 @@ class Curvature(ABC):
 
         The class says how.
 
-        Abstract on purpose: an edit solves with the curvature after it, and one that forgot to
+        Called on the fitted curvature, with all changes since the fit: edits of edits do not add up
+        here. Abstract on purpose: an edit solves with the curvature after it, and one that forgot to
         change would silently solve with the curvature before.
         """
 
@@ -312,7 +313,15 @@ class Damped:
 
     def diagonal(self, like: Tensor) -> Tensor:
         """Lambda spread over the coordinates, `[P]`."""
-        return self.curvature.spread(self.lam, like)
+        return spread(self.curvature.blocks, self.lam, like)
+
+
+def spread(blocks: Sequence[slice], lam: Tensor, like: Tensor) -> Tensor:
+    """One lambda a block, `lam` [blocks], over the coordinates: `[P]` in the type of `like`."""
+    out = torch.empty(blocks[-1].stop, dtype=like.dtype, device=like.device)
+    for block, value in zip(blocks, lam.tolist(), strict=True):
+        out[block] = value
+    return out
 
 
 def dense(

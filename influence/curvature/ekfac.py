@@ -42,7 +42,7 @@ class EKFAC(KFAC):
 
     def load(self, arrays: Arrays, point: AtPoint) -> Kronecker:
         """The refitted eigenvalues in K-FAC's eigenbases."""
-        return load_kronecker(arrays, point, "ekfac", "")
+        return load_kronecker(arrays, point, "ekfac", "", self.samples)
 
     def held(self, arrays: Arrays, point: AtPoint) -> dict[str, Callable[[], Curvature]]:
         """What a K-FAC run holds, K-FAC itself, and this."""

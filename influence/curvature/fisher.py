@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -186,7 +186,7 @@ class SampleSpaceFisher(Curvature):
                 weights = torch.from_numpy(changed.weights[rows]).to(features.device)
                 stacks.append(features.double() * (weights / max(1, self.samples)).sqrt()[:, None])
                 signs += [sign] * len(rows)
-        empty = torch.zeros(0, self.size, dtype=torch.float64)
+        empty = torch.zeros(0, self.size, dtype=torch.float64, device=self.scales.device)
         stack = torch.cat(stacks) if stacks else empty
         return UpdatedFisher(
             self, stack, torch.tensor(signs, dtype=torch.float64, device=stack.device)
@@ -262,10 +262,8 @@ class UpdatedFisher(Curvature):
         return self.fitted.top_eigenvalues()
 
     def updated(self, gone: ChangedRows, come: ChangedRows) -> UpdatedFisher:
-        """With more rows that go and come."""
-        more = self.fitted.updated(gone, come)
-        rows, signs = torch.cat([self.rows, more.rows]), torch.cat([self.signs, more.signs])
-        return replace(self, rows=rows, signs=signs, solved_rows={})
+        """Of the fitted curvature: the rows are all that have changed since the fit."""
+        return self.fitted.updated(gone, come)
 
 
 def gram(rows: Rows, scales: Tensor) -> Tensor:

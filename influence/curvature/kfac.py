@@ -83,7 +83,7 @@ class KFAC(Specification):
 
     def load(self, arrays: Arrays, point: AtPoint) -> Kronecker:
         """K-FAC's own eigenvalues in its eigenbases."""
-        return load_kronecker(arrays, point, "kfac", "kfac_")
+        return load_kronecker(arrays, point, "kfac", "kfac_", self.samples)
 
     def held(self, arrays: Arrays, point: AtPoint) -> dict[str, Callable[[], Curvature]]:
         """Itself, and the exact curvatures, whose damping needs a trace only."""
@@ -177,6 +177,8 @@ class Moments(Accumulator):
     input). Sums are of weights relative to the largest, `unit`, so that their size does not depend
     on the number of rows.
     """
+
+    per_leaf = True
 
     def __init__(
         self,
@@ -442,7 +444,9 @@ class Kronecker(Curvature):
         return replace(self, leaf_blocks=tuple(blocks))
 
 
-def load_kronecker(arrays: Arrays, point: AtPoint, name: str, prefix: str) -> Kronecker:
+def load_kronecker(
+    arrays: Arrays, point: AtPoint, name: str, prefix: str, samples: int
+) -> Kronecker:
     """The eigenbases of a run with the eigenvalues whose names begin with `prefix`."""
     wide_of = arrays["wide_of"].tolist()
     wide = {number: arrays[f"leaf/{number}/wide"] for number in sorted(set(wide_of))}
@@ -452,7 +456,6 @@ def load_kronecker(arrays: Arrays, point: AtPoint, name: str, prefix: str) -> Kr
         eigenvalues, rest = arrays[f"{place}/{prefix}eigenvalues"], arrays[f"{place}/{prefix}rest"]
         narrow = arrays[f"{place}/narrow"]
         blocks.append(KroneckerBlock(leaf, narrow, wide[wide_of[number]], eigenvalues, rest))
-    samples = int(point.run.manifest.curvature["samples"])
     return Kronecker(point.model.space, tuple(blocks), name, samples)
 
 

@@ -39,7 +39,8 @@ class Protocol:
     def __post_init__(self) -> None:
         if not isinstance(self.optimizer, Optimizer) and self.optimizer not in OPTIMIZERS:
             raise InputError(
-                f"optimizer {self.optimizer!r} was given; expected {' or '.join(OPTIMIZERS)}"
+                f"optimizer {self.optimizer!r} was given; expected {' or '.join(OPTIMIZERS)}, or "
+                "an Optimizer of your own, as in Momentum()"
             )
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise InputError(f"lr {self.lr!r} was given; expected a number above 0")

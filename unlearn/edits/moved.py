@@ -51,8 +51,8 @@ class RowsOut:
     def sampled(self, draws: int) -> Iterator[tuple[np.ndarray, Tensor]]:
         """`(rows, features)`: read where the run keeps them, else computed."""
         if self.point.run.specification.reads_rows == ALWAYS:
-            for place, row in enumerate(self.positions.tolist()):
-                features = self.point.kept_rows_of(row)
+            # as many to a row as the fit drew
+            for place, features in enumerate(self.point.kept_rows_of(self.positions)):
                 yield np.full(len(features), place), features
         else:
             yield from sampled_rows(self.point, self.tokens, draws, self.cost)

@@ -43,14 +43,14 @@ from influence.tokens import TokenizedExamples
 from unlearn.methods import automatic_rate
 from unlearn.methods.batches import TermBatches, TermGradient
 from unlearn.methods.combine import Step
-from unlearn.methods.finish import Trained
+from unlearn.methods.finish import Trained, name_of
 from unlearn.methods.methods import Method, method_of
 from unlearn.methods.options import Options, optimizer_class
 from unlearn.methods.preparation import Work, prepare
 from unlearn.methods.reference import ReferenceAdapter, frozen
 from unlearn.methods.resume import Checkpoint, Progress
 from unlearn.methods.stop_rules import CHECK_ROWS, Stopped, StopRules
-from unlearn.methods.targets import Setup, Target
+from unlearn.methods.targets import Setup, Target, checked
 from unlearn.methods.terms import Term
 from unlearn.record.before_after import State, Targets, report
 from unlearn.record.change import refuse_text
@@ -295,7 +295,10 @@ class Training:
             how = (size, work.budget, options.seed, stream, work.cost)
             return TermBatches(model, tokens, term, target, reference, *how)
 
-        target, size = work.method.target(setup), options.batch_size
+        rule = work.method.target_rule
+        vocabulary = model.model.get_input_embeddings().num_embeddings
+        target = checked(rule.make(setup), name_of(rule.make), work.forget, vocabulary)
+        size = options.batch_size
         forget = batches(work.method.forget, work.forget, target, size, FORGET_STREAM)
         if forget is not None and forget.term.reference and not forget.term.logits:
             forget.run_reference()

@@ -87,8 +87,8 @@ class Target:
 
     Attributes
     ----------
-    labels : list of Tensor [T_i], optional
-        Labels in place of each row's own tokens.
+    labels : list of int64 Tensor [T_i], optional
+        Labels in place of each row's own T_i supervised tokens.
     other : TokenizedExamples, optional
         The same prompts with another completion.
     wanted : callable, optional
@@ -98,6 +98,39 @@ class Target:
     labels: list[Tensor] | None = None
     other: TokenizedExamples | None = None
     wanted: Callable[[np.ndarray], Tensor] | None = None
+
+
+def checked(target: object, name: str, tokens: TokenizedExamples, vocabulary: int) -> Target:
+    """A target as a function made it, for the rows that it was made for.
+
+    Raises `InputError` where it is no `Target`, or where its labels or completions are not one a
+    row, its labels not one a supervised token, no whole numbers, or none of the vocabulary's.
+    """
+    if not isinstance(target, Target):
+        raise InputError(
+            f"target {name} gave {type(target).__name__}; expected an unlearn.methods.Target"
+        )
+    for part in ("labels", "other"):
+        given = getattr(target, part)
+        if given is not None and len(given) != len(tokens):
+            raise InputError(
+                f"target {name} gave {len(given)} {part} for {len(tokens)} rows; expected one a row"
+            )
+    for row, labels in enumerate(target.labels or ()):
+        count = int(tokens.counts[row])
+        whole = isinstance(labels, Tensor) and labels.dtype == torch.int64
+        if not whole or tuple(labels.shape) != (count,):
+            kind = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else labels
+            raise InputError(
+                f"target {name} gave the row {tokens.ids[row]!r} labels {kind}; expected int64 "
+                f"[{count}], one a supervised token"
+            )
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < vocabulary:
+            raise InputError(
+                f"target {name} gave the row {tokens.ids[row]!r} labels from {int(labels.min())} to "
+                f"{int(labels.max())}; expected numbers of the vocabulary, 0 to {vocabulary - 1}"
+            )
+    return target
 
 
 @dataclass(frozen=True)

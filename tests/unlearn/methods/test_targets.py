@@ -475,3 +475,45 @@ def test_predicted_targets_are_asked_for_once():
         answer = lambda rows: torch.zeros(1)  # noqa: E731
         setup = Setup(**{**vars(setup), "predicted": lambda: answer})
         assert targets.predicted(setup).wanted is answer
+
+
+def zeros_for(tokens, change):
+    labels = [torch.zeros(int(count), dtype=torch.int64) for count in tokens.counts]
+    return change(labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda labels: [labels[1], labels[0]],
+            r"row 'r0-0' labels torch.int64 \[2\]; expected int64",
+        ),
+        (lambda labels: labels[:1], "gave 1 labels for 2 rows; expected one a row"),
+        (
+            lambda labels: [labels[0] + 99, labels[1]],
+            "labels from 99 to 99; expected numbers of the voc",
+        ),
+        (lambda labels: [labels[0] - 1, labels[1]], "labels from -1 to -1"),
+        (
+            lambda labels: [labels[0].float(), labels[1]],
+            r"labels torch.float32 \[1\]; expected int64",
+        ),
+        (lambda labels: [[0], labels[1]], r"labels \[0\]; expected int64"),
+    ],
+)
+def test_labels_that_fit_no_row_are_refused(change, sentence):
+    sizes = {"counts": np.array([1, 2]), "ids": ["r0-0", "r0-1"], "__len__": lambda _: 2}
+    tokens = type("Rows", (), sizes)()
+    target = targets.Target(labels=zeros_for(tokens, change))
+    with pytest.raises(InputError, match=sentence):
+        targets.checked(target, "mine", tokens, 25)
+
+
+def test_what_is_no_target_is_refused_and_a_sound_one_is_handed_on():
+    rows = type("Rows", (), {"counts": np.array([1]), "ids": ["a"], "__len__": lambda _: 1})()
+    with pytest.raises(InputError, match="target mine gave list; expected an unlearn"):
+        targets.checked([1], "mine", rows, 25)
+    sound = targets.Target(labels=[torch.tensor([24])])
+    assert targets.checked(sound, "mine", rows, 25) is sound
+    assert targets.checked(targets.Target(), "own", rows, 25).labels is None
