@@ -1,9 +1,8 @@
 """The chain of edits of a run: append-only, hash-chained, and verified from the files alone.
 
-    OUT/edit.json       the record of one edit, with the SHA-256 of every other file of its adapter
-    directory run/audit.jsonl     one line per saved edit: the SHA-256 of its edit.json, and the
-    hash of the line before run/manifest.json   key `audit`: how many lines there are and the hash
-    of the last one, the chain's head
+    OUT/edit.json       the record of one edit, with the SHA-256 of every file of its folder
+    run/audit.jsonl     a line per saved edit: the SHA-256 of its edit.json, the line before's hash
+    run/manifest.json   key `audit`: how many lines there are, and the hash of the last, the head
 
 A line is the canonical JSON of its entry, `hash` = SHA-256 over the canonical JSON without `hash`
 (linked time-stamps: Haber and Stornetta 1991). So a change of any byte of a line, a record or an

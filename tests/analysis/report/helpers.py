@@ -28,7 +28,10 @@ HOSTILE = [
 
 
 def made(ids=("a17", "b4", "c9"), kind="remove", losses=(0.2, 4.6, 4.7)):
-    """A record whose rows have these losses before, after and expected; of a relabelled row the old content's."""
+    """A record whose rows have these losses before, after and expected.
+
+    Of a relabelled row they are the old content's.
+    """
     before, after, target = losses
     actions = [
         kind if kind != "mixed" else ("remove", "relabel", "correct")[i % 3]
@@ -192,14 +195,63 @@ def paths(value, at=()):
 
 #: Every value of a record that may be null.
 NULLABLE = [
-    ("created",), ("versions",), ("run",), ("run", "path"), ("run", "digest"), ("base",), ("adapter", "before"),
-    ("adapter", "after"), ("data",), ("data", "before"), ("data", "rows_before"), ("tokenizer",), ("method", "name"),
-    ("method", "until"), ("residual",), ("residual", "solver"), ("residual", "tolerance"), ("residual", "objective"),
-    ("residual", "objective", "before"), ("stopped",), ("steps",), ("delta",), ("delta", "relative"),
-    ("losses", "edited"), ("losses", "retained"), ("losses", "heldout"), ("losses", "edited", "before"),
-    ("losses", "edited", "predicted"), ("losses", "retained", "after"), ("losses", "retained", "standard_error"),
-    ("losses", "heldout", "rows"), ("losses", "heldout", "source"), ("comparable",), ("comparable", "source"), ("guard",),
-    ("comparable", "rows"), ("guard", "max_damage"), ("guard", "damage"), ("guard", "passed"), ("guard", "forced"), ("cost",),
-    ("cost", "total"), ("cost", "seconds"), ("cost", "ratio"), ("agreement",), ("files",), ("requests", 0, "content_before"),
-    *(("rows", 1, key) for key in ("before", "after", "target", "base", "extraction_before", "extraction_after", "rank")),
-]  # fmt: skip
+    ("created",),
+    ("versions",),
+    ("run",),
+    ("run", "path"),
+    ("run", "digest"),
+    ("base",),
+    ("adapter", "before"),
+    ("adapter", "after"),
+    ("data",),
+    ("data", "before"),
+    ("data", "rows_before"),
+    ("tokenizer",),
+    ("method", "name"),
+    ("method", "until"),
+    ("residual",),
+    ("residual", "solver"),
+    ("residual", "tolerance"),
+    ("residual", "objective"),
+    ("residual", "objective", "before"),
+    ("stopped",),
+    ("steps",),
+    ("delta",),
+    ("delta", "relative"),
+    ("losses", "edited"),
+    ("losses", "retained"),
+    ("losses", "heldout"),
+    ("losses", "edited", "before"),
+    ("losses", "edited", "predicted"),
+    ("losses", "retained", "after"),
+    ("losses", "retained", "standard_error"),
+    ("losses", "heldout", "rows"),
+    ("losses", "heldout", "source"),
+    ("comparable",),
+    ("comparable", "source"),
+    ("guard",),
+    ("comparable", "rows"),
+    ("guard", "max_damage"),
+    ("guard", "damage"),
+    ("guard", "passed"),
+    ("guard", "forced"),
+    ("cost",),
+    ("cost", "total"),
+    ("cost", "seconds"),
+    ("cost", "ratio"),
+    ("agreement",),
+    ("files",),
+    ("requests", 0, "content_before"),
+    *(
+        ("rows", 1, key)
+        for key in (
+            "before",
+            "after",
+            "target",
+            "base",
+            "extraction_before",
+            "extraction_after",
+            "rank",
+        )
+    ),
+]

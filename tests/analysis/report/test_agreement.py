@@ -21,7 +21,7 @@ RECIPE = unlearn.Recipe(epochs=2, batch_size=4, lr=1e-2, dropout=False)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run, an edit that removes one row and relabels another, and the adapter trained again on its rows."""
+    """A run, an edit that removes a row and relabels another, and its rows trained on again."""
     folder = tmp_path_factory.mktemp("agreement")
     model = build_model("gpt2", layers=1, target_modules=["attn.c_attn"])
     model.model.save_pretrained(folder / "adapter")
@@ -46,7 +46,7 @@ def kl(model, tokens, reference, other) -> float:
 def test_losses_and_divergences_of_three_sets(made):
     run, edit, retrained = made
     holdout = examples(3, seed=7)
-    found = agreement(run, edit, retrained, holdout)
+    comparison = agreement(run, edit, retrained, holdout)
     after, theta = version(run, edit), read_parameters(run.model, retrained)
     before = version(run, "original")
     edited = [before.tokens[1], after.tokens[after.rows.index("r0-4")]]
@@ -56,22 +56,22 @@ def test_losses_and_divergences_of_three_sets(made):
         "retained": after.tokens.select(others),  # fewer than are sampled
         "heldout": run.tokenized(holdout),
     }
-    assert found["adapter"] == str(retrained)
+    assert comparison["adapter"] == str(retrained)
     for name, tokens in sets.items():
         with run.model.at(theta) as model:
             losses = mean_losses(model, tokens)
-        assert found[name] == pytest.approx(losses.mean(), rel=1e-12)
-        assert found["kl"][name] == pytest.approx(kl(run.model, tokens, theta, after.theta))
-        assert found["kl"][name] > 0
+        assert comparison[name] == pytest.approx(losses.mean(), rel=1e-12)
+        assert comparison["kl"][name] == pytest.approx(kl(run.model, tokens, theta, after.theta))
+        assert comparison["kl"][name] > 0
     without = agreement(run, edit, retrained)
     assert (without["heldout"], without["kl"]["heldout"]) == (None, None)
-    assert without["edited"] == found["edited"]
+    assert without["edited"] == comparison["edited"]
 
 
 def test_an_adapter_is_at_no_distance_from_itself(made):
     run, edit, _ = made
-    found = agreement(run, edit, edit)
-    assert found["kl"]["retained"] == pytest.approx(0, abs=1e-12)
+    comparison = agreement(run, edit, edit)
+    assert comparison["kl"]["retained"] == pytest.approx(0, abs=1e-12)
     tokens, theta = run.tokens.select([0, 2]), run.model.snapshot()
     assert divergence(run.model, tokens, theta, theta) == pytest.approx(0, abs=1e-12)
     moved = theta + 0.1 * torch.ones_like(theta)
@@ -87,3 +87,17 @@ def test_an_adapter_of_other_rows_is_refused(made, tmp_path):
             MismatchError, match=f"was trained without {gone} rows, and after the edit 1 rows are"
         ):
             agreement(run, edit, other)
+
+
+def test_removed_rows_are_compared_by_their_ids(made, tmp_path):
+    """A retraining by ids records no digest of the rows: the ids tell whether it is right."""
+    run, _, _ = made
+    options = {"start": "original", "until": "steps=1", "steps": 40, "max_damage": 10.0}
+    edit = unlearn.remove(run, ["r0-2"], **options).save(tmp_path / "edit")
+    right = unlearn.retrain(run, ["r0-2"], out=tmp_path / "right", recipe=RECIPE)
+    assert agreement(run, edit, right)["edited"] > 0
+    wrong = unlearn.retrain(run, ["r0-3"], out=tmp_path / "wrong", recipe=RECIPE)
+    with pytest.raises(
+        MismatchError, match="was trained without 1 rows, and after the edit 1 rows"
+    ):
+        agreement(run, edit, wrong)

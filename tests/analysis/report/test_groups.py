@@ -21,7 +21,8 @@ def test_a_group_is_judged_by_its_means_and_says_so_where_a_row_falls_short():
     assert group.verdict == "forgotten on average"
     assert (
         text(record).count(
-            "On average the 3 removed rows are now about as unfamiliar to the adapter as rows it never saw"
+            "On average the 3 removed rows are now about as unfamiliar to the adapter as rows it "
+            "never saw"
         )
         == 1
     )

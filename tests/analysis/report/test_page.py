@@ -1,4 +1,4 @@
-"""The page as a whole: nothing in a record can do harm, the same record gives the same bytes, the command."""
+"""The page as a whole: nothing in a record can do harm, and the same one gives the same bytes."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_hostile_texts_are_text_and_nothing_else(tmp_path, kind):
     assert not set("\u202e\u2066\x1b\x00\u2028") & set(html)
     assert "(5,000 characters)" in parsed.text
     assert (
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        in html
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
+        "'unsafe-inline'\">" in html
     )
 
 

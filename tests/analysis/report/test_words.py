@@ -21,7 +21,10 @@ from tests.analysis.report.helpers import (
 
 def test_the_answer_comes_first():
     said = text(made())
-    answer = "The 3 removed rows are now about as unfamiliar to the adapter as rows it never saw: loss 4.60 against 4.70 expected."
+    answer = (
+        "The 3 removed rows are now about as unfamiliar to the adapter as rows it never saw: loss "
+        "4.60 against 4.70 expected."
+    )
     assert said.index("3 training rows removed") < said.index(answer) < said.index("Removed rows")
     assert (
         "Typical probability of the right next token: 82 % → 1.0 %." in said
@@ -37,11 +40,13 @@ def test_the_answer_comes_first():
     [
         (
             (0.2, 2.0, 4.7),
-            "The 3 removed rows are partly forgotten: loss 2.00, 0.20 before, against 4.70 expected of rows",
+            "The 3 removed rows are partly forgotten: loss 2.00, 0.20 before, against 4.70 "
+            "expected of rows",
         ),
         (
             (0.2, 0.21, 4.7),
-            "The 3 removed rows are not forgotten: loss 0.21, 0.20 before, against 4.70 expected of rows",
+            "The 3 removed rows are not forgotten: loss 0.21, 0.20 before, against 4.70 expected "
+            "of rows",
         ),
         ((0.2, 9.0, 4.7), "a conspicuously high loss can itself give away"),
         ((4.5, 4.6, 4.7), "3 rows had such a loss before the edit already."),
@@ -51,7 +56,8 @@ def test_the_answer_comes_first():
         ),
         (
             (0.2, None, 4.7),
-            "Whether the 3 removed rows are forgotten cannot be said: their losses were not measured row by row.",
+            "Whether the 3 removed rows are forgotten cannot be said: their losses were not "
+            "measured row by row.",
         ),
         ((0.2, math.inf, 4.7), "not a finite number"),
     ],
@@ -66,8 +72,8 @@ def test_a_row_that_is_recited_is_said_beside_the_answer_whatever_its_loss():
     assert "recite more than half" not in text(record)
     record["rows"][0]["extraction_after"] = 0.51
     assert (
-        "against 4.70 expected. Of 1 of them the adapter can still be made to recite more than half."
-        in text(record)
+        "against 4.70 expected. Of 1 of them the adapter can still be made to recite more than "
+        "half." in text(record)
     )
     assert 'class="tile warn"' in html(record)
     assert "Of it the adapter" in text(made(["a"]) | {"rows": [record["rows"][0] | {"id": "a"}]})
@@ -101,12 +107,12 @@ def test_changed_rows_read_the_other_way_round():
     said = text(record)
     assert "3 training rows relabelled" in said
     assert (
-        "The new content of the 3 changed rows is taken up: loss 0.20, 4.60 before, against 0.20 that the old content"
-        in said
+        "The new content of the 3 changed rows is taken up: loss 0.20, 4.60 before, against 0.20 "
+        "that the old content" in said
     )
     assert (
-        "Old content: loss 0.20 before, 4.00 now; the adapter now prefers the new to the old in 3 of 3."
-        in said
+        "Old content: loss 0.20 before, 4.00 now; the adapter now prefers the new to the old in 3 "
+        "of 3." in said
     )
     assert "unlearn retrain --run '/data/my run' \\ --edit /edits/e1" in said
     for row in record["rows"]:
@@ -123,12 +129,12 @@ def test_how_exact_what_it_cost_and_how_to_check():
     assert "with gradients taken anew at each (1 of 2 tried steps kept)" in said
     assert "3e-07, within the tolerance 1e-05 (worst relative residual)" in said
     assert (
-        "0.012 before, 0.0031 now: norm for the retained rows, 0 only at their optimum (Guo et al. 2020)"
-        in said
+        "0.012 before, 0.0031 now: norm for the retained rows, 0 only at their optimum (Guo et al. "
+        "2020)" in said
     )
     assert (
-        "work 1,200 row gradients (forward and backward of one row); time 94.2 s; against training again 2 %."
-        in said
+        "work 1,200 row gradients (forward and backward of one row); time 94.2 s; against training "
+        "again 2 %." in said
     )
     assert "unlearn verify --run '/data/my run' unlearn verify --adapter /edits/e1" in said
     assert "delta.safetensors beside the new adapter leads back to the old one" in said

@@ -85,9 +85,9 @@ def edit(
 
 
 def problems(*arguments, **options) -> str:
-    found = verify(*arguments, **options)
-    assert found.passed == (not found.problems)
-    return "\n".join(found.problems)
+    result = verify(*arguments, **options)
+    assert result.passed == (not result.problems)
+    return "\n".join(result.problems)
 
 
 def lines(place) -> list[bytes]:
@@ -104,7 +104,7 @@ def refuses_to_append(place) -> bool:
 
 
 def forge(place, entry: dict, **changes) -> None:
-    """A chain of one line that says something else, with every hash and the manifest computed again to fit."""
+    """A chain of one line that says something else, with hashes and manifest computed to fit."""
     forged = {key: value for key, value in (entry | changes).items() if key != "hash"}
     forged["hash"] = hashlib.sha256(plain.canonical(forged)).hexdigest()
     place.chain.write_bytes(plain.canonical(forged) + b"\n")

@@ -71,21 +71,21 @@ def test_one_number_a_request_is_of_its_new_content(work):
 
 def test_a_state_is_five_plain_measures(work):
     cost = work.cost.forwards
-    found = work.measure(work.version.theta)
+    result = work.measure(work.version.theta)
     model, change = work.version.model, work.change
-    np.testing.assert_array_equal(found.old.loss, measure(model, change.old).loss)
-    np.testing.assert_array_equal(found.new.loss, measure(model, change.new).loss)
+    np.testing.assert_array_equal(result.old.loss, measure(model, change.old).loss)
+    np.testing.assert_array_equal(result.new.loss, measure(model, change.new).loss)
     rest = work.version.tokens.select(work.sample)
-    np.testing.assert_allclose(found.retained.loss, measure(model, rest).loss, rtol=1e-12)
-    np.testing.assert_allclose(found.unseen, measure(model, work.heldout).loss, rtol=1e-12)
-    assert found.edited.tolist() == [found.old.loss[0], found.new.loss[0]]
+    np.testing.assert_allclose(result.retained.loss, measure(model, rest).loss, rtol=1e-12)
+    np.testing.assert_allclose(result.unseen, measure(model, work.heldout).loss, rtol=1e-12)
+    assert result.edited.tolist() == [result.old.loss[0], result.new.loss[0]]
     assert work.cost.forwards - cost == 2 + 1 + len(rest) + 3
 
 
 def test_the_linear_forecast_is_the_gradient_of_each_mean(work):
     model, theta = work.version.model, work.version.theta
     delta = 0.01 * random(3, len(theta))
-    found = work.forecast(delta, theta + delta)
+    result = work.forecast(delta, theta + delta)
     kept_out = work.change.old.select([0])
     rest = work.version.tokens.select(work.sample)
     sets = {
@@ -98,12 +98,12 @@ def test_the_linear_forecast_is_the_gradient_of_each_mean(work):
         at = theta.clone().requires_grad_(True)
         (gradient,) = torch.autograd.grad(mean_loss(model, rows)(at), at)
         gradients[name] = gradient
-        assert getattr(found, name) == pytest.approx(float(gradient @ delta), rel=1e-9)
-    assert found.objective.before == pytest.approx(float(gradients["retained"].norm()), rel=1e-9)
+        assert getattr(result, name) == pytest.approx(float(gradient @ delta), rel=1e-9)
+    assert result.objective.before == pytest.approx(float(gradients["retained"].norm()), rel=1e-9)
     at = (theta + delta).requires_grad_(True)
     (there,) = torch.autograd.grad(mean_loss(model, sets["retained"])(at), at)
-    assert found.objective.after == pytest.approx(float(there.norm()), rel=1e-9)
-    assert found.objective.rows == len(rest)
+    assert result.objective.after == pytest.approx(float(there.norm()), rel=1e-9)
+    assert result.objective.rows == len(rest)
     assert work.forecast(delta, None).objective.after is None
 
 
@@ -114,18 +114,18 @@ def test_sets_without_rows_have_no_forecast(runs):
     work = Evidence(
         version=start, change=everything, holdout=None, heldout=None, max_damage=1.0, seed=0
     )
-    found = work.forecast(0.01 * random(3, len(start.theta)), None)
-    assert isinstance(found, LinearForecast)
-    assert (found.retained, found.heldout, found.objective) == (None, None, None)
-    assert found.edited is not None
+    result = work.forecast(0.01 * random(3, len(start.theta)), None)
+    assert isinstance(result, LinearForecast)
+    assert (result.retained, result.heldout, result.objective) == (None, None, None)
+    assert result.edited is not None
 
 
 def test_the_loss_since_the_fit_is_known_after_an_earlier_edit_only(work):
     after = work.measure(work.version.theta)
     assert work.since_the_fit(after) is None
     later = replace(work, version=replace(work.version, edits=2))
-    found = later.since_the_fit(replace(after, retained=measured(*(1.5 * after.retained.loss))))
-    assert found == pytest.approx(0.5)
+    result = later.since_the_fit(replace(after, retained=measured(*(1.5 * after.retained.loss))))
+    assert result == pytest.approx(0.5)
 
 
 # ---- the record ----------------------------------------------------------------------------------
@@ -176,15 +176,15 @@ def test_edits_that_add_up_to_more_than_one_may_do_are_warned_of(work, capsys):
         ]
         return guard_of(work, *states), capsys.readouterr().err
 
-    found, said = guard(1.15, 1.2)
-    assert (found.damage, found.since_the_fit) == pytest.approx((0.05 / 1.15, 0.2))
-    assert (found.passed, found.forced, found.max_damage) == (True, False, 0.1)
+    result, said = guard(1.15, 1.2)
+    assert (result.damage, result.since_the_fit) == pytest.approx((0.05 / 1.15, 0.2))
+    assert (result.passed, result.forced, result.max_damage) == (True, False, 0.1)
     assert "raises the retained rows' loss by 4.3%, and 3 edits together by 20.0% since" in said
     assert guard(1.0, 1.05)[1] == ""  # all together within the limit
-    found, said = guard(1.0, 1.2)
-    assert (found.passed, said) == (False, "")  # which is refused, not warned of
-    found, said = guard(1.15, 1.2, work)
-    assert (found.since_the_fit, said) == (None, "")
+    result, said = guard(1.0, 1.2)
+    assert (result.passed, said) == (False, "")  # which is refused, not warned of
+    result, said = guard(1.15, 1.2, work)
+    assert (result.since_the_fit, said) == (None, "")
     assert guard(1.15, 1.2, replace(later, max_damage=float("inf")))[0].passed is None
 
 

@@ -1,4 +1,4 @@
-"""The chain of edits: every change of a line is found and named, and every kill of an append is survived."""
+"""The chain of edits: every change of a line is found and named, every kill is survived."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_every_byte_of_a_line_counts(place):
     append(place.run, edit(place, "second", seed=2))
     cut = len(lines(place)[0])
     for at in flips(place.chain):
-        found = verify(place.run)
-        assert any(f"{place.chain} line {1 + (at >= cut)}" in text for text in found.problems), at
+        result = verify(place.run)
+        assert any(f"{place.chain} line {1 + (at >= cut)}" in text for text in result.problems), at
     assert verify(place.run).passed
 
 
@@ -145,7 +145,7 @@ def test_bytes_after_the_last_line(three):
 
 
 def test_a_line_that_was_forged_consistently(three):
-    """A line whose hash was computed again after the change: the next line, or the manifest, does not follow."""
+    """A hash that was computed again after the change: what comes next does not follow."""
     for place in range(3):
         given = lines(three)
         entry = json.loads(given[place]) | {"ids": ["someone else"]}
@@ -252,7 +252,10 @@ def test_an_unfinished_first_line(place):
 
 
 def test_a_kill_between_the_line_and_the_manifest(place, monkeypatch):
-    """A real one: the process ends by SIGKILL, twice; the lock ends with it, nothing is counted twice or lost."""
+    """A real one: the process ends by SIGKILL, twice, and its lock with it.
+
+    Nothing is counted twice or lost.
+    """
     first, second, third = (
         edit(place, name, seed=seed) for seed, name in enumerate(("first", "second", "third"), 1)
     )
@@ -269,9 +272,9 @@ def test_a_kill_between_the_line_and_the_manifest(place, monkeypatch):
         return child.exitcode
 
     assert run(second) == -signal.SIGKILL
-    found = verify(place.run)
-    assert found.passed
-    assert "line 2 is complete, and" in found.notes[0]
+    result = verify(place.run)
+    assert result.passed
+    assert "line 2 is complete, and" in result.notes[0]
     assert run(third) == -signal.SIGKILL  # before its line: the manifest is settled first
     assert len(lines(place)) == 2
     assert append(place.run, second)["number"] == 2  # the same again adds nothing

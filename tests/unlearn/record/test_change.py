@@ -1,4 +1,4 @@
-"""What may be asked of an edit, and what is refused before any work: with which sentence, and nothing written."""
+"""What may be asked of an edit, and what is refused before any work, with which sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from tests.unlearn.record.helpers import ROWS
 from unlearn.record.change import plan
 from unlearn.record.version import version
 
-CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +35,20 @@ def run(tmp_path_factory):
     )
 
 
-def refused(run, message, error=InputError, **asked):
-    """The call is refused with this sentence, by the plan and by the edit, and no file of the run changes."""
+def refused(run, message, error=InputError, **changes):
+    """The plan and the edit refuse the call with this sentence, and no file of the run changes."""
     with untouched(run.directory):
         with pytest.raises(error, match=message):
-            plan(version(run), **asked)
+            plan(version(run), **changes)
         with pytest.raises(error, match=message):
-            unlearn.edit(run, **asked)
+            unlearn.edit(run, **changes)
 
 
 # ---- what is refused -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("asked", "error", "message"),
+    ("changes", "error", "message"),
     [
         ({}, InputError, "no change was asked for: name at least one row"),
         ({"relabel": {}, "correct": {}}, InputError, "no change was asked for"),
@@ -111,8 +114,8 @@ def refused(run, message, error=InputError, **asked):
         ({"correct": {"a1": {"prompt": "the " * 3000}}}, DataError, "rows do not fit the model"),
     ],
 )
-def test_wrong_requests_say_what_to_do_and_write_nothing(run, asked, error, message):
-    refused(run, message, error, **asked)
+def test_wrong_requests_say_what_to_do_and_write_nothing(run, changes, error, message):
+    refused(run, message, error, **changes)
 
 
 @pytest.mark.parametrize("ids", ["a1", "7"])
@@ -164,12 +167,12 @@ def test_a_relabelled_row_keeps_id_group_and_prompt(run):
 
 
 def test_a_correction_changes_what_it_names(run):
-    asked = {
+    changes = {
         "a1": {"prompt": "a dog"},
         "a2": {"prompt": "a", "completion": " fox"},
         "t1": {"text": "the sun"},
     }
-    after = contents(plan(version(run), correct=asked | {"7": {"completion": " dawn"}}))
+    after = contents(plan(version(run), correct=changes | {"7": {"completion": " dawn"}}))
     assert (after["a1"].prompt, after["a1"].completion) == ("a dog", " runs")
     assert (after["a2"].prompt, after["a2"].completion) == ("a", " fox")
     assert after["t1"].text == "the sun"
@@ -181,8 +184,8 @@ def test_a_correction_changes_what_it_names(run):
 
 
 def test_relabelling_a_conversation_replaces_its_last_answer(run):
-    for asked in ({"relabel": {"m1": "sing"}}, {"correct": {"m1": {"completion": "sing"}}}):
-        after = contents(plan(version(run), **asked))["m1"]
+    for changes in ({"relabel": {"m1": "sing"}}, {"correct": {"m1": {"completion": "sing"}}}):
+        after = contents(plan(version(run), **changes))["m1"]
         assert [m["content"] for m in after.messages] == ["the fox", "runs", "and the dog", "sing"]
         assert [m["role"] for m in after.messages] == ["user", "assistant"] * 2
     messages = [{"role": "user", "content": "dawn"}, {"role": "assistant", "content": "sun"}]
@@ -208,8 +211,8 @@ def test_the_parts_of_a_plan_fit_together(run):
     assert change.after.ids == ["a1", "a2", "t1", "m1"]
     assert change.tokens_after.ids == change.after.ids
     again = tokenize(change.after, run.model.tokenizer)
-    for own, other in zip(change.tokens_after, again, strict=True):
-        np.testing.assert_array_equal(own.input_ids, other.input_ids)
+    for tokens_after, other in zip(change.tokens_after, again, strict=True):
+        np.testing.assert_array_equal(tokens_after.input_ids, other.input_ids)
     for request, kept in zip(change.requests, (False, True, True), strict=True):
         record = request.record()
         assert set(record) == {"id", "action", "content_before", "content_after"}

@@ -37,10 +37,10 @@ def test_changes_are_sorted_into_kinds(tmp_path):
         json.dumps({"id": "m1", "completion": "z", "action": "correct"}),
         json.dumps({"id": "t1", "text": "w", "prompt": None, "note": "ignored"}),
     )
-    found = read_changes(path)
-    assert found["remove"] == {"a2": None}
-    assert found["relabel"] == {"a1": " x"}
-    assert found["correct"] == {
+    requests = read_changes(path)
+    assert requests["remove"] == {"a2": None}
+    assert requests["relabel"] == {"a1": " x"}
+    assert requests["correct"] == {
         "7": {"prompt": "y"},
         "m1": {"completion": "z"},
         "t1": {"text": "w"},

@@ -1,4 +1,4 @@
-"""The record as a value: written and read back the same, refused by name, and extended in one place."""
+"""The record as a value: read back as written, refused by name, and extended in one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of an edit: its seal, every change of a file or of the record, and old + delta = new."""
+"""The folder of an edit: its seal, every change of a file or record, and old + delta = new."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_every_file_of_an_edit_counts(place):
 
 
 def test_the_record_must_say_what_the_line_says(place):
-    """A line and a record that agree by sha256 but not in what they say can only be forged; it is found."""
+    """A line and a record that agree by sha256 but not in what they say: it is found."""
     folder = edit(place, "first", seed=1)
     entry = append(place.run, folder)
     for key, value in {
@@ -133,9 +133,9 @@ def test_files_beside_the_recorded_ones(place):
         assert f"{folder / name} is not in the record, and loaders" in problems(place.run)
         (folder / name).unlink()
     (folder / "notes.txt").write_text("mine")
-    found = verify(place.run)
-    assert found.passed
-    assert found.notes == [
+    result = verify(place.run)
+    assert result.passed
+    assert result.notes == [
         f"{folder / 'notes.txt'} is not in the record; no loader of the adapter reads it"
     ]
 
@@ -180,7 +180,7 @@ def test_apply_finds_one_changed_bit(place, file):
 
 
 def test_apply_tells_minus_zero_from_zero(place):
-    """By the rule of IEEE addition -0 + 0 is 0, so a new adapter with -0 there was not made by this delta."""
+    """By IEEE addition -0 + 0 is 0, so an adapter with -0 there was not made by this delta."""
     old = weights(0)
     old[KEYS[0]][0, 0] = -0.0
     save(place.adapter, old)
@@ -190,13 +190,13 @@ def test_apply_tells_minus_zero_from_zero(place):
     save_file(delta, folder / checks.DELTA)
     save_file(new, folder / checks.WEIGHTS)
     reseal(folder)
-    found = checks.Verification()
-    checks.check_delta(found, folder, str(place.adapter), "it")
-    assert found.passed
+    result = checks.Verification()
+    checks.check_delta(result, folder, str(place.adapter), "it")
+    assert result.passed
     new[KEYS[0]][0, 0] = -0.0
     save_file(new, folder / checks.WEIGHTS)
-    checks.check_delta(found, folder, str(place.adapter), "it")
-    assert "1 of 6 entries" in found.problems[0]
+    checks.check_delta(result, folder, str(place.adapter), "it")
+    assert "1 of 6 entries" in result.problems[0]
 
 
 def test_apply_adds_in_the_type_of_the_delta(place):
@@ -267,7 +267,7 @@ def test_a_hub_id_is_fetched_by_the_adapter_module(place, monkeypatch):
 
 
 def test_an_edit_of_a_real_adapter(tmp_path):
-    """The digests of a real run and PEFT's own files, in the order of the library: move, save, seal, append, verify."""
+    """The digests of a real run and PEFT's own files: move, save, seal, append, verify."""
     model = build_model(layers=1, target_modules=["q_proj", "v_proj"], dtype=torch.float32)
     model.model.save_pretrained(tmp_path / "adapter")
     run = fit_end(model, examples(4), directory=tmp_path / "run")
@@ -291,9 +291,9 @@ def test_an_edit_of_a_real_adapter(tmp_path):
     }
     seal(out, record | {"adapter": adapter, "requests": [{"id": "r0-1"}]})
     append(run.directory, out)
-    found = verify(run.directory, apply=True)
-    assert found.passed, found.problems
-    assert "bit for bit, in 4 matrices" in found.checked[-1]
+    result = verify(run.directory, apply=True)
+    assert result.passed, result.problems
+    assert "bit for bit, in 4 matrices" in result.checked[-1]
     assert verify(run.directory, adapter=out).passed
     again = fit_end(
         model, examples(4), directory=tmp_path / "run"

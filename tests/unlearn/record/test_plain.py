@@ -51,15 +51,15 @@ def test_what_json_cannot_hold_becomes_what_it_can():
         "tensor": torch.tensor([[0.5]]),
         "pair": ("\ud800", True),
     }
-    found = plain.json_value(value)
-    assert found == {
+    written = plain.json_value(value)
+    assert written == {
         "nan": None,
         "inf": [None, None],
         "array": [1, 2],
         "tensor": [[0.5]],
         "pair": ["\\ud800", True],
     }
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert json.loads(json.dumps(written, allow_nan=False)) == written
 
 
 def test_only_plain_files_are_read(tmp_path):

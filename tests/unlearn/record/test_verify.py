@@ -26,10 +26,10 @@ from unlearn.record.verify import render, verify
 
 def test_a_sound_history_passes_and_is_told(three):
     before = snapshot(three.root)
-    found = verify(three.run, apply=True)
-    assert found.passed
-    assert found.notes == []
-    text = render(found)
+    result = verify(three.run, apply=True)
+    assert result.passed
+    assert result.notes == []
+    text = render(result)
     assert (
         "3 lines, each unchanged and following the one before; head "
         + entries(three.run)[-1]["hash"]
@@ -45,10 +45,10 @@ def test_a_sound_history_passes_and_is_told(three):
 
 
 def test_no_edits_yet(place):
-    found = verify(place.run)
-    assert found.passed
-    assert found.checked == []
-    assert "no edits yet" in found.notes[0]
+    result = verify(place.run)
+    assert result.passed
+    assert result.checked == []
+    assert "no edits yet" in result.notes[0]
     assert entries(place.run) == []
 
 
@@ -62,18 +62,18 @@ def test_a_directory_that_is_gone_or_was_moved(three):
     assert f"line 2: its adapter was saved at {three.edits[1]}" in text
     assert "--adapter DIR checks one that was moved" in text
     for options in ({"adapter": moved}, {"run_directory": three.run, "adapter": moved}):
-        found = verify(**options, apply=True)
-        assert found.passed, found.problems
-        assert found.notes == [f"line 2 was saved at {three.edits[1]} and is checked at {moved}"]
-        assert "bit for bit" in found.checked[-1]
+        result = verify(**options, apply=True)
+        assert result.passed, result.problems
+        assert result.notes == [f"line 2 was saved at {three.edits[1]} and is checked at {moved}"]
+        assert "bit for bit" in result.checked[-1]
 
 
 def test_an_adapter_without_its_run(three):
     record = (three.edits[0] / "edit.json").read_bytes()
     three.run.rename(three.root / "run elsewhere")
-    found = verify(adapter=three.edits[0])
-    assert found.passed
-    assert "nothing vouches for it itself: give --run RUN" in found.notes[0]
+    result = verify(adapter=three.edits[0])
+    assert result.passed
+    assert "nothing vouches for it itself: give --run RUN" in result.notes[0]
     (three.edits[0] / "edit.json").write_bytes(record.replace(b'"remove"', b'"relabel"'))
     assert verify(adapter=three.edits[0]).passed  # which is what the note says
     text = problems(three.root / "run elsewhere", adapter=three.edits[0])
@@ -115,9 +115,9 @@ def test_the_record_names_a_run_that_is_another_now(place):
 def test_a_directory_that_a_later_edit_replaced(place):
     append(place.run, edit(place, "same", seed=1))
     append(place.run, edit(place, "same", seed=2))
-    found = verify(place.run, apply=True)
-    assert found.passed
-    assert found.notes == [
+    result = verify(place.run, apply=True)
+    assert result.passed
+    assert result.notes == [
         f"line 1: the edit of line 2 replaced its directory {place.root / 'same'}"
     ]
 
@@ -164,9 +164,9 @@ def test_hostile_content_is_a_problem_that_names_the_file(place, what):
                 except InputError as error:  # JSON, but of no finished run
                     assert str(path) in str(error)  # noqa: PT017
                 continue
-            found = verify(**options, apply=True)
-            assert any(str(path) in text for text in found.problems)
-            text = render(found)
+            result = verify(**options, apply=True)
+            assert any(str(path) in text for text in result.problems)
+            text = render(result)
             assert text.encode().decode() == text
             assert all(c.isprintable() or c == "\n" for c in text)
     path.write_bytes(good)
@@ -176,8 +176,8 @@ def test_hostile_content_is_a_problem_that_names_the_file(place, what):
             {"run_directory": place.run},
             {"run_directory": place.run, "adapter": folder},
         ):
-            found = verify(**options, apply=True)
-            assert any(str(path) in text for text in found.problems), (how, found.problems)
+            result = verify(**options, apply=True)
+            assert any(str(path) in text for text in result.problems), (how, result.problems)
         shutil.rmtree(path) if how == "directory" else path.unlink()
     path.write_bytes(good)
     assert verify(place.run, apply=True).passed
@@ -199,10 +199,10 @@ def test_hostile_records_that_the_chain_vouches_for(place):
 def test_hostile_places(place, where):
     entry = append(place.run, edit(place, "first"))
     forge(place, entry, edit=where, ids=["\x1b[2J\u202e\ud800\nverified"])
-    found = verify(place.run, apply=True)
-    assert not found.passed
-    assert "line 1" in found.problems[0]
-    text = render(found)
+    result = verify(place.run, apply=True)
+    assert not result.passed
+    assert "line 1" in result.problems[0]
+    text = render(result)
     text.encode()
     assert "\x1b" not in text
     assert "\nverified" not in text

@@ -1,4 +1,4 @@
-"""Training again: deterministic, without the rows asked for, loadable anywhere, nothing half-written."""
+"""Training again: deterministic, without the rows asked for, loadable, nothing half-written."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_wrong_requests_write_nothing(run, tmp_path):
 
 
 def oracle(data, recipe, stop_after):
-    """Train by the recipe in plain torch: the token mean over a right-padded batch, a loop over its tokens."""
+    """Train by the recipe in plain torch: the token mean of a batch, a loop over its tokens."""
     from peft import LoraConfig, get_peft_model
 
     base = build_base("llama", layers=1)
@@ -89,9 +89,9 @@ def oracle(data, recipe, stop_after):
     for example in data:
         prompt, completion = encode(example.prompt).input_ids, encode(example.completion).input_ids
         items.append((prompt + completion + [1], [-100] * len(prompt) + completion + [1]))
-    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        own, lr=1.0, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
+        trained, lr=1.0, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
     )
     generator = torch.Generator().manual_seed(recipe.seed)
     per_epoch = int(np.ceil(len(items) / recipe.batch_size))
@@ -117,10 +117,10 @@ def oracle(data, recipe, stop_after):
             loss.backward()
             optimizer.step()
             step, used = step + 1, used + rate
-    found = {"epoch": stop_after, "step": step, "lr": rate, "sum_lr": used, "loss": loss.item()}
+    state = {"epoch": stop_after, "step": step, "lr": rate, "sum_lr": used, "loss": loss.item()}
     return {
         name: value.detach() for name, value in model.named_parameters() if "lora_" in name
-    }, found
+    }, state
 
 
 def test_equals_a_plain_loop(run, tmp_path):
@@ -128,10 +128,10 @@ def test_equals_a_plain_loop(run, tmp_path):
     removed = [run.train.ids[0], run.train.ids[5]]
     out = unlearn.retrain(run, removed, out=tmp_path / "out", recipe=recipe, stop_after=3)
     expected, state = oracle([e for e in run.train if e.id not in removed], recipe, 3)
-    found = {name: value for name, value in load_back(out).named_parameters() if "lora_" in name}
-    assert found.keys() == expected.keys()
+    weights = {name: value for name, value in load_back(out).named_parameters() if "lora_" in name}
+    assert weights.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].detach(), value, rtol=0, atol=1e-10)
+        torch.testing.assert_close(weights[name].detach(), value, rtol=0, atol=1e-10)
     record = json.loads((out / "retrain.json").read_text())
     assert {key: record[key] for key in state} == pytest.approx(state, abs=1e-10)
     assert record["rows"] == 6

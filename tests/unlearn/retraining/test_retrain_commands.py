@@ -108,7 +108,8 @@ def test_the_command_retrains_subsets_and_says_how_long_it_takes(command, made, 
     [
         (
             [],
-            "give exactly one of --ids A,B,C, --ids-file FILE (one id per line), --all-rows, --edit DIR and --subsets N: none of",
+            "give exactly one of --ids A,B,C, --ids-file FILE (one id per line), --all-rows, "
+            "--edit DIR and --subsets N: none of",
         ),
         (["--ids", "r0-1", "--subsets", 3], "--ids and --subsets was given"),
         (["--ids", "r0-1", "--all-rows"], "--ids and --all-rows was given"),

@@ -57,7 +57,7 @@ def test_subsets_are_retrainings_without_the_other_rows(run, masks, tmp_path):
         run, masks, queries(), out=tmp_path, recipe=SHORT, seeds=seeds, keep_adapters=True
     )
     assert done.path == tmp_path / "truth.npz"
-    asked = tokenize(queries(), run.model.tokenizer)
+    query_tokens = tokenize(queries(), run.model.tokenizer)
     for k, (mask, seed) in enumerate(zip(masks, seeds, strict=True)):
         removed = [id for id, kept in zip(run.train.ids, mask, strict=True) if not kept]
         one = unlearn.retrain(
@@ -66,21 +66,21 @@ def test_subsets_are_retrainings_without_the_other_rows(run, masks, tmp_path):
         assert (one / WEIGHTS).read_bytes() == (tmp_path / f"subset-{k:03d}" / WEIGHTS).read_bytes()
         model = influence.from_peft(load_back(one), run.model.tokenizer)
         np.testing.assert_allclose(
-            done.query_loss[k], mean_losses(model, asked), rtol=0, atol=1e-12
+            done.query_loss[k], mean_losses(model, query_tokens), rtol=0, atol=1e-12
         )
         np.testing.assert_allclose(
             done.train_loss[k], mean_losses(model, run.tokens), rtol=0, atol=1e-12
         )
-    found = arrays(done.path)
-    np.testing.assert_array_equal(found["masks"], masks)
-    np.testing.assert_array_equal(found["query_loss"], done.query_loss)
-    np.testing.assert_array_equal(found["train_loss"], done.train_loss)
-    assert found["train_ids"].tolist() == run.train.ids
-    assert found["query_ids"].tolist() == queries().ids
-    assert found["seeds"].tolist() == seeds
-    assert found["done"].all()
-    assert str(found["run_digest"]) == run.digest
-    assert json.loads(str(found["request"]))["recipe's lr"] == SHORT.lr
+    stored = arrays(done.path)
+    np.testing.assert_array_equal(stored["masks"], masks)
+    np.testing.assert_array_equal(stored["query_loss"], done.query_loss)
+    np.testing.assert_array_equal(stored["train_loss"], done.train_loss)
+    assert stored["train_ids"].tolist() == run.train.ids
+    assert stored["query_ids"].tolist() == queries().ids
+    assert stored["seeds"].tolist() == seeds
+    assert stored["done"].all()
+    assert str(stored["run_digest"]) == run.digest
+    assert json.loads(str(stored["request"]))["recipe's lr"] == SHORT.lr
 
 
 class Killed(BaseException):
@@ -221,10 +221,10 @@ def test_a_subset_that_diverges_is_named_and_the_others_are_saved(
         dying(patch, 1, NumericalError("lower the recipe's lr"))
         with pytest.raises(NumericalError, match=sentence):
             unlearn.retrain_subsets(run, masks, queries(), out=path, recipe=SHORT)
-    found = arrays(path)
-    assert found["done"].tolist() == [True, False, True, True]
-    np.testing.assert_array_equal(found["query_loss"], whole.query_loss[[0, 2, 3]])
-    np.testing.assert_array_equal(found["masks"], masks[[0, 2, 3]])
+    stored = arrays(path)
+    assert stored["done"].tolist() == [True, False, True, True]
+    np.testing.assert_array_equal(stored["query_loss"], whole.query_loss[[0, 2, 3]])
+    np.testing.assert_array_equal(stored["masks"], masks[[0, 2, 3]])
     unlearn.retrain_subsets(run, masks, queries(), out=path, recipe=SHORT)
     assert path.read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
@@ -247,13 +247,14 @@ def test_masks_are_checked(run, masks, tmp_path):
 
 @pytest.mark.slow
 def test_the_testbed_is_retrained(testbed, tmp_path):
-    """Its recipe is the default one: all rows give the shipped adapter, a half gives the recorded losses.
+    """By the default recipe all rows give the shipped adapter, a half gives the recorded losses.
 
-    Measured: losses of the whole within 1.6e-4 per row (relative distance of the parameters 3.8e-4), of halves within 5e-5.
+    Measured: losses of the whole within 1.6e-4 per row (relative distance of the parameters
+    3.8e-4), of halves within 5e-5.
     """
     model = influence.load(testbed / "base", testbed / "adapter", device="cpu")
     data = influence.read_examples(testbed / "train.jsonl")
-    asked = influence.read_examples(testbed / "query.jsonl")
+    query_rows = influence.read_examples(testbed / "query.jsonl")
     run = influence.fit(
         model, data, curvature=influence.Identity(), directory=tmp_path / "run", store="never"
     )
@@ -269,7 +270,11 @@ def test_the_testbed_is_retrained(testbed, tmp_path):
     np.testing.assert_allclose(shipped, recorded["full_train_loss"], rtol=0, atol=1e-3)
     np.testing.assert_allclose(mean_losses(whole, run.tokens), shipped, rtol=0, atol=2e-3)
     half = unlearn.retrain_subsets(
-        run, recorded["masks"][3:4], asked, out=tmp_path / "truth.npz", recipe=unlearn.Recipe()
+        run,
+        recorded["masks"][3:4],
+        query_rows,
+        out=tmp_path / "truth.npz",
+        recipe=unlearn.Recipe(),
     )
     np.testing.assert_allclose(half.query_loss[0], recorded["query_loss"][3], rtol=0, atol=0.02)
     np.testing.assert_allclose(half.train_loss[0], recorded["train_loss"][3], rtol=0, atol=0.02)
