@@ -255,8 +255,7 @@ def _edit(options: Edited, changes: Mapping[str, Any]) -> None:
     from influence.rows import read_examples
     from influence.run import Run
     from unlearn import edits
-    from unlearn.record.save import refuse_out
-    from unlearn.retraining.retrain import refuse_taken
+    from unlearn.record.outputs import refuse_out, refuse_taken
 
     out = None if options.dry_run else options.out
     if out is None and not options.dry_run:
@@ -377,8 +376,7 @@ def train(options: Train) -> None:
     from unlearn.methods import loop, resume
     from unlearn.methods.methods import method_of
     from unlearn.methods.preparation import refuse
-    from unlearn.record.save import refuse_out
-    from unlearn.retraining.retrain import refuse_taken
+    from unlearn.record.outputs import refuse_out, refuse_taken
 
     ids = _named(options)
     if ids is None:
