@@ -1,6 +1,7 @@
 """Changes of an adapter, as if training rows had been absent or different.
 
-By closed-form edits, by gradient steps, or by training again; and a forecast of how hard each row is to unlearn.
+By closed-form edits, by gradient steps, or by training again; and a forecast of how hard each row
+is to unlearn.
 """
 
 from typing import TYPE_CHECKING

@@ -58,7 +58,8 @@ class Accumulator(ABC):
     (`influence.distributed.add_up(accumulator.sums())`).
     """
 
-    #: Whether the pass is to call `add`, and whether `add_rows`: then it forms every row's gradient.
+    #: Whether the pass is to call `add`; and whether `add_rows`, for which it forms every row's
+    #: gradient.
     per_leaf: ClassVar[bool] = False
     per_row: ClassVar[bool] = False
 
@@ -254,8 +255,8 @@ class Curvature(ABC):
         The class says how.
 
         Called on the fitted curvature, with all changes since the fit: edits of edits do not add up
-        here. Abstract on purpose: an edit solves with the curvature after it, and one that forgot to
-        change would silently solve with the curvature before.
+        here. Abstract on purpose: an edit solves with the curvature after it, and one that forgot
+        to change would silently solve with the curvature before.
         """
 
     def moved_to(self, theta: Tensor) -> Curvature:

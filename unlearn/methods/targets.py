@@ -127,8 +127,8 @@ def checked(target: object, name: str, tokens: TokenizedExamples, vocabulary: in
             )
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < vocabulary:
             raise InputError(
-                f"target {name} gave the row {tokens.ids[row]!r} labels from {int(labels.min())} to "
-                f"{int(labels.max())}; expected numbers of the vocabulary, 0 to {vocabulary - 1}"
+                f"target {name} gave the row {tokens.ids[row]!r} labels from {int(labels.min())} "
+                f"to {int(labels.max())}; expected numbers of the vocabulary, 0 to {vocabulary - 1}"
             )
     return target
 
