@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import unchanged  # noqa: E402  # pyright: ignore[reportMissingImports]
+import unchanged  # pyright: ignore[reportMissingImports]
 
 
 def test_the_last_bit_of_a_number_or_an_array_is_a_difference():
