@@ -111,3 +111,18 @@ def test_the_chain_says_where_its_edits_were(run):
     with pytest.raises(influence.errors.StoreError, match="edit 3 cannot be followed"):
         version(run)
     assert version(run, "original").edits == 0
+
+
+@pytest.mark.parametrize("name", ["ekfac", "ggn"])
+def test_a_fit_that_was_killed_before_goes_on_and_is_the_whole_one(place, tmp_path, capsys, name):
+    """The checkpoint's sums have the same names and units: a resumed trace is a whole one."""
+    model = influence.load(place / "base", place / "adapter", device="cpu")
+    train = influence.read_examples(place / "train.jsonl")
+    curvature = {"ekfac": influence.EKFAC(), "ggn": influence.GGN()}[name]
+    options = {"path": (1.0,), "curvature": curvature, "token_budget": 20, "store": "never"}
+    whole = influence.fit(model, train, directory=tmp_path / "whole", **options)
+    capsys.readouterr()
+    resumed = influence.fit(model, train, directory=place / f"unfinished-{name}", **options)
+    assert "resuming at batch" in capsys.readouterr().err
+    eigenvalues = [run.curvature().mean_eigenvalues() for run in (resumed, whole)]
+    torch.testing.assert_close(*eigenvalues, rtol=1e-6, atol=0)
