@@ -92,9 +92,7 @@ def runs(
 
 
 def asked_for(session: pytest.Session, test: str) -> list[Path]:
-    """Notebooks that a test of this session will run. None where xdist deals them out."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return []
+    """Notebooks that a test of this session will run: of one process, as a file's tests are."""
     items = [item for item in session.items if getattr(item, "originalname", "") == test]
     return [item.callspec.params["path"] for item in items]  # pyright: ignore[reportAttributeAccessIssue]
 
