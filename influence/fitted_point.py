@@ -24,7 +24,14 @@ from influence.curvature import Accumulator, Specification
 from influence.curvature.base import ALWAYS, ONCE
 from influence.errors import InputError
 from influence.geometry import Adam, Geometry
-from influence.gradients import Tape, label_uniforms, max_rows, sampled_gradient, tape
+from influence.gradients import (
+    Tape,
+    batch_uniforms,
+    max_rows,
+    sampled_gradient,
+    sampled_gradients,
+    tape,
+)
 from influence.loss import Supervised, loss_gradient, probabilities
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
@@ -234,7 +241,8 @@ class PointFit:
 
         The rows' gradients `[b, P]` where they are wanted.
         """
-        gradient = sampled_gradient(part, probs, self.uniforms(rows, draw))
+        uniforms = batch_uniforms(self.tokens, rows, self.run.manifest.seed, draw)
+        gradient = sampled_gradient(part, probs, uniforms)
         relative, accumulator = self.relative_weights(rows), self.accumulator
         wanted = self.store_rows or accumulator.per_row
         sink = recorder.new_sink(self.buffer) if wanted else None
@@ -253,14 +261,6 @@ class PointFit:
             weights = torch.from_numpy(self.weights[rows] / self.draws).to(self.model.device)
             accumulator.add_rows(self.point.geometry.features(sink.rows), weights)
         return sink.rows
-
-    def uniforms(self, rows: np.ndarray, draw: int) -> Tensor:
-        """The random numbers that draw a batch's labels: keyed by seed, draw and row alone,
-        whatever the batch.
-        """
-        seed, ids, counts = self.run.manifest.seed, self.tokens.ids, self.tokens.counts
-        streams = [label_uniforms(seed, draw, ids[i], int(counts[i])) for i in rows]
-        return torch.from_numpy(np.concatenate(streams))
 
     def relative_weights(self, rows: np.ndarray) -> Tensor | None:
         """`w_i` relative to the largest, `[b]`, or None where all are equal."""
@@ -348,11 +348,7 @@ class PointFit:
     def sampled_again(self, recorder: Tape, rows: np.ndarray) -> Iterator[Tensor]:
         """The gradients `[b, P]` of one batch at each draw of sampled labels."""
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
-        part = recorder.forward(batch)
-        probs = probabilities(part.logits)
-        for draw in range(self.draws):
-            gradient = sampled_gradient(part, probs, self.uniforms(rows, draw))
-            yield recorder.gradients(part, gradient, last=draw == self.draws - 1)
+        return sampled_gradients(recorder, batch, self.tokens, self.run.manifest.seed, self.draws)
 
 
 @dataclass(frozen=True)

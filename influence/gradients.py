@@ -329,6 +329,25 @@ def label_uniforms(seed: int, draw: int, id: str, count: int) -> np.ndarray:
     )
 
 
+def batch_uniforms(tokens: TokenizedExamples, rows: np.ndarray, seed: int, draw: int) -> Tensor:
+    """The uniforms `[N]` that draw the labels of the examples `rows`, one after the other."""
+    streams = [label_uniforms(seed, draw, tokens.ids[i], int(tokens.counts[i])) for i in rows]
+    return torch.from_numpy(np.concatenate(streams))
+
+
+def sampled_gradients(
+    recorder: Tape, batch: Batch, tokens: TokenizedExamples, seed: int, draws: int
+) -> Iterator[Tensor]:
+    """The gradients `[b, P]` of a batch of `tokens` at labels sampled from the model, draw after
+    draw. One forward pass serves all draws.
+    """
+    part = recorder.forward(batch)
+    probs = probabilities(part.logits)
+    for draw in range(draws):
+        gradient = sampled_gradient(part, probs, batch_uniforms(tokens, batch.indices, seed, draw))
+        yield recorder.gradients(part, gradient, last=draw == draws - 1)
+
+
 # ---- the public self-check -----------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
@@ -302,8 +302,6 @@ def _values(kind: type, record: Mapping[str, Any], place: str) -> dict[str, Any]
 
 
 def _optional(part: Any) -> bool:
-    from dataclasses import MISSING
-
     return part.default is not MISSING or part.default_factory is not MISSING
 
 

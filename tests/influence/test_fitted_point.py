@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-import influence
 import influence.at_point as at_point_module
 import influence.fitted_point as fitting
 from influence import Run
 from influence.errors import InputError, MismatchError, StoreError
 from influence.scorefile import Scores
-from tests.conftest import build_model, examples
+from tests.conftest import examples
 from tests.helpers import contents, untouched
 from tests.influence.toy_runs import (
     BUDGET,
@@ -33,23 +32,6 @@ from tests.influence.toy_runs import (
     small_model,
     solver_of,
 )
-
-N, PATH = 9, (0.4, 0.8)
-
-
-SITES = {"layers": 1, "target_modules": ["attn.c_attn"]}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model("gpt2", **SITES)
-
-
-@pytest.fixture(scope="module")
-def run(model, tmp_path_factory):
-    return influence.fit(
-        model, examples(N), path=PATH, directory=tmp_path_factory.mktemp("path") / "run"
-    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

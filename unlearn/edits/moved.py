@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from influence.at_point import AtPoint
@@ -22,8 +21,7 @@ from influence.batches import collate, plan_batches
 from influence.cost import Cost
 from influence.curvature import Damped
 from influence.curvature.base import ALWAYS
-from influence.gradients import label_uniforms, max_rows, sampled_gradient, tape
-from influence.loss import probabilities
+from influence.gradients import max_rows, sampled_gradients, tape
 from influence.tokens import TokenizedExamples
 from unlearn.record.change import Change
 
@@ -125,13 +123,5 @@ def sampled_rows(
             if draws == 0:
                 yield rows, point.geometry.features(recorder.run(batch, None)[0])
                 continue
-            part = recorder.forward(batch)
-            probs = probabilities(part.logits)
-            for draw in range(draws):
-                streams = [
-                    label_uniforms(seed, draw, tokens.ids[i], int(tokens.counts[i])) for i in rows
-                ]
-                uniforms = torch.from_numpy(np.concatenate(streams))
-                gradient = sampled_gradient(part, probs, uniforms)
-                gradients = recorder.gradients(part, gradient, last=draw == draws - 1)
+            for gradients in sampled_gradients(recorder, batch, tokens, seed, draws):
                 yield rows, point.geometry.features(gradients)
