@@ -71,7 +71,9 @@ class Fit(AdapterOptions, LengthOption, BudgetOption, TypedLoadingOptions, Outpu
         default="mean:0.1",
     )
     reduction: str = option(
-        "Training loss: mean over tokens, or over examples' means.", default="token"
+        "Training loss: the mean over all tokens (token), over rows' means (example), or over "
+        "the tokens of each batch of M rows (batch:M, as Hugging Face trainers).",
+        default="token",
     )
     path: tuple[float, ...] | None = option(
         "Where between base (0) and adapter (1) to look; each point is a pass over the rows. "

@@ -27,7 +27,7 @@ from influence.damping import Damping
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
 from influence.fitted_point import CHECKPOINT, PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
-from influence.loss import check_rows, weights
+from influence.loss import check_rows
 from influence.manifest import (
     AUDIT,
     FORMAT,
@@ -46,6 +46,7 @@ from influence.manifest import (
 from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, Point, check_path, points
 from influence.progress import say
+from influence.row_weights import batch_size
 from influence.rows import Examples
 from influence.run import Run, update_manifest
 from influence.store import only_writer, open_file, open_rows
@@ -89,8 +90,8 @@ def fit(
         `mean:X`, `top:X`, `abs:X` or `time:T`; scores may use another. `time` alone takes T from
         `optimizer`.
     reduction
-        `token`: `w_i = 1/N_tok`, as Hugging Face trainers weight rows; `example`: `w_i = 1/(n
-        T_i)`.
+        `token`: `w_i = 1/N_tok`; `example`: `w_i = 1/(n T_i)`; `batch:M`: what Hugging Face
+        trainers minimise at M rows a step, between the two. See `influence.row_weights`.
     path
         Where on the way from the base to the adapter to look: scales c of every B, in (0, 1].
         Default: 0.4, 0.6, 0.8, or no scale at all where checkpoints are given. `(1.0,)` looks at
@@ -125,6 +126,7 @@ def fit(
         path = () if checkpoints else curvature.default_path or DEFAULT_PATH
     scales = check_path(path)
     _check_options(geometry, store, token_budget, disk_budget)
+    batch_size(reduction)  # refuses an unknown reduction before any work
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
     _refuse_nameless(curvature)
@@ -152,7 +154,6 @@ def fit(
         disk_budget=disk_budget,
         seed=seed,
     )
-    weights(tokens.counts, reduction)  # refuses an unknown reduction before anything is written
     check_rows(model, tokens)
     if not _finished_before(directory, manifest):
         curvature.refuse(len(train))

@@ -20,11 +20,8 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel, accepts
 from influence.batches import Batch, collate, plan_batches
-from influence.errors import BadRow, DataError, InputError, NumericalError
+from influence.errors import BadRow, DataError, NumericalError
 from influence.tokens import TokenizedExamples
-
-#: Training objectives by name, as `weights` reads them.
-REDUCTIONS = ("token", "example")
 
 
 @dataclass(frozen=True)
@@ -143,20 +140,6 @@ def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
         u = uniforms[start : start + 256].to(cdf) * cdf[:, -1]
         out[start : start + 256] = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).squeeze(-1)
     return out.clamp_(max=probs.shape[-1] - 1)
-
-
-def weights(counts: np.ndarray, reduction: str) -> np.ndarray:
-    """The training objective's weights `w_i`, `[n]` float64, from the token counts T_i.
-
-    `J = sum_i w_i l_i`: `token` gives `1 / N_tok` (what Hugging Face trainers minimise), `example`
-    gives `1 / (n T_i)`.
-    """
-    counts = np.asarray(counts, dtype=np.float64)
-    if reduction == "token":
-        return np.full(len(counts), 1.0 / counts.sum())
-    if reduction == "example":
-        return 1.0 / (len(counts) * counts)
-    raise InputError(f"reduction {reduction!r} was given; expected token or example")
 
 
 def mean_losses(

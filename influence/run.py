@@ -35,10 +35,11 @@ from influence.curvature import (
 from influence.damping import Damping
 from influence.errors import InputError, MismatchError
 from influence.loading import load
-from influence.loss import check_rows, weights
+from influence.loss import check_rows
 from influence.manifest import Manifest, change_manifest, differences, read_manifest
 from influence.measurements import Measurement
 from influence.path import Point, point_from_record, scaled
+from influence.row_weights import RowWeights
 from influence.rows import Examples, read_examples
 from influence.store import (
     open_file,
@@ -144,7 +145,12 @@ class Run:
     @cached_property
     def weights(self) -> np.ndarray:
         """The objective's weights `w_i`, `[n]` float64."""
-        return weights(self.tokens.counts, self.manifest.objective.reduction)
+        return self.row_weights.fitted()
+
+    @property
+    def row_weights(self) -> RowWeights:
+        """The rule of the weights `w_i`, which weights changed rows too."""
+        return RowWeights(self.manifest.objective.reduction, self.tokens.counts)
 
     @property
     def fitted_name(self) -> str:

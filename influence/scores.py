@@ -3,8 +3,9 @@
 The convention, said once:
 
 * `l_i(theta)` is the **sum** over the supervised tokens of example i of the cross-entropy, in nats;
-  the training objective is `J = sum_i w_i l_i`, with `w_i = 1/N_tok` (reduction `token`) or `1/(n
-  T_i)` (`example`).
+  the training objective is `J = sum_i w_i l_i`, with `w_i = 1/N_tok` (reduction `token`), `1/(n
+  T_i)` (`example`), or what a trainer's batches of M rows make of it (`batch:M`,
+  `influence.row_weights`).
 * `score[q, i] = w_i grad m(q)^T (C + lambda I)^-1 grad l_i` is the **predicted change of
   measurement m(q) when example i is removed** from training. With m = loss (mean cross-entropy over
   the query's completion tokens, in nats): positive, removing i raises the query's loss, it helped:

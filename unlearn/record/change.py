@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from influence.errors import DataError, InputError
-from influence.loss import weights
 from influence.rows import Example, Examples, examples_from_rows
 from influence.tokens import TokenizedExamples, Tokens
 from unlearn.record.version import Version
@@ -204,7 +203,7 @@ def plan(
         replaced,
         new,
         version.weights[rows],
-        row_weights(version, new.counts),
+        version.run.row_weights.changed(version.positions[rows[replaced]], new.counts),
     )
 
 
@@ -229,17 +228,6 @@ def _same_tokens(first: Tokens, second: Tokens) -> bool:
     return np.array_equal(first.input_ids, second.input_ids) and np.array_equal(
         first.supervised, second.supervised
     )
-
-
-def row_weights(version: Version, counts: np.ndarray) -> np.ndarray:
-    """The weights `w` `[k]` of rows with these token counts in the fit's objective.
-
-    Its N_tok (or n) is kept: nothing is renormalised.
-    """
-    manifest = version.run.manifest
-    if manifest.objective.reduction == "token":
-        return np.full(len(counts), 1 / manifest.objective.N_tok)
-    return weights(counts, "example") * len(counts) / manifest.data.rows
 
 
 def _relabelled(row: Example, completion: Any) -> Example:

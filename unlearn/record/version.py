@@ -21,7 +21,6 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel
 from influence.errors import InputError, StoreError
-from influence.loss import weights
 from influence.path import read_parameters
 from influence.rows import Examples, read_examples
 from influence.run import Run
@@ -101,10 +100,9 @@ class Version:
     @cached_property
     def weights(self) -> np.ndarray:
         """The weights `w` [n] of the rows in the fit's objective, its N_tok (or n) kept."""
-        w = self.run.weights[self.positions].copy()
-        if self.changed and self.run.manifest.objective.reduction == "example":
-            w = weights(self.tokens.counts, "example") * len(w) / self.run.manifest.data.rows
-        return w
+        if not self.changed:
+            return self.run.weights[self.positions].copy()
+        return self.run.row_weights.changed(self.positions, self.tokens.counts)
 
 
 def version(run: Run, adapter: str | Path | None = None) -> Version:

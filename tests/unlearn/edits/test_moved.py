@@ -208,7 +208,7 @@ def test_ekfac_after_an_edit_has_the_eigenvalues_of_the_rows_after_it(runs, task
 
 
 def test_the_rows_and_weights_after_an_edit_are_those_made_by_hand(runs):
-    for reduction in ("token", "example"):
+    for reduction in ("token", "example", "batch:1"):
         run = runs("fisher", reduction)
         for task in TASKS:
             change = plan(version(run), **TASKS[task])
