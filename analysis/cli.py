@@ -240,7 +240,7 @@ def lds(options: Lds) -> None:
 def _truth(options: Lds, scores: Scores) -> Truth:
     """The losses of retrained adapters: ready ones, or measured by retraining."""
     from analysis.truth import ready_truth, retrained_truth
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
     from unlearn.retraining.recipe import Recipe
 
@@ -331,7 +331,7 @@ def tune(options: Tune) -> None:
     from analysis.tune import forget as drop
     from analysis.tune import tune as choose
     from analysis.words import tuning_table, tuning_text
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
 
     truth = None if options.truth is None else read_truth(options.truth)
@@ -342,7 +342,9 @@ def tune(options: Tune) -> None:
         text = f"{options.run}: scores use what it was fitted with"
         console.emit({"chosen": None}, text, options.json)
         return
-    queries = None if truth is None else read_examples(options.queries or default_queries(run))
+    queries = None
+    if truth is not None:
+        queries = read_examples(options.queries) if options.queries else default_queries(run)
     result = choose(
         run,
         truth=truth,
@@ -392,7 +394,7 @@ def memorization(options: Memorization) -> None:
     from analysis.studies.memorization import memorization as measure
     from analysis.studies.memorization_tables import tables
     from influence.damping import Damping
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
     from influence.tables import checked_table
 
@@ -442,7 +444,7 @@ def ood(options: Ood) -> None:
 
     from analysis.studies.ood import study
     from analysis.studies.ood_tables import lines, tables
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
     from unlearn.difficulty.protocol import Protocol
     from unlearn.retraining.recipe import Recipe
@@ -504,7 +506,7 @@ def report(options: Report) -> None:
     compared = None
     if options.retrained is not None:
         from analysis.report.agreement import agreement
-        from influence.rows import read_examples
+        from influence.row_files import read_examples
         from influence.run import Run
 
         path = read_record(options.edit)["run"]["path"]

@@ -14,8 +14,13 @@ from influence.options import option
 class RowsOptions:
     """Which training rows a command is about."""
 
-    ids: str | None = option("Ids of the rows, separated by commas.", default=None)
-    ids_file: Path | None = option("File with one id per line.", default=None)
+    ids: str | None = option(
+        'Ids of the rows, separated by commas; or a JSON list, as in \'["a,b", "c"]\'.',
+        default=None,
+    )
+    ids_file: Path | None = option(
+        "File with one id per line, as it is or as JSON text in quotes.", default=None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from influence.errors import BadRow, DataError
-from influence.rows import Example, Examples, examples_from_rows, read_examples
+from influence.row_files import read_examples
+from influence.rows import Example, Examples, examples_from_rows
 
 #: Names under which a row may carry a paraphrase of its completion, and wrong ones: ours, then
 #: TOFU's.

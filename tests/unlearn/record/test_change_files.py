@@ -8,7 +8,7 @@ import pytest
 
 import influence
 from influence.errors import DataError, InputError
-from influence.rows import read_examples
+from influence.row_files import read_examples
 from tests.unlearn.record.helpers import ROWS
 from unlearn.record.change_files import read_changes, read_ids, write_rows
 
