@@ -181,7 +181,7 @@ def recognised(
     form = forms[0]
     beside = {key: value for key, value in named.items() if key not in form.all_keys}
     decoded, _ = _decoded({**beside, "messages": form.messages(named)})
-    return Recognised(decoded, f"have {listed(form.keys)}: {form.becomes}", unused)
+    return Recognised(decoded, f"with {listed(form.keys)}: {form.becomes}", unused)
 
 
 def row_without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -413,9 +413,9 @@ def _decoded(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     if isinstance(decoded, list):
         if any(isinstance(turn, Mapping) and turn.get("from") is not None for turn in decoded):
             decoded = _turns(decoded, "messages")
-            what = "have 'messages' of turns 'from' someone with a 'value': read as ShareGPT's"
+            what = "with 'messages' of turns 'from' someone with a 'value': read as ShareGPT's"
         elif isinstance(messages, str):
-            what = "have 'messages' as a text of JSON: read as the list that it says"
+            what = "with 'messages' as a text of JSON: read as the list that it says"
     if decoded is not messages:
         changes["messages"] = decoded
     return ({**row, **changes} if changes else row), what

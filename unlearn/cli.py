@@ -96,7 +96,7 @@ def _retrain_on_subsets(options: Retrain, subsets: int, recipe: Recipe | None) -
     from unlearn.retraining.subsets import random_halves, retrain_subsets
 
     assert options.queries is not None
-    queries = read_examples(options.queries)
+    queries = read_examples(options.queries, columns=options.columns)
     console.quiet_transformers()
     run = Run.open(options.run, device=options.device)
     fraction = SUBSET_FRACTION if options.fraction is None else options.fraction
@@ -160,7 +160,11 @@ def verify(options: Verify) -> None:
 class Edited(RunOption, EditOptions, HoldoutOption, ForceOption, LoadingOptions, OutputOptions):
     """The options of every closed-form edit."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"holdout": "rest", "dry_run": "force"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "holdout": "rest",
+        "columns": "holdout",
+        "dry_run": "force",
+    }
 
     out: Path | None = option("Adapter directory to make.", default=None)
     dry_run: bool = option("Forecast effect and cost; change and write nothing.", default=False)
@@ -277,7 +281,9 @@ def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) ->
     from unlearn.record.outputs import refuse_out
 
     out = None if options.dry_run else options.out
-    holdout = None if options.holdout is None else read_examples(options.holdout)
+    holdout = (
+        None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
+    )
     _refuse_unknown(rows, [id for requests in changes.values() for id in requests])
     console.quiet_transformers()
     run = Run.open(
@@ -368,6 +374,7 @@ class Train(
         "retain": "ids_file",
         "numbers": "stride",
         "holdout": "max_damage",
+        "columns": "holdout",
     }
 
     method: str = option("A name from unlearn methods, or FILE.py:NAME with one of your own.")
@@ -403,8 +410,12 @@ def train(options: Train) -> None:
     method = method_of(options.method, **(options.numbers or {}))
     refuse(method, options, options.retain is not None)
     refuse_taken(options.out, options.overwrite)
-    retain = None if options.retain is None else read_examples(options.retain)
-    holdout = None if options.holdout is None else read_examples(options.holdout)
+    retain = (
+        None if options.retain is None else read_examples(options.retain, columns=options.columns)
+    )
+    holdout = (
+        None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
+    )
     rows = rows_of(options.run)
     ids = _named(options, rows) or []
     _refuse_unknown(rows, ids)
@@ -484,7 +495,9 @@ def difficulty(options: Difficulty) -> None:
     out = checked_table(options.out, options.overwrite)
     rows = rows_of(options.run)
     ids = _named(options, rows)
-    holdout = None if options.holdout is None else read_examples(options.holdout)
+    holdout = (
+        None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
+    )
     console.quiet_transformers()
     run = Run.open(
         options.run,

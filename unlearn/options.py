@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from influence.options import option
+from influence.options import ColumnsOption, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class StartOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HoldoutOption:
-    """Held-out rows of an edit or training."""
+class HoldoutOption(ColumnsOption):
+    """Held-out rows of an edit or training, and what their columns mean."""
 
     holdout: Path | None = option(
         "Rows the adapter never saw: measured, and a measure of unseen.", default=None
