@@ -30,7 +30,11 @@ class Difficulty(RunOption, RowsOptions, ColumnsOption, DeviceOption, TrustOptio
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"ids_file": "ids", "columns": "holdout"}
 
     out: Path = option("Table to write: .csv or .parquet.")
-    ids: str | None = option("Ids of the rows, separated by commas. Default: all.", default=None)
+    ids: str | None = option(
+        """Ids of the rows, separated by commas; or a JSON list, as in '["a,b", "c"]'. """
+        "Default: all.",
+        default=None,
+    )
     by_group: bool = option(
         "All rows of a group (their field of that name) are unlearned together; "
         "--ids names any row of it.",
