@@ -14,6 +14,7 @@ from influence import console
 from influence.errors import InputError
 from influence.options import (
     AdapterOptions,
+    ColumnsOption,
     DeviceOption,
     JsonOption,
     OutputOptions,
@@ -46,10 +47,13 @@ def _group() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(AdapterOptions, EvaluationOptions, TypedLoadingOptions, OutputOptions):
+class Evaluate(
+    AdapterOptions, ColumnsOption, EvaluationOptions, TypedLoadingOptions, OutputOptions
+):
     """The options of `analysis evaluate`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "columns": "holdout",
         "model": "reference",
         "out": "model",
         "seed": "dtype",
@@ -98,7 +102,9 @@ def evaluate(options: Evaluate) -> None:
     from influence.store import write_json
 
     files = {"forget": options.forget, "retain": options.retain, "holdout": options.holdout}
-    sets = {name: read_rows(path) for name, path in files.items() if path is not None}
+    sets = {
+        name: read_rows(path, options.columns) for name, path in files.items() if path is not None
+    }
     parted(sets)
     for place in (options.adapter, options.reference):
         if place is not None:
@@ -131,10 +137,10 @@ def evaluate(options: Evaluate) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lds(ResamplesOption, DeviceOption, OutputOptions):
+class Lds(ColumnsOption, ResamplesOption, DeviceOption, OutputOptions):
     """The options of `analysis lds`."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"resamples": "truth_out"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"columns": "queries", "resamples": "truth_out"}
 
     scores: Path = option("Score file (HDF5) made by influence score.")
     truth: Path | None = option(
@@ -249,7 +255,7 @@ def _truth(options: Lds, scores: Scores) -> Truth:
     assert options.run is not None
     assert options.queries is not None
     recipe = None if options.recipe is None else Recipe.read(options.recipe)
-    queries = read_examples(options.queries)
+    queries = read_examples(options.queries, columns=options.columns)
     console.quiet_transformers()
     return retrained_truth(
         scores,
@@ -406,7 +412,9 @@ def memorization(options: Memorization) -> None:
     if options.truth is not None:
         read_truth(options.truth)  # a file that is none is refused before the model is loaded
     canaries = None if options.canaries is None else read_canaries(options.canaries)
-    holdout = None if options.holdout is None else read_examples(options.holdout)
+    holdout = None
+    if options.holdout is not None:
+        holdout = read_examples(options.holdout, columns=options.columns)
     console.quiet_transformers()
     result = measure(
         Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code),
@@ -451,7 +459,8 @@ def ood(options: Ood) -> None:
 
     protocol = Protocol(optimizer=options.optimizer)
     recipe = None if options.recipe is None else Recipe.read(options.recipe)
-    holdout, other = read_examples(options.holdout), read_examples(options.other)
+    holdout = read_examples(options.holdout, columns=options.columns)
+    other = read_examples(options.other, columns=options.columns)
     console.quiet_transformers()
     result = study(
         Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code),

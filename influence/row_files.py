@@ -94,6 +94,12 @@ def read_again(source: str, columns: Mapping[str, str] | None = None) -> Example
     return _read(source, columns, again=True)
 
 
+def raw_rows(source: str | PathLike[str]) -> Iterator[object]:
+    """Yield the rows of a source that `read_examples` reads, with all their keys, as written."""
+    rows, _ = _rows_of(os.fspath(source), None)
+    return (row for _, row in rows)
+
+
 def place_of(source: str) -> Path | None:
     """Where rows lie on disk, whether or not they are still there; None: on the hub."""
     folder = source.rpartition(":")[0]
@@ -117,7 +123,7 @@ def _read(
     return Examples(examples, source=resolved, columns=named or None)
 
 
-def _rows_of(source: str, columns: Mapping[str, str]) -> tuple[Rows, str]:
+def _rows_of(source: str, columns: Mapping[str, str] | None) -> tuple[Rows, str]:
     """The rows of a source, and how it can be opened again from anywhere."""
     path, (folder, _, split) = Path(source), source.rpartition(":")
     if path.is_dir():
@@ -135,7 +141,7 @@ def _rows_of(source: str, columns: Mapping[str, str]) -> tuple[Rows, str]:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def _file_rows(path: Path, columns: Mapping[str, str]) -> Rows:
+def _file_rows(path: Path, columns: Mapping[str, str] | None) -> Rows:
     """The rows of one file, by its suffix."""
     suffix = _suffix(path)
     if suffix == ".parquet":
@@ -247,7 +253,7 @@ def _after_blanks(text: str, at: int) -> int:
     return at if found is None else found.end()
 
 
-def _csv_rows(path: Path, delimiter: str, columns: Mapping[str, str]) -> Rows:
+def _csv_rows(path: Path, delimiter: str, columns: Mapping[str, str] | None) -> Rows:
     """Yield (number of its first line, row) of a table with a header.
 
     Every cell is text as it stands, and an empty one is null.
@@ -287,7 +293,7 @@ def _decoded_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
             ) from error
 
 
-def _parquet_rows(path: Path, columns: Mapping[str, str]) -> Rows:
+def _parquet_rows(path: Path, columns: Mapping[str, str] | None) -> Rows:
     """Yield (row number, row) of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
@@ -307,7 +313,9 @@ def _parquet_rows(path: Path, columns: Mapping[str, str]) -> Rows:
 # ---- folders -----------------------------------------------------------------------------------
 
 
-def _folder_rows(path: Path, split: str | None, columns: Mapping[str, str]) -> tuple[Rows, str]:
+def _folder_rows(
+    path: Path, split: str | None, columns: Mapping[str, str] | None
+) -> tuple[Rows, str]:
     """The rows of a folder, of one split where it is named, and how to open them again."""
     if (path / "dataset_dict.json").exists():
         splits = _saved_splits(path)
@@ -343,7 +351,7 @@ def _saved_splits(path: Path) -> list[str]:
         return sorted(child.name for child in path.iterdir() if child.is_dir())
 
 
-def _saved_rows(path: Path, columns: Mapping[str, str]) -> Rows:
+def _saved_rows(path: Path, columns: Mapping[str, str] | None) -> Rows:
     """Yield (row number, row) of a folder saved by `Dataset.save_to_disk`."""
     import datasets
 
@@ -400,7 +408,7 @@ def _in_order(file: Path) -> list[tuple[int, str]]:
     return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", file.name)]
 
 
-def _shard_rows(files: list[Path], columns: Mapping[str, str]) -> Rows:
+def _shard_rows(files: list[Path], columns: Mapping[str, str] | None) -> Rows:
     """The rows of all shards, numbered by file where there are several."""
     for file in files:
         for number, row in _file_rows(file, columns):
@@ -419,7 +427,9 @@ def _hub_match(source: str) -> re.Match[str] | None:
     return None if Path(found["name"]).parent.is_dir() else found
 
 
-def _hub_rows(source: str, hub: re.Match[str], columns: Mapping[str, str]) -> tuple[Rows, str]:
+def _hub_rows(
+    source: str, hub: re.Match[str], columns: Mapping[str, str] | None
+) -> tuple[Rows, str]:
     """The rows of a data set of the hub, and its name with the commit that was loaded."""
     import datasets
 

@@ -228,12 +228,14 @@ def checked_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
     return dict(columns)
 
 
-def read_columns(names: Iterable[str], columns: Mapping[str, str], source: str) -> list[str]:
-    """Return which columns of a table are read, in their order.
+def read_columns(names: Iterable[str], columns: Mapping[str, str] | None, source: str) -> list[str]:
+    """Return which columns of a table are read, in their order; all, where `columns` is None.
 
     Errors: DataError where a named column is missing, or no column holds content.
     """
     names = list(names)
+    if columns is None:
+        return names
     missing = {key: column for key, column in columns.items() if column not in names}
     if missing:
         refuse_missing(missing, names, source)

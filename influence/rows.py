@@ -187,9 +187,12 @@ def examples_from_rows(
 
 
 def dataset_rows(
-    dataset: Any, columns: Mapping[str, str], source: str
+    dataset: Any, columns: Mapping[str, str] | None, source: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (row number, row) of a `datasets.Dataset`, or of one that is streamed."""
+    """Yield (row number, row) of a `datasets.Dataset`, or of one that is streamed.
+
+    `columns` are as in `read_columns`.
+    """
     if not hasattr(dataset, "num_rows"):
         for number, row in enumerate(dataset.with_format(None), start=1):
             yield number, row_without_nulls(row)
