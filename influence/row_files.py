@@ -424,7 +424,9 @@ def _hub_match(source: str) -> re.Match[str] | None:
     found = _HUB.fullmatch(source)
     if found is None or Path(found["name"]).suffix.lower() in _SUFFIXES:
         return None
-    return None if Path(found["name"]).parent.is_dir() else found
+    # beside a folder of that name it is rather a slip; what a run recorded names its commit
+    slip = found["revision"] is None and Path(found["name"]).parent.is_dir()
+    return None if slip else found
 
 
 def _hub_rows(

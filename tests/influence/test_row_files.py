@@ -362,7 +362,9 @@ def test_data_sets_of_the_hub_with_their_commit(source, call, resolved, hub, tmp
     assert (examples.ids, examples.source) == (["a", "b"], resolved)
     assert read_again(resolved) == examples
     assert hub.calls[1][3] == COMMIT
+    (tmp_path / "org").mkdir()  # no reason not to find a run's rows
     assert place_of(resolved) is None
+    assert read_again(resolved) == examples
 
 
 def test_a_data_set_of_one_split_needs_none(hub, tmp_path, monkeypatch):
