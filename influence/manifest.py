@@ -44,11 +44,15 @@ class AdapterSource(Source):
 
 @dataclass(frozen=True)
 class DataSource(Source):
-    """The training rows, with how many there are and their tokens."""
+    """The training rows, with how many there are and their tokens.
+
+    `path` may be the name of a data set of the hub, `columns` the column map that it was read by.
+    """
 
     rows: int
     tokens: int
     supervised_tokens: int
+    columns: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,8 @@ class Manifest:
         absent = [name for name in ("tuned", "audit", "now") if found[name] is None]
         if not self.complete:  # `fit` writes these with the last point
             absent += ["gradients_stored", "calibration"]
+        if self.data.columns is None:
+            del found["data"]["columns"]
         return {key: value for key, value in found.items() if key not in absent} | dict(self.rest)
 
     @property

@@ -46,7 +46,7 @@ from influence.errors import InputError, NumericalError
 from influence.loss import check_rows
 from influence.measurements import MEASUREMENTS, Contrast, MeanLoss, Measurement, SumLoss, TokenLoss
 from influence.progress import say
-from influence.rows import Examples
+from influence.rows import Examples, canonical_json
 from influence.run import Run
 from influence.scorefile import (
     Scores,
@@ -169,6 +169,7 @@ def score(
         "options": f"{_measurement_options(explained)} {solver_options(solvers[0])}",
         "query_digest": queries.digest,
         "queries": queries.source or "",
+        **({"query_columns": canonical_json(queries.columns)} if queries.columns else {}),
         "detail": " ".join(
             name
             for name, wanted in (("per_token", per_token), ("per_module", per_module))
