@@ -15,10 +15,10 @@ from influence.options import (
     CountOption,
     CurvatureOptions,
     JsonOption,
-    LengthOption,
     LoadingOptions,
     OutputOptions,
     PointOption,
+    RenderingOptions,
     RunOption,
     TypedLoadingOptions,
     command,
@@ -49,7 +49,7 @@ PREVIEW = 90
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit(AdapterOptions, LengthOption, BudgetOption, TypedLoadingOptions, OutputOptions):
+class Fit(AdapterOptions, RenderingOptions, BudgetOption, TypedLoadingOptions, OutputOptions):
     """The options of `influence fit`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
@@ -134,6 +134,7 @@ def fit(options: Fit) -> None:
         geometry=options.geometry,
         optimizer=options.optimizer,
         max_length=options.max_length,
+        supervise=options.supervise,
         token_budget=options.token_budget,
         store=options.store,
         disk_budget=options.disk_budget * 1e9,
@@ -365,7 +366,7 @@ def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(AdapterOptions, LengthOption, TypedLoadingOptions, JsonOption):
+class Check(AdapterOptions, RenderingOptions, TypedLoadingOptions, JsonOption):
     """The options of `influence check`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"model": "train"}
@@ -383,7 +384,9 @@ def check(options: Check) -> None:
     console.at_least("--rows", options.rows, 1)
     examples = read_examples(options.train)[: options.rows]
     model = _load(options)
-    result = check_gradients(model, examples, max_length=options.max_length)
+    result = check_gradients(
+        model, examples, max_length=options.max_length, supervise=options.supervise
+    )
     record = {"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}
     console.emit(record, str(result), options.json)
     if not result.ok:
