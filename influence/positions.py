@@ -97,10 +97,12 @@ def refuse_mixed_documents(model: AdaptedModel, tokens: TokenizedExamples) -> No
         ids = torch.from_numpy(np.concatenate([first, second])).to(model.device)
         places = torch.cat([torch.arange(len(first)), torch.arange(len(second))]).to(model.device)
         base = model.model.get_base_model()
+        uncached = {"use_cache": False} if accepts(model.model, "use_cache") else {}
         with model.evaluating(), torch.no_grad():
             # two rows, as some attention tells documents apart in a batch of one row only
-            pair = base(input_ids=ids.repeat(2, 1), position_ids=places.repeat(2, 1)).logits
-            alone = base(input_ids=ids[None, len(first) :]).logits[0]
+            both = {"input_ids": ids.repeat(2, 1), "position_ids": places.repeat(2, 1)}
+            pair = base(**both, **uncached).logits
+            alone = base(input_ids=ids[None, len(first) :], **uncached).logits[0]
         difference = float((pair[:, len(first) :] - alone).abs().max() / alone.abs().max())
         if difference <= _TOLERANCE.get(alone.dtype, _TOLERANCE_16_BITS):
             return
@@ -147,14 +149,15 @@ def _by_row(
     module: nn.Module, forward: Callable[..., Any], position_ids: Tensor, real: Tensor
 ) -> Callable[..., Any]:
     """The forward of a rotary embedding, row by row."""
+    whole_rows = position_ids.masked_fill(~real, 0)
 
-    def run(x: Tensor, positions: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor, position_ids: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         parts = []
-        for row in range(len(position_ids)):
+        for row in range(len(whole_rows)):
             fresh_rope(module)
-            whole = position_ids[row : row + 1].masked_fill(~real[row : row + 1], 0)
+            whole = whole_rows[row : row + 1]
             cos, sin = forward(x[:1], whole, *args, **options)
-            parts.append((cos[:, : positions.shape[1]], sin[:, : positions.shape[1]]))
+            parts.append((cos[:, : position_ids.shape[1]], sin[:, : position_ids.shape[1]]))
         return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
 
     return run
