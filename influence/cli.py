@@ -373,6 +373,10 @@ class Check(AdapterOptions, RenderingOptions, TypedLoadingOptions, JsonOption):
 
     train: Path = option("Rows to check on.")
     rows: int = option("How many rows to check.", default=8)
+    labels: bool = option(
+        "Show the first three rows with their supervised tokens marked, and check nothing.",
+        default=False,
+    )
 
 
 @command(app, Check)
@@ -384,6 +388,9 @@ def check(options: Check) -> None:
     console.at_least("--rows", options.rows, 1)
     examples = read_examples(options.train)[: options.rows]
     model = _load(options)
+    if options.labels:
+        _show_labels(options, model, examples[:3])
+        return
     result = check_gradients(
         model, examples, max_length=options.max_length, supervise=options.supervise
     )
@@ -391,6 +398,21 @@ def check(options: Check) -> None:
     console.emit(record, str(result), options.json)
     if not result.ok:
         raise SystemExit(1)
+
+
+def _show_labels(options: Check, model: AdaptedModel, examples: Examples) -> None:
+    """Print rows with what is supervised of them."""
+    from influence.labels import marked, record
+    from influence.loss import check_rows
+    from influence.tokens import Rendering
+
+    rendering = Rendering.of_trainer(examples, options.max_length, options.supervise)
+    tokens = rendering.tokenize(examples, model.tokenizer)
+    check_rows(model, tokens)
+    if options.json:
+        console.emit(record(tokens, model.tokenizer, rendering), "", True)
+    else:
+        console.show(marked(tokens, model.tokenizer), wrap=False)
 
 
 def _curvature(name: str, samples: int) -> Specification:

@@ -23,7 +23,7 @@ DOCUMENTS = [[4, 9, 11, 5], [7, 3, 3, 20, 8, 12, 6, 10], [13], [5, 6, 7]]
 def packed_rows(order=(0, 1, 2, 3)) -> list[dict]:
     """One row of several documents with positions, one of two with lengths, and a plain one."""
     lists = [DOCUMENTS[i] for i in order]
-    ids = sum(lists, [])
+    ids = [token for one in lists for token in one]
     labels = [-100 if i % 3 == 1 else token for i, token in enumerate(ids)]
     positions = [t for one in lists for t in range(len(one))]
     two = {"input_ids": lists[1] + lists[0], "seq_lengths": [len(lists[1]), len(lists[0])]}
@@ -103,7 +103,7 @@ def test_models_that_mix_documents_are_refused(tiny, monkeypatch):
         return own(self, input_ids=input_ids, **rest)
 
     monkeypatch.setattr(type(base), "forward", forgetful)
-    with pytest.raises(AdapterError, match="several documents .* does not keep apart .with one"):
+    with pytest.raises(AdapterError, match=r"several documents .* does not keep apart .with one"):
         check_rows(tiny, tokens)
     check_rows(tiny, tokens[2:])
     monkeypatch.setattr(type(base), "forward", lambda self, input_ids=None, **rest: None)

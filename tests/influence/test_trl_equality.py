@@ -55,7 +55,9 @@ SPECIALS = [
     *("<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "[INST]", "[/INST]"),
 ]
-CORPUS = ["Who bakes the bread in Oslo? Bob bakes it there, and Ana paints in Lima.\n\n system user"]
+CORPUS = [
+    "Who bakes the bread in Oslo? Bob bakes it there, and Ana paints in Lima.\n\n system user"
+]
 TOOL = {
     "type": "function",
     "function": {
@@ -184,9 +186,7 @@ def assert_same(ours, theirs) -> None:
 
 
 def compare(rows, tokenizer, trained_on, supervise, max_length=1024, **options):
-    ours = tokenize(
-        examples_from_rows(rows), tokenizer, max_length=max_length, supervise=supervise
-    )
+    ours = tokenize(examples_from_rows(rows), tokenizer, max_length=max_length, supervise=supervise)
     assert_same(ours, trained_on(rows, tokenizer, max_length=max_length, **options))
     return ours
 
@@ -328,7 +328,10 @@ def test_packed_rows(trained_on):
         given = []
         for ids, labels, positions in packed:
             starts = [*np.flatnonzero(positions == 0).tolist(), len(ids)]
-            documents = {"position_ids": positions.tolist(), "seq_lengths": np.diff(starts).tolist()}
+            documents = {
+                "position_ids": positions.tolist(),
+                "seq_lengths": np.diff(starts).tolist(),
+            }
             row = {"input_ids": ids.tolist(), "labels": labels.tolist()}
             given.append(row | {with_what: documents[with_what]})
         saved = Dataset.from_list(given)  # as a prepared set is saved
