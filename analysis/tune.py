@@ -50,7 +50,7 @@ from influence.scorefile import Scores
 from influence.scores import queries_at_once
 from influence.setting import Setting
 from influence.solvers import CG, Direct
-from influence.tokens import TokenizedExamples, tokenize
+from influence.tokens import TokenizedExamples
 
 #: The dampings that are swept unless told otherwise.
 DAMPINGS = ("mean:1", "mean:0.1", "mean:0.01", "mean:0.001")
@@ -171,10 +171,9 @@ def tune(
     paths = [check_path(path) for path in paths]
     runs = {None: run, **_fitted_below(run, geometries, paths)}
     probes = some_rows(run, PROBES, seed)
-    max_length = run.manifest.objective.max_length
-    rows = (
-        None if queries is None else tokenize(queries, run.model.tokenizer, max_length=max_length)
-    )
+    rows = None
+    if queries is not None:
+        rows = run.manifest.objective.rendering.tokenize(queries, run.model.tokenizer)
     judged = [
         row
         for folder, holder in runs.items()
@@ -265,6 +264,7 @@ def _fitted_below(
             damping=manifest.damping,
             reduction=manifest.objective.reduction,
             max_length=manifest.objective.max_length,
+            supervise=manifest.objective.supervise,
             token_budget=manifest.token_budget,
             store=manifest.store,
             disk_budget=manifest.disk_budget,

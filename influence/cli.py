@@ -16,10 +16,10 @@ from influence.options import (
     CountOption,
     CurvatureOptions,
     JsonOption,
-    LengthOption,
     LoadingOptions,
     OutputOptions,
     PointOption,
+    RenderingOptions,
     RunOption,
     TypedLoadingOptions,
     command,
@@ -51,7 +51,12 @@ PREVIEW = 90
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(
-    AdapterOptions, ColumnsOption, LengthOption, BudgetOption, TypedLoadingOptions, OutputOptions
+    AdapterOptions,
+    ColumnsOption,
+    RenderingOptions,
+    BudgetOption,
+    TypedLoadingOptions,
+    OutputOptions,
 ):
     """The options of `influence fit`."""
 
@@ -140,6 +145,7 @@ def fit(options: Fit) -> None:
         geometry=options.geometry,
         optimizer=options.optimizer,
         max_length=options.max_length,
+        supervise=options.supervise,
         token_budget=options.token_budget,
         store=options.store,
         disk_budget=options.disk_budget * 1e9,
@@ -383,13 +389,17 @@ def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(AdapterOptions, ColumnsOption, LengthOption, TypedLoadingOptions, JsonOption):
+class Check(AdapterOptions, ColumnsOption, RenderingOptions, TypedLoadingOptions, JsonOption):
     """The options of `influence check`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"model": "train", "columns": "train"}
 
     train: str = option("Rows to check on.")
     rows: int = option("How many rows to check.", default=8)
+    labels: bool = option(
+        "Show the first three rows with their supervised tokens marked, and check nothing.",
+        default=False,
+    )
 
 
 @command(app, Check)
@@ -401,11 +411,31 @@ def check(options: Check) -> None:
     console.at_least("--rows", options.rows, 1)
     examples = read_examples(options.train, columns=options.columns)[: options.rows]
     model = _load(options)
-    result = check_gradients(model, examples, max_length=options.max_length)
+    if options.labels:
+        _show_labels(options, model, examples[:3])
+        return
+    result = check_gradients(
+        model, examples, max_length=options.max_length, supervise=options.supervise
+    )
     record = {"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}
     console.emit(record, str(result), options.json)
     if not result.ok:
         raise SystemExit(1)
+
+
+def _show_labels(options: Check, model: AdaptedModel, examples: Examples) -> None:
+    """Print rows with what is supervised of them."""
+    from influence.labels import marked, record
+    from influence.loss import check_rows
+    from influence.tokens import Rendering
+
+    rendering = Rendering.of_trainer(examples, options.max_length, options.supervise)
+    tokens = rendering.tokenize(examples, model.tokenizer)
+    check_rows(model, tokens)
+    if options.json:
+        console.emit(record(tokens, model.tokenizer, rendering), "", True)
+    else:
+        console.show(marked(tokens, model.tokenizer), wrap=False)
 
 
 def _curvature(name: str, samples: int) -> Specification:

@@ -17,6 +17,7 @@ from influence.errors import InputError, ToolkitError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def app(help: str) -> typer.Typer:
@@ -89,7 +90,7 @@ def emit(result: dict[str, Any] | list[dict[str, Any]], text: str, as_json: bool
     print(text)
 
 
-def show(part: Table | str, *, wrap: bool = True) -> None:
+def show(part: Table | Text | str, *, wrap: bool = True) -> None:
     """Print a table, or text as it is, for a person, with `wrap` at the terminal's width."""
     from rich.console import Console
 

@@ -29,6 +29,7 @@ from influence.fitted_point import CHECKPOINT, PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
 from influence.loss import check_rows
 from influence.manifest import (
+    AS_BEFORE,
     AUDIT,
     FORMAT,
     AdapterSource,
@@ -41,6 +42,7 @@ from influence.manifest import (
     differences,
     digest_of,
     recorded_identity,
+    whole,
     write_manifest,
 )
 from influence.optimizer_state import OptimizerState, second_moments
@@ -50,7 +52,7 @@ from influence.row_weights import batch_size
 from influence.rows import Examples
 from influence.run import Run, update_manifest
 from influence.store import only_writer, open_file, open_rows
-from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
+from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
 
 STORE = ("auto", "always", "never")
 FILES = ("manifest.json", "factors.h5", "gradients.h5", "rows.h5", "scores.h5", "checkpoint.h5")
@@ -69,6 +71,7 @@ def fit(
     geometry: str = "raw",
     optimizer: str | Path | None = None,
     max_length: int | None = None,
+    supervise: str | None = None,
     token_budget: int | None = None,
     store: str = "auto",
     disk_budget: float = 50e9,
@@ -105,8 +108,10 @@ def fit(
         The Hugging Face trainer checkpoint whose `optimizer.pt` holds Adam's second moments;
         without it `adam` estimates them from training gradients. It also tells the total learning
         rate for `damping="time"`.
-    max_length
-        Truncate rows to so many tokens, as in training.
+    max_length, supervise
+        Truncate rows to so many tokens, and supervise these of a conversation, as in training:
+        `last` (the default: the last answer), `assistant` (every answer) or `all` (every token).
+        See `influence.chats`.
     token_budget
         Tokens per batch, padding included: the memory knob (default 1,024 on a CPU, 4,096
         elsewhere). Results do not depend on it.
@@ -136,7 +141,8 @@ def fit(
     state = None if optimizer is None else second_moments(optimizer, model)
     damping = _training_time(damping, state)
     places = points(model, scales, checkpoints)
-    tokens = tokenize(train, model.tokenizer, max_length=max_length)
+    rendering = Rendering.of_trainer(train, max_length, supervise)
+    tokens = rendering.tokenize(train, model.tokenizer)
     manifest = _manifest(
         model,
         train,
@@ -148,7 +154,7 @@ def fit(
         geometry=geometry,
         optimizer=optimizer,
         state=state,
-        max_length=max_length,
+        rendering=rendering,
         token_budget=token_budget,
         store=store,
         disk_budget=disk_budget,
@@ -178,7 +184,7 @@ def _manifest(
     geometry: str,
     optimizer: str | Path | None,
     state: OptimizerState | None,
-    max_length: int | None,
+    rendering: Rendering,
     token_budget: int,
     store: str,
     disk_budget: float,
@@ -196,7 +202,7 @@ def _manifest(
         "data": train.digest,
         "tokenizer": tokenizer,
         "reduction": reduction,
-        "max_length": max_length,
+        "max_length": rendering.max_length,
         "curvature": specification,
         "seed": seed,
         "points": [asdict(record) for record in records],
@@ -205,6 +211,8 @@ def _manifest(
         "dtype": dtype,
         "store": store,
     }
+    if rendering.supervise != AS_BEFORE["supervise"]:
+        identity["supervise"] = rendering.supervise
     return Manifest(
         format=FORMAT,
         digest=digest_of(identity),
@@ -221,7 +229,7 @@ def _manifest(
             train.columns,
         ),
         tokenizer=TokenizerSource(tokenizer),
-        objective=ObjectiveRecord(reduction, max_length, supervised),
+        objective=ObjectiveRecord(reduction, rendering.max_length, supervised, rendering.supervise),
         curvature=specification,
         damping=damping,
         points=records,
@@ -255,7 +263,7 @@ def _finished_before(directory: Path, manifest: Manifest) -> bool:
     """Whether the directory holds this very run, complete."""
     if not (directory / "manifest.json").is_file():
         return False
-    if differences(recorded_identity(directory), manifest.identity):
+    if differences(recorded_identity(directory), whole(manifest.identity)):
         return False
     return begun_manifest(directory).complete
 
@@ -322,7 +330,7 @@ def _claim(
             "replaced: give another --run directory"
         )
     if path.exists():
-        different = differences(recorded_identity(directory), manifest.identity)
+        different = differences(recorded_identity(directory), whole(manifest.identity))
         if not different and not overwrite:
             existing = begun_manifest(directory)
             if not existing.complete:

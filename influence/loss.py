@@ -21,6 +21,12 @@ from torch import Tensor
 from influence.adapter import AdaptedModel, accepts
 from influence.batches import Batch, collate, plan_batches
 from influence.errors import BadRow, DataError, NumericalError
+from influence.positions import (
+    length_of,
+    most_positions,
+    refuse_mixed_documents,
+    rope_of_each_row,
+)
 from influence.tokens import TokenizedExamples
 
 
@@ -44,17 +50,25 @@ def supervised_logits(model: AdaptedModel, batch: Batch) -> Supervised:
     """Run the model on a batch and return the logits that predict its supervised tokens.
 
     Right padding needs no attention mask in a causal model (no real token sees it); left padding
-    gets its mask and positions. Raises `NumericalError` if a logit is NaN.
+    gets its mask and positions. Rows of several documents get positions and no mask, by which
+    models keep documents apart (`check_rows` sees to it that this one does). Raises
+    `NumericalError` if a logit is NaN.
     """
     inputs = {"input_ids": batch.input_ids[:, :-1]}
-    if not bool(batch.attention_mask[:, 0].all()):
+    if batch.packed:
+        inputs["position_ids"] = batch.position_ids[:, :-1]
+    elif not bool(batch.attention_mask[:, 0].all()):
         inputs["attention_mask"] = batch.attention_mask[:, :-1]
         if accepts(model.model, "position_ids"):
             inputs["position_ids"] = batch.position_ids[:, :-1]
     mask = batch.supervised[:, 1:]
     if accepts(model.model, "use_cache"):
         inputs["use_cache"] = False  # type: ignore[assignment]
-    with _only_supervised_reach_head(model, mask) as selected:
+    real = batch.attention_mask.bool()
+    with (
+        _only_supervised_reach_head(model, mask) as selected,
+        rope_of_each_row(model, batch.position_ids, real),
+    ):
         logits = model.model.get_base_model()(**inputs).logits
     logits = logits.flatten(0, -2) if selected else logits[mask]
     return Supervised(logits, batch.input_ids[:, 1:][mask], mask.sum(1).tolist())
@@ -80,15 +94,15 @@ def _only_supervised_reach_head(model: AdaptedModel, mask: Tensor) -> Iterator[b
 def check_rows(model: AdaptedModel, tokens: TokenizedExamples) -> None:
     """Refuse rows that the model cannot take.
 
-    These are rows longer than its positions and ids beyond its embedding. Errors: DataError that
-    lists all of them.
+    These are rows longer than its positions and ids beyond its embedding, and rows of several
+    documents where it does not keep these apart. Errors: DataError that lists all of them,
+    AdapterError for documents.
     """
-    config = model.model.get_base_model().config
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = most_positions(model.model.get_base_model().config)
     vocabulary = model.model.get_input_embeddings().num_embeddings
     bad = []
     for number, (id, item) in enumerate(zip(tokens.ids, tokens, strict=True), start=1):
-        if positions and len(item.input_ids) - 1 > positions:  # the last token is only a target
+        if positions and length_of(item) > positions:
             reason = f"{len(item.input_ids)} tokens, and the model has {positions} positions"
             bad.append(BadRow(number, id, reason))
         elif int(item.input_ids.max()) >= vocabulary:
@@ -100,6 +114,7 @@ def check_rows(model: AdaptedModel, tokens: TokenizedExamples) -> None:
             "--max-length, and use the tokenizer that the model was trained with:",
             bad,
         )
+    refuse_mixed_documents(model, tokens)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -18,12 +18,16 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from influence.errors import InputError, StoreError
 from influence.store import only_writer, read_json, write_json
+from influence.tokens import Rendering
 
 FORMAT = 2
 NAME = "manifest.json"
 #: The record of the edits that were made from a run (`unlearn.record.chain`), under whose lock the
 #: manifest is changed.
 AUDIT = "audit.jsonl"
+#: What an identity says that lacks these keys: they are in it only where they are something else, so
+#: that digests of runs that were made before they were thought of stay.
+AS_BEFORE = {"supervise": "last"}
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -64,13 +68,19 @@ class TokenizerSource:
 
 @dataclass(frozen=True)
 class ObjectiveRecord:
-    """The training objective: how rows are weighted, at how many tokens they are cut, and all
-    supervised tokens.
+    """The training objective: how rows are weighted, at how many tokens they are cut, all
+    supervised tokens, and which tokens of a conversation these are.
     """
 
     reduction: str
     max_length: int | None
     N_tok: int
+    supervise: str = "last"
+
+    @property
+    def rendering(self) -> Rendering:
+        """How rows become tokens."""
+        return Rendering(self.max_length, self.supervise)
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,9 @@ class Manifest:
             for name in (part.name for part in fields(self))
             if name != "rest"
         }
+        for key, value in AS_BEFORE.items():
+            if found["objective"][key] == value:
+                del found["objective"][key]
         absent = [name for name in ("tuned", "audit", "now") if found[name] is None]
         if not self.complete:  # `fit` writes these with the last point
             absent += ["gradients_stored", "calibration"]
@@ -231,7 +244,12 @@ def recorded_identity(directory: Path) -> Mapping[str, Any]:
     Nothing where that is not said.
     """
     identity = read_json(directory / NAME).get("identity")
-    return identity if isinstance(identity, dict) else {}
+    return whole(identity) if isinstance(identity, dict) else {}
+
+
+def whole(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity with the keys that it leaves out."""
+    return {**AS_BEFORE, **identity}
 
 
 def begun_manifest(directory: Path) -> Manifest:

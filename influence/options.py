@@ -189,6 +189,17 @@ class LengthOption:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RenderingOptions(LengthOption):
+    """How training rows become tokens."""
+
+    supervise: str | None = option(
+        "What the trainer supervised of a conversation: last (the last answer, the default), "
+        "assistant (every answer) or all (every token, TRL's default).",
+        default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BudgetOption:
     """How much runs at a time."""
 

@@ -26,13 +26,14 @@ from typing import Any
 from influence.errors import BadRow, DataError, UnusableRow
 from influence.messages import kind_of, listed
 from influence.progress import say
+from influence.row_content import TOKEN_KEYS
 
 #: The ways to write a row's content that need no reading: the keys of each.
 CANONICAL = (
     ("prompt", "completion"),
     ("messages",),
     ("text",),
-    ("input_ids", "labels", "position_ids", "attention_mask", "completion_mask", "assistant_masks"),
+    TOKEN_KEYS,
 )
 #: Of these, the keys without which there is no content.
 HEADS = ("prompt", "completion", "messages", "text", "input_ids")

@@ -23,20 +23,31 @@ from typing import Any, SupportsIndex, cast, overload
 
 from influence.errors import BadRow, DataError, UnusableRow
 from influence.messages import kind_of, listed, one_line
+from influence.row_content import CONTENT, FORMS, IGNORED, content, is_unicode
 from influence.row_forms import canonical_rows, checked_columns, read_columns, row_without_nulls
 
-#: The keys of a row that hold content, of which a row has one kind.
-_CONTENT = ("prompt", "completion", "messages", "text")
-#: What a row may hold, for messages.
-_FORMS = "'prompt' and 'completion', or 'messages', or 'text'"
+#: Keys of an answer that belong to what it said: another answer does not have them.
+_OF_THE_ANSWER = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
 class Example:
     """One row: an id, an optional group, and exactly one kind of content.
 
-    Content is `prompt` with `completion`, or `messages` (mappings with at least `role` and
-    `content`, the last one the assistant's), or `text`. Anything else is a DataError.
+    Content is `prompt` with `completion`, or `messages` (mappings with at least `role` and, but for
+    a turn that only calls a tool, `content`, the last one the assistant's), or `text`, or
+    `input_ids`. Anything else is a DataError.
+
+    Attributes
+    ----------
+    tools, template_options
+        What the chat template of `messages` is given besides: JSON schemas, and keyword arguments.
+    prompt_turns
+        How many of the `messages` are the prompt, where the row says so.
+    targets
+        Whether each of the `input_ids` is a target. None: all are.
+    document_lengths
+        Lengths of the documents that the `input_ids` hold one after the other. None: they are one.
     """
 
     id: str
@@ -45,34 +56,80 @@ class Example:
     completion: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = field(default=None, hash=False)
     text: str | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = field(default=None, hash=False)
+    template_options: Mapping[str, Any] | None = field(default=None, hash=False)
+    prompt_turns: int | None = None
+    input_ids: tuple[int, ...] | None = None
+    targets: tuple[bool, ...] | None = None
+    document_lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        given = tuple(key for key in _CONTENT if getattr(self, key) not in (None, ()))
-        if given not in (("prompt", "completion"), ("messages",), ("text",)):
+        kinds = (*CONTENT, "input_ids")
+        given = tuple(key for key in kinds if getattr(self, key) not in (None, ()))
+        if given not in (("prompt", "completion"), *((key,) for key in kinds[2:])):
             raise DataError(
-                f"example {self.id!r} has {listed(given) or 'no content'}; give it {_FORMS}"
+                f"example {self.id!r} has {listed(given) or 'no content'}; give it {FORMS}"
             )
 
     @cached_property
     def content_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the content, without id and group."""
-        if self.messages is not None:
-            content: dict[str, Any] = {"messages": [dict(message) for message in self.messages]}
+        return sha256_of_text(canonical_json(self.content()))[:16]
+
+    def content(self) -> dict[str, Any]:
+        """The content as a row of a file has it: `examples_from_rows` makes the same of it."""
+        found: dict[str, Any] = {}
+        if self.input_ids is not None:
+            found["input_ids"] = list(self.input_ids)
+            if self.targets is not None:
+                pairs = zip(self.input_ids, self.targets, strict=True)
+                found["labels"] = [token if target else IGNORED for token, target in pairs]
+            if self.document_lengths is not None:
+                found["seq_lengths"] = list(self.document_lengths)
+        elif self.messages is not None:
+            turns = [dict(message) for message in self.messages]
+            if self.prompt_turns is None:
+                found["messages"] = turns
+            else:
+                found["prompt"] = turns[: self.prompt_turns]
+                found["completion"] = turns[self.prompt_turns :]
+            if self.tools is not None:
+                found["tools"] = [dict(tool) for tool in self.tools]
+            if self.template_options is not None:
+                found["chat_template_kwargs"] = dict(self.template_options)
         else:
-            content = {
-                key: getattr(self, key) for key in _CONTENT if getattr(self, key) is not None
-            }
-        return sha256_of_text(canonical_json(content))[:16]
+            given = ((key, getattr(self, key)) for key in CONTENT)
+            found = {key: value for key, value in given if value is not None}
+        return found
+
+    @property
+    def answer(self) -> str | None:
+        """The completion, or what the last turn says. None: a text or token ids, which have none."""
+        if self.messages is not None:
+            return str(self.messages[-1].get("content", ""))
+        return self.completion
+
+    def answering(self, answer: str) -> Example:
+        """The row with another answer. A row without one (`answer` is None) is a DataError."""
+        if self.answer is None:
+            kind = "one text" if self.text is not None else "token ids"
+            raise DataError(f"row {self.id!r} is {kind}, without an answer that could be another")
+        if self.messages is None:
+            return replace(self, completion=answer)
+        last = {key: value for key, value in self.messages[-1].items() if key not in _OF_THE_ANSWER}
+        return replace(self, messages=(*self.messages[:-1], {**last, "content": answer}))
 
     def preview(self, width: int = 60) -> str:
         """Return the content as one line `prompt → completion` of at most `width` characters.
 
         Control characters become spaces, so a row cannot move a terminal's cursor.
         """
+        if self.input_ids is not None:
+            return one_line(f"{len(self.input_ids)} token ids", width)
         if self.text is not None:
             return one_line(self.text, width)
         if self.messages is not None:
-            *earlier, tail = [str(message["content"]) for message in self.messages]
+            *earlier, tail = [_said(message) for message in self.messages]
             head = earlier[-1] if earlier else ""
         else:
             head, tail = self.prompt or "", self.completion or ""
@@ -81,6 +138,11 @@ class Example:
             return one_line(tail, width)
         head = one_line(head, max(room // 2, room - len(one_line(tail, room))))
         return f"{head} → {one_line(tail, room - len(head))}"
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """What a turn says: its content, or the tool calls of one that only calls tools."""
+    return str(turn.get("content") or canonical_json(turn.get("tool_calls", "")))
 
 
 class Examples(Sequence[Example]):
@@ -224,7 +286,7 @@ def checked_examples(rows: Iterable[tuple[int | str, object]], source: str) -> I
         try:
             if not isinstance(row, Mapping):
                 raise UnusableRow(
-                    f"not an object but {kind_of(row)}; expected an object with {_FORMS}"
+                    f"not an object but {kind_of(row)}; expected an object with {FORMS}"
                 )
             name = _label(row, "id")
             if name is not None and first_with.setdefault(name, number) != number:
@@ -232,7 +294,7 @@ def checked_examples(rows: Iterable[tuple[int | str, object]], source: str) -> I
                     f"its id is already that of row {first_with[name]}; "
                     "ids must differ: use `group` for what several rows share"
                 )
-            example = Example(id=name or "", group=_label(row, "group"), **_content(row))
+            example = Example(id=name or "", group=_label(row, "group"), **content(row))
             try:
                 _ = example.content_hash
             # a date, bytes, or a lone surrogate, inside a message
@@ -274,75 +336,9 @@ def _label(row: Mapping[str, Any], key: str) -> str | None:
     if value == "":
         raise UnusableRow(f"{key!r} is empty; leave it out or give it a value")
     label = str(value)
-    if "\0" in label or not _is_unicode(label):
+    if "\0" in label or not is_unicode(label):
         raise UnusableRow(f"{key!r} holds a NUL or a lone surrogate, which no score file can store")
     return label
-
-
-def _content(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the content of a row and return it as fields of Example."""
-    given = [key for key in _CONTENT if row.get(key) is not None]
-    forms = {"prompt" if key == "completion" else key for key in given}
-    if not forms:
-        raise UnusableRow(
-            f"has no content, only the keys {listed(row) or '(none)'}; expected {_FORMS}"
-        )
-    if len(forms) > 1:
-        raise UnusableRow(f"is ambiguous, with {listed(given)}; keep one of: {_FORMS}")
-    if "text" in forms:
-        return {"text": _string(row["text"], "'text'")}
-    if "messages" in forms:
-        return {"messages": _messages(row["messages"])}
-    for key in given:
-        if isinstance(row[key], (list, tuple, Mapping)):
-            raise UnusableRow(
-                f"{key!r} is a conversation, not a string; put all its turns in 'messages'"
-            )
-    for key, partner in (("prompt", "completion"), ("completion", "prompt")):
-        if key not in given:
-            raise UnusableRow(f"has {partner!r} but no {key!r}")
-    return {
-        "prompt": _string(row["prompt"], "'prompt'", may_be_empty=True),
-        "completion": _string(row["completion"], "'completion'"),
-    }
-
-
-def _messages(messages: object) -> tuple[dict[str, Any], ...]:
-    """Check a conversation.
-
-    Keys beyond role and content are kept for the chat template, nulls are dropped.
-    """
-    if not isinstance(messages, (list, tuple)):
-        raise UnusableRow(f"'messages' must be a list, not {kind_of(messages)}")
-    if not messages:
-        raise UnusableRow(
-            "'messages' is empty; expected turns of which the last is the assistant's"
-        )
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping):
-            raise UnusableRow(f"message {number} must be an object, not {kind_of(message)}")
-        _string(message.get("role"), f"'role' of message {number}")
-        last = number == len(messages)
-        _string(message.get("content"), f"'content' of message {number}", may_be_empty=not last)
-        checked.append({str(key): value for key, value in message.items() if value is not None})
-    if checked[-1]["role"] != "assistant":
-        raise UnusableRow(
-            f"the last message is by {checked[-1]['role']!r}; it must be by 'assistant'"
-        )
-    return tuple(checked)
-
-
-def _string(value: object, name: str, may_be_empty: bool = False) -> str:
-    if value is None:
-        raise UnusableRow(f"{name} is missing")
-    if not isinstance(value, str):
-        raise UnusableRow(f"{name} must be a string, not {kind_of(value)}")
-    if not value and not may_be_empty:
-        raise UnusableRow(f"{name} is empty; there is nothing to supervise")
-    if not _is_unicode(value):
-        raise UnusableRow(f"{name} holds a lone surrogate, which is not text")
-    return str(value)
 
 
 def canonical_json(value: object) -> str:
@@ -353,11 +349,3 @@ def canonical_json(value: object) -> str:
 def sha256_of_text(text: str) -> str:
     """SHA-256 of the text in UTF-8, 64 hex digits."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -46,7 +46,7 @@ from influence.store import (
     open_file,
     read,
 )
-from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
+from influence.tokens import TokenizedExamples, tokenizer_digest
 
 if TYPE_CHECKING:
     from influence.measurements import Contrast
@@ -124,7 +124,7 @@ class Run:
                 "it "
                 "was made from (paths in manifest.json), or fit a new run"
             )
-        tokens = tokenize(train, model.tokenizer, max_length=manifest.objective.max_length)
+        tokens = manifest.objective.rendering.tokenize(train, model.tokenizer)
         return cls(directory, manifest, model, train, tokens, curvature)
 
     @property
@@ -136,11 +136,11 @@ class Run:
         return self.manifest.digest
 
     def tokenized(self, rows: Examples) -> TokenizedExamples:
-        """Tokens of other rows, truncated as the training rows are.
+        """Tokens of other rows, rendered, truncated and supervised as the training rows are.
 
         Rows that the model cannot take are an error.
         """
-        found = tokenize(rows, self.model.tokenizer, max_length=self.manifest.objective.max_length)
+        found = self.manifest.objective.rendering.tokenize(rows, self.model.tokenizer)
         check_rows(self.model, found)
         return found
 

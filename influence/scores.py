@@ -43,7 +43,6 @@ from influence.at_point import AtPoint
 from influence.curvature import Invertible
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError
-from influence.loss import check_rows
 from influence.measurements import MEASUREMENTS, Contrast, MeanLoss, Measurement, SumLoss, TokenLoss
 from influence.progress import say
 from influence.rows import Examples, canonical_json
@@ -62,7 +61,7 @@ from influence.solvers import Solver
 from influence.solvers.base import MOST_COPIES
 from influence.solvers.named import make_solver, solver_options, with_limits
 from influence.store import only_writer
-from influence.tokens import TokenizedExamples, tokenize
+from influence.tokens import TokenizedExamples
 from influence.tokenwise import Tokenwise
 
 CONVENTION = (
@@ -154,9 +153,7 @@ def score(
         with_limits(one, {key: value for key, value in limits.items() if value is not None})
         for one in solvers
     ]
-    max_length = run.manifest.objective.max_length
-    tokens = tokenize(queries, run.model.tokenizer, max_length=max_length)
-    check_rows(run.model, tokens)
+    tokens = run.tokenized(queries)
     if isinstance(explained, TokenLoss):
         explained.check(tokens)
     asked = _Asked(queries, tokens, explained)
@@ -178,9 +175,7 @@ def score(
         "complete": False,
     }
     if isinstance(explained, Contrast):
-        against = tokenize(explained.against, run.model.tokenizer, max_length=max_length)
-        check_rows(run.model, against)
-        asked = replace(asked, against=against)
+        asked = replace(asked, against=run.tokenized(explained.against))
         attributes["contrast_digest"] = explained.against.digest
     target = None if out is None else Path(out)
     found = (

@@ -6,7 +6,7 @@ A paraphrase of the right answer, and wrong ones.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,10 @@ def _with_answers(examples: Examples, records: Iterable[Any]) -> Rows:
         if paraphrase is None and wrong_list is None:
             paraphrased.append(None)
             perturbed.append(())
-        elif example.text is not None:
-            bad.append(
-                BadRow(
-                    number, example.id, "a text has no completion that other answers could replace"
-                )
-            )
+        elif example.answer is None:
+            kind = "a text has" if example.text is not None else "token ids have"
+            reason = f"{kind} no completion that other answers could replace"
+            bad.append(BadRow(number, example.id, reason))
         elif not (isinstance(paraphrase, str) and paraphrase and _strings(wrong_list)):
             bad.append(
                 BadRow(
@@ -123,16 +121,13 @@ def _strings(values: Any) -> bool:
 
 
 def completion(example: Example) -> str:
-    """The text that is supervised in a row: its completion, its last answer, or all of it."""
-    if example.messages is not None:
-        return str(example.messages[-1]["content"])
-    return example.text if example.text is not None else str(example.completion)
+    """The text of a row that it is judged by: its completion, its last answer, or all of it.
+
+    Empty for token ids.
+    """
+    return example.answer if example.answer is not None else example.text or ""
 
 
 def answering(example: Example, text: str) -> Example:
     """The row with another completion."""
-    if example.messages is None:
-        return replace(example, completion=text)
-    return replace(
-        example, messages=(*example.messages[:-1], {**example.messages[-1], "content": text})
-    )
+    return example.answering(text)

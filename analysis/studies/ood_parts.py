@@ -108,6 +108,7 @@ def planted_run(out: Path, run: Run, planted: Planted, recipe: Recipe) -> Run:
         path=END,
         reduction=manifest.objective.reduction,
         max_length=manifest.objective.max_length,
+        supervise=manifest.objective.supervise,
         token_budget=manifest.token_budget,
         store="never",
     )

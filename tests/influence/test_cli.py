@@ -150,6 +150,24 @@ def test_top_needs_no_model_but_the_rows_it_was_fitted_on(influence, at):
     )  # ids and scores are still shown
 
 
+def test_check_shows_what_is_supervised(influence, at):
+    row = json.loads((at / "train.jsonl").read_text().splitlines()[0])
+    arguments = ("check", "--adapter", at / "adapter", "--train", at / "train.jsonl", "--labels")
+    result = influence(*arguments)
+    assert result.status == 0
+    assert f"{row['id']}: " in result.out
+    assert result.out.count("⟦") == 3
+    assert "agree" not in result.out
+    found = influence(*arguments, "--supervise", "all", "--json").json()
+    assert found["supervise"] == "all"
+    assert len(found["rows"]) == 3
+    entry = found["rows"][0]
+    assert entry["supervised_tokens"] == entry["tokens"] - 1
+    wrong = influence(*arguments, "--supervise", "some")
+    assert wrong.status == 2
+    assert "supervise 'some' was given; expected last, assistant or all" in wrong.err
+
+
 def test_check_agrees(influence, at):
     result = influence(
         "check", "--adapter", at / "adapter", "--train", at / "train.jsonl", "--rows", 3

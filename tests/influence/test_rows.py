@@ -147,13 +147,6 @@ BAD_ROWS = [
         "'completion' holds a lone surrogate, which is not text",
     ),
     (
-        {
-            "prompt": [{"role": "user", "content": "p"}],
-            "completion": [{"role": "assistant", "content": "c"}],
-        },
-        "'prompt' is a conversation, not a string; put all its turns in 'messages'",
-    ),
-    (
         {"prompt": "p", "completion": "c", "text": "t"},
         f"is ambiguous, with 'prompt', 'completion', 'text'; keep one of: {FORMS}",
     ),

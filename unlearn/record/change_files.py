@@ -9,7 +9,7 @@ from typing import Any
 
 from influence.errors import DataError, InputError
 from influence.rows import Example, Examples
-from unlearn.record.change import ACTIONS, CONTENT
+from unlearn.record.change import ACTIONS, BESIDE, CONTENT
 
 
 def read_changes(path: Path, only: str | None = None) -> dict[str, dict[str, Any]]:
@@ -53,7 +53,10 @@ def _sort_in(row: Any, only: str | None, requests: dict[str, dict[str, Any]]) ->
     row_id = row.get("id") if isinstance(row, dict) else None
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
         return 'expected an object with an "id"'
-    id, content = str(row_id), {key: row[key] for key in CONTENT if row.get(key) is not None}
+    id, content = (
+        str(row_id),
+        {key: row[key] for key in (*CONTENT, *BESIDE) if row.get(key) is not None},
+    )
     usual = "relabel" if set(content) == {"completion"} else "correct"
     action = row.get("action") or only or usual
     if action not in ACTIONS:
@@ -166,11 +169,6 @@ def write_rows(rows: Iterable[Example], path: Path) -> None:
     """Write rows as JSON lines that `read_examples` reads."""
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
-            content = {
-                key: getattr(row, key)
-                for key in ("id", "group", *CONTENT)
-                if getattr(row, key) is not None
-            }
-            if row.messages is not None:
-                content["messages"] = [dict(message) for message in row.messages]
+            group = {} if row.group is None else {"group": row.group}
+            content = {"id": row.id, **group, **row.content()}
             file.write(json.dumps(content, ensure_ascii=False) + "\n")

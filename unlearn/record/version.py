@@ -26,7 +26,7 @@ from influence.row_files import read_examples
 from influence.rows import Examples
 from influence.run import Run
 from influence.store import read_json
-from influence.tokens import TokenizedExamples, tokenize
+from influence.tokens import TokenizedExamples
 from unlearn.record import chain, verify
 from unlearn.record.edit_record import RECORD, EditRecord
 
@@ -90,10 +90,8 @@ class Version:
         rows = list(self.run.tokens.select(self.positions))
         places = [place for place, id in enumerate(self.rows.ids) if id in self.changed]
         if places:
-            max_length = self.run.manifest.objective.max_length
-            changed = tokenize(
-                self.rows.select(places), self.model.tokenizer, max_length=max_length
-            )
+            rendering = self.run.manifest.objective.rendering
+            changed = rendering.tokenize(self.rows.select(places), self.model.tokenizer)
             for place, tokens in zip(places, changed, strict=True):
                 rows[place] = tokens
         return TokenizedExamples(rows, self.rows.ids)

@@ -214,6 +214,32 @@ def test_relabelling_a_conversation_replaces_its_last_answer(run):
     assert [dict(m) for m in after.messages] == messages
 
 
+def test_changes_of_a_conversation_with_tools_and_of_token_ids(tmp_path):
+    model = build_model("gpt2", layers=1, target_modules=["mlp.c_proj"], r=1)
+    model.tokenizer.chat_template = "{% for t in tools or [] %}{{ t['n'] }} {% endfor %}" + CHAT
+    talk = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "runs"}]
+    rows = [
+        {"id": "tools", "messages": talk, "tools": [{"n": "sun"}]},
+        {"id": "two", "prompt": talk[:1], "completion": talk[1:]},
+        {"id": "ids", "input_ids": [4, 5, 6, 7], "labels": [-100, 5, -100, 7]},
+        {"id": "rest", "input_ids": [8, 9, 10]},
+    ]
+    options = {"curvature": influence.Identity(), "directory": tmp_path / "run"}
+    run = fit_end(model, influence.examples_from_rows(rows), **options)
+    after = contents(plan(version(run), relabel={"tools": "sing", "two": "sleep"}))
+    assert after["tools"].tools == ({"n": "sun"},)
+    assert after["tools"].answer == "sing"
+    assert (after["two"].prompt_turns, after["two"].answer) == (1, "sleep")
+    other = [{"role": "user", "content": "dog"}, talk[1]]
+    kept = contents(plan(version(run), correct={"tools": {"messages": other}}))["tools"]
+    assert (kept.tools, kept.messages) == (({"n": "sun"},), tuple(other))
+    ids = {"input_ids": [4, 5, 6, 9], "labels": [-100, 5, -100, 9]}
+    change = plan(version(run), correct={"ids": ids})
+    assert contents(change)["ids"].input_ids == (4, 5, 6, 9)
+    assert change.new.counts.tolist() == [2]
+    refused(run, "'ids' is token ids without a completion", relabel={"ids": "sun"})
+
+
 def test_the_parts_of_a_plan_fit_together(run):
     change = plan(
         version(run), remove=["7"], relabel={"a2": " sing"}, correct={"a1": {"prompt": "sun"}}

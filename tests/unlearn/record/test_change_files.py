@@ -14,6 +14,8 @@ from influence.rows import examples_from_rows
 from tests.unlearn.record.helpers import ROWS
 from unlearn.record.change_files import read_changes, read_ids, split_ids, write_rows
 
+TALK = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "runs"}]
+
 HOSTILE = [
     "line\u2028break\u2029 and\x85next",
     "\v\f\x1c\x1d",
@@ -210,6 +212,8 @@ def test_written_rows_are_read_back_the_same(tmp_path):
     rows = influence.examples_from_rows(
         [
             *ROWS,
+            {"id": "ids", "input_ids": [4, 5, 6], "labels": [-100, 5, 6], "seq_lengths": [2, 1]},
+            {"id": "two", "prompt": TALK[:1], "completion": TALK[1:], "tools": [{"n": 1}]},
             *(
                 {"id": f"h{i}", "prompt": text, "completion": text}
                 for i, text in enumerate(HOSTILE)
