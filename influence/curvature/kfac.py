@@ -393,6 +393,21 @@ class Kronecker(Curvature):
             v, ((1 / (block.eigenvalues + x), 1 / (block.rest + x)) for block, x in damped)
         )
 
+    def inverse_products(self, v: Tensor, lam: Tensor) -> Tensor:
+        """`v^T (C + lambda I)^-1 v` of every row of `v` [K, P], `[K]` float64, in the eigenbasis.
+
+        `lam` [leaves].
+        """
+        total = torch.zeros(len(v), dtype=torch.float64, device=v.device)
+        for block, x in zip(self.leaf_blocks, lam.tolist(), strict=True):
+            coordinates, off = block.rotate(v[:, block.leaf.slice])
+            squares = coordinates.square_() / (block.eigenvalues + x).to(v)
+            total += squares.sum((1, 2), dtype=torch.float64)
+            if off is not None:
+                squares = off.square_() / (block.rest + x).to(v)[:, None]
+                total += squares.sum((1, 2), dtype=torch.float64)
+        return total
+
     def _apply(self, v: Tensor, spectra: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         out = torch.empty_like(v)
         for block, (inside, outside) in zip(self.leaf_blocks, spectra, strict=True):
