@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from influence.at_point import memory_chunks
 from influence.curvature.base import Invertible

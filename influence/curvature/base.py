@@ -338,8 +338,7 @@ def inverse_products(operator: Damped, v: Tensor) -> Tensor:
     if isinstance(operator.curvature, Diagonal):
         return operator.curvature.inverse_products(v, operator.lam)
     assert isinstance(operator.curvature, Invertible)
-    solved = operator.curvature.solve(v, operator.lam)
-    return torch.stack([(one * other).sum(dtype=torch.float64) for one, other in zip(v, solved)])
+    return (v * operator.curvature.solve(v, operator.lam)).sum(1, dtype=torch.float64)
 
 
 def spread(blocks: Sequence[slice], lam: Tensor, like: Tensor) -> Tensor:

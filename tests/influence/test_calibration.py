@@ -60,7 +60,9 @@ def test_edits_are_measured_as_a_loop_measures_them(run):
 
 def test_the_factor_needs_the_edited_rows_alone(run):
     setting, rows = Setting.of(run, calibrated=False), some_rows(run, 3)
-    assert measured_factor(setting, rows) == pytest.approx(measured_edits(setting, rows, rows).factor)
+    assert measured_factor(setting, rows) == pytest.approx(
+        measured_edits(setting, rows, rows).factor
+    )
 
 
 def test_the_scales_of_the_points_are_kept_with_the_calibration(run, monkeypatch):
