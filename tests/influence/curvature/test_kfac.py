@@ -91,6 +91,16 @@ def test_shared_inputs_are_found_and_change_nothing(tmp_path):
         ).norm() / block.norm() < 1e-6  # float32 norms inside Llama
 
 
+@pytest.mark.parametrize("width", [5, 40, 300, 900])
+def test_second_moments_are_whole_below_the_diagonal(width):
+    """Strips of all widths: 32, a quarter, and the widest, none of which divides 300 or 900."""
+    moment = DenseMoment(width, F64, torch.device("cpu"))
+    x = random_rows(0, 7, width)
+    for part in x.split(4):
+        moment.add(part)
+    torch.testing.assert_close(moment.state.tril(), (x.T @ x).tril())
+
+
 def test_sketch_is_exact_up_to_its_rank_and_keeps_the_trace():
     x = random_rows(0, 200, 5) @ random_rows(1, 5, 40)
     full, sketch = (
