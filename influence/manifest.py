@@ -97,10 +97,15 @@ class PointRecord:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The factor that a setting's scores are multiplied by, and what it was measured by."""
+    """The factor that a setting's scores are multiplied by, and what it was measured by.
+
+    `scales` are its points' mean self-influences (`AtPoint.scale`), kept because they cost a solve
+    of every row; empty: at one point, or in runs made before they were kept.
+    """
 
     factor: float
     source: str
+    scales: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
