@@ -94,7 +94,8 @@ def evaluate(options: Evaluate) -> None:
     from analysis.evaluation.evaluation import evaluate as measure
     from analysis.evaluation.sets import parted
     from analysis.evaluation.table import table
-    from influence.loading import adapter_folder, load
+    from influence.adapter_files import adapter_folder
+    from influence.loading import load
     from influence.store import write_json
 
     files = {"forget": options.forget, "retain": options.retain, "holdout": options.holdout}

@@ -59,6 +59,19 @@ class TokenizerSource:
 
 
 @dataclass(frozen=True)
+class LoadingRecord:
+    """What changes the base's numbers while it is loaded, beside its type: quantisation by
+    bitsandbytes, and the attention kernel (None: the one that transformers chooses).
+
+    The fields are keywords of `influence.load`.
+    """
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    attn_implementation: str | None = None
+
+
+@dataclass(frozen=True)
 class ObjectiveRecord:
     """The training objective: how rows are weighted, at how many tokens they are cut, and all
     supervised tokens.
@@ -150,6 +163,7 @@ class Manifest:
     dtype: str
     versions: Mapping[str, str]
     created: str
+    loading: LoadingRecord = field(default_factory=LoadingRecord)
     gradients_stored: bool = False
     calibration: Mapping[str, CalibrationRecord] = field(default_factory=dict)
     tuned: TunedRecord | None = None
@@ -175,6 +189,8 @@ class Manifest:
             if name != "rest"
         }
         absent = [name for name in ("tuned", "audit", "now") if found[name] is None]
+        if self.loading == LoadingRecord():
+            absent.append("loading")
         if not self.complete:  # `fit` writes these with the last point
             absent += ["gradients_stored", "calibration"]
         return {key: value for key, value in found.items() if key not in absent} | dict(self.rest)

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
-from influence.errors import AdapterError, InputError, NumericalError
-from influence.loading import refuse
+from influence.errors import AdapterError, InputError, NumericalError, refuse
 
 #: Parameters whose name matches go into the Trainer's group without weight decay
 #: (`Trainer.get_decay_parameter_names`).

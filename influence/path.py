@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from influence.adapter import AdaptedModel, weight_key
-from influence.errors import AdapterError, InputError
-from influence.loading import adapter_folder, refuse
+from influence.adapter_files import adapter_folder
+from influence.errors import AdapterError, InputError, refuse
 from influence.manifest import PointRecord
 from influence.progress import say
 

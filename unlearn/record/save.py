@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from influence.adapter import weight_key
+from influence.adapter_files import adapter_folder
 from influence.errors import WorkError
-from influence.loading import adapter_folder
 from influence.manifest import read_manifest
 from influence.store import only_writer
 from unlearn.record.chain import append
