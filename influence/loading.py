@@ -1,8 +1,8 @@
 """Models from folders or the hub, and every refusal of an adapter that cannot be read rightly.
 
-`load` reads a base (`influence.base_files`) and an adapter (`influence.adapter_files`) by name and
-hands a `PeftModel` to `from_peft`, which checks it, finds its sites and returns an `AdaptedModel`.
-What is refused is refused with all its reasons at once, before any work. Weights are read from
+`load` reads a base (`influence.base_files`) and an adapter (`influence.adapter_files`,
+`influence.adapter_weights`) by name and hands a `PeftModel` to `from_peft`, which checks it, finds
+its sites and returns an `AdaptedModel`. What is refused is refused with all its reasons at once, before any work. Weights are read from
 safetensors only.
 """
 
@@ -20,11 +20,11 @@ from torch import nn
 from influence.adapter import PREFIX, AdaptedModel, ParamSpace, Site
 from influence.adapter_files import (
     AdapterFiles,
-    add_adapter,
     note_unknown_fields,
     read_adapter,
     unsupported_options,
 )
+from influence.adapter_weights import add_adapter
 from influence.base_files import DTYPES, BaseRequest, grouped, load_base
 from influence.errors import AdapterError, NumericalError, refuse
 from influence.manifest import LoadingRecord

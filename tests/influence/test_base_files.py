@@ -13,22 +13,14 @@ from safetensors.torch import save_file
 
 import influence
 from influence.base_files import grouped, resolve_device
-from influence.errors import AdapterError, InputError
+from influence.errors import InputError
 from tests.conftest import add_lora, build_base, build_tokenizer
 from tests.helpers import edit_weights, save, save_base
-
-LLAMA = {"target_modules": ["q_proj", "v_proj"]}
-
-
-def edit_base(base: Path, **changes) -> None:
-    path = base / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def unloadable(base, adapter, match: str, error=AdapterError, **options) -> str:
-    with pytest.raises(error, match=f"(?s){match}") as caught:
-        influence.load(base, adapter, device="cpu", **options)
-    return str(caught.value)
+from tests.influence.toy_loading import (
+    LLAMA,
+    edit_base,
+    unloadable,
+)
 
 
 def renamed(base: Path, change) -> None:
