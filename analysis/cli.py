@@ -108,10 +108,7 @@ def evaluate(options: Evaluate) -> None:
     model = load(
         options.model,
         options.adapter,
-        dtype=options.dtype,
-        device=options.device,
-        checkpointing=options.checkpointing,
-        trust_remote_code=options.trust_remote_code,
+        **keywords(TypedLoadingOptions, options),
     )
     result = measure(
         model,
@@ -254,7 +251,7 @@ def _truth(options: Lds, scores: Scores) -> Truth:
     console.quiet_transformers()
     return retrained_truth(
         scores,
-        Run.open(options.run, device=options.device),
+        Run.open(options.run, **keywords(DeviceOption, options)),
         queries,
         subsets=SUBSETS if options.subsets is None else options.subsets,
         subset_seed=options.subset_seed or SUBSET_SEED,
@@ -337,7 +334,11 @@ def tune(options: Tune) -> None:
 
     truth = None if options.truth is None else read_truth(options.truth)
     console.quiet_transformers()
-    run = Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code)
+    run = Run.open(
+        options.run,
+        trust_remote_code=options.trust_remote_code,
+        **keywords(DeviceOption, options),
+    )
     if options.forget:
         drop(run)
         text = f"{options.run}: scores use what it was fitted with"
@@ -408,7 +409,11 @@ def memorization(options: Memorization) -> None:
     holdout = None if options.holdout is None else read_examples(options.holdout)
     console.quiet_transformers()
     result = measure(
-        Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code),
+        Run.open(
+            options.run,
+            trust_remote_code=options.trust_remote_code,
+            **keywords(DeviceOption, options),
+        ),
         options.truth,
         dampings=dampings,
         canaries=canaries,
@@ -453,7 +458,11 @@ def ood(options: Ood) -> None:
     holdout, other = read_examples(options.holdout), read_examples(options.other)
     console.quiet_transformers()
     result = study(
-        Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code),
+        Run.open(
+            options.run,
+            trust_remote_code=options.trust_remote_code,
+            **keywords(DeviceOption, options),
+        ),
         holdout,
         other,
         options.out,
@@ -515,7 +524,7 @@ def report(options: Report) -> None:
             )
         holdout = None if options.holdout is None else read_examples(options.holdout)
         console.quiet_transformers()
-        run = Run.open(path, device=options.device)
+        run = Run.open(path, **keywords(DeviceOption, options))
         compared = agreement(run, options.edit, options.retrained, holdout)
     page = write_report(options.edit, options.out, compared=compared, overwrite=options.overwrite)
     result = {

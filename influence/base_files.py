@@ -133,6 +133,7 @@ def _from_pretrained(
     """The model of transformers on its device, and what was missing, unused or of other shape."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    dtype = _type(request, config, saved_quantised)
     options: dict[str, Any] = {}
     if request.how.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -141,7 +142,7 @@ def _from_pretrained(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=_compute_type(request, config),
+            bnb_4bit_compute_dtype=dtype,
         )
     if request.how.attn_implementation is not None:
         options["attn_implementation"] = request.how.attn_implementation
@@ -152,7 +153,7 @@ def _from_pretrained(
     model, report = AutoModelForCausalLM.from_pretrained(
         request.place,
         config=config,
-        dtype="auto" if saved_quantised or request.dtype == "auto" else DTYPES[request.dtype],
+        dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that the report names them; they are refused by it
@@ -162,11 +163,13 @@ def _from_pretrained(
     return model if "device_map" in options else model.to(device), report
 
 
-def _compute_type(request: BaseRequest, config: Any) -> torch.dtype:
-    """The type that a 4-bit base computes in."""
+def _type(request: BaseRequest, config: Any, saved_quantised: bool) -> torch.dtype | str:
+    """The type of the weights that are no integers, and in which a 4-bit base computes."""
+    if saved_quantised or (request.dtype == "auto" and not request.quantised_now):
+        return "auto"
     if request.dtype != "auto":
         return DTYPES[request.dtype]
-    saved = getattr(config, "dtype", None)
+    saved = getattr(config, "dtype", None)  # known here, so that a run is opened in the same type
     return saved if isinstance(saved, torch.dtype) else torch.float32
 
 

@@ -272,10 +272,13 @@ def change_under_lock(directory: Path, **changes: Any) -> Manifest:
     return manifest
 
 
-def differences(there: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+def differences(
+    there: Mapping[str, Any], expected: Mapping[str, Any], *, whole: bool = False
+) -> list[str]:
     """What differs between two run identities, in words.
 
-    Digests are shortened.
+    Digests are shortened. `whole`: `expected` is a whole identity, so what it lacks must be lacking
+    there too.
     """
 
     def short(value: Any) -> str:
@@ -286,7 +289,8 @@ def differences(there: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
         return ",".join(point["label"] for point in points) if points else "nothing"
 
     sentences = []
-    for key, value in expected.items():
+    for key in [*expected, *(key for key in there if whole and key not in expected)]:
+        value = expected.get(key)
         if there.get(key) == value:
             continue
         was, now = short(there.get(key)), short(value)

@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,12 +14,14 @@ from safetensors.torch import save_file
 
 import influence
 from influence.base_files import grouped, resolve_device
-from influence.errors import InputError
-from tests.conftest import add_lora, build_base, build_tokenizer
-from tests.helpers import edit_weights, save, save_base
+from influence.errors import AdapterError, InputError
+from tests.conftest import add_lora, build_base, build_tokenizer, examples, rows, tokens_of
+from tests.helpers import edit_weights, save, save_base, write_rows
 from tests.influence.toy_loading import (
     LLAMA,
     edit_base,
+    loop_gradients,
+    streamed,
     unloadable,
 )
 
@@ -286,3 +289,117 @@ def test_save_base_is_whole(tmp_path):
     base = save_base(tmp_path / "base")
     _, adapter = save(tmp_path / "other", **LLAMA)
     influence.load(base, adapter, device="cpu")
+
+
+# ---- quantised while it is loaded ----------------------------------------------------------------
+
+
+def qlora_by_hand(base, adapter, dtype):
+    """The model of QLoRA: transformers' and PEFT's own loading, without this toolkit."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    body = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=settings, device_map={"": "cpu"}
+    )
+    model = PeftModel.from_pretrained(body, str(adapter)).eval()
+    for module in model.modules():  # a kernel without a backward
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def test_a_base_in_4_bits_has_the_gradients_of_the_plain_loop(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base, adapter = save(tmp_path)
+    loaded = influence.load(base, adapter, device="cpu", load_in_4bit=True)
+    kinds = {type(site.layer.get_base_layer()).__name__ for site in loaded.sites}
+    assert kinds == {"Linear4bit"}
+    assert loaded.loading.load_in_4bit
+    tokens = tokens_of(loaded, examples(5))
+    expected = loop_gradients(qlora_by_hand(base, adapter, torch.float32), tokens)
+    assert np.abs(streamed(loaded, tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+    whole = influence.load(base, adapter, device="cpu")
+    assert np.abs(streamed(whole, tokens) - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_a_base_in_8_bits_has_the_gradients_of_the_loop(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base, adapter = save(tmp_path, layers=1, **LLAMA)
+    loaded = influence.load(base, adapter, device="cpu", load_in_8bit=True)
+    assert type(loaded.sites[0].layer.get_base_layer()).__name__ == "Linear8bitLt"
+    assert influence.check_gradients(loaded, examples(3)).ok
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "dtype": "auto"},
+        {"attn_implementation": "eager"},
+        {"dtype": "auto"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_a_run_is_opened_as_its_base_was_loaded(tmp_path, options):
+    pytest.importorskip("bitsandbytes")
+    base, adapter = save(tmp_path, layers=1, **LLAMA)
+    if options.get("dtype") == "auto":
+        build_base(layers=1, dtype=torch.bfloat16).save_pretrained(base)
+    data = influence.read_examples(write_rows(tmp_path / "rows.jsonl", rows(6)))
+    loaded = influence.load(base, adapter, device="cpu", **options)
+    influence.fit(
+        loaded, data, directory=tmp_path / "run", path=(1.0,), curvature=influence.Identity()
+    )
+    opened = influence.Run.open(tmp_path / "run", device="cpu")
+    assert opened.model.loading == loaded.loading == opened.manifest.loading
+    assert opened.model.base_digest == loaded.base_digest
+    attention = opened.model.model.get_base_model().config._attn_implementation
+    assert attention == options.get("attn_implementation", "sdpa")
+    again = influence.load(base, adapter, device="cpu")
+    if options != {"dtype": "auto"}:
+        with pytest.raises(InputError, match=r"base|attn_implementation"):
+            influence.fit(again, data, directory=tmp_path / "run", curvature=influence.Identity())
+
+
+def test_a_base_that_is_saved_quantised_is_not_quantised_again(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base, adapter = save(tmp_path, layers=1, **LLAMA)
+    loaded = influence.load(base, adapter, device="cpu", load_in_4bit=True)
+    loaded.model.unload().save_pretrained(tmp_path / "quantised")
+    build_tokenizer().save_pretrained(tmp_path / "quantised")
+    saved = influence.load(tmp_path / "quantised", adapter, device="cpu")
+    ids = torch.tensor([[3, 4, 5]])
+    again = influence.load(base, adapter, device="cpu", load_in_4bit=True)
+    assert torch.equal(saved.model(ids).logits, again.model(ids).logits)
+    unloadable(tmp_path / "quantised", adapter, "saved quantised already", load_in_4bit=True)
+
+
+def test_a_map_of_devices_is_that_of_transformers(tmp_path):
+    base, adapter = save(tmp_path, layers=1, **LLAMA)
+    plain = influence.load(base, adapter, device="auto")
+    mapped = influence.load(base, adapter, device_map="auto")
+    assert mapped.base_digest == plain.base_digest
+    assert influence.check_gradients(mapped, examples(3)).ok
+
+
+def test_weights_left_on_a_disk_are_refused(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = save(tmp_path, layers=1, **LLAMA)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def offload(*arguments, **options):
+        model, report = load(*arguments, **options)
+        model.model.layers[0].mlp.to("meta")
+        return model, report
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offload)
+    with pytest.raises(AdapterError, match="3 of the base's weights found no room"):
+        influence.load(base, adapter, device_map="auto")
