@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from influence.adapter import PREFIX
 from influence.base_files import grouped
 from influence.errors import AdapterError, libraries_named, refuse
@@ -167,6 +169,24 @@ def read_adapter(adapter: str | Path) -> AdapterFiles:
             shapes[key], types[key] = tuple(part.get_shape()), part.get_dtype()
     refuse(f"the weights of adapter {str(adapter)!r} cannot be used", _spoiled(shapes, types))
     return AdapterFiles(str(adapter), folder, config, shapes, types)
+
+
+def base_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file that are no LoRA matrices, by name; none without a file.
+
+    PEFT saves the head under an adapted one, and embeddings of which there are more than the base
+    has.
+    """
+    from safetensors import safe_open
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        return {}
+    with (
+        libraries_named(f"{path} cannot be read as safetensors", COPY),
+        safe_open(path, framework="pt") as file,
+    ):
+        return {key: file.get_tensor(key) for key in file.keys() if ".lora_" not in key}  # noqa: SIM118
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence.adapter import PREFIX
+from influence.adapter import PREFIX, AdaptedModel, weight_key
 from influence.adapter_files import COPY, NAME, AdapterFiles
 from influence.errors import AdapterError, libraries_named, refuse
 from influence.progress import say
@@ -59,6 +59,31 @@ def add_adapter(base: Any, files: AdapterFiles, place: str) -> Any:
             raise
     _compare(model, files, place, matrices, report.missing_keys, report.unexpected_keys)
     return model
+
+
+def under_peft_names(model: AdaptedModel, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices of another file of the adapter under the names that PEFT gives them in this model.
+
+    They keep their own names where PEFT does not know them all.
+    """
+    from peft.utils import set_peft_model_state_dict
+
+    name, before = model.model.active_adapters[0], model.snapshot()
+    message = "a checkpoint could not be loaded by PEFT"
+    try:
+        with warnings.catch_warnings(), libraries_named(message, COPY):
+            warnings.simplefilter("ignore")
+            report = set_peft_model_state_dict(
+                model.model, dict(matrices), name, ignore_mismatched_sizes=True
+            )
+        if report.unexpected_keys or any(".lora_" in key for key in report.missing_keys):
+            return dict(matrices)
+        values = model.space.split(model.snapshot())
+        return {
+            weight_key(leaf): value for leaf, value in zip(model.space.leaves, values, strict=True)
+        }
+    finally:
+        model.restore(before)
 
 
 def _refuse_other_base(files: AdapterFiles, place: str, reasons: Sequence[str]) -> None:

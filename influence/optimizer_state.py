@@ -160,7 +160,8 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise AdapterError(
             f"{path} cannot be read as safetensors ({error}): copy the checkpoint again"
         ) from error
-    return {_leaf_name(key): shape for key, shape in shapes.items()}
+    # beside its matrices an adapter's file may hold weights of the base, which are not trained
+    return {_leaf_name(key): shape for key, shape in shapes.items() if ".lora_" in key}
 
 
 def _leaf_name(parameter: str) -> str:

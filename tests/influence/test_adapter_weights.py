@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import influence
-from tests.conftest import add_lora, build_base, build_tokenizer, examples, rows, tokens_of
+from influence.errors import AdapterError
+from tests.conftest import build_tokenizer, examples, rows, tokens_of
 from tests.helpers import edit_config, edit_weights, save, write_rows
 from tests.influence.toy_loading import (
     IDS,
@@ -19,6 +19,8 @@ from tests.influence.toy_loading import (
     by_peft,
     loop_gradients,
     rename,
+    resized,
+    saved_with_head,
     streamed,
     unloadable,
     weights_of,
@@ -100,8 +102,8 @@ def test_names_with_pefts_own_adapter_name_load_as_in_peft(tmp_path):
     assert influence.load(base, adapter, device="cpu").adapter_digest == right.adapter_digest
 
 
-def test_older_names_load_as_peft_loads_them(tmp_path):
-    """Nemotron-H called its body `backbone`; PEFT renames such adapters."""
+def nemotron(folder: Path):
+    """A base and an adapter of the architecture that called its body `backbone` before."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, NemotronHConfig
 
@@ -119,27 +121,42 @@ def test_older_names_load_as_peft_loads_them(tmp_path):
     )
     torch.manual_seed(0)
     body = AutoModelForCausalLM.from_config(config).float()
-    body.save_pretrained(tmp_path / "base")
-    build_tokenizer().save_pretrained(tmp_path / "base")
+    body.save_pretrained(folder / "base")
+    build_tokenizer().save_pretrained(folder / "base")
     settings = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(body, settings)
     for name, weight in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=0.3)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(folder / "adapter")
     rename(
-        tmp_path / "adapter", lambda key: key.replace("model.model.layers", "model.backbone.layers")
+        folder / "adapter", lambda key: key.replace("model.model.layers", "model.backbone.layers")
     )
-    assert all("backbone" in key for key in load_file(weights_of(tmp_path / "adapter")))
-    loaded = influence.load(tmp_path / "base", tmp_path / "adapter", device="cpu")
-    assert torch.equal(
-        loaded.model(IDS).logits, by_peft(tmp_path / "base", tmp_path / "adapter")(IDS).logits
-    )
-    assert torch.equal(loaded.model(IDS).logits, model.eval()(IDS).logits)
-    rename(tmp_path / "adapter", lambda key: key.replace("layers.1", "layers.7"))
-    unloadable(
-        tmp_path / "base", tmp_path / "adapter", r"layers\.7\.mixer\.up_proj: the base has no"
-    )
+    assert all("backbone" in key for key in load_file(weights_of(folder / "adapter")))
+    return folder / "base", folder / "adapter", model.eval()
+
+
+def test_older_names_load_as_peft_loads_them(tmp_path):
+    base, adapter, model = nemotron(tmp_path)
+    loaded = influence.load(base, adapter, device="cpu")
+    assert torch.equal(loaded.model(IDS).logits, by_peft(base, adapter)(IDS).logits)
+    assert torch.equal(loaded.model(IDS).logits, model(IDS).logits)
+    rename(adapter, lambda key: key.replace("layers.1", "layers.7"))
+    unloadable(base, adapter, r"layers\.7\.mixer\.up_proj: the base has no such layer")
+
+
+def test_checkpoints_of_older_names_are_read_as_peft_reads_them(tmp_path):
+    from influence.path import read_parameters
+
+    base, adapter, _ = nemotron(tmp_path)
+    loaded = influence.load(base, adapter, device="cpu")
+    edit_weights(weights_of(adapter), lambda t: t.update({key: 2 * t[key] for key in t}))
+    before = loaded.snapshot()
+    assert torch.equal(read_parameters(loaded, adapter), 2 * before)
+    assert torch.equal(loaded.snapshot(), before)
+    rename(adapter, lambda key: key.replace("layers.1", "layers.7"))
+    with pytest.raises(AdapterError, match=r"layers\.7\.mixer.* is not in the adapter"):
+        read_parameters(loaded, adapter)
 
 
 def test_a_layer_of_another_name_is_pointed_to(tmp_path):
@@ -154,21 +171,6 @@ def test_a_layer_of_another_name_is_pointed_to(tmp_path):
 
 
 # ---- the base's weights in the adapter's file ----------------------------------------------------
-
-
-def saved_with_head(folder: Path, tie: bool, **options):
-    """A base and an adapter of its head, as PEFT itself saves them."""
-    base = build_base(layers=1, dtype=torch.float32, tie=tie)
-    base.save_pretrained(folder / "base")
-    build_tokenizer().save_pretrained(folder / "base")
-    options = {"target_modules": ["q_proj", "lm_head"]} | options
-    base.config._name_or_path = base.name_or_path = str(folder / "base")
-    model = add_lora(base, **options).float().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder / "adapter")
-    edit_config(folder / "adapter", base_model_name_or_path=str(folder / "base"))
-    return folder / "base", folder / "adapter", model
 
 
 @pytest.mark.parametrize(
@@ -217,21 +219,6 @@ def test_another_weight_in_the_file_is_an_error_by_name(tmp_path):
 
 
 # ---- more tokens than the base has ---------------------------------------------------------------
-
-
-def resized(folder: Path, tie: bool, count: int, **options):
-    """A base and an adapter trained on it with other than its own number of tokens."""
-    base = build_base(layers=1, dtype=torch.float32, tie=tie)
-    base.save_pretrained(folder / "base")
-    build_tokenizer().save_pretrained(folder / "base")
-    base.resize_token_embeddings(count, mean_resizing=False)
-    base.config._name_or_path = base.name_or_path = str(folder / "base")
-    model = add_lora(base, **(LLAMA | options)).float().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder / "adapter")
-    edit_config(folder / "adapter", base_model_name_or_path=str(folder / "base"))
-    return folder / "base", folder / "adapter", model
 
 
 @pytest.mark.parametrize("count", [27, 20])

@@ -12,7 +12,8 @@ import torch
 
 import influence
 from influence.errors import AdapterError
-from tests.helpers import edit_weights
+from tests.conftest import add_lora, build_base, build_tokenizer
+from tests.helpers import edit_config, edit_weights
 
 LLAMA = {"target_modules": ["q_proj", "v_proj"]}
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -79,3 +80,33 @@ def streamed(model, tokens) -> np.ndarray:
     for numbers, gradients, _ in stream_gradients(model, tokens):
         out[numbers] = gradients.double().numpy()
     return out
+
+
+def saved_with_head(folder: Path, tie: bool, **options):
+    """A base and an adapter of its head, as PEFT itself saves them."""
+    base = build_base(layers=1, dtype=torch.float32, tie=tie)
+    base.save_pretrained(folder / "base")
+    build_tokenizer().save_pretrained(folder / "base")
+    options = {"target_modules": ["q_proj", "lm_head"]} | options
+    base.config._name_or_path = base.name_or_path = str(folder / "base")
+    model = add_lora(base, **options).float().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder / "adapter")
+    edit_config(folder / "adapter", base_model_name_or_path=str(folder / "base"))
+    return folder / "base", folder / "adapter", model
+
+
+def resized(folder: Path, tie: bool, count: int, **options):
+    """A base and an adapter trained on it with other than its own number of tokens."""
+    base = build_base(layers=1, dtype=torch.float32, tie=tie)
+    base.save_pretrained(folder / "base")
+    build_tokenizer().save_pretrained(folder / "base")
+    base.resize_token_embeddings(count, mean_resizing=False)
+    base.config._name_or_path = base.name_or_path = str(folder / "base")
+    model = add_lora(base, **(LLAMA | options)).float().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder / "adapter")
+    edit_config(folder / "adapter", base_model_name_or_path=str(folder / "base"))
+    return folder / "base", folder / "adapter", model
