@@ -15,7 +15,6 @@ from tests.helpers import edit_config, edit_weights, save
 from tests.influence.toy_loading import (
     IDS,
     LLAMA,
-    by_peft,
     rename,
     unloadable,
     weights_of,
@@ -206,31 +205,44 @@ def test_initialisations_that_leave_the_base_alone_are_fine(tmp_path, init):
     assert (loaded.base_digest, loaded.adapter_digest) == (right.base_digest, right.adapter_digest)
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["initial-kept", "initial-made-again"])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_the_recipe_that_makes_plain_lora_of_pissa_is_right(tmp_path, init, monkeypatch):
+def test_the_recipe_that_makes_plain_lora_of_pissa_is_right(tmp_path, init, kept, monkeypatch):
     """That of docs/choosing.md. The converted adapter on the base is the trained model."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
 
+    def fresh():
+        return AutoModelForCausalLM.from_pretrained("base")
+
+    def initialised():
+        settings = {"init_lora_weights": init, "task_type": "CAUSAL_LM", **LLAMA}
+        return get_peft_model(fresh(), LoraConfig(r=2, **settings))
+
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    base = build_base(layers=1, dtype=torch.float32)
-    base.save_pretrained(tmp_path / "base")
-    build_tokenizer().save_pretrained(tmp_path / "base")
-    config = LoraConfig(r=2, init_lora_weights=init, task_type="CAUSAL_LM", **LLAMA)
-    model = get_peft_model(base, config)
+    build_base(layers=1, dtype=torch.float32).save_pretrained("base")
+    build_tokenizer().save_pretrained("base")
+    model = initialised()
     with pytest.raises(AdapterError, match="changed the base before training"):
         influence.from_peft(model, build_tokenizer())
-    model.peft_config["default"].init_lora_weights = True
-    monkeypatch.chdir(tmp_path)
-    model.save_pretrained("initial")
+    if kept:
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained("initial")
     for name, weight in model.named_parameters():  # as training moves them
         if "lora_" in name:
             weight.data += 0.1 * torch.randn_like(weight)
+    right = model.eval()(IDS).logits
+    if not kept:
+        model.save_pretrained("trained")
+        model = PeftModel.from_pretrained(fresh(), "trained")
+        model.peft_config["default"].init_lora_weights = True
+        first = initialised()
+        first.peft_config["default"].init_lora_weights = True
+        first.save_pretrained("initial")
     model.save_pretrained("plain", path_initial_model_for_weight_conversion="initial")
-    loaded = influence.load(tmp_path / "base", tmp_path / "plain", device="cpu")
-    assert torch.allclose(loaded.model(IDS).logits, model.eval()(IDS).logits, atol=1e-4)
-    with loaded.model.disable_adapter():
-        own = by_peft(tmp_path / "base", tmp_path / "plain").get_base_model()
-        assert loaded.base_digest  # the base is that of its files, not a residual
-        for name, weight in own.named_parameters():
-            if ".lora_" not in name:
-                assert torch.equal(weight, loaded.model.get_base_model().get_parameter(name))
+    loaded = influence.load("base", "plain", device="cpu")
+    assert torch.allclose(loaded.model(IDS).logits, right, atol=1e-4)
+    base = loaded.model.unload()
+    for name, weight in fresh().named_parameters():
+        assert torch.equal(weight, base.get_parameter(name))
