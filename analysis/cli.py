@@ -98,7 +98,8 @@ def evaluate(options: Evaluate) -> None:
     from analysis.evaluation.evaluation import evaluate as measure
     from analysis.evaluation.sets import parted
     from analysis.evaluation.table import table
-    from influence.loading import adapter_folder, load
+    from influence.adapter_files import adapter_folder
+    from influence.loading import load
     from influence.store import write_json
 
     files = {"forget": options.forget, "retain": options.retain, "holdout": options.holdout}
@@ -113,10 +114,7 @@ def evaluate(options: Evaluate) -> None:
     model = load(
         options.model,
         options.adapter,
-        dtype=options.dtype,
-        device=options.device,
-        checkpointing=options.checkpointing,
-        trust_remote_code=options.trust_remote_code,
+        **keywords(TypedLoadingOptions, options),
     )
     result = measure(
         model,
@@ -259,7 +257,7 @@ def _truth(options: Lds, scores: Scores) -> Truth:
     console.quiet_transformers()
     return retrained_truth(
         scores,
-        Run.open(options.run, device=options.device),
+        Run.open(options.run, **keywords(DeviceOption, options)),
         queries,
         subsets=SUBSETS if options.subsets is None else options.subsets,
         subset_seed=options.subset_seed or SUBSET_SEED,
@@ -342,7 +340,11 @@ def tune(options: Tune) -> None:
 
     truth = None if options.truth is None else read_truth(options.truth)
     console.quiet_transformers()
-    run = Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code)
+    run = Run.open(
+        options.run,
+        trust_remote_code=options.trust_remote_code,
+        **keywords(DeviceOption, options),
+    )
     if options.forget:
         drop(run)
         text = f"{options.run}: scores use what it was fitted with"
@@ -417,7 +419,11 @@ def memorization(options: Memorization) -> None:
         holdout = read_examples(options.holdout, columns=options.columns)
     console.quiet_transformers()
     result = measure(
-        Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code),
+        Run.open(
+            options.run,
+            trust_remote_code=options.trust_remote_code,
+            **keywords(DeviceOption, options),
+        ),
         options.truth,
         dampings=dampings,
         canaries=canaries,
@@ -463,7 +469,11 @@ def ood(options: Ood) -> None:
     other = read_examples(options.other, columns=options.columns)
     console.quiet_transformers()
     result = study(
-        Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code),
+        Run.open(
+            options.run,
+            trust_remote_code=options.trust_remote_code,
+            **keywords(DeviceOption, options),
+        ),
         holdout,
         other,
         options.out,
@@ -525,7 +535,7 @@ def report(options: Report) -> None:
             )
         holdout = None if options.holdout is None else read_examples(options.holdout)
         console.quiet_transformers()
-        run = Run.open(path, device=options.device)
+        run = Run.open(path, **keywords(DeviceOption, options))
         compared = agreement(run, options.edit, options.retrained, holdout)
     page = write_report(options.edit, options.out, compared=compared, overwrite=options.overwrite)
     result = {

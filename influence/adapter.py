@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from influence.errors import InputError
+from influence.manifest import LoadingRecord
 
 #: What PEFT puts before a layer's own path in parameter names and safetensors keys.
 PREFIX = "base_model.model."
@@ -105,8 +106,8 @@ class AdaptedModel:
     """A base model with exactly one active LoRA adapter, ready to be differentiated.
 
     Made by `load` (from folders or hub ids) or `from_peft` (from a live `PeftModel`). `base` and
-    `adapter` are the references it was loaded from, for the record only; identity is told by the
-    digests.
+    `adapter` are the references it was loaded from, and `loading` how, for the record only;
+    identity is told by the digests.
     """
 
     model: Any
@@ -115,6 +116,7 @@ class AdaptedModel:
     space: ParamSpace
     base: str
     adapter: str
+    loading: LoadingRecord = LoadingRecord()  # noqa: RUF009 (frozen)
 
     @property
     def device(self) -> torch.device:

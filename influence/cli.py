@@ -23,6 +23,7 @@ from influence.options import (
     RunOption,
     TypedLoadingOptions,
     command,
+    keywords,
     option,
     points,
 )
@@ -477,10 +478,7 @@ def _load(options: Fit | Check) -> AdaptedModel:
     return load(
         options.model,
         options.adapter,
-        dtype=options.dtype,
-        device=options.device,
-        checkpointing=options.checkpointing,
-        trust_remote_code=options.trust_remote_code,
+        **keywords(TypedLoadingOptions, options),
     )
 
 
@@ -492,9 +490,7 @@ def _open(options: Score | Self) -> Run:
     console.quiet_transformers()
     run = Run.open(
         options.run,
-        device=options.device,
-        checkpointing=options.checkpointing,
-        trust_remote_code=options.trust_remote_code,
+        **keywords(LoadingOptions, options),
     )
     edited = run.manifest.now
     if edited is not None:

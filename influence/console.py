@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from influence.errors import InputError, ToolkitError
+from influence.errors import InputError, ToolkitError, memory_is_short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,7 +63,7 @@ def main(application: typer.Typer) -> Callable[[], None]:
                 raise
             hint = (
                 "lower --token-budget, or load the base with --dtype bfloat16; "
-                if _out_of_memory(error)
+                if memory_is_short(error)
                 else ""
             )
             message = f"{type(error).__name__}: {printable(str(error))}"
@@ -118,10 +118,6 @@ def printable(text: str) -> str:
     Control characters, which could move the cursor, become spaces.
     """
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
 
 
 def finite(value: Any) -> Any:

@@ -42,7 +42,6 @@ from influence.manifest import (
     differences,
     digest_of,
     recorded_identity,
-    whole,
     write_manifest,
 )
 from influence.optimizer_state import OptimizerState, second_moments
@@ -213,6 +212,8 @@ def _manifest(
     }
     if rendering.supervise != AS_BEFORE["supervise"]:
         identity["supervise"] = rendering.supervise
+    if model.loading.attn_implementation is not None:  # the bits are in the base's digest
+        identity["attn_implementation"] = model.loading.attn_implementation
     return Manifest(
         format=FORMAT,
         digest=digest_of(identity),
@@ -240,6 +241,7 @@ def _manifest(
         seed=seed,
         token_budget=token_budget,
         dtype=dtype,
+        loading=model.loading,
         versions=versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
@@ -263,7 +265,7 @@ def _finished_before(directory: Path, manifest: Manifest) -> bool:
     """Whether the directory holds this very run, complete."""
     if not (directory / "manifest.json").is_file():
         return False
-    if differences(recorded_identity(directory), whole(manifest.identity)):
+    if differences(recorded_identity(directory), manifest.identity, whole=True):
         return False
     return begun_manifest(directory).complete
 
@@ -330,7 +332,7 @@ def _claim(
             "replaced: give another --run directory"
         )
     if path.exists():
-        different = differences(recorded_identity(directory), whole(manifest.identity))
+        different = differences(recorded_identity(directory), manifest.identity, whole=True)
         if not different and not overwrite:
             existing = begun_manifest(directory)
             if not existing.complete:

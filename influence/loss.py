@@ -10,7 +10,7 @@ Losses are cross-entropies in nats. `l_i` is the **sum** over example i's superv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -106,15 +106,36 @@ def check_rows(model: AdaptedModel, tokens: TokenizedExamples) -> None:
             reason = f"{len(item.input_ids)} tokens, and the model has {positions} positions"
             bad.append(BadRow(number, id, reason))
         elif int(item.input_ids.max()) >= vocabulary:
-            reason = f"token id {int(item.input_ids.max())}, and the model embeds {vocabulary}"
-            bad.append(BadRow(number, id, reason))
+            token = _token_text(model, int(item.input_ids.max()))
+            bad.append(BadRow(number, id, f"{token}, and the model embeds {vocabulary} tokens"))
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(tokens)} rows do not fit the model: truncate long ones with "
-            "--max-length, and use the tokenizer that the model was trained with:",
-            bad,
+            f"{len(bad)} of {len(tokens)} rows do not fit the model. {_advice(bad)}:", bad
         )
     refuse_mixed_documents(model, tokens)
+
+
+def _token_text(model: AdaptedModel, number: int) -> str:
+    """A token by its id and, where the tokenizer has it, its text."""
+    try:
+        text = model.tokenizer.convert_ids_to_tokens(number)
+    except (AttributeError, IndexError, KeyError, OverflowError):
+        text = None
+    return f"token id {number}" if text is None else f"token id {number} ({text!r})"
+
+
+def _advice(bad: Sequence[BadRow]) -> str:
+    """What to do about rows that are too long, and about tokens that the model has not."""
+    advice = []
+    if any("positions" in row.reason for row in bad):
+        advice.append("Truncate long ones with --max-length")
+    if any("embeds" in row.reason for row in bad):
+        advice.append(
+            "The tokenizer has tokens that the base has no embedding for: if training added them, "
+            "save the adapter with save_pretrained(..., save_embedding_layers=True), or pass the "
+            "resized base (--model); else use the tokenizer that the model was trained with"
+        )
+    return ". ".join(advice)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

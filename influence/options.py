@@ -275,14 +275,26 @@ class DeviceOption:
     """Where the model runs."""
 
     device: str = option("auto, cpu, cuda, cuda:1 ...", default="auto")
+    device_map: str | None = option(
+        "In place of --device: auto spreads the layers over all accelerators.", default=None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TypeOption:
-    """The number type of the base."""
+    """The numbers of the base: their type, and what else changes them while it is loaded."""
 
     dtype: str = option(
-        "The base's type: float32, bfloat16, float16 or float64.", default="float32"
+        "The base's type: float32, bfloat16, float16, float64, or auto: as it is saved.",
+        default="float32",
+    )
+    load_in_4bit: bool = option(
+        "Quantise the base to 4 bits while it is loaded, as QLoRA does.", default=False
+    )
+    load_in_8bit: bool = option("Quantise the base to 8 bits (bitsandbytes).", default=False)
+    attn_implementation: str | None = option(
+        "Attention of transformers: eager, sdpa, flash_attention_2 ... Default: its own choice.",
+        default=None,
     )
 
 

@@ -14,7 +14,7 @@ map is applied when they are read.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,10 +78,13 @@ class Run:
         train: Examples | None = None,
         curvature: Specification | None = None,
         device: str = "auto",
+        device_map: str | None = None,
         checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> Run:
         """Open a run directory with the base, adapter and data it records (or those given).
+
+        The base is loaded as it was for the fit: in its type, its bits, with its attention.
 
         Raises `MismatchError`, naming what differs, if base, adapter, data or tokenizer are not
         those it was made from; `InputError` if it is no run or an unfinished one. `curvature`: the
@@ -100,7 +103,9 @@ class Run:
                 manifest.base.path,
                 manifest.adapter.path,
                 dtype=manifest.dtype,
+                **asdict(manifest.loading),
                 device=device,
+                device_map=device_map,
                 checkpointing=checkpointing,
                 trust_remote_code=trust_remote_code,
             )

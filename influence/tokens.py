@@ -285,10 +285,12 @@ def _render(
         try:
             tokenizer.get_chat_template()
         except (ValueError, AttributeError) as error:
+            place = getattr(tokenizer, "name_or_path", "")
             raise DataError(
-                f"{conversations} of {len(examples)} rows have messages, but the tokenizer has no "
-                "chat template; set tokenizer.chat_template, load a tokenizer saved with one, or "
-                "give the rows as prompt and completion"
+                f"{conversations} of {len(examples)} rows have messages, but the tokenizer"
+                f"{f' of {place}' * bool(place)} has no chat template; set "
+                "tokenizer.chat_template, load a tokenizer saved with one, or give the rows as "
+                "prompt and completion"
             ) from error
     rendered: list[Rendered | None] = []
     bad: list[BadRow] = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from influence import console
 from influence.errors import InputError
 from influence.options import (
+    DeviceOption,
     JsonOption,
     LoadingOptions,
     OutputOptions,
@@ -71,7 +72,7 @@ def _retrain_once(options: Retrain, recipe: Recipe | None) -> None:
     kept_epochs = list(options.keep_epochs or ())
     console.quiet_transformers()
     folder = train_again(
-        Run.open(options.run, train=rows, device=options.device),
+        Run.open(options.run, train=rows, **keywords(DeviceOption, options)),
         removed,
         out=options.out,
         recipe=recipe,
@@ -98,7 +99,7 @@ def _retrain_on_subsets(options: Retrain, subsets: int, recipe: Recipe | None) -
     assert options.queries is not None
     queries = read_examples(options.queries, columns=options.columns)
     console.quiet_transformers()
-    run = Run.open(options.run, device=options.device)
+    run = Run.open(options.run, **keywords(DeviceOption, options))
     fraction = SUBSET_FRACTION if options.fraction is None else options.fraction
     seed = SUBSET_SEED if options.subset_seed is None else options.subset_seed
     masks = random_halves(len(run.train), subsets, seed, fraction=fraction)
@@ -289,9 +290,7 @@ def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) ->
     run = Run.open(
         options.run,
         train=rows,
-        device=options.device,
-        checkpointing=options.checkpointing,
-        trust_remote_code=options.trust_remote_code,
+        **keywords(LoadingOptions, options),
     )
     how = keywords(EditOptions, options)
     if out is None:
@@ -423,9 +422,7 @@ def train(options: Train) -> None:
     run = Run.open(
         options.run,
         train=rows,
-        device=distributed.join(options.device),
-        checkpointing=options.checkpointing,
-        trust_remote_code=options.trust_remote_code,
+        **keywords(LoadingOptions, options) | {"device": distributed.join(options.device)},
     )
     refuse_out(run, options.out, options.overwrite)
     checkpoint = options.out.with_name(options.out.name + ".training")
@@ -502,8 +499,8 @@ def difficulty(options: Difficulty) -> None:
     run = Run.open(
         options.run,
         train=rows,
-        device=options.device,
         trust_remote_code=options.trust_remote_code,
+        **keywords(DeviceOption, options),
     )
     groups = by_group(run, ids) if options.by_group else None
     if groups is not None:
