@@ -108,6 +108,7 @@ def evaluate(options: Evaluate) -> None:
         options.model,
         options.adapter,
         dtype=options.dtype,
+        compute=options.compute,
         device=options.device,
         checkpointing=options.checkpointing,
         trust_remote_code=options.trust_remote_code,

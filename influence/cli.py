@@ -374,15 +374,27 @@ class Check(AdapterOptions, LengthOption, TypedLoadingOptions, JsonOption):
 
 @command(app, Check)
 def check(options: Check) -> None:
-    """Compare the streamed per-example gradients of *your* model with a plain one-example loop."""
-    from influence.gradients import check_gradients
+    """Compare the streamed per-example gradients of *your* model with a plain one-example loop, and
+    the number type it computes in with a wider one.
+    """
+    from influence.gradient_check import check_gradients
     from influence.rows import read_examples
 
     console.at_least("--rows", options.rows, 1)
     examples = read_examples(options.train)[: options.rows]
     model = _load(options)
     result = check_gradients(model, examples, max_length=options.max_length)
-    record = {"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}
+    record = {
+        "ok": result.ok,
+        "tolerance": result.tolerance,
+        "errors": result.errors,
+        "computed": result.computed,
+        "reference": result.reference,
+        "precision": result.precision,
+        "precise": result.precise,
+        "wide_tolerance": result.wide_tolerance,
+        "wide_errors": result.wide_errors,
+    }
     console.emit(record, str(result), options.json)
     if not result.ok:
         raise SystemExit(1)
@@ -428,6 +440,7 @@ def _load(options: Fit | Check) -> AdaptedModel:
         options.model,
         options.adapter,
         dtype=options.dtype,
+        compute=options.compute,
         device=options.device,
         checkpointing=options.checkpointing,
         trust_remote_code=options.trust_remote_code,

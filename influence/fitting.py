@@ -27,6 +27,7 @@ from influence.damping import Damping
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
 from influence.fitted_point import CHECKPOINT, PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
+from influence.gradient_check import measure_precision, precision_note
 from influence.loss import check_rows, weights
 from influence.manifest import (
     AUDIT,
@@ -45,6 +46,7 @@ from influence.manifest import (
 )
 from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, Point, check_path, points
+from influence.precision import compute_record
 from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run, update_manifest
@@ -160,6 +162,7 @@ def fit(
         existing = _claim(directory, manifest, curvature, overwrite)
         run = Run(directory, existing or manifest, model, train, tokens, curvature)
         if existing is None:
+            _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
         _calibrate(run)
     return run
@@ -204,6 +207,8 @@ def _manifest(
         "dtype": dtype,
         "store": store,
     }
+    if (computed := compute_record(model)) != "own":
+        identity["compute"] = computed
     return Manifest(
         format=FORMAT,
         digest=digest_of(identity),
@@ -226,9 +231,28 @@ def _manifest(
         seed=seed,
         token_budget=token_budget,
         dtype=dtype,
+        compute=computed,
         versions=versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
+
+
+def _measure_precision(run: Run) -> None:
+    """Measure the error of 16-bit gradients on a few rows, before the work that is made of them.
+
+    It is largest at the end of the path, where the rows are learnt best and the model is now.
+    """
+    try:
+        record = measure_precision(run.model, run.tokens, token_budget=run.manifest.token_budget)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        say(f"note: the error of 16-bit gradients could not be measured ({error})")
+        return
+    if record is None:
+        return
+    run.manifest = replace(run.manifest, precision=record)
+    write_manifest(run.directory, run.manifest)
+    if note := precision_note(record):
+        say(note)
 
 
 def _calibrate(run: Run) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,7 +34,6 @@ from influence.cost import Cost
 from influence.errors import AdapterError, NumericalError
 from influence.loss import (
     Supervised,
-    check_rows,
     loss_gradient,
     probabilities,
     sample_labels,
@@ -43,8 +41,7 @@ from influence.loss import (
     token_losses,
 )
 from influence.measurements import MeanLoss, Measurement
-from influence.rows import Examples
-from influence.tokens import TokenizedExamples, tokenize
+from influence.tokens import TokenizedExamples
 
 #: What a tap hands over: leaf number, inputs [b, T, d_in], output gradients [b, T, d_out], valid
 #: tokens [b, T].
@@ -346,88 +343,6 @@ def sampled_gradients(
     for draw in range(draws):
         gradient = sampled_gradient(part, probs, batch_uniforms(tokens, batch.indices, seed, draw))
         yield recorder.gradients(part, gradient, last=draw == draws - 1)
-
-
-# ---- the public self-check -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GradientCheck:
-    """Largest relative error of each leaf in `check_gradients`, and the verdict."""
-
-    errors: dict[str, float]
-    tolerance: float
-    examples: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether every leaf's error is within the tolerance."""
-        return all(error <= self.tolerance for error in self.errors.values())
-
-    def __str__(self) -> str:
-        """One sentence, with the worst leaf."""
-        worst = max(self.errors, key=lambda name: self.errors[name])
-        verdict = "agree" if self.ok else "DISAGREE"
-        return (
-            f"streamed and one-example gradients {verdict} on {self.examples} examples: worst "
-            f"relative error {self.errors[worst]:.1e} at {worst} (tolerance {self.tolerance:.0e})"
-        )
-
-
-def check_gradients(
-    model: AdaptedModel,
-    examples: Examples,
-    *,
-    max_length: int | None = None,
-    tolerance: float | None = None,
-) -> GradientCheck:
-    """Compare the streamed gradients of *your* model with a plain one-example autograd loop.
-
-    The loop runs each example alone, without taps, with the full logits, and differentiates the
-    summed cross-entropy by the LoRA parameters. The error of a leaf is `max_i |g_i - loop_i| /
-    max_i |loop_i|` (Euclidean norms; a leaf whose gradient vanishes is measured against 1e-6 of the
-    whole gradient's). Default tolerance: 1e-10 in float64, 1e-4 in float32 and 5e-2 where a base
-    computes in 16 bits (bfloat16, float16, or 8-bit layers).
-    """
-    tokens = tokenize(examples, model.tokenizer, max_length=max_length)
-    check_rows(model, tokens)
-    streamed = torch.empty(len(tokens), model.space.size, dtype=model.dtype, device=model.device)
-    for rows, gradients, _ in stream_gradients(model, tokens):
-        streamed[torch.from_numpy(rows)] = gradients
-    loop = torch.stack([_loop_gradient(model, tokens, i) for i in range(len(tokens))])
-    errors = {}
-    for leaf in model.space.leaves:
-        difference = (streamed - loop)[:, leaf.slice].norm(dim=1).max()
-        scale = (
-            loop[:, leaf.slice]
-            .norm(dim=1)
-            .max()
-            .clamp(min=1e-6 * float(loop.norm(dim=1).max()) + 1e-30)
-        )
-        errors[leaf.name] = float(difference / scale)
-    if tolerance is None:
-        base_dtype = next(model.model.parameters()).dtype
-        if any(type(module).__name__ == "Linear8bitLt" for module in model.model.modules()):
-            base_dtype = torch.float16  # bitsandbytes casts the inputs of 8-bit layers to it
-        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(base_dtype, 5e-2)
-    return GradientCheck(errors, tolerance, len(tokens))
-
-
-def _loop_gradient(model: AdaptedModel, tokens: TokenizedExamples, index: int) -> Tensor:
-    """Gradient `[P]` of one example's summed loss by plain autograd, without taps."""
-    ids = torch.from_numpy(tokens[index].input_ids).to(model.device)
-    targets = torch.where(torch.from_numpy(tokens[index].supervised).to(model.device), ids, -100)
-    with model.evaluating(model.parameters), torch.enable_grad():
-        logits = model.model(input_ids=ids[None]).logits[0, :-1]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = nn.functional.cross_entropy(logits, targets[1:], ignore_index=-100, reduction="sum")
-        parts = torch.autograd.grad(loss, model.parameters, allow_unused=True)
-    return model.space.flatten(
-        [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(model.parameters, parts, strict=True)
-        ]
-    )
 
 
 # ---- the gradient of a weighted sum --------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import nn
 
 from influence.adapter import PREFIX, AdaptedModel, ParamSpace, Site, weight_key
 from influence.errors import AdapterError, InputError, NumericalError
+from influence.precision import HALF, compute_in, type_name
 from influence.progress import say
 
 #: Types of a base's weights, by the name that `load` takes.
@@ -27,6 +28,8 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+#: What a base computes in, as `load` takes it.
+COMPUTE = ("auto", "float32", "own")
 
 
 def load(
@@ -34,6 +37,7 @@ def load(
     adapter: str | Path,
     *,
     dtype: str = "float32",
+    compute: str = "auto",
     device: str = "auto",
     checkpointing: bool = False,
     trust_remote_code: bool = False,
@@ -52,6 +56,11 @@ def load(
         `float32`, `bfloat16`, `float16` or `float64`: type of the base's weights. The LoRA
         parameters, their gradients and all sums are float32 under a bfloat16 base, else of the same
         type. A quantised base keeps its own.
+    compute
+        What a 16-bit or quantised base computes in. `float32`: its weights are cast up, layer by
+        layer, for the time of each product, which takes no more memory and makes gradients as right
+        as those of a float32 base. `own`: in 16 bits. `auto`: float32 for a 16-bit base on a CPU,
+        where it is the faster one, else its own.
     device
         `auto` (cuda, else cpu) or any torch device that has float64 (mps does not).
     checkpointing
@@ -72,6 +81,8 @@ def load(
         _refuse_mistyped_path(place)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} was given; expected one of {', '.join(DTYPES)}")
+    if compute not in COMPUTE:
+        raise InputError(f"compute {compute!r} was given; expected one of {', '.join(COMPUTE)}")
     folder = adapter_folder(adapter)
     config = _read_config(folder / "adapter_config.json")
     refuse(f"adapter {str(adapter)!r} cannot be used", _unsupported_options(config))
@@ -103,6 +114,10 @@ def load(
         "its file lacks",
         [f"{key.removeprefix(PREFIX)} is missing" for key in wanted if key not in shapes],
     )
+    quantised = getattr(body.config, "quantization_config", None) is not None
+    on_cpu = compute == "auto" and loaded.device.type == "cpu" and not quantised
+    if (compute == "float32" or on_cpu) and (quantised or DTYPES[dtype] in HALF):
+        compute_in(body, torch.float32)
     if checkpointing:
         getattr(body, "activation_checkpointing_enable", body.gradient_checkpointing_enable)()
     return loaded
@@ -325,6 +340,12 @@ def _load_base(base: str, dtype: torch.dtype, device: torch.device, trust_remote
             say(
                 f"note: the base is saved as {saved} and loaded as float32; --dtype {saved} takes "
                 "half the memory"
+            )
+        if not quantised and saved == "float32" and dtype in HALF:
+            say(
+                f"note: the base is saved as float32 and loaded as {type_name(dtype)}, which rounds "
+                "its weights: right where the adapter was trained on them rounded so; else "
+                "--dtype float32"
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(

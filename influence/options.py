@@ -247,6 +247,11 @@ class TypeOption:
     dtype: str = option(
         "The base's type: float32, bfloat16, float16 or float64.", default="float32"
     )
+    compute: str = option(
+        "What a 16-bit base computes in: float32 (memory of 16 bits, gradients of float32), own, "
+        "or auto (float32 on a CPU).",
+        default="auto",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

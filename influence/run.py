@@ -39,6 +39,7 @@ from influence.loss import check_rows, weights
 from influence.manifest import Manifest, change_manifest, differences, read_manifest
 from influence.measurements import Measurement
 from influence.path import Point, point_from_record, scaled
+from influence.precision import compute_record
 from influence.rows import Examples, read_examples
 from influence.store import (
     open_file,
@@ -97,6 +98,7 @@ class Run:
                 manifest.base.path,
                 manifest.adapter.path,
                 dtype=manifest.dtype,
+                compute=manifest.compute,
                 device=device,
                 checkpointing=checkpointing,
                 trust_remote_code=trust_remote_code,
@@ -113,6 +115,7 @@ class Run:
             "data": train.digest,
             "tokenizer": tokenizer_digest(model.tokenizer),
             "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
+            "compute": None if (computed := compute_record(model)) == "own" else computed,
         }
         different = differences(manifest.identity, given)
         if different:
