@@ -61,7 +61,7 @@ def gradients(model: AdaptedModel, tokens: TokenizedExamples) -> tuple[torch.Ten
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("model", "train", "queries"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--adapter", type=Path)
@@ -86,7 +86,9 @@ def main() -> None:
                 exact = gradients(model, rows)[0]
                 truth = gradients(model, asked)[0] @ exact.T
             errors = relative_errors(found, exact)
-            order = np.mean([spearmanr(*pair)[0] for pair in zip(products, truth, strict=True)])
+            order = float(
+                np.mean([spearmanr(a, b)[0] for a, b in zip(products, truth, strict=True)])
+            )
             print(
                 f"{dtype:9} {compute:9} {errors.median():8.1e} {errors.max():8.1e} {order:6.3f} "
                 f"{seconds:6.2f}",

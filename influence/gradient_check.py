@@ -33,7 +33,7 @@ from influence.tokens import TokenizedExamples, tokenize
 
 #: Error of a row's gradient beyond which its number type is not precise enough. At 8 % in the worst
 #: row gradient products kept their order (rank correlation 0.995 and more for each of 10 queries), at
-#: 19 % no longer (0.905 for one): `benchmarks/precision.py`, 28 November.
+#: 19 % no longer (0.905 for one): `benchmarks/precision.py`, 2026-11-28.
 PRECISE = 0.1
 #: Times a leaf's measured rounding error by which engine and loop may differ. Each of the two has
 #: an error of that size; the rest is for a kernel that adds up in another order.

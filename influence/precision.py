@@ -118,7 +118,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if type(module) is nn.Embedding:  # a lookup rounds nothing, and the table may be large
         return nn.Embedding.forward(module, *args, **kwargs).to(dtype)
     quantised = any(type(weight).__name__ in _QUANTISED for weight in held.values())
-    kind = nn.Linear if quantised else type(module)  # bitsandbytes' forward would round
+    kind: Any = nn.Linear if quantised else type(module)  # bitsandbytes' forward would round
     cast = {name: _cast_weight(module, weight, dtype) for name, weight in held.items()}
     with _cast_again_in_backward(module, held, cast, dtype), _in_place(module, cast):
         return kind.forward(
