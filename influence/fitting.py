@@ -127,6 +127,11 @@ def fit(
         path = () if checkpoints else curvature.default_path or DEFAULT_PATH
     scales = check_path(path)
     _check_options(geometry, store, token_budget, disk_budget)
+    if geometry == "function" and any(site.parameter for site in model.sites):
+        raise InputError(
+            "geometry function was given, and this adapter has fused experts, each with an A and B "
+            "of its own in one matrix: give raw or adam"
+        )
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
     _refuse_nameless(curvature)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from influence.adapter import AdaptedModel, ParamSpace
 from influence.batches import Batch, collate, plan_batches
 from influence.cost import Cost
 from influence.errors import AdapterError, NumericalError
+from influence.experts import SlotForward, outermost
 from influence.loss import (
     Supervised,
     loss_gradient,
@@ -41,6 +42,8 @@ from influence.loss import (
     token_losses,
 )
 from influence.measurements import MeanLoss, Measurement
+from influence.precision import computes_in
+from influence.progress import say
 from influence.tokens import TokenizedExamples
 
 #: What a tap hands over: leaf number, inputs [b, T, d_in], output gradients [b, T, d_out], valid
@@ -109,21 +112,32 @@ class _Tap(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, tape: Tape, leaf: int
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tape, ctx.leaf = tape, leaf
+        ctx.tape, ctx.leaf, ctx.row = tape, leaf, tape.row
         return nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        ctx.tape.show(ctx.leaf, x, grads[0])
+        ctx.tape.show(ctx.leaf, x, grads[0], ctx.row)
         return (grads[0] @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
 
 
 class Tape:
-    """The taps of one model: one forward per batch, then one backward per loss."""
+    """The taps of one model: one forward per batch, then one backward per loss.
+
+    A layer that sees the tokens of a batch neither by example nor in order, as an expert that is a
+    module of its own does, tells nothing of whose they are. Then the examples of a batch run one by
+    one (`apart`): slower, and right for every layer.
+    """
 
     def __init__(self, model: AdaptedModel) -> None:
         self.model = model
+        leaves = [(2 * i + side, site) for i, site in enumerate(model.sites) for side in (0, 1)]
+        #: leaves of fused experts, which see k slots for every token (`influence.experts`)
+        self.slots = {number for number, site in leaves if site.parameter}
+        self.apart = any(not site.parameter for site in model.routed)
+        self.row: int | None = None  # the example that runs, where they run one by one
+        self._pieces: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
         self.sink: Sink | None = None
         self.valid = torch.empty(0)
@@ -135,15 +149,60 @@ class Tape:
         # A position is valid if a token follows it: the last token of a row is an input in some
         # batches and cut off in others, and must count in none.
         self.valid = real[:, :-1] & real[:, 1:]
+        self.counts = batch.supervised[:, 1:].sum(1).tolist()
         with torch.enable_grad():
-            part = supervised_logits(self.model, batch)
-        self.counts = part.counts
+            part = None if self.apart else supervised_logits(self.model, batch)
+            if self.apart or part is None:  # a tap may just have found that they must
+                part = self._one_by_one(batch)
         if not bool(torch.isfinite(part.logits.detach().sum(dtype=torch.float64))):
             raise NumericalError(
                 "the model gives NaN or infinite logits on the training or query rows; load it "
                 "with another --dtype, or check it on the rows' text"
             )
         return part
+
+    def _one_by_one(self, batch: Batch) -> Supervised:
+        """The logits of a batch whose examples run alone, without padding."""
+        parts = []
+        for row, real in enumerate(batch.attention_mask.bool()):
+            alone = replace(
+                batch,
+                **{
+                    name: getattr(batch, name)[row : row + 1, real]
+                    for name in ("input_ids", "attention_mask", "supervised", "position_ids")
+                },
+                indices=batch.indices[row : row + 1],
+            )
+            with self.running(row):
+                parts.append(supervised_logits(self.model, alone))
+        logits, targets = (torch.cat([getattr(p, n) for p in parts]) for n in ("logits", "targets"))
+        return Supervised(logits, targets, [p.counts[0] for p in parts])
+
+    @contextmanager
+    def running(self, row: int | None) -> Iterator[None]:
+        """Within the block taps belong to the example at place `row` of the batch."""
+        before, self.row = self.row, row
+        try:
+            yield
+        finally:
+            self.row = before
+
+    @property
+    def examples(self) -> int:
+        """How many examples the forward that runs now has."""
+        return len(self.valid) if self.row is None else 1
+
+    def look(self, leaf: int, x: Tensor) -> None:
+        """Note whether a leaf's input `x` tells whose its tokens are."""
+        b, T = self.valid.shape
+        shapes = [(b, T), (1, sum(self.counts))] if x.dim() == 3 else [(b * T,)]
+        known = x.shape[:-1] in shapes or leaf in self.slots
+        if not known and self.row is None and not self.apart:
+            self.apart = True
+            say(
+                f"note: {self.model.space.leaves[leaf].name} sees {tuple(x.shape[:-1])} tokens of "
+                f"{b} rows of {T} and not whose they are: rows run one by one from here on"
+            )
 
     def run(self, batch: Batch, measurement: Measurement | None) -> tuple[Tensor, np.ndarray]:
         """Gradients `[b, P]` and values `[b]` of one batch, whose graph is gone afterwards."""
@@ -160,6 +219,7 @@ class Tape:
         torch.autograd.grad(
             logits, self.anchor, gradient.to(logits.dtype), retain_graph=not last, allow_unused=True
         )
+        self._show_pieces()
         self.sink = None
 
     def new_sink(self, buffer: Tensor | None = None) -> GradientSink:
@@ -176,31 +236,54 @@ class Tape:
         self.backward(part.logits, gradient, sink, last=last)
         return sink.rows
 
-    def show(self, leaf: int, x: Tensor, g: Tensor) -> None:
-        """Bring one leaf's tensors into the shape `[b, T, d]` and hand them to the sink."""
+    def show(self, leaf: int, x: Tensor, g: Tensor, row: int | None = None) -> None:
+        """Bring one leaf's tensors into the shape `[b, T, d]` and hand them to the sink.
+
+        Those of one example alone wait for the others'.
+        """
         assert self.sink is not None
+        if row is not None:
+            piece = (x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
+            self._pieces.setdefault((leaf, row), []).append(piece)
+            return
         b, T = self.valid.shape
         valid = self.valid
-        if x.dim() == 2 and x.shape[0] == b * T:  # some decoders flatten their tokens
+        if leaf in self.slots:
+            valid = valid.repeat_interleave(x.shape[1] // T, 1)
+        elif x.dim() == 2 and x.shape[0] == b * T:  # some decoders flatten their tokens
             x, g = x.unflatten(0, (b, T)), g.unflatten(0, (b, T))
         elif x.shape[0] == 1 and x.shape[1] == sum(self.counts) and (b, T) != x.shape[:2]:
             # an adapted LM head sees supervised positions only, one example after the other
-            x, g = (
-                nn.utils.rnn.pad_sequence(list(t[0].split(self.counts)), batch_first=True)
-                for t in (x, g)
-            )
-            valid = (
-                torch.arange(x.shape[1], device=x.device)
-                < torch.tensor(self.counts, device=x.device)[:, None]
-            )
-        if x.shape[:2] != valid.shape:
+            x, g, valid = _padded([t[0].split(self.counts) for t in (x, g)])
+        if x.shape[:-1] != valid.shape:
             raise AdapterError(
                 f"{self.model.space.leaves[leaf].name} sees tokens of shape {tuple(x.shape)} "
-                f"where {tuple(valid.shape)} + (width,) was expected: routed experts mix the "
-                "tokens of different examples, so their per-example gradients are not supported; "
-                "adapt attention and shared layers only"
+                f"where {tuple(valid.shape)} + (width,) was expected, and the gradients of single "
+                "rows cannot be told apart there; adapt other layers"
             )
         self.sink(leaf, x, g, valid)
+
+    def _show_pieces(self) -> None:
+        """Hand over what the leaves saw of examples that ran alone."""
+        assert self.sink is not None
+        rows = range(len(self.counts))
+        for leaf in sorted({leaf for leaf, _ in self._pieces}, reverse=True):
+            found = [self._pieces.pop((leaf, row), []) for row in rows]
+            like = next(piece for pieces in found for piece in pieces)
+            sides = [
+                [torch.cat([p[side] for p in pieces] or [like[side][:0]]) for pieces in found]
+                for side in (0, 1)
+            ]
+            self.sink(leaf, *_padded(sides))
+
+
+def _padded(sides: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs and output gradients of each example, padded with zeros to `[b, T, d]`, and which of
+    the tokens are valid `[b, T]`.
+    """
+    x, g = (nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in sides)
+    lengths = torch.tensor([len(part) for part in sides[0]], device=x.device)
+    return x, g, torch.arange(x.shape[1], device=x.device) < lengths[:, None]
 
 
 @contextmanager
@@ -213,9 +296,13 @@ def tape(model: AdaptedModel) -> Iterator[Tape]:
     leaves = [leaf for site in model.sites for leaf in (site.A, site.B)]
     forwards = {leaf: _tapped_forward(leaf, recorder, number) for number, leaf in enumerate(leaves)}
     forwards |= {
-        layer: partial(checkpoint, layer.forward, use_reentrant=False)
-        for layer in checkpointed_layers(model)
+        layer: _recomputed(layer.forward, recorder) for layer in checkpointed_layers(model)
     }
+    if recorder.slots:
+        forwards |= {
+            layer: SlotForward(layer, recorder, computes_in(layer))
+            for layer in outermost(model.model)
+        }
     with model.evaluating(), replaced_forwards(forwards):
         yield recorder
 
@@ -255,7 +342,26 @@ def checkpointed_layers(model: AdaptedModel) -> list[nn.Module]:
 
 
 def _tapped_forward(leaf: nn.Linear, recorder: Tape, number: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: _Tap.apply(x, leaf.weight, recorder.anchor, recorder, number)  # type: ignore[no-any-return]
+    def forward(x: Tensor) -> Tensor:
+        recorder.look(number, x)
+        return _Tap.apply(x, leaf.weight, recorder.anchor, recorder, number)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _recomputed(forward: Callable[..., Any], recorder: Tape) -> Callable[..., Any]:
+    """A layer's forward that is run again in the backward, for the same example."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        row = recorder.row
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with recorder.running(row):
+                return forward(*args, **kwargs)
+
+        return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+    return run
 
 
 def max_rows(space: ParamSpace) -> int:

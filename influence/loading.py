@@ -8,6 +8,7 @@ once, before any work. Weights are read from safetensors only.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from influence.adapter import PREFIX, AdaptedModel, ParamSpace, Site, weight_key
 from influence.errors import AdapterError, InputError, NumericalError
+from influence.experts import is_wrapper, refusal, stacks, take_plain_products
 from influence.precision import HALF, compute_in, type_name
 from influence.progress import say
 
@@ -96,7 +98,7 @@ def load(
     refuse(
         f"adapter {str(adapter)!r} was not made for base {str(base)!r} (judged by its sites' "
         "names and shapes); pass the base it was trained on",
-        _misfits(body, shapes),
+        _misfits(body, shapes, fused=bool(config.get("target_parameters"))),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -147,6 +149,8 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
     refuse("this adapter cannot be used", reasons)
 
     model.eval()
+    if next(model.parameters()).dtype == torch.float64:
+        take_plain_products(model)
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights in place for a CPU kernel that has no backward; keep it
         # from doing so
@@ -202,8 +206,11 @@ def _lora_sites(model: Any, name: str) -> tuple[list[Site], list[str]]:
                 f"{path}: LoRA on {type(layer.get_base_layer()).__name__} is not supported; on "
                 "nn.Linear and Conv1D it is"
             )
+        elif is_wrapper(layer) and (reason := refusal(layer)):
+            reasons.append(f"{path}: {reason}")
         else:
-            sites.append(Site(path, layer, A, B, float(layer.scaling[name])))
+            parameter = layer.parameter_name if is_wrapper(layer) else ""
+            sites.append(Site(path, layer, A, B, float(layer.scaling[name]), parameter))
     adapted = {id(weight) for site in sites for weight in (site.A.weight, site.B.weight)}
     outside = [
         key
@@ -379,17 +386,30 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         ) from error
 
 
-def _misfits(base: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Sites of the adapter that the base lacks or whose shapes differ. Empty if it fits."""
+def _misfits(base: Any, shapes: Mapping[str, tuple[int, ...]], *, fused: bool) -> list[str]:
+    """Sites of the adapter that the base lacks or whose shapes differ. Empty if it fits.
+
+    `fused`: parameters of fused experts are adapted.
+    """
     modules = dict(base.named_modules())
     reasons = []
     for key, shape in shapes.items():
         path, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
+        # each wrapper of a fused experts' parameter lies in the one before
+        path = re.sub(r"(\.base_layer)+$", "", path) if fused else path
         module = modules.get(path)
         if not path or side not in ("A.weight", "B.weight"):
             reasons.append(f"{key}: not a LoRA matrix of a linear layer")
         elif module is None:
             reasons.append(f"{path}: the base has no such layer")
+        elif fused and (experts := stacks(module)):
+            # PEFT takes the widths from the parameter that it names
+            rows, width = shape if side[0] == "A" else shape[::-1]
+            if not any(rows % len(p) == 0 and width in p.shape[1:] for p in experts):
+                reasons.append(
+                    f"{path}: lora_{side[0]} has the shape {tuple(shape)}, and the base's experts "
+                    f"{', '.join(str(tuple(p.shape)) for p in experts)}"
+                )
         else:
             d_in, d_out = _features(module)
             if side[0] == "A" and shape[-1] != d_in:
@@ -429,10 +449,6 @@ def _unsupported_options(config: Mapping[str, Any]) -> list[str]:
         ),
         "trainable_token_indices": (
             "trainable token embeddings are not LoRA matrices; train without them"
-        ),
-        "target_parameters": (
-            "LoRA on bare parameters (fused experts) has no linear layer to read; target linear "
-            "layers"
         ),
         "lora_bias": "lora_bias trains a bias beside B; train without it",
         "alora_invocation_tokens": (

@@ -10,7 +10,7 @@ of its product, and again in the backward: no wide copy of them is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from influence.adapter import AdaptedModel
+from influence.experts import is_wrapper, merged_weights, outermost, plain_products
 
 #: Number types in which the gradients of a well-fitted adapter are not to be trusted unmeasured.
 HALF = (torch.float16, torch.bfloat16)
@@ -50,7 +51,7 @@ def compute_in(base: nn.Module, dtype: torch.dtype) -> None:
 
     The weights stay what they are. A copy of the module computes so too.
     """
-    for module in _own_weights(base):
+    for module in [*_own_weights(base), *outermost(base)]:
         _set_type(module, dtype)
 
 
@@ -61,7 +62,7 @@ def computing_in(model: AdaptedModel, dtype: torch.dtype) -> Iterator[AdaptedMod
     Quantised weights are dequantised, product by product, and inputs of 8-bit layers are not
     rounded. Afterwards everything is as it was, bit for bit.
     """
-    modules = _own_weights(model.model)
+    modules = [*_own_weights(model.model), *outermost(model.model)]
     before = [{name: vars(module).get(name) for name in ("forward", _TYPE)} for module in modules]
     weights = [parameter.data for parameter in model.parameters]
     try:
@@ -69,7 +70,8 @@ def computing_in(model: AdaptedModel, dtype: torch.dtype) -> Iterator[AdaptedMod
             _set_type(module, dtype)
         for parameter in model.parameters:
             parameter.data = parameter.data.to(dtype)
-        yield model
+        with plain_products(model.model) if dtype == torch.float64 else nullcontext():
+            yield model
     finally:
         for parameter, weight in zip(model.parameters, weights, strict=True):
             parameter.data = weight
@@ -78,6 +80,11 @@ def computing_in(model: AdaptedModel, dtype: torch.dtype) -> Iterator[AdaptedMod
                 vars(module).pop(name, None)
                 if value is not None:
                     vars(module)[name] = value
+
+
+def computes_in(module: nn.Module) -> torch.dtype | None:
+    """The type that a module was told to compute in. None: in that of its weights."""
+    return vars(module).get(_TYPE)
 
 
 def _own_weights(base: nn.Module) -> list[nn.Module]:
@@ -114,12 +121,20 @@ def _set_type(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The module's own forward with its inputs and weights cast to the type it computes in."""
-    dtype, held = vars(module)[_TYPE], module._parameters
+    dtype, adapted = vars(module)[_TYPE], {}
+    if is_wrapper(module):  # PEFT would round the sum of W and s B A to the type of W
+        module, adapted = merged_weights(module, dtype)
+    held = module._parameters
     if type(module) is nn.Embedding:  # a lookup rounds nothing, and the table may be large
         return nn.Embedding.forward(module, *args, **kwargs).to(dtype)
     quantised = any(type(weight).__name__ in _QUANTISED for weight in held.values())
     kind: Any = nn.Linear if quantised else type(module)  # bitsandbytes' forward would round
-    cast = {name: _cast_weight(module, weight, dtype) for name, weight in held.items()}
+    cast = {
+        name: _cast_weight(module, weight, dtype)
+        for name, weight in held.items()
+        if name not in adapted
+    }
+    cast |= adapted
     with _cast_again_in_backward(module, held, cast, dtype), _in_place(module, cast):
         return kind.forward(
             module,

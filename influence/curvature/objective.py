@@ -26,6 +26,7 @@ from influence.curvature.base import (
     Specification,
 )
 from influence.errors import AdapterError, NumericalError
+from influence.experts import plain_products
 from influence.geometry import Geometry, Raw
 from influence.loss import Supervised, supervised_logits
 from influence.precision import HALF, compute_type, type_name
@@ -239,5 +240,10 @@ def _twice_differentiable(model: AdaptedModel) -> Iterator[list[Tensor]]:
             "attn_implementation='sdpa' "
             "for Hessian and GGN products"
         )
-    with model.evaluating(model.parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    with (
+        model.evaluating(model.parameters),
+        sdpa_kernel(SDPBackend.MATH),
+        plain_products(model.model),
+        torch.enable_grad(),
+    ):
         yield model.parameters
