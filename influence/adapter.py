@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from influence.manifest import LoadingRecord
 
 #: What PEFT puts before a layer's own path in parameter names and safetensors keys.
 PREFIX = "base_model.model."
+#: In the names of layers of one expert among several that are modules of their own.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,17 @@ class ParamSpace:
 
 @dataclass(frozen=True)
 class Site:
-    """One adapted layer: PEFT's layer, its `lora_A` and `lora_B` modules and its scaling s."""
+    """One adapted layer: PEFT's layer, its `lora_A` and `lora_B` modules and its scaling s.
+
+    `parameter`: the fused experts' parameter that is adapted (`influence.experts`), else empty.
+    """
 
     name: str
     layer: Any
     A: nn.Linear
     B: nn.Linear
     scaling: float
+    parameter: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,13 @@ class AdaptedModel:
     def parameters(self) -> list[Tensor]:
         """The trainable matrices in flat order."""
         return [leaf.weight for site in self.sites for leaf in (site.A, site.B)]
+
+    @property
+    def routed(self) -> tuple[Site, ...]:
+        """The sites of experts: each sees the tokens that are sent to it, of all examples."""
+        return tuple(
+            site for site in self.sites if site.parameter or _EXPERT.search(f".{site.name}.")
+        )
 
     @property
     def pad_id(self) -> int:

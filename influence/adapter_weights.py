@@ -107,6 +107,7 @@ def _misfits(base: Any, matrices: Mapping[str, Tensor | None]) -> list[str]:
     reasons = []
     for key, tensor in sorted(matrices.items()):
         path, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
+        path = path.replace(".base_layer", "")  # wrappers of fused experts lie in one another
         module = modules.get(path)
         if module is None and re.search(r"\.experts\.\d+\.", path):
             reasons.append(

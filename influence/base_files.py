@@ -417,3 +417,8 @@ def _note_saved_type(request: BaseRequest, config: Any, saved_quantised: bool) -
             f"note: the base is saved as {saved} and loaded as float32; --dtype {saved} takes "
             "half the memory"
         )
+    elif not saved_quantised and saved == "float32" and request.dtype in ("bfloat16", "float16"):
+        say(
+            f"note: the base is saved as float32 and loaded as {request.dtype}, which rounds its "
+            "weights: right where the adapter was trained on them rounded so; else --dtype float32"
+        )

@@ -405,8 +405,10 @@ class Check(AdapterOptions, ColumnsOption, RenderingOptions, TypedLoadingOptions
 
 @command(app, Check)
 def check(options: Check) -> None:
-    """Compare the streamed per-example gradients of *your* model with a plain one-example loop."""
-    from influence.gradients import check_gradients
+    """Compare the streamed per-example gradients of *your* model with a plain one-example loop, and
+    the number type it computes in with a wider one.
+    """
+    from influence.gradient_check import check_gradients
     from influence.row_files import read_examples
 
     console.at_least("--rows", options.rows, 1)
@@ -418,7 +420,17 @@ def check(options: Check) -> None:
     result = check_gradients(
         model, examples, max_length=options.max_length, supervise=options.supervise
     )
-    record = {"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}
+    record = {
+        "ok": result.ok,
+        "tolerance": result.tolerance,
+        "errors": result.errors,
+        "computed": result.computed,
+        "reference": result.reference,
+        "precision": result.precision,
+        "precise": result.precise,
+        "wide_tolerance": result.wide_tolerance,
+        "wide_errors": result.wide_errors,
+    }
     console.emit(record, str(result), options.json)
     if not result.ok:
         raise SystemExit(1)

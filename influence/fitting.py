@@ -27,6 +27,7 @@ from influence.damping import Damping
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
 from influence.fitted_point import CHECKPOINT, PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
+from influence.gradient_check import measure_precision, precision_note
 from influence.loss import check_rows
 from influence.manifest import (
     AS_BEFORE,
@@ -46,6 +47,7 @@ from influence.manifest import (
 )
 from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, Point, check_path, points
+from influence.precision import compute_record
 from influence.progress import say
 from influence.row_weights import batch_size
 from influence.rows import Examples
@@ -131,6 +133,11 @@ def fit(
     scales = check_path(path)
     _check_options(geometry, store, token_budget, disk_budget)
     batch_size(reduction)  # refuses an unknown reduction before any work
+    if geometry == "function" and any(site.parameter for site in model.sites):
+        raise InputError(
+            "geometry function was given, and this adapter has fused experts, each with an A and B "
+            "of its own in one matrix: give raw or adam"
+        )
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
     _refuse_nameless(curvature)
@@ -166,6 +173,7 @@ def fit(
         existing = _claim(directory, manifest, curvature, overwrite)
         run = Run(directory, existing or manifest, model, train, tokens, curvature)
         if existing is None:
+            _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
         _calibrate(run)
     return run
@@ -214,6 +222,8 @@ def _manifest(
         identity["supervise"] = rendering.supervise
     if model.loading.attn_implementation is not None:  # the bits are in the base's digest
         identity["attn_implementation"] = model.loading.attn_implementation
+    if (computed := compute_record(model)) != "own":
+        identity["compute"] = computed
     return Manifest(
         format=FORMAT,
         digest=digest_of(identity),
@@ -242,9 +252,28 @@ def _manifest(
         token_budget=token_budget,
         dtype=dtype,
         loading=model.loading,
+        compute=computed,
         versions=versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
+
+
+def _measure_precision(run: Run) -> None:
+    """Measure the error of 16-bit gradients on a few rows, before the work that is made of them.
+
+    It is largest at the end of the path, where the rows are learnt best and the model is now.
+    """
+    try:
+        record = measure_precision(run.model, run.tokens, token_budget=run.manifest.token_budget)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        say(f"note: the error of 16-bit gradients could not be measured ({error})")
+        return
+    if record is None:
+        return
+    run.manifest = replace(run.manifest, precision=record)
+    write_manifest(run.directory, run.manifest)
+    if note := precision_note(record):
+        say(note)
 
 
 def _calibrate(run: Run) -> None:

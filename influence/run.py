@@ -39,6 +39,7 @@ from influence.loss import check_rows
 from influence.manifest import Manifest, change_manifest, differences, read_manifest
 from influence.measurements import Measurement
 from influence.path import Point, point_from_record, scaled
+from influence.precision import compute_record
 from influence.row_files import place_of, read_again
 from influence.row_weights import RowWeights
 from influence.rows import Examples
@@ -104,6 +105,7 @@ class Run:
                 manifest.adapter.path,
                 dtype=manifest.dtype,
                 **asdict(manifest.loading),
+                compute=manifest.compute,
                 device=device,
                 device_map=device_map,
                 checkpointing=checkpointing,
@@ -121,6 +123,7 @@ class Run:
             "data": train.digest,
             "tokenizer": tokenizer_digest(model.tokenizer),
             "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
+            "compute": None if (computed := compute_record(model)) == "own" else computed,
         }
         different = differences(manifest.identity, given)
         if different:

@@ -502,6 +502,7 @@ def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
     handles = [
         site.layer.register_forward_pre_hook(note(2 * i), with_kwargs=True)
         for i, site in enumerate(model.sites)
+        if not site.parameter  # nested around one module, each with an input of its own
     ]
     try:
         with model.evaluating(), torch.no_grad():
