@@ -154,10 +154,12 @@ class AdaptedModel:
     def pad_id(self) -> int:
         """A token id for padding.
 
-        Its value never matters, because padded positions reach no loss.
+        Its value never matters, because padded positions reach no loss. A padding token that was
+        added to the tokenizer and that the base has no embedding for is not taken.
         """
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        return 0 if pad is None else int(pad)
+        known = self.model.get_input_embeddings().num_embeddings
+        return int(pad) if pad is not None and 0 <= int(pad) < known else 0
 
     def snapshot(self) -> Tensor:
         """A copy of the LoRA parameters, `[P]`."""

@@ -233,7 +233,8 @@ def _refuse_other_kinds(place: str, config: Any) -> None:
             f"base model {place!r} is of the type {kind!r}, which transformers knows no causal "
             f"language model of. {_ADVICE}"
         )
-    names = [str(name) for name in getattr(config, "architectures", None) or []]
+    named = getattr(config, "architectures", None)
+    names = [str(name) for name in named] if isinstance(named, list) else []
     masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
     if masked and not getattr(config, "is_decoder", False) and hasattr(config, "is_decoder"):
         raise AdapterError(
