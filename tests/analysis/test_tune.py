@@ -58,7 +58,7 @@ def test_the_queries_of_the_scores_are_read_as_they_were(run, tmp_path):
     run.score(queries, out=run.directory / "scores.h5")
     assert default_queries(run) == queries
     write_rows(path, items[:2])
-    with pytest.raises(MismatchError, match="asked.jsonl has changed since"):
+    with pytest.raises(MismatchError, match="jsonl has changed since"):
         default_queries(run)
 
 
