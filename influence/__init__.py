@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from influence.run import Run
     from influence.scorefile import Scores, SelfInfluence
     from influence.scores import score, self_influence
+    from influence.recipe import Recipe
     from influence.solvers import ASTRA, CG, SGD, DataInf, Direct, LiSSA, Solution
+    from influence.trainer import from_trainer
+    from influence.training_record import TrainingRecord
 
 _HOMES = {
     "adapter": ("AdaptedModel", "ParamSpace"),
@@ -38,7 +41,10 @@ _HOMES = {
     "run": ("Run",),
     "scorefile": ("Scores", "SelfInfluence"),
     "scores": ("score", "self_influence"),
+    "recipe": ("Recipe",),
     "solvers": ("ASTRA", "CG", "SGD", "DataInf", "Direct", "LiSSA", "Solution"),
+    "trainer": ("from_trainer",),
+    "training_record": ("TrainingRecord",),
 }
 
 __all__ = [
@@ -60,15 +66,18 @@ __all__ = [
     "KFAC",
     "LiSSA",
     "ParamSpace",
+    "Recipe",
     "Run",
     "SGD",
     "Scores",
     "SelfInfluence",
     "Solution",
+    "TrainingRecord",
     "check_gradients",
     "examples_from_rows",
     "fit",
     "from_peft",
+    "from_trainer",
     "load",
     "read_examples",
     "score",

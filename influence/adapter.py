@@ -16,14 +16,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from influence.errors import InputError
+
+if TYPE_CHECKING:
+    from influence.trainer_output import Training
 
 #: What PEFT puts before a layer's own path in parameter names and safetensors keys.
 PREFIX = "base_model.model."
@@ -106,7 +109,7 @@ class AdaptedModel:
 
     Made by `load` (from folders or hub ids) or `from_peft` (from a live `PeftModel`). `base` and
     `adapter` are the references it was loaded from, for the record only; identity is told by the
-    digests.
+    digests. `training` is what is known of how the adapter was trained (`from_trainer`).
     """
 
     model: Any
@@ -115,6 +118,7 @@ class AdaptedModel:
     space: ParamSpace
     base: str
     adapter: str
+    training: Training | None = field(default=None, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from influence import console
 from influence.errors import InputError, MismatchError
 from influence.options import (
-    AdapterOptions,
     BudgetOption,
     CountOption,
     CurvatureOptions,
@@ -20,6 +19,7 @@ from influence.options import (
     OutputOptions,
     PointOption,
     RunOption,
+    TrainedOptions,
     TypedLoadingOptions,
     command,
     option,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # a command's help does not wait for torch
 
     from influence.adapter import AdaptedModel
     from influence.curvature.base import Specification
+    from influence.logged_loss import LossCheck
     from influence.manifest import DataSource
     from influence.rows import Examples
     from influence.run import Run
@@ -49,7 +50,7 @@ PREVIEW = 90
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit(AdapterOptions, LengthOption, BudgetOption, TypedLoadingOptions, OutputOptions):
+class Fit(TrainedOptions, LengthOption, BudgetOption, TypedLoadingOptions, OutputOptions):
     """The options of `influence fit`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
@@ -136,6 +137,7 @@ def fit(options: Fit) -> None:
         store=options.store,
         disk_budget=options.disk_budget * 1e9,
         seed=options.seed,
+        trainer_output=options.trainer_output,
         overwrite=options.overwrite,
     )
     manifest, seconds = run.manifest, time.perf_counter() - start
@@ -363,7 +365,7 @@ def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(AdapterOptions, LengthOption, TypedLoadingOptions, JsonOption):
+class Check(TrainedOptions, LengthOption, TypedLoadingOptions, JsonOption):
     """The options of `influence check`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"model": "train"}
@@ -374,23 +376,44 @@ class Check(AdapterOptions, LengthOption, TypedLoadingOptions, JsonOption):
 
 @command(app, Check)
 def check(options: Check) -> None:
-    """Compare the streamed per-example gradients of *your* model with a plain one-example loop."""
+    """Compare the streamed per-example gradients of *your* model with a plain one-example loop, and
+    with --trainer-output the objective with the losses that the trainer logged.
+    """
     from influence.gradients import check_gradients
     from influence.rows import read_examples
 
     console.at_least("--rows", options.rows, 1)
-    examples = read_examples(options.train)[: options.rows]
+    examples = read_examples(options.train)
     model = _load(options)
-    result = check_gradients(model, examples, max_length=options.max_length)
+    result = check_gradients(model, examples[: options.rows], max_length=options.max_length)
     record = {"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}
-    console.emit(record, str(result), options.json)
-    if not result.ok:
+    text, passed = str(result), result.ok
+    if options.trainer_output is not None:
+        losses = _logged_losses(model, examples, options.trainer_output, options.max_length)
+        record["losses"] = None if losses is None else losses.as_json()
+        text += f"\n{losses or 'the trainer logged no losses to compare the objective with'}"
+        passed = passed and (losses is None or losses.agrees)
+    console.emit(record, text, options.json)
+    if not passed:
         raise SystemExit(1)
+
+
+def _logged_losses(
+    model: AdaptedModel, examples: Examples, output: Path, max_length: int | None
+) -> LossCheck | None:
+    """The objective on the rows beside the losses that the trainer logged, None where it did not."""
+    from influence.logged_loss import check_losses
+    from influence.tokens import tokenize
+    from influence.trainer_output import TrainerOutput
+
+    tokens = tokenize(examples, model.tokenizer, max_length=max_length)
+    return check_losses(model, tokens, TrainerOutput.find(output).training(len(examples)))
 
 
 def _curvature(name: str, samples: int) -> Specification:
     """The curvature that a name stands for, which only the command line asks."""
     from influence.curvature import EKFAC, GGN, KFAC, Fisher, Hessian, Identity
+    from influence.progress import say
 
     lowest = 0 if name == "fisher" else 1
     if samples < lowest:
@@ -405,7 +428,10 @@ def _curvature(name: str, samples: int) -> Specification:
     }
     if name not in table:
         raise InputError(f"curvature {name!r} was given; expected one of {', '.join(table)}")
-    return table[name]()
+    curvature = table[name]()
+    if samples != 1 and not hasattr(curvature, "samples"):
+        say(f"note: --samples changes nothing with --curvature {name}, which draws no labels")
+    return curvature
 
 
 def describe(attributes: Mapping[str, Any]) -> str:
@@ -420,13 +446,21 @@ def describe(attributes: Mapping[str, Any]) -> str:
 
 
 def _load(options: Fit | Check) -> AdaptedModel:
-    """The base with the adapter in it."""
+    """The base with the adapter in it, the last one of the trainer's output unless one is named."""
     from influence.loading import load
+    from influence.progress import say
+    from influence.trainer_output import TrainerOutput
 
+    adapter: str | Path | None = options.adapter
+    if adapter is None:
+        if options.trainer_output is None:
+            raise InputError("name the adapter: --adapter ADAPTER, or --trainer-output DIR")
+        adapter = TrainerOutput.find(options.trainer_output).adapter
+        say(f"note: the adapter is {adapter}")
     console.quiet_transformers()
     return load(
         options.model,
-        options.adapter,
+        adapter,
         dtype=options.dtype,
         device=options.device,
         checkpointing=options.checkpointing,

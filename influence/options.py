@@ -180,6 +180,23 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedOptions(AdapterOptions):
+    """An adapter and its base, or the output of the trainer that made it."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"adapter": "", "trainer_output": "adapter"}
+
+    adapter: str | None = option(
+        "PEFT LoRA adapter: folder or hub id. Default: the last one of --trainer-output.",
+        default=None,
+    )
+    trainer_output: Path | None = option(
+        "Output directory of the trainer that made the adapter: its checkpoints, optimiser state, "
+        "recipe and logged losses are used.",
+        default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LengthOption:
     """How long rows may be."""
 
