@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from influence.run import Run
     from influence.scorefile import Scores, SelfInfluence
     from influence.scores import score, self_influence
-    from influence.recipe import Recipe
     from influence.solvers import ASTRA, CG, SGD, DataInf, Direct, LiSSA, Solution
     from influence.trainer import from_trainer
     from influence.training_record import TrainingRecord
@@ -41,7 +40,6 @@ _HOMES = {
     "run": ("Run",),
     "scorefile": ("Scores", "SelfInfluence"),
     "scores": ("score", "self_influence"),
-    "recipe": ("Recipe",),
     "solvers": ("ASTRA", "CG", "SGD", "DataInf", "Direct", "LiSSA", "Solution"),
     "trainer": ("from_trainer",),
     "training_record": ("TrainingRecord",),
@@ -66,7 +64,6 @@ __all__ = [
     "KFAC",
     "LiSSA",
     "ParamSpace",
-    "Recipe",
     "Run",
     "SGD",
     "Scores",

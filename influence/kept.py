@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +66,9 @@ def _reads_as(path: Path, train: Examples) -> bool:
 
 
 def as_row(example: Example) -> dict[str, Any]:
-    """An example as a row of a file: its content, id and group, without what it lacks."""
-    values = {part.name: getattr(example, part.name) for part in fields(example)}
-    return {key: _plain(value) for key, value in values.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: lists for tuples and arrays, objects for mappings."""
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return dict(value) if hasattr(value, "keys") else value
+    """An example as a row of a file: its id, its group if it has one, and its content."""
+    group = {} if example.group is None else {"group": example.group}
+    return {"id": example.id, **group, **example.content()}
 
 
 def keep_adapter(directory: Path, model: AdaptedModel) -> Path | None:
@@ -152,5 +142,5 @@ def keep_recipe(directory: Path, recipe: Recorded) -> None:
     """Write the recipe with what is to be said of it, unless the directory has one."""
     path = directory / RECIPE
     if not path.is_file():
-        about = f"from {recipe.source}" if not recipe.about else f"{recipe.about}"
+        about = "; ".join(text for text in (f"from {recipe.source}", recipe.about) if text)
         write_json(path, {**recipe.recipe.as_json(), "about": about})

@@ -61,13 +61,14 @@ class Example:
     @cached_property
     def content_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the content, without id and group."""
+        return sha256_of_text(canonical_json(self.content()))[:16]
+
+    def content(self) -> dict[str, Any]:
+        """The content as a row of a file has it: `examples_from_rows` makes the same of it."""
         if self.messages is not None:
-            content: dict[str, Any] = {"messages": [dict(message) for message in self.messages]}
-        else:
-            content = {
-                key: getattr(self, key) for key in _CONTENT if getattr(self, key) is not None
-            }
-        return sha256_of_text(canonical_json(content))[:16]
+            return {"messages": [dict(message) for message in self.messages]}
+        given = ((key, getattr(self, key)) for key in _CONTENT)
+        return {key: value for key, value in given if value is not None}
 
     def preview(self, width: int = 60) -> str:
         """Return the content as one line `prompt → completion` of at most `width` characters.

@@ -306,7 +306,7 @@ def recipe_of_arguments(arguments: Any, steps: int, optimizer: Any = None) -> Re
     """
     values = json.loads(arguments.to_json_string())
     values["per_device_train_batch_size"] = arguments.train_batch_size * arguments.world_size
-    about = "the trainer's arguments; they do not say in which order it saw the rows"
+    about = "they do not say in which order it saw the rows"
     if optimizer is not None:
         groups = list(islice(_groups(optimizer), 100))
         rates = {float(group.get("initial_lr", group.get("lr", 0.0))) for group in groups}

@@ -150,7 +150,7 @@ def estimated_recipe(log: TrainingLog, rows: int | None) -> Recorded | None:
     unsure += ["AdamW without weight decay", "betas 0.9 and 0.999", "eps 1e-08"]
     unsure += ["gradients clipped at norm 1", "seed 42", "the order of the rows"]
     about = (
-        f"estimated from {log.source}: epochs, steps, rates and batch size are logged there; "
+        "estimated: epochs, steps, rates and batch size are logged there; "
         f"assumed, as trainers do unless told otherwise: {', '.join(unsure)}"
     )
     return Recorded(recipe, log.source, about)

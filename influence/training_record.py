@@ -91,7 +91,7 @@ class TrainingRecord(TrainerCallback):
             (folder / "recipe.json").unlink(missing_ok=True)
             say(f"note: TrainingRecord keeps no recipe: {error}")
         else:
-            recipe = {**found.recipe.as_json(), "about": f"from {found.source}: {found.about}"}
+            recipe = {**found.recipe.as_json(), "about": f"from {found.source}; {found.about}"}
             write_json(folder / "recipe.json", recipe)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -154,7 +154,7 @@ class TrainingRecord(TrainerCallback):
         write_json(folder / "order.json", {"rows": self._order, "unknown": self._why_no_order})
         best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         # then the model is that of another step than the optimiser
-        self._keep(folder / END_FOLDER, state, kwargs, moments=not best)
+        self._keep(folder / END_FOLDER, state, kwargs, moments=not best, tokenizer=True)
 
     # ---- what it writes
 
@@ -173,7 +173,15 @@ class TrainingRecord(TrainerCallback):
             "log_history": self._log,
         }
 
-    def _keep(self, folder: Path, state: Any, kwargs: Any, *, moments: bool = True) -> None:
+    def _keep(
+        self,
+        folder: Path,
+        state: Any,
+        kwargs: Any,
+        *,
+        moments: bool = True,
+        tokenizer: bool = False,
+    ) -> None:
         """Save the adapter, the log so far and Adam's second moments, whole or not at all."""
         model = kwargs["model"]
         if not self._keeps or not hasattr(_bare(model), "peft_config"):
@@ -184,6 +192,8 @@ class TrainingRecord(TrainerCallback):
         try:
             save_live_adapter(_bare(model), partial)
             write_json(partial / STATE, self._state(state))
+            if tokenizer and hasattr(kwargs.get("processing_class"), "save_pretrained"):
+                kwargs["processing_class"].save_pretrained(str(partial))
             if moments and kwargs.get("optimizer") is not None:
                 found = live_second_moments(kwargs["optimizer"], _bare(model))
                 if found:

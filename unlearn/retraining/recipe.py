@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 from pathlib import Path
 
-from influence.errors import InputError, ToolkitError
-from influence.manifest import read_manifest
+from influence.errors import InputError
 from influence.progress import say
 from influence.recipe import SCHEDULES, Recipe, Recorded, recorded_in
 from influence.run import Run
 from influence.trainer_output import recipe_near
 
-__all__ = ["SCHEDULES", "Recipe", "recipe_of", "recipe_option", "recorded_recipe"]
+__all__ = ["SCHEDULES", "Recipe", "recipe_of", "recorded_recipe"]
 
 
 def recipe_of(run: Run) -> Recipe:
@@ -51,23 +48,6 @@ def recorded_recipe(run: Run) -> Recipe | None:
     except InputError:
         return None
     return None if found is None else found.recipe
-
-
-def recipe_option(run: str | os.PathLike[str]) -> str:
-    """What a printed `unlearn retrain` says of the recipe of the run in a directory.
-
-    ` --recipe FILE` with the run's own file where it has one, nothing where the command finds the
-    recipe by itself, and else ` --recipe RECIPE.json`, to be filled in.
-    """
-    directory = Path(run)
-    if (path := directory / "recipe.json").is_file():
-        return f" --recipe {shlex.quote(str(path))}"
-    try:
-        manifest = read_manifest(directory)
-        found = _recorded(directory, manifest.adapter.path, manifest.data.rows)
-    except (ToolkitError, OSError):
-        found = None
-    return "" if found is not None else " --recipe RECIPE.json"
 
 
 def _recorded(directory: Path, adapter: str | None, rows: int) -> Recorded | None:
