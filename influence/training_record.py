@@ -77,6 +77,9 @@ class TrainingRecord(TrainerCallback):
         self._due = [epoch for epoch in self._due if epoch > (state.epoch or 0)]
         self._log, self._order = [], []
         if state.global_step:
+            kept = ("step", "epoch", "learning_rate", "loss")
+            logged = [entry for entry in state.log_history if "learning_rate" in entry]
+            self._log = [{key: entry[key] for key in kept if key in entry} for entry in logged]
             self._no_order(f"the training was resumed at step {state.global_step}")
         if not self._writes:
             return

@@ -63,7 +63,7 @@ def test_the_number_of_steps_makes_more_of_the_arguments_expressible():
         ({"warmup_ratio": 0.1}, {"warmup": 3}),
         ({"warmup_steps": 0.1}, {"warmup": 3}),
         ({"warmup_steps": 4}, {"warmup": 4}),
-        ({"warmup_steps": 4, "lr_scheduler_type": "constant"}, {"warmup": 0}),
+        ({"warmup_steps": 4, "lr_scheduler_type": "constant"}, {"schedule": "constant"}),
         (
             {"warmup_steps": 4, "lr_scheduler_type": "constant_with_warmup"},
             {"warmup": 4, "schedule": "constant"},
