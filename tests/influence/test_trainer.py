@@ -248,3 +248,31 @@ def test_two_commands_after_training(tmp_path, influence):
     assert shown.status == 0
     assert "r0-0" in shown.out
     assert json.loads((run / "recipe.json").read_text())["lr"] == pytest.approx(0.05)
+
+
+def test_a_check_tells_rows_that_are_supervised_otherwise(tmp_path, influence):
+    """Trained on completions, checked as texts: the loss of prompts was never learned."""
+    base = base_of(save_base(tmp_path / "base", layers=1))
+    lora = {"target_modules": "all-linear", "r": 8}
+    arguments = {"save_strategy": "epoch", "num_train_epochs": 20, "learning_rate": 0.02}
+    train(sft_trainer(tmp_path / "out", base=base, lora=lora, **arguments))
+    for name, row in (
+        ("same.jsonl", lambda row: row),
+        ("other.jsonl", lambda row: {"text": row["prompt"] + row["completion"]}),
+    ):
+        lines = "".join(json.dumps(row(each)) + "\n" for each in rows(12))
+        (tmp_path / name).write_text(lines)
+    call = ("check", "--trainer-output", tmp_path / "out", "--train")
+    done = influence(*call, tmp_path / "same.jsonl", "--json")
+    assert (done.status, done.json()["losses"]["agrees"]) == (0, True)
+    done = influence(*call, tmp_path / "other.jsonl")
+    assert done.status == 1
+    assert "differs (expected" in done.out
+    assert "rendered, cut or supervised otherwise than in training" in done.out
+
+
+def test_an_adapter_must_be_named(tmp_path, influence):
+    (tmp_path / "rows.jsonl").write_text('{"text": "the red fox"}\n')
+    done = influence("fit", "--train", tmp_path / "rows.jsonl", "--run", tmp_path / "run")
+    assert done.status == 2
+    assert "trainer-output DIR" in done.err

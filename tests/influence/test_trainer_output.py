@@ -51,7 +51,7 @@ def state(
 
 
 def estimate(rows=80, **how) -> Recipe:
-    found = estimated_recipe(TrainingLog.of(state(**how), "it"), rows)
+    found = estimated_recipe(TrainingLog.of(state(rows=rows, **how), "it"), rows)
     assert found is not None
     return found.recipe
 
