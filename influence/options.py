@@ -168,19 +168,25 @@ class RunOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
-    """An adapter and its base, where no run names them."""
+class ModelOption:
+    """The base, where no run names it."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"adapter": ""}
-
-    adapter: str = option("PEFT LoRA adapter: folder or hub id.")
     model: str | None = option(
         "Base model: folder or hub id. Default: the one the adapter records.", default=None
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedOptions(AdapterOptions):
+class AdapterOptions(ModelOption):
+    """An adapter and its base, where no run names them."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"adapter": ""}
+
+    adapter: str = option("PEFT LoRA adapter: folder or hub id.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOptions(ModelOption):
     """An adapter and its base, or the output of the trainer that made it."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"adapter": "", "trainer_output": "adapter"}

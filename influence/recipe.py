@@ -204,9 +204,9 @@ def _with_steps(arguments: Mapping[str, Any], steps: int | None) -> dict[str, An
     if steps is None:
         return arguments
     epochs, limit = arguments.get("num_train_epochs"), arguments.get("max_steps") or -1
-    partial = type(epochs) is float and not epochs.is_integer()
-    arguments["max_steps"] = steps if partial or limit > 0 else None
-    if partial:
+    arguments["max_steps"] = steps if limit > 0 else None
+    if isinstance(epochs, float) and not epochs.is_integer():
+        arguments["max_steps"] = steps
         arguments["num_train_epochs"] = max(1, math.ceil(epochs))
     share = arguments.get("warmup_steps") or arguments.get("warmup_ratio") or 0
     if 0 < share < 1:

@@ -227,7 +227,7 @@ def batches_of(loader: Any, epoch: int) -> tuple[list[list[int]] | None, str]:
     if type(sampler) is torch.utils.data.SequentialSampler:
         order = list(range(len(sampler)))
     elif kind == "SeedableRandomSampler" and hasattr(sampler, "initial_seed"):
-        twin = copy.copy(sampler)
+        twin: Any = copy.copy(sampler)
         twin.epoch, twin.generator = epoch, torch.Generator()
         order = list(twin)
     else:
