@@ -67,7 +67,7 @@ def test_the_training_is_not_changed(tmp_path, options):
     [
         ({}, 1),
         ({"gradient_accumulation_steps": 2}, 2),
-        ({"dataloader_drop_last": True}, 1),
+        ({"dataloader_drop_last": True, "gradient_accumulation_steps": 3}, 3),
         ({"max_steps": 5}, 1),
         ({"num_train_epochs": 1.5, "data_seed": 5}, 1),
         ({"train_sampling_strategy": "sequential"}, 1),
