@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from influence.errors import InputError
+from influence.manifest import LoadingRecord
 
 if TYPE_CHECKING:
     from influence.trainer_output import Training
@@ -108,8 +109,9 @@ class AdaptedModel:
     """A base model with exactly one active LoRA adapter, ready to be differentiated.
 
     Made by `load` (from folders or hub ids) or `from_peft` (from a live `PeftModel`). `base` and
-    `adapter` are the references it was loaded from, for the record only; identity is told by the
-    digests. `training` is what is known of how the adapter was trained (`from_trainer`).
+    `adapter` are the references it was loaded from, and `loading` how, for the record only;
+    identity is told by the digests. `training` is what is known of how the adapter was trained
+    (`from_trainer`).
     """
 
     model: Any
@@ -118,6 +120,7 @@ class AdaptedModel:
     space: ParamSpace
     base: str
     adapter: str
+    loading: LoadingRecord = LoadingRecord()  # noqa: RUF009 (frozen)
     training: Training | None = field(default=None, compare=False, repr=False)
 
     @property

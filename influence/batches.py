@@ -9,7 +9,7 @@ Shapes: b rows in a batch, T tokens in the longest of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ class Batch:
     `indices` int64 [b]: the rows' positions in the tokenised examples; `input_ids` int64 [b, T];
     `attention_mask` int64 [b, T]: 1 for a token, 0 for padding; `supervised` bool [b, T]: is it a
     target; `position_ids` int64 [b, T]: 0, 1, ... over each row's own tokens, on whichever side it
-    is padded.
+    is padded, and over each of its documents where a row holds several; `packed`: whether one does.
     """
 
     indices: np.ndarray
@@ -34,11 +34,12 @@ class Batch:
     attention_mask: torch.Tensor
     supervised: torch.Tensor
     position_ids: torch.Tensor
+    packed: bool = False
 
     def to(self, device: str | torch.device) -> Batch:
         """Return the batch with its tensors on `device`."""
-        return Batch(
-            indices=self.indices,
+        return replace(
+            self,
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             supervised=self.supervised.to(device),
@@ -93,6 +94,12 @@ def collate(
     if at.ndim != 1 or not len(at):
         raise DataError(f"a batch needs a list of at least one index, got the shape {at.shape}")
     rows = [tokens[i] for i in at]
+    packed = any(row.position_ids is not None for row in rows)
+    if packed and padding == "left":
+        raise DataError(
+            "a row holds several documents, and padding is 'left': models tell documents apart in "
+            "rows that are padded on the right"
+        )
     shape = len(rows), max(len(row) for row in rows)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
@@ -105,10 +112,15 @@ def collate(
         attention_mask[r, span] = 1
         supervised[r, span] = row.supervised
         position_ids[r] = np.maximum(position_ids[r] - start, 0)
+        if row.position_ids is not None:  # what is padded goes on with the last document
+            end = int(row.position_ids[-1]) + 1
+            position_ids[r, : len(row)] = row.position_ids
+            position_ids[r, len(row) :] = np.arange(end, end + shape[1] - len(row))
     return Batch(
         indices=at,
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
         supervised=torch.from_numpy(supervised),
         position_ids=torch.from_numpy(position_ids),
+        packed=packed,
     ).to(device)

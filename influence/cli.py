@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from influence import console
-from influence.errors import InputError, MismatchError
+from influence.errors import DataError, InputError, MismatchError
 from influence.options import (
     BudgetOption,
+    ColumnsOption,
     CountOption,
     CurvatureOptions,
     JsonOption,
-    LengthOption,
     LoadingOptions,
     OutputOptions,
     PointOption,
+    RenderingOptions,
     RunOption,
     TrainedOptions,
     TypedLoadingOptions,
     command,
+    keywords,
     option,
     points,
 )
@@ -50,17 +52,27 @@ PREVIEW = 90
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit(TrainedOptions, LengthOption, BudgetOption, TypedLoadingOptions, OutputOptions):
+class Fit(
+    TrainedOptions,
+    ColumnsOption,
+    RenderingOptions,
+    BudgetOption,
+    TypedLoadingOptions,
+    OutputOptions,
+):
     """The options of `influence fit`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
         "model": "run",
+        "columns": "train",
         "store": "dtype",
         "disk_budget": "store",
         "seed": "disk_budget",
     }
 
-    train: Path = option("The rows it was trained on: .jsonl, .parquet or a datasets folder.")
+    train: str = option(
+        "The rows it was trained on: .jsonl, .json, .csv, .parquet, a folder, or org/name:split."
+    )
     run: Path = option("Directory to make.", also=["--run-dir"])
     curvature: str = option("ekfac, kfac, fisher, ggn, hessian or identity.", default="ekfac")
     samples: int = option(
@@ -72,7 +84,9 @@ class Fit(TrainedOptions, LengthOption, BudgetOption, TypedLoadingOptions, Outpu
         default="mean:0.1",
     )
     reduction: str = option(
-        "Training loss: mean over tokens, or over examples' means.", default="token"
+        "Training loss: the mean over all tokens (token), over rows' means (example), or over "
+        "the tokens of each batch of M rows (batch:M, as Hugging Face trainers).",
+        default="token",
     )
     path: tuple[float, ...] | None = option(
         "Where between base (0) and adapter (1) to look; each point is a pass over the rows. "
@@ -113,12 +127,12 @@ def fit(options: Fit) -> None:
 
     from influence.damping import Damping
     from influence.fitting import fit as fit_run
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
 
     if options.damping != "time":
         Damping.parse(options.damping)
     curvature = _curvature(options.curvature, options.samples)
-    examples = read_examples(options.train)
+    examples = read_examples(options.train, columns=options.columns)
     model = _load(options)
     start = time.perf_counter()
     run = fit_run(
@@ -133,6 +147,7 @@ def fit(options: Fit) -> None:
         geometry=options.geometry,
         optimizer=options.optimizer,
         max_length=options.max_length,
+        supervise=options.supervise,
         token_budget=options.token_budget,
         store=options.store,
         disk_budget=options.disk_budget * 1e9,
@@ -154,12 +169,16 @@ def fit(options: Fit) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(RunOption, CurvatureOptions, PointOption, LoadingOptions, OutputOptions):
+class Score(RunOption, ColumnsOption, CurvatureOptions, PointOption, LoadingOptions, OutputOptions):
     """The options of `influence score`."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"per_token": "at", "per_module": "per_token"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "columns": "queries",
+        "per_token": "at",
+        "per_module": "per_token",
+    }
 
-    queries: Path = option("Rows whose loss is explained, in the same formats.")
+    queries: str = option("Rows whose loss is explained, in the same formats.")
     out: Path | None = option("Score file (HDF5). Default: scores.h5 in the run.", default=None)
     solver: str = option(
         "direct, cg, pcg (cg preconditioned by EK-FAC), astra, lissa, sgd or datainf "
@@ -177,7 +196,7 @@ class Score(RunOption, CurvatureOptions, PointOption, LoadingOptions, OutputOpti
         "completion token K), or contrast (with --contrast).",
         default="loss",
     )
-    contrast: Path | None = option(
+    contrast: str | None = option(
         "The same prompts with other completions: what made it say A rather than B?", default=None
     )
     per_token: bool = option("Also split scores over the rows' tokens.", default=False)
@@ -192,14 +211,14 @@ def score(options: Score) -> None:
     import time
 
     from influence.measurements import Contrast
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
 
-    queries = read_examples(options.queries)
+    queries = read_examples(options.queries, columns=options.columns)
     measurement: Any = options.measurement
     if (measurement == "contrast") != (options.contrast is not None):
         raise InputError("give --measurement contrast and --contrast FILE together, or neither")
     if options.contrast is not None:
-        measurement = Contrast(read_examples(options.contrast))
+        measurement = Contrast(read_examples(options.contrast, columns=options.columns))
     run = _open(options)
     out = options.out or options.run / "scores.h5"
     start = time.perf_counter()
@@ -348,15 +367,23 @@ def top(options: Top) -> None:
 
 
 def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
-    """The rows that a run was fitted on, None where their file is gone.
+    """The rows that a run was fitted on, None where they are gone, or the hub is not reached.
 
-    Raises `MismatchError` where it has changed.
+    Raises `MismatchError` where they have changed.
     """
-    from influence.rows import read_examples
+    from influence.progress import say
+    from influence.row_files import place_of, read_again
 
-    if not data.path or not Path(data.path).exists():
+    place = place_of(data.path) if data.path else None
+    if not data.path or (place is not None and not place.exists()):
         return None
-    train = read_examples(data.path)
+    try:
+        train = read_again(data.path, data.columns)
+    except DataError as error:
+        if place is not None:
+            raise
+        say(f"note: the rows' texts are not shown: {error}")
+        return None
     if train.digest != data.digest:
         raise MismatchError(
             f"{data.path} has changed since {run} was fitted: restore it, or fit a new run"
@@ -365,13 +392,17 @@ def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(TrainedOptions, LengthOption, TypedLoadingOptions, JsonOption):
+class Check(TrainedOptions, ColumnsOption, RenderingOptions, TypedLoadingOptions, JsonOption):
     """The options of `influence check`."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"model": "train"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"model": "train", "columns": "train"}
 
-    train: Path = option("Rows to check on.")
+    train: str = option("Rows to check on.")
     rows: int = option("How many rows to check.", default=8)
+    labels: bool = option(
+        "Show the first three rows with their supervised tokens marked, and check nothing.",
+        default=False,
+    )
 
 
 @command(app, Check)
@@ -380,16 +411,24 @@ def check(options: Check) -> None:
     with --trainer-output the objective with the losses that the trainer logged.
     """
     from influence.gradients import check_gradients
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
 
     console.at_least("--rows", options.rows, 1)
-    examples = read_examples(options.train)
+    examples = read_examples(options.train, columns=options.columns)
     model = _load(options)
-    result = check_gradients(model, examples[: options.rows], max_length=options.max_length)
+    if options.labels:
+        _show_labels(options, model, examples[:3])
+        return
+    result = check_gradients(
+        model,
+        examples[: options.rows],
+        max_length=options.max_length,
+        supervise=options.supervise,
+    )
     record = {"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}
     text, passed = str(result), result.ok
     if options.trainer_output is not None:
-        losses = _logged_losses(model, examples, options.trainer_output, options.max_length)
+        losses = _logged_losses(options, model, examples)
         record["losses"] = None if losses is None else losses.as_json()
         text += f"\n{losses or 'the trainer logged no losses to compare the objective with'}"
         passed = passed and (losses is None or losses.agrees)
@@ -398,16 +437,31 @@ def check(options: Check) -> None:
         raise SystemExit(1)
 
 
-def _logged_losses(
-    model: AdaptedModel, examples: Examples, output: Path, max_length: int | None
-) -> LossCheck | None:
+def _logged_losses(options: Check, model: AdaptedModel, examples: Examples) -> LossCheck | None:
     """The objective on the rows beside the losses that the trainer logged, None where it did not."""
     from influence.logged_loss import check_losses
-    from influence.tokens import tokenize
+    from influence.tokens import Rendering
     from influence.trainer_output import TrainerOutput
 
-    tokens = tokenize(examples, model.tokenizer, max_length=max_length)
-    return check_losses(model, tokens, TrainerOutput.find(output).training(len(examples)))
+    assert options.trainer_output is not None
+    rendering = Rendering.of_trainer(examples, options.max_length, options.supervise)
+    training = TrainerOutput.find(options.trainer_output).training(len(examples))
+    return check_losses(model, examples, rendering, training)
+
+
+def _show_labels(options: Check, model: AdaptedModel, examples: Examples) -> None:
+    """Print rows with what is supervised of them."""
+    from influence.labels import marked, record
+    from influence.loss import check_rows
+    from influence.tokens import Rendering
+
+    rendering = Rendering.of_trainer(examples, options.max_length, options.supervise)
+    tokens = rendering.tokenize(examples, model.tokenizer)
+    check_rows(model, tokens)
+    if options.json:
+        console.emit(record(tokens, model.tokenizer, rendering), "", True)
+    else:
+        console.show(marked(tokens, model.tokenizer), wrap=False)
 
 
 def _curvature(name: str, samples: int) -> Specification:
@@ -461,10 +515,7 @@ def _load(options: Fit | Check) -> AdaptedModel:
     return load(
         options.model,
         adapter,
-        dtype=options.dtype,
-        device=options.device,
-        checkpointing=options.checkpointing,
-        trust_remote_code=options.trust_remote_code,
+        **keywords(TypedLoadingOptions, options),
     )
 
 
@@ -476,9 +527,7 @@ def _open(options: Score | Self) -> Run:
     console.quiet_transformers()
     run = Run.open(
         options.run,
-        device=options.device,
-        checkpointing=options.checkpointing,
-        trust_remote_code=options.trust_remote_code,
+        **keywords(LoadingOptions, options),
     )
     edited = run.manifest.now
     if edited is not None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from influence.errors import InputError, ToolkitError
+from influence.errors import InputError, ToolkitError, memory_is_short
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def app(help: str) -> typer.Typer:
@@ -62,7 +63,7 @@ def main(application: typer.Typer) -> Callable[[], None]:
                 raise
             hint = (
                 "lower --token-budget, or load the base with --dtype bfloat16; "
-                if _out_of_memory(error)
+                if memory_is_short(error)
                 else ""
             )
             message = f"{type(error).__name__}: {printable(str(error))}"
@@ -89,7 +90,7 @@ def emit(result: dict[str, Any] | list[dict[str, Any]], text: str, as_json: bool
     print(text)
 
 
-def show(part: Table | str, *, wrap: bool = True) -> None:
+def show(part: Table | Text | str, *, wrap: bool = True) -> None:
     """Print a table, or text as it is, for a person, with `wrap` at the terminal's width."""
     from rich.console import Console
 
@@ -117,10 +118,6 @@ def printable(text: str) -> str:
     Control characters, which could move the cursor, become spaces.
     """
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
 
 
 def finite(value: Any) -> Any:

@@ -16,7 +16,8 @@ Every message says what was given, what was expected, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -34,9 +35,12 @@ class InputError(ToolkitError):
 
 @dataclass(frozen=True)
 class BadRow:
-    """One unusable row: its 1-based number in the file, its id if it has one, and the reason."""
+    """One unusable row: its 1-based number in the file, its id if it has one, and the reason.
 
-    number: int
+    Where rows are of several files, the number is `FILE:NUMBER`.
+    """
+
+    number: int | str
     id: str | None
     reason: str
 
@@ -83,3 +87,42 @@ class NumericalError(WorkError):
 
 class StoreError(WorkError):
     """A stored file that is truncated or damaged, or a disk that is too small."""
+
+
+def refuse(message: str, reasons: Sequence[str]) -> None:
+    """Raise an `AdapterError` that lists the reasons, unless there are none."""
+    if reasons:
+        shown = [f"  - {reason}" for reason in reasons[:10]]
+        if len(reasons) > 10:
+            shown.append(f"  - ... and {len(reasons) - 10} more")
+        raise AdapterError("\n".join([f"{message}:", *shown]))
+
+
+@contextmanager
+def libraries_named(message: str, advice: str) -> Iterator[None]:
+    """Make an `AdapterError` of whatever transformers, PEFT or bitsandbytes raise in the block.
+
+    Its first line is `message` with the first line of what was raised, its second line `advice`;
+    the whole is its cause. This toolkit's own errors, and memory that is too small, pass through.
+    """
+    try:
+        yield
+    except (ToolkitError, MemoryError):
+        raise
+    except Exception as error:
+        if memory_is_short(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        first = lines[0] if lines else "no reason given"
+        if len(first) > 400:
+            first = f"{first[:400]} ..."
+        raise AdapterError(f"{message}: {type(error).__name__}: {first}\n{advice}") from error
+
+
+def memory_is_short(error: BaseException) -> bool:
+    """Whether an error says that the memory of this machine or of its accelerator is too small."""
+    return (
+        isinstance(error, MemoryError)
+        or "OutOfMemory" in type(error).__name__
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )

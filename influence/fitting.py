@@ -29,8 +29,9 @@ from influence.fitted_point import CHECKPOINT, PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
 from influence.kept import RECIPE, forget_adapter, keep_adapter, keep_recipe, keep_rows
 from influence.logged_loss import check_losses
-from influence.loss import check_rows, weights
+from influence.loss import check_rows
 from influence.manifest import (
+    AS_BEFORE,
     AUDIT,
     FORMAT,
     ROWS,
@@ -49,10 +50,11 @@ from influence.manifest import (
 from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, Point, check_path, points
 from influence.progress import say
+from influence.row_weights import batch_size
 from influence.rows import Examples
 from influence.run import Run, update_manifest
 from influence.store import only_writer, open_file, open_rows
-from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
+from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
 from influence.trainer_output import TrainerOutput, Training
 
 STORE = ("auto", "always", "never")
@@ -77,6 +79,7 @@ def fit(
     geometry: str = "raw",
     optimizer: str | Path | None = None,
     max_length: int | None = None,
+    supervise: str | None = None,
     token_budget: int | None = None,
     store: str = "auto",
     disk_budget: float = DISK_BUDGET,
@@ -99,8 +102,8 @@ def fit(
         `mean:X`, `top:X`, `abs:X` or `time:T`; scores may use another. `time` alone takes T from
         `optimizer`.
     reduction
-        `token`: `w_i = 1/N_tok`, as Hugging Face trainers weight rows; `example`: `w_i = 1/(n
-        T_i)`.
+        `token`: `w_i = 1/N_tok`; `example`: `w_i = 1/(n T_i)`; `batch:M`: what Hugging Face
+        trainers minimise at M rows a step, between the two. See `influence.row_weights`.
     path
         Where on the way from the base to the adapter to look: scales c of every B, in (0, 1].
         Default: 0.4, 0.6, 0.8, or no scale at all where checkpoints are given. `(1.0,)` looks at
@@ -114,8 +117,10 @@ def fit(
         The Hugging Face trainer checkpoint whose `optimizer.pt` holds Adam's second moments;
         without it `adam` estimates them from training gradients. It also tells the total learning
         rate for `damping="time"`.
-    max_length
-        Truncate rows to so many tokens, as in training.
+    max_length, supervise
+        Truncate rows to so many tokens, and supervise these of a conversation, as in training:
+        `last` (the default: the last answer), `assistant` (every answer) or `all` (every token).
+        See `influence.chats`.
     token_budget
         Tokens per batch, padding included: the memory knob (default 1,024 on a CPU, 4,096
         elsewhere). Results do not depend on it.
@@ -131,7 +136,9 @@ def fit(
         is compared with the logged losses (`influence.logged_loss`).
 
     Rows that came from no file and an adapter that came from no folder are kept in the directory
-    (`influence.kept`). Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory
+    (`influence.kept`).
+
+    Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory
     was made from something else (naming what differs), `StoreError` where the disk is too small.
     """
     curvature = DEFAULT if curvature is None else curvature
@@ -148,6 +155,7 @@ def fit(
         path = () if checkpoints else curvature.default_path or DEFAULT_PATH
     scales = check_path(path)
     _check_options(geometry, store, token_budget, disk_budget)
+    batch_size(reduction)  # refuses an unknown reduction before any work
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
     _refuse_nameless(curvature)
@@ -157,7 +165,8 @@ def fit(
     state = None if optimizer is None else second_moments(optimizer, model)
     damping = _training_time(damping, state)
     places = points(model, scales, checkpoints)
-    tokens = tokenize(train, model.tokenizer, max_length=max_length)
+    rendering = Rendering.of_trainer(train, max_length, supervise)
+    tokens = rendering.tokenize(train, model.tokenizer)
     manifest = _manifest(
         model,
         train,
@@ -169,18 +178,17 @@ def fit(
         geometry=geometry,
         optimizer=optimizer,
         state=state,
-        max_length=max_length,
+        rendering=rendering,
         token_budget=token_budget,
         store=store,
         disk_budget=disk_budget,
         seed=seed,
     )
-    weights(tokens.counts, reduction)  # refuses an unknown reduction before anything is written
     check_rows(model, tokens)
     training = model.training if output is None else output.training(len(train))
     if not _finished_before(directory, manifest):
         curvature.refuse(len(train))
-        if (losses := check_losses(model, tokens, training)) is not None:
+        if (losses := check_losses(model, train, rendering, training)) is not None:
             say(f"{'note' if losses.agrees else 'warning'}: {losses}")
     with only_writer(directory):
         existing = _claim(directory, manifest, curvature, overwrite)
@@ -204,7 +212,7 @@ def _manifest(
     geometry: str,
     optimizer: str | Path | None,
     state: OptimizerState | None,
-    max_length: int | None,
+    rendering: Rendering,
     token_budget: int,
     store: str,
     disk_budget: float,
@@ -222,7 +230,7 @@ def _manifest(
         "data": train.digest,
         "tokenizer": tokenizer,
         "reduction": reduction,
-        "max_length": max_length,
+        "max_length": rendering.max_length,
         "curvature": specification,
         "seed": seed,
         "points": [asdict(record) for record in records],
@@ -231,6 +239,10 @@ def _manifest(
         "dtype": dtype,
         "store": store,
     }
+    if rendering.supervise != AS_BEFORE["supervise"]:
+        identity["supervise"] = rendering.supervise
+    if model.loading.attn_implementation is not None:  # the bits are in the base's digest
+        identity["attn_implementation"] = model.loading.attn_implementation
     return Manifest(
         format=FORMAT,
         digest=digest_of(identity),
@@ -239,10 +251,15 @@ def _manifest(
         base=Source(model.base, model.base_digest),
         adapter=AdapterSource(model.adapter or None, adapter, model.space.size),
         data=DataSource(
-            train.source, train.digest, len(train), int(tokens.lengths.sum()), supervised
+            train.source,
+            train.digest,
+            len(train),
+            int(tokens.lengths.sum()),
+            supervised,
+            train.columns,
         ),
         tokenizer=TokenizerSource(tokenizer),
-        objective=ObjectiveRecord(reduction, max_length, supervised),
+        objective=ObjectiveRecord(reduction, rendering.max_length, supervised, rendering.supervise),
         curvature=specification,
         damping=damping,
         points=records,
@@ -253,6 +270,7 @@ def _manifest(
         seed=seed,
         token_budget=token_budget,
         dtype=dtype,
+        loading=model.loading,
         versions=versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
@@ -306,7 +324,8 @@ def _keep(run: Run, training: Training | None, *, finished: bool) -> None:
     """Keep rows, adapter and recipe in the directory where no file has them."""
     manifest = run.manifest
     if manifest.data.path is None and (path := keep_rows(run.directory, run.train)) is not None:
-        manifest = replace(manifest, data=replace(manifest.data, path=str(path.resolve())))
+        data = replace(manifest.data, path=str(path.resolve()), columns=None)
+        manifest = replace(manifest, data=data)
     if not manifest.adapter.path and (path := keep_adapter(run.directory, run.model)) is not None:
         adapter = replace(manifest.adapter, path=str(path.resolve()))
         manifest = replace(manifest, adapter=adapter)
@@ -335,7 +354,7 @@ def _finished_before(directory: Path, manifest: Manifest) -> bool:
     """Whether the directory holds this very run, complete."""
     if not (directory / "manifest.json").is_file():
         return False
-    if differences(recorded_identity(directory), manifest.identity):
+    if differences(recorded_identity(directory), manifest.identity, whole=True):
         return False
     return begun_manifest(directory).complete
 
@@ -402,7 +421,7 @@ def _claim(
             "replaced: give another --run directory"
         )
     if path.exists():
-        different = differences(recorded_identity(directory), manifest.identity)
+        different = differences(recorded_identity(directory), manifest.identity, whole=True)
         if not different and not overwrite:
             existing = begun_manifest(directory)
             if not existing.complete:
@@ -438,12 +457,15 @@ def _follow_latest_call(directory: Path, existing: Manifest, asked: Manifest) ->
     """A finished run's manifest with what is no part of its factors: damping, and where the same
     things lie now.
     """
+    data = existing.data
+    if asked.data.path is not None:
+        data = replace(data, path=asked.data.path, columns=asked.data.columns)
     current = replace(
         existing,
         damping=asked.damping,
         base=replace(existing.base, path=asked.base.path or existing.base.path),
         adapter=replace(existing.adapter, path=asked.adapter.path or existing.adapter.path),
-        data=replace(existing.data, path=asked.data.path or existing.data.path),
+        data=data,
     )
     if current.damping != existing.damping:
         chosen = (

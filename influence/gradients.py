@@ -43,8 +43,9 @@ from influence.loss import (
     token_losses,
 )
 from influence.measurements import MeanLoss, Measurement
+from influence.positions import documents, fresh_rope
 from influence.rows import Examples
-from influence.tokens import TokenizedExamples, tokenize
+from influence.tokens import Rendering, TokenizedExamples
 
 #: What a tap hands over: leaf number, inputs [b, T, d_in], output gradients [b, T, d_out], valid
 #: tokens [b, T].
@@ -137,7 +138,8 @@ class Tape:
         real = batch.attention_mask.bool()
         # A position is valid if a token follows it: the last token of a row is an input in some
         # batches and cut off in others, and must count in none.
-        self.valid = real[:, :-1] & real[:, 1:]
+        # The last of a document is followed by a token of another one.
+        self.valid = real[:, :-1] & real[:, 1:] & (batch.position_ids[:, 1:] > 0)
         with torch.enable_grad():
             part = supervised_logits(self.model, batch)
         self.counts = part.counts
@@ -379,6 +381,7 @@ def check_gradients(
     examples: Examples,
     *,
     max_length: int | None = None,
+    supervise: str | None = None,
     tolerance: float | None = None,
 ) -> GradientCheck:
     """Compare the streamed gradients of *your* model with a plain one-example autograd loop.
@@ -389,7 +392,8 @@ def check_gradients(
     whole gradient's). Default tolerance: 1e-10 in float64, 1e-4 in float32 and 5e-2 where a base
     computes in 16 bits (bfloat16, float16, or 8-bit layers).
     """
-    tokens = tokenize(examples, model.tokenizer, max_length=max_length)
+    rendering = Rendering.of_trainer(examples, max_length, supervise)
+    tokens = rendering.tokenize(examples, model.tokenizer)
     check_rows(model, tokens)
     streamed = torch.empty(len(tokens), model.space.size, dtype=model.dtype, device=model.device)
     for rows, gradients, _ in stream_gradients(model, tokens):
@@ -414,13 +418,21 @@ def check_gradients(
 
 
 def _loop_gradient(model: AdaptedModel, tokens: TokenizedExamples, index: int) -> Tensor:
-    """Gradient `[P]` of one example's summed loss by plain autograd, without taps."""
+    """Gradient `[P]` of one example's summed loss by plain autograd, without taps.
+
+    Documents of one row run apart.
+    """
     ids = torch.from_numpy(tokens[index].input_ids).to(model.device)
     targets = torch.where(torch.from_numpy(tokens[index].supervised).to(model.device), ids, -100)
     with model.evaluating(model.parameters), torch.enable_grad():
-        logits = model.model(input_ids=ids[None]).logits[0, :-1]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = nn.functional.cross_entropy(logits, targets[1:], ignore_index=-100, reduction="sum")
+        loss = torch.zeros((), device=model.device)
+        for part in documents(tokens[index]):
+            fresh_rope(model.model)
+            logits = model.model(input_ids=ids[None, part]).logits[0, :-1]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            loss = loss + nn.functional.cross_entropy(
+                logits, targets[part][1:], ignore_index=-100, reduction="sum"
+            )
         parts = torch.autograd.grad(loss, model.parameters, allow_unused=True)
     return model.space.flatten(
         [

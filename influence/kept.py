@@ -23,7 +23,8 @@ from influence.errors import ToolkitError
 from influence.manifest import ADAPTER, NAME, ROWS
 from influence.progress import say
 from influence.recipe import Recorded
-from influence.rows import Example, Examples, read_examples
+from influence.row_files import read_examples
+from influence.rows import Example, Examples
 from influence.store import read_json, write_json
 from influence.tokens import tokenizer_digest
 

@@ -1,32 +1,35 @@
 """Models from folders or the hub, and every refusal of an adapter that cannot be read rightly.
 
-`load` reads a base and an adapter by name and hands a `PeftModel` to `from_peft`, which checks it,
-finds its sites and returns an `AdaptedModel`. What is refused is refused with all its reasons at
-once, before any work. Weights are read from safetensors only.
+`load` reads a base (`influence.base_files`) and an adapter (`influence.adapter_files`,
+`influence.adapter_weights`) by name and hands a `PeftModel` to `from_peft`, which checks it, finds
+its sites and returns an `AdaptedModel`. What is refused is refused with all its reasons at once, before any work. Weights are read from
+safetensors only.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from influence.adapter import PREFIX, AdaptedModel, ParamSpace, Site, weight_key
-from influence.errors import AdapterError, InputError, NumericalError
+from influence.adapter import PREFIX, AdaptedModel, ParamSpace, Site
+from influence.adapter_files import (
+    AdapterFiles,
+    note_unknown_fields,
+    read_adapter,
+    unsupported_options,
+)
+from influence.adapter_weights import add_adapter
+from influence.base_files import DTYPES, BaseRequest, grouped, load_base
+from influence.errors import AdapterError, NumericalError, refuse
+from influence.manifest import LoadingRecord
 from influence.progress import say
-
-#: Types of a base's weights, by the name that `load` takes.
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+from influence.tokenizer_files import load_tokenizer
 
 
 def load(
@@ -35,25 +38,40 @@ def load(
     *,
     dtype: str = "float32",
     device: str = "auto",
+    device_map: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    attn_implementation: str | None = None,
     checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> AdaptedModel:
     """Load a base model and a LoRA adapter from local folders or hub ids.
 
+    What is loaded is what the files say: weights that the base's file lacks, and LoRA matrices that
+    the adapter's file has and its configuration does not make, or the reverse, are errors.
+
     Parameters
     ----------
     base
         Folder or hub id of the base model; None takes the base recorded in the adapter's
-        configuration.
+        configuration. Of the base that is recorded there, the recorded revision is taken.
     adapter
         Folder or hub id of a PEFT LoRA adapter (`adapter_config.json` and
-        `adapter_model.safetensors`).
+        `adapter_model.safetensors`); a hub id may go on with a folder, `owner/name/folder`.
     dtype
-        `float32`, `bfloat16`, `float16` or `float64`: type of the base's weights. The LoRA
-        parameters, their gradients and all sums are float32 under a bfloat16 base, else of the same
-        type. A quantised base keeps its own.
+        `float32`, `bfloat16`, `float16` or `float64`: type of the base's weights, or `auto`: the
+        type they are saved in. The LoRA parameters, their gradients and all sums are float32 under
+        a 16-bit base, else of the same type. A base saved quantised keeps its own.
     device
         `auto` (cuda, else cpu) or any torch device that has float64 (mps does not).
+    device_map
+        `auto` and the other maps of transformers, in place of `device`: layers are spread over the
+        accelerators. A map that leaves layers on the CPU beside an accelerator is refused.
+    load_in_4bit, load_in_8bit
+        Quantise the base while it is loaded, as QLoRA does (nf4, doubly) or to bitsandbytes' 8 bits;
+        it computes in `dtype`.
+    attn_implementation
+        `eager`, `sdpa`, `flash_attention_2` ...: transformers' attention; None lets it choose.
     checkpointing
         Recompute each layer's activations in the backward: memory for one layer instead of all, for
         about one more forward per backward. The numbers stay the same.
@@ -64,48 +82,45 @@ def load(
     ------
     AdapterError
         Listing, at once, every reason why the adapter is not supported or does not belong to this
-        base (told by site names and shapes, never by the recorded path).
+        base (told by site names and shapes, never by the recorded path); and for whatever
+        transformers, PEFT or bitsandbytes raise.
     """
-    from peft import PeftModel
-
     for place in (base, adapter):
         _refuse_mistyped_path(place)
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} was given; expected one of {', '.join(DTYPES)}")
-    folder = adapter_folder(adapter)
-    config = _read_config(folder / "adapter_config.json")
-    refuse(f"adapter {str(adapter)!r} cannot be used", _unsupported_options(config))
-    base = base if base is not None else config.get("base_model_name_or_path")
-    if not base:
-        raise AdapterError(
-            f"adapter {str(adapter)!r} does not record its base model: pass it (--model BASE)"
-        )
-    body = _load_base(str(base), DTYPES[dtype], resolve_device(device), trust_remote_code)
-    shapes = _tensor_shapes(folder / "adapter_model.safetensors")
-    refuse(
-        f"adapter {str(adapter)!r} was not made for base {str(base)!r} (judged by its sites' "
-        "names and shapes); pass the base it was trained on",
-        _misfits(body, shapes),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(body, str(folder), is_trainable=False)
-    source = str(folder) if (folder / "tokenizer_config.json").exists() else str(base)
-    loaded = from_peft(
-        model,
-        _load_tokenizer(source, trust_remote_code),
-        base=_reference(base),
-        adapter=_reference(adapter),
-    )
-    wanted = [weight_key(leaf) for leaf in loaded.space.leaves]
-    refuse(
-        f"adapter {str(adapter)!r} is incomplete: its configuration names layers whose weights "
-        "its file lacks",
-        [f"{key.removeprefix(PREFIX)} is missing" for key in wanted if key not in shapes],
+    how = LoadingRecord(load_in_4bit, load_in_8bit, attn_implementation)
+    request = BaseRequest(str(base or ""), dtype, device, device_map, how, trust_remote_code)
+    files = read_adapter(adapter)
+    note_unknown_fields(files.config)
+    request = replace(request, **_recorded_base(files, base))
+    body = load_base(request)
+    model = add_adapter(body, files, request.place)
+    tokenizer = load_tokenizer(
+        files.folder,
+        request.place,
+        revision=request.revision,
+        trust_remote_code=trust_remote_code,
     )
     if checkpointing:
         getattr(body, "activation_checkpointing_enable", body.gradient_checkpointing_enable)()
-    return loaded
+    loaded = from_peft(
+        model,
+        tokenizer,
+        base=_reference(request.place),
+        adapter=_reference(adapter),
+    )
+    return replace(loaded, loading=how)
+
+
+def _recorded_base(files: AdapterFiles, base: str | Path | None) -> dict[str, str | None]:
+    """The base's `place`, and its `revision` where it is the one that the adapter records."""
+    recorded = files.config.get("base_model_name_or_path")
+    place = str(base) if base is not None else recorded
+    if not place or not isinstance(place, str):
+        raise AdapterError(
+            f"adapter {files.name!r} does not record its base model: pass it (--model BASE)"
+        )
+    revision = files.config.get("revision")
+    return {"place": place, "revision": str(revision) if revision and place == recorded else None}
 
 
 def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") -> AdaptedModel:
@@ -118,11 +133,9 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
-        raise AdapterError(
-            f"a {type(model).__name__} was given; expected a peft.PeftModel with a LoRA adapter. "
-            "A merged model has no LoRA parameters left: use the adapter from before merging"
-        )
+        raise AdapterError(_no_peft_model(model))
     active = list(model.active_adapters)
+    _refuse_disabled_or_offloaded(model)
     if len(active) != 1:
         raise AdapterError(
             f"{len(active)} adapters are active ({', '.join(active)}); influence is computed for "
@@ -142,12 +155,7 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
             if module.weight.dtype not in (torch.float32, torch.float64):
                 module.to(torch.float32)
     _refuse_nan(model)
-    if all(not site.B.weight.any() for site in sites):
-        warnings.warn(
-            "every B is zero: this adapter is fresh (untrained), so the gradients of every A "
-            "vanish and half of each score is missing; train the adapter first",
-            stacklevel=2,
-        )
+    _note_zero_sites(sites)
     shapes = [
         (f"{site.name}.lora_{side}", tuple(getattr(site, side).weight.shape))
         for site in sites
@@ -156,11 +164,62 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
     return AdaptedModel(model, tokenizer, tuple(sites), ParamSpace.of(shapes), base, adapter)
 
 
+def _no_peft_model(model: Any) -> str:
+    """What to say of a model that is no `PeftModel`."""
+    given = f"a {type(model).__name__} was given; expected a peft.PeftModel with a LoRA adapter."
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return (
+            f"{given} Its adapter was added by transformers itself (add_adapter, load_adapter): "
+            "save it with save_pretrained(FOLDER) and load it with influence.load(BASE, FOLDER)"
+        )
+    return (
+        f"{given} A merged model has no LoRA parameters left: use the adapter from before merging"
+    )
+
+
+def _refuse_disabled_or_offloaded(model: Any) -> None:
+    """Refuse a model whose adapter is switched off, or whose weights are elsewhere."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    if layers and all(layer.disable_adapters for layer in layers):
+        raise AdapterError(
+            "the adapter is switched off, so the model computes what its base does: call "
+            "model.enable_adapter_layers(), or leave the block of disable_adapter()"
+        )
+    away = [
+        name.removeprefix(PREFIX) for name, weight in model.named_parameters() if weight.is_meta
+    ]
+    refuse(
+        f"{len(away)} weights are not in memory (offloaded to the CPU or a disk), and gradients do "
+        "not pass through weights that are fetched when they are needed: load the model onto one "
+        "device, in 4 bits where it is too large",
+        grouped(away),
+    )
+
+
+def _note_zero_sites(sites: Sequence[Site]) -> None:
+    """Warn where every B is zero, and say where some are: training did not reach them."""
+    zero = [site.name for site in sites if not site.B.weight.any()]
+    if len(zero) == len(sites):
+        warnings.warn(
+            "every B is zero: this adapter is fresh (untrained), so the gradients of every A "
+            "vanish and half of each score is missing; train the adapter first",
+            stacklevel=3,
+        )
+    elif zero:
+        shown = ", ".join(grouped(zero)[:5])
+        say(
+            f"note: {len(zero)} of {len(sites)} sites have B = 0 ({shown}): training did not reach "
+            "them, and their A has no gradient"
+        )
+
+
 def _lora_sites(model: Any, name: str) -> tuple[list[Site], list[str]]:
     """The sites of the adapter `name` in module order, and every reason why it is not supported."""
     from peft.tuners.lora.layer import LoraLayer
 
-    reasons = _unsupported_options(model.peft_config[name].to_dict())
+    reasons = unsupported_options(model.peft_config[name].to_dict())
     sites: list[Site] = []
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -206,24 +265,6 @@ def _lora_sites(model: Any, name: str) -> tuple[list[Site], list[str]]:
     return sites, reasons
 
 
-def resolve_device(device: str) -> torch.device:
-    """A torch device by name, where `auto` is cuda if there is one and else cpu.
-
-    Errors: InputError for a device that this machine lacks or that does not know float64.
-    """
-    if device != "auto":
-        try:
-            torch.empty(0, device=(chosen := torch.device(device)), dtype=torch.float64)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"device {device!r} was given; expected auto, cpu, cuda, cuda:1 ... that this "
-                f"machine has and that knows float64: {reason}"
-            ) from error
-        return chosen
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _refuse_mistyped_path(place: str | Path | None) -> None:
     """Refuse a path that does not exist in a folder that does.
 
@@ -241,200 +282,6 @@ def _refuse_mistyped_path(place: str | Path | None) -> None:
 def _reference(place: str | Path) -> str:
     """A local folder as an absolute path, so that a run opens from anywhere. A hub id stays."""
     return str(Path(place).resolve()) if Path(place).exists() else str(place)
-
-
-def adapter_folder(adapter: str | Path) -> Path:
-    """The local folder of an adapter, fetched from the hub if need be.
-
-    Only the configuration, the safetensors file and the tokenizer are fetched. Errors: AdapterError
-    that says what the folder lacks.
-    """
-    folder = Path(adapter)
-    if (
-        not folder.exists()
-        and not folder.is_absolute()
-        and len(folder.parts) == 2
-        and str(adapter)[0] not in "./~"
-    ):
-        from huggingface_hub import snapshot_download
-
-        try:
-            patterns = [
-                "adapter_config.json",
-                "adapter_model.safetensors",
-                "tokenizer*",
-                "special_tokens*",
-                "*.jinja",
-            ]
-            folder = Path(snapshot_download(str(adapter), allow_patterns=patterns))
-        except Exception as error:
-            raise AdapterError(
-                f"adapter {str(adapter)!r} is neither a local folder nor a hub id that could be "
-                f"fetched: {error}"
-            ) from error
-    if not folder.is_dir():
-        raise AdapterError(
-            f"adapter {str(adapter)!r} is not a folder: pass the folder that holds "
-            "adapter_config.json"
-        )
-    if not (folder / "adapter_config.json").exists():
-        if (folder / "config.json").exists():
-            raise AdapterError(
-                f"{str(adapter)!r} is a full model (config.json, no adapter_config.json): a "
-                "merged adapter has no LoRA parameters left; pass the adapter folder from before "
-                "merging"
-            )
-        raise AdapterError(
-            f"{str(adapter)!r} has no adapter_config.json: pass the folder of a PEFT adapter"
-        )
-    if not (folder / "adapter_model.safetensors").exists():
-        raise AdapterError(
-            f"{str(adapter)!r} has no adapter_model.safetensors; pickled weights (.bin) are never "
-            "loaded: save the adapter again with save_pretrained(..., safe_serialization=True)"
-        )
-    return folder
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}): copy the adapter again") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} holds no JSON object: copy the adapter again")
-    return config
-
-
-def _load_base(base: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        quantised = getattr(config, "quantization_config", None) is not None
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            config=config,
-            dtype="auto" if quantised else dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            **({"device_map": {"": device}} if quantised else {}),
-        )
-        saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
-        if not quantised and saved in ("bfloat16", "float16") and dtype == torch.float32:
-            say(
-                f"note: the base is saved as {saved} and loaded as float32; --dtype {saved} takes "
-                "half the memory"
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterError(
-            f"base model {base!r} could not be loaded: {error}\nPass a folder or hub id of a "
-            "causal language model saved as safetensors (--model BASE)"
-        ) from error
-    return model if quantised else model.to(device)  # pyright: ignore[reportArgumentType]
-
-
-def _load_tokenizer(source: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"no tokenizer could be loaded from {source!r}: {error}\nSave one beside the base (or "
-            "the adapter)"
-        ) from error
-
-
-def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise AdapterError(
-            f"{path} cannot be read as safetensors ({error}): copy the adapter again"
-        ) from error
-
-
-def _misfits(base: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Sites of the adapter that the base lacks or whose shapes differ. Empty if it fits."""
-    modules = dict(base.named_modules())
-    reasons = []
-    for key, shape in shapes.items():
-        path, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
-        module = modules.get(path)
-        if not path or side not in ("A.weight", "B.weight"):
-            reasons.append(f"{key}: not a LoRA matrix of a linear layer")
-        elif module is None:
-            reasons.append(f"{path}: the base has no such layer")
-        else:
-            d_in, d_out = _features(module)
-            if side[0] == "A" and shape[-1] != d_in:
-                reasons.append(
-                    f"{path}: the adapter expects {shape[-1]} inputs, the base's layer has {d_in}"
-                )
-            if side[0] == "B" and shape[0] != d_out:
-                reasons.append(
-                    f"{path}: the adapter expects {shape[0]} outputs, the base's layer has {d_out}"
-                )
-    if not shapes:
-        reasons.append("it holds no tensors")
-    return reasons
-
-
-def _features(module: Any) -> tuple[int | None, int | None]:
-    """Input and output width of a linear layer, a Conv1D of transformers, or a quantised linear."""
-    if hasattr(module, "in_features"):
-        return module.in_features, module.out_features
-    if hasattr(module, "nf"):  # Conv1D holds its weight as [in, out]
-        return module.weight.shape[0], module.nf
-    return None, None
-
-
-def _unsupported_options(config: Mapping[str, Any]) -> list[str]:
-    """Reasons why an adapter configuration is not supported. Empty if it is."""
-    kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
-    if kind != "LORA":
-        return [f"it is a {kind} adapter; LoRA adapters are supported"]
-    checks = {
-        "use_dora": (
-            "DoRA also trains a magnitude per output, which is not a LoRA matrix; plain LoRA and "
-            "rsLoRA are supported"
-        ),
-        "modules_to_save": (
-            "modules_to_save trains whole modules whose influence would be missed; train without it"
-        ),
-        "trainable_token_indices": (
-            "trainable token embeddings are not LoRA matrices; train without them"
-        ),
-        "target_parameters": (
-            "LoRA on bare parameters (fused experts) has no linear layer to read; target linear "
-            "layers"
-        ),
-        "lora_bias": "lora_bias trains a bias beside B; train without it",
-        "alora_invocation_tokens": (
-            "activated LoRA changes where the adapter acts; plain LoRA is supported"
-        ),
-        "use_qalora": "QA-LoRA pools the input of A; plain LoRA is supported",
-        "use_bdlora": "block-diagonal LoRA is not supported; plain LoRA is",
-    }
-    reasons = [f"{key}: {reason}" for key, reason in checks.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        reasons.append(
-            f"bias={config['bias']!r} trains biases outside the LoRA sites; train with bias='none'"
-        )
-    return reasons
-
-
-def refuse(message: str, reasons: Sequence[str]) -> None:
-    """Raise an `AdapterError` that lists the reasons, unless there are none."""
-    if reasons:
-        shown = [f"  - {reason}" for reason in reasons[:10]]
-        if len(reasons) > 10:
-            shown.append(f"  - ... and {len(reasons) - 10} more")
-        raise AdapterError("\n".join([f"{message}:", *shown]))
 
 
 def _refuse_nan(model: Any) -> None:

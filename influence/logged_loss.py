@@ -19,15 +19,20 @@ are measured on some rows, and compared within what the trainer's own numbers ca
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from influence.adapter import AdaptedModel
+from influence.chats import SUPERVISE
+from influence.errors import ToolkitError
 from influence.loss import mean_losses
-from influence.tokens import TokenizedExamples, Tokens
+from influence.rows import Examples
+from influence.tokens import Rendering, TokenizedExamples
 from influence.trainer_output import Training, TrainingLog
 
 #: Rows that are run for the comparison, at the adapter and at the base.
@@ -97,7 +102,7 @@ class LossCheck:
                 others += "; or training started from an adapter that was not fresh"
             lines.append(
                 "rows may be rendered, cut or supervised otherwise than in training, or be others: "
-                f"compare the tokens and labels with the trainer's own batches{others}"
+                f"influence check --labels shows what is supervised{others}"
             )
         return "\n".join(lines)
 
@@ -114,21 +119,23 @@ class LossCheck:
 
 def check_losses(
     model: AdaptedModel,
-    tokens: TokenizedExamples,
+    train: Examples,
+    rendering: Rendering,
     training: Training | None,
-    *,
-    otherwise: Mapping[str, TokenizedExamples] | None = None,
 ) -> LossCheck | None:
     """Compare the objective on at most `ROWS` of the rows with the log, None where there is no log.
 
-    `otherwise` has the same rows under other supervisions, to be told where something differs; by
-    default all tokens supervised. Runs the rows at the adapter and at the base, forward only.
+    Runs them at the adapter and at the base, forward only; where something differs, also under the
+    other supervisions that a rendering knows.
     """
     log = None if training is None else training.log
     if log is None or not log.losses:
         return None
-    drawn = np.random.default_rng(0).permutation(len(tokens))[:ROWS]
-    sample = tokens.select(np.sort(drawn))
+    drawn = np.random.default_rng(0).permutation(len(train))[:ROWS]
+    rows = train.select(np.sort(drawn))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the rows, which were all tokenized before
+        sample = rendering.tokenize(rows, model.tokenizer)
     batch = 1
     if training is not None and training.recipe is not None:
         batch = training.recipe.recipe.batch_size
@@ -136,24 +143,25 @@ def check_losses(
         batch = log.batch_size
     config = model.model.peft_config[model.model.active_adapters[0]]
     dropout = float(getattr(config, "lora_dropout", 0.0) or 0.0)
-    measured = Measured(sample.counts, mean_losses(model, sample), len(tokens))
+    measured = Measured(sample.counts, mean_losses(model, sample), len(train))
     found = [at_end(log, measured, batch, dropout)]
     without = model.snapshot()
     for leaf in model.space.leaves:
         if not leaf.is_A:
             without[leaf.slice] = 0
     with model.at(without):
-        measured = Measured(sample.counts, mean_losses(model, sample), len(tokens))
+        measured = Measured(sample.counts, mean_losses(model, sample), len(train))
     found.append(at_beginning(log, measured, batch))
     check = LossCheck(len(sample), tuple(found))
     if check.agrees:
         return check
-    others = {"every token supervised": every_token(sample)} if otherwise is None else otherwise
-    values = {
-        name: objective(model, rows)
-        for name, rows in others.items()
-        if not np.array_equal(rows.counts, sample.counts)
-    }
+    values = {}
+    for word in SUPERVISE:
+        with suppress(ToolkitError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokens = replace(rendering, supervise=word).tokenize(rows, model.tokenizer)
+            if not np.array_equal(tokens.counts, sample.counts):
+                values[f"--supervise {word}"] = objective(model, tokens)
     return LossCheck(len(sample), tuple(found), values)
 
 
@@ -209,16 +217,6 @@ def _average(entries: Sequence[Entry], count: int) -> tuple[int, float]:
     spans = np.diff(bounds)[-count:]
     values = [value for _, value in entries[-count:]]
     return int(bounds[-count - 1]) + 1, float(np.average(values, weights=spans))
-
-
-def every_token(tokens: TokenizedExamples) -> TokenizedExamples:
-    """The rows with every token but the first supervised."""
-    rows = [_all_supervised(row) for row in tokens]
-    return TokenizedExamples(rows, tokens.ids)
-
-
-def _all_supervised(row: Tokens) -> Tokens:
-    return replace(row, supervised=np.arange(len(row.input_ids)) > 0)
 
 
 def objective(model: AdaptedModel, tokens: TokenizedExamples) -> float:

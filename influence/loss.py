@@ -10,7 +10,7 @@ Losses are cross-entropies in nats. `l_i` is the **sum** over example i's superv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,11 +20,14 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel, accepts
 from influence.batches import Batch, collate, plan_batches
-from influence.errors import BadRow, DataError, InputError, NumericalError
+from influence.errors import BadRow, DataError, NumericalError
+from influence.positions import (
+    length_of,
+    most_positions,
+    refuse_mixed_documents,
+    rope_of_each_row,
+)
 from influence.tokens import TokenizedExamples
-
-#: Training objectives by name, as `weights` reads them.
-REDUCTIONS = ("token", "example")
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,25 @@ def supervised_logits(model: AdaptedModel, batch: Batch) -> Supervised:
     """Run the model on a batch and return the logits that predict its supervised tokens.
 
     Right padding needs no attention mask in a causal model (no real token sees it); left padding
-    gets its mask and positions. Raises `NumericalError` if a logit is NaN.
+    gets its mask and positions. Rows of several documents get positions and no mask, by which
+    models keep documents apart (`check_rows` sees to it that this one does). Raises
+    `NumericalError` if a logit is NaN.
     """
     inputs = {"input_ids": batch.input_ids[:, :-1]}
-    if not bool(batch.attention_mask[:, 0].all()):
+    if batch.packed:
+        inputs["position_ids"] = batch.position_ids[:, :-1]
+    elif not bool(batch.attention_mask[:, 0].all()):
         inputs["attention_mask"] = batch.attention_mask[:, :-1]
         if accepts(model.model, "position_ids"):
             inputs["position_ids"] = batch.position_ids[:, :-1]
     mask = batch.supervised[:, 1:]
     if accepts(model.model, "use_cache"):
         inputs["use_cache"] = False  # type: ignore[assignment]
-    with _only_supervised_reach_head(model, mask) as selected:
+    real = batch.attention_mask.bool()
+    with (
+        _only_supervised_reach_head(model, mask) as selected,
+        rope_of_each_row(model, batch.position_ids, real),
+    ):
         logits = model.model.get_base_model()(**inputs).logits
     logits = logits.flatten(0, -2) if selected else logits[mask]
     return Supervised(logits, batch.input_ids[:, 1:][mask], mask.sum(1).tolist())
@@ -83,26 +94,48 @@ def _only_supervised_reach_head(model: AdaptedModel, mask: Tensor) -> Iterator[b
 def check_rows(model: AdaptedModel, tokens: TokenizedExamples) -> None:
     """Refuse rows that the model cannot take.
 
-    These are rows longer than its positions and ids beyond its embedding. Errors: DataError that
-    lists all of them.
+    These are rows longer than its positions and ids beyond its embedding, and rows of several
+    documents where it does not keep these apart. Errors: DataError that lists all of them,
+    AdapterError for documents.
     """
-    config = model.model.get_base_model().config
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = most_positions(model.model.get_base_model().config)
     vocabulary = model.model.get_input_embeddings().num_embeddings
     bad = []
     for number, (id, item) in enumerate(zip(tokens.ids, tokens, strict=True), start=1):
-        if positions and len(item.input_ids) - 1 > positions:  # the last token is only a target
+        if positions and length_of(item) > positions:
             reason = f"{len(item.input_ids)} tokens, and the model has {positions} positions"
             bad.append(BadRow(number, id, reason))
         elif int(item.input_ids.max()) >= vocabulary:
-            reason = f"token id {int(item.input_ids.max())}, and the model embeds {vocabulary}"
-            bad.append(BadRow(number, id, reason))
+            token = _token_text(model, int(item.input_ids.max()))
+            bad.append(BadRow(number, id, f"{token}, and the model embeds {vocabulary} tokens"))
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(tokens)} rows do not fit the model: truncate long ones with "
-            "--max-length, and use the tokenizer that the model was trained with:",
-            bad,
+            f"{len(bad)} of {len(tokens)} rows do not fit the model. {_advice(bad)}:", bad
         )
+    refuse_mixed_documents(model, tokens)
+
+
+def _token_text(model: AdaptedModel, number: int) -> str:
+    """A token by its id and, where the tokenizer has it, its text."""
+    try:
+        text = model.tokenizer.convert_ids_to_tokens(number)
+    except (AttributeError, IndexError, KeyError, OverflowError):
+        text = None
+    return f"token id {number}" if text is None else f"token id {number} ({text!r})"
+
+
+def _advice(bad: Sequence[BadRow]) -> str:
+    """What to do about rows that are too long, and about tokens that the model has not."""
+    advice = []
+    if any("positions" in row.reason for row in bad):
+        advice.append("Truncate long ones with --max-length")
+    if any("embeds" in row.reason for row in bad):
+        advice.append(
+            "The tokenizer has tokens that the base has no embedding for: if training added them, "
+            "save the adapter with save_pretrained(..., save_embedding_layers=True), or pass the "
+            "resized base (--model); else use the tokenizer that the model was trained with"
+        )
+    return ". ".join(advice)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -143,20 +176,6 @@ def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
         u = uniforms[start : start + 256].to(cdf) * cdf[:, -1]
         out[start : start + 256] = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).squeeze(-1)
     return out.clamp_(max=probs.shape[-1] - 1)
-
-
-def weights(counts: np.ndarray, reduction: str) -> np.ndarray:
-    """The training objective's weights `w_i`, `[n]` float64, from the token counts T_i.
-
-    `J = sum_i w_i l_i`: `token` gives `1 / N_tok` (what Hugging Face trainers minimise), `example`
-    gives `1 / (n T_i)`.
-    """
-    counts = np.asarray(counts, dtype=np.float64)
-    if reduction == "token":
-        return np.full(len(counts), 1.0 / counts.sum())
-    if reduction == "example":
-        return 1.0 / (len(counts) * counts)
-    raise InputError(f"reduction {reduction!r} was given; expected token or example")
 
 
 def mean_losses(

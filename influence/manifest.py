@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from influence.errors import InputError, StoreError
 from influence.store import only_writer, read_json, write_json
+from influence.tokens import Rendering
 
 FORMAT = 2
 NAME = "manifest.json"
@@ -27,6 +28,12 @@ NAME = "manifest.json"
 AUDIT = "audit.jsonl"
 #: What `influence.kept` keeps in a run's directory: the rows, the adapter.
 _KEPT = (ROWS := "rows.jsonl", ADAPTER := "adapter")
+#: What an identity says that lacks these keys: they are in it only where they are something else, so
+#: that digests of runs that were made before they were thought of stay.
+AS_BEFORE = {"supervise": "last"}
+#: Of a field that is written only where it is not its default: files from before it was thought of
+#: mean that.
+LATER: Mapping[str, Any] = {"written_at_default": False}
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -47,11 +54,15 @@ class AdapterSource(Source):
 
 @dataclass(frozen=True)
 class DataSource(Source):
-    """The training rows, with how many there are and their tokens."""
+    """The training rows, with how many there are and their tokens.
+
+    `path` may be the name of a data set of the hub, `columns` the column map that it was read by.
+    """
 
     rows: int
     tokens: int
     supervised_tokens: int
+    columns: Mapping[str, str] | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -62,14 +73,33 @@ class TokenizerSource:
 
 
 @dataclass(frozen=True)
+class LoadingRecord:
+    """What changes the base's numbers while it is loaded, beside its type: quantisation by
+    bitsandbytes, and the attention kernel (None: the one that transformers chooses).
+
+    The fields are keywords of `influence.load`.
+    """
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    attn_implementation: str | None = None
+
+
+@dataclass(frozen=True)
 class ObjectiveRecord:
-    """The training objective: how rows are weighted, at how many tokens they are cut, and all
-    supervised tokens.
+    """The training objective: how rows are weighted, at how many tokens they are cut, all
+    supervised tokens, and which tokens of a conversation these are.
     """
 
     reduction: str
     max_length: int | None
     N_tok: int
+    supervise: str = field(default=AS_BEFORE["supervise"], metadata=LATER)
+
+    @property
+    def rendering(self) -> Rendering:
+        """How rows become tokens."""
+        return Rendering(self.max_length, self.supervise)
 
 
 @dataclass(frozen=True)
@@ -86,10 +116,15 @@ class PointRecord:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The factor that a setting's scores are multiplied by, and what it was measured by."""
+    """The factor that a setting's scores are multiplied by, and what it was measured by.
+
+    `scales` are its points' mean self-influences (`AtPoint.scale`), kept because they cost a solve
+    of every row; empty: at one point, or in runs made before they were kept.
+    """
 
     factor: float
     source: str
+    scales: tuple[float, ...] = field(default=(), metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -153,6 +188,7 @@ class Manifest:
     dtype: str
     versions: Mapping[str, str]
     created: str
+    loading: LoadingRecord = field(default_factory=LoadingRecord, metadata=LATER)
     gradients_stored: bool = False
     calibration: Mapping[str, CalibrationRecord] = field(default_factory=dict)
     tuned: TunedRecord | None = None
@@ -172,12 +208,8 @@ class Manifest:
 
     def as_json(self) -> dict[str, Any]:
         """The JSON object: what is not there (no edit yet, nothing tuned) has no key."""
-        found = {
-            name: _plain(getattr(self, name))
-            for name in (part.name for part in fields(self))
-            if name != "rest"
-        }
-        absent = [name for name in ("tuned", "audit", "now") if found[name] is None]
+        found = _plain(self)
+        absent = ["rest", *(name for name in ("tuned", "audit", "now") if found[name] is None)]
         if not self.complete:  # `fit` writes these with the last point
             absent += ["gradients_stored", "calibration"]
         return {key: value for key, value in found.items() if key not in absent} | dict(self.rest)
@@ -259,10 +291,13 @@ def change_under_lock(directory: Path, **changes: Any) -> Manifest:
     return manifest
 
 
-def differences(there: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+def differences(
+    there: Mapping[str, Any], expected: Mapping[str, Any], *, whole: bool = False
+) -> list[str]:
     """What differs between two run identities, in words.
 
-    Digests are shortened.
+    Digests are shortened. A key that one of them lacks counts as `AS_BEFORE`. `whole`: `expected`
+    is a whole identity, so what it lacks must be lacking there too.
     """
 
     def short(value: Any) -> str:
@@ -273,12 +308,13 @@ def differences(there: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
         return ",".join(point["label"] for point in points) if points else "nothing"
 
     sentences = []
-    for key, value in expected.items():
-        if there.get(key) == value:
+    for key in [*expected, *(key for key in there if whole and key not in expected)]:
+        recorded, value = (each.get(key, AS_BEFORE.get(key)) for each in (there, expected))
+        if recorded == value:
             continue
-        was, now = short(there.get(key)), short(value)
-        if key == "points" and labels(there.get(key)) != labels(value):
-            was, now = labels(there.get(key)), labels(value)
+        was, now = short(recorded), short(value)
+        if key == "points" and labels(recorded) != labels(value):
+            was, now = labels(recorded), labels(value)
         sentences.append(f"{key} is {was} there and {now} here")
     return sentences
 
@@ -364,6 +400,15 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if hasattr(value, "__dataclass_fields__"):
-        return asdict(value)
+    if is_dataclass(value):
+        held = {part.name: getattr(value, part.name) for part in fields(value)}
+        unsaid = [part.name for part in fields(value) if held[part.name] == _unwritten(part)]
+        return {name: _plain(item) for name, item in held.items() if name not in unsaid}
     return value
+
+
+def _unwritten(part: Any) -> Any:
+    """The value at which a field is not written; `MISSING` where it always is."""
+    if part.metadata.get("written_at_default", True):
+        return MISSING
+    return part.default if part.default_factory is MISSING else part.default_factory()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from influence.errors import InputError
 from influence.loss import Supervised, accurate, log_probabilities, token_losses
-from influence.rows import Examples
+from influence.rows import Example, Examples
 from influence.tokens import TokenizedExamples
 
 
@@ -188,19 +188,38 @@ class Contrast:
     rises: bool = field(default=True, init=False)
 
     def check(self, queries: Examples) -> None:
-        """Refuse rows that do not pair up with the queries: another number, or another prompt."""
+        """Refuse rows that do not pair up with the queries: another number, or another prompt.
+
+        What precedes an answer is its prompt, the turns before it with their tools, or the token
+        ids before the first target.
+        """
         if len(self.against) != len(queries):
             raise InputError(
                 f"{len(queries)} queries and {len(self.against)} rows to contrast them with were "
                 "given; expected one for each query, in the same order"
             )
         for number, (query, partner) in enumerate(zip(queries, self.against, strict=True), start=1):
-            if query.prompt != partner.prompt:
+            if _before_answer(query) != _before_answer(partner):
+                what = "prompt" if query.messages is None else "conversation before its answer"
                 raise InputError(
-                    f"row {number} of the contrast ({partner.id!r}) has another prompt than query "
+                    f"row {number} of the contrast ({partner.id!r}) has another {what} than query "
                     f"{query.id!r}; give the same prompts, in the same order, with the other "
                     "completions"
                 )
+
+
+def _before_answer(row: Example) -> object:
+    """What a row's answer follows, as a value that compares."""
+    if row.input_ids is not None:
+        targets = row.targets or (True,) * len(row.input_ids)
+        first = max(targets.index(True) if True in targets else len(targets), 1)
+        return row.input_ids[:first], row.document_lengths
+    if row.messages is not None:
+        turns = row.messages[
+            : len(row.messages) - 1 if row.prompt_turns is None else row.prompt_turns
+        ]
+        return turns, row.tools, row.template_options
+    return row.prompt
 
 
 #: Measurements by the name that `--measurement` takes; `token:K` and the contrast have options.

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
-from influence.errors import AdapterError, InputError, NumericalError
-from influence.loading import refuse
+from influence.errors import AdapterError, InputError, NumericalError, refuse
 from influence.progress import say
 
 #: Parameters whose name matches go into the Trainer's group without weight decay
@@ -233,7 +232,8 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise AdapterError(
             f"{path} cannot be read as safetensors ({error}): copy the checkpoint again"
         ) from error
-    return {_leaf_name(key): shape for key, shape in shapes.items()}
+    # beside its matrices an adapter's file may hold weights of the base, which are not trained
+    return {_leaf_name(key): shape for key, shape in shapes.items() if ".lora_" in key}
 
 
 def _leaf_name(parameter: str) -> str:

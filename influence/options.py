@@ -212,6 +212,17 @@ class LengthOption:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RenderingOptions(LengthOption):
+    """How training rows become tokens."""
+
+    supervise: str | None = option(
+        "What the trainer supervised of a conversation: last (the last answer, the default), "
+        "assistant (every answer) or all (every token, TRL's default).",
+        default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BudgetOption:
     """How much runs at a time."""
 
@@ -256,19 +267,57 @@ def points(text: str) -> tuple[float, ...]:
         ) from None
 
 
+def column_map(text: str) -> dict[str, str]:
+    """A column map as it is typed, `KEY=COLUMN,KEY=COLUMN`, else `InputError`."""
+    from influence.errors import InputError
+
+    pairs = [part.partition("=") for part in text.split(",")]
+    columns = {key.strip(): column.strip() for key, _, column in pairs}
+    if not all(columns.values()) or len(columns) < len(pairs):
+        raise InputError(
+            f"--columns {text!r} was given; expected each key once, as in "
+            "prompt=question,completion=answer"
+        )
+    return columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsOption:
+    """What the columns of rows mean."""
+
+    columns: Mapping[str, str] | None = option(
+        "Columns of other names: prompt=question,completion=answer (also id, group, messages ...).",
+        default=None,
+        typed=str | None,
+        read=column_map,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceOption:
     """Where the model runs."""
 
     device: str = option("auto, cpu, cuda, cuda:1 ...", default="auto")
+    device_map: str | None = option(
+        "In place of --device: auto spreads the layers over all accelerators.", default=None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TypeOption:
-    """The number type of the base."""
+    """The numbers of the base: their type, and what else changes them while it is loaded."""
 
     dtype: str = option(
-        "The base's type: float32, bfloat16, float16 or float64.", default="float32"
+        "The base's type: float32, bfloat16, float16, float64, or auto: as it is saved.",
+        default="float32",
+    )
+    load_in_4bit: bool = option(
+        "Quantise the base to 4 bits while it is loaded, as QLoRA does.", default=False
+    )
+    load_in_8bit: bool = option("Quantise the base to 8 bits (bitsandbytes).", default=False)
+    attn_implementation: str | None = option(
+        "Attention of transformers: eager, sdpa, flash_attention_2 ... Default: its own choice.",
+        default=None,
     )
 
 

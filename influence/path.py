@@ -28,8 +28,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from influence.adapter import AdaptedModel, weight_key
-from influence.errors import AdapterError, InputError
-from influence.loading import adapter_folder, refuse
+from influence.adapter_files import adapter_folder
+from influence.adapter_weights import under_peft_names
+from influence.errors import AdapterError, InputError, refuse
 from influence.manifest import PointRecord
 from influence.progress import say
 
@@ -191,10 +192,11 @@ def read_parameters(model: AdaptedModel, folder: Path) -> Tensor:
         if (config.get(key) or None) != (expected.get(key) or None)
     ]
     wanted = {weight_key(leaf): leaf for leaf in model.space.leaves}
+    tensors = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+    if not reasons and set(tensors) != set(wanted):
+        tensors = under_peft_names(model, tensors)
     reasons += [f"{key} is missing" for key in wanted if key not in tensors]
-    reasons += [
-        f"{key} is not in the adapter" for key in tensors if "lora_" in key and key not in wanted
-    ]
+    reasons += [f"{key} is not in the adapter" for key in tensors if key not in wanted]
     reasons += [
         f"{key} has shape {tuple(tensors[key].shape)}, expected {leaf.shape}"
         for key, leaf in wanted.items()

@@ -1,13 +1,11 @@
-"""Rows as they are given: one row, rows by id, and reading them from files.
+"""Rows as they are used: one row, rows by id, and the checks of what is in them.
 
 ::
 
-    file or Python rows -> numbered rows -> content checked -> Example -> Examples
+    source -> numbered rows (`row_files`) -> canonical keys (`row_forms`) -> Example -> Examples
 
-A reader of a format yields `(number, row)`: the number that a person sees (the line in JSON lines)
-and the row as a mapping, or a `BadRow` where it cannot be decoded. `_examples` then checks every
-row by the same rules and lists all that cannot be used at once. A new format is one more reader
-and one more line in `read_examples`.
+`checked_examples` checks every row by the same rules, wherever it came from, and lists all that
+cannot be used at once.
 """
 
 from __future__ import annotations
@@ -21,27 +19,35 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from numbers import Integral
-from os import PathLike
-from pathlib import Path
 from typing import Any, SupportsIndex, cast, overload
 
 from influence.errors import BadRow, DataError, UnusableRow
 from influence.messages import kind_of, listed, one_line
+from influence.row_content import CONTENT, FORMS, IGNORED, content, is_unicode
+from influence.row_forms import canonical_rows, checked_columns, read_columns, row_without_nulls
 
-#: The keys of a row that hold content, of which a row has one kind.
-_CONTENT = ("prompt", "completion", "messages", "text")
-#: What may be given to `read_examples`, for messages.
-_FORMATS = "a .jsonl, .json or .parquet file, or a folder saved by Dataset.save_to_disk"
-#: What a row may hold, for messages.
-_FORMS = "'prompt' and 'completion', or 'messages', or 'text'"
+#: Keys of an answer that belong to what it said: another answer does not have them.
+_OF_THE_ANSWER = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
 class Example:
     """One row: an id, an optional group, and exactly one kind of content.
 
-    Content is `prompt` with `completion`, or `messages` (mappings with at least `role` and
-    `content`, the last one the assistant's), or `text`. Anything else is a DataError.
+    Content is `prompt` with `completion`, or `messages` (mappings with at least `role` and, but for
+    a turn that only calls a tool, `content`, the last one the assistant's), or `text`, or
+    `input_ids`. Anything else is a DataError.
+
+    Attributes
+    ----------
+    tools, template_options
+        What the chat template of `messages` is given besides: JSON schemas, and keyword arguments.
+    prompt_turns
+        How many of the `messages` are the prompt, where the row says so.
+    targets
+        Whether each of the `input_ids` is a target. None: all are.
+    document_lengths
+        Lengths of the documents that the `input_ids` hold one after the other. None: they are one.
     """
 
     id: str
@@ -50,12 +56,19 @@ class Example:
     completion: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = field(default=None, hash=False)
     text: str | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = field(default=None, hash=False)
+    template_options: Mapping[str, Any] | None = field(default=None, hash=False)
+    prompt_turns: int | None = None
+    input_ids: tuple[int, ...] | None = None
+    targets: tuple[bool, ...] | None = None
+    document_lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        given = tuple(key for key in _CONTENT if getattr(self, key) not in (None, ()))
-        if given not in (("prompt", "completion"), ("messages",), ("text",)):
+        kinds = (*CONTENT, "input_ids")
+        given = tuple(key for key in kinds if getattr(self, key) not in (None, ()))
+        if given not in (("prompt", "completion"), *((key,) for key in kinds[2:])):
             raise DataError(
-                f"example {self.id!r} has {listed(given) or 'no content'}; give it {_FORMS}"
+                f"example {self.id!r} has {listed(given) or 'no content'}; give it {FORMS}"
             )
 
     @cached_property
@@ -65,20 +78,58 @@ class Example:
 
     def content(self) -> dict[str, Any]:
         """The content as a row of a file has it: `examples_from_rows` makes the same of it."""
+        found: dict[str, Any] = {}
+        if self.input_ids is not None:
+            found["input_ids"] = list(self.input_ids)
+            if self.targets is not None:
+                pairs = zip(self.input_ids, self.targets, strict=True)
+                found["labels"] = [token if target else IGNORED for token, target in pairs]
+            if self.document_lengths is not None:
+                found["seq_lengths"] = list(self.document_lengths)
+        elif self.messages is not None:
+            turns = [dict(message) for message in self.messages]
+            if self.prompt_turns is None:
+                found["messages"] = turns
+            else:
+                found["prompt"] = turns[: self.prompt_turns]
+                found["completion"] = turns[self.prompt_turns :]
+            if self.tools is not None:
+                found["tools"] = [dict(tool) for tool in self.tools]
+            if self.template_options is not None:
+                found["chat_template_kwargs"] = dict(self.template_options)
+        else:
+            given = ((key, getattr(self, key)) for key in CONTENT)
+            found = {key: value for key, value in given if value is not None}
+        return found
+
+    @property
+    def answer(self) -> str | None:
+        """The completion, or what the last turn says. None: a text or token ids, which have none."""
         if self.messages is not None:
-            return {"messages": [dict(message) for message in self.messages]}
-        given = ((key, getattr(self, key)) for key in _CONTENT)
-        return {key: value for key, value in given if value is not None}
+            return str(self.messages[-1].get("content", ""))
+        return self.completion
+
+    def answering(self, answer: str) -> Example:
+        """The row with another answer. A row without one (`answer` is None) is a DataError."""
+        if self.answer is None:
+            kind = "one text" if self.text is not None else "token ids"
+            raise DataError(f"row {self.id!r} is {kind}, without an answer that could be another")
+        if self.messages is None:
+            return replace(self, completion=answer)
+        last = {key: value for key, value in self.messages[-1].items() if key not in _OF_THE_ANSWER}
+        return replace(self, messages=(*self.messages[:-1], {**last, "content": answer}))
 
     def preview(self, width: int = 60) -> str:
         """Return the content as one line `prompt → completion` of at most `width` characters.
 
         Control characters become spaces, so a row cannot move a terminal's cursor.
         """
+        if self.input_ids is not None:
+            return one_line(f"{len(self.input_ids)} token ids", width)
         if self.text is not None:
             return one_line(self.text, width)
         if self.messages is not None:
-            *earlier, tail = [str(message["content"]) for message in self.messages]
+            *earlier, tail = [_said(message) for message in self.messages]
             head = earlier[-1] if earlier else ""
         else:
             head, tail = self.prompt or "", self.completion or ""
@@ -89,12 +140,27 @@ class Example:
         return f"{head} → {one_line(tail, room - len(head))}"
 
 
+def _said(turn: Mapping[str, Any]) -> str:
+    """What a turn says: its content, or the tool calls of one that only calls tools."""
+    return str(turn.get("content") or canonical_json(turn.get("tool_calls", "")))
+
+
 class Examples(Sequence[Example]):
     """An immutable sequence of examples, whose slices are `Examples` too."""
 
-    def __init__(self, examples: Iterable[Example] = (), *, source: str | None = None) -> None:
+    def __init__(
+        self,
+        examples: Iterable[Example] = (),
+        *,
+        source: str | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         self._examples = tuple(examples)
-        self.source = source  #: absolute path the rows were read from, if they are all of a file
+        #: What the rows are all of, so that `read_examples` opens it from anywhere: an absolute
+        #: path, or the name of a data set of the hub with its commit.
+        self.source = source
+        #: The column map that they were read by.
+        self.columns = columns
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -163,129 +229,54 @@ class Examples(Sequence[Example]):
         return Examples(self._examples[operator.index(i)] for i in indices)
 
 
-def read_examples(path: str | PathLike[str]) -> Examples:
-    """Read examples from JSON lines (.jsonl, .json), Parquet, or a folder saved by `datasets`.
+def examples_from_rows(
+    rows: Iterable[Mapping[str, Any]], *, columns: Mapping[str, str] | None = None
+) -> Examples:
+    """Make examples from Python rows, by the rules and with the errors of `read_examples`.
 
-    A row is `{"prompt", "completion"}` (strings), or `{"messages": [{"role", "content"}, ...]}`
-    whose last message is the assistant's, or `{"text"}`; `id` (string or integer) and `group` are
-    optional, other keys are ignored, and null means absent. A row without an id gets its content
-    hash as id, the second of equal rows the hash with `#2`, the third `#3`.
-
-    Errors: DataError for a missing, empty or unreadable file and for an unknown format; one
-    DataError that lists every unusable row (its line number in JSON lines, else its row number)
-    with the reason.
+    Rows may be mappings or a `datasets.Dataset`.
     """
-    source = Path(path)
-    if source.is_dir():
-        rows = _dataset_rows(source)
-    elif not source.exists():
-        raise DataError(f"{source} does not exist; give {_FORMATS}")
-    elif source.suffix.lower() in (".jsonl", ".json"):
-        rows = _json_rows(source)
-    elif source.suffix.lower() == ".parquet":
-        rows = _parquet_rows(source)
-    else:
-        raise DataError(
-            f"{source} has the suffix {source.suffix!r}, which is not read; give {_FORMATS}"
-        )
-    return Examples(_examples(rows, f" of {source}"), source=str(source.resolve()))
-
-
-def examples_from_rows(rows: Iterable[Mapping[str, Any]]) -> Examples:
-    """Make examples from Python rows, by the rules and with the errors of `read_examples`."""
     if isinstance(rows, (str, bytes, Mapping)):
-        raise DataError(
-            f"expected an iterable of rows, got one {type(rows).__name__}; "
-            "put a single row in a list, and read a file with read_examples"
-        )
-    return _examples(enumerate(rows, start=1), "")
+        advice = "put a single row in a list, and read a file with read_examples"
+        if hasattr(rows, "num_rows"):
+            advice = f"give one of its splits, {listed(rows)}"
+        raise DataError(f"expected an iterable of rows, got one {type(rows).__name__}; {advice}")
+    named = checked_columns(columns)
+    numbered: Iterable[tuple[int | str, object]] = enumerate(rows, start=1)
+    if hasattr(rows, "with_format"):
+        numbered = dataset_rows(rows, named, "")
+    return Examples(checked_examples(canonical_rows(numbered, named, ""), ""))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line number, row), a BadRow in place of a line that does not decode.
+def dataset_rows(
+    dataset: Any, columns: Mapping[str, str] | None, source: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row number, row) of a `datasets.Dataset`, or of one that is streamed.
 
-    Blank lines are skipped and counted, so numbers are those of an editor.
+    `columns` are as in `read_columns`.
     """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text.startswith("[") and number == 1:
-                    raise DataError(
-                        f"{path} starts with '[': one JSON array; write one JSON object per line "
-                        'instead, for example with jq -c ".[]"'
-                    )
-                if text:
-                    yield number, json.loads(text)
-                continue
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8 (byte {error.start + 1}: {error.reason})"
-            except json.JSONDecodeError as error:
-                reason = f"not JSON ({error.msg}, at character {error.colno})"
-            # a number of 5,000 digits, or 100,000 brackets
-            except (ValueError, RecursionError) as error:
-                reason = f"not JSON that can be read ({error})"
-            yield number, BadRow(number, None, reason)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (row number, row) of a Parquet file."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = _columns(file.schema_arrow.names, path)
-            batches = file.iter_batches(columns=columns)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def _dataset_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (row number, row) of a folder saved by `Dataset.save_to_disk`."""
-    split_file = path / "dataset_dict.json"
-    if split_file.exists():
-        try:
-            splits = json.loads(split_file.read_text(encoding="utf-8"))["splits"]
-        except (ValueError, KeyError, TypeError, OSError):
-            splits = sorted(child.name for child in path.iterdir() if child.is_dir())
-        first = f"; give one of them, for example {path / splits[0]}" if splits else ""
-        raise DataError(f"{path} is a DatasetDict with the splits {listed(splits)}{first}")
-    if not (path / "state.json").exists():
-        raise DataError(
-            f"{path} is a folder without a saved dataset (it has no state.json); give {_FORMATS}"
-        )
-    import datasets
-
-    try:
-        dataset = cast(datasets.Dataset, datasets.load_from_disk(str(path)))
-    except Exception as error:  # whatever a damaged folder makes of `datasets`
-        raise DataError(f"{path} is not a readable `datasets` folder: {error}") from error
-    dataset = dataset.with_format(None).select_columns(_columns(dataset.column_names, path))
+    if not hasattr(dataset, "num_rows"):
+        for number, row in enumerate(dataset.with_format(None), start=1):
+            yield number, row_without_nulls(row)
+        return
+    wanted = read_columns(dataset.column_names, columns, source)
+    # as Arrow holds them: nothing is decoded (audio), and no format makes arrays of lists
+    table = dataset.select_columns(wanted).with_format("arrow")
     number = 0
-    for batch in dataset.iter(batch_size=1000):
-        columns = cast(Mapping[str, list[Any]], batch)
-        for values in zip(*columns.values(), strict=True):
+    for batch in table.iter(batch_size=1000):
+        for row in batch.to_pylist():
             number += 1
-            yield number, dict(zip(columns, values, strict=True))
+            yield number, row_without_nulls(row)
 
 
-def _columns(names: Sequence[str], path: Path) -> list[str]:
-    """Return the columns that are read. Names without content are a DataError."""
-    if not set(names) & set(_CONTENT):
-        raise DataError(f"{path} has the columns {listed(names) or '(none)'}; expected {_FORMS}")
-    return [name for name in names if name in (*_CONTENT, "id", "group")]
-
-
-def _examples(rows: Iterable[tuple[int, object]], source: str) -> Examples:
-    """Turn numbered rows into examples, or list all unusable ones.
+def checked_examples(rows: Iterable[tuple[int | str, object]], source: str) -> Iterator[Example]:
+    """Turn numbered rows with canonical keys into examples, or list all unusable ones.
 
     `source` is named in the headline of the error.
     """
     parsed: list[Example | None] = []  # a row without an id has "" until all are read
     bad: list[BadRow] = []
-    first_with: dict[str, int] = {}
+    first_with: dict[str, int | str] = {}
     for number, row in rows:
         parsed.append(None)
         if isinstance(row, BadRow):
@@ -295,7 +286,7 @@ def _examples(rows: Iterable[tuple[int, object]], source: str) -> Examples:
         try:
             if not isinstance(row, Mapping):
                 raise UnusableRow(
-                    f"not an object but {kind_of(row)}; expected an object with {_FORMS}"
+                    f"not an object but {kind_of(row)}; expected an object with {FORMS}"
                 )
             name = _label(row, "id")
             if name is not None and first_with.setdefault(name, number) != number:
@@ -303,7 +294,7 @@ def _examples(rows: Iterable[tuple[int, object]], source: str) -> Examples:
                     f"its id is already that of row {first_with[name]}; "
                     "ids must differ: use `group` for what several rows share"
                 )
-            example = Example(id=name or "", group=_label(row, "group"), **_content(row))
+            example = Example(id=name or "", group=_label(row, "group"), **content(row))
             try:
                 _ = example.content_hash
             # a date, bytes, or a lone surrogate, inside a message
@@ -316,7 +307,7 @@ def _examples(rows: Iterable[tuple[int, object]], source: str) -> Examples:
         raise DataError(f"there are no rows{source}; give at least one")
     if bad:
         raise DataError(f"{len(bad)} of {len(parsed)} rows{source} cannot be used:", bad)
-    return Examples(_with_ids(cast(list[Example], parsed), first_with))
+    return _with_ids(cast(list[Example], parsed), first_with)
 
 
 def _with_ids(examples: Iterable[Example], taken: Container[str]) -> Iterator[Example]:
@@ -345,75 +336,9 @@ def _label(row: Mapping[str, Any], key: str) -> str | None:
     if value == "":
         raise UnusableRow(f"{key!r} is empty; leave it out or give it a value")
     label = str(value)
-    if "\0" in label or not _is_unicode(label):
+    if "\0" in label or not is_unicode(label):
         raise UnusableRow(f"{key!r} holds a NUL or a lone surrogate, which no score file can store")
     return label
-
-
-def _content(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the content of a row and return it as fields of Example."""
-    given = [key for key in _CONTENT if row.get(key) is not None]
-    forms = {"prompt" if key == "completion" else key for key in given}
-    if not forms:
-        raise UnusableRow(
-            f"has no content, only the keys {listed(row) or '(none)'}; expected {_FORMS}"
-        )
-    if len(forms) > 1:
-        raise UnusableRow(f"is ambiguous, with {listed(given)}; keep one of: {_FORMS}")
-    if "text" in forms:
-        return {"text": _string(row["text"], "'text'")}
-    if "messages" in forms:
-        return {"messages": _messages(row["messages"])}
-    for key in given:
-        if isinstance(row[key], (list, tuple, Mapping)):
-            raise UnusableRow(
-                f"{key!r} is a conversation, not a string; put all its turns in 'messages'"
-            )
-    for key, partner in (("prompt", "completion"), ("completion", "prompt")):
-        if key not in given:
-            raise UnusableRow(f"has {partner!r} but no {key!r}")
-    return {
-        "prompt": _string(row["prompt"], "'prompt'", may_be_empty=True),
-        "completion": _string(row["completion"], "'completion'"),
-    }
-
-
-def _messages(messages: object) -> tuple[dict[str, Any], ...]:
-    """Check a conversation.
-
-    Keys beyond role and content are kept for the chat template, nulls are dropped.
-    """
-    if not isinstance(messages, (list, tuple)):
-        raise UnusableRow(f"'messages' must be a list, not {kind_of(messages)}")
-    if not messages:
-        raise UnusableRow(
-            "'messages' is empty; expected turns of which the last is the assistant's"
-        )
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping):
-            raise UnusableRow(f"message {number} must be an object, not {kind_of(message)}")
-        _string(message.get("role"), f"'role' of message {number}")
-        last = number == len(messages)
-        _string(message.get("content"), f"'content' of message {number}", may_be_empty=not last)
-        checked.append({str(key): value for key, value in message.items() if value is not None})
-    if checked[-1]["role"] != "assistant":
-        raise UnusableRow(
-            f"the last message is by {checked[-1]['role']!r}; it must be by 'assistant'"
-        )
-    return tuple(checked)
-
-
-def _string(value: object, name: str, may_be_empty: bool = False) -> str:
-    if value is None:
-        raise UnusableRow(f"{name} is missing")
-    if not isinstance(value, str):
-        raise UnusableRow(f"{name} must be a string, not {kind_of(value)}")
-    if not value and not may_be_empty:
-        raise UnusableRow(f"{name} is empty; there is nothing to supervise")
-    if not _is_unicode(value):
-        raise UnusableRow(f"{name} holds a lone surrogate, which is not text")
-    return str(value)
 
 
 def canonical_json(value: object) -> str:
@@ -424,11 +349,3 @@ def canonical_json(value: object) -> str:
 def sha256_of_text(text: str) -> str:
     """SHA-256 of the text in UTF-8, 64 hex digits."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

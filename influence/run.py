@@ -17,7 +17,7 @@ map is applied when they are read.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,16 +38,18 @@ from influence.curvature import (
 from influence.damping import Damping
 from influence.errors import InputError, MismatchError
 from influence.loading import load
-from influence.loss import check_rows, weights
+from influence.loss import check_rows
 from influence.manifest import Manifest, change_manifest, differences, read_manifest
 from influence.measurements import Measurement
 from influence.path import Point, point_from_record, scaled
-from influence.rows import Examples, read_examples
+from influence.row_files import place_of, read_again
+from influence.row_weights import RowWeights
+from influence.rows import Examples
 from influence.store import (
     open_file,
     read,
 )
-from influence.tokens import TokenizedExamples, tokenize, tokenizer_digest
+from influence.tokens import TokenizedExamples, tokenizer_digest
 
 if TYPE_CHECKING:
     from influence.measurements import Contrast
@@ -79,10 +81,13 @@ class Run:
         train: Examples | None = None,
         curvature: Specification | None = None,
         device: str = "auto",
+        device_map: str | None = None,
         checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> Run:
         """Open a run directory with the base, adapter and data it records (or those given).
+
+        The base is loaded as it was for the fit: in its type, its bits, with its attention.
 
         Raises `MismatchError`, naming what differs, if base, adapter, data or tokenizer are not
         those it was made from; `InputError` if it is no run or an unfinished one. `curvature`: the
@@ -90,6 +95,7 @@ class Run:
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
+        refuse_moved(directory, manifest, model=model is None, train=train is None)
         if model is None:
             if not manifest.adapter.path:
                 raise InputError(
@@ -100,7 +106,9 @@ class Run:
                 manifest.base.path,
                 manifest.adapter.path,
                 dtype=manifest.dtype,
+                **asdict(manifest.loading),
                 device=device,
+                device_map=device_map,
                 checkpointing=checkpointing,
                 trust_remote_code=trust_remote_code,
             )
@@ -109,7 +117,7 @@ class Run:
                 raise InputError(
                     f"{directory} was fitted on rows that came from no file: pass them as train="
                 )
-            train = read_examples(manifest.data.path)
+            train = read_again(manifest.data.path, manifest.data.columns)
         given = {
             "base": model.base_digest,
             "adapter": model.adapter_digest,
@@ -124,7 +132,7 @@ class Run:
                 "it "
                 "was made from (paths in manifest.json), or fit a new run"
             )
-        tokens = tokenize(train, model.tokenizer, max_length=manifest.objective.max_length)
+        tokens = manifest.objective.rendering.tokenize(train, model.tokenizer)
         return cls(directory, manifest, model, train, tokens, curvature)
 
     @property
@@ -136,18 +144,23 @@ class Run:
         return self.manifest.digest
 
     def tokenized(self, rows: Examples) -> TokenizedExamples:
-        """Tokens of other rows, truncated as the training rows are.
+        """Tokens of other rows, rendered, truncated and supervised as the training rows are.
 
         Rows that the model cannot take are an error.
         """
-        found = tokenize(rows, self.model.tokenizer, max_length=self.manifest.objective.max_length)
+        found = self.manifest.objective.rendering.tokenize(rows, self.model.tokenizer)
         check_rows(self.model, found)
         return found
 
     @cached_property
     def weights(self) -> np.ndarray:
         """The objective's weights `w_i`, `[n]` float64."""
-        return weights(self.tokens.counts, self.manifest.objective.reduction)
+        return self.row_weights.fitted()
+
+    @property
+    def row_weights(self) -> RowWeights:
+        """The rule of the weights `w_i`, which weights changed rows too."""
+        return RowWeights(self.manifest.objective.reduction, self.tokens.counts)
 
     @property
     def fitted_name(self) -> str:
@@ -338,6 +351,36 @@ class Tuned:
     curvature: str
     damping: str | None
     at: str
+
+
+def refuse_moved(
+    directory: Path, manifest: Manifest, *, model: bool = True, train: bool = True
+) -> None:
+    """Name what a run was made from that no longer lies where it lay, as an `InputError`.
+
+    That is the base and the adapter where the `model` is needed, and the training rows.
+    """
+    rows = None
+    if manifest.data.path is not None:
+        rows = place_of(manifest.data.path)
+    folders = [
+        ("--model", Path(manifest.base.path or ""), model),
+        ("--adapter", Path(manifest.adapter.path or ""), model),
+        ("--train", rows or Path(), train),
+    ]
+    # what is not absolute is a name on the hub
+    gone = [
+        (option, path)
+        for option, path, needed in folders
+        if needed and path.is_absolute() and not path.exists()
+    ]
+    if gone:
+        places = ", ".join(f"{path} ({option})" for option, path in gone)
+        raise InputError(
+            f"{directory} was made from what does not exist any more: {places}. Where it was "
+            "moved, the same influence fit command with the new paths says so to the run, and "
+            "computes nothing again"
+        )
 
 
 def update_manifest(run: Run, **changes: Any) -> None:

@@ -3,8 +3,9 @@
 The convention, said once:
 
 * `l_i(theta)` is the **sum** over the supervised tokens of example i of the cross-entropy, in nats;
-  the training objective is `J = sum_i w_i l_i`, with `w_i = 1/N_tok` (reduction `token`) or `1/(n
-  T_i)` (`example`).
+  the training objective is `J = sum_i w_i l_i`, with `w_i = 1/N_tok` (reduction `token`), `1/(n
+  T_i)` (`example`), or what a trainer's batches of M rows make of it (`batch:M`,
+  `influence.row_weights`).
 * `score[q, i] = w_i grad m(q)^T (C + lambda I)^-1 grad l_i` is the **predicted change of
   measurement m(q) when example i is removed** from training. With m = loss (mean cross-entropy over
   the query's completion tokens, in nats): positive, removing i raises the query's loss, it helped:
@@ -42,10 +43,9 @@ from influence.at_point import AtPoint
 from influence.curvature import Invertible
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError
-from influence.loss import check_rows
 from influence.measurements import MEASUREMENTS, Contrast, MeanLoss, Measurement, SumLoss, TokenLoss
 from influence.progress import say
-from influence.rows import Examples
+from influence.rows import Examples, canonical_json
 from influence.run import Run
 from influence.scorefile import (
     Scores,
@@ -61,7 +61,7 @@ from influence.solvers import Solver
 from influence.solvers.base import MOST_COPIES
 from influence.solvers.named import make_solver, solver_options, with_limits
 from influence.store import only_writer
-from influence.tokens import TokenizedExamples, tokenize
+from influence.tokens import TokenizedExamples
 from influence.tokenwise import Tokenwise
 
 CONVENTION = (
@@ -153,9 +153,7 @@ def score(
         with_limits(one, {key: value for key, value in limits.items() if value is not None})
         for one in solvers
     ]
-    max_length = run.manifest.objective.max_length
-    tokens = tokenize(queries, run.model.tokenizer, max_length=max_length)
-    check_rows(run.model, tokens)
+    tokens = run.tokenized(queries)
     if isinstance(explained, TokenLoss):
         explained.check(tokens)
     asked = _Asked(queries, tokens, explained)
@@ -168,6 +166,7 @@ def score(
         "options": f"{_measurement_options(explained)} {solver_options(solvers[0])}",
         "query_digest": queries.digest,
         "queries": queries.source or "",
+        **({"query_columns": canonical_json(queries.columns)} if queries.columns else {}),
         "detail": " ".join(
             name
             for name, wanted in (("per_token", per_token), ("per_module", per_module))
@@ -176,9 +175,7 @@ def score(
         "complete": False,
     }
     if isinstance(explained, Contrast):
-        against = tokenize(explained.against, run.model.tokenizer, max_length=max_length)
-        check_rows(run.model, against)
-        asked = replace(asked, against=against)
+        asked = replace(asked, against=run.tokenized(explained.against))
         attributes["contrast_digest"] = explained.against.digest
     target = None if out is None else Path(out)
     found = (

@@ -2,17 +2,13 @@
 
 ::
 
-    Examples -> text of each row -> token ids and the first target -> TokenizedExamples
+    Examples -> text of each row (influence.chats) -> token ids and their mask -> TokenizedExamples
 
-Every row becomes one token sequence of which a suffix is *supervised*: the completion with its
-end-of-sequence token, the last assistant turn, or a whole text. Where that suffix starts is found
-from character positions in the rendered string, never by comparing token ids, so a tokenizer whose
-padding token is its end-of-sequence token needs no special case, and a token merged across the end
-of the prompt is supervised because it spells part of the completion. The suffix reaches the end of
-the sequence, so no token is kept after the last supervised one.
-
-The mask of a chat is `chat_mask_start`; that of a prompt with its completion is in `_render`; how
-characters become tokens is `_encode_part`.
+A `Rendering` is the whole rule. Which tokens are *supervised* follows from characters of the
+rendered string, from TRL's rule where a prompt ends, or from marks of the template, never from what
+a token id is: a tokenizer whose padding token is its end-of-sequence token needs no special case.
+Rows that are token ids already say it themselves. Nothing is kept after a row's last target, which
+no other token of a causal model sees.
 
 Shapes: n examples, T tokens in one of them.
 """
@@ -22,20 +18,66 @@ from __future__ import annotations
 import json
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast, overload
 
 import numpy as np
 
-from influence.errors import BadRow, DataError, UnusableRow
-from influence.rows import Examples, canonical_json, sha256_of_text
+from influence.chats import (
+    SUPERVISE,
+    Rendered,
+    common_length,
+    render,
+    several_turns,
+    untrained_turns,
+)
+from influence.errors import BadRow, DataError, InputError, UnusableRow
+from influence.progress import say
+from influence.rows import Example, Examples, canonical_json, sha256_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROWS_PER_CALL = 2048  # rows given to the tokenizer at once: enough for its threads, little memory
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How rows become tokens: cut to `max_length` tokens, with these supervised.
+
+    `supervise` is `last`, `assistant` or `all`, see `influence.chats`.
+    """
+
+    max_length: int | None = None
+    supervise: str = "last"
+
+    def __post_init__(self) -> None:
+        if self.supervise not in SUPERVISE:
+            raise InputError(
+                f"supervise {self.supervise!r} was given; expected {', '.join(SUPERVISE[:-1])} or "
+                f"{SUPERVISE[-1]}"
+            )
+
+    @classmethod
+    def of_trainer(cls, rows: Examples, max_length: int | None, supervise: str | None) -> Rendering:
+        """The rule for training rows. None is `last`, with a note if that may not be the trainer's.
+
+        That is where conversations have several answers: trainers take more of them than the last.
+        """
+        several = sum(map(several_turns, rows)) if supervise is None else 0
+        if several:
+            say(
+                f"note: {several} of {len(rows)} rows have several assistant turns, of which only "
+                "the last is supervised; trainers mostly take more: TRL every token of a "
+                "conversation (--supervise all), or all assistant turns with assistant_only_loss "
+                "(--supervise assistant); --supervise last says that yours took the last"
+            )
+        return cls(max_length, supervise or "last")
+
+    def tokenize(self, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> TokenizedExamples:
+        """The tokens of some rows by this rule, see `tokenize`."""
+        return tokenize(examples, tokenizer, max_length=self.max_length, supervise=self.supervise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +86,13 @@ class Tokens:
 
     `input_ids` int64 [T]; `supervised` bool [T]: is token t a target. `supervised[0]` is False,
     because nothing precedes it to predict it from, and the last token is always supervised.
+    `position_ids` int64 [T] of a row that holds several documents, 0 where each begins, which is no
+    target either. None: 0, 1, ... T - 1.
     """
 
     input_ids: np.ndarray
     supervised: np.ndarray
+    position_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -104,70 +149,55 @@ class TokenizedExamples(Sequence[Tokens]):
         )
 
 
-@dataclass(frozen=True)
-class _Rendered:
-    """A row as one string, and how to read it.
-
-    Tokens that end after character `boundary` are supervised (-1: all are); a `chat` already
-    carries its special tokens and its end of turn as text.
-    """
-
-    text: str
-    boundary: int
-    chat: bool
-
-
 def tokenize(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    supervise: str = "last",
 ) -> TokenizedExamples:
-    """Render and tokenise examples, and mark the tokens that are targets.
+    """Render and tokenise examples, and mark the tokens that are targets, as TRL's trainers do.
 
-    * prompt and completion: concatenated and tokenised once, as one string, with the special tokens
-      the tokenizer adds; supervised from the first token that ends beyond the prompt;
-      end-of-sequence appended and supervised, unless the last token is one already.
-    * text: the same with every token supervised but the first.
+    * prompt and completion: concatenated with an end-of-sequence token (unless they end so) and
+      tokenised once, as one string, with the special tokens the tokenizer adds; supervised from the
+      first token at which they differ from the prompt's own tokens. Under `supervise="all"` every
+      token.
+    * text: the same with every token supervised.
     * messages: rendered by the tokenizer's chat template and tokenised without adding anything;
-      supervised from where the template's own generation prompt ends or, if the template writes
-      something else there before an answer, from where the answer starts. Templates that print
-      today's date get 26 July 2024 (the default of the Llama 3 templates), so that tokens do not
-      depend on the day.
+      which turns are supervised is `supervise`, see `influence.chats`. Templates that print today's
+      date get 26 July 2024 (the default of the Llama 3 templates), so that tokens do not depend on
+      the day.
+    * input_ids: as they are, whatever `supervise` says.
 
-    A tokenizer without offsets (a slow one) supervises from the first token at which prompt and
-    whole differ. `max_length` (tokens, the appended one included) cuts on the right.
+    The first token of a row, or of a document in it, is never a target. `max_length` (tokens) cuts
+    on the right.
 
     Errors: DataError without a chat template when a row has messages; one DataError that lists
     every row that its template refuses, and one that lists every row left without a supervised
-    token. Warnings: a tokenizer without an end-of-sequence token; rows that lose some of their
-    supervised tokens.
+    token. Warnings: a tokenizer without an end-of-sequence token; rows that begin with two
+    beginning-of-sequence tokens; rows that lose some of their supervised tokens.
     """
+    Rendering(max_length, supervise)  # refuses an unknown word
     if max_length is not None and max_length < 2:
         raise DataError(
             f"max_length is {max_length}; it must be at least 2, because a first token is never a "
             "target"
         )
-    rendered = _render(examples, tokenizer)
-    if tokenizer.eos_token_id is None and not all(row.chat for row in rendered):
-        warnings.warn(
-            "the tokenizer has no end-of-sequence token, so none is appended; "
-            "set tokenizer.eos_token if the adapter was trained with one",
-            stacklevel=2,
-        )
+    whole = _encode(examples, _render(examples, tokenizer, supervise), tokenizer)
+    _warn_of_ends(examples, whole, tokenizer)
     tokens: list[Tokens] = []
     cut: list[bool] = []
     bad: list[BadRow] = []
     longest = 0
-    for number, (ids, first) in enumerate(_encode(rendered, tokenizer), start=1):
-        first = max(first, 1)
-        length = len(ids)
-        if first >= length or (max_length is not None and first >= max_length):
-            bad.append(
-                BadRow(number, examples[number - 1].id, _unsupervised(length, first, max_length))
-            )
+    for number, (example, row) in enumerate(zip(examples, whole, strict=True), start=1):
+        targets = np.flatnonzero(row.supervised)
+        if not len(targets) or (max_length is not None and targets[0] >= max_length):
+            bad.append(BadRow(number, example.id, _unsupervised(row, example, max_length)))
             continue
-        cut.append(max_length is not None and length > max_length)
-        longest = max(longest, length)
-        input_ids = np.array(ids[:max_length], dtype=np.int64)
-        tokens.append(Tokens(input_ids, np.arange(len(input_ids)) >= first))
+        needed = int(targets[-1]) + 1
+        longest = max(longest, needed)
+        cut.append(max_length is not None and needed > max_length)
+        tokens.append(_beginning(row, max_length))
     if bad:
         raise DataError(f"{len(bad)} of {len(examples)} rows have no supervised token:", bad)
     if any(cut):
@@ -179,45 +209,97 @@ def tokenize(
     return TokenizedExamples(tokens, examples.ids, cut)
 
 
-def _unsupervised(length: int, first: int, max_length: int | None) -> str:
-    """Say why a row of `length` tokens, supervised from position `first`, has no target left."""
-    if first < length:
+def _beginning(row: Tokens, max_length: int | None) -> Tokens:
+    """The row up to its last target within `max_length` tokens."""
+    end = int(np.flatnonzero(row.supervised[:max_length])[-1]) + 1
+    positions = None if row.position_ids is None else row.position_ids[:end]
+    return Tokens(row.input_ids[:end], row.supervised[:end], positions)
+
+
+def _unsupervised(row: Tokens, example: Example, max_length: int | None) -> str:
+    """Say why a row has no target left."""
+    length, targets = len(row), np.flatnonzero(row.supervised)
+    if len(targets):
         return (
-            f"max_length={max_length} cuts off all {length - first} supervised tokens of its "
-            f"{length}; max_length={first + 1} keeps the first of them, max_length={length} all"
+            f"max_length={max_length} cuts off all {len(targets)} supervised tokens of its "
+            f"{length}; max_length={targets[0] + 1} keeps the first of them, "
+            f"max_length={targets[-1] + 1} all"
         )
     if length < 2:
         return (
             f"it becomes {length} token{'s' * (length != 1)}, and a first token is never a target"
         )
+    if example.input_ids is not None:
+        return f"its labels or masks make none of its {length} tokens a target"
+    if untrained_turns(example.messages or ()):
+        return "all turns that are taken are marked as no targets, by train, weight or loss"
     return f"none of its {length} tokens lies after its prompt"
 
 
-def _render(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[_Rendered]:
-    """Write every example as one string."""
+def _warn_of_ends(
+    examples: Examples, tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Warn of strings without an end, and of strings with two ends, as trainers have them."""
+    strings = [
+        ((example.prompt or "") + (example.completion or example.text or ""), row.input_ids)
+        for example, row in zip(examples, tokens, strict=True)
+        if example.messages is None and example.input_ids is None
+    ]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if strings and eos is None:
+        warnings.warn(
+            "the tokenizer has no end-of-sequence token, so none is appended; "
+            "set tokenizer.eos_token if the adapter was trained with one",
+            stacklevel=3,
+        )
+    begin, end = str(tokenizer.bos_token), str(tokenizer.eos_token)
+    twice = sum(
+        bos is not None and text.startswith(begin) and ids[:2].tolist() == [bos, bos]
+        for text, ids in strings
+    )
+    if twice:
+        warnings.warn(
+            f"{twice} of {len(examples)} rows begin with {begin}, which the tokenizer adds too, so "
+            "they begin with two, as TRL trains on them; take it out of the rows if your trainer "
+            "did",
+            stacklevel=3,
+        )
+    twice = sum(
+        eos is not None and not text.endswith(end + end) and ids[-2:].tolist() == [eos, eos]
+        for text, ids in strings
+    )
+    if twice:
+        warnings.warn(
+            f"the tokenizer itself adds {end}, so {twice} of {len(examples)} rows end with two, as "
+            "TRL trains on them; switch that off in the tokenizer if your trainer did",
+            stacklevel=3,
+        )
+
+
+def _render(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, supervise: str
+) -> list[Rendered | None]:
+    """Write every example as one string, but those that are token ids."""
     conversations = sum(example.messages is not None for example in examples)
     if conversations:
         try:
             tokenizer.get_chat_template()
         except (ValueError, AttributeError) as error:
+            place = getattr(tokenizer, "name_or_path", "")
             raise DataError(
-                f"{conversations} of {len(examples)} rows have messages, but the tokenizer has no "
-                "chat template; set tokenizer.chat_template, load a tokenizer saved with one, or "
-                "give the rows as prompt and completion"
+                f"{conversations} of {len(examples)} rows have messages, but the tokenizer"
+                f"{f' of {place}' * bool(place)} has no chat template; set "
+                "tokenizer.chat_template, load a tokenizer saved with one, or give the rows as "
+                "prompt and completion"
             ) from error
-    rendered: list[_Rendered] = []
+    rendered: list[Rendered | None] = []
     bad: list[BadRow] = []
     for number, example in enumerate(examples, start=1):
-        if example.text is not None:
-            rendered.append(_Rendered(example.text, -1, chat=False))
-        elif example.messages is None:
-            prompt, completion = cast(str, example.prompt), cast(str, example.completion)
-            rendered.append(_Rendered(prompt + completion, len(prompt), chat=False))
-        else:
-            try:
-                rendered.append(_render_chat(example.messages, tokenizer))
-            except UnusableRow as error:
-                bad.append(BadRow(number, example.id, str(error)))
+        try:
+            is_ids = example.input_ids is not None
+            rendered.append(None if is_ids else render(example, tokenizer, supervise))
+        except UnusableRow as error:
+            bad.append(BadRow(number, example.id, str(error)))
     if bad:
         raise DataError(
             f"{len(bad)} of {len(examples)} rows cannot be rendered by the chat template:", bad
@@ -225,117 +307,39 @@ def _render(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> list[_Ren
     return rendered
 
 
-def _render_chat(
-    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> _Rendered:
-    """Render a conversation by the tokenizer's chat template and find where its mask starts."""
-    program = _without_clock(cast(str, tokenizer.get_chat_template()))
-
-    def render(turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        return cast(
-            str,
-            tokenizer.apply_chat_template(
-                cast(list[dict[str, str]], [dict(turn) for turn in turns]),
-                chat_template=program,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            ),
-        )
-
-    # A template is a program of the model's author: it may refuse a conversation with any error.
-    try:
-        whole = render(messages)
-    except Exception as error:
-        raise UnusableRow(
-            f"the chat template refuses it: {error or type(error).__name__}"
-        ) from error
-    return _Rendered(whole, chat_mask_start(whole, messages, render), chat=True)
-
-
-def chat_mask_start(
-    whole: str, messages: Sequence[Mapping[str, Any]], render: Callable[..., str]
-) -> int:
-    """The label mask of a chat: the character of its text after which tokens are targets.
-
-    This decides which tokens of a conversation are supervised: those of the last answer, with the
-    end of turn that the template writes after it. `whole` is `render(messages)`, and
-    `render(turns, add_generation_prompt=False)` asks the chat template. Three ways, in this order:
-
-    1. where the template's own generation prompt ends, if the chat starts with it;
-    2. where a marker in place of the answer stands, if the chat starts with what precedes it;
-    3. where the answer last occurs in the chat.
-
-    Errors: UnusableRow where the template does not print the answer at all.
-    """
-    try:
-        prompt = render(messages[:-1], add_generation_prompt=True)
-    except Exception:  # many refuse a conversation without a user's turn
-        prompt = None
-    if prompt is not None and whole.startswith(prompt):
-        return len(prompt)
-
-    # Asking the template where another answer would stand is exact where searching for a short
-    # answer is not ("end" occurs in "<|im_end|>"), and works for templates that strip or rewrite
-    # what they print.
-    answer, marker = str(messages[-1]["content"]), "b1946ac92492d2347c6235b4d2611184"
-    try:
-        marked = render([*messages[:-1], {**messages[-1], "content": marker}])
-    except Exception:
-        marked = ""
-    before, printed, _ = marked.partition(marker)
-    if printed and whole.startswith(before):
-        return len(before)
-    start = whole.rfind(answer.strip() or answer)
-    if start < 0:
-        raise UnusableRow(
-            "the chat template does not print the last message, so its tokens are unknown"
-        )
-    return start
-
-
-def _without_clock(program: str) -> str:
-    """Give a chat template a fixed day.
-
-    A macro of its own hides the clock that transformers lends it. The line break after the macro is
-    eaten by the block before it, so a template renders as it did.
-    """
-    if "strftime_now" not in program:
-        return program
-    day = datetime(2024, 7, 26)
-    replaced = "".join(
-        f" | replace('%{d}', '{day.strftime('%' + d)}')" for d in "aAbBdeFHIjmMpSTyY"
-    )
-    replaced += " | replace('%-d', '26') | replace('%-m', '7')"
-    return "{%- macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}\n" + program
-
-
 def _encode(
-    rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], int]]:
-    """Tokenise strings in large calls: the ids and the first supervised position of each row."""
-    encoded: list[tuple[list[int], int]] = [([], 0)] * len(rendered)
-    eos = cast("int | None", tokenizer.eos_token_id)
+    examples: Examples, rendered: Sequence[Rendered | None], tokenizer: PreTrainedTokenizerBase
+) -> list[Tokens]:
+    """The tokens of every row, uncut. Strings are tokenised in large calls."""
+    encoded = [_as_given(example) for example in examples]
     for chat in (False, True):
-        rows = [i for i, row in enumerate(rendered) if row.chat is chat]
+        rows = [i for i, row in enumerate(rendered) if row is not None and row.chat is chat]
         for start in range(0, len(rows), _ROWS_PER_CALL):
             part = rows[start : start + _ROWS_PER_CALL]
-            pairs = _encode_part([rendered[i] for i in part], tokenizer)
-            for i, (ids, first) in zip(part, pairs, strict=True):
-                if not chat and eos is not None:
-                    if not ids or ids[-1] != eos:
-                        ids = [*ids, eos]
-                    first = min(first, len(ids) - 1)
-                encoded[i] = ids, first
+            strings = [cast(Rendered, rendered[i]) for i in part]
+            for i, tokens in zip(part, _encode_part(strings, tokenizer), strict=True):
+                encoded[i] = tokens
     return encoded
 
 
-def _encode_part(
-    rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], int]]:
-    """Tokenise rows of one kind in one call, two for a tokenizer without offsets.
+def _as_given(example: Example) -> Tokens:
+    """The tokens of a row of token ids; nothing of any other."""
+    ids = np.array(example.input_ids or (), dtype=np.int64)
+    supervised = np.ones(len(ids), dtype=bool)
+    if example.targets is not None:
+        supervised = np.array(example.targets, dtype=bool)
+    positions = None
+    if example.document_lengths is not None:
+        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in example.document_lengths])
+        supervised[positions == 0] = False
+    supervised[:1] = False
+    return Tokens(ids, supervised, positions)
 
-    Yields what `_encode` returns, with nothing appended yet.
-    """
+
+def _encode_part(
+    rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Tokens]:
+    """Tokenise rows of one kind in one call, two where there are prompts to compare with."""
 
     def call(texts: list[str], offsets: bool = False) -> Mapping[str, Any]:
         return tokenizer(
@@ -349,19 +353,47 @@ def _encode_part(
             verbose=False,
         )
 
-    if tokenizer.is_fast:
-        out = call([row.text for row in rendered], offsets=True)
-        for row, ids, spans in zip(rendered, out["input_ids"], out["offset_mapping"], strict=True):
-            # Added special tokens span (0, 0): before the completion they do not count, after it
-            # they follow.
-            ends_after = (t for t, (_, end) in enumerate(spans) if end > row.boundary)
-            yield ids, next(ends_after, len(ids))
-        return
-    wholes = call([row.text for row in rendered])["input_ids"]
-    prompts = call([row.text[: max(row.boundary, 0)] for row in rendered])["input_ids"]
-    for row, ids, prompt in zip(rendered, wholes, prompts, strict=True):
-        differs = (t for t, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b)
-        yield ids, 0 if row.boundary < 0 else next(differs, min(len(ids), len(prompt)))
+    wholes = call([row.text for row in rendered], offsets=tokenizer.is_fast)
+    prompts = [row.prompt for row in rendered if row.prompt is not None]
+    prompt_ids = iter(call(prompts)["input_ids"] if prompts else ())
+    for place, row in enumerate(rendered):
+        ids = wholes["input_ids"][place]
+        supervised = np.ones(len(ids), dtype=bool)
+        supervised[:1] = False
+        if row.prompt is not None:
+            supervised[: common_length(ids, next(prompt_ids))] = False
+        if row.marks is not None:
+            supervised &= np.array(row.marks, dtype=bool)
+        if row.spans is not None or row.masked:
+            if tokenizer.is_fast:
+                starts, ends = np.array(wholes["offset_mapping"][place]).reshape(-1, 2).T
+            else:
+                cuts = {cut for span in (*(row.spans or ()), *row.masked) for cut in span}
+                beginnings = {cut: call([row.text[:cut]])["input_ids"][0] for cut in cuts}
+                starts, ends = _estimated_offsets(ids, beginnings, len(row.text))
+            if row.spans is not None:
+                inside = [(start < ends) & (ends <= end) for start, end in row.spans]
+                supervised &= np.any(inside, axis=0)
+            for start, end in row.masked:
+                supervised &= ~((start < ends) & (starts < end))
+        yield Tokens(np.array(ids, dtype=np.int64), supervised)
+
+
+def _estimated_offsets(
+    ids: Sequence[int], beginnings: Mapping[int, Sequence[int]], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where tokens start and end, as far as these beginnings of the text tell, for a tokenizer
+    without offsets.
+
+    `beginnings` has the ids of the text's first so many characters. A token that the whole has in
+    common with them ends there or before; the first other one reaches beyond.
+    """
+    starts, ends = np.zeros(len(ids), dtype=int), np.full(len(ids), length)
+    for cut in sorted(beginnings, reverse=True):
+        alike = len(ids) if cut == length else common_length(ids, beginnings[cut])
+        ends[:alike] = np.minimum(ends[:alike], cut)
+        starts[alike:] = np.maximum(starts[alike:], cut)
+    return starts, ends
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from influence.adapter import AdaptedModel
-from influence.errors import InputError
-from influence.loading import from_peft, refuse
+from influence.errors import InputError, refuse
+from influence.loading import from_peft
 from influence.progress import say
 from influence.recipe import Recipe, Recorded
 from influence.rows import Examples, examples_from_rows

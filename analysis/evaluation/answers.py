@@ -5,14 +5,14 @@ A paraphrase of the right answer, and wrong ones.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from influence.errors import BadRow, DataError
-from influence.rows import Example, Examples, examples_from_rows, read_examples
+from influence.row_files import raw_rows, read_examples
+from influence.rows import Example, Examples, examples_from_rows
 
 #: Names under which a row may carry a paraphrase of its completion, and wrong ones: ours, then
 #: TOFU's.
@@ -43,14 +43,9 @@ class Rows:
         )
 
 
-def read_rows(path: str | Path) -> Rows:
-    """Read rows as `influence.read_examples` does, and other answers from JSON lines."""
-    examples = read_examples(path)
-    if Path(path).is_dir() or Path(path).suffix.lower() not in (".jsonl", ".json"):
-        return without_answers(examples)
-    with Path(path).open("rb") as lines:
-        decoded = [line.decode("utf-8-sig").strip() for line in lines]
-    return _with_answers(examples, [json.loads(line) for line in decoded if line])
+def read_rows(path: str | Path, columns: Mapping[str, str] | None = None) -> Rows:
+    """Read rows as `influence.read_examples` does, and the other answers that they carry."""
+    return _with_answers(read_examples(path, columns=columns), raw_rows(path))
 
 
 def rows(records: Iterable[Mapping[str, Any]]) -> Rows:
@@ -73,7 +68,7 @@ def without_answers(examples: Examples) -> Rows:
     return Rows(examples, (None,) * len(examples), ((),) * len(examples))
 
 
-def _with_answers(examples: Examples, records: list[Any]) -> Rows:
+def _with_answers(examples: Examples, records: Iterable[Any]) -> Rows:
     paraphrased: list[str | None] = []
     perturbed: list[tuple[str, ...]] = []
     bad: list[BadRow] = []
@@ -85,12 +80,10 @@ def _with_answers(examples: Examples, records: list[Any]) -> Rows:
         if paraphrase is None and wrong_list is None:
             paraphrased.append(None)
             perturbed.append(())
-        elif example.text is not None:
-            bad.append(
-                BadRow(
-                    number, example.id, "a text has no completion that other answers could replace"
-                )
-            )
+        elif example.answer is None:
+            kind = "a text has" if example.text is not None else "token ids have"
+            reason = f"{kind} no completion that other answers could replace"
+            bad.append(BadRow(number, example.id, reason))
         elif not (isinstance(paraphrase, str) and paraphrase and _strings(wrong_list)):
             bad.append(
                 BadRow(
@@ -128,16 +121,13 @@ def _strings(values: Any) -> bool:
 
 
 def completion(example: Example) -> str:
-    """The text that is supervised in a row: its completion, its last answer, or all of it."""
-    if example.messages is not None:
-        return str(example.messages[-1]["content"])
-    return example.text if example.text is not None else str(example.completion)
+    """The text of a row that it is judged by: its completion, its last answer, or all of it.
+
+    Empty for token ids.
+    """
+    return example.answer if example.answer is not None else example.text or ""
 
 
 def answering(example: Example, text: str) -> Example:
     """The row with another completion."""
-    if example.messages is None:
-        return replace(example, completion=text)
-    return replace(
-        example, messages=(*example.messages[:-1], {**example.messages[-1], "content": text})
-    )
+    return example.answering(text)

@@ -112,9 +112,7 @@ def attack_scores(
         out, norms = measurements[name].outputs, measurements[name].gradient_norms
         assert norms is not None
         tokens, tokenizer = sets[name].tokens, subject.model.tokenizer
-        supervised = [
-            row.input_ids[-int(count) :] for row, count in zip(tokens, tokens.counts, strict=True)
-        ]
+        supervised = [row.input_ids[row.supervised] for row in tokens]
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in supervised]
         scores[name] = {
             "loss": mia.loss_score(out.loss),

@@ -41,9 +41,9 @@ from analysis.evaluation.probes import probes
 from analysis.evaluation.record import adapter_entry, row_entries, set_entry
 from analysis.evaluation.sets import SETS, PreparedSet, parted, prepared
 from influence.adapter import AdaptedModel
+from influence.adapter_files import adapter_folder
 from influence.errors import AdapterError
 from influence.fitting import versions
-from influence.loading import adapter_folder
 from influence.loss import mean_losses
 from influence.path import read_parameters, scaled
 from influence.progress import track

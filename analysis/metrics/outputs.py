@@ -24,6 +24,7 @@ from influence.errors import BadRow, DataError, InputError, NumericalError
 from influence.gradients import stream_gradients
 from influence.loss import supervised_logits
 from influence.measurements import MeanLoss
+from influence.positions import most_positions
 from influence.rows import Examples
 from influence.tokens import TokenizedExamples, Tokens, tokenize
 
@@ -186,7 +187,7 @@ def _prompts(tokens: TokenizedExamples) -> TokenizedExamples:
 
 def _room(model: AdaptedModel, prompts: TokenizedExamples) -> np.ndarray:
     """How many tokens the model can add to each prompt, `[n]`."""
-    positions = getattr(model.model.get_base_model().config, "max_position_embeddings", None)
+    positions = most_positions(model.model.get_base_model().config)
     return (positions or np.iinfo(np.int64).max) - prompts.lengths
 
 

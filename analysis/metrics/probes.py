@@ -25,10 +25,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from influence.adapter import AdaptedModel, Site
+from influence.base_files import DTYPES
 from influence.cost import Cost
-from influence.errors import InputError
+from influence.errors import InputError, refuse
 from influence.gradients import loss_sum_gradient, replaced_forwards
-from influence.loading import DTYPES, refuse
 from influence.loss import mean_losses
 from influence.progress import track
 from influence.tokens import TokenizedExamples

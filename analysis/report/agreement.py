@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
+from influence.adapter_files import adapter_folder
 from influence.batches import collate, plan_batches
 from influence.errors import MismatchError
-from influence.loading import adapter_folder
 from influence.loss import mean_losses, supervised_logits
 from influence.path import read_parameters
 from influence.rows import Examples

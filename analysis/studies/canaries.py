@@ -107,8 +107,9 @@ class Canaries:
 
 def _unusable(example: Example, candidates: Sequence[str]) -> str | None:
     """Why a row with these candidates is no canary."""
-    if example.text is not None:
-        return "it is a text, without a completion that candidates could replace"
+    if example.answer is None:
+        kind = "a text" if example.text is not None else "token ids"
+        return f"it is {kind}, without a completion that candidates could replace"
     if isinstance(candidates, str) or not all(
         isinstance(text, str) and text for text in candidates
     ):

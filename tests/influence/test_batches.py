@@ -45,6 +45,20 @@ def test_batches_are_as_full_as_the_budget_allows():
     assert [len(batch) for batch in plan_batches(tokens, 10**6, max_rows=150)] == [150, 50]
 
 
+def test_a_batch_keeps_the_positions_of_documents():
+    ids, targets = np.array([5, 6, 7, 8, 9]), np.array([False, True, False, True, True])
+    packed = Tokens(ids, targets, np.array([0, 1, 0, 1, 2]))
+    longer = Tokens(np.arange(5, 13), np.arange(8) > 2)
+    tokens = TokenizedExamples([packed, longer], ["packed", "longer"])
+    batch = collate(tokens, [0, 1])
+    assert batch.packed
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, 4, 5], list(range(8))]
+    assert not collate(tokens, [1]).packed
+    assert batch.to("cpu").packed
+    with pytest.raises(DataError, match="several documents, and padding is 'left'"):
+        collate(tokens, [0, 1], padding="left")
+
+
 def test_batches_refuse_nonsense_and_accept_nothing():
     with pytest.raises(DataError, match="token_budget is 0; it must be at least 1"):
         plan_batches(random_tokens(0), 0)

@@ -144,6 +144,7 @@ def test_a_finished_fit_does_not_depend_on_batch_size_or_damping(tmp_path):
         ("max_length is null there and 50 here", {"max_length": 50}),
         ("curvature is .*ekfac.* there and .*kfac.* here", {"curvature": KFAC()}),
         ("store is always there and never here", {"store": "never"}),
+        ("supervise is last there and all here", {"supervise": "all"}),
         ("data is [0-9a-f]{12} there and [0-9a-f]{12} here", {"train": examples(N_ROWS, seed=1)}),
         ("data is", {"train": examples(N_ROWS + 1)}),
     ],
@@ -158,6 +159,21 @@ def test_a_fit_into_another_run_names_the_difference_and_overwrites_nothing(
     )
     with untouched(tmp_path), pytest.raises(MismatchError, match=message):
         fit(tmp_path, **options)
+
+
+def test_what_is_supervised_is_kept_in_the_run_and_only_where_it_is_not_the_last_answer(tmp_path):
+    plain, every = fit(tmp_path / "plain"), fit(tmp_path / "all", supervise="all")
+    assert "supervise" not in plain.manifest.identity
+    assert "supervise" not in plain.manifest.as_json()["objective"]
+    assert every.manifest.identity["supervise"] == "all"
+    assert every.tokens.counts.sum() > plain.tokens.counts.sum()
+    again = Run.open(tmp_path / "all", model=every.model, train=every.train)
+    assert again.tokens.counts.tolist() == every.tokens.counts.tolist()
+    queries = examples(2, seed=9)
+    assert again.tokenized(queries).counts.sum() > plain.tokenized(queries).counts.sum()
+    assert not np.allclose(again.score(queries).values, plain.score(queries).values)
+    with pytest.raises(MismatchError, match="supervise is all there and last here"):
+        fit(tmp_path / "all")
 
 
 def test_overwrite_replaces_the_run_and_its_scores(tmp_path):

@@ -89,6 +89,46 @@ def test_streamed_gradients_equal_the_one_example_loop(kind, option):
             assert error < 1e-10, (budget, padding)
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("option", ["plain", "head"])
+def test_targets_need_not_be_the_end_of_a_row(kind, option):
+    """As those of several turns, or of ready labels, are not."""
+    targets = {"head": {"target_modules": head_targets(kind)}, "plain": {}}[option]
+    model = build_model(kind, tie=option != "head", **targets)
+    generator = np.random.default_rng(0)
+    rows = []
+    for length in (5, 12, 9, 20, 3):
+        ids = generator.integers(3, 25, size=length)
+        labels = np.where(generator.random(length) < 0.5, ids, -100)
+        labels[1] = ids[1]
+        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    data = influence.examples_from_rows(rows)
+    tokens = tokens_of(model, data)
+    assert sum("10" in "".join(map(str, row.supervised.astype(int))) for row in tokens) >= 3
+    expected = oracle(model, tokens)
+    for budget in (1, 30, 1000):
+        gradients = streamed(model, tokens, token_budget=budget)
+        assert (gradients - expected).norm() / expected.norm() < 1e-10
+    assert influence.check_gradients(model, data).ok
+
+
+@pytest.mark.parametrize("supervise", ["last", "assistant", "all"])
+def test_gradients_of_conversations_equal_the_loop(supervise):
+    model = build_model("llama")
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} dawn {% endfor %}"
+    turns = ["the fox", "runs over", "a lazy dog", "and old cats"]
+    roles = ("user", "assistant") * 2
+    talk = [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]
+    data = influence.examples_from_rows([{"messages": talk[:2]}, {"messages": talk}])
+    tokens = tokens_of(model, data, supervise=supervise)
+    assert (
+        tokens.counts.tolist() == {"last": [3, 4], "assistant": [3, 7], "all": [5, 13]}[supervise]
+    )
+    gradients, expected = streamed(model, tokens), oracle(model, tokens)
+    assert (gradients - expected).norm() / expected.norm() < 1e-10
+    assert influence.check_gradients(model, data, supervise=supervise).ok
+
+
 def test_dropout_is_off_and_everything_is_put_back():
     model = build_model("phi")
     model.model.train()

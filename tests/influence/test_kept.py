@@ -72,6 +72,14 @@ def test_what_has_a_place_is_not_copied(tmp_path):
     assert not (run.directory / "rows.jsonl").exists()
 
 
+def test_rows_with_other_columns_are_kept_in_the_usual_form(tmp_path):
+    table = [{"question": "the red", "answer": " fox"}, {"question": "a lazy", "answer": " dog"}]
+    columns = {"prompt": "question", "completion": "answer"}
+    named = influence.examples_from_rows(table, columns=columns)
+    run = influence.fit(small_model(), named, directory=tmp_path / "run")
+    assert Run.open(tmp_path / "run", model=run.model).train == named
+
+
 def test_a_base_without_a_name_is_said(tmp_path, capsys):
     run = influence.fit(small_model(), examples(6), directory=tmp_path / "run")
     assert "commands cannot open this run; in Python, Run.open(..., model=model)" in (
@@ -89,6 +97,9 @@ def test_rows_of_every_kind_are_read_back():
         Example(id="a", group="g", prompt="p", completion=" c"),
         Example(id="b", text="line\nbreak\ttab"),
         Example(id="c", messages=turns),
+        Example(id="d", messages=turns, tools=({"name": "f"},), prompt_turns=1),
+        Example(id="e", input_ids=(3, 4, 5, 6), targets=(False, True, False, True)),
+        Example(id="f", input_ids=(3, 4, 5, 6), document_lengths=(2, 2)),
     ]
     again = influence.examples_from_rows([as_row(row) for row in kinds])
     assert list(again) == kinds

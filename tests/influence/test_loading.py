@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import influence
+from influence.base_files import DTYPES
 from influence.errors import AdapterError, InputError, NumericalError
-from influence.loading import DTYPES
 from tests.conftest import (
     WORDS,
     add_lora,
@@ -24,6 +24,7 @@ from tests.conftest import (
 )
 from tests.helpers import edit_config, edit_weights, save, save_base
 
+Q = {"target_modules": ["q_proj"]}
 LLAMA = {"layers": 1, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -228,6 +229,51 @@ def test_other_peft_methods_are_refused():
     refused(wrapped(prompt), "it is a PROMPT_TUNING adapter; LoRA adapters are supported")
 
 
+def test_an_adapter_that_is_switched_off_is_refused():
+    model = add_lora(build_base(layers=1), target_modules=["q_proj"])
+    with model.disable_adapter():
+        refused(model, r"is switched off.*enable_adapter_layers\(\)")
+    influence.from_peft(model, build_tokenizer())
+
+
+def test_weights_that_are_elsewhere_are_named():
+    model = add_lora(build_base(layers=1), target_modules=["q_proj"])
+    model.get_base_model().model.layers[0].mlp.to("meta")
+    refused(model, r"3 weights are not in memory.*mlp\.down_proj\.weight")
+
+
+def test_an_adapter_that_transformers_added_is_not_called_merged():
+    from peft import LoraConfig
+
+    model = build_base(layers=1)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match="added by transformers itself") as caught:
+        influence.from_peft(model, build_tokenizer())
+    assert "merged" not in str(caught.value)
+
+
+def test_an_initialisation_that_changed_the_live_base_is_refused():
+    model = add_lora(build_base(layers=1, dtype=torch.float32), init_lora_weights="pissa", **Q)
+    refused(model, "init_lora_weights='pissa' changed the base before training")
+    model.peft_config["default"].init_lora_weights = True  # its residual is taken for the base
+    influence.from_peft(model, build_tokenizer())
+
+
+def test_other_tasks_are_refused_live_too():
+    from peft import LoraConfig
+
+    config = LoraConfig(task_type="FEATURE_EXTRACTION", **Q)
+    refused(wrapped(config), "task_type='FEATURE_EXTRACTION'")
+
+
+def test_sites_that_training_did_not_reach_are_said(capfd):
+    model = add_lora(build_base(layers=2), **Q)
+    model.get_base_model().model.layers[1].self_attn.q_proj.lora_B["default"].weight.data.zero_()
+    influence.from_peft(model, build_tokenizer())
+    said = capfd.readouterr().err
+    assert "note: 1 of 2 sites have B = 0 (model.layers.1.self_attn.q_proj)" in said
+
+
 def unloadable(base, adapter, match: str, error=AdapterError, **options) -> None:
     with pytest.raises(error, match=f"(?s){match}"):
         influence.load(base, adapter, **options)
@@ -246,7 +292,7 @@ def test_refusals_hold_for_folders_and_come_before_the_base_is_loaded(tmp_path):
 
 def test_an_embedding_adapter_in_a_folder_is_refused(tmp_path):
     base, adapter = save(tmp_path, layers=1, target_modules=["embed_tokens", "q_proj"])
-    unloadable(base, adapter, "embed_tokens.*not a LoRA matrix of a linear layer")
+    unloadable(base, adapter, "embed_tokens: LoRA on an embedding is not supported")
 
 
 def test_a_merged_model_folder_is_refused(tmp_path):
@@ -336,7 +382,7 @@ def test_a_damaged_safetensors_file_is_named(tmp_path):
     unloadable(
         base,
         adapter,
-        r"adapter_model.safetensors cannot be read as safetensors \(.*copy the adapter again",
+        r"adapter_model.safetensors cannot be read as safetensors: SafetensorError.*Copy the adapter again",
     )
 
 

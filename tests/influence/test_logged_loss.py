@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from influence.logged_loss import Measured, at_beginning, at_end, check_losses, every_token
+from influence.logged_loss import Measured, at_beginning, at_end, check_losses
+from influence.tokens import Rendering
 from influence.trainer_output import Training, TrainingLog
 from tests.conftest import build_model, examples, tokens_of
 
@@ -72,16 +73,16 @@ def objective(model, tokens) -> float:
 def test_the_objective_here_and_at_the_base_are_the_models_own():
     model = build_model("llama", layers=1)
     tokens = tokens_of(model, examples(10))
-    check = check_losses(model, tokens, Training(log([9.0, 9.0]), None))
+    check = check_losses(model, examples(10), Rendering(), Training(log([9.0, 9.0]), None))
     assert check is not None
     here = objective(model, tokens)
     with model.model.disable_adapter():
         base = objective(model, tokens)
     assert [each.here for each in check.comparisons] == pytest.approx([here, base], rel=1e-9)
     assert not check.agrees
-    every = objective(model, every_token(tokens))
-    assert check.otherwise == {"every token supervised": pytest.approx(every, rel=1e-9)}
-    assert f"every token supervised gives {every:.2f}" in str(check)
+    every = objective(model, tokens_of(model, examples(10), supervise="all"))
+    assert check.otherwise == {"--supervise all": pytest.approx(every, rel=1e-9)}
+    assert f"--supervise all gives {every:.2f}" in str(check)
     assert "differs (expected" in str(check)
     record = check.as_json()
     assert record["agrees"] is False
@@ -95,7 +96,9 @@ def test_a_log_that_agrees():
     here = objective(model, tokens)
     with model.model.disable_adapter():
         base = objective(model, tokens)
-    check = check_losses(model, tokens, Training(log([base, (base + here) / 2, here]), None))
+    check = check_losses(
+        model, examples(10), Rendering(), Training(log([base, (base + here) / 2, here]), None)
+    )
     assert check is not None
     assert check.agrees
     assert check.otherwise == {}  # costs nothing where nothing differs
@@ -106,7 +109,7 @@ def test_only_the_beginning_may_be_of_another_adapter():
     model = build_model("llama", layers=1)
     tokens = tokens_of(model, examples(10))
     here = objective(model, tokens)
-    check = check_losses(model, tokens, Training(log([here, here]), None))
+    check = check_losses(model, examples(10), Rendering(), Training(log([here, here]), None))
     assert check is not None
     if not check.agrees:
         assert "training started from an adapter that was not fresh" in str(check)
@@ -114,6 +117,5 @@ def test_only_the_beginning_may_be_of_another_adapter():
 
 def test_nothing_is_compared_without_a_log():
     model = build_model("llama", layers=1)
-    tokens = tokens_of(model, examples(3))
-    assert check_losses(model, tokens, None) is None
-    assert check_losses(model, tokens, Training(None, None)) is None
+    assert check_losses(model, examples(10), Rendering(), None) is None
+    assert check_losses(model, examples(10), Rendering(), Training(None, None)) is None

@@ -49,6 +49,23 @@ def test_rows_that_do_not_fit_the_model_are_listed(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_token_that_the_base_lacks_is_named_with_what_to_do(tiny):
+    tiny.tokenizer.add_tokens(["<new>"])
+    new = influence.examples_from_rows(
+        [
+            {"id": "ok", "prompt": "fox", "completion": " runs"},
+            {"id": "x", "text": "fox <new> runs"},
+        ]
+    )
+    with pytest.raises(DataError) as caught:
+        influence.check_gradients(tiny, new)
+    said = str(caught.value)
+    assert "row 2 (id 'x'): token id 25 ('<new>'), and the model embeds 25 tokens" in said
+    assert "save_embedding_layers=True" in said
+    assert "--max-length" not in said
+    assert "'ok'" not in said
+
+
 def test_rare_labels_of_a_large_vocabulary_can_be_drawn():
     """float32 sums would lose the tail of 150,000 labels, drawn by uniforms near 1."""
     probs = torch.full((1, 150_000), 1 / 150_000)

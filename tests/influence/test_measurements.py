@@ -168,6 +168,39 @@ def test_contrasts_that_do_not_pair_up(run):
             run.score(queries, measurement=Contrast(against))
 
 
+ASKED = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "runs"}]
+OTHER = [ASKED[0], {"role": "assistant", "content": "sleeps"}]
+LONGER = [*ASKED, {"role": "user", "content": "sun"}, OTHER[1]]
+
+
+@pytest.mark.parametrize(
+    ("query", "same", "another"),
+    [
+        ({"messages": ASKED}, {"messages": OTHER}, {"messages": LONGER}),
+        ({"messages": ASKED}, {"messages": OTHER}, {"messages": OTHER, "tools": [{"n": 1}]}),
+        ({"messages": ASKED}, {"messages": OTHER}, {"prompt": "fox", "completion": "sleeps"}),
+        (
+            {"prompt": LONGER[:1], "completion": LONGER[1:]},
+            {"prompt": ASKED[:1], "completion": OTHER[1:]},
+            {"messages": LONGER},
+        ),
+        (
+            {"input_ids": [4, 5, 6], "labels": [-100, -100, 6]},
+            {"input_ids": [4, 5, 7], "labels": [-100, -100, 7]},
+            {"input_ids": [4, 8, 6], "labels": [-100, -100, 6]},
+        ),
+        ({"text": "fox runs"}, {"text": "dog runs"}, {"prompt": "fox", "completion": " runs"}),
+    ],
+)
+def test_contrasts_pair_up_by_what_precedes_the_answer(query, same, another):
+    query, same, another = (influence.examples_from_rows([row]) for row in (query, same, another))
+    Contrast(same).check(query)
+    with pytest.raises(
+        InputError, match=r"has another (prompt|conversation before its answer) than"
+    ):
+        Contrast(another).check(query)
+
+
 def test_contrast_rows_that_do_not_fit_the_model_are_listed(tmp_path):
     """As queries are, before any of them is run."""
     model = build_model("gpt2", **ONE)

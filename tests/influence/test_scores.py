@@ -34,7 +34,7 @@ def gradients(model, data, measurement=None):
     return out, tokens
 
 
-@pytest.mark.parametrize("reduction", ["token", "example"])
+@pytest.mark.parametrize("reduction", ["token", "example", "batch:1"])
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "ggn", "identity"])
 def test_scores_are_the_formula_of_the_convention(model, tmp_path, curvature, reduction):
     data, queries = examples(8), examples(3, seed=1)

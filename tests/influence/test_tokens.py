@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from influence.batches import collate, plan_batches
 from influence.errors import DataError
-from influence.rows import Examples, examples_from_rows, read_examples
+from influence.row_files import read_examples
+from influence.rows import Examples, examples_from_rows
 from influence.tokens import Tokens, tokenize, tokenizer_digest
 from tests.influence.toy_tokenizers import (
     BACKEND,
@@ -98,19 +99,29 @@ def test_a_whole_text_is_supervised_but_for_its_first_token(tokenizer):
     assert tokens.supervised.tolist() == [False] + [True] * (len(tokens) - 1)
 
 
-@pytest.mark.parametrize("added", ["<bos> $A", "<bos> $A <eos>", "$A <eos>"])
-def test_special_tokens_the_tokenizer_adds_itself(added):
-    tokenizer = make_tokenizer(added=added)
-    begin = "<bos>" * added.startswith("<bos>")
+def test_the_beginning_that_the_tokenizer_adds_itself():
+    tokenizer = make_tokenizer(added="<bos> $A")
     tokens = tokens_of(pair(), tokenizer)
-    assert context(tokens, tokenizer) == begin + pair()["prompt"]
-    assert targets(tokens, tokenizer) == pair()["completion"] + "<eos>"  # one end, whoever adds it
+    assert context(tokens, tokenizer) == "<bos>" + pair()["prompt"]
+    assert targets(tokens, tokenizer) == pair()["completion"] + "<eos>"
     empty = tokens_of(pair("", "Paris"), tokenizer)
-    assert tokenizer.decode(empty.input_ids) == begin + "Paris<eos>"
+    assert tokenizer.decode(empty.input_ids) == "<bos>Paris<eos>"
     assert empty.supervised.sum() == len(empty) - 1
     text = tokens_of({"text": "Paris"}, tokenizer)
     assert text.input_ids.tolist() == empty.input_ids.tolist()
     assert text.supervised.tolist() == empty.supervised.tolist()
+    with pytest.warns(UserWarning, match="1 of 1 rows begin with <bos>, which the tokenizer adds"):
+        twice = tokens_of({"text": "<bos>Paris"}, tokenizer)
+    assert tokenizer.decode(twice.input_ids) == "<bos><bos>Paris<eos>"
+
+
+@pytest.mark.parametrize("added", ["<bos> $A <eos>", "$A <eos>"])
+def test_an_end_that_the_tokenizer_adds_too_is_there_twice_as_trainers_have_it(added):
+    tokenizer = make_tokenizer(added=added)
+    with pytest.warns(UserWarning, match="the tokenizer itself adds <eos>, so 1 of 1 rows end"):
+        tokens = tokens_of(pair(), tokenizer)
+    assert targets(tokens, tokenizer) == pair()["completion"] + "<eos><eos>"
+    assert context(tokens, tokenizer) == "<bos>" * added.startswith("<bos>") + pair()["prompt"]
 
 
 def test_an_end_written_in_the_row_is_not_doubled(tokenizer):
@@ -118,11 +129,10 @@ def test_an_end_written_in_the_row_is_not_doubled(tokenizer):
     assert targets(tokens, tokenizer) == " Paris.<eos>"
 
 
-@pytest.mark.parametrize("added", ["$A", "$A <eos>"])
-def test_a_completion_that_becomes_no_tokens_still_ends(added):
+def test_a_completion_that_becomes_no_tokens_still_ends():
     rules = json.loads(BACKEND)
     rules["normalizer"] = {"type": "Replace", "pattern": {"String": "\u200b"}, "content": ""}
-    tokenizer = make_tokenizer(added=added, backend=json.dumps(rules))
+    tokenizer = make_tokenizer(backend=json.dumps(rules))
     tokens = tokens_of(pair("Paris", "\u200b"), tokenizer)
     assert (context(tokens, tokenizer), targets(tokens, tokenizer)) == ("Paris", "<eos>")
 

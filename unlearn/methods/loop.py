@@ -281,7 +281,7 @@ class Training:
             work.forget,
             reference,
             options.seed,
-            work.run.manifest.objective.max_length,
+            work.run.manifest.objective.rendering,
             work.budget,
             self._expected_outputs,
         )

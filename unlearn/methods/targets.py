@@ -36,7 +36,7 @@ from influence.batches import plan_batches
 from influence.errors import InputError
 from influence.loss import check_rows
 from influence.rows import Example, Examples
-from influence.tokens import TokenizedExamples, tokenize
+from influence.tokens import Rendering, TokenizedExamples
 from unlearn.methods.reference import ReferenceAdapter
 
 #: What the prompts are answered with instead, drawn per row.
@@ -64,8 +64,8 @@ class Setup:
         The forget rows, as text and as tokens.
     reference : ReferenceAdapter
         The adapter before unlearning, whose logits and losses may be asked for.
-    seed, max_length, token_budget
-        Of the training: what draws depend on, where rows are cut, and tokens that run at a time.
+    seed, rendering, token_budget
+        Of the training: what draws depend on, how rows become tokens, and how many run at a time.
     predicted : callable
         Gives the function from forget rows to `log q` [N, V]: `of` of an
         `unlearn.unseen_outputs.ExpectedOutputs`.
@@ -76,7 +76,7 @@ class Setup:
     tokens: TokenizedExamples
     reference: ReferenceAdapter
     seed: int
-    max_length: int | None
+    rendering: Rendering
     token_budget: int
     predicted: Callable[[], Callable[[np.ndarray], Tensor]]
 
@@ -168,11 +168,12 @@ def rule_of(target: Callable[[Setup], Target]) -> TargetRule:
 
 
 def refuse_texts(rows: Iterable[Example]) -> None:
-    """Refuse rows that are one text: they have no prompt that a refusal could answer."""
+    """Refuse texts and token ids: they have no prompt that a refusal could answer."""
     for row in rows:
-        if row.text is not None:
+        if row.answer is None:
+            kind = "one text" if row.text is not None else "token ids"
             raise InputError(
-                f"row {row.id!r} is one text without a prompt, and a refusal answers one: "
+                f"row {row.id!r} is {kind} without a prompt, and a refusal answers one: "
                 "use another method"
             )
 
@@ -196,7 +197,7 @@ def random(setup: Setup) -> Target:
     words = np.array([word for word in range(size) if word not in special])
     labels = []
     for row, item in enumerate(setup.tokens):
-        true = np.asarray(item.input_ids[-int(setup.tokens.counts[row]) :])
+        true = item.input_ids[item.supervised]
         drawn = words[_generator(setup.rows[row], setup.seed).integers(len(words), size=len(true))]
         labels.append(torch.from_numpy(np.where(np.isin(true, list(special)), true, drawn)))
     return Target(labels=labels)
@@ -219,7 +220,9 @@ def refusals(setup: Setup) -> Target:
     """The rows' own tokens, and the same prompts with a refusal."""
     refuse_texts(setup.rows)
     rows = Examples(_with_refusal(row, setup.seed) for row in setup.rows)
-    other = tokenize(rows, setup.model.tokenizer, max_length=setup.max_length)
+    # what is to be said is the refusal alone, whatever of a conversation the training supervised
+    answers = replace(setup.rendering, supervise="last")
+    other = answers.tokenize(rows, setup.model.tokenizer)
     check_rows(setup.model, other)
     return Target(other=other)
 
@@ -238,7 +241,5 @@ def _generator(row: Example, seed: int) -> np.random.Generator:
 def _with_refusal(row: Example, seed: int) -> Example:
     """The row with a refusal in place of its completion."""
     text = REFUSALS[int(_generator(row, seed).integers(len(REFUSALS)))]
-    if row.messages is not None:
-        return replace(row, messages=(*row.messages[:-1], {**row.messages[-1], "content": text}))
     lead = " " if (row.completion or "")[:1].isspace() else ""  # so that tokens split as before
-    return replace(row, completion=lead + text)
+    return row.answering(lead + text)

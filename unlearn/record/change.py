@@ -23,14 +23,16 @@ from typing import Any
 import numpy as np
 
 from influence.errors import DataError, InputError
-from influence.loss import weights
+from influence.progress import say
+from influence.row_content import ROW_KEYS
 from influence.rows import Example, Examples, examples_from_rows
 from influence.tokens import TokenizedExamples, Tokens
 from unlearn.record.version import Version
 
-#: What may be asked of a row, and the keys that hold its content.
+#: What may be asked of a row, and the keys that hold its content or stand beside it.
 ACTIONS = ("remove", "relabel", "correct")
 CONTENT = ("prompt", "completion", "messages", "text")
+BESIDE = tuple(key for key in ROW_KEYS if key not in ("id", "group", *CONTENT))
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,30 @@ def plan(
         replaced,
         new,
         version.weights[rows],
-        row_weights(version, new.counts),
+        version.run.row_weights.changed(version.positions[rows[replaced]], new.counts),
     )
+
+
+def say_copies(change: Change) -> None:
+    """Name the rows that stay and have the very content of rows that are removed."""
+    rows = change.version.rows
+    kept: dict[str, list[str]] = {}
+    asked = {request.before.id for request in change.requests}
+    for row in rows:
+        if row.id not in asked:
+            kept.setdefault(row.content_hash, []).append(row.id)
+    removed = [request.before for request in change.requests if request.after is None]
+    copied = [row for row in removed if row.content_hash in kept]
+    for row in copied[:10]:
+        copies = kept[row.content_hash]
+        what = "its identical copy" if len(copies) == 1 else f"its {len(copies)} identical copies"
+        verb = "stays" if len(copies) == 1 else "stay"
+        say(
+            f"note: {row.id!r} is removed, and {what} {_first(copies)} {verb}: the adapter is "
+            "still trained on that content. Name both where the content is to go"
+        )
+    if len(copied) > 10:
+        say(f"note: {len(copied) - 10} more removed rows have identical copies that stay")
 
 
 def refuse_text(ids: Sequence[str] | str) -> None:
@@ -226,49 +250,43 @@ def _first(ids: Sequence[str]) -> str:
 
 def _same_tokens(first: Tokens, second: Tokens) -> bool:
     """Whether two rows have the same tokens, and the same ones supervised."""
-    return np.array_equal(first.input_ids, second.input_ids) and np.array_equal(
-        first.supervised, second.supervised
-    )
-
-
-def row_weights(version: Version, counts: np.ndarray) -> np.ndarray:
-    """The weights `w` `[k]` of rows with these token counts in the fit's objective.
-
-    Its N_tok (or n) is kept: nothing is renormalised.
-    """
-    manifest = version.run.manifest
-    if manifest.objective.reduction == "token":
-        return np.full(len(counts), 1 / manifest.objective.N_tok)
-    return weights(counts, "example") * len(counts) / manifest.data.rows
+    pairs = ((getattr(first, part), getattr(second, part)) for part in vars(first))
+    return all(a is b or np.array_equal(a, b) for a, b in pairs)
 
 
 def _relabelled(row: Example, completion: Any) -> Example:
     """The row with another completion, or an error where it cannot have it."""
     if not isinstance(completion, str):
         raise DataError(f"the new completion of {row.id!r} is {completion!r}; expected a string")
-    if row.text is not None:
+    if row.answer is None:
+        kind, key = ("a text", "text") if row.text is not None else ("token ids", "input_ids")
         raise InputError(
-            f'{row.id!r} is a text without a completion: correct it with {{"id", "text"}} instead'
+            f'{row.id!r} is {kind} without a completion: correct it with {{"id", "{key}"}} instead'
         )
     return _corrected(row, {"completion": completion})
 
 
 def _corrected(row: Example, content: Mapping[str, Any]) -> Example:
     """The row with other content, checked by the rules of training rows."""
-    if not isinstance(content, Mapping) or not set(content) & set(CONTENT):
+    if not isinstance(content, Mapping) or not set(content) & {*CONTENT, "input_ids"}:
         raise DataError(
             f"the change of {row.id!r} is {content!r}; expected new {', '.join(CONTENT[:-1])} or "
             "text"
         )
-    content = {key: value for key, value in content.items() if key in CONTENT and value is not None}
-    if row.messages is not None and "messages" not in content:
-        if set(content) != {"completion"}:
+    keys = (*CONTENT, *BESIDE)
+    content = {key: value for key, value in content.items() if key in keys and value is not None}
+    if row.messages is not None:
+        given = set(content) & set(CONTENT)
+        if given == {"completion"} and isinstance(content["completion"], str):
+            content = row.answering(content.pop("completion")).content() | content
+        elif given in ({"messages"}, {"prompt", "completion"}):  # tools and options stay
+            kept = {key: value for key, value in row.content().items() if key in BESIDE}
+            content = kept | content
+        elif "input_ids" not in content:
             raise InputError(
                 f'{row.id!r} is a conversation: give its new "messages", or a "completion" for its '
                 "last answer"
             )
-        last = {**row.messages[-1], "content": content["completion"]}
-        content = {"messages": [*map(dict, row.messages[:-1]), last]}
     elif row.prompt is not None:
         content = {"prompt": row.prompt, "completion": row.completion} | content
     named = {"id": row.id, **({} if row.group is None else {"group": row.group})}

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from influence.adapter_files import adapter_folder
+from influence.base_files import DTYPES
 from influence.console import printable
 from influence.errors import InputError, StoreError
-from influence.loading import DTYPES, adapter_folder
 from influence.store import write_json
 from unlearn.record.edit_record import RECORD, EditRecord, facts_of
 from unlearn.record.plain import (
@@ -228,7 +229,8 @@ def check_delta(result: Verification, folder: Path, place: Any, name: str) -> No
         _tensors(folder / WEIGHTS) as news,
     ):
         places = (old / WEIGHTS, folder / DELTA, folder / WEIGHTS)
-        keys = [set(file.keys()) for file in (olds, deltas, news)]
+        keys = [{key for key in file.keys() if ".lora_" in key} for file in (olds, deltas, news)]  # noqa: SIM118
+        result.problems.extend(_other_tensors(old / WEIGHTS, olds, folder / WEIGHTS, news))
         for place_of, held in zip(places, keys, strict=True):
             if missing := sorted(set.union(*keys) - held):
                 more = ", ..." * (len(missing) > 3)
@@ -244,6 +246,21 @@ def check_delta(result: Verification, folder: Path, place: Any, name: str) -> No
             result.checked.append(
                 f"{name}: {old} + {DELTA} is {folder}, bit for bit, in {len(common)} matrices"
             )
+
+
+def _other_tensors(old: Path, olds: Any, new: Path, news: Any) -> list[str]:
+    """Problems of the tensors that are no LoRA matrix: an edit must leave them as they were.
+
+    They are weights of the base, such as the head under an adapted one, which PEFT would load.
+    """
+    held = [{key for key in file.keys() if ".lora_" not in key} for file in (olds, news)]  # noqa: SIM118
+    problems = [f"{new} lacks {key}" for key in sorted(held[0] - held[1])]
+    problems += [f"{new} holds {key}, and {old} does not" for key in sorted(held[1] - held[0])]
+    for key in sorted(held[0] & held[1]):
+        before, after = olds.get_tensor(key), news.get_tensor(key)
+        if before.dtype != after.dtype or not torch.equal(before, after):
+            problems.append(f"{new}: {key} is not what it was before the edit")
+    return problems
 
 
 def _difference(old: torch.Tensor, delta: torch.Tensor, new: torch.Tensor) -> str | None:

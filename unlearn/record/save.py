@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from influence.adapter import weight_key
+from influence.adapter_files import adapter_folder, base_weights
 from influence.errors import WorkError
-from influence.loading import adapter_folder
 from influence.manifest import read_manifest
 from influence.store import only_writer
 from unlearn.record.chain import append
@@ -130,6 +130,8 @@ class Edit:
         for name, flat in ((WEIGHTS, self.theta), (DELTA, self.delta)):
             parts = zip(names, model.space.split(flat), strict=True)
             tensors = {key: part.detach().cpu().contiguous() for key, part in parts}
+            if name == WEIGHTS:
+                tensors |= base_weights(source)
             save_file(tensors, folder / name, metadata={"format": "pt"})
             # As the other files, and not as safetensors leaves it: services of other users load
             # adapters.

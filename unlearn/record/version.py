@@ -21,12 +21,12 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel
 from influence.errors import InputError, StoreError
-from influence.loss import weights
 from influence.path import read_parameters
-from influence.rows import Examples, read_examples
+from influence.row_files import read_examples
+from influence.rows import Examples
 from influence.run import Run
 from influence.store import read_json
-from influence.tokens import TokenizedExamples, tokenize
+from influence.tokens import TokenizedExamples
 from unlearn.record import chain, verify
 from unlearn.record.edit_record import RECORD, EditRecord
 
@@ -90,10 +90,8 @@ class Version:
         rows = list(self.run.tokens.select(self.positions))
         places = [place for place, id in enumerate(self.rows.ids) if id in self.changed]
         if places:
-            max_length = self.run.manifest.objective.max_length
-            changed = tokenize(
-                self.rows.select(places), self.model.tokenizer, max_length=max_length
-            )
+            rendering = self.run.manifest.objective.rendering
+            changed = rendering.tokenize(self.rows.select(places), self.model.tokenizer)
             for place, tokens in zip(places, changed, strict=True):
                 rows[place] = tokens
         return TokenizedExamples(rows, self.rows.ids)
@@ -101,10 +99,9 @@ class Version:
     @cached_property
     def weights(self) -> np.ndarray:
         """The weights `w` [n] of the rows in the fit's objective, its N_tok (or n) kept."""
-        w = self.run.weights[self.positions].copy()
-        if self.changed and self.run.manifest.objective.reduction == "example":
-            w = weights(self.tokens.counts, "example") * len(w) / self.run.manifest.data.rows
-        return w
+        if not self.changed:
+            return self.run.weights[self.positions].copy()
+        return self.run.row_weights.changed(self.positions, self.tokens.counts)
 
 
 def version(run: Run, adapter: str | Path | None = None) -> Version:

@@ -296,13 +296,15 @@ def _request(work: _Subsets) -> dict[str, Any]:
         "alpha_pattern",
     )
     adapter = {"space": run.model.space.digest, **{key: config.get(key) for key in settings}}
+    objective = run.manifest.objective
     request = {
         "base": run.model.base_digest,
         "adapter configuration": _sha256(json.dumps(adapter, sort_keys=True, default=str).encode()),
         "training rows": run.train.digest,
         "queries": work.queries.digest,
         "tokenizer": tokenizer_digest(run.model.tokenizer),
-        "max_length": run.manifest.objective.max_length,
+        "max_length": objective.max_length,
+        **({} if objective.supervise == "last" else {"supervise": objective.supervise}),
         "dtype": str(next(run.model.model.parameters()).dtype).removeprefix("torch."),
         "number of subsets": len(work.masks),
         "masks": _sha256(np.packbits(work.masks).tobytes()),

@@ -11,7 +11,7 @@ from influence.cost import Cost
 from influence.curvature import Damped
 from influence.curvature.fisher import SampleSpaceFisher, UpdatedFisher
 from influence.errors import NumericalError
-from influence.rows import read_examples
+from influence.row_files import read_examples
 from influence.solvers import Direct
 from influence.tokens import tokenize
 from tests.unlearn.edits.convex import Head, Ridge
@@ -208,7 +208,7 @@ def test_ekfac_after_an_edit_has_the_eigenvalues_of_the_rows_after_it(runs, task
 
 
 def test_the_rows_and_weights_after_an_edit_are_those_made_by_hand(runs):
-    for reduction in ("token", "example"):
+    for reduction in ("token", "example", "batch:1"):
         run = runs("fisher", reduction)
         for task in TASKS:
             change = plan(version(run), **TASKS[task])

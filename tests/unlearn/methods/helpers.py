@@ -18,9 +18,10 @@ import influence
 import unlearn
 from influence.adapter import AdaptedModel
 from influence.errors import NumericalError
-from influence.rows import Examples, read_examples
+from influence.row_files import read_examples
+from influence.rows import Examples
 from influence.run import Run
-from influence.tokens import TokenizedExamples
+from influence.tokens import Rendering, TokenizedExamples
 from tests.conftest import WORDS, build_tokenizer, rows, tokens_of
 from tests.helpers import write_rows
 from unlearn.methods.methods import Method
@@ -337,7 +338,7 @@ def setup_of(
 
     tokens = tokens_of(model, rows) if tokens is None else tokens
     with model.evaluating(model.parameters), frozen(model) as reference:
-        yield Setup(model, rows, tokens, reference, seed, None, token_budget, predicted)
+        yield Setup(model, rows, tokens, reference, seed, Rendering(), token_budget, predicted)
 
 
 def numbered(n: int, completion: str) -> Examples:

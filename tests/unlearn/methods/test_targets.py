@@ -14,7 +14,7 @@ from influence.adapter import AdaptedModel
 from influence.batches import collate
 from influence.errors import InputError
 from influence.rows import Examples
-from influence.tokens import TokenizedExamples, Tokens, tokenize
+from influence.tokens import Rendering, TokenizedExamples, Tokens, tokenize
 from tests.conftest import (
     WORDS,
     add_lora,
@@ -417,14 +417,51 @@ def refused_rows(
 ) -> Examples:
     """The refusals as rows, before they become tokens."""
     seen: list[Examples] = []
+    own = Rendering.tokenize
     monkeypatch.setattr(
-        targets,
-        "tokenize",
-        lambda rows, *rest, **more: (seen.append(rows), tokenize(rows, *rest, **more))[1],
+        Rendering, "tokenize", lambda rule, rows, by: (seen.append(rows), own(rule, rows, by))[1]
     )
     refused(model, rows, seed=seed)
     monkeypatch.undo()
     return seen[0]
+
+
+def test_token_ids_have_no_prompt_to_refuse(small):
+    rows = influence.examples_from_rows([{"id": "ids", "input_ids": [4, 5, 6]}])
+    with (
+        setup_of(small, rows) as setup,
+        pytest.raises(InputError, match="row 'ids' is token ids without a prompt"),
+    ):
+        targets.refusals(setup)
+
+
+def test_labels_are_drawn_for_the_supervised_tokens_wherever_they_are(small):
+    """Random labels keep special tokens, which here stand between and after the targets."""
+    ids, labels = [4, 5, EOS, 7, 8, EOS], [-100, 5, EOS, -100, 8, -100]
+    rows = influence.examples_from_rows([{"id": "ids", "input_ids": ids, "labels": labels}])
+    with setup_of(small, rows) as setup:
+        drawn = targets.random(setup).labels
+    assert drawn is not None
+    assert drawn[0][1] == EOS
+    assert len(drawn[0]) == 3
+
+
+def test_refusals_are_the_last_answer_whatever_the_training_supervised():
+    model = words()
+    turns = ["the red fox", "runs", "over a dog", "and old cats sleep"]
+    talk = [
+        {"role": role, "content": content}
+        for role, content in zip(("user", "assistant") * 2, turns, strict=True)
+    ]
+    rows = influence.examples_from_rows([{"id": "chat", "messages": talk}])
+    with setup_of(model, rows) as setup:
+        expected = targets.refusals(setup).other
+        other = targets.refusals(
+            Setup(**{**vars(setup), "rendering": Rendering(None, "all")})
+        ).other
+    assert expected is not None
+    assert other is not None
+    assert np.array_equal(other[0].supervised, expected[0].supervised)
 
 
 def test_refusals_follow_the_completions_space(small, monkeypatch):
@@ -459,7 +496,7 @@ def test_refusals_are_cut_like_the_rows(small):
     rows = odd_rows()[:2]
     tokens = tokenize(rows, small.tokenizer, max_length=10)
     with setup_of(small, rows, tokens=tokens) as setup:
-        setup = Setup(**{**vars(setup), "max_length": 5})
+        setup = Setup(**{**vars(setup), "rendering": Rendering(5)})
         with pytest.warns(UserWarning, match="lose supervised tokens"):
             other = targets.refusals(setup).other
     assert other is not None

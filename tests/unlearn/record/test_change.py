@@ -13,7 +13,7 @@ from influence.tokens import tokenize
 from tests.conftest import build_model, examples, fit_end
 from tests.helpers import untouched
 from tests.unlearn.record.helpers import ROWS
-from unlearn.record.change import plan
+from unlearn.record.change import plan, say_copies
 from unlearn.record.version import version
 
 CHAT = (
@@ -42,6 +42,27 @@ def refused(run, message, error=InputError, **changes):
             plan(version(run), **changes)
         with pytest.raises(error, match=message):
             unlearn.edit(run, **changes)
+
+
+def test_identical_copies_of_removed_rows_that_stay_are_named(tmp_path, capfd):
+    model = build_model("gpt2", layers=1, target_modules=["mlp.c_proj"], r=1)
+    model.tokenizer.chat_template = CHAT
+    copies = [{**ROWS[0], "id": name} for name in ("copy", "copy 2")]
+    data = influence.examples_from_rows([*ROWS, *copies])
+    run = fit_end(model, data, curvature=influence.Identity(), directory=tmp_path / "run")
+    start, first = version(run), data.ids[0]
+    capfd.readouterr()
+    say_copies(plan(start, [first, "copy"]))
+    assert capfd.readouterr().err.splitlines() == [
+        f"note: {id!r} is removed, and its identical copy 'copy 2' stays: the adapter is still "
+        "trained on that content. Name both where the content is to go"
+        for id in (first, "copy")
+    ]
+    say_copies(plan(start, [first, "copy", "copy 2"]))
+    say_copies(plan(start, [data.ids[1]]))
+    assert capfd.readouterr().err == ""
+    unlearn.forecast(run, remove=["copy"])  # whoever edits is told
+    assert f"its 2 identical copies {first!r}, 'copy 2' stay: " in capfd.readouterr().err
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -191,6 +212,32 @@ def test_relabelling_a_conversation_replaces_its_last_answer(run):
     messages = [{"role": "user", "content": "dawn"}, {"role": "assistant", "content": "sun"}]
     after = contents(plan(version(run), correct={"m1": {"messages": messages}}))["m1"]
     assert [dict(m) for m in after.messages] == messages
+
+
+def test_changes_of_a_conversation_with_tools_and_of_token_ids(tmp_path):
+    model = build_model("gpt2", layers=1, target_modules=["mlp.c_proj"], r=1)
+    model.tokenizer.chat_template = "{% for t in tools or [] %}{{ t['n'] }} {% endfor %}" + CHAT
+    talk = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "runs"}]
+    rows = [
+        {"id": "tools", "messages": talk, "tools": [{"n": "sun"}]},
+        {"id": "two", "prompt": talk[:1], "completion": talk[1:]},
+        {"id": "ids", "input_ids": [4, 5, 6, 7], "labels": [-100, 5, -100, 7]},
+        {"id": "rest", "input_ids": [8, 9, 10]},
+    ]
+    options = {"curvature": influence.Identity(), "directory": tmp_path / "run"}
+    run = fit_end(model, influence.examples_from_rows(rows), **options)
+    after = contents(plan(version(run), relabel={"tools": "sing", "two": "sleep"}))
+    assert after["tools"].tools == ({"n": "sun"},)
+    assert after["tools"].answer == "sing"
+    assert (after["two"].prompt_turns, after["two"].answer) == (1, "sleep")
+    other = [{"role": "user", "content": "dog"}, talk[1]]
+    kept = contents(plan(version(run), correct={"tools": {"messages": other}}))["tools"]
+    assert (kept.tools, kept.messages) == (({"n": "sun"},), tuple(other))
+    ids = {"input_ids": [4, 5, 6, 9], "labels": [-100, 5, -100, 9]}
+    change = plan(version(run), correct={"ids": ids})
+    assert contents(change)["ids"].input_ids == (4, 5, 6, 9)
+    assert change.new.counts.tolist() == [2]
+    refused(run, "'ids' is token ids without a completion", relabel={"ids": "sun"})
 
 
 def test_the_parts_of_a_plan_fit_together(run):

@@ -231,6 +231,22 @@ def test_apply_finds_missing_matrices_other_shapes_and_other_scalings(place):
     assert f"{folder / checks.CONFIG}: lora_alpha is 8, before the edit it was 4" in text
 
 
+def test_apply_holds_the_base_weights_beside_the_matrices_fast(place):
+    """PEFT saves the head under an adapted one. Loaders take it, so an edit must leave it alone."""
+    head, old = "base_model.model.lm_head.base_layer.weight", place.adapter / checks.WEIGHTS
+    folder = edit(place, "first")
+    append(place.run, folder)
+    before, after = load_file(old), load_file(folder / checks.WEIGHTS)
+    save_file(before | {head: torch.ones(2, 3)}, old)
+    assert f"{folder / checks.WEIGHTS} lacks {head}" in problems(place.run, apply=True)
+    save_file(after | {head: torch.ones(2, 3)}, folder / checks.WEIGHTS)
+    assert head not in problems(place.run, apply=True)  # it says only that the file was changed
+    save_file(after | {head: 2 * torch.ones(2, 3)}, folder / checks.WEIGHTS)
+    assert f"{head} is not what it was before the edit" in problems(place.run, apply=True)
+    save_file(before, old)
+    assert f"{folder / checks.WEIGHTS} holds {head}, and" in problems(place.run, apply=True)
+
+
 def test_apply_without_the_old_adapter(place):
     folder = edit(place, "first")
     append(place.run, folder)

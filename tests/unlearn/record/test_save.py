@@ -18,13 +18,15 @@ import influence
 import unlearn
 from influence.adapter import weight_key
 from influence.errors import InputError, MismatchError, WorkError
-from influence.rows import read_examples
+from influence.row_files import read_examples
 from influence.run import Run
 from tests.conftest import rows
 from tests.helpers import contents, untouched, write_rows
+from tests.influence.toy_loading import resized, saved_with_head
 from tests.unlearn.edits.helpers import ANSWERS, edit_of
 from unlearn.record import chain
 from unlearn.record import save as saving
+from unlearn.record.verify import verify
 from unlearn.record.version import version
 
 
@@ -381,3 +383,23 @@ def test_an_ancestor_is_not_overwritten(run, tmp_path):
     except InputError:
         return
     assert version(run).removed == {"r0-1", "r0-2", "r0-4"}
+
+
+@pytest.mark.parametrize("count", [0, 27], ids=["head", "resized"])
+def test_an_edit_keeps_the_base_weights_of_the_file(tmp_path, count):
+    if count:
+        base, adapter, _ = resized(tmp_path, False, count)
+    else:
+        base, adapter, _ = saved_with_head(tmp_path, True)
+    data = influence.read_examples(write_rows(tmp_path / "rows.jsonl", rows(8)))
+    loaded = influence.load(base, adapter, device="cpu")
+    run = influence.fit(loaded, data, directory=tmp_path / "run", path=(1.0,))
+    edit = unlearn.remove(run, [run.train.ids[0]], until="steps=1", max_damage=10)
+    out = edit.save(tmp_path / "edited")
+    assert set(load_file(out / "adapter_model.safetensors")) == set(
+        load_file(adapter / "adapter_model.safetensors")
+    )
+    again = influence.load(base, out, device="cpu")
+    assert again.base_digest == loaded.base_digest
+    assert torch.equal(again.snapshot(), edit.theta)
+    assert verify(run.directory, apply=True).passed
