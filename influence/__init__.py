@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from influence.scorefile import Scores, SelfInfluence
     from influence.scores import score, self_influence
     from influence.solvers import ASTRA, CG, SGD, DataInf, Direct, LiSSA, Solution
+    from influence.trainer import from_trainer
+    from influence.training_record import TrainingRecord
 
 _HOMES = {
     "adapter": ("AdaptedModel", "ParamSpace"),
@@ -43,6 +45,8 @@ _HOMES = {
     "scorefile": ("Scores", "SelfInfluence"),
     "scores": ("score", "self_influence"),
     "solvers": ("ASTRA", "CG", "SGD", "DataInf", "Direct", "LiSSA", "Solution"),
+    "trainer": ("from_trainer",),
+    "training_record": ("TrainingRecord",),
 }
 
 __all__ = [
@@ -69,10 +73,12 @@ __all__ = [
     "Scores",
     "SelfInfluence",
     "Solution",
+    "TrainingRecord",
     "check_gradients",
     "examples_from_rows",
     "fit",
     "from_peft",
+    "from_trainer",
     "load",
     "read_examples",
     "score",

@@ -17,15 +17,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from influence.errors import InputError
 from influence.manifest import LoadingRecord
+
+if TYPE_CHECKING:
+    from influence.trainer_output import Training
 
 #: What PEFT puts before a layer's own path in parameter names and safetensors keys.
 PREFIX = "base_model.model."
@@ -114,7 +117,8 @@ class AdaptedModel:
 
     Made by `load` (from folders or hub ids) or `from_peft` (from a live `PeftModel`). `base` and
     `adapter` are the references it was loaded from, and `loading` how, for the record only;
-    identity is told by the digests.
+    identity is told by the digests. `training` is what is known of how the adapter was trained
+    (`from_trainer`).
     """
 
     model: Any
@@ -124,6 +128,7 @@ class AdaptedModel:
     base: str
     adapter: str
     loading: LoadingRecord = LoadingRecord()  # noqa: RUF009 (frozen)
+    training: Training | None = field(default=None, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from influence import console
 from influence.errors import DataError, InputError, MismatchError
 from influence.options import (
-    AdapterOptions,
     BudgetOption,
     ColumnsOption,
     CountOption,
@@ -21,6 +20,7 @@ from influence.options import (
     PointOption,
     RenderingOptions,
     RunOption,
+    TrainedOptions,
     TypedLoadingOptions,
     command,
     keywords,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # a command's help does not wait for torch
 
     from influence.adapter import AdaptedModel
     from influence.curvature.base import Specification
+    from influence.logged_loss import LossCheck
     from influence.manifest import DataSource
     from influence.rows import Examples
     from influence.run import Run
@@ -52,7 +53,7 @@ PREVIEW = 90
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(
-    AdapterOptions,
+    TrainedOptions,
     ColumnsOption,
     RenderingOptions,
     BudgetOption,
@@ -151,6 +152,7 @@ def fit(options: Fit) -> None:
         store=options.store,
         disk_budget=options.disk_budget * 1e9,
         seed=options.seed,
+        trainer_output=options.trainer_output,
         overwrite=options.overwrite,
     )
     manifest, seconds = run.manifest, time.perf_counter() - start
@@ -390,7 +392,7 @@ def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(AdapterOptions, ColumnsOption, RenderingOptions, TypedLoadingOptions, JsonOption):
+class Check(TrainedOptions, ColumnsOption, RenderingOptions, TypedLoadingOptions, JsonOption):
     """The options of `influence check`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"model": "train", "columns": "train"}
@@ -406,19 +408,23 @@ class Check(AdapterOptions, ColumnsOption, RenderingOptions, TypedLoadingOptions
 @command(app, Check)
 def check(options: Check) -> None:
     """Compare the streamed per-example gradients of *your* model with a plain one-example loop, and
-    the number type it computes in with a wider one.
+    the number type it computes in with a wider one; with --trainer-output the objective with the
+    losses that the trainer logged.
     """
     from influence.gradient_check import check_gradients
     from influence.row_files import read_examples
 
     console.at_least("--rows", options.rows, 1)
-    examples = read_examples(options.train, columns=options.columns)[: options.rows]
+    examples = read_examples(options.train, columns=options.columns)
     model = _load(options)
     if options.labels:
         _show_labels(options, model, examples[:3])
         return
     result = check_gradients(
-        model, examples, max_length=options.max_length, supervise=options.supervise
+        model,
+        examples[: options.rows],
+        max_length=options.max_length,
+        supervise=options.supervise,
     )
     record = {
         "ok": result.ok,
@@ -431,9 +437,27 @@ def check(options: Check) -> None:
         "wide_tolerance": result.wide_tolerance,
         "wide_errors": result.wide_errors,
     }
-    console.emit(record, str(result), options.json)
-    if not result.ok:
+    text, passed = str(result), result.ok
+    if options.trainer_output is not None:
+        losses = _logged_losses(options, model, examples)
+        record["losses"] = None if losses is None else losses.as_json()
+        text += f"\n{losses or 'the trainer logged no losses to compare the objective with'}"
+        passed = passed and (losses is None or losses.agrees)
+    console.emit(record, text, options.json)
+    if not passed:
         raise SystemExit(1)
+
+
+def _logged_losses(options: Check, model: AdaptedModel, examples: Examples) -> LossCheck | None:
+    """The objective on the rows beside the losses that the trainer logged, None where it did not."""
+    from influence.logged_loss import check_losses
+    from influence.tokens import Rendering
+    from influence.trainer_output import TrainerOutput
+
+    assert options.trainer_output is not None
+    rendering = Rendering.of_trainer(examples, options.max_length, options.supervise)
+    training = TrainerOutput.find(options.trainer_output).training(len(examples))
+    return check_losses(model, examples, rendering, training)
 
 
 def _show_labels(options: Check, model: AdaptedModel, examples: Examples) -> None:
@@ -454,6 +478,7 @@ def _show_labels(options: Check, model: AdaptedModel, examples: Examples) -> Non
 def _curvature(name: str, samples: int) -> Specification:
     """The curvature that a name stands for, which only the command line asks."""
     from influence.curvature import EKFAC, GGN, KFAC, Fisher, Hessian, Identity
+    from influence.progress import say
 
     lowest = 0 if name == "fisher" else 1
     if samples < lowest:
@@ -468,7 +493,10 @@ def _curvature(name: str, samples: int) -> Specification:
     }
     if name not in table:
         raise InputError(f"curvature {name!r} was given; expected one of {', '.join(table)}")
-    return table[name]()
+    curvature = table[name]()
+    if samples != 1 and not hasattr(curvature, "samples"):
+        say(f"note: --samples changes nothing with --curvature {name}, which draws no labels")
+    return curvature
 
 
 def describe(attributes: Mapping[str, Any]) -> str:
@@ -483,13 +511,21 @@ def describe(attributes: Mapping[str, Any]) -> str:
 
 
 def _load(options: Fit | Check) -> AdaptedModel:
-    """The base with the adapter in it."""
+    """The base with the adapter in it, the last one of the trainer's output unless one is named."""
     from influence.loading import load
+    from influence.progress import say
+    from influence.trainer_output import TrainerOutput
 
+    adapter: str | Path | None = options.adapter
+    if adapter is None:
+        if options.trainer_output is None:
+            raise InputError("name the adapter: --adapter ADAPTER, or --trainer-output DIR")
+        adapter = TrainerOutput.find(options.trainer_output).adapter
+        say(f"note: the adapter is {adapter}")
     console.quiet_transformers()
     return load(
         options.model,
-        options.adapter,
+        adapter,
         **keywords(TypedLoadingOptions, options),
     )
 

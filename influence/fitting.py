@@ -28,11 +28,14 @@ from influence.errors import InputError, MismatchError, NumericalError, StoreErr
 from influence.fitted_point import CHECKPOINT, PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
 from influence.gradient_check import measure_precision, precision_note
+from influence.kept import RECIPE, forget_adapter, keep_adapter, keep_recipe, keep_rows
+from influence.logged_loss import check_losses
 from influence.loss import check_rows
 from influence.manifest import (
     AS_BEFORE,
     AUDIT,
     FORMAT,
+    ROWS,
     AdapterSource,
     DataSource,
     Manifest,
@@ -54,9 +57,15 @@ from influence.rows import Examples
 from influence.run import Run, update_manifest
 from influence.store import only_writer, open_file, open_rows
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
+from influence.trainer_output import TrainerOutput, Training
 
 STORE = ("auto", "always", "never")
 FILES = ("manifest.json", "factors.h5", "gradients.h5", "rows.h5", "scores.h5", "checkpoint.h5")
+FILES += (ROWS, RECIPE)
+#: Bytes of gradients that `store="auto"` keeps unless told otherwise.
+DISK_BUDGET = 50e9
+#: What is said of an option that changes nothing.
+IDLE = "changes nothing"
 
 
 def fit(
@@ -75,8 +84,9 @@ def fit(
     supervise: str | None = None,
     token_budget: int | None = None,
     store: str = "auto",
-    disk_budget: float = 50e9,
+    disk_budget: float = DISK_BUDGET,
     seed: int = 0,
+    trainer_output: str | Path | None = None,
     overwrite: bool = False,
 ) -> Run:
     """Fit a curvature to an adapter on its training rows, and store the rows' gradients.
@@ -121,6 +131,14 @@ def fit(
         `disk_budget` bytes. Without them every later scoring is a pass over the training rows.
     seed
         Keys the sampled labels.
+    trainer_output
+        The output directory of the trainer that made the adapter (`influence.trainer_output`):
+        early checkpoints are points where neither `path` nor `checkpoints` is given, the optimiser
+        is the newest there, the recipe is kept in the run (`run/recipe.json`), and the objective
+        is compared with the logged losses (`influence.logged_loss`).
+
+    Rows that came from no file and an adapter that came from no folder are kept in the directory
+    (`influence.kept`).
 
     Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory
     was made from something else (naming what differs), `StoreError` where the disk is too small.
@@ -128,6 +146,13 @@ def fit(
     curvature = DEFAULT if curvature is None else curvature
     if token_budget is None:
         token_budget = 1024 if model.device.type == "cpu" else 4096
+    output = None if trainer_output is None else TrainerOutput.find(trainer_output)
+    say_idle(geometry, damping, optimizer, store, disk_budget)
+    if output is not None:
+        if optimizer is None and (geometry == "adam" or damping == "time"):
+            optimizer = _optimizer_of(output)
+        if path is None and not checkpoints:
+            checkpoints = _points_of(output)
     if path is None:
         path = () if checkpoints else curvature.default_path or DEFAULT_PATH
     scales = check_path(path)
@@ -167,11 +192,15 @@ def fit(
         seed=seed,
     )
     check_rows(model, tokens)
+    training = model.training if output is None else output.training(len(train))
     if not _finished_before(directory, manifest):
         curvature.refuse(len(train))
+        if (losses := check_losses(model, train, rendering, training)) is not None:
+            say(f"{'note' if losses.agrees else 'warning'}: {losses}")
     with only_writer(directory):
         existing = _claim(directory, manifest, curvature, overwrite)
         run = Run(directory, existing or manifest, model, train, tokens, curvature)
+        _keep(run, training, finished=existing is not None)
         if existing is None:
             _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
@@ -230,7 +259,7 @@ def _manifest(
         complete=False,
         identity=identity,
         base=Source(model.base, model.base_digest),
-        adapter=AdapterSource(model.adapter, adapter, model.space.size),
+        adapter=AdapterSource(model.adapter or None, adapter, model.space.size),
         data=DataSource(
             train.source,
             train.digest,
@@ -274,6 +303,66 @@ def _measure_precision(run: Run) -> None:
     write_manifest(run.directory, run.manifest)
     if note := precision_note(record):
         say(note)
+
+
+def say_idle(
+    geometry: str,
+    damping: str | Damping,
+    optimizer: str | Path | None,
+    store: str,
+    disk_budget: float,
+) -> None:
+    """Say of options that were given and change nothing as they were given."""
+    if optimizer is not None and geometry != "adam" and damping != "time":
+        say(f"note: --optimizer {IDLE} without --geometry adam or --damping time")
+    if store != "auto" and disk_budget != DISK_BUDGET:
+        say(f"note: --disk-budget {IDLE} with --store {store}, only with auto")
+
+
+def _optimizer_of(output: TrainerOutput) -> Path:
+    """The optimiser's state in a trainer's output."""
+    if output.optimizer is None:
+        raise InputError(
+            f"{output.folder} has no optimizer.pt in a checkpoint (save_only_model was set, or no "
+            "checkpoint was saved), which --geometry adam and --damping time need: give another "
+            "geometry or damping, or --optimizer CHECKPOINT"
+        )
+    say(f"note: Adam's state is that of {output.optimizer}")
+    return output.optimizer
+
+
+def _points_of(output: TrainerOutput) -> tuple[Path, ...]:
+    """The checkpoints of a trainer's output that are looked at, said."""
+    places = output.points()
+    if not places:
+        say(
+            f"note: {output.folder} has no checkpoint from before the end with a learning rate: "
+            "the points are between base and adapter (--path)"
+        )
+        return ()
+    names = ", ".join(place.name for place in places)
+    say(
+        f"note: points are {names} of {output.folder} ({len(places)} of "
+        f"{len(output.checkpoints)} checkpoints, the early ones count most; each is a pass over "
+        "the rows): --checkpoints or --path choose others"
+    )
+    return places
+
+
+def _keep(run: Run, training: Training | None, *, finished: bool) -> None:
+    """Keep rows, adapter and recipe in the directory where no file has them."""
+    manifest = run.manifest
+    if manifest.data.path is None and (path := keep_rows(run.directory, run.train)) is not None:
+        data = replace(manifest.data, path=str(path.resolve()), columns=None)
+        manifest = replace(manifest, data=data)
+    if not manifest.adapter.path and (path := keep_adapter(run.directory, run.model)) is not None:
+        adapter = replace(manifest.adapter, path=str(path.resolve()))
+        manifest = replace(manifest, adapter=adapter)
+    if training is not None and training.recipe is not None:
+        keep_recipe(run.directory, training.recipe)
+    if finished and manifest != run.manifest:
+        write_manifest(run.directory, manifest)
+    run.manifest = manifest
 
 
 def _calibrate(run: Run) -> None:
@@ -386,6 +475,7 @@ def _claim(
         # a run of ours was here: away with the factors that analysis tune fitted below it
         for below in (directory / "tune").glob("*/manifest.json"):
             shutil.rmtree(below.parent)
+        forget_adapter(directory)
     for old in _own_files(directory):
         old.unlink()
     write_manifest(directory, manifest)

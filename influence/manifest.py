@@ -1,7 +1,8 @@
 """The manifest of a run: what it was made from, and what later commands keep there.
 
 `run/manifest.json` as a value. `identity` is what two runs must agree in to be the same run, and
-`digest` its SHA-256; the fields beside it say the same for people, with places and sizes.
+`digest` its SHA-256; the fields beside it say the same for people, with places and sizes. A place in
+the run's own directory is written relative to it, so that the directory can be moved.
 `calibration`, `tuned`, `audit` and `now` are written by later commands; keys that this version does
 not know are kept as they are.
 """
@@ -25,6 +26,8 @@ NAME = "manifest.json"
 #: The record of the edits that were made from a run (`unlearn.record.chain`), under whose lock the
 #: manifest is changed.
 AUDIT = "audit.jsonl"
+#: What `influence.kept` keeps in a run's directory: the rows, the adapter.
+_KEPT = (ROWS := "rows.jsonl", ADAPTER := "adapter")
 #: What an identity says that lacks these keys: they are in it only where they are something else, so
 #: that digests of runs that were made before they were thought of stay.
 AS_BEFORE = {"supervise": "last"}
@@ -285,7 +288,7 @@ def begun_manifest(directory: Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the whole manifest, atomically."""
-    write_json(directory / NAME, manifest.as_json())
+    write_json(directory / NAME, _unplaced(directory, manifest).as_json())
 
 
 def change_manifest(directory: Path, **changes: Any) -> Manifest:
@@ -301,7 +304,7 @@ def change_under_lock(directory: Path, **changes: Any) -> Manifest:
     """`change_manifest` for a caller that holds the lock of the record of edits."""
     path = directory / NAME
     manifest = replace(_from_file(path, read_json(path)), **changes)
-    write_json(path, manifest.as_json())
+    write_manifest(directory, manifest)
     return manifest
 
 
@@ -335,9 +338,30 @@ def differences(
 
 def _from_file(path: Path, record: Mapping[str, Any]) -> Manifest:
     try:
-        return Manifest.from_json(record)
+        return _placed(path.parent, Manifest.from_json(record))
     except StoreError as error:
         raise StoreError(f"{path} is damaged: {error}; restore it, or fit the run again") from error
+
+
+def _placed(directory: Path, manifest: Manifest) -> Manifest:
+    """The manifest with what lies in the run's directory named in full."""
+
+    def full(source: Any) -> Any:
+        if source.path in _KEPT:
+            return replace(source, path=str(directory.resolve() / source.path))
+        return source
+
+    return replace(manifest, data=full(manifest.data), adapter=full(manifest.adapter))
+
+
+def _unplaced(directory: Path, manifest: Manifest) -> Manifest:
+    """The manifest as it is written: what lies in the run's directory named from there."""
+    names = {str(directory.resolve() / name): name for name in _KEPT}
+
+    def short(source: Any) -> Any:
+        return replace(source, path=names.get(source.path, source.path))
+
+    return replace(manifest, data=short(manifest.data), adapter=short(manifest.adapter))
 
 
 def _values(kind: type, record: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Adam's second moments and the learning rates in a Hugging Face Trainer checkpoint.
 
-A checkpoint folder holds `optimizer.pt` (the optimiser's state, keyed by integers),
+A checkpoint of `influence.TrainingRecord` has them as safetensors, by the leaves' names. Else a
+checkpoint folder holds `optimizer.pt` (the optimiser's state, keyed by integers),
 `adapter_model.safetensors` (the adapter at that step, by name) and `trainer_state.json` (the log).
 The integers count the trainable parameters in the optimiser's order: the Trainer makes one group
 with weight decay and one without, each in `named_parameters()` order. The order is taken from
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel
 from influence.errors import AdapterError, InputError, NumericalError, refuse
+from influence.progress import say
 
 #: Parameters whose name matches go into the Trainer's group without weight decay
 #: (`Trainer.get_decay_parameter_names`).
@@ -32,6 +34,8 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 #: `weight`.
 _LEAF_NAME = re.compile(r"(?:.*\bbase_model\.model\.)?(?P<leaf>.+\.lora_[AB])(?:\.[^.]+)?\.weight")
 _BNB_STATE = "__bnb_optimizer_quant_state__"
+#: Second moments that `influence.TrainingRecord` keeps: leaf name to v [rows, cols], bias-corrected.
+MOMENTS = "second_moments.safetensors"
 #: Block sizes of bitsandbytes' 8-bit states, today's and the one before.
 _BLOCKS = (256, 2048)
 #: More steps than any training has.
@@ -84,6 +88,8 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
             for name in sorted(differing)
         ],
     )
+    if (folder / MOMENTS).is_file():
+        return _kept_moments(folder, model)
     groups, states = _read_optimizer(folder / "optimizer.pt")
     order = _leaf_order(folder, model, groups)
 
@@ -115,11 +121,77 @@ def second_moments(checkpoint_dir: str | Path, model: AdaptedModel) -> Optimizer
             parts[name] = moment / (1 - beta2**step)
     refuse(f"the optimiser state in {str(folder)!r} cannot be used", reasons)
     v = model.space.flatten([parts[leaf.name] for leaf in model.space.leaves])
+    return OptimizerState(
+        _checked_moments(v, folder), steps, _sum_lr(folder / "trainer_state.json")
+    )
+
+
+def live_second_moments(optimizer: Any, model: Any) -> dict[str, tuple[Tensor, int]]:
+    """Bias-corrected second moments and steps of a live optimiser, by the LoRA matrix's name.
+
+    Empty where it is no Adam, or lacks the state of a matrix.
+    """
+    states = getattr(optimizer, "state", {})
+    found: dict[str, tuple[Tensor, int]] = {}
+    betas = {
+        id(parameter): group.get("betas", ())
+        for group in getattr(optimizer, "param_groups", ())
+        for parameter in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or "lora_" not in name:
+            continue
+        state = states.get(parameter, {})
+        moment, step = _second_moment(state), _whole(state.get("step", 0))
+        if isinstance(moment, str) or not step or len(betas.get(id(parameter), ())) < 2:
+            return {}
+        correction = 1 - float(betas[id(parameter)][1]) ** step
+        found[_leaf_name(name)] = (moment.detach().cpu() / correction, step)
+    return found
+
+
+def write_second_moments(path: Path, moments: Mapping[str, tuple[Tensor, int]]) -> None:
+    """Write what `live_second_moments` returns, as `second_moments` reads it."""
+    from safetensors.torch import save_file
+
+    tensors = {name: moment.contiguous() for name, (moment, _) in moments.items()}
+    steps = max(step for _, step in moments.values())
+    save_file(tensors, path, metadata={"format": "pt", "steps": str(steps)})
+    path.chmod(0o644)
+
+
+def _kept_moments(folder: Path, model: AdaptedModel) -> OptimizerState:
+    """The state that `influence.TrainingRecord` kept beside its adapter."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / MOMENTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            steps = _whole((file.metadata() or {}).get("steps"))
+            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{path} cannot be read as safetensors ({error}): copy it again"
+        ) from error
+    wanted = {leaf.name: leaf.shape for leaf in model.space.leaves}
+    if steps is None or wanted != {name: tuple(part.shape) for name, part in parts.items()}:
+        raise AdapterError(
+            f"{path} holds no second moments of exactly this adapter's matrices: pass a checkpoint "
+            "of the run that made it"
+        )
+    v = model.space.flatten([parts[leaf.name].to(model.dtype) for leaf in model.space.leaves])
+    return OptimizerState(
+        _checked_moments(v, folder), steps, _sum_lr(folder / "trainer_state.json")
+    )
+
+
+def _checked_moments(v: Tensor, folder: Path) -> Tensor:
+    """The second moments, which are finite and not negative, else `NumericalError`."""
     if not bool((torch.isfinite(v) & (v >= 0)).all()):
         raise NumericalError(
             f"the second moments in {str(folder)!r} hold NaN, infinity or negative values"
         )
-    return OptimizerState(v, steps, _sum_lr(folder / "trainer_state.json"))
+    return v
 
 
 def _whole(value: Any) -> int | None:
@@ -231,7 +303,15 @@ def _leaf_order(
         # group has this order too unless a layer's own name looks like a norm's
         exempt = [bool(_NO_DECAY.search(name.lower())) for name, _ in full]
         sizes = [len(group["params"]) for group in groups]
-        if sizes == [exempt.count(False), exempt.count(True)]:
+        rates = {group.get("initial_lr", group.get("lr")) for group in groups}
+        lora_plus = _lora_plus(sizes, full)
+        if lora_plus is not None and len(rates) > 1:
+            say(
+                f"note: {folder} trained A and B at different learning rates (LoRA+); damping time "
+                "takes the rate of A, as the log has it"
+            )
+            full = lora_plus
+        elif sizes == [exempt.count(False), exempt.count(True)]:
             full = [
                 item
                 for flag in (False, True)
@@ -241,8 +321,8 @@ def _leaf_order(
         elif len(groups) > 1:
             raise AdapterError(
                 f"the optimiser in {str(folder)!r} has {len(groups)} parameter groups of {sizes} "
-                "parameters without names; expected one group, or the Trainer's two: which "
-                "parameter is which cannot be told"
+                "parameters without names; expected one group, the Trainer's two, or those of "
+                "PEFT's create_loraplus_optimizer: which parameter is which cannot be told"
             )
         names = [name for _, name in full]
     wanted = {leaf.name for leaf in model.space.leaves}
@@ -253,6 +333,24 @@ def _leaf_order(
             "pass a checkpoint of the run that trained exactly them"
         )
     return dict(zip(names, numbers, strict=True))
+
+
+def _lora_plus(
+    sizes: Sequence[int], full: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]] | None:
+    """The matrices in the order of PEFT's `create_loraplus_optimizer`, None for other sizes.
+
+    All A, then the B that decay, then the others (layers with `bias` in their name, which end up
+    in no group of the Trainer's that decays), every B at a rate of its own.
+    """
+    parts: list[list[tuple[str, str]]] = [[], [], []]
+    for item in full:
+        is_B = item[1].endswith(".lora_B")
+        parts[1 + ("bias" in item[0]) if is_B else 0].append(item)
+    parts = [part for part in parts if part]
+    if [len(part) for part in parts] != list(sizes):
+        return None
+    return [item for part in parts for item in part]
 
 
 # ---- one parameter's state -----------------------------------------------------------------------

@@ -168,14 +168,37 @@ class RunOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
+class ModelOption:
+    """The base, where no run names it."""
+
+    model: str | None = option(
+        "Base model: folder or hub id. Default: the one the adapter records.", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions(ModelOption):
     """An adapter and its base, where no run names them."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"adapter": ""}
 
     adapter: str = option("PEFT LoRA adapter: folder or hub id.")
-    model: str | None = option(
-        "Base model: folder or hub id. Default: the one the adapter records.", default=None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOptions(ModelOption):
+    """An adapter and its base, or the output of the trainer that made it."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"adapter": "", "trainer_output": "adapter"}
+
+    adapter: str | None = option(
+        "PEFT LoRA adapter: folder or hub id. Default: the last one of --trainer-output.",
+        default=None,
+    )
+    trainer_output: Path | None = option(
+        "Output directory of the trainer that made the adapter: its checkpoints, optimiser state, "
+        "recipe and logged losses are used.",
+        default=None,
     )
 
 

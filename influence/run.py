@@ -5,6 +5,9 @@
     run/gradients.h5    /gradients [n, P] of l_i at the data's labels, /done [n]     (when stored)
     run/rows.h5         /rows [n * draws, P] at sampled labels       (curvatures that keep them)
     run/scores.h5       scores and self-influences computed later
+    run/rows.jsonl      the training rows, where they came from no file  (`influence.kept`)
+    run/adapter/        the adapter, where it came from no folder
+    run/recipe.json     how it was trained, where that is known          (`influence.recipe`)
 
 A run with several points of the path has one such file for each: `factors.h5`, `factors-2.h5`,
 `factors-3.h5` ... Gradients and rows are stored in the parameters' own coordinates; the geometry's
@@ -95,7 +98,7 @@ class Run:
         manifest = read_manifest(directory)
         refuse_moved(directory, manifest, model=model is None, train=train is None)
         if model is None:
-            if manifest.adapter.path is None:
+            if not manifest.adapter.path:
                 raise InputError(
                     f"{directory} was fitted on an adapter that came from no folder: pass it as "
                     "model="

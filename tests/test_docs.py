@@ -3,7 +3,8 @@
 A page's fenced blocks without a language or with `bash` are commands, with `python` Python; `text`
 blocks are trees. The commands of the three packages run in this process, everything else in a
 shell. A page runs in a folder of its own that holds `demo/` as `make demo` leaves it, only smaller,
-and, but for README, which makes it, `run`.
+and, but for README, which makes it, `run`. A page that speaks of `trainer` has one, trained on
+`demo/`, that left `out/`.
 """
 
 from __future__ import annotations
@@ -153,11 +154,63 @@ class Reader:
 
     def run_python(self, block: Block) -> None:
         """Execute a Python block; one that begins with `# name.py` is that file too."""
+        if "(trainer)" in block.text:
+            self.namespace.setdefault("trainer", trained())
         if file := re.match(r"# (\w+\.py)\n", block.text):
             Path(file[1]).write_text(block.text, encoding="utf-8")
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             exec(compile("\n" * (block.line - 1) + block.text, block.page, "exec"), self.namespace)
+
+
+def trained() -> Any:
+    """A trainer of transformers that trained an adapter on the demo's rows, and left `out/`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    import influence
+    from influence.tokens import tokenize
+
+    def collate(items: list[Any]) -> dict[str, torch.Tensor]:
+        padded = torch.nn.utils.rnn.pad_sequence
+        ids, labels = ([torch.tensor(item[key]) for item in items] for key in ("ids", "labels"))
+        return {
+            "input_ids": padded(ids, batch_first=True),
+            "labels": padded(labels, batch_first=True, padding_value=-100),
+            "attention_mask": padded([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+
+    tokenizer = AutoTokenizer.from_pretrained("demo/base")
+    rows = tokenize(influence.read_examples("demo/train.jsonl"), tokenizer)
+    labels = [np.where(row.supervised, row.input_ids, -100) for row in rows]
+    data = [
+        {"ids": row.input_ids.tolist(), "labels": label.tolist()}
+        for row, label in zip(rows, labels, strict=True)
+    ]
+    options: dict[str, Any] = {
+        "num_train_epochs": 4,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "save_strategy": "epoch",
+        "remove_unused_columns": False,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        base = AutoModelForCausalLM.from_pretrained("demo/base")
+        trainer = Trainer(
+            get_peft_model(base, lora),
+            TrainingArguments("out", **options),
+            collate,
+            data,  # pyright: ignore[reportArgumentType]
+            processing_class=tokenizer,
+        )
+        trainer.train()
+    return trainer
 
 
 def write_lines(path: Path, rows: list[dict[str, str]]) -> None:

@@ -140,6 +140,6 @@ def _refuse_other_rows(retrained: Path, made: Version) -> None:
         raise MismatchError(
             f"{retrained} was trained without {len(gone)} rows, and after the edit "
             f"{len(made.removed)} rows are gone and {len(made.changed)} changed: train the "
-            "comparison "
-            f"by unlearn retrain --run RUN --edit {made.path} --out DIR"
+            f"comparison by unlearn retrain --run RUN --edit {made.path} --out DIR, with the "
+            "--recipe of the adapter's training where the run records none"
         )

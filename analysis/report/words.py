@@ -503,9 +503,14 @@ def run_argument(record: EditRecord) -> str:
 
 
 def retrain_command(record: EditRecord, folder: str) -> str:
-    """The commands for the exact answer and its comparison, ready to paste."""
+    """The commands for the exact answer and its comparison, ready to paste.
+
+    What retraining costs is null where no recipe is recorded: then one must be given.
+    """
+    recipe = " --recipe RECIPE.json" if finite(record.cost.retraining) is None else ""
     return (
-        f"unlearn retrain --run {run_argument(record)} \\\n    --edit {folder} --out RETRAINED\n"
+        f"unlearn retrain --run {run_argument(record)} \\\n    --edit {folder}{recipe} "
+        "--out RETRAINED\n"
         f"analysis report --edit {folder} \\\n    --retrained RETRAINED --out PAGE.html"
     )
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ def study(
             apart(whole, **intervals),
             {name: verdict(comparisons, name) for name in EQUAL},
             protocol.record(),
-            asdict(recipe),
+            recipe.as_json(),
             _notes(table, protocol, single, references),
             level,
         )

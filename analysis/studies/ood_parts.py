@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def claim(out: Path, run: Run, planted: Planted, recipe: Recipe, overwrite: bool
     With `overwrite` what belongs to another request is cleared away; what is not a study's never
     is.
     """
-    request = {"run": run.digest, "rows": planted.rows.digest, "recipe": asdict(recipe)}
+    request = {"run": run.digest, "rows": planted.rows.digest, "recipe": recipe.as_json()}
     request = json.loads(json.dumps(request))  # as a file holds it
     path, kept_request = out / "kinds.json", None
     candidates = [*(out / name for name in PARTS), *out.glob("reference-*")]
@@ -119,7 +119,8 @@ def _save(model: AdaptedModel, folder: Path, rows: Examples, recipe: Recipe, los
     partial = folder.with_name("adapter.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
-    record = {"rows": len(rows), "epoch": recipe.epochs, "recipe": asdict(recipe), "loss": loss}
+    record = {"rows": len(rows), "epoch": recipe.last_epoch(len(rows)), "loss": loss}
+    record["recipe"] = recipe.as_json()
     write_json(partial / "retrain.json", record)
     partial.rename(folder)
 

@@ -35,6 +35,19 @@ def test_the_base_defaults_to_the_one_the_adapter_records(influence, made):
     assert manifest["base"]["path"] == str(made / "base")
 
 
+def test_an_option_that_changes_nothing_is_said(influence, at):
+    for given, said in (
+        ({"samples": 3, "curvature": "ggn"}, "--samples changes nothing with --curvature ggn"),
+        ({"disk_budget": 9, "store": "never"}, "--disk-budget changes nothing with --store never"),
+        ({"samples": 3}, ""),
+        ({"disk_budget": 9}, ""),
+    ):
+        done = influence(*fit_arguments(at, **given), "--overwrite")
+        assert done.status == 0, done.err
+        assert said in done.err
+        assert said or "changes nothing" not in done.err
+
+
 @pytest.mark.parametrize("curvature", ["kfac", "fisher", "ggn", "hessian", "identity"])
 def test_fit_and_score_with_every_curvature(influence, at, curvature):
     assert (

@@ -8,9 +8,14 @@ import warnings
 import pytest
 import torch
 
-from influence.errors import AdapterError, InputError
+from influence.errors import AdapterError, InputError, NumericalError
 from influence.loading import from_peft
-from influence.optimizer_state import second_moments
+from influence.optimizer_state import (
+    MOMENTS,
+    live_second_moments,
+    second_moments,
+    write_second_moments,
+)
 from tests.conftest import add_lora, build_base, build_model, build_tokenizer
 from tests.influence.toy_training import train, trainer_groups, write
 
@@ -91,6 +96,56 @@ def build_base_with_bias_layer():
     )
     attention.__class__ = type_
     return base
+
+
+def test_lora_plus_of_peft_is_understood(tmp_path, capsys):
+    """Its groups hold all A, then all B, at rates of their own; a layer with `bias` in its name last."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    base = build_base_with_bias_layer()
+    wrapped = add_lora(base, target_modules=["q_bias_proj", "v_proj"]).double()
+    model = from_peft(wrapped, build_tokenizer())
+    for parameter in model.parameters:
+        parameter.requires_grad_(True)
+    optimizer = create_loraplus_optimizer(
+        wrapped, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, betas=(0.8, 0.9)
+    )
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 0, 1, 1]
+    history = train(model, optimizer)
+    state = second_moments(write(tmp_path / "c", model, optimizer), model)
+    torch.testing.assert_close(state.v, adam_by_hand(history, 0.9), rtol=1e-12, atol=0)
+    assert "A and B at different learning rates (LoRA+)" in capsys.readouterr().err
+
+
+def test_moments_of_a_live_optimizer_are_written_and_read(tmp_path):
+    model = build_model("llama", **FEW)
+    for parameter in model.parameters:
+        parameter.requires_grad_(True)
+    named = dict(model.model.named_parameters())
+    optimizer = torch.optim.AdamW(trainer_groups(model), lr=1e-3, betas=(0.8, 0.9))
+    assert live_second_moments(optimizer, model.model) == {}  # before its first step
+    history = train(model, optimizer)
+    folder = write(tmp_path / "c", model, optimizer, {"global_step": 3, "log_history": []})
+    (folder / "optimizer.pt").unlink()
+    moments = live_second_moments(optimizer, model.model)
+    assert len(moments) == len([name for name in named if "lora_" in name])
+    write_second_moments(folder / MOMENTS, moments)
+    state = second_moments(folder, model)
+    torch.testing.assert_close(state.v, adam_by_hand(history, 0.9), rtol=1e-12, atol=0)
+    assert (state.steps, state.sum_lr) == (3, None)
+    assert live_second_moments(torch.optim.SGD(model.parameters, lr=0.1), model.model) == {}
+    first, *rest = moments
+    write_second_moments(folder / MOMENTS, {name: moments[name] for name in rest})
+    with pytest.raises(AdapterError, match="holds no second moments of exactly this adapter's"):
+        second_moments(folder, model)
+    bad = {name: (moment.clone(), step) for name, (moment, step) in moments.items()}
+    bad[first][0][0, 0] = float("nan")
+    write_second_moments(folder / MOMENTS, bad)
+    with pytest.raises(NumericalError, match="NaN, infinity or negative"):
+        second_moments(folder, model)
+    (folder / MOMENTS).write_bytes(b"damaged")
+    with pytest.raises(AdapterError, match="cannot be read as safetensors"):
+        second_moments(folder, model)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

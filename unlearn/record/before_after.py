@@ -203,7 +203,11 @@ class Evidence:
         recipe = recorded_recipe(self.run)
         if recipe is None:
             return {"retraining": None, "ratio": None}
-        total = len(self.change.after) * recipe.epochs
+        rows = len(self.change.after)
+        # rows a training reads: whole epochs, or a number of steps
+        total = rows * recipe.epochs
+        if recipe.max_steps is not None:
+            total = recipe.max_steps * min(recipe.batch_size, rows)
         return {"retraining": total, "ratio": spent / total}
 
 

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,13 @@ def retrain(
     kept = kept_rows(rows, remove)
     refuse_taken(out, overwrite)
     recipe = recipe or recipe_of(run)
-    last = _last_epoch(recipe, stop_after)
+    last = _last_epoch(recipe, len(kept), stop_after)
     _refuse_epochs(checkpoints, last)
     gone = [id for id in run.train.ids if start is not None and id in start.removed]
     about: dict[str, Any] = {
         "removed": [*gone, *remove],
         "rows": len(kept),
-        "recipe": asdict(recipe),
+        "recipe": recipe.as_json(),
     }
     if start is not None:
         about |= {"edit": start.path, "rows_digest": rows.digest}
@@ -245,15 +246,16 @@ def train(
         eps=recipe.eps,
     )
     order = torch.Generator().manual_seed(recipe.seed)
-    last = _last_epoch(recipe, stop_after)
+    last = _last_epoch(recipe, len(tokens), stop_after)
     per_epoch = -(-len(tokens) // recipe.batch_size)
-    steps, loss, sum_lr = recipe.epochs * per_epoch, float("nan"), 0.0
+    steps, loss, sum_lr = recipe.steps(len(tokens)), float("nan"), 0.0
+    taken = min(steps, last * per_epoch)
     batches = (
         rows.numpy()
         for _ in range(last)
         for rows in torch.randperm(len(tokens), generator=order).split(recipe.batch_size)
     )
-    for step, rows in enumerate(track(batches, "training steps", total=last * per_epoch)):
+    for step, rows in enumerate(track(islice(batches, taken), "training steps", total=taken)):
         lr = recipe.rate(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -267,8 +269,8 @@ def train(
             torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
         optimizer.step()
         sum_lr += lr
-        if after_epoch is not None and (step + 1) % per_epoch == 0:
-            epoch = (step + 1) // per_epoch
+        if after_epoch is not None and ((step + 1) % per_epoch == 0 or step + 1 == taken):
+            epoch = -(-(step + 1) // per_epoch)
             after_epoch(TrainingState(epoch, step + 1, float(lr), float(sum_lr), loss))
     model.model.eval()
     for parameter in parameters:
@@ -298,15 +300,15 @@ def _micro_batches(tokens: TokenizedExamples, rows: np.ndarray) -> list[np.ndarr
     return [rows[part] for part in plan_batches(tokens.select(rows), MICRO_TOKENS)]
 
 
-def _last_epoch(recipe: Recipe, stop_after: int | None) -> int:
-    """The epoch after which a training ends."""
-    if stop_after is not None and not 1 <= stop_after <= recipe.epochs:
+def _last_epoch(recipe: Recipe, rows: int, stop_after: int | None) -> int:
+    """The epoch after which a training on so many rows ends."""
+    last = recipe.last_epoch(rows)
+    if stop_after is not None and not 1 <= stop_after <= last:
         raise InputError(
-            f"stop_after {stop_after} was given; the recipe has epochs 1 to {recipe.epochs}: give "
-            "one "
-            "of them"
+            f"stop_after {stop_after} was given; the recipe has epochs 1 to {last}: give one of "
+            "them"
         )
-    return stop_after or recipe.epochs
+    return stop_after or last
 
 
 def digests_of(run: Run, model: AdaptedModel) -> dict[str, str]:

@@ -12,7 +12,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +228,8 @@ def _train_the_rest(
             record = {
                 "subset": k,
                 "rows": len(kept),
-                "epoch": recipe.epochs,
-                "recipe": asdict(recipe),
+                "epoch": recipe.last_epoch(len(kept)),
+                "recipe": recipe.as_json(),
                 "loss": loss,
             }
             save_adapter(model, _adapter_of(folder, k), record | digests_of(run, model))
@@ -309,7 +309,7 @@ def _request(work: _Subsets) -> dict[str, Any]:
         "number of subsets": len(work.masks),
         "masks": _sha256(np.packbits(work.masks).tobytes()),
         "seeds": list(work.seeds),
-        **{f"recipe's {name}": value for name, value in asdict(work.recipe).items()},
+        **{f"recipe's {name}": value for name, value in work.recipe.as_json().items()},
     }
     return json.loads(json.dumps(request))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,7 +135,7 @@ def test_equals_a_plain_loop(run, tmp_path):
     record = json.loads((out / "retrain.json").read_text())
     assert {key: record[key] for key in state} == pytest.approx(state, abs=1e-10)
     assert record["rows"] == 6
-    assert record["recipe"] == json.loads(json.dumps(asdict(recipe)))
+    assert record["recipe"] == json.loads(json.dumps(recipe.as_json()))
 
 
 def test_checkpoints_are_what_a_stopped_training_gives_bit_for_bit(run, tmp_path):

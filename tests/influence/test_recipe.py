@@ -1,0 +1,106 @@
+"""Recipes: checked, and translated from a trainer's arguments."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from influence.errors import InputError
+from influence.recipe import Recipe, recorded_in
+from tests.unlearn.retraining.helpers import TRAINER
+
+
+def test_recipes_are_checked(tmp_path):
+    with pytest.raises(InputError, match="schedule 'step' was given; expected one of linear"):
+        Recipe(schedule="step")
+    for text, sentence in (
+        ('{"learning_rate": 1}', "unknown keys: learning_rate"),
+        ("[1]", "holds no JSON object"),
+        ("{", "cannot be read"),
+        ('{"lr": "high"}', "recipe .*recipe.json: a recipe needs whole epochs"),
+        ('{"lr": NaN}', "finite"),
+        ('{"epochs": 2.5}', "whole epochs"),
+        ('{"dropout": 1}', "dropout true or false"),
+        ('{"betas": 0.9}', "betas 0.9; expected two numbers"),
+        ('{"max_steps": 0}', "max_steps of at least 1"),
+        ('{"max_steps": 1.5}', "whole epochs"),
+        ('{"lr": 0}', "lr and eps above 0"),
+        ('{"betas": [0.9, 1.5]}', r"betas in \[0, 1\)"),
+        ('{"weight_decay": -1}', "weight_decay of at least 0"),
+    ):
+        (tmp_path / "recipe.json").write_text(text)
+        with pytest.raises(InputError, match=sentence):
+            Recipe.read(tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"optim": "adafactor"}, "a recipe cannot express optim='adafactor'"),
+        ({"max_steps": 100}, "cannot express max_steps=100"),
+        ({"packing": True}, "cannot express packing=True"),
+        ({"dataloader_drop_last": True}, "cannot express dataloader_drop_last=True"),
+        ({"warmup_ratio": 0.1}, "cannot express warmup_ratio=0.1"),
+        ({"lr_scheduler_type": "polynomial"}, "schedule 'polynomial' was given"),
+        ({"num_train_epochs": 2.5}, "whole epochs"),
+        ({"per_device_train_batch_size": "4"}, "it lacks per_device_train_batch_size"),
+        ({"seed": ...}, "it lacks seed"),
+    ],
+)
+def test_training_arguments_that_a_recipe_cannot_follow(change, sentence):
+    changed = {key: value for key, value in {**TRAINER, **change}.items() if value is not ...}
+    with pytest.raises(InputError, match=sentence):
+        Recipe.of_training_arguments(changed, "training_args.json")
+
+
+def test_the_number_of_steps_makes_more_of_the_arguments_expressible():
+    """A number of steps, parts of an epoch and a share of warm-up become whole steps."""
+    steps = {"steps": 25}
+    for change, expected in (
+        ({"max_steps": 25}, {"max_steps": 25}),
+        ({"num_train_epochs": 2.5}, {"max_steps": 25, "epochs": 3}),
+        ({"warmup_ratio": 0.1}, {"warmup": 3}),
+        ({"warmup_steps": 0.1}, {"warmup": 3}),
+        ({"warmup_steps": 4}, {"warmup": 4}),
+        ({"warmup_steps": 4, "lr_scheduler_type": "constant"}, {"schedule": "constant"}),
+        (
+            {"warmup_steps": 4, "lr_scheduler_type": "constant_with_warmup"},
+            {"warmup": 4, "schedule": "constant"},
+        ),
+    ):
+        recipe = Recipe.of_training_arguments({**TRAINER, **change}, "a.json", **steps)
+        whole = {"max_steps": None, "epochs": 3, "warmup": 0, "schedule": "cosine"} | expected
+        assert {name: getattr(recipe, name) for name in whole} == whole
+    with pytest.raises(InputError, match="cannot express packing=True"):
+        Recipe.of_training_arguments({**TRAINER, "packing": True}, "a.json", **steps)
+
+
+def test_steps_and_epochs_of_a_recipe():
+    recipe = Recipe(epochs=3, batch_size=4)
+    assert (recipe.steps(10), recipe.last_epoch(10)) == (9, 3)
+    short = Recipe(epochs=3, batch_size=4, max_steps=7)
+    assert (short.steps(10), short.last_epoch(10)) == (7, 3)
+    assert (short.steps(4), short.last_epoch(4)) == (7, 7)  # as a trainer with fewer rows
+    assert "max_steps" not in recipe.as_json()
+    assert Recipe.of(short.as_json(), "it") == short
+
+
+def test_a_recipe_in_a_folder_says_what_it_is_about(tmp_path):
+    """The sentence for people is one line without control characters, whoever wrote it."""
+    assert recorded_in(tmp_path) is None
+    about = "guessed\x1b[2J\nfrom the log"
+    (tmp_path / "recipe.json").write_text(json.dumps({"lr": 0.5, "about": about}))
+    found = recorded_in(tmp_path)
+    assert found is not None
+    assert found.recipe == Recipe(lr=0.5)
+    assert found.about == "guessed [2J from the log"
+    (tmp_path / "recipe.json").unlink()
+    arguments = {**TRAINER, "max_steps": 12}
+    (tmp_path / "training_args.json").write_text(json.dumps(arguments))
+    with pytest.raises(InputError, match="cannot express max_steps=12"):
+        recorded_in(tmp_path)
+    (tmp_path / "trainer_state.json").write_text('{"max_steps": 12}')
+    found = recorded_in(tmp_path)
+    assert found is not None
+    assert found.recipe.max_steps == 12
