@@ -116,6 +116,11 @@ def load(
         "its file lacks",
         [f"{key.removeprefix(PREFIX)} is missing" for key in wanted if key not in shapes],
     )
+    if any(not site.parameter for site in loaded.routed):
+        say(
+            "note: this adapter's experts are modules of their own, which see tokens of many rows "
+            "at once: rows run one by one, which is slower"
+        )
     quantised = getattr(body.config, "quantization_config", None) is not None
     on_cpu = compute == "auto" and loaded.device.type == "cpu" and not quantised
     if (compute == "float32" or on_cpu) and (quantised or DTYPES[dtype] in HALF):
