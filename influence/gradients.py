@@ -244,7 +244,7 @@ class Tape:
         """
         assert self.sink is not None
         if row is not None:
-            piece = (x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
+            piece = (x.detach().reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
             self._pieces.setdefault((leaf, row), []).append(piece)
             return
         b, T = self.valid.shape

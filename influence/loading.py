@@ -121,6 +121,11 @@ def load(
         base=_reference(request.place),
         adapter=_reference(adapter),
     )
+    if any(not site.parameter for site in loaded.routed):
+        say(
+            "note: this adapter's experts are modules of their own, which see tokens of many rows "
+            "at once: rows run one by one, which is slower"
+        )
     quantised = getattr(body.config, "quantization_config", None) is not None
     half = quantised or next(body.parameters()).dtype in HALF
     on_cpu = compute == "auto" and loaded.device.type == "cpu" and not quantised

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 import influence
+from influence.batches import collate
 from influence.cost import Cost
 from influence.curvature.ggn import ggn_products
 from influence.curvature.objective import Objective
 from influence.errors import AdapterError, InputError
 from influence.experts import delta_weight, outermost, refusal, wrappers
-from influence.gradients import loss_sum_gradient, stream_gradients
+from influence.gradients import loss_sum_gradient, stream_gradients, tape
 from influence.precision import compute_in, compute_type, computing_in
 from tests.conftest import (
     WORDS,
@@ -24,7 +25,7 @@ from tests.conftest import (
     fit_end,
     tokens_of,
 )
-from tests.oracles import plain_gradients
+from tests.oracles import differentiable, plain_log_probs, plain_loss
 
 FUSED = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -131,6 +132,18 @@ def streamed(model, data, **options) -> torch.Tensor:
     return out
 
 
+def plain_gradients(model, data) -> torch.Tensor:
+    """Gradients `[n, P]` of the summed losses, one row after the other, by plain autograd."""
+    rows = []
+    with differentiable(model):
+        for item in tokens_of(model, data):
+            loss = plain_loss(*plain_log_probs(model, item))
+            # an expert that no token is sent to has no gradient
+            grads = torch.autograd.grad(loss, model.parameters, materialize_grads=True)
+            rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    return torch.stack(rows)
+
+
 def each_leaf_agrees(model, found, expected, tolerance=1e-10):
     for leaf in model.space.leaves:
         scale = expected[:, leaf.slice].norm()
@@ -150,6 +163,27 @@ def test_gradients_of_fused_experts_are_those_of_the_loop(kind, parameters):
     for options in ({"token_budget": 1}, {"token_budget": 60}, {"padding": "left"}):
         each_leaf_agrees(model, streamed(model, examples(6), **options), expected)
     assert all("forward" not in vars(layer) for layer in outermost(model.model))
+
+
+def test_slots_of_padding_are_not_valid():
+    """Inputs of K-FAC's moments are cut to valid tokens, of which each has k slots in a row."""
+    model = fused(layers=1)
+    tokens, seen = tokens_of(model, examples(4)), {}
+    with tape(model) as recorder:
+        part = recorder.forward(collate(tokens, np.arange(4)))
+        recorder.backward(
+            part.logits,
+            torch.ones_like(part.logits),
+            lambda leaf, x, g, valid: seen.update({model.space.leaves[leaf].name: (x, g, valid)}),
+        )
+        real = recorder.valid
+    assert not real.all()
+    x, g, valid = seen["model.layers.0.mlp.experts.base_layer.lora_A"]
+    assert torch.equal(valid[:, ::2], real)
+    assert torch.equal(valid[:, 1::2], real)
+    assert torch.equal(x[:, ::2], x[:, 1::2])  # a token's two slots have the token's input
+    assert not g[~valid].any()
+    assert (g != 0).sum(-1).max() <= 2  # of the 8 coordinates those of the slot's expert
 
 
 def test_checkpointed_fused_experts_give_the_same():
@@ -202,7 +236,7 @@ def test_runs_of_fused_experts_score(curvature, tmp_path):
         tokens = tokens_of(model, examples(2, seed=1)).counts
         expected = products.numpy() * run.weights / tokens[:, None]
         np.testing.assert_allclose(scores.values, expected, rtol=1e-5)
-    per_row = [[scores.per_token.row(q, i)[1].sum() for i in range(5)] for q in range(2)]
+    per_row = [[scores.tokens.row(q, i)[1].sum() for i in range(5)] for q in range(2)]
     np.testing.assert_allclose(per_row, scores.values, rtol=1e-4)
 
 
@@ -210,26 +244,21 @@ def test_products_of_fused_experts_are_those_of_the_dense_matrix():
     model = fused(layers=1, experts=2, parameters=BOTH[1:])
     tokens, weights = tokens_of(model, examples(2)), np.array([0.3, 0.7])
     objective = Objective(model, tokens, weights, torch.ones(len(model.space.leaves)))
-    v = torch.randn(
-        2, model.space.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
-    theta, step = model.snapshot(), 1e-5
-    found = objective.product(v, ggn_products)
-    # J v from finite differences of the logits, and J^T from the gradient of a weighted sum
-    for column, product in zip(v, found, strict=True):
-        quadratic = 0.0
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(2, model.space.size, dtype=torch.float64, generator=generator)
+    dense = torch.zeros(model.space.size, model.space.size, dtype=torch.float64)
+    with differentiable(model):
         for item, weight in zip(tokens, weights, strict=True):
-            ids = torch.from_numpy(item.input_ids)[None]
-            mask = torch.from_numpy(item.supervised)[1:]
-            sides = []
-            for sign in (1, -1):
-                with model.at(theta + sign * step * column), torch.no_grad():
-                    sides.append(model.model(input_ids=ids[:, :-1]).logits[0][mask])
-            with torch.no_grad():
-                p = model.model(input_ids=ids[:, :-1]).logits[0][mask].softmax(-1)
-            Jv = (sides[0] - sides[1]) / (2 * step)
-            quadratic += weight * float((p * Jv.square()).sum() - (p * Jv).sum(-1).square().sum())
-        assert float(column @ product) == pytest.approx(quadratic, rel=1e-6)
+            for log_p in plain_log_probs(model, item)[0]:
+                rows = [
+                    torch.autograd.grad(each, model.parameters, retain_graph=True) for each in log_p
+                ]
+                J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+                # at log-probabilities, whose gradients average to 0, the GGN is diagonal
+                dense += weight * J.T @ (log_p.detach().exp()[:, None] * J)
+    expected = v @ dense
+    found = objective.product(v, ggn_products)
+    assert (found - expected).norm() / expected.norm() < 1e-6  # the router is a float32 softmax
 
 
 def test_what_fused_experts_cannot_have_is_refused_before_work(tmp_path):
@@ -296,18 +325,18 @@ def test_the_weighted_sum_over_listed_experts_is_that_of_the_loop():
         model, tokens_of(model, examples(5)), weights, token_budget=40, cost=cost
     )
     expected = torch.from_numpy(weights) @ plain_gradients(model, examples(5))
-    assert (found - expected).norm() / expected.norm() < 1e-10
+    # Llama's normalisation is in float32 inside, and rounds other weights otherwise
+    assert (found - expected).norm() / expected.norm() < 1e-6
 
 
-@pytest.mark.parametrize("curvature", ["ekfac", "fisher", "ggn"])
+@pytest.mark.parametrize("curvature", ["ekfac", "fisher"])
 def test_runs_of_listed_experts_score(curvature, tmp_path):
     from influence.curvature import SPECIFICATIONS
 
     run = fit_end(
         listed(), examples(5), directory=tmp_path / "run", curvature=SPECIFICATIONS[curvature]()
     )
-    options = {"solver": "cg", "tolerance": 0.1} if curvature == "ggn" else {}
-    scores = run.score(examples(2, seed=1), **options)
+    scores = run.score(examples(2, seed=1))
     assert np.isfinite(scores.values).all()
     if curvature == "fisher":
         with pytest.raises(AdapterError, match="experts that see tokens without their places"):
