@@ -14,6 +14,7 @@ from influence import console
 from influence.errors import InputError
 from influence.options import (
     AdapterOptions,
+    ColumnsOption,
     DeviceOption,
     JsonOption,
     OutputOptions,
@@ -46,10 +47,13 @@ def _group() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(AdapterOptions, EvaluationOptions, TypedLoadingOptions, OutputOptions):
+class Evaluate(
+    AdapterOptions, ColumnsOption, EvaluationOptions, TypedLoadingOptions, OutputOptions
+):
     """The options of `analysis evaluate`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "columns": "holdout",
         "model": "reference",
         "out": "model",
         "seed": "dtype",
@@ -98,7 +102,9 @@ def evaluate(options: Evaluate) -> None:
     from influence.store import write_json
 
     files = {"forget": options.forget, "retain": options.retain, "holdout": options.holdout}
-    sets = {name: read_rows(path) for name, path in files.items() if path is not None}
+    sets = {
+        name: read_rows(path, options.columns) for name, path in files.items() if path is not None
+    }
     parted(sets)
     for place in (options.adapter, options.reference):
         if place is not None:
@@ -131,10 +137,10 @@ def evaluate(options: Evaluate) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lds(ResamplesOption, DeviceOption, OutputOptions):
+class Lds(ColumnsOption, ResamplesOption, DeviceOption, OutputOptions):
     """The options of `analysis lds`."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"resamples": "truth_out"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"columns": "queries", "resamples": "truth_out"}
 
     scores: Path = option("Score file (HDF5) made by influence score.")
     truth: Path | None = option(
@@ -240,7 +246,7 @@ def lds(options: Lds) -> None:
 def _truth(options: Lds, scores: Scores) -> Truth:
     """The losses of retrained adapters: ready ones, or measured by retraining."""
     from analysis.truth import ready_truth, retrained_truth
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
     from unlearn.retraining.recipe import Recipe
 
@@ -249,7 +255,7 @@ def _truth(options: Lds, scores: Scores) -> Truth:
     assert options.run is not None
     assert options.queries is not None
     recipe = None if options.recipe is None else Recipe.read(options.recipe)
-    queries = read_examples(options.queries)
+    queries = read_examples(options.queries, columns=options.columns)
     console.quiet_transformers()
     return retrained_truth(
         scores,
@@ -331,7 +337,7 @@ def tune(options: Tune) -> None:
     from analysis.tune import forget as drop
     from analysis.tune import tune as choose
     from analysis.words import tuning_table, tuning_text
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
 
     truth = None if options.truth is None else read_truth(options.truth)
@@ -342,7 +348,9 @@ def tune(options: Tune) -> None:
         text = f"{options.run}: scores use what it was fitted with"
         console.emit({"chosen": None}, text, options.json)
         return
-    queries = None if truth is None else read_examples(options.queries or default_queries(run))
+    queries = None
+    if truth is not None:
+        queries = read_examples(options.queries) if options.queries else default_queries(run)
     result = choose(
         run,
         truth=truth,
@@ -392,7 +400,7 @@ def memorization(options: Memorization) -> None:
     from analysis.studies.memorization import memorization as measure
     from analysis.studies.memorization_tables import tables
     from influence.damping import Damping
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
     from influence.tables import checked_table
 
@@ -404,7 +412,9 @@ def memorization(options: Memorization) -> None:
     if options.truth is not None:
         read_truth(options.truth)  # a file that is none is refused before the model is loaded
     canaries = None if options.canaries is None else read_canaries(options.canaries)
-    holdout = None if options.holdout is None else read_examples(options.holdout)
+    holdout = None
+    if options.holdout is not None:
+        holdout = read_examples(options.holdout, columns=options.columns)
     console.quiet_transformers()
     result = measure(
         Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code),
@@ -442,14 +452,15 @@ def ood(options: Ood) -> None:
 
     from analysis.studies.ood import study
     from analysis.studies.ood_tables import lines, tables
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
     from unlearn.difficulty.protocol import Protocol
     from unlearn.retraining.recipe import Recipe
 
     protocol = Protocol(optimizer=options.optimizer)
     recipe = None if options.recipe is None else Recipe.read(options.recipe)
-    holdout, other = read_examples(options.holdout), read_examples(options.other)
+    holdout = read_examples(options.holdout, columns=options.columns)
+    other = read_examples(options.other, columns=options.columns)
     console.quiet_transformers()
     result = study(
         Run.open(options.run, device=options.device, trust_remote_code=options.trust_remote_code),
@@ -504,7 +515,7 @@ def report(options: Report) -> None:
     compared = None
     if options.retrained is not None:
         from analysis.report.agreement import agreement
-        from influence.rows import read_examples
+        from influence.row_files import read_examples
         from influence.run import Run
 
         path = read_record(options.edit)["run"]["path"]

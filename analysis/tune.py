@@ -22,9 +22,9 @@ path needs factors of its own: those are fitted below the run, in `tune/`, and s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ from influence.manifest import TunedRecord
 from influence.measurements import MeanLoss
 from influence.path import DEFAULT_PATH, check_path
 from influence.progress import say, track
-from influence.rows import Examples, read_examples
+from influence.row_files import read_again
+from influence.rows import Examples
 from influence.run import Run, update_manifest
 from influence.scorefile import Scores
 from influence.scores import queries_at_once
@@ -498,8 +499,8 @@ def table_rows(tuning: Tuning, count: int | None = None) -> Iterator[dict[str, A
         yield row
 
 
-def default_queries(run: Run) -> Path:
-    """The file of the queries of the run's own scores, as `influence score` recorded it."""
+def default_queries(run: Run) -> Examples:
+    """The queries of the run's own scores, from where `influence score` recorded that they are."""
     path = run.directory / "scores.h5"
     if not path.exists():
         raise InputError(
@@ -509,9 +510,10 @@ def default_queries(run: Run) -> Path:
     attributes = Scores.load(path, detail=False).attributes
     if not attributes.get("queries"):
         raise InputError(f"{path} does not say where its queries are: give --queries")
-    queries = Path(str(attributes["queries"]))
-    if read_examples(queries).digest != attributes["query_digest"]:
+    source, columns = str(attributes["queries"]), attributes.get("query_columns")
+    queries = read_again(source, None if columns is None else json.loads(columns))
+    if queries.digest != attributes["query_digest"]:
         raise MismatchError(
-            f"{queries} has changed since {path} was made: give --queries, or score again"
+            f"{source} has changed since {path} was made: give --queries, or score again"
         )
     return queries

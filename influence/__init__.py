@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from influence.gradients import check_gradients, stream_gradients
     from influence.loading import from_peft, load
     from influence.measurements import Contrast, Custom
-    from influence.rows import Example, Examples, examples_from_rows, read_examples
+    from influence.row_files import read_examples
+    from influence.rows import Example, Examples, examples_from_rows
     from influence.run import Run
     from influence.scorefile import Scores, SelfInfluence
     from influence.scores import score, self_influence
@@ -31,7 +32,8 @@ _HOMES = {
     "loading": ("from_peft", "load"),
     "curvature": ("EKFAC", "GGN", "KFAC", "Fisher", "Hessian", "Identity"),
     "damping": ("Damping",),
-    "rows": ("Example", "Examples", "examples_from_rows", "read_examples"),
+    "row_files": ("read_examples",),
+    "rows": ("Example", "Examples", "examples_from_rows"),
     "gradients": ("check_gradients", "stream_gradients"),
     "fitting": ("fit",),
     "measurements": ("Contrast", "Custom"),

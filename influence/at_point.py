@@ -22,6 +22,7 @@ from influence.curvature import (
     Damped,
     Invertible,
 )
+from influence.curvature.base import inverse_products
 from influence.damping import Damping
 from influence.errors import InputError, StoreError
 from influence.geometry import Adam, Geometry, Raw, function_space, load_geometry
@@ -255,12 +256,10 @@ class AtPoint:
             if not isinstance(operator.curvature, Invertible):
                 stands = self.preconditions
                 invert = self.preconditioner(operator) if stands else self.operator(PLAIN)
-            assert isinstance(invert.curvature, Invertible)
             total = 0.0
             for some in memory_chunks(self.run, len(rows)):
                 gradients, part = self.gradients_of(rows[some]), rows[some]
-                solved = invert.curvature.solve(gradients, invert.lam)
-                products = np.array([float(g @ x) for g, x in zip(gradients, solved, strict=True)])
+                products = inverse_products(invert, gradients).cpu().numpy()
                 total += float(
                     (products * self.run.weights[part] / self.run.tokens.counts[part]).sum()
                 )

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from influence.at_point import memory_chunks
 from influence.curvature.base import Invertible
 from influence.errors import InputError
 from influence.loss import mean_losses
 from influence.manifest import CalibrationRecord
-from influence.measurements import MeanLoss
 from influence.progress import say
 from influence.run import Run
 from influence.setting import Setting, setting_name
@@ -54,8 +54,7 @@ class Edits:
         origin.
         """
         own = np.arange(len(self.rows))
-        predicted, measured = self.predicted[own, own], self.measured[own, own]
-        return float((predicted * measured).sum() / (predicted**2).sum())
+        return through_origin(self.predicted[own, own], self.measured[own, own])
 
     @property
     def selectivity(self) -> float:
@@ -82,15 +81,33 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
     closed-form inverse.
     """
     run, model = setting.run, setting.run.model
+    probes = np.concatenate([rows, np.setdiff1d(probes, rows)])
+    deltas, predicted, sizes = small_edits(setting, rows, probes)
+    tokens, budget = run.tokens.select(probes), run.manifest.token_budget
+    before = mean_losses(model, tokens, token_budget=budget)
+    measured = np.empty_like(predicted)
+    for number, delta in enumerate(deltas):
+        with model.moved(delta):
+            measured[:, number] = mean_losses(model, tokens, token_budget=budget) - before
+    return Edits(rows, probes, sizes, predicted, measured)
+
+
+def small_edits(
+    setting: Setting, rows: np.ndarray, probes: np.ndarray
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Edits that remove a little of each of `rows`, and what they are predicted to do.
+
+    Moves of the parameters `[m, P]`, predicted changes of the probes' mean losses `[k, m]`, nats,
+    and the shares `[m]` of a removal. The first m of the training rows `probes` are `rows`.
+    """
+    run, model = setting.run, setting.run.model
     if not all(isinstance(operator.curvature, Invertible) for operator in setting.operators):
         raise InputError(
             f"edits were to be measured for {setting.name}, which has no closed-form inverse: use "
             "ekfac"
         )
-    probes = np.concatenate([rows, np.setdiff1d(probes, rows)])
     deltas = torch.zeros(len(rows), model.space.size, dtype=model.dtype, device=model.device)
     predicted = np.zeros((len(probes), len(rows)))
-    tokens = run.tokens.select(probes)
     for factor, (point, operator) in zip(setting.factors, setting.each(), strict=True):
         assert isinstance(operator.curvature, Invertible)
         weights = torch.from_numpy(run.weights[rows] * factor).to(deltas)
@@ -102,17 +119,33 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
             moves[torch.from_numpy(some)] = solved
             deltas[torch.from_numpy(some)] += point.geometry.adjoint(solved)
         for some in memory_chunks(run, len(probes)):
-            asked = point.query_gradients(tokens.select(some), MeanLoss())
-            predicted[some] += (asked @ moves.T).double().cpu().numpy()
+            # a training row's gradient of its mean loss: that of its summed loss over its tokens
+            summed = point.gradients_of(probes[some]) @ moves.T
+            means = summed.double().cpu().numpy() / run.tokens.counts[probes[some], None]
+            predicted[some] += means
     own = predicted[np.arange(len(rows)), np.arange(len(rows))]
     sizes = np.minimum(1.0, EDIT_SIZE / np.maximum(np.abs(own), 1e-12))
-    budget = run.manifest.token_budget
-    before = mean_losses(model, tokens, token_budget=budget)
-    measured = np.empty_like(predicted)
+    return deltas * torch.from_numpy(sizes).to(deltas)[:, None], predicted * sizes, sizes
+
+
+def measured_factor(setting: Setting, rows: np.ndarray) -> float:
+    """`Edits.factor` of `rows`: after each edit the edited row alone runs forward."""
+    run, model = setting.run, setting.run.model
+    deltas, predicted, _ = small_edits(setting, rows, rows)
+    before = mean_losses(model, run.tokens.select(rows), token_budget=run.manifest.token_budget)
+    measured = np.empty(len(rows))
     for number, delta in enumerate(deltas):
-        with model.moved(delta * float(sizes[number])):
-            measured[:, number] = mean_losses(model, tokens, token_budget=budget) - before
-    return Edits(rows, probes, sizes, predicted * sizes, measured)
+        with model.moved(delta):
+            after = mean_losses(model, run.tokens.select(rows[number : number + 1]))
+        measured[number] = after[0] - before[number]
+    return through_origin(np.diagonal(predicted), measured)
+
+
+def through_origin(predicted: np.ndarray, measured: np.ndarray) -> float:
+    """The factor by which `predicted` [m] is best multiplied to be `measured` [m]: least
+    squares.
+    """
+    return float((predicted * measured).sum() / (predicted**2).sum())
 
 
 def calibrate(run: Run, seed: int = 0) -> dict[str, CalibrationRecord]:
@@ -134,7 +167,7 @@ def calibrate(run: Run, seed: int = 0) -> dict[str, CalibrationRecord]:
         return {}
     setting = Setting.of(run, tuned=False, calibrated=False)
     rows = some_rows(run, EDITED_ROWS, seed)
-    factor = measured_edits(setting, rows, rows).factor
+    factor = measured_factor(setting, rows)
     if not (np.isfinite(factor) and factor > 0):
         say(
             f"note: small edits of {len(rows)} rows did not raise their losses (factor "
@@ -146,4 +179,5 @@ def calibrate(run: Run, seed: int = 0) -> dict[str, CalibrationRecord]:
 
 def record(setting: Setting, factor: float, source: str) -> dict[str, CalibrationRecord]:
     """What the manifest keeps of a calibration."""
-    return {setting.name: CalibrationRecord(factor, source)}
+    scales = tuple(setting.scales.tolist()) if len(setting.points) > 1 else ()
+    return {setting.name: CalibrationRecord(factor, source, scales)}

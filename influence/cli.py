@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from influence import console
-from influence.errors import InputError, MismatchError
+from influence.errors import DataError, InputError, MismatchError
 from influence.options import (
     AdapterOptions,
     BudgetOption,
+    ColumnsOption,
     CountOption,
     CurvatureOptions,
     JsonOption,
@@ -49,17 +50,27 @@ PREVIEW = 90
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit(AdapterOptions, RenderingOptions, BudgetOption, TypedLoadingOptions, OutputOptions):
+class Fit(
+    AdapterOptions,
+    ColumnsOption,
+    RenderingOptions,
+    BudgetOption,
+    TypedLoadingOptions,
+    OutputOptions,
+):
     """The options of `influence fit`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
         "model": "run",
+        "columns": "train",
         "store": "dtype",
         "disk_budget": "store",
         "seed": "disk_budget",
     }
 
-    train: Path = option("The rows it was trained on: .jsonl, .parquet or a datasets folder.")
+    train: str = option(
+        "The rows it was trained on: .jsonl, .json, .csv, .parquet, a folder, or org/name:split."
+    )
     run: Path = option("Directory to make.", also=["--run-dir"])
     curvature: str = option("ekfac, kfac, fisher, ggn, hessian or identity.", default="ekfac")
     samples: int = option(
@@ -114,12 +125,12 @@ def fit(options: Fit) -> None:
 
     from influence.damping import Damping
     from influence.fitting import fit as fit_run
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
 
     if options.damping != "time":
         Damping.parse(options.damping)
     curvature = _curvature(options.curvature, options.samples)
-    examples = read_examples(options.train)
+    examples = read_examples(options.train, columns=options.columns)
     model = _load(options)
     start = time.perf_counter()
     run = fit_run(
@@ -155,12 +166,16 @@ def fit(options: Fit) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(RunOption, CurvatureOptions, PointOption, LoadingOptions, OutputOptions):
+class Score(RunOption, ColumnsOption, CurvatureOptions, PointOption, LoadingOptions, OutputOptions):
     """The options of `influence score`."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"per_token": "at", "per_module": "per_token"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "columns": "queries",
+        "per_token": "at",
+        "per_module": "per_token",
+    }
 
-    queries: Path = option("Rows whose loss is explained, in the same formats.")
+    queries: str = option("Rows whose loss is explained, in the same formats.")
     out: Path | None = option("Score file (HDF5). Default: scores.h5 in the run.", default=None)
     solver: str = option(
         "direct, cg, pcg (cg preconditioned by EK-FAC), astra, lissa, sgd or datainf "
@@ -178,7 +193,7 @@ class Score(RunOption, CurvatureOptions, PointOption, LoadingOptions, OutputOpti
         "completion token K), or contrast (with --contrast).",
         default="loss",
     )
-    contrast: Path | None = option(
+    contrast: str | None = option(
         "The same prompts with other completions: what made it say A rather than B?", default=None
     )
     per_token: bool = option("Also split scores over the rows' tokens.", default=False)
@@ -193,14 +208,14 @@ def score(options: Score) -> None:
     import time
 
     from influence.measurements import Contrast
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
 
-    queries = read_examples(options.queries)
+    queries = read_examples(options.queries, columns=options.columns)
     measurement: Any = options.measurement
     if (measurement == "contrast") != (options.contrast is not None):
         raise InputError("give --measurement contrast and --contrast FILE together, or neither")
     if options.contrast is not None:
-        measurement = Contrast(read_examples(options.contrast))
+        measurement = Contrast(read_examples(options.contrast, columns=options.columns))
     run = _open(options)
     out = options.out or options.run / "scores.h5"
     start = time.perf_counter()
@@ -349,15 +364,23 @@ def top(options: Top) -> None:
 
 
 def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
-    """The rows that a run was fitted on, None where their file is gone.
+    """The rows that a run was fitted on, None where they are gone, or the hub is not reached.
 
-    Raises `MismatchError` where it has changed.
+    Raises `MismatchError` where they have changed.
     """
-    from influence.rows import read_examples
+    from influence.progress import say
+    from influence.row_files import place_of, read_again
 
-    if not data.path or not Path(data.path).exists():
+    place = place_of(data.path) if data.path else None
+    if not data.path or (place is not None and not place.exists()):
         return None
-    train = read_examples(data.path)
+    try:
+        train = read_again(data.path, data.columns)
+    except DataError as error:
+        if place is not None:
+            raise
+        say(f"note: the rows' texts are not shown: {error}")
+        return None
     if train.digest != data.digest:
         raise MismatchError(
             f"{data.path} has changed since {run} was fitted: restore it, or fit a new run"
@@ -366,12 +389,12 @@ def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(AdapterOptions, RenderingOptions, TypedLoadingOptions, JsonOption):
+class Check(AdapterOptions, ColumnsOption, RenderingOptions, TypedLoadingOptions, JsonOption):
     """The options of `influence check`."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"model": "train"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"model": "train", "columns": "train"}
 
-    train: Path = option("Rows to check on.")
+    train: str = option("Rows to check on.")
     rows: int = option("How many rows to check.", default=8)
     labels: bool = option(
         "Show the first three rows with their supervised tokens marked, and check nothing.",
@@ -383,10 +406,10 @@ class Check(AdapterOptions, RenderingOptions, TypedLoadingOptions, JsonOption):
 def check(options: Check) -> None:
     """Compare the streamed per-example gradients of *your* model with a plain one-example loop."""
     from influence.gradients import check_gradients
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
 
     console.at_least("--rows", options.rows, 1)
-    examples = read_examples(options.train)[: options.rows]
+    examples = read_examples(options.train, columns=options.columns)[: options.rows]
     model = _load(options)
     if options.labels:
         _show_labels(options, model, examples[:3])

@@ -34,9 +34,12 @@ class InputError(ToolkitError):
 
 @dataclass(frozen=True)
 class BadRow:
-    """One unusable row: its 1-based number in the file, its id if it has one, and the reason."""
+    """One unusable row: its 1-based number in the file, its id if it has one, and the reason.
 
-    number: int
+    Where rows are of several files, the number is `FILE:NUMBER`.
+    """
+
+    number: int | str
     id: str | None
     reason: str
 

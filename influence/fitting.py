@@ -221,7 +221,12 @@ def _manifest(
         base=Source(model.base, model.base_digest),
         adapter=AdapterSource(model.adapter, adapter, model.space.size),
         data=DataSource(
-            train.source, train.digest, len(train), int(tokens.lengths.sum()), supervised
+            train.source,
+            train.digest,
+            len(train),
+            int(tokens.lengths.sum()),
+            supervised,
+            train.columns,
         ),
         tokenizer=TokenizerSource(tokenizer),
         objective=ObjectiveRecord(reduction, rendering.max_length, supervised, rendering.supervise),
@@ -360,12 +365,15 @@ def _follow_latest_call(directory: Path, existing: Manifest, asked: Manifest) ->
     """A finished run's manifest with what is no part of its factors: damping, and where the same
     things lie now.
     """
+    data = existing.data
+    if asked.data.path is not None:
+        data = replace(data, path=asked.data.path, columns=asked.data.columns)
     current = replace(
         existing,
         damping=asked.damping,
         base=replace(existing.base, path=asked.base.path or existing.base.path),
         adapter=replace(existing.adapter, path=asked.adapter.path or existing.adapter.path),
-        data=replace(existing.data, path=asked.data.path or existing.data.path),
+        data=data,
     )
     if current.damping != existing.damping:
         chosen = (

@@ -48,11 +48,15 @@ class AdapterSource(Source):
 
 @dataclass(frozen=True)
 class DataSource(Source):
-    """The training rows, with how many there are and their tokens."""
+    """The training rows, with how many there are and their tokens.
+
+    `path` may be the name of a data set of the hub, `columns` the column map that it was read by.
+    """
 
     rows: int
     tokens: int
     supervised_tokens: int
+    columns: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,15 @@ class PointRecord:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The factor that a setting's scores are multiplied by, and what it was measured by."""
+    """The factor that a setting's scores are multiplied by, and what it was measured by.
+
+    `scales` are its points' mean self-influences (`AtPoint.scale`), kept because they cost a solve
+    of every row; empty: at one point, or in runs made before they were kept.
+    """
 
     factor: float
     source: str
+    scales: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,8 @@ class Manifest:
         absent = [name for name in ("tuned", "audit", "now") if found[name] is None]
         if not self.complete:  # `fit` writes these with the last point
             absent += ["gradients_stored", "calibration"]
+        if self.data.columns is None:
+            del found["data"]["columns"]
         return {key: value for key, value in found.items() if key not in absent} | dict(self.rest)
 
     @property

@@ -244,6 +244,32 @@ def points(text: str) -> tuple[float, ...]:
         ) from None
 
 
+def column_map(text: str) -> dict[str, str]:
+    """A column map as it is typed, `KEY=COLUMN,KEY=COLUMN`, else `InputError`."""
+    from influence.errors import InputError
+
+    pairs = [part.partition("=") for part in text.split(",")]
+    columns = {key.strip(): column.strip() for key, _, column in pairs}
+    if not all(columns.values()) or len(columns) < len(pairs):
+        raise InputError(
+            f"--columns {text!r} was given; expected each key once, as in "
+            "prompt=question,completion=answer"
+        )
+    return columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsOption:
+    """What the columns of rows mean."""
+
+    columns: Mapping[str, str] | None = option(
+        "Columns of other names: prompt=question,completion=answer (also id, group, messages ...).",
+        default=None,
+        typed=str | None,
+        read=column_map,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceOption:
     """Where the model runs."""

@@ -31,11 +31,10 @@ from influence.messages import kind_of, listed
 CONTENT = ("prompt", "completion", "messages", "text")
 #: The masks of a row of token ids beside its `labels`.
 MASKS = ("completion_mask", "assistant_masks", "loss_mask")
-#: All keys of a row that are read, for readers of files with columns.
-ROW_KEYS = (
-    *("id", "group", *CONTENT, "tools", "chat_template_kwargs"),
-    *("input_ids", "attention_mask", "labels", *MASKS, "position_ids", "seq_lengths"),
-)
+#: The keys of a row of ready token ids.
+TOKEN_KEYS = ("input_ids", "attention_mask", "labels", *MASKS, "position_ids", "seq_lengths")
+#: All keys of a row that are read.
+ROW_KEYS = ("id", "group", *CONTENT, "tools", "chat_template_kwargs", *TOKEN_KEYS)
 #: What a row may hold, for messages.
 FORMS = "'prompt' and 'completion', or 'messages', or 'text'"
 #: Keys of a turn that mark it as no target where they are false or 0.

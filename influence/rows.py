@@ -1,13 +1,11 @@
-"""Rows as they are given: one row, rows by id, and reading them from files.
+"""Rows as they are used: one row, rows by id, and the checks of what is in them.
 
 ::
 
-    file or Python rows -> numbered rows -> content checked -> Example -> Examples
+    source -> numbered rows (`row_files`) -> canonical keys (`row_forms`) -> Example -> Examples
 
-A reader of a format yields `(number, row)`: the number that a person sees (the line in JSON lines)
-and the row as a mapping, or a `BadRow` where it cannot be decoded. `_examples` then checks every
-row by the same rules (`influence.row_content`) and lists all that cannot be used at once. A new format
-is one more reader and one more line in `read_examples`.
+`checked_examples` checks every row by the same rules, wherever it came from, and lists all that
+cannot be used at once.
 """
 
 from __future__ import annotations
@@ -21,16 +19,13 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from numbers import Integral
-from os import PathLike
-from pathlib import Path
 from typing import Any, SupportsIndex, cast, overload
 
 from influence.errors import BadRow, DataError, UnusableRow
 from influence.messages import kind_of, listed, one_line
-from influence.row_content import CONTENT, FORMS, IGNORED, ROW_KEYS, content, is_unicode
+from influence.row_content import CONTENT, FORMS, IGNORED, content, is_unicode
+from influence.row_forms import canonical_rows, checked_columns, read_columns, row_without_nulls
 
-#: What may be given to `read_examples`, for messages.
-_FORMATS = "a .jsonl, .json or .parquet file, or a folder saved by Dataset.save_to_disk"
 #: Keys of an answer that belong to what it said: another answer does not have them.
 _OF_THE_ANSWER = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
@@ -153,9 +148,19 @@ def _said(turn: Mapping[str, Any]) -> str:
 class Examples(Sequence[Example]):
     """An immutable sequence of examples, whose slices are `Examples` too."""
 
-    def __init__(self, examples: Iterable[Example] = (), *, source: str | None = None) -> None:
+    def __init__(
+        self,
+        examples: Iterable[Example] = (),
+        *,
+        source: str | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         self._examples = tuple(examples)
-        self.source = source  #: absolute path the rows were read from, if they are all of a file
+        #: What the rows are all of, so that `read_examples` opens it from anywhere: an absolute
+        #: path, or the name of a data set of the hub with its commit.
+        self.source = source
+        #: The column map that they were read by.
+        self.columns = columns
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -224,130 +229,54 @@ class Examples(Sequence[Example]):
         return Examples(self._examples[operator.index(i)] for i in indices)
 
 
-def read_examples(path: str | PathLike[str]) -> Examples:
-    """Read examples from JSON lines (.jsonl, .json), Parquet, or a folder saved by `datasets`.
+def examples_from_rows(
+    rows: Iterable[Mapping[str, Any]], *, columns: Mapping[str, str] | None = None
+) -> Examples:
+    """Make examples from Python rows, by the rules and with the errors of `read_examples`.
 
-    A row is `{"prompt", "completion"}` (strings, or lists of turns), or `{"messages": [{"role",
-    "content"}, ...]}` whose last message is the assistant's, or `{"text"}`, or `{"input_ids"}`;
-    what may stand beside them is in `influence.row_content`. `id` (string or integer) and `group`
-    are optional, other keys are ignored, and null means absent. A row without an id gets its
-    content hash as id, the second of equal rows the hash with `#2`, the third `#3`.
-
-    Errors: DataError for a missing, empty or unreadable file and for an unknown format; one
-    DataError that lists every unusable row (its line number in JSON lines, else its row number)
-    with the reason.
+    Rows may be mappings or a `datasets.Dataset`.
     """
-    source = Path(path)
-    if source.is_dir():
-        rows = _dataset_rows(source)
-    elif not source.exists():
-        raise DataError(f"{source} does not exist; give {_FORMATS}")
-    elif source.suffix.lower() in (".jsonl", ".json"):
-        rows = _json_rows(source)
-    elif source.suffix.lower() == ".parquet":
-        rows = _parquet_rows(source)
-    else:
-        raise DataError(
-            f"{source} has the suffix {source.suffix!r}, which is not read; give {_FORMATS}"
-        )
-    return Examples(_examples(rows, f" of {source}"), source=str(source.resolve()))
-
-
-def examples_from_rows(rows: Iterable[Mapping[str, Any]]) -> Examples:
-    """Make examples from Python rows, by the rules and with the errors of `read_examples`."""
     if isinstance(rows, (str, bytes, Mapping)):
-        raise DataError(
-            f"expected an iterable of rows, got one {type(rows).__name__}; "
-            "put a single row in a list, and read a file with read_examples"
-        )
-    return _examples(enumerate(rows, start=1), "")
+        advice = "put a single row in a list, and read a file with read_examples"
+        if hasattr(rows, "num_rows"):
+            advice = f"give one of its splits, {listed(rows)}"
+        raise DataError(f"expected an iterable of rows, got one {type(rows).__name__}; {advice}")
+    named = checked_columns(columns)
+    numbered: Iterable[tuple[int | str, object]] = enumerate(rows, start=1)
+    if hasattr(rows, "with_format"):
+        numbered = dataset_rows(rows, named, "")
+    return Examples(checked_examples(canonical_rows(numbered, named, ""), ""))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line number, row), a BadRow in place of a line that does not decode.
+def dataset_rows(
+    dataset: Any, columns: Mapping[str, str] | None, source: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row number, row) of a `datasets.Dataset`, or of one that is streamed.
 
-    Blank lines are skipped and counted, so numbers are those of an editor.
+    `columns` are as in `read_columns`.
     """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text.startswith("[") and number == 1:
-                    raise DataError(
-                        f"{path} starts with '[': one JSON array; write one JSON object per line "
-                        'instead, for example with jq -c ".[]"'
-                    )
-                if text:
-                    yield number, json.loads(text)
-                continue
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8 (byte {error.start + 1}: {error.reason})"
-            except json.JSONDecodeError as error:
-                reason = f"not JSON ({error.msg}, at character {error.colno})"
-            # a number of 5,000 digits, or 100,000 brackets
-            except (ValueError, RecursionError) as error:
-                reason = f"not JSON that can be read ({error})"
-            yield number, BadRow(number, None, reason)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (row number, row) of a Parquet file."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = _columns(file.schema_arrow.names, path)
-            batches = file.iter_batches(columns=columns)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def _dataset_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (row number, row) of a folder saved by `Dataset.save_to_disk`."""
-    split_file = path / "dataset_dict.json"
-    if split_file.exists():
-        try:
-            splits = json.loads(split_file.read_text(encoding="utf-8"))["splits"]
-        except (ValueError, KeyError, TypeError, OSError):
-            splits = sorted(child.name for child in path.iterdir() if child.is_dir())
-        first = f"; give one of them, for example {path / splits[0]}" if splits else ""
-        raise DataError(f"{path} is a DatasetDict with the splits {listed(splits)}{first}")
-    if not (path / "state.json").exists():
-        raise DataError(
-            f"{path} is a folder without a saved dataset (it has no state.json); give {_FORMATS}"
-        )
-    import datasets
-
-    try:
-        dataset = cast(datasets.Dataset, datasets.load_from_disk(str(path)))
-    except Exception as error:  # whatever a damaged folder makes of `datasets`
-        raise DataError(f"{path} is not a readable `datasets` folder: {error}") from error
-    dataset = dataset.with_format(None).select_columns(_columns(dataset.column_names, path))
+    if not hasattr(dataset, "num_rows"):
+        for number, row in enumerate(dataset.with_format(None), start=1):
+            yield number, row_without_nulls(row)
+        return
+    wanted = read_columns(dataset.column_names, columns, source)
+    # as Arrow holds them: nothing is decoded (audio), and no format makes arrays of lists
+    table = dataset.select_columns(wanted).with_format("arrow")
     number = 0
-    for batch in dataset.iter(batch_size=1000):
-        columns = cast(Mapping[str, list[Any]], batch)
-        for values in zip(*columns.values(), strict=True):
+    for batch in table.iter(batch_size=1000):
+        for row in batch.to_pylist():
             number += 1
-            yield number, dict(zip(columns, values, strict=True))
+            yield number, row_without_nulls(row)
 
 
-def _columns(names: Sequence[str], path: Path) -> list[str]:
-    """Return the columns that are read. Names without content are a DataError."""
-    if not set(names) & {*CONTENT, "input_ids"}:
-        raise DataError(f"{path} has the columns {listed(names) or '(none)'}; expected {FORMS}")
-    return [name for name in names if name in ROW_KEYS]
-
-
-def _examples(rows: Iterable[tuple[int, object]], source: str) -> Examples:
-    """Turn numbered rows into examples, or list all unusable ones.
+def checked_examples(rows: Iterable[tuple[int | str, object]], source: str) -> Iterator[Example]:
+    """Turn numbered rows with canonical keys into examples, or list all unusable ones.
 
     `source` is named in the headline of the error.
     """
     parsed: list[Example | None] = []  # a row without an id has "" until all are read
     bad: list[BadRow] = []
-    first_with: dict[str, int] = {}
+    first_with: dict[str, int | str] = {}
     for number, row in rows:
         parsed.append(None)
         if isinstance(row, BadRow):
@@ -378,7 +307,7 @@ def _examples(rows: Iterable[tuple[int, object]], source: str) -> Examples:
         raise DataError(f"there are no rows{source}; give at least one")
     if bad:
         raise DataError(f"{len(bad)} of {len(parsed)} rows{source} cannot be used:", bad)
-    return Examples(_with_ids(cast(list[Example], parsed), first_with))
+    return _with_ids(cast(list[Example], parsed), first_with)
 
 
 def _with_ids(examples: Iterable[Example], taken: Container[str]) -> Iterator[Example]:

@@ -39,8 +39,9 @@ from influence.loss import check_rows
 from influence.manifest import Manifest, change_manifest, differences, read_manifest
 from influence.measurements import Measurement
 from influence.path import Point, point_from_record, scaled
+from influence.row_files import place_of, read_again
 from influence.row_weights import RowWeights
-from influence.rows import Examples, read_examples
+from influence.rows import Examples
 from influence.store import (
     open_file,
     read,
@@ -88,6 +89,7 @@ class Run:
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
+        refuse_moved(directory, manifest, model=model is None, train=train is None)
         if model is None:
             if manifest.adapter.path is None:
                 raise InputError(
@@ -107,7 +109,7 @@ class Run:
                 raise InputError(
                     f"{directory} was fitted on rows that came from no file: pass them as train="
                 )
-            train = read_examples(manifest.data.path)
+            train = read_again(manifest.data.path, manifest.data.columns)
         given = {
             "base": model.base_digest,
             "adapter": model.adapter_digest,
@@ -341,6 +343,36 @@ class Tuned:
     curvature: str
     damping: str | None
     at: str
+
+
+def refuse_moved(
+    directory: Path, manifest: Manifest, *, model: bool = True, train: bool = True
+) -> None:
+    """Name what a run was made from that no longer lies where it lay, as an `InputError`.
+
+    That is the base and the adapter where the `model` is needed, and the training rows.
+    """
+    rows = None
+    if manifest.data.path is not None:
+        rows = place_of(manifest.data.path)
+    folders = [
+        ("--model", Path(manifest.base.path or ""), model),
+        ("--adapter", Path(manifest.adapter.path or ""), model),
+        ("--train", rows or Path(), train),
+    ]
+    # what is not absolute is a name on the hub
+    gone = [
+        (option, path)
+        for option, path, needed in folders
+        if needed and path.is_absolute() and not path.exists()
+    ]
+    if gone:
+        places = ", ".join(f"{path} ({option})" for option, path in gone)
+        raise InputError(
+            f"{directory} was made from what does not exist any more: {places}. Where it was "
+            "moved, the same influence fit command with the new paths says so to the run, and "
+            "computes nothing again"
+        )
 
 
 def update_manifest(run: Run, **changes: Any) -> None:

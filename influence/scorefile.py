@@ -142,7 +142,9 @@ def different_attributes(stored: Mapping[str, Any], attributes: dict[str, Any]) 
             return np.allclose(there, now, rtol=1e-6, atol=0)
         return np.array_equal(there, now)
 
-    keys = [key for key in attributes if key not in ("residuals", "complete", "version", "queries")]
+    # these say where the queries lie and how the scoring went, and nothing of what was asked
+    others = ("residuals", "complete", "version", "queries", "query_columns")
+    keys = [key for key in attributes if key not in others]
     different = [key for key in keys if key not in stored or not same(stored[key], attributes[key])]
 
     def sentence(key: str) -> str:

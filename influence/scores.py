@@ -45,7 +45,7 @@ from influence.damping import Damping
 from influence.errors import InputError, NumericalError
 from influence.measurements import MEASUREMENTS, Contrast, MeanLoss, Measurement, SumLoss, TokenLoss
 from influence.progress import say
-from influence.rows import Examples
+from influence.rows import Examples, canonical_json
 from influence.run import Run
 from influence.scorefile import (
     Scores,
@@ -166,6 +166,7 @@ def score(
         "options": f"{_measurement_options(explained)} {solver_options(solvers[0])}",
         "query_digest": queries.digest,
         "queries": queries.source or "",
+        **({"query_columns": canonical_json(queries.columns)} if queries.columns else {}),
         "detail": " ".join(
             name
             for name, wanted in (("per_token", per_token), ("per_module", per_module))

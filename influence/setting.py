@@ -21,15 +21,16 @@ class Setting:
     """The points that scores look at, and the damped curvature at each of them.
 
     `run` holds the factors and `owner` is the run that was asked, which may be one above it
-    (`analysis tune`). `factors` [points]: what the points' scores are multiplied by before they are
-    added (`kappa a_p` in the module's convention); `rule` is the damping as it was asked for, None
-    for the identity.
+    (`analysis tune`). `scales` [points] are the points' mean self-influences, 1 of a single point;
+    `factors` [points] what their scores are multiplied by before they are added (`kappa a_p` in the
+    module's convention); `rule` is the damping as it was asked for, None for the identity.
     """
 
     owner: Run
     run: Run
     points: tuple[AtPoint, ...]
     operators: tuple[Damped, ...]
+    scales: np.ndarray
     factors: np.ndarray
     rule: str | None
     calibration: str
@@ -69,12 +70,19 @@ class Setting:
             curvature = curvature or chosen.curvature
         points = points_of(run, curvature, at)
         operators = tuple(point.operator(curvature, damping) for point in points)
+        rule = (
+            None
+            if operators[0].curvature.undamped
+            else str(Damping.parse(damping or run.manifest.damping))
+        )
         shares = np.array([point.place.share for point in points])
         scales = np.ones(len(points))
         if len(points) > 1:
-            scales = np.array(
-                [point.scale(operator) for point, operator in zip(points, operators, strict=True)]
-            )
+            name = setting_name(run, operators[0].curvature.name, rule, points)
+            known = run.manifest.calibration.get(name)
+            kept = () if known is None else known.scales
+            each = zip(points, operators, strict=True)
+            scales = np.array(kept or [point.scale(operator) for point, operator in each])
             if not (np.isfinite(scales).all() and (scales > 0).all()):
                 labels = ", ".join(point.place.label for point in points)
                 raise NumericalError(
@@ -83,12 +91,7 @@ class Setting:
                 )
         shares = shares / shares.sum()
         factors = shares * (shares @ scales) / scales
-        rule = (
-            None
-            if operators[0].curvature.undamped
-            else str(Damping.parse(damping or run.manifest.damping))
-        )
-        setting = cls(owner, run, points, operators, factors, rule, "none")
+        setting = cls(owner, run, points, operators, scales, factors, rule, "none")
         return setting.calibrated() if calibrated else setting
 
     def calibrated(self) -> Setting:

@@ -181,6 +181,18 @@ def testbed() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real() -> tuple[Path, Path]:
+    """Folder of the real model's adapter, rows and truth, and its base; tests that need them skip
+    without.
+    """
+    folders = [os.environ.get(f"LORA_INFLUENCE_REAL{end}") for end in ("", "_BASE")]
+    if not all(folders):
+        pytest.skip("set LORA_INFLUENCE_REAL and LORA_INFLUENCE_REAL_BASE to the real model's")
+    bed, base = map(Path, folders)
+    return bed, base
+
+
+@pytest.fixture(scope="session")
 def demo_world(tmp_path_factory):
     """The demo's world with its run, made once a session, also for several workers of xdist.
 

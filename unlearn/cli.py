@@ -66,11 +66,12 @@ def _retrain_once(options: Retrain, recipe: Recipe | None) -> None:
     from influence.run import Run
     from unlearn.retraining.retrain import retrain as train_again
 
-    removed = _named(options) or []
+    rows = rows_of(options.run)
+    removed = _named(options, rows) or []
     kept_epochs = list(options.keep_epochs or ())
     console.quiet_transformers()
     folder = train_again(
-        Run.open(options.run, device=options.device),
+        Run.open(options.run, train=rows, device=options.device),
         removed,
         out=options.out,
         recipe=recipe,
@@ -90,12 +91,12 @@ def _retrain_once(options: Retrain, recipe: Recipe | None) -> None:
 
 
 def _retrain_on_subsets(options: Retrain, subsets: int, recipe: Recipe | None) -> None:
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
     from unlearn.retraining.subsets import random_halves, retrain_subsets
 
     assert options.queries is not None
-    queries = read_examples(options.queries)
+    queries = read_examples(options.queries, columns=options.columns)
     console.quiet_transformers()
     run = Run.open(options.run, device=options.device)
     fraction = SUBSET_FRACTION if options.fraction is None else options.fraction
@@ -159,7 +160,11 @@ def verify(options: Verify) -> None:
 class Edited(RunOption, EditOptions, HoldoutOption, ForceOption, LoadingOptions, OutputOptions):
     """The options of every closed-form edit."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"holdout": "rest", "dry_run": "force"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "holdout": "rest",
+        "columns": "holdout",
+        "dry_run": "force",
+    }
 
     out: Path | None = option("Adapter directory to make.", default=None)
     dry_run: bool = option("Forecast effect and cost; change and write nothing.", default=False)
@@ -192,47 +197,52 @@ class Several(RowsOptions, ChangesOption, Edited):
 @command(app, Remove)
 def remove(options: Remove) -> None:
     """Take training rows out of the adapter, without retraining."""
-    ids = _named(options)
-    if ids is None:
-        raise InputError(
-            "name the rows to remove: --ids A,B,C or --ids-file FILE (one id per line)"
-        )
-    _edit(options, {"remove": ids, "relabel": {}, "correct": {}})
+    _refuse_nameless(options, "remove")
+    rows = _rows_to_edit(options)
+    _edit(options, {"remove": _named(options, rows), "relabel": {}, "correct": {}}, rows)
 
 
 @command(app, Relabel)
 def relabel(options: Relabel) -> None:
     """Give training rows another completion, without retraining."""
-    _edit(options, _changes(options, "relabel"))
+    _edit(options, _changes(options, "relabel"), _rows_to_edit(options))
 
 
 @command(app, Relabel)
 def correct(options: Relabel) -> None:
     """Give training rows another prompt, completion or both, without retraining."""
-    _edit(options, _changes(options, "correct"))
+    _edit(options, _changes(options, "correct"), _rows_to_edit(options))
 
 
 @command(app, Several)
 def edit(options: Several) -> None:
     """Several kinds of change in one edit: removals, relabellings, corrections."""
-    ids = _named(options) or []
     changes: dict[str, Any] = {"remove": [], "relabel": {}, "correct": {}}
-    if options.changes is not None or not ids:
+    if options.changes is not None or options.ids is options.ids_file is None:
         changes = _changes(options, None)
-    _edit(options, changes | {"remove": [*ids, *changes["remove"]]})
+    rows = _rows_to_edit(options)
+    ids = _named(options, rows) or []
+    _edit(options, changes | {"remove": [*ids, *changes["remove"]]}, rows)
 
 
-def _named(options: RowsOptions) -> list[str] | None:
-    """The ids that were named, None where neither of the options was given."""
-    from unlearn.record.change_files import read_ids
+def _refuse_nameless(options: RowsOptions, action: str) -> None:
+    """Refuse a call that names no rows."""
+    if options.ids is options.ids_file is None:
+        raise InputError(
+            f"name the rows to {action}: --ids A,B,C or --ids-file FILE (one id per line)"
+        )
+
+
+def _named(options: RowsOptions, rows: Examples | None) -> list[str] | None:
+    """The ids of `rows` that were named, None where neither of the options was given."""
+    from unlearn.record.change_files import read_ids, split_ids
 
     if options.ids is not None and options.ids_file is not None:
         raise InputError("--ids and --ids-file were both given: give one of them")
     if options.ids_file is not None:
-        ids, place = read_ids(options.ids_file), f"{options.ids_file} is empty: "
+        ids, place = read_ids(options.ids_file, rows), f"{options.ids_file} is empty: "
     elif options.ids is not None:
-        ids = [part.strip() for part in options.ids.split(",") if part.strip()]
-        place = ""
+        ids, place = split_ids(options.ids, rows), ""
     else:
         return None
     if not ids:
@@ -250,26 +260,35 @@ def _changes(options: ChangesOption, kind: str | None) -> dict[str, Any]:
     return {**changes, "remove": list(changes["remove"])}
 
 
-def _edit(options: Edited, changes: Mapping[str, Any]) -> None:
-    """Make an edit of `changes` (ids or new contents by kind) or forecast it, save and show it."""
-    from influence.rows import read_examples
-    from influence.run import Run
-    from unlearn import edits
-    from unlearn.record.outputs import refuse_out, refuse_taken
+def _rows_to_edit(options: Edited) -> Examples | None:
+    """The run's training rows, once it is known that the edit has a place to go."""
+    from unlearn.record.outputs import refuse_taken
 
-    out = None if options.dry_run else options.out
-    if out is None and not options.dry_run:
+    if options.out is None and not options.dry_run:
         raise InputError(
             "name the adapter directory to make: --out DIR (or --dry-run, which makes none)"
         )
-    holdout = None if options.holdout is None else read_examples(options.holdout)
-    if out is not None:
-        refuse_taken(out, options.overwrite)
-    train = rows_of(options.run, [id for requests in changes.values() for id in requests])
+    if options.out is not None and not options.dry_run:
+        refuse_taken(options.out, options.overwrite)
+    return rows_of(options.run)
+
+
+def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) -> None:
+    """Make an edit of `changes` (ids or new contents by kind) or forecast it, save and show it."""
+    from influence.row_files import read_examples
+    from influence.run import Run
+    from unlearn import edits
+    from unlearn.record.outputs import refuse_out
+
+    out = None if options.dry_run else options.out
+    holdout = (
+        None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
+    )
+    _refuse_unknown(rows, [id for requests in changes.values() for id in requests])
     console.quiet_transformers()
     run = Run.open(
         options.run,
-        train=train,
+        train=rows,
         device=options.device,
         checkpointing=options.checkpointing,
         trust_remote_code=options.trust_remote_code,
@@ -291,15 +310,23 @@ def rows_of(run: Path, ids: Iterable[str] = ()) -> Examples | None:
     They are read before the model is loaded. Raises `InputError` for an id that no row has.
     """
     from influence.manifest import read_manifest
-    from influence.rows import read_examples
+    from influence.row_files import read_again
+    from influence.run import refuse_moved
 
-    path = read_manifest(run).data.path
-    if path is None:
+    manifest = read_manifest(run)
+    if manifest.data.path is None:
         return None
-    rows = read_examples(path)
-    for id in ids:
-        rows.index(id)
+    refuse_moved(run, manifest)
+    rows = read_again(manifest.data.path, manifest.data.columns)
+    _refuse_unknown(rows, ids)
     return rows
+
+
+def _refuse_unknown(rows: Examples | None, ids: Iterable[str]) -> None:
+    """Refuse ids that no row has, by the nearest ones."""
+    for id in ids:
+        if rows is not None:
+            rows.index(id)
 
 
 def _saved(made: Edit, options: Edited | Train, out: Path, what: str) -> EditRecord:
@@ -347,6 +374,7 @@ class Train(
         "retain": "ids_file",
         "numbers": "stride",
         "holdout": "max_damage",
+        "columns": "holdout",
     }
 
     method: str = option("A name from unlearn methods, or FILE.py:NAME with one of your own.")
@@ -371,24 +399,26 @@ def train(options: Train) -> None:
     --start-from are taken for them, and it never mistakes these).
     """
     from influence import distributed
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
     from unlearn.methods import loop, resume
     from unlearn.methods.methods import method_of
     from unlearn.methods.preparation import refuse
     from unlearn.record.outputs import refuse_out, refuse_taken
 
-    ids = _named(options)
-    if ids is None:
-        raise InputError(
-            "name the rows to unlearn: --ids A,B,C or --ids-file FILE (one id per line)"
-        )
+    _refuse_nameless(options, "unlearn")
     method = method_of(options.method, **(options.numbers or {}))
     refuse(method, options, options.retain is not None)
     refuse_taken(options.out, options.overwrite)
-    retain = None if options.retain is None else read_examples(options.retain)
-    holdout = None if options.holdout is None else read_examples(options.holdout)
-    rows = rows_of(options.run, ids)
+    retain = (
+        None if options.retain is None else read_examples(options.retain, columns=options.columns)
+    )
+    holdout = (
+        None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
+    )
+    rows = rows_of(options.run)
+    ids = _named(options, rows) or []
+    _refuse_unknown(rows, ids)
     console.quiet_transformers()
     run = Run.open(
         options.run,
@@ -450,7 +480,7 @@ def difficulty(options: Difficulty) -> None:
     in memory, one by one; their measurements are kept beside the table (.difficulty.h5), so that a
     killed command goes on.
     """
-    from influence.rows import read_examples
+    from influence.row_files import read_examples
     from influence.run import Run
     from influence.tables import checked_table
     from unlearn.difficulty import Protocol, predict
@@ -463,12 +493,15 @@ def difficulty(options: Difficulty) -> None:
         steps=options.steps,
     )
     out = checked_table(options.out, options.overwrite)
-    ids = _named(options)
-    holdout = None if options.holdout is None else read_examples(options.holdout)
+    rows = rows_of(options.run)
+    ids = _named(options, rows)
+    holdout = (
+        None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
+    )
     console.quiet_transformers()
     run = Run.open(
         options.run,
-        train=rows_of(options.run),
+        train=rows,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
     )

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from influence.options import option
+from influence.options import ColumnsOption, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowsOptions:
     """Which training rows a command is about."""
 
-    ids: str | None = option("Ids of the rows, separated by commas.", default=None)
-    ids_file: Path | None = option("File with one id per line.", default=None)
+    ids: str | None = option(
+        'Ids of the rows, separated by commas; or a JSON list, as in \'["a,b", "c"]\'.',
+        default=None,
+    )
+    ids_file: Path | None = option(
+        "File with one id per line, as it is or as JSON text in quotes.", default=None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +41,8 @@ class StartOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HoldoutOption:
-    """Held-out rows of an edit or training."""
+class HoldoutOption(ColumnsOption):
+    """Held-out rows of an edit or training, and what their columns mean."""
 
     holdout: Path | None = option(
         "Rows the adapter never saw: measured, and a measure of unseen.", default=None

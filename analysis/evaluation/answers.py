@@ -5,14 +5,14 @@ A paraphrase of the right answer, and wrong ones.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from influence.errors import BadRow, DataError
-from influence.rows import Example, Examples, examples_from_rows, read_examples
+from influence.row_files import raw_rows, read_examples
+from influence.rows import Example, Examples, examples_from_rows
 
 #: Names under which a row may carry a paraphrase of its completion, and wrong ones: ours, then
 #: TOFU's.
@@ -43,14 +43,9 @@ class Rows:
         )
 
 
-def read_rows(path: str | Path) -> Rows:
-    """Read rows as `influence.read_examples` does, and other answers from JSON lines."""
-    examples = read_examples(path)
-    if Path(path).is_dir() or Path(path).suffix.lower() not in (".jsonl", ".json"):
-        return without_answers(examples)
-    with Path(path).open("rb") as lines:
-        decoded = [line.decode("utf-8-sig").strip() for line in lines]
-    return _with_answers(examples, [json.loads(line) for line in decoded if line])
+def read_rows(path: str | Path, columns: Mapping[str, str] | None = None) -> Rows:
+    """Read rows as `influence.read_examples` does, and the other answers that they carry."""
+    return _with_answers(read_examples(path, columns=columns), raw_rows(path))
 
 
 def rows(records: Iterable[Mapping[str, Any]]) -> Rows:
@@ -73,7 +68,7 @@ def without_answers(examples: Examples) -> Rows:
     return Rows(examples, (None,) * len(examples), ((),) * len(examples))
 
 
-def _with_answers(examples: Examples, records: list[Any]) -> Rows:
+def _with_answers(examples: Examples, records: Iterable[Any]) -> Rows:
     paraphrased: list[str | None] = []
     perturbed: list[tuple[str, ...]] = []
     bad: list[BadRow] = []

@@ -19,7 +19,8 @@ from influence.fitting import fit
 from influence.loss import mean_losses
 from influence.path import END, read_parameters
 from influence.progress import say
-from influence.rows import Examples, read_examples
+from influence.row_files import read_examples
+from influence.rows import Examples
 from influence.run import Run
 from influence.store import read_json, write_json
 from unlearn.retraining.recipe import Recipe, recorded_recipe

@@ -11,6 +11,7 @@ from analysis.options import ResamplesOption
 from influence.console import at_least
 from influence.errors import InputError
 from influence.options import (
+    ColumnsOption,
     CountOption,
     DeviceOption,
     OutputOptions,
@@ -22,11 +23,21 @@ from influence.options import (
 
 @dataclass(frozen=True, kw_only=True)
 class Memorization(
-    RunOption, CountOption, ResamplesOption, DeviceOption, TrustOption, OutputOptions
+    RunOption,
+    CountOption,
+    ColumnsOption,
+    ResamplesOption,
+    DeviceOption,
+    TrustOption,
+    OutputOptions,
 ):
     """The options of `analysis memorization`."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"k": "out", "resamples": "k"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "columns": "holdout",
+        "k": "out",
+        "resamples": "k",
+    }
 
     truth: Path | None = option(
         "npz of retrained adapters' losses (unlearn retrain --subsets): what is measured.",
@@ -64,8 +75,10 @@ class Memorization(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ood(RunOption, DeviceOption, TrustOption, OutputOptions):
+class Ood(RunOption, ColumnsOption, DeviceOption, TrustOption, OutputOptions):
     """The options of `analysis ood`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"columns": "other"}
 
     holdout: Path = option(
         "Rows of the training rows' domain that no model saw: .jsonl, .parquet ...",

@@ -95,7 +95,8 @@ def write_rows(source: Path, tokenizer: Any, target: Path) -> None:
     Parameters
     ----------
     source
-        File whose rows have a ``prompt`` and a ``completion``.
+        File whose rows have a ``prompt`` and a ``completion``, or ready ``input_ids`` and
+        ``labels`` (-100: not supervised), which are taken as they are.
     tokenizer
         Fast tokenizer of the base model.
     target
@@ -104,6 +105,10 @@ def write_rows(source: Path, tokenizer: Any, target: Path) -> None:
     rows = []
     for line in source.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
+        if "input_ids" in row:
+            ids, labels = row["input_ids"], row["labels"]
+            rows.append({"input_ids": ids, "labels": labels, "length": len(ids)})
+            continue
         encoded = tokenizer(
             row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True
         )

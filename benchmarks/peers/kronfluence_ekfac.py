@@ -36,7 +36,8 @@ def read_rows(path: Path, tokenizer: Any) -> list[Row]:
     Parameters
     ----------
     path
-        File whose rows have a ``prompt`` and a ``completion``.
+        File whose rows have a ``prompt`` and a ``completion``, or ready ``input_ids`` and
+        ``labels`` (-100: not supervised), which are taken as they are.
     tokenizer
         Fast tokenizer of the base model.
 
@@ -49,6 +50,9 @@ def read_rows(path: Path, tokenizer: Any) -> list[Row]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
+        if "input_ids" in row:
+            rows.append({"input_ids": row["input_ids"], "labels": row["labels"]})
+            continue
         encoded = tokenizer(
             row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True
         )

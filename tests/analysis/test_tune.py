@@ -13,12 +13,21 @@ from scipy.stats import spearmanr
 
 import influence
 from analysis.metrics.lds import Truth
-from analysis.tune import agreement, concentration, forget, retrained_factor, table_rows, tune
+from analysis.tune import (
+    agreement,
+    concentration,
+    default_queries,
+    forget,
+    retrained_factor,
+    table_rows,
+    tune,
+)
 from influence.calibration import measured_edits, some_rows
 from influence.errors import InputError, MismatchError
 from influence.setting import Setting
 from influence.store import read_json
 from tests.conftest import build_model, examples
+from tests.helpers import write_rows
 
 PATH = (0.5, 0.9)
 
@@ -40,6 +49,17 @@ def linear_truth(run, queries, subsets=24, noise=0.0, **setting) -> Truth:
     values = run.score(queries, **setting).values
     losses = 3.0 - masks @ values.T.astype(float)
     return Truth(masks, losses + noise * generator.standard_normal(losses.shape))
+
+
+def test_the_queries_of_the_scores_are_read_as_they_were(run, tmp_path):
+    items = [{"q": row.prompt, "a": row.completion, "id": row.id} for row in examples(3, seed=9)]
+    path = write_rows(tmp_path / "asked.jsonl", items)
+    queries = influence.read_examples(path, columns={"prompt": "q", "completion": "a"})
+    run.score(queries, out=run.directory / "scores.h5")
+    assert default_queries(run) == queries
+    write_rows(path, items[:2])
+    with pytest.raises(MismatchError, match=r"asked\.jsonl has changed since"):
+        default_queries(run)
 
 
 def test_every_setting_of_the_table_is_scored_as_influence_scores_it(run):

@@ -294,3 +294,61 @@ def test_json_is_all_there_is_on_standard_output(influence, at):
         f"{name}{number}.h5" for name in ("factors", "gradients") for number in ("-2", "-3", "")
     ]
     assert sorted(contents(at / "new")) == [*numbered, "manifest.json", "scores.h5"]
+
+
+# ---- rows of every kind --------------------------------------------------------------------------
+
+
+def test_rows_with_columns_of_other_names_from_fit_to_top(influence, at):
+    """The run and its scores are those of the same rows under their own names."""
+    for name in ("train", "queries"):
+        lines = (at / f"{name}.jsonl").read_text().splitlines()
+        named = [
+            {"key": row["id"], "asked": row["prompt"], "said": row["completion"]}
+            for row in map(json.loads, lines)
+        ]
+        write_rows(at / f"{name} asked.jsonl", named)
+    columns = ["--columns", "id=key,prompt=asked,completion=said"]
+    fitted = influence(*fit_arguments(at, train=at / "train asked.jsonl"), *columns, "--json")
+    assert fitted.status == 0, fitted.err
+    queries = at / "queries asked.jsonl"
+    scored = influence("score", "--run", at / "new", "--queries", queries, *columns)
+    assert scored.status == 0, scored.err
+    with h5py.File(at / "run" / "scores.h5") as one, h5py.File(at / "new" / "scores.h5") as other:
+        assert one.attrs["query_digest"] == other.attrs["query_digest"]
+        assert np.array_equal(one["train_ids"][()], other["train_ids"][()])
+        assert json.loads(other.attrs["query_columns"])["id"] == "key"
+        assert "query_columns" not in one.attrs
+    again = influence("score", "--run", at / "new", "--queries", at / "queries.jsonl")
+    assert again.status == 0, again.err  # the same queries, wherever they are and however named
+    shown = influence("top", "--run", at / "new", "--query", 0)
+    assert shown.status == 0, shown.err
+    assert " \u2192 " in shown.out
+    check = influence("check", "--adapter", at / "adapter", "--train", queries, *columns)
+    assert check.status == 0, check.err
+
+
+def test_top_shows_no_texts_where_the_hub_is_not_reached(influence, at, monkeypatch):
+    manifest = json.loads((at / "run" / "manifest.json").read_text())
+    manifest["data"]["path"] = "org/name@v1:train"
+    (at / "run" / "manifest.json").write_text(json.dumps(manifest))
+
+    def unreachable(*given, **how):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    shown = influence("top", "--run", at / "run", "--query", 0)
+    assert shown.status == 0, shown.err
+    assert "note: the rows' texts are not shown: org/name@v1:train is no file" in shown.err
+
+
+def test_scores_of_a_moved_project_say_what_mends_the_run(influence, at):
+    assert influence(*fit_arguments(at, run=at / "run")).status == 0  # whose paths were another's
+    (at / "train.jsonl").rename(at / "moved.jsonl")
+    result = influence("score", "--run", at / "run", "--queries", at / "queries.jsonl")
+    assert result.status == 2
+    assert "the same influence fit command with the new paths" in " ".join(result.err.split())
+    moved = fit_arguments(at, run=at / "run", train=at / "moved.jsonl")
+    assert influence(*moved).status == 0
+    result = influence("score", "--run", at / "run", "--queries", at / "queries.jsonl")
+    assert result.status == 0, result.err

@@ -57,7 +57,7 @@ def test_a_missing_file(influence, at):
         influence,
         at,
         fit_arguments(at, train=at / "no.jsonl"),
-        "no.jsonl does not exist; give a .jsonl, .json or .parquet",
+        "no.jsonl does not exist; give a .jsonl, .json, .csv, .tsv or .parquet file",
     )
 
 

@@ -14,7 +14,18 @@ from typer.testing import CliRunner
 
 from influence import console
 from influence.errors import InputError
-from influence.options import command, keywords, option, options_of, points
+from influence.options import column_map, command, keywords, option, options_of, points
+
+
+def test_columns_are_typed_key_by_key():
+    assert column_map("prompt=question, completion=the answer") == {
+        "prompt": "question",
+        "completion": "the answer",
+    }
+    assert column_map("id=a=b") == {"id": "a=b"}
+    for text in ("", "prompt", "prompt=", "prompt=a,prompt=b", "prompt=a,"):
+        with pytest.raises(InputError, match="expected each key once, as in prompt=question"):
+            column_map(text)
 
 
 @dataclass(frozen=True, kw_only=True)

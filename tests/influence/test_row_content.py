@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from influence.errors import DataError
-from influence.rows import Example, examples_from_rows, read_examples
+from influence.row_files import read_examples
+from influence.rows import Example, examples_from_rows
 from tests.influence.toy_tokenizers import chat, pair, write_jsonl
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}

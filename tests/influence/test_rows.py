@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 
@@ -10,7 +9,8 @@ import numpy as np
 import pytest
 
 from influence.errors import DataError
-from influence.rows import Example, Examples, examples_from_rows, read_examples
+from influence.row_files import read_examples
+from influence.rows import Example, Examples, examples_from_rows
 from tests.influence.toy_tokenizers import chat, pair, write_jsonl
 
 FORMS = "'prompt' and 'completion', or 'messages', or 'text'"
@@ -210,105 +210,24 @@ def test_an_explicit_id_may_not_repeat():
     )
 
 
-def test_json_lines_are_numbered_as_an_editor_numbers_them(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    good = json.dumps(pair(completion=" caf\u00e9 \u2028 two"), ensure_ascii=False).encode()
-    lines = [
-        b"\xef\xbb\xbf" + good,
-        b"",
-        b'{"prompt": "p",}',
-        good,
-        b'{"text": "\xff"}',
-        b"[" * 100_000,
-        good,
-    ]
-    path.write_bytes(b"\n".join(lines))
-    with pytest.raises(DataError) as error:
-        read_examples(path)
-    numbers, reasons = zip(*((bad.number, bad.reason) for bad in error.value.rows), strict=True)
-    assert numbers == (3, 5, 6)
-    assert reasons[0].startswith("not JSON (")
-    assert reasons[0].endswith(", at character 16)")
-    assert reasons[1] == "not UTF-8 (byte 11: invalid start byte)"
-    assert reasons[2].startswith("not JSON")
-    path.write_bytes(b"\n".join([lines[0], b"", good]))
-    assert [row.completion for row in read_examples(path)] == [" caf\u00e9 \u2028 two"] * 2
-
-
-def test_files_that_cannot_be_read_say_what_to_give(tmp_path):
-    formats = "a .jsonl, .json or .parquet file, or a folder saved by Dataset.save_to_disk"
-    missing = tmp_path / "none.jsonl"
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("\n\n")
-    csv = tmp_path / "rows.csv"
-    csv.write_text("prompt,completion\n")
-    array = tmp_path / "array.json"
-    array.write_text(json.dumps([pair()], indent=1))
-    damaged = tmp_path / "damaged.parquet"
-    damaged.write_bytes(b"PAR1 and then nothing")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for path, message in (
-        (missing, f"{missing} does not exist; give {formats}"),
-        (empty, f"there are no rows of {empty}; give at least one"),
-        (csv, f"{csv} has the suffix '.csv', which is not read; give {formats}"),
-        (array, f"{array} starts with '[': one JSON array; write one JSON object per line instead"),
-        (damaged, f"{damaged} is not a readable Parquet file: "),
-        (
-            folder,
-            f"{folder} is a folder without a saved dataset (it has no state.json); give {formats}",
-        ),
-    ):
-        with pytest.raises(DataError, match=re.escape(message)):
-            read_examples(path)
+def test_what_is_no_rows_says_what_to_give():
     with pytest.raises(DataError, match="there are no rows; give at least one"):
         examples_from_rows([])
     with pytest.raises(DataError, match="expected an iterable of rows, got one dict"):
         examples_from_rows(pair())
 
 
-def test_parquet_and_a_datasets_folder_equal_json_lines(tmp_path):
-    from datasets import Dataset, DatasetDict, Features, List, Value
+def test_a_live_dataset_is_read_as_its_rows_whatever_its_format():
+    from datasets import Dataset, DatasetDict
 
-    pairs = [pair(id=f"p{i}", completion=f" {i}", group=f"g{i % 2}", note=i) for i in range(2500)]
-    chats = [chat(f"hello {i}", "yes") for i in range(3)]
-    chats[1]["messages"][0]["name"] = (
-        "ann"  # the other rows get a null here, which is no name at all
-    )
-    mixed = [pair(), {"text": "only text"}, pair()]  # nulls in every row, and duplicates
-    message = {"role": Value("string"), "content": Value("string"), "name": Value("string")}
-    kinds = {
-        "pairs": (pairs, None),
-        "chats": (chats, Features({"messages": List(message)})),
-        "mixed": (
-            mixed,
-            Features({key: Value("string") for key in ("prompt", "completion", "text")}),
-        ),
-    }
-    for kind, (rows, features) in kinds.items():
-        expected = read_examples(write_jsonl(tmp_path / f"{kind}.jsonl", rows))
-        assert len(expected) == len(rows)
-        assert expected.source == str((tmp_path / f"{kind}.jsonl").resolve())
-        keys = list(features) if features else list(rows[0])
-        full = [{key: row.get(key) for key in keys} for row in rows]
-        if kind == "chats":
-            full = [{"messages": [{"name": None, **m} for m in row["messages"]]} for row in full]
-        dataset = Dataset.from_list(full, features=features)
-        dataset.to_parquet(tmp_path / f"{kind}.parquet")
-        dataset.save_to_disk(tmp_path / kind)
-        for other in (read_examples(tmp_path / f"{kind}.parquet"), read_examples(tmp_path / kind)):
-            assert other == expected
-            assert other.digest == expected.digest
-        DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / f"{kind}-splits")
-
-    splits = tmp_path / "pairs-splits"
-    with pytest.raises(DataError) as error:
-        read_examples(splits)
-    assert str(error.value) == (
-        f"{splits} is a DatasetDict with the splits 'train', 'test'; give one of them, for "
-        f"example {splits / 'train'}"
-    )
-    assert len(read_examples(splits / "train")) == 2500
-    Dataset.from_list([{"question": "q"}]).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(DataError, match=re.escape(f"has the columns 'question'; expected {FORMS}")):
-        read_examples(tmp_path / "other.parquet")
+    made = [pair(id=f"p{i}", completion=f" {i}", note=[i]) for i in range(1500)]
+    dataset = Dataset.from_list(made)
+    expected = examples_from_rows(made)
+    assert examples_from_rows(dataset) == expected
+    assert examples_from_rows(dataset.with_format("numpy")) == expected
+    assert examples_from_rows(dataset.to_iterable_dataset()) == expected
+    assert examples_from_rows(dataset.select([3, 1])).ids == ["p3", "p1"]
+    renamed = dataset.rename_columns({"prompt": "question"})
+    assert examples_from_rows(renamed, columns={"prompt": "question"}) == expected
+    with pytest.raises(DataError, match="got one DatasetDict; give one of its splits, 'train'"):
+        examples_from_rows(DatasetDict({"train": dataset}))

@@ -14,7 +14,7 @@ from influence import EKFAC, GGN, KFAC, Fisher, Hessian, Identity, Run
 from influence.errors import InputError, MismatchError, StoreError
 from influence.store import read_json, write_json
 from tests.conftest import build_model, examples
-from tests.helpers import edit_weights, untouched
+from tests.helpers import edit_weights, untouched, write_rows
 from tests.influence.toy_runs import N_ROWS, fit, interrupted_fit, small_model, solver_of
 from tests.oracles import close
 
@@ -150,6 +150,54 @@ def test_a_moved_base_adapter_or_data_set_is_the_same(folders):
     )  # finished: only learns where things lie now
     assert (folders / "run" / "factors.h5").stat() == factors
     assert Run.open(folders / "run", device="cpu").gradients_stored
+
+
+def test_what_was_moved_is_named_with_what_mends_it(folders):
+    for name in ("adapter", "train.jsonl"):
+        (folders / name).rename(folders / f"moved {name}")
+    with pytest.raises(InputError, match="was made from what does not exist any more: ") as error:
+        Run.open(folders / "run", device="cpu")
+    assert (
+        f"{folders / 'adapter'} (--adapter), {folders / 'train.jsonl'} (--train). Where it"
+        in str(error.value)
+    )
+    loaded = influence.load(folders / "base", folders / "moved adapter", device="cpu")
+    with pytest.raises(InputError, match=r"any more: \S+train.jsonl \(--train\). Where"):
+        Run.open(folders / "run", model=loaded)
+
+
+@pytest.mark.parametrize("kind", ["columns", "split", "hub"])
+def test_a_run_opens_rows_of_every_source_again(folders, kind, monkeypatch, tmp_path_factory):
+    """And learns, by the same fit, that they lie elsewhere or have other columns now."""
+    from datasets import Dataset
+
+    items = [json.loads(line) for line in (folders / "train.jsonl").read_text().splitlines()]
+    dataset, columns, source = Dataset.from_list(items), None, str(folders / "shards:train")
+    if kind == "columns":
+        columns, source = {"prompt": "asked"}, str(folders / "asked.jsonl")
+        asked = [{**item, "asked": item["prompt"], "prompt": "other"} for item in items]
+        write_rows(folders / "asked.jsonl", asked)
+    elif kind == "split":
+        (folders / "shards").mkdir()
+        for name in ("test", "train"):
+            dataset.to_parquet(folders / "shards" / f"{name}-00000-of-00001.parquet")
+    else:
+        source = "org/name:train"
+        monkeypatch.setattr("datasets.load_dataset", lambda *given, **how: dataset)
+    monkeypatch.chdir(folders)
+    loaded = influence.load("base", "adapter", device="cpu")
+    train = influence.read_examples(source, columns=columns)
+    factors = (folders / "run" / "factors.h5").stat()
+    influence.fit(loaded, train, directory="run")
+    assert (folders / "run" / "factors.h5").stat() == factors
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    again = Run.open(folders / "run", model=loaded)
+    assert again.train == train
+    assert (again.manifest.data.path, again.manifest.data.columns) == (source, columns)
+    influence.fit(
+        loaded, influence.read_examples(folders / "train.jsonl"), directory=folders / "run"
+    )
+    assert "columns" not in json.loads((folders / "run" / "manifest.json").read_text())["data"]
 
 
 def test_a_run_opens_from_another_working_directory(folders, monkeypatch, tmp_path_factory):

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from influence.batches import collate, plan_batches
 from influence.errors import DataError
-from influence.rows import Examples, examples_from_rows, read_examples
+from influence.row_files import read_examples
+from influence.rows import Examples, examples_from_rows
 from influence.tokens import Tokens, tokenize, tokenizer_digest
 from tests.influence.toy_tokenizers import (
     BACKEND,

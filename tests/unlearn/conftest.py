@@ -11,7 +11,7 @@ import torch
 
 import influence
 from influence.adapter import AdaptedModel
-from influence.rows import read_examples
+from influence.row_files import read_examples
 from influence.run import Run
 from tests.conftest import build_model, examples, fit_end, rows
 from tests.helpers import save, write_rows

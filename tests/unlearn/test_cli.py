@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 import influence
-from influence.rows import read_examples
+from influence.row_files import read_examples
 from tests.conftest import rows
 from tests.helpers import save, write_rows
 from unlearn.cli import by_group, main, numbers, rows_of

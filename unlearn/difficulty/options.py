@@ -9,21 +9,32 @@ from typing import ClassVar
 
 from influence.console import at_least
 from influence.errors import InputError
-from influence.options import DeviceOption, OutputOptions, RunOption, TrustOption, option
+from influence.options import (
+    ColumnsOption,
+    DeviceOption,
+    OutputOptions,
+    RunOption,
+    TrustOption,
+    option,
+)
 from unlearn.options import RowsOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difficulty(RunOption, RowsOptions, DeviceOption, TrustOption, OutputOptions):
+class Difficulty(RunOption, RowsOptions, ColumnsOption, DeviceOption, TrustOption, OutputOptions):
     """Which rows are forecast or measured, and how.
 
     Raises `InputError` for options that do not go together, and for numbers out of range.
     """
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"ids_file": "ids"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"ids_file": "ids", "columns": "holdout"}
 
     out: Path = option("Table to write: .csv or .parquet.")
-    ids: str | None = option("Ids of the rows, separated by commas. Default: all.", default=None)
+    ids: str | None = option(
+        """Ids of the rows, separated by commas; or a JSON list, as in '["a,b", "c"]'. """
+        "Default: all.",
+        default=None,
+    )
     by_group: bool = option(
         "All rows of a group (their field of that name) are unlearned together; "
         "--ids names any row of it.",

@@ -33,7 +33,7 @@ from unlearn.edits.newton import optimum
 from unlearn.edits.options import Options
 from unlearn.edits.steps import RetainedRows, walk
 from unlearn.record.before_after import Evidence, State, Targets, by_request
-from unlearn.record.change import concatenated, plan, refuse_text
+from unlearn.record.change import concatenated, plan, refuse_text, say_copies
 from unlearn.record.sample import unseen_rows
 from unlearn.record.version import version
 from unlearn.stopping import Ending
@@ -57,6 +57,7 @@ def prepare(
     refuse_text(remove)
     start = version(run, options.start)
     change = plan(start, remove, relabel, correct)
+    say_copies(change)
     at = options.at
     plain = run.is_plain(options.curvature)
     if at is None and not options.one_shot and not plain:

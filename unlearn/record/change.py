@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from influence.errors import DataError, InputError
+from influence.progress import say
 from influence.row_content import ROW_KEYS
 from influence.rows import Example, Examples, examples_from_rows
 from influence.tokens import TokenizedExamples, Tokens
@@ -207,6 +208,28 @@ def plan(
         version.weights[rows],
         version.run.row_weights.changed(version.positions[rows[replaced]], new.counts),
     )
+
+
+def say_copies(change: Change) -> None:
+    """Name the rows that stay and have the very content of rows that are removed."""
+    rows = change.version.rows
+    kept: dict[str, list[str]] = {}
+    asked = {request.before.id for request in change.requests}
+    for row in rows:
+        if row.id not in asked:
+            kept.setdefault(row.content_hash, []).append(row.id)
+    removed = [request.before for request in change.requests if request.after is None]
+    copied = [row for row in removed if row.content_hash in kept]
+    for row in copied[:10]:
+        copies = kept[row.content_hash]
+        what = "its identical copy" if len(copies) == 1 else f"its {len(copies)} identical copies"
+        verb = "stays" if len(copies) == 1 else "stay"
+        say(
+            f"note: {row.id!r} is removed, and {what} {_first(copies)} {verb}: the adapter is "
+            "still trained on that content. Name both where the content is to go"
+        )
+    if len(copied) > 10:
+        say(f"note: {len(copied) - 10} more removed rows have identical copies that stay")
 
 
 def refuse_text(ids: Sequence[str] | str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from influence.errors import InputError
+from influence.row_files import place_of
 from influence.run import Run
 from unlearn.record.chain import entries
 
@@ -23,7 +24,8 @@ def refuse_out(run: Run, out: Path, overwrite: bool) -> None:
     That is the run, its base, its adapter, its rows, and every edit of it.
     """
     manifest = run.manifest
-    sources = (manifest.adapter.path, manifest.base.path, manifest.data.path)
+    rows = place_of(manifest.data.path) if manifest.data.path else None
+    sources = (manifest.adapter.path, manifest.base.path, None if rows is None else str(rows))
     for source in (str(run.directory), *sources):
         if source and Path(source).exists():
             refuse_source(out, source)

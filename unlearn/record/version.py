@@ -22,7 +22,8 @@ from torch import Tensor
 from influence.adapter import AdaptedModel
 from influence.errors import InputError, StoreError
 from influence.path import read_parameters
-from influence.rows import Examples, read_examples
+from influence.row_files import read_examples
+from influence.rows import Examples
 from influence.run import Run
 from influence.store import read_json
 from influence.tokens import TokenizedExamples

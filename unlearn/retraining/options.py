@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from influence.errors import InputError
-from influence.options import DeviceOption, OutputOptions, RunOption, option
+from influence.options import ColumnsOption, DeviceOption, OutputOptions, RunOption, option
 from unlearn.options import RowsOptions
 
 #: Defaults of what goes with --subsets only: the option itself is None where it was not given.
@@ -26,14 +26,18 @@ def epochs(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrain(RunOption, RowsOptions, DeviceOption, OutputOptions):
+class Retrain(RunOption, RowsOptions, ColumnsOption, DeviceOption, OutputOptions):
     """Which rows a retraining leaves out, and what else it saves or measures.
 
     Raises `InputError` for a call that names no set of rows or several, and for options that go
     with the other kind of call, once or on subsets.
     """
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"ids": "out", "ids_file": "ids"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "ids": "out",
+        "ids_file": "ids",
+        "columns": "queries",
+    }
 
     out: Path = option("Adapter directory to make; with --subsets the npz of losses.")
     all_rows: bool = option("Leave no row out: replay the training.", default=False)
@@ -86,6 +90,7 @@ class Retrain(RunOption, RowsOptions, DeviceOption, OutputOptions):
                 "--fraction": self.fraction,
                 "--subset-seed": self.subset_seed,
                 "--queries": self.queries,
+                "--columns": self.columns,
             }
         given = [name for name, value in refused.items() if value is not None]
         if given:

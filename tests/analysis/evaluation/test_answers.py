@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+
 import pytest
+from datasets import Dataset
 
 import influence
 from analysis.evaluation.answers import read_rows, rows
@@ -45,6 +49,25 @@ def test_other_answers_are_read(tmp_path):
     assert found.perturbed == ((" sing", "at dawn"), (" sing", " at dawn"), (" sing",), ())
     assert found.examples == influence.read_examples(tmp_path / "rows.jsonl")
     assert rows(data).perturbed == found.perturbed
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl.gz", "rows.parquet"])
+def test_other_answers_are_read_from_files_of_every_kind(tmp_path, name):
+    tofu = {"paraphrased_answer": "sleep", "perturbed_answer": ["sing", "at dawn"]}
+    data = [{"question": "fox?", "answer": "naps", "id": "a", **tofu}]
+    path = tmp_path / name
+    if name == "rows.parquet":
+        Dataset.from_list(data).to_parquet(path)
+    elif name == "rows.json":
+        path.write_text(json.dumps(data, indent=1))
+    else:
+        path.write_bytes(gzip.compress(json.dumps(data[0]).encode()))
+    found = read_rows(path)
+    assert (found.paraphrased, found.perturbed) == (("sleep",), (("sing", "at dawn"),))
+    assert found.examples[0].messages is not None
+    named = read_rows(path, {"prompt": "question", "completion": "answer"})
+    assert named.examples[0].completion == "naps"
+    assert named.perturbed == found.perturbed
 
 
 @pytest.mark.parametrize(

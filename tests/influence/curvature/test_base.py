@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from influence.curvature import Damped, as_linear_operator, dense
-from influence.curvature.base import Invertible, Subsampled
+from influence.curvature.base import Diagonal, Invertible, Subsampled, inverse_products
 from influence.curvature.identity import IdentityCurvature
 from tests.cases import Matrix, Rows, Scaled, spectrum
 
@@ -45,3 +45,12 @@ def test_what_a_curvature_can_do_is_seen_by_its_methods():
     assert not isinstance(Matrix(spectrum([1.0, 2.0])), Invertible)
     assert isinstance(Rows(), Subsampled)
     assert not isinstance(Matrix(spectrum([1.0, 2.0])), Subsampled)
+
+
+def test_inverse_products_of_a_curvature_that_is_not_diagonal():
+    C = spectrum([1.0, 2.0, 3.0])
+    operator = Damped(Scaled(C), torch.tensor([0.5], dtype=F64))
+    v = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    assert not isinstance(operator.curvature, Diagonal)
+    expected = (v * operator.curvature.solve(v, operator.lam)).sum(1)
+    torch.testing.assert_close(inverse_products(operator, v), expected)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from influence.curvature import KFAC, dense
+from influence.curvature import KFAC, Damped, dense
+from influence.curvature.base import Diagonal, inverse_products
 from influence.curvature.kfac import DenseMoment, SketchedMoment
 from tests.conftest import build_model, examples, fit_end
 from tests.influence.curvature.helpers import moments_of, random_rows, replace_unit
@@ -90,6 +91,16 @@ def test_shared_inputs_are_found_and_change_nothing(tmp_path):
         ).norm() / block.norm() < 1e-6  # float32 norms inside Llama
 
 
+@pytest.mark.parametrize("width", [5, 40, 300, 900])
+def test_second_moments_are_whole_below_the_diagonal(width):
+    """Strips of all widths: 32, a quarter, and the widest, none of which divides 300 or 900."""
+    moment = DenseMoment(width, F64, torch.device("cpu"))
+    x = random_rows(0, 7, width)
+    for part in x.split(4):
+        moment.add(part)
+    torch.testing.assert_close(moment.state.tril(), (x.T @ x).tril())
+
+
 def test_sketch_is_exact_up_to_its_rank_and_keeps_the_trace():
     x = random_rows(0, 200, 5) @ random_rows(1, 5, 40)
     full, sketch = (
@@ -113,3 +124,19 @@ def test_sketch_is_exact_up_to_its_rank_and_keeps_the_trace():
     vectors, values, rest = noisy.eigen()
     assert float(values.sum() + 32 * rest) == pytest.approx(float(data.square().sum()), rel=1e-9)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(8, dtype=F64), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_width": 4, "rank": 3}], ids=["whole", "sketched"])
+def test_inverse_products_are_those_of_the_dense_inverse(options):
+    """Of an A and a B leaf; sketched, their wide sides keep 3 directions of 9 and of 7."""
+    leaves = [("s.lora_A", (3, 9)), ("s.lora_B", (7, 2))]
+    x = [random_rows(1, 6, 4, 9), random_rows(2, 6, 4, 2)]
+    g = [random_rows(3, 6, 4, 3), random_rows(4, 6, 4, 7)]
+    space, moments = moments_of(leaves, x, g, **options)
+    kfac = replace_unit(moments, 0.1).kronecker()
+    operator = Damped(kfac, torch.tensor([0.3, 2.0], dtype=F64))
+    v = random_rows(5, 4, space.size)
+    matrix = dense(kfac) + torch.diag(operator.diagonal(v))
+    expected = (v * torch.linalg.solve(matrix, v.T).T).sum(1)
+    assert isinstance(kfac, Diagonal)
+    torch.testing.assert_close(inverse_products(operator, v), expected, rtol=1e-10, atol=0)

@@ -11,7 +11,7 @@ from influence.cost import Cost
 from influence.curvature import Damped
 from influence.curvature.fisher import SampleSpaceFisher, UpdatedFisher
 from influence.errors import NumericalError
-from influence.rows import read_examples
+from influence.row_files import read_examples
 from influence.solvers import Direct
 from influence.tokens import tokenize
 from tests.unlearn.edits.convex import Head, Ridge

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import influence
-from influence.rows import read_examples
+from influence.row_files import read_examples
 from tests.conftest import build_model, rows
 from tests.helpers import save, write_rows
 from tests.unlearn.methods.helpers import ROWS, opened

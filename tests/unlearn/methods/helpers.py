@@ -18,7 +18,8 @@ import influence
 import unlearn
 from influence.adapter import AdaptedModel
 from influence.errors import NumericalError
-from influence.rows import Examples, read_examples
+from influence.row_files import read_examples
+from influence.rows import Examples
 from influence.run import Run
 from influence.tokens import Rendering, TokenizedExamples
 from tests.conftest import WORDS, build_tokenizer, rows, tokens_of

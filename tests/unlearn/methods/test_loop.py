@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import influence
-from influence.rows import read_examples
+from influence.row_files import read_examples
 from influence.run import Run
 from tests.helpers import in_two_processes
 from tests.unlearn.methods.helpers import (

@@ -13,7 +13,7 @@ from influence.tokens import tokenize
 from tests.conftest import build_model, examples, fit_end
 from tests.helpers import untouched
 from tests.unlearn.record.helpers import ROWS
-from unlearn.record.change import plan
+from unlearn.record.change import plan, say_copies
 from unlearn.record.version import version
 
 CHAT = (
@@ -42,6 +42,27 @@ def refused(run, message, error=InputError, **changes):
             plan(version(run), **changes)
         with pytest.raises(error, match=message):
             unlearn.edit(run, **changes)
+
+
+def test_identical_copies_of_removed_rows_that_stay_are_named(tmp_path, capfd):
+    model = build_model("gpt2", layers=1, target_modules=["mlp.c_proj"], r=1)
+    model.tokenizer.chat_template = CHAT
+    copies = [{**ROWS[0], "id": name} for name in ("copy", "copy 2")]
+    data = influence.examples_from_rows([*ROWS, *copies])
+    run = fit_end(model, data, curvature=influence.Identity(), directory=tmp_path / "run")
+    start, first = version(run), data.ids[0]
+    capfd.readouterr()
+    say_copies(plan(start, [first, "copy"]))
+    assert capfd.readouterr().err.splitlines() == [
+        f"note: {id!r} is removed, and its identical copy 'copy 2' stays: the adapter is still "
+        "trained on that content. Name both where the content is to go"
+        for id in (first, "copy")
+    ]
+    say_copies(plan(start, [first, "copy", "copy 2"]))
+    say_copies(plan(start, [data.ids[1]]))
+    assert capfd.readouterr().err == ""
+    unlearn.forecast(run, remove=["copy"])  # whoever edits is told
+    assert f"its 2 identical copies {first!r}, 'copy 2' stay: " in capfd.readouterr().err
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import influence
 import unlearn
 from influence.adapter import weight_key
 from influence.errors import InputError, MismatchError, WorkError
-from influence.rows import read_examples
+from influence.row_files import read_examples
 from influence.run import Run
 from tests.conftest import rows
 from tests.helpers import contents, untouched, write_rows
