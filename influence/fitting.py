@@ -529,13 +529,17 @@ def _tidy(directory: Path, manifest: Manifest, curvature: Specification) -> None
 
 
 def versions() -> dict[str, str]:
-    """The versions of this package and of what it computes with."""
+    """The versions of this package, of what it computes with, and of trl, whose templates render
+    rows, where it is installed.
+    """
     out = {}
-    for package in ("lora-influence", "torch", "transformers", "peft", "numpy", "h5py"):
+    for package in ("lora-influence", "torch", "transformers", "peft", "numpy", "h5py", "trl"):
         try:
             out[package] = version(package)
         except PackageNotFoundError:
             out[package] = "unknown"
+    if out["trl"] == "unknown":
+        del out["trl"]
     return out
 
 

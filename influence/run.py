@@ -136,6 +136,7 @@ class Run:
                 "was made from (paths in manifest.json), or fit a new run"
             )
         tokens = manifest.objective.rendering.tokenize(train, model.tokenizer)
+        _refuse_other_tokens(directory, manifest, tokens)
         return cls(directory, manifest, model, train, tokens, curvature)
 
     @property
@@ -383,6 +384,19 @@ def refuse_moved(
             f"{directory} was made from what does not exist any more: {places}. Where it was "
             "moved, the same influence fit command with the new paths says so to the run, and "
             "computes nothing again"
+        )
+
+
+def _refuse_other_tokens(directory: Path, manifest: Manifest, tokens: TokenizedExamples) -> None:
+    """The same rows and tokenizer may be rendered otherwise by other versions of the libraries."""
+    there = manifest.data.tokens, manifest.data.supervised_tokens
+    here = int(tokens.lengths.sum()), int(tokens.counts.sum())
+    if there != here:
+        made = ", ".join(f"{name} {number}" for name, number in sorted(manifest.versions.items()))
+        raise MismatchError(
+            f"the rows of {directory} were {there[0]} tokens ({there[1]} supervised) at the fit and "
+            f"are {here[0]} ({here[1]}) now: transformers or trl render them otherwise than then. "
+            f"Install what the fit had ({made}), or fit a new run"
         )
 
 
