@@ -141,6 +141,7 @@ class Tape:
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
         self.sink: Sink | None = None
         self.valid = torch.empty(0)
+        self._looks = False
         self.counts: list[int] = []
 
     def forward(self, batch: Batch) -> Supervised:
@@ -151,7 +152,7 @@ class Tape:
         # The last of a document is followed by a token of another one.
         self.valid = real[:, :-1] & real[:, 1:] & (batch.position_ids[:, 1:] > 0)
         self.counts = batch.supervised[:, 1:].sum(1).tolist()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._looking():
             part = None if self.apart else supervised_logits(self.model, batch)
             if self.apart or part is None:  # a tap may just have found that they must
                 part = self._one_by_one(batch)
@@ -193,8 +194,21 @@ class Tape:
         """How many examples the forward that runs now has."""
         return len(self.valid) if self.row is None else 1
 
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Within the block taps look at their inputs: other forwards of the model are of rows that
+        this tape knows nothing of.
+        """
+        self._looks = True
+        try:
+            yield
+        finally:
+            self._looks = False
+
     def look(self, leaf: int, x: Tensor) -> None:
         """Note whether a leaf's input `x` tells whose its tokens are."""
+        if not self._looks:
+            return
         b, T = self.valid.shape
         shapes = [(b, T), (1, sum(self.counts))] if x.dim() == 3 else [(b * T,)]
         known = x.shape[:-1] in shapes or leaf in self.slots
