@@ -184,6 +184,10 @@ class Tape:
         assert self.sink is not None
         b, T = self.valid.shape
         valid = self.valid
+        x, g = (
+            x.to(valid.device),
+            g.to(valid.device),
+        )  # a device map may have put the layer elsewhere
         if x.dim() == 2 and x.shape[0] == b * T:  # some decoders flatten their tokens
             x, g = x.unflatten(0, (b, T)), g.unflatten(0, (b, T))
         elif x.shape[0] == 1 and x.shape[1] == sum(self.counts) and (b, T) != x.shape[:2]:

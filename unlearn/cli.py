@@ -389,10 +389,12 @@ def train(options: Train) -> None:
     holdout = None if options.holdout is None else read_examples(options.holdout)
     rows = rows_of(options.run, ids)
     console.quiet_transformers()
+    loading = keywords(LoadingOptions, options)
+    loading["device"] = distributed.join(options.device)
     run = Run.open(
         options.run,
         train=rows,
-        **keywords(LoadingOptions, options) | {"device": distributed.join(options.device)},
+        **loading,
     )
     refuse_out(run, options.out, options.overwrite)
     checkpoint = options.out.with_name(options.out.name + ".training")
