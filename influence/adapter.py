@@ -92,8 +92,12 @@ class ParamSpace:
         ]
 
     def flatten(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Inverse of `split`: matrices `[..., rows, cols]` to flat vectors `[..., P]`."""
-        return torch.cat([matrix.flatten(-2) for matrix in leaves], dim=-1)
+        """Inverse of `split`: matrices `[..., rows, cols]` to flat vectors `[..., P]`.
+
+        They lie where the first matrix lies, also where a device map spread the others.
+        """
+        place = leaves[0].device
+        return torch.cat([matrix.flatten(-2).to(place) for matrix in leaves], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,8 @@ class AdaptedModel:
 
     def snapshot(self) -> Tensor:
         """A copy of the LoRA parameters, `[P]`."""
-        return self.space.flatten([parameter.detach() for parameter in self.parameters]).clone()
+        flat = self.space.flatten([parameter.detach() for parameter in self.parameters])
+        return flat.to(self.device).clone()
 
     @torch.no_grad()
     def restore(self, theta: Tensor) -> None:

@@ -150,7 +150,7 @@ def _from_pretrained(
         options["device_map"] = request.device_map
     elif saved_quantised or request.quantised_now:
         options["device_map"] = {"": device}
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         request.place,
         config=config,
         dtype=dtype,
@@ -160,6 +160,7 @@ def _from_pretrained(
         **request.source,
         **options,
     )
+    model, report = loaded
     return model if "device_map" in options else model.to(device), report
 
 
@@ -381,7 +382,7 @@ def _weight_files(request: BaseRequest) -> list[Path]:
     """The safetensors files that a base was loaded from: its own, or those of the hub's cache."""
     folder = Path(request.place)
     if not folder.is_dir():
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         with libraries_named(f"base model {request.place!r} is not in the cache", _ADVICE):
             config = cached_file(request.place, "config.json", revision=request.revision)

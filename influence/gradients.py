@@ -263,6 +263,8 @@ class Tape:
             return
         b, T = self.valid.shape
         valid = self.valid
+        # a device map may have put the layer elsewhere
+        x, g = x.to(valid.device), g.to(valid.device)
         if leaf in self.slots:
             valid = valid.repeat_interleave(x.shape[1] // T, 1)
         elif x.dim() == 2 and x.shape[0] == b * T:  # some decoders flatten their tokens
