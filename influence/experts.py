@@ -78,7 +78,7 @@ def take_plain_products(model: nn.Module) -> list[tuple[Any, Any]]:
     The grouped product that transformers prefers knows neither float64 nor second derivatives.
     Returns the configurations that say so, each with what it said before.
     """
-    configs = {
+    configs: dict[int, Any] = {
         id(module.config): module.config
         for module in model.modules()
         if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")

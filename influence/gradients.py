@@ -137,11 +137,12 @@ class Tape:
         self.slots = {number for number, site in leaves if site.parameter}
         self.apart = any(not site.parameter for site in model.routed)
         self.row: int | None = None  # the example that runs, where they run one by one
+        #: whether the tape's own batch runs, and not one that others run meanwhile
+        self.runs = False
         self._pieces: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
         self.sink: Sink | None = None
         self.valid = torch.empty(0)
-        self._looks = False
         self.counts: list[int] = []
 
     def forward(self, batch: Batch) -> Supervised:
@@ -152,7 +153,7 @@ class Tape:
         # The last of a document is followed by a token of another one.
         self.valid = real[:, :-1] & real[:, 1:] & (batch.position_ids[:, 1:] > 0)
         self.counts = batch.supervised[:, 1:].sum(1).tolist()
-        with torch.enable_grad(), self._looking():
+        with torch.enable_grad(), self.own_batch():
             part = None if self.apart else supervised_logits(self.model, batch)
             if self.apart or part is None:  # a tap may just have found that they must
                 part = self._one_by_one(batch)
@@ -181,6 +182,15 @@ class Tape:
         return Supervised(logits, targets, [p.counts[0] for p in parts])
 
     @contextmanager
+    def own_batch(self) -> Iterator[None]:
+        """Within the block it is the tape's batch that runs."""
+        self.runs = True
+        try:
+            yield
+        finally:
+            self.runs = False
+
+    @contextmanager
     def running(self, row: int | None) -> Iterator[None]:
         """Within the block taps belong to the example at place `row` of the batch."""
         before, self.row = self.row, row
@@ -192,22 +202,11 @@ class Tape:
     @property
     def examples(self) -> int:
         """How many examples the forward that runs now has."""
-        return len(self.valid) if self.row is None else 1
-
-    @contextmanager
-    def _looking(self) -> Iterator[None]:
-        """Within the block taps look at their inputs: other forwards of the model are of rows that
-        this tape knows nothing of.
-        """
-        self._looks = True
-        try:
-            yield
-        finally:
-            self._looks = False
+        return len(self.valid) if self.runs and self.row is None else 1
 
     def look(self, leaf: int, x: Tensor) -> None:
         """Note whether a leaf's input `x` tells whose its tokens are."""
-        if not self._looks:
+        if not self.runs:
             return
         b, T = self.valid.shape
         shapes = [(b, T), (1, sum(self.counts))] if x.dim() == 3 else [(b * T,)]
@@ -231,9 +230,11 @@ class Tape:
         Every leaf's (input, output gradient) is shown to `sink`. `last`: the graph is freed.
         """
         self.sink = sink
-        torch.autograd.grad(
-            logits, self.anchor, gradient.to(logits.dtype), retain_graph=not last, allow_unused=True
-        )
+        gradient = gradient.to(logits.dtype)
+        with self.own_batch():
+            torch.autograd.grad(
+                logits, self.anchor, gradient, retain_graph=not last, allow_unused=True
+            )
         self._show_pieces()
         self.sink = None
 

@@ -274,7 +274,7 @@ def _lora_sites(model: Any, name: str) -> tuple[list[Site], list[str]]:
         elif is_wrapper(layer) and (reason := refusal(layer)):
             reasons.append(f"{path}: {reason}")
         else:
-            parameter = layer.parameter_name if is_wrapper(layer) else ""
+            parameter = str(getattr(layer, "parameter_name", ""))
             sites.append(Site(path, layer, A, B, float(layer.scaling[name]), parameter))
     adapted = {id(weight) for site in sites for weight in (site.A.weight, site.B.weight)}
     outside = [

@@ -14,7 +14,8 @@ from influence.curvature.ggn import ggn_products
 from influence.curvature.objective import Objective
 from influence.errors import AdapterError, InputError
 from influence.experts import delta_weight, outermost, refusal, wrappers
-from influence.gradients import loss_sum_gradient, stream_gradients, tape
+from influence.gradients import loss_sum_gradient, output_gradient, stream_gradients, tape
+from influence.loss import mean_losses
 from influence.precision import compute_in, compute_type, computing_in
 from tests.conftest import (
     WORDS,
@@ -184,6 +185,18 @@ def test_slots_of_padding_are_not_valid():
     assert torch.equal(x[:, ::2], x[:, 1::2])  # a token's two slots have the token's input
     assert not g[~valid].any()
     assert (g != 0).sum(-1).max() <= 2  # of the 8 coordinates those of the slot's expert
+
+
+def test_another_batch_may_run_while_the_tape_is_in():
+    """As an edit's goals do, between a batch's forward and its backward."""
+    model = fused(layers=1)
+    tokens, others = tokens_of(model, examples(4)), tokens_of(model, examples(3, seed=5))
+    expected, losses = streamed(model, examples(4)), mean_losses(model, others)
+    with tape(model) as recorder:
+        part = recorder.forward(collate(tokens, np.arange(4)))
+        np.testing.assert_allclose(mean_losses(model, others), losses, rtol=1e-12)
+        found = recorder.gradients(part, output_gradient(part, None)[1])
+    assert (found - expected).norm() / expected.norm() < 1e-10
 
 
 def test_checkpointed_fused_experts_give_the_same():
