@@ -346,5 +346,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if hasattr(value, "__dataclass_fields__"):
-        return asdict(value)
+        return {name: part for name, part in asdict(value).items() if part != ()}
     return value
