@@ -55,7 +55,7 @@ class Fit(AdapterOptions, LengthOption, BudgetOption, TypedLoadingOptions, Outpu
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
         "model": "run",
-        "store": "dtype",
+        "store": "attn_implementation",
         "disk_budget": "store",
         "seed": "disk_budget",
     }
