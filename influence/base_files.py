@@ -307,6 +307,9 @@ def _cause(missing: Collection[str], unused: Collection[str]) -> str:
 
 def _unused_layers(model: Any, unused: Iterable[str]) -> list[str]:
     """Unused weights that have the names of the model's own layers, with another number."""
+    unused = list(unused)
+    if not unused:  # which is usual, and a state_dict of a quantised model is not free
+        return []
     having = {_DIGITS.sub("*", key) for key in model.state_dict()}
     config = model.config.get_text_config()
     # further layers that predict later tokens are left out by transformers itself

@@ -368,6 +368,20 @@ def test_a_run_is_opened_as_its_base_was_loaded(tmp_path, options):
             influence.fit(again, data, directory=tmp_path / "run", curvature=influence.Identity())
 
 
+def test_the_commands_load_a_run_as_its_fit_did(command, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base, adapter = save(tmp_path, layers=1, **LLAMA)
+    data = write_rows(tmp_path / "rows.jsonl", rows(6))
+    fit = ["fit", "--model", base, "--adapter", adapter, "--train", data, "--run", tmp_path / "run"]
+    fit += ["--curvature", "identity", "--path", "1.0", "--load-in-4bit", "--device-map", "cpu"]
+    assert command(*fit).status == 0
+    score = ["score", "--run", tmp_path / "run", "--queries", data]
+    assert command(*score, "--device", "cpu").status == 0
+    again = command(*fit, "--device", "cpu")
+    assert again.status == 2
+    assert "leave one of them out" in again.err
+
+
 def test_a_base_that_is_saved_quantised_is_not_quantised_again(tmp_path):
     pytest.importorskip("bitsandbytes")
     base, adapter = save(tmp_path, layers=1, **LLAMA)
