@@ -183,7 +183,8 @@ def methods(bed: RealBed, pythons: dict[str, str | None]) -> dict[str, Callable[
     def ours(scale: float | None, by_self: bool = False, **options: Any) -> np.ndarray:
         run, label = bed.run_at(scale)
         options |= {} if label is None else {"at": label}
-        scores = run.score(queries, **options).values
+        name = "-".join([run.directory.name, *options.values()])
+        scores = run.score(queries, out=bed.work / f"{name}.h5", **options).values
         return scores / np.sqrt(run.self_influence(**options).values) if by_self else scores
 
     def texts(rows: Examples) -> list[str]:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from influence.curvature import EKFAC, GGN, KFAC, Fisher, Hessian, Identity
     from influence.damping import Damping
     from influence.fitting import fit
-    from influence.gradients import check_gradients, stream_gradients
+    from influence.gradient_check import check_gradients
+    from influence.gradients import stream_gradients
     from influence.loading import from_peft, load
     from influence.measurements import Contrast, Custom
     from influence.row_files import read_examples
@@ -36,7 +37,8 @@ _HOMES = {
     "damping": ("Damping",),
     "row_files": ("read_examples",),
     "rows": ("Example", "Examples", "examples_from_rows"),
-    "gradients": ("check_gradients", "stream_gradients"),
+    "gradient_check": ("check_gradients",),
+    "gradients": ("stream_gradients",),
     "fitting": ("fit",),
     "measurements": ("Contrast", "Custom"),
     "run": ("Run",),

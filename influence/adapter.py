@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 #: What PEFT puts before a layer's own path in parameter names and safetensors keys.
 PREFIX = "base_model.model."
+#: In the names of layers of one expert among several that are modules of their own.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -89,19 +92,27 @@ class ParamSpace:
         ]
 
     def flatten(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Inverse of `split`: matrices `[..., rows, cols]` to flat vectors `[..., P]`."""
-        return torch.cat([matrix.flatten(-2) for matrix in leaves], dim=-1)
+        """Inverse of `split`: matrices `[..., rows, cols]` to flat vectors `[..., P]`.
+
+        They lie where the first matrix lies, also where a device map spread the others.
+        """
+        place = leaves[0].device
+        return torch.cat([matrix.flatten(-2).to(place) for matrix in leaves], dim=-1)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One adapted layer: PEFT's layer, its `lora_A` and `lora_B` modules and its scaling s."""
+    """One adapted layer: PEFT's layer, its `lora_A` and `lora_B` modules and its scaling s.
+
+    `parameter`: the fused experts' parameter that is adapted (`influence.experts`), else empty.
+    """
 
     name: str
     layer: Any
     A: nn.Linear
     B: nn.Linear
     scaling: float
+    parameter: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,17 +153,27 @@ class AdaptedModel:
         return [leaf.weight for site in self.sites for leaf in (site.A, site.B)]
 
     @property
+    def routed(self) -> tuple[Site, ...]:
+        """The sites of experts: each sees the tokens that are sent to it, of all examples."""
+        return tuple(
+            site for site in self.sites if site.parameter or _EXPERT.search(f".{site.name}.")
+        )
+
+    @property
     def pad_id(self) -> int:
         """A token id for padding.
 
-        Its value never matters, because padded positions reach no loss.
+        Its value never matters, because padded positions reach no loss. A padding token that was
+        added to the tokenizer and that the base has no embedding for is not taken.
         """
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        return 0 if pad is None else int(pad)
+        known = self.model.get_input_embeddings().num_embeddings
+        return int(pad) if pad is not None and 0 <= int(pad) < known else 0
 
     def snapshot(self) -> Tensor:
         """A copy of the LoRA parameters, `[P]`."""
-        return self.space.flatten([parameter.detach() for parameter in self.parameters]).clone()
+        flat = self.space.flatten([parameter.detach() for parameter in self.parameters])
+        return flat.to(self.device).clone()
 
     @torch.no_grad()
     def restore(self, theta: Tensor) -> None:

@@ -262,10 +262,6 @@ def unsupported_options(config: Mapping[str, Any]) -> list[str]:
         "trainable_token_indices": (
             "trainable token embeddings are not LoRA matrices; train without them"
         ),
-        "target_parameters": (
-            "LoRA on bare parameters (fused experts) has no linear layer to read; target linear "
-            "layers"
-        ),
         "lora_bias": "lora_bias trains a bias beside B; train without it",
         "alora_invocation_tokens": (
             "activated LoRA changes where the adapter acts; plain LoRA is supported"

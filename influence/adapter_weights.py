@@ -19,6 +19,7 @@ from torch import Tensor
 from influence.adapter import PREFIX, AdaptedModel, weight_key
 from influence.adapter_files import COPY, NAME, AdapterFiles
 from influence.errors import AdapterError, libraries_named, refuse
+from influence.experts import stacks
 from influence.progress import say
 
 
@@ -107,17 +108,30 @@ def _misfits(base: Any, matrices: Mapping[str, Tensor | None]) -> list[str]:
     reasons = []
     for key, tensor in sorted(matrices.items()):
         path, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
+        path = path.replace(".base_layer", "")  # wrappers of fused experts lie in one another
         module = modules.get(path)
         if module is None and re.search(r"\.experts\.\d+\.", path):
             reasons.append(
-                f"{path}: experts are one fused weight in this transformers, which has no linear "
-                "layer to read; adapters of attention and shared layers are supported"
+                f"{path}: experts are one fused weight in this transformers, not modules of their "
+                "own; adapters of fused experts (target_parameters) are supported"
             )
         elif module is None:
             alike = [name for name in modules if name.split(".")[-4:] == path.split(".")[-4:]]
             other = f", but {alike[0]} (another version's name?)" if len(alike) == 1 else ""
             reasons.append(f"{path}: the base has no such layer{other}")
-        elif side in ("A.weight", "B.weight") and tensor is not None and tensor.dim() == 2:
+        elif tensor is None or tensor.dim() != 2 or side not in ("A.weight", "B.weight"):
+            continue
+        elif experts := stacks(module):
+            # an A of all experts is [E r, d_in], a B [d_out, r E], and PEFT takes the widths from
+            # the parameter that it names
+            rows, width = tensor.shape if side[0] == "A" else tensor.shape[::-1]
+            if not any(rows % len(p) == 0 and width in p.shape[1:] for p in experts):
+                shapes = ", ".join(str(tuple(p.shape)) for p in experts)
+                reasons.append(
+                    f"{path}: lora_{side[0]} has the shape {tuple(tensor.shape)}, and the base's "
+                    f"experts {shapes}"
+                )
+        else:
             d_in, d_out = _features(module)
             if side[0] == "A" and d_in is not None and tensor.shape[1] != d_in:
                 reasons.append(

@@ -150,7 +150,7 @@ def _from_pretrained(
         options["device_map"] = request.device_map
     elif saved_quantised or request.quantised_now:
         options["device_map"] = {"": device}
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         request.place,
         config=config,
         dtype=dtype,
@@ -160,6 +160,7 @@ def _from_pretrained(
         **request.source,
         **options,
     )
+    model, report = loaded
     return model if "device_map" in options else model.to(device), report
 
 
@@ -233,7 +234,8 @@ def _refuse_other_kinds(place: str, config: Any) -> None:
             f"base model {place!r} is of the type {kind!r}, which transformers knows no causal "
             f"language model of. {_ADVICE}"
         )
-    names = [str(name) for name in getattr(config, "architectures", None) or []]
+    named = getattr(config, "architectures", None)
+    names = [str(name) for name in named] if isinstance(named, list) else []
     masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
     if masked and not getattr(config, "is_decoder", False) and hasattr(config, "is_decoder"):
         raise AdapterError(
@@ -380,7 +382,7 @@ def _weight_files(request: BaseRequest) -> list[Path]:
     """The safetensors files that a base was loaded from: its own, or those of the hub's cache."""
     folder = Path(request.place)
     if not folder.is_dir():
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         with libraries_named(f"base model {request.place!r} is not in the cache", _ADVICE):
             config = cached_file(request.place, "config.json", revision=request.revision)
@@ -416,4 +418,9 @@ def _note_saved_type(request: BaseRequest, config: Any, saved_quantised: bool) -
         say(
             f"note: the base is saved as {saved} and loaded as float32; --dtype {saved} takes "
             "half the memory"
+        )
+    elif not saved_quantised and saved == "float32" and request.dtype in ("bfloat16", "float16"):
+        say(
+            f"note: the base is saved as float32 and loaded as {request.dtype}, which rounds its "
+            "weights: right where the adapter was trained on them rounded so; else --dtype float32"
         )

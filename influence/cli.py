@@ -408,9 +408,10 @@ class Check(TrainedOptions, ColumnsOption, RenderingOptions, TypedLoadingOptions
 @command(app, Check)
 def check(options: Check) -> None:
     """Compare the streamed per-example gradients of *your* model with a plain one-example loop, and
-    with --trainer-output the objective with the losses that the trainer logged.
+    the number type it computes in with a wider one; with --trainer-output the objective with the
+    losses that the trainer logged.
     """
-    from influence.gradients import check_gradients
+    from influence.gradient_check import check_gradients
     from influence.row_files import read_examples
 
     console.at_least("--rows", options.rows, 1)
@@ -425,7 +426,17 @@ def check(options: Check) -> None:
         max_length=options.max_length,
         supervise=options.supervise,
     )
-    record = {"ok": result.ok, "tolerance": result.tolerance, "errors": result.errors}
+    record = {
+        "ok": result.ok,
+        "tolerance": result.tolerance,
+        "errors": result.errors,
+        "computed": result.computed,
+        "reference": result.reference,
+        "precision": result.precision,
+        "precise": result.precise,
+        "wide_tolerance": result.wide_tolerance,
+        "wide_errors": result.wide_errors,
+    }
     text, passed = str(result), result.ok
     if options.trainer_output is not None:
         losses = _logged_losses(options, model, examples)

@@ -27,6 +27,7 @@ from influence.damping import Damping
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
 from influence.fitted_point import CHECKPOINT, PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
+from influence.gradient_check import measure_precision, precision_note
 from influence.kept import RECIPE, forget_adapter, keep_adapter, keep_recipe, keep_rows
 from influence.logged_loss import check_losses
 from influence.loss import check_rows
@@ -49,6 +50,7 @@ from influence.manifest import (
 )
 from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, Point, check_path, points
+from influence.precision import compute_record
 from influence.progress import say
 from influence.row_weights import batch_size
 from influence.rows import Examples
@@ -148,14 +150,19 @@ def fit(
     say_idle(geometry, damping, optimizer, store, disk_budget)
     if output is not None:
         if optimizer is None and (geometry == "adam" or damping == "time"):
-            optimizer = _told_optimizer(output)
+            optimizer = _optimizer_of(output)
         if path is None and not checkpoints:
-            checkpoints = _told_points(output)
+            checkpoints = _points_of(output)
     if path is None:
         path = () if checkpoints else curvature.default_path or DEFAULT_PATH
     scales = check_path(path)
     _check_options(geometry, store, token_budget, disk_budget)
     batch_size(reduction)  # refuses an unknown reduction before any work
+    if geometry == "function" and any(site.parameter for site in model.sites):
+        raise InputError(
+            "geometry function was given, and this adapter has fused experts, each with an A and B "
+            "of its own in one matrix: give raw or adam"
+        )
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
     _refuse_nameless(curvature)
@@ -195,6 +202,7 @@ def fit(
         run = Run(directory, existing or manifest, model, train, tokens, curvature)
         _keep(run, training, finished=existing is not None)
         if existing is None:
+            _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
         _calibrate(run)
     return run
@@ -243,6 +251,8 @@ def _manifest(
         identity["supervise"] = rendering.supervise
     if model.loading.attn_implementation is not None:  # the bits are in the base's digest
         identity["attn_implementation"] = model.loading.attn_implementation
+    if (computed := compute_record(model)) != "own":
+        identity["compute"] = computed
     return Manifest(
         format=FORMAT,
         digest=digest_of(identity),
@@ -271,9 +281,28 @@ def _manifest(
         token_budget=token_budget,
         dtype=dtype,
         loading=model.loading,
+        compute=computed,
         versions=versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
+
+
+def _measure_precision(run: Run) -> None:
+    """Measure the error of 16-bit gradients on a few rows, before the work that is made of them.
+
+    It is largest at the end of the path, where the rows are learnt best and the model is now.
+    """
+    try:
+        record = measure_precision(run.model, run.tokens, token_budget=run.manifest.token_budget)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        say(f"note: the error of 16-bit gradients could not be measured ({error})")
+        return
+    if record is None:
+        return
+    run.manifest = replace(run.manifest, precision=record)
+    write_manifest(run.directory, run.manifest)
+    if note := precision_note(record):
+        say(note)
 
 
 def say_idle(
@@ -290,7 +319,7 @@ def say_idle(
         say(f"note: --disk-budget {IDLE} with --store {store}, only with auto")
 
 
-def _told_optimizer(output: TrainerOutput) -> Path:
+def _optimizer_of(output: TrainerOutput) -> Path:
     """The optimiser's state in a trainer's output."""
     if output.optimizer is None:
         raise InputError(
@@ -302,7 +331,7 @@ def _told_optimizer(output: TrainerOutput) -> Path:
     return output.optimizer
 
 
-def _told_points(output: TrainerOutput) -> tuple[Path, ...]:
+def _points_of(output: TrainerOutput) -> tuple[Path, ...]:
     """The checkpoints of a trainer's output that are looked at, said."""
     places = output.points()
     if not places:
@@ -500,13 +529,17 @@ def _tidy(directory: Path, manifest: Manifest, curvature: Specification) -> None
 
 
 def versions() -> dict[str, str]:
-    """The versions of this package and of what it computes with."""
+    """The versions of this package, of what it computes with, and of trl, whose templates render
+    rows, where it is installed.
+    """
     out = {}
-    for package in ("lora-influence", "torch", "transformers", "peft", "numpy", "h5py"):
+    for package in ("lora-influence", "torch", "transformers", "peft", "numpy", "h5py", "trl"):
         try:
             out[package] = version(package)
         except PackageNotFoundError:
             out[package] = "unknown"
+    if out["trl"] == "unknown":
+        del out["trl"]
     return out
 
 

@@ -20,8 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,9 +32,9 @@ from influence.adapter import AdaptedModel, ParamSpace
 from influence.batches import Batch, collate, plan_batches
 from influence.cost import Cost
 from influence.errors import AdapterError, NumericalError
+from influence.experts import SlotForward, outermost
 from influence.loss import (
     Supervised,
-    check_rows,
     loss_gradient,
     probabilities,
     sample_labels,
@@ -43,9 +42,9 @@ from influence.loss import (
     token_losses,
 )
 from influence.measurements import MeanLoss, Measurement
-from influence.positions import documents, fresh_rope
-from influence.rows import Examples
-from influence.tokens import Rendering, TokenizedExamples
+from influence.precision import computes_in
+from influence.progress import say
+from influence.tokens import TokenizedExamples
 
 #: What a tap hands over: leaf number, inputs [b, T, d_in], output gradients [b, T, d_out], valid
 #: tokens [b, T].
@@ -113,21 +112,34 @@ class _Tap(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, tape: Tape, leaf: int
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tape, ctx.leaf = tape, leaf
+        ctx.tape, ctx.leaf, ctx.row = tape, leaf, tape.row
         return nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        ctx.tape.show(ctx.leaf, x, grads[0])
+        ctx.tape.show(ctx.leaf, x, grads[0], ctx.row)
         return (grads[0] @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
 
 
 class Tape:
-    """The taps of one model: one forward per batch, then one backward per loss."""
+    """The taps of one model: one forward per batch, then one backward per loss.
+
+    A layer that sees the tokens of a batch neither by example nor in order, as an expert that is a
+    module of its own does, tells nothing of whose they are. Then the examples of a batch run one by
+    one (`apart`): slower, and right for every layer.
+    """
 
     def __init__(self, model: AdaptedModel) -> None:
         self.model = model
+        leaves = [(2 * i + side, site) for i, site in enumerate(model.sites) for side in (0, 1)]
+        #: leaves of fused experts, which see k slots for every token (`influence.experts`)
+        self.slots = {number for number, site in leaves if site.parameter}
+        self.apart = any(not site.parameter for site in model.routed)
+        self.row: int | None = None  # the example that runs, where they run one by one
+        #: whether the tape's own batch runs, and not one that others run meanwhile
+        self.runs = False
+        self._pieces: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
         self.sink: Sink | None = None
         self.valid = torch.empty(0)
@@ -140,15 +152,71 @@ class Tape:
         # batches and cut off in others, and must count in none.
         # The last of a document is followed by a token of another one.
         self.valid = real[:, :-1] & real[:, 1:] & (batch.position_ids[:, 1:] > 0)
-        with torch.enable_grad():
-            part = supervised_logits(self.model, batch)
-        self.counts = part.counts
+        self.counts = batch.supervised[:, 1:].sum(1).tolist()
+        with torch.enable_grad(), self.own_batch():
+            part = None if self.apart else supervised_logits(self.model, batch)
+            if self.apart or part is None:  # a tap may just have found that they must
+                part = self._one_by_one(batch)
         if not bool(torch.isfinite(part.logits.detach().sum(dtype=torch.float64))):
             raise NumericalError(
                 "the model gives NaN or infinite logits on the training or query rows; load it "
                 "with another --dtype, or check it on the rows' text"
             )
         return part
+
+    def _one_by_one(self, batch: Batch) -> Supervised:
+        """The logits of a batch whose examples run alone, without padding."""
+        parts = []
+        for row, real in enumerate(batch.attention_mask.bool()):
+            alone = replace(
+                batch,
+                **{
+                    name: getattr(batch, name)[row : row + 1, real]
+                    for name in ("input_ids", "attention_mask", "supervised", "position_ids")
+                },
+                indices=batch.indices[row : row + 1],
+            )
+            with self.running(row):
+                parts.append(supervised_logits(self.model, alone))
+        logits, targets = (torch.cat([getattr(p, n) for p in parts]) for n in ("logits", "targets"))
+        return Supervised(logits, targets, [p.counts[0] for p in parts])
+
+    @contextmanager
+    def own_batch(self) -> Iterator[None]:
+        """Within the block it is the tape's batch that runs."""
+        self.runs = True
+        try:
+            yield
+        finally:
+            self.runs = False
+
+    @contextmanager
+    def running(self, row: int | None) -> Iterator[None]:
+        """Within the block taps belong to the example at place `row` of the batch."""
+        before, self.row = self.row, row
+        try:
+            yield
+        finally:
+            self.row = before
+
+    @property
+    def examples(self) -> int:
+        """How many examples the forward that runs now has."""
+        return len(self.valid) if self.runs and self.row is None else 1
+
+    def look(self, leaf: int, x: Tensor) -> None:
+        """Note whether a leaf's input `x` tells whose its tokens are."""
+        if not self.runs:
+            return
+        b, T = self.valid.shape
+        shapes = [(b, T), (1, sum(self.counts))] if x.dim() == 3 else [(b * T,)]
+        known = x.shape[:-1] in shapes or leaf in self.slots
+        if not known and self.row is None and not self.apart:
+            self.apart = True
+            say(
+                f"note: {self.model.space.leaves[leaf].name} sees {tuple(x.shape[:-1])} tokens of "
+                f"{b} rows of {T} and not whose they are: rows run one by one from here on"
+            )
 
     def run(self, batch: Batch, measurement: Measurement | None) -> tuple[Tensor, np.ndarray]:
         """Gradients `[b, P]` and values `[b]` of one batch, whose graph is gone afterwards."""
@@ -162,9 +230,12 @@ class Tape:
         Every leaf's (input, output gradient) is shown to `sink`. `last`: the graph is freed.
         """
         self.sink = sink
-        torch.autograd.grad(
-            logits, self.anchor, gradient.to(logits.dtype), retain_graph=not last, allow_unused=True
-        )
+        gradient = gradient.to(logits.dtype)
+        with self.own_batch():
+            torch.autograd.grad(
+                logits, self.anchor, gradient, retain_graph=not last, allow_unused=True
+            )
+        self._show_pieces()
         self.sink = None
 
     def new_sink(self, buffer: Tensor | None = None) -> GradientSink:
@@ -181,31 +252,56 @@ class Tape:
         self.backward(part.logits, gradient, sink, last=last)
         return sink.rows
 
-    def show(self, leaf: int, x: Tensor, g: Tensor) -> None:
-        """Bring one leaf's tensors into the shape `[b, T, d]` and hand them to the sink."""
+    def show(self, leaf: int, x: Tensor, g: Tensor, row: int | None = None) -> None:
+        """Bring one leaf's tensors into the shape `[b, T, d]` and hand them to the sink.
+
+        Those of one example alone wait for the others'.
+        """
         assert self.sink is not None
+        if row is not None:
+            piece = (x.detach().reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
+            self._pieces.setdefault((leaf, row), []).append(piece)
+            return
         b, T = self.valid.shape
         valid = self.valid
-        if x.dim() == 2 and x.shape[0] == b * T:  # some decoders flatten their tokens
+        # a device map may have put the layer elsewhere
+        x, g = x.to(valid.device), g.to(valid.device)
+        if leaf in self.slots:
+            valid = valid.repeat_interleave(x.shape[1] // T, 1)
+        elif x.dim() == 2 and x.shape[0] == b * T:  # some decoders flatten their tokens
             x, g = x.unflatten(0, (b, T)), g.unflatten(0, (b, T))
         elif x.shape[0] == 1 and x.shape[1] == sum(self.counts) and (b, T) != x.shape[:2]:
             # an adapted LM head sees supervised positions only, one example after the other
-            x, g = (
-                nn.utils.rnn.pad_sequence(list(t[0].split(self.counts)), batch_first=True)
-                for t in (x, g)
-            )
-            valid = (
-                torch.arange(x.shape[1], device=x.device)
-                < torch.tensor(self.counts, device=x.device)[:, None]
-            )
-        if x.shape[:2] != valid.shape:
+            x, g, valid = _padded([t[0].split(self.counts) for t in (x, g)])
+        if x.shape[:-1] != valid.shape:
             raise AdapterError(
                 f"{self.model.space.leaves[leaf].name} sees tokens of shape {tuple(x.shape)} "
-                f"where {tuple(valid.shape)} + (width,) was expected: routed experts mix the "
-                "tokens of different examples, so their per-example gradients are not supported; "
-                "adapt attention and shared layers only"
+                f"where {tuple(valid.shape)} + (width,) was expected, and the gradients of single "
+                "rows cannot be told apart there; adapt other layers"
             )
         self.sink(leaf, x, g, valid)
+
+    def _show_pieces(self) -> None:
+        """Hand over what the leaves saw of examples that ran alone."""
+        assert self.sink is not None
+        rows = range(len(self.counts))
+        for leaf in sorted({leaf for leaf, _ in self._pieces}, reverse=True):
+            found = [self._pieces.pop((leaf, row), []) for row in rows]
+            like = next(piece for pieces in found for piece in pieces)
+            sides = [
+                [torch.cat([p[side] for p in pieces] or [like[side][:0]]) for pieces in found]
+                for side in (0, 1)
+            ]
+            self.sink(leaf, *_padded(sides))
+
+
+def _padded(sides: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs and output gradients of each example, padded with zeros to `[b, T, d]`, and which of
+    the tokens are valid `[b, T]`.
+    """
+    x, g = (nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in sides)
+    lengths = torch.tensor([len(part) for part in sides[0]], device=x.device)
+    return x, g, torch.arange(x.shape[1], device=x.device) < lengths[:, None]
 
 
 @contextmanager
@@ -218,9 +314,13 @@ def tape(model: AdaptedModel) -> Iterator[Tape]:
     leaves = [leaf for site in model.sites for leaf in (site.A, site.B)]
     forwards = {leaf: _tapped_forward(leaf, recorder, number) for number, leaf in enumerate(leaves)}
     forwards |= {
-        layer: partial(checkpoint, layer.forward, use_reentrant=False)
-        for layer in checkpointed_layers(model)
+        layer: _recomputed(layer.forward, recorder) for layer in checkpointed_layers(model)
     }
+    if recorder.slots:
+        forwards |= {
+            layer: SlotForward(layer, recorder, computes_in(layer))
+            for layer in outermost(model.model)
+        }
     with model.evaluating(), replaced_forwards(forwards):
         yield recorder
 
@@ -260,7 +360,26 @@ def checkpointed_layers(model: AdaptedModel) -> list[nn.Module]:
 
 
 def _tapped_forward(leaf: nn.Linear, recorder: Tape, number: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: _Tap.apply(x, leaf.weight, recorder.anchor, recorder, number)  # type: ignore[no-any-return]
+    def forward(x: Tensor) -> Tensor:
+        recorder.look(number, x)
+        return _Tap.apply(x, leaf.weight, recorder.anchor, recorder, number)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _recomputed(forward: Callable[..., Any], recorder: Tape) -> Callable[..., Any]:
+    """A layer's forward that is run again in the backward, for the same example."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        row = recorder.row
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with recorder.running(row):
+                return forward(*args, **kwargs)
+
+        return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+    return run
 
 
 def max_rows(space: ParamSpace) -> int:
@@ -348,98 +467,6 @@ def sampled_gradients(
     for draw in range(draws):
         gradient = sampled_gradient(part, probs, batch_uniforms(tokens, batch.indices, seed, draw))
         yield recorder.gradients(part, gradient, last=draw == draws - 1)
-
-
-# ---- the public self-check -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GradientCheck:
-    """Largest relative error of each leaf in `check_gradients`, and the verdict."""
-
-    errors: dict[str, float]
-    tolerance: float
-    examples: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether every leaf's error is within the tolerance."""
-        return all(error <= self.tolerance for error in self.errors.values())
-
-    def __str__(self) -> str:
-        """One sentence, with the worst leaf."""
-        worst = max(self.errors, key=lambda name: self.errors[name])
-        verdict = "agree" if self.ok else "DISAGREE"
-        return (
-            f"streamed and one-example gradients {verdict} on {self.examples} examples: worst "
-            f"relative error {self.errors[worst]:.1e} at {worst} (tolerance {self.tolerance:.0e})"
-        )
-
-
-def check_gradients(
-    model: AdaptedModel,
-    examples: Examples,
-    *,
-    max_length: int | None = None,
-    supervise: str | None = None,
-    tolerance: float | None = None,
-) -> GradientCheck:
-    """Compare the streamed gradients of *your* model with a plain one-example autograd loop.
-
-    The loop runs each example alone, without taps, with the full logits, and differentiates the
-    summed cross-entropy by the LoRA parameters. The error of a leaf is `max_i |g_i - loop_i| /
-    max_i |loop_i|` (Euclidean norms; a leaf whose gradient vanishes is measured against 1e-6 of the
-    whole gradient's). Default tolerance: 1e-10 in float64, 1e-4 in float32 and 5e-2 where a base
-    computes in 16 bits (bfloat16, float16, or 8-bit layers).
-    """
-    rendering = Rendering.of_trainer(examples, max_length, supervise)
-    tokens = rendering.tokenize(examples, model.tokenizer)
-    check_rows(model, tokens)
-    streamed = torch.empty(len(tokens), model.space.size, dtype=model.dtype, device=model.device)
-    for rows, gradients, _ in stream_gradients(model, tokens):
-        streamed[torch.from_numpy(rows)] = gradients
-    loop = torch.stack([_loop_gradient(model, tokens, i) for i in range(len(tokens))])
-    errors = {}
-    for leaf in model.space.leaves:
-        difference = (streamed - loop)[:, leaf.slice].norm(dim=1).max()
-        scale = (
-            loop[:, leaf.slice]
-            .norm(dim=1)
-            .max()
-            .clamp(min=1e-6 * float(loop.norm(dim=1).max()) + 1e-30)
-        )
-        errors[leaf.name] = float(difference / scale)
-    if tolerance is None:
-        base_dtype = next(model.model.parameters()).dtype
-        if any(type(module).__name__ == "Linear8bitLt" for module in model.model.modules()):
-            base_dtype = torch.float16  # bitsandbytes casts the inputs of 8-bit layers to it
-        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(base_dtype, 5e-2)
-    return GradientCheck(errors, tolerance, len(tokens))
-
-
-def _loop_gradient(model: AdaptedModel, tokens: TokenizedExamples, index: int) -> Tensor:
-    """Gradient `[P]` of one example's summed loss by plain autograd, without taps.
-
-    Documents of one row run apart.
-    """
-    ids = torch.from_numpy(tokens[index].input_ids).to(model.device)
-    targets = torch.where(torch.from_numpy(tokens[index].supervised).to(model.device), ids, -100)
-    with model.evaluating(model.parameters), torch.enable_grad():
-        loss = torch.zeros((), device=model.device)
-        for part in documents(tokens[index]):
-            fresh_rope(model.model)
-            logits = model.model(input_ids=ids[None, part]).logits[0, :-1]
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            loss = loss + nn.functional.cross_entropy(
-                logits, targets[part][1:], ignore_index=-100, reduction="sum"
-            )
-        parts = torch.autograd.grad(loss, model.parameters, allow_unused=True)
-    return model.space.flatten(
-        [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(model.parameters, parts, strict=True)
-        ]
-    )
 
 
 # ---- the gradient of a weighted sum --------------------------------------------------------------

@@ -26,10 +26,15 @@ from influence.adapter_files import (
 )
 from influence.adapter_weights import add_adapter
 from influence.base_files import DTYPES, BaseRequest, grouped, load_base
-from influence.errors import AdapterError, NumericalError, refuse
+from influence.errors import AdapterError, InputError, NumericalError, refuse
+from influence.experts import is_wrapper, refusal, take_plain_products
 from influence.manifest import LoadingRecord
+from influence.precision import HALF, compute_in
 from influence.progress import say
 from influence.tokenizer_files import load_tokenizer
+
+#: What a base computes in, as `load` takes it.
+COMPUTE = ("auto", "float32", "own")
 
 
 def load(
@@ -37,6 +42,7 @@ def load(
     adapter: str | Path,
     *,
     dtype: str = "float32",
+    compute: str = "auto",
     device: str = "auto",
     device_map: str | None = None,
     load_in_4bit: bool = False,
@@ -62,6 +68,11 @@ def load(
         `float32`, `bfloat16`, `float16` or `float64`: type of the base's weights, or `auto`: the
         type they are saved in. The LoRA parameters, their gradients and all sums are float32 under
         a 16-bit base, else of the same type. A base saved quantised keeps its own.
+    compute
+        What a 16-bit or quantised base computes in. `float32`: its weights are cast up, layer by
+        layer, for the time of each product, which takes no more memory and makes gradients as right
+        as those of a float32 base. `own`: in 16 bits. `auto`: float32 for a 16-bit base on a CPU,
+        where it is the faster one, else its own.
     device
         `auto` (cuda, else cpu) or any torch device that has float64 (mps does not).
     device_map
@@ -87,6 +98,8 @@ def load(
     """
     for place in (base, adapter):
         _refuse_mistyped_path(place)
+    if compute not in COMPUTE:
+        raise InputError(f"compute {compute!r} was given; expected one of {', '.join(COMPUTE)}")
     how = LoadingRecord(load_in_4bit, load_in_8bit, attn_implementation)
     request = BaseRequest(str(base or ""), dtype, device, device_map, how, trust_remote_code)
     files = read_adapter(adapter)
@@ -108,6 +121,16 @@ def load(
         base=_reference(request.place),
         adapter=_reference(adapter),
     )
+    if any(not site.parameter for site in loaded.routed):
+        say(
+            "note: this adapter's experts are modules of their own, which see tokens of many rows "
+            "at once: rows run one by one, which is slower"
+        )
+    quantised = getattr(body.config, "quantization_config", None) is not None
+    half = quantised or next(body.parameters()).dtype in HALF
+    on_cpu = compute == "auto" and loaded.device.type == "cpu" and not quantised
+    if half and (compute == "float32" or on_cpu):
+        compute_in(body, torch.float32)
     return replace(loaded, loading=how)
 
 
@@ -145,6 +168,8 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
     refuse("this adapter cannot be used", reasons)
 
     model.eval()
+    if next(model.parameters()).dtype == torch.float64:
+        take_plain_products(model)
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights in place for a CPU kernel that has no backward; keep it
         # from doing so
@@ -246,8 +271,11 @@ def _lora_sites(model: Any, name: str) -> tuple[list[Site], list[str]]:
                 f"{path}: LoRA on {type(layer.get_base_layer()).__name__} is not supported; on "
                 "nn.Linear and Conv1D it is"
             )
+        elif is_wrapper(layer) and (reason := refusal(layer)):
+            reasons.append(f"{path}: {reason}")
         else:
-            sites.append(Site(path, layer, A, B, float(layer.scaling[name])))
+            parameter = str(getattr(layer, "parameter_name", ""))
+            sites.append(Site(path, layer, A, B, float(layer.scaling[name]), parameter))
     adapted = {id(weight) for site in sites for weight in (site.A.weight, site.B.weight)}
     outside = [
         key

@@ -84,7 +84,9 @@ def _only_supervised_reach_head(model: AdaptedModel, mask: Tensor) -> Iterator[b
     if head is None:
         yield False
         return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][mask].unsqueeze(0), *args[1:]))
+    handle = head.register_forward_pre_hook(
+        lambda _, args: (args[0][mask.to(args[0].device)].unsqueeze(0), *args[1:])
+    )
     try:
         yield True
     finally:

@@ -156,6 +156,19 @@ class NowRecord:
 
 
 @dataclass(frozen=True)
+class PrecisionRecord:
+    """How far gradients in the type that a fit computed in are from float32's: the largest and the
+    median relative error of a row, at the adapter itself.
+    """
+
+    computed: str
+    reference: str
+    rows: int
+    worst: float
+    median: float
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The manifest of a run.
 
@@ -164,7 +177,9 @@ class Manifest:
     `curvature` has the specification's `name` and its options; `damping` the rule as it is typed;
     `store`, `disk_budget` and `token_budget` (tokens of a batch) are `fit`'s options;
     `gradients_stored` whether the rows' gradients are on disk; `calibration` the factors by the
-    setting's name. `rest` has the keys that this version does not know.
+    setting's name; `compute` is `float32` where the base computed in that, wider than its weights'
+    `dtype`, else `own`; `precision` the error of 16-bit gradients.
+    `rest` has the keys that this version does not know.
     """
 
     format: int
@@ -194,6 +209,8 @@ class Manifest:
     tuned: TunedRecord | None = None
     audit: AuditRecord | None = None
     now: NowRecord | None = None
+    compute: str = field(default="own", metadata=LATER)
+    precision: PrecisionRecord | None = field(default=None, metadata=LATER)
     rest: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod

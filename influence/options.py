@@ -319,6 +319,11 @@ class TypeOption:
         "Attention of transformers: eager, sdpa, flash_attention_2 ... Default: its own choice.",
         default=None,
     )
+    compute: str = option(
+        "What a 16-bit base computes in: float32 (memory of 16 bits, gradients of float32), own, "
+        "or auto (float32 on a CPU).",
+        default="auto",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -456,7 +456,7 @@ def _hub_rows(
 
 
 def _commit(dataset: Any) -> str | None:
-    """The commit that a data set was loaded from, as its files' addresses say."""
-    addresses = " ".join(map(str, dataset.info.download_checksums or ()))
-    commits = set(re.findall(r"hf://datasets/[^@\s]+@([0-9a-f]{40})/", addresses))
-    return commits.pop() if len(commits) == 1 else None
+    """The commit that a data set was loaded from: the folder that `datasets` caches it in."""
+    folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    commits = {name for name in folders if re.fullmatch("[0-9a-f]{40}", name)}
+    return commits.pop() if len(commits) == len(folders) == 1 else None

@@ -162,7 +162,8 @@ def recognised(
     if again and own:
         return Recognised(_decoded(named)[0])
     for key in MEDIA:
-        if row.get(key) is not None and row[key] != []:
+        value = row.get(key)
+        if value is not None and not (isinstance(value, (list, tuple)) and not value):
             raise UnusableRow(f"holds {key!r}, and models of text alone are read: leave it out")
     forms = _forms_of(named)
     if len(own) + len(forms) > 1 and forms:

@@ -125,7 +125,8 @@ class Example:
         Control characters become spaces, so a row cannot move a terminal's cursor.
         """
         if self.input_ids is not None:
-            return one_line(f"{len(self.input_ids)} token ids", width)
+            first = " ".join(map(str, self.input_ids[:width]))
+            return one_line(f"{len(self.input_ids)} token ids: {first}", width)
         if self.text is not None:
             return one_line(self.text, width)
         if self.messages is not None:

@@ -42,6 +42,7 @@ from influence.loss import check_rows
 from influence.manifest import Manifest, change_manifest, differences, read_manifest
 from influence.measurements import Measurement
 from influence.path import Point, point_from_record, scaled
+from influence.precision import compute_record
 from influence.row_files import place_of, read_again
 from influence.row_weights import RowWeights
 from influence.rows import Examples
@@ -107,6 +108,7 @@ class Run:
                 manifest.adapter.path,
                 dtype=manifest.dtype,
                 **asdict(manifest.loading),
+                compute=manifest.compute,
                 device=device,
                 device_map=device_map,
                 checkpointing=checkpointing,
@@ -124,6 +126,7 @@ class Run:
             "data": train.digest,
             "tokenizer": tokenizer_digest(model.tokenizer),
             "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
+            "compute": None if (computed := compute_record(model)) == "own" else computed,
         }
         different = differences(manifest.identity, given)
         if different:
@@ -133,6 +136,7 @@ class Run:
                 "was made from (paths in manifest.json), or fit a new run"
             )
         tokens = manifest.objective.rendering.tokenize(train, model.tokenizer)
+        _refuse_other_tokens(directory, manifest, tokens)
         return cls(directory, manifest, model, train, tokens, curvature)
 
     @property
@@ -380,6 +384,19 @@ def refuse_moved(
             f"{directory} was made from what does not exist any more: {places}. Where it was "
             "moved, the same influence fit command with the new paths says so to the run, and "
             "computes nothing again"
+        )
+
+
+def _refuse_other_tokens(directory: Path, manifest: Manifest, tokens: TokenizedExamples) -> None:
+    """The same rows and tokenizer may be rendered otherwise by other versions of the libraries."""
+    there = manifest.data.tokens, manifest.data.supervised_tokens
+    here = int(tokens.lengths.sum()), int(tokens.counts.sum())
+    if there != here:
+        made = ", ".join(f"{name} {number}" for name, number in sorted(manifest.versions.items()))
+        raise MismatchError(
+            f"the rows of {directory} were {there[0]} tokens ({there[1]} supervised) at the fit and "
+            f"are {here[0]} ({here[1]}) now: transformers or trl render them otherwise than then. "
+            f"Install what the fit had ({made}), or fit a new run"
         )
 
 

@@ -57,6 +57,7 @@ def _load(source: str, revision: str | None, trust_remote_code: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, **which
         )
+        tokenizer("a")  # what its settings spoil is told here, not at the first row
         if not len(tokenizer):
             raise AdapterError(f"the tokenizer of {source!r} has no vocabulary. {_ADVICE}")
         return tokenizer

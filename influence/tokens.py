@@ -353,7 +353,7 @@ def _encode_part(
             verbose=False,
         )
 
-    wholes = call([row.text for row in rendered], offsets=tokenizer.is_fast)
+    wholes = call([row.text for row in rendered], offsets=bool(tokenizer.is_fast))
     prompts = [row.prompt for row in rendered if row.prompt is not None]
     prompt_ids = iter(call(prompts)["input_ids"] if prompts else ())
     for place, row in enumerate(rendered):

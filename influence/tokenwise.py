@@ -21,7 +21,7 @@ from torch import Tensor
 
 from influence.at_point import AtPoint
 from influence.batches import collate, plan_batches
-from influence.errors import InputError
+from influence.errors import AdapterError, InputError
 from influence.gradients import tape
 from influence.loss import loss_gradient, probabilities
 from influence.progress import track
@@ -65,6 +65,11 @@ class Tokenwise:
         columns = model.space.split(point.geometry.adjoint(solutions))
         plan = plan_batches(run.tokens, run.manifest.token_budget)
         with model.at(point.place.theta), tape(model) as recorder:
+            if recorder.apart:
+                raise AdapterError(
+                    "scores per token were asked for, and this adapter has experts that see "
+                    "tokens without their places: ask for scores per row"
+                )
             for rows in track(plan, "training rows, token by token"):
                 batch = collate(run.tokens, rows, pad_id=model.pad_id, device=model.device)
                 part = recorder.forward(batch)
@@ -83,7 +88,9 @@ class Tokenwise:
                     reads: Tensor = reads,
                 ) -> None:
                     products = _products(x.to(solutions), g.to(solutions), columns[leaf])
-                    if valid is recorder.valid:
+                    if leaf in recorder.slots:  # k of them for every token
+                        found += products.unflatten(-1, (reads.shape[1], -1)).sum(-1)
+                    elif valid is recorder.valid:
                         found += products
                     else:  # an adapted LM head sees supervised positions only, in order
                         found[:, reads] += products[:, valid]

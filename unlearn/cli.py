@@ -419,10 +419,12 @@ def train(options: Train) -> None:
     ids = _named(options, rows) or []
     _refuse_unknown(rows, ids)
     console.quiet_transformers()
+    loading = keywords(LoadingOptions, options)
+    loading["device"] = distributed.join(options.device)
     run = Run.open(
         options.run,
         train=rows,
-        **keywords(LoadingOptions, options) | {"device": distributed.join(options.device)},
+        **loading,
     )
     refuse_out(run, options.out, options.overwrite)
     checkpoint = options.out.with_name(options.out.name + ".training")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,7 @@ def generate(
         raise DataError(
             f"{len(bad)} of {len(examples)} rows cannot be continued; leave them out:", bad
         )
-    prompts = _prompts(tokenize(examples, model.tokenizer))
+    prompts = _prompts(model, examples)
     limits = np.minimum(max_new_tokens, _room(model, prompts))
     texts = [""] * len(examples)
     for limit in np.unique(limits).tolist():
@@ -171,14 +171,16 @@ def continuable(model: AdaptedModel, examples: Examples) -> np.ndarray:
     )
     places = np.flatnonzero(able)
     if len(places):
-        able[places] = (
-            _room(model, _prompts(tokenize(examples.select(places), model.tokenizer))) >= 1
-        )
+        able[places] = _room(model, _prompts(model, examples.select(places))) >= 1
     return able
 
 
-def _prompts(tokens: TokenizedExamples) -> TokenizedExamples:
-    """Each row up to its first supervised token."""
+def _prompts(model: AdaptedModel, examples: Examples) -> TokenizedExamples:
+    """Each row up to the first token of its last answer."""
+    last = Examples(
+        replace(row, prompt_turns=None) for row in examples
+    )  # of several in a completion
+    tokens = tokenize(last, model.tokenizer)
     cut = [row.input_ids[: int(row.supervised.argmax())] for row in tokens]
     return TokenizedExamples(
         [Tokens(ids, np.zeros(len(ids), dtype=bool)) for ids in cut], tokens.ids

@@ -188,7 +188,13 @@ def quantise(
             f"{site.name}: its weights are {site.layer.get_base_layer().weight.dtype} already; "
             "load a base that is not quantised"
             for site in model.sites
-            if site.layer.get_base_layer().weight.dtype not in DTYPES.values()
+            if not site.parameter
+            and site.layer.get_base_layer().weight.dtype not in DTYPES.values()
+        ]
+        + [
+            f"{site.name}: fused experts ({site.parameter}) are not rounded here"
+            for site in model.sites
+            if site.parameter
         ],
     )
     forwards: dict[nn.Module, Callable[..., Any]] = {

@@ -122,6 +122,10 @@ class DenseMoment:
     def eigen(self) -> tuple[Tensor, Tensor, float]:
         """Eigenvectors `[d, d]`, eigenvalues `[d]` (clipped at 0), and the mean eigenvalue of
         the complement, 0.
+
+        Decomposed in float64 (in float32 the large eigenvalues of a real model's inputs, 1e5 times
+        the median, drown the others), kept in the sums' type and in their place, because the bases
+        of a large adapter take as much memory as all sums. The sums are gone.
         """
         matrix = self.state.double()
         if not bool(torch.isfinite(matrix).all()):
@@ -129,7 +133,9 @@ class DenseMoment:
                 "a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64"
             )
         values, vectors = torch.linalg.eigh(matrix, UPLO="L")
-        return vectors, values.clamp(min=0), 0.0
+        place = self.state.copy_(vectors)
+        del self.state  # a second use is an error, not a wrong basis
+        return place, values.clamp(min=0), 0.0
 
 
 class SketchedMoment:
@@ -290,7 +296,8 @@ class Moments(Accumulator):
     def kronecker(self) -> Kronecker:
         """K-FAC from the moments, eigendecomposed.
 
-        Output moments are means over the label draws.
+        Output moments are means over the label draws. The moments are used up: their memory holds
+        the eigenvectors.
         """
         # LAPACK runs without the interpreter's lock; CUDA's library is not safe to enter from
         # several threads
@@ -502,6 +509,7 @@ def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
     handles = [
         site.layer.register_forward_pre_hook(note(2 * i), with_kwargs=True)
         for i, site in enumerate(model.sites)
+        if not site.parameter  # nested around one module, each with an input of its own
     ]
     try:
         with model.evaluating(), torch.no_grad():

@@ -26,8 +26,10 @@ from influence.curvature.base import (
     Specification,
 )
 from influence.errors import AdapterError, NumericalError
+from influence.experts import plain_products
 from influence.geometry import Geometry, Raw
 from influence.loss import Supervised, supervised_logits
+from influence.precision import HALF, compute_type, type_name
 from influence.tokens import TokenizedExamples
 
 if TYPE_CHECKING:
@@ -196,11 +198,12 @@ class MatrixFree(Specification):
 
     def caution(self, model: AdaptedModel) -> str | None:
         """Products of a 16-bit base carry its rounding twice."""
-        if model.dtype == next(model.model.parameters()).dtype:
+        computed = compute_type(model)
+        if computed not in HALF:
             return None
         return (
-            "note: Hessian and GGN products under a bfloat16 base carry its rounding; prefer "
-            "--dtype float32"
+            f"note: Hessian and GGN products computed in {type_name(computed)} carry its rounding; "
+            "prefer --compute float32"
         )
 
     def begin(self, point: AtPoint) -> Accumulator:
@@ -237,5 +240,10 @@ def _twice_differentiable(model: AdaptedModel) -> Iterator[list[Tensor]]:
             "attn_implementation='sdpa' "
             "for Hessian and GGN products"
         )
-    with model.evaluating(model.parameters), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    with (
+        model.evaluating(model.parameters),
+        sdpa_kernel(SDPBackend.MATH),
+        plain_products(model.model),
+        torch.enable_grad(),
+    ):
         yield model.parameters

@@ -122,3 +122,12 @@ def test_the_base_digest_does_not_depend_on_use():
     influence.check_gradients(model, examples(2))
     model.__dict__.pop("base_digest")
     assert model.base_digest == before
+
+
+def test_a_padding_token_that_the_base_lacks_is_not_taken():
+    model = build_model("llama", layers=1, target_modules=["q_proj"])
+    assert model.pad_id == model.tokenizer.pad_token_id
+    model.tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    assert model.tokenizer.pad_token_id == 25
+    assert model.pad_id == 0
+    assert influence.check_gradients(model, examples(4)).ok

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import influence
+from influence.batches import collate
 from influence.errors import AdapterError, DataError
+from influence.gradients import tape
 from influence.loss import check_rows, mean_losses
 from influence.positions import documents, length_of, most_positions
 from influence.rows import examples_from_rows
@@ -91,6 +93,14 @@ def test_a_document_sees_no_other_one(tiny):
     del unpacked["seq_lengths"]
     one = mean_losses(tiny, tokenize(examples_from_rows([unpacked]), tiny.tokenizer))
     assert abs(one[0] - losses[0][1]) > 1e-3
+
+
+def test_the_last_token_of_a_document_is_followed_by_none(tiny):
+    """Its inputs count in no curvature, as those of a row's last token."""
+    tokens = tokenize(examples_from_rows(packed_rows()), tiny.tokenizer)
+    with tape(tiny) as recorder:
+        recorder.forward(collate(tokens, [1]))
+    assert recorder.valid[0].tolist() == [True] * 7 + [False] + [True] * 3
 
 
 def test_models_that_mix_documents_are_refused(tiny, monkeypatch):

@@ -86,7 +86,7 @@ def test_token_ids_win_over_the_text_that_they_were_made_from():
     found = example(row)
     assert (found.input_ids, found.text) == ((4, 5, 6), None)
     assert found.targets == (False, True, True)
-    assert found.preview() == "3 token ids"
+    assert found.preview() == "3 token ids: 4 5 6"
 
 
 def test_masks_and_labels_must_all_agree():

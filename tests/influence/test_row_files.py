@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pyarrow
 import pytest
+from datasets import Dataset
 from pyarrow import parquet
 
 import influence
@@ -78,11 +79,11 @@ def test_cells_are_text_as_they_stand(tmp_path):
     assert [row.prompt for row in examples] == cells
     long = "word " * 100_000  # the csv module takes 131,072 characters unless told otherwise
     path.write_text(f"prompt,completion\n,x\np,{long}\n")
-    limit = csv.field_size_limit()
+    before, limit = csv.field_size_limit(1000), 1000
     with pytest.raises(DataError, match="row 2: has 'completion' but no 'prompt'") as error:
         read_examples(path)
     assert len(error.value.rows) == 1
-    assert csv.field_size_limit() == limit
+    assert csv.field_size_limit(before) == limit
 
 
 def test_a_table_is_numbered_by_the_lines_its_rows_begin_at(tmp_path):
@@ -319,15 +320,16 @@ COMMIT = "7b6d24c440a36b6815f21b70d25016731768db1f"
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path_factory):
     """A hub with one data set, in place of `datasets.load_dataset`, and its calls."""
     import datasets
 
     calls = []
-    loaded = datasets.Dataset.from_list([pair(id="a"), pair(id="b", completion=" x")])
-    loaded.info.download_checksums = {
-        f"hf://datasets/org/name@{COMMIT}/data/train-00000-of-00001.parquet": {"num_bytes": 1}
-    }
+    made = datasets.Dataset.from_list([pair(id="a"), pair(id="b", completion=" x")])
+    # as `datasets` caches what it loads
+    cache = tmp_path_factory.mktemp("cache") / "org___name" / "default" / "0.0.0" / COMMIT
+    made.save_to_disk(cache)
+    loaded = datasets.Dataset.load_from_disk(cache)
     state = SimpleNamespace(calls=calls, splits={"train": loaded, "test": loaded}, loaded=loaded)
 
     def load_dataset(path, name=None, *, split=None, revision=None):
@@ -373,7 +375,8 @@ def test_a_data_set_of_one_split_needs_none(hub, tmp_path, monkeypatch):
         read_examples("org/name")
     del hub.splits["test"]
     assert read_examples("org/name").source == f"org/name@{COMMIT}:train"
-    hub.loaded.info.download_checksums = None  # loaded from where no commit is known
+    loaded = hub.loaded.to_list()  # from where no commit is known
+    hub.splits["train"] = Dataset.from_list(loaded)
     assert read_examples("org/name@v1").source == "org/name@v1:train"
     assert read_examples("org/name").source == "org/name:train"
 
@@ -391,7 +394,14 @@ def test_what_the_hub_refuses_is_an_error_with_its_cause(tmp_path, monkeypatch):
     assert error.value.__cause__ is cause
     monkeypatch.setattr(datasets, "load_dataset", failing(AssertionError("asked the hub")))
     (tmp_path / "rows").mkdir()
-    for slip in ("rows/train", "rows/train.jsonl", "other/train.csv.gz", "./org/name", "a/b/c"):
+    for slip in (
+        "rows/train",
+        "rows/train.jsonl",
+        "other/train.csv.gz",
+        "./org/name",
+        "a/b/c",
+        "o/n.arrow",
+    ):
         with pytest.raises(DataError, match=re.escape(f"{slip} does not exist; give ")):
             read_examples(slip)
 

@@ -61,6 +61,17 @@ def test_the_model_is_untouched(model, run):
     assert torch.equal(model.snapshot(), before)
 
 
+def test_rows_that_another_version_of_a_library_renders_otherwise_are_refused(model, tmp_path):
+    run = influence.fit(
+        model, examples(N), path=(1.0,), curvature=Identity(), directory=tmp_path / "run"
+    )
+    record = read_json(run.directory / "manifest.json")
+    record["data"]["tokens"] += 1
+    write_json(run.directory / "manifest.json", record)
+    with pytest.raises(MismatchError, match=r"render them otherwise than then.*transformers"):
+        Run.open(run.directory, model=model, train=run.train)
+
+
 def test_an_unfinished_run_is_not_opened(tmp_path, monkeypatch):
     with pytest.raises(
         InputError,

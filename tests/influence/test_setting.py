@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -140,6 +142,10 @@ def test_the_scale_is_of_some_training_rows(run, monkeypatch, double, model, tmp
     expected = sum(0.5 * np.mean(Z) / z * score for z, (score, _) in zip(Z, pairs, strict=True))
     monkeypatch.setattr("influence.at_point.SCALE_ROWS", 3)
     opened = Run.open(run.directory, model=model, train=run.train)
+    without = {  # as in runs made before the scales were kept
+        name: replace(record, scales=()) for name, record in run.manifest.calibration.items()
+    }
+    opened.manifest = replace(opened.manifest, calibration=without)
     close(opened.score(queries).values, kappa(run) * expected)
 
 

@@ -338,6 +338,14 @@ def test_packed_rows(trained_on):
         ours = tokenize(examples_from_rows(list(saved)), tokenizer)
         assert_same(ours, packed)
         assert ours.counts.sum() == alone.counts.sum()
+    # without labels, every token is a target, but those that no document's token precedes
+    talks = [{"messages": turns} for turns in (SINGLE, TURNS, THOUGHTS, SINGLE, SINGLE)]
+    packed = trained_on(talks, tokenizer, packing=True, max_length=120)
+    given = [
+        {"input_ids": ids.tolist(), "position_ids": positions.tolist()}
+        for ids, _, positions in packed
+    ]
+    assert_same(tokenize(examples_from_rows(given), tokenizer), packed)
     # without documents, every token of a row is a target but the first, as TRL's collator says
     plain: list[Tokens] = list(tokenize(examples_from_rows([{"input_ids": [3, 4, 5]}]), tokenizer))
     assert plain[0].supervised.tolist() == [False, True, True]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel
 from influence.batches import collate, plan_batches
+from influence.errors import AdapterError
 from influence.gradients import replaced_forwards
 from influence.loss import supervised_logits, token_losses
 from influence.tokens import TokenizedExamples
@@ -28,6 +29,12 @@ def copies(model: AdaptedModel, thetas: Tensor, counts: Sequence[int]) -> Iterat
     `thetas` [b, P], or [1, P] for all rows alike. `counts` [b]: supervised tokens of each row, for
     an adapted LM head, which sees them all as one sequence.
     """
+    if model.routed:
+        raise AdapterError(
+            f"{model.routed[0].name} is an expert among several, which sees tokens of many rows at "
+            "once: copies of such an adapter cannot run side by side. Measure its difficulty by "
+            "editing (unlearn edit) or retraining"
+        )
     modules = [module for site in model.sites for module in (site.A, site.B)]
     leaves = model.space.split(thetas)
     with replaced_forwards(

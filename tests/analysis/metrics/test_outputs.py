@@ -188,6 +188,16 @@ def test_generation_continues_a_conversation_after_the_template():
     assert generate(model, data, max_new_tokens=4) == [said(greedy(model.model, prompt, 4))]
 
 
+def test_generation_answers_the_last_turn_of_a_completion_too():
+    model = build_model("llama")
+    model.tokenizer.chat_template = CHAT
+    roles, said = ("user", "assistant") * 2, ("fox", "runs", "dog", "sleep")
+    talk = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    whole, parts = {"messages": talk}, {"prompt": talk[:1], "completion": talk[1:]}
+    texts = generate(model, influence.examples_from_rows([whole, parts]), max_new_tokens=6)
+    assert texts[0] == texts[1]
+
+
 def test_generation_ends_at_the_last_position():
     """2,048 learned positions: a prompt of 2,046 tokens has two more, whatever the others may
     say.

@@ -50,11 +50,14 @@ def test_ekfac_is_exact_where_the_fisher_is_kronecker_and_transposition_would_sh
     )
     for side, (d_out, d_in) in (("A", (3, 6)), ("B", (6, 3))):
         a, b = (x, g) if side == "A" else (g, x)
-        _, moments = moments_of([(f"s.lora_{side}", (d_out, d_in))], [a[:, None]], [b[:, None]])
-        kfac = replace_unit(moments, 1 / n).kronecker()
+        one, other = (
+            moments_of([(f"s.lora_{side}", (d_out, d_in))], [a[:, None]], [b[:, None]], unit=1 / n)
+            for _ in range(2)
+        )
+        kfac = one[1].kronecker()
         rows = torch.einsum("no,ni->noi", b, a).flatten(1)
         exact = rows.T @ rows / n
-        ekfac = refitted(moments, rows, torch.full((n,), 1 / n, dtype=F64))
+        ekfac = refitted(other[1], rows, torch.full((n,), 1 / n, dtype=F64))
         for fitted_ in (kfac, ekfac):
             assert (dense(fitted_) - exact).norm() / exact.norm() < 0.05
             # and it inverts like it, with a damping far below the spectrum, where a wrong basis is
