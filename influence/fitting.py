@@ -22,30 +22,25 @@ from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
 from influence.calibration import calibrate
 from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
-from influence.curvature.base import ALWAYS, NEVER
+from influence.curvature.base import NEVER
 from influence.damping import Damping
-from influence.errors import InputError, MismatchError, NumericalError, StoreError
-from influence.fitted_point import CHECKPOINT, PointFit, Storage, fits
+from influence.errors import InputError, NumericalError, StoreError
+from influence.fitted_point import PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
 from influence.gradient_check import measure_precision, precision_note
-from influence.kept import RECIPE, forget_adapter, keep_adapter, keep_recipe, keep_rows
+from influence.kept import keep_adapter, keep_recipe, keep_rows
 from influence.logged_loss import check_losses
 from influence.loss import check_rows
 from influence.manifest import (
     AS_BEFORE,
-    AUDIT,
     FORMAT,
-    ROWS,
     AdapterSource,
     DataSource,
     Manifest,
     ObjectiveRecord,
     Source,
     TokenizerSource,
-    begun_manifest,
-    differences,
     digest_of,
-    recorded_identity,
     write_manifest,
 )
 from influence.optimizer_state import OptimizerState, second_moments
@@ -55,13 +50,12 @@ from influence.progress import say
 from influence.row_weights import batch_size
 from influence.rows import Examples
 from influence.run import Run, update_manifest
+from influence.run_directory import claim, finished_before, tidy
 from influence.store import only_writer, open_file, open_rows
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
 from influence.trainer_output import TrainerOutput, Training
 
 STORE = ("auto", "always", "never")
-FILES = ("manifest.json", "factors.h5", "gradients.h5", "rows.h5", "scores.h5", "checkpoint.h5")
-FILES += (ROWS, RECIPE)
 #: Bytes of gradients that `store="auto"` keeps unless told otherwise.
 DISK_BUDGET = 50e9
 #: What is said of an option that changes nothing.
@@ -193,12 +187,12 @@ def fit(
     )
     check_rows(model, tokens)
     training = model.training if output is None else output.training(len(train))
-    if not _finished_before(directory, manifest):
+    if not finished_before(directory, manifest):
         curvature.refuse(len(train))
         if (losses := check_losses(model, train, rendering, training)) is not None:
             say(f"{'note' if losses.agrees else 'warning'}: {losses}")
     with only_writer(directory):
-        existing = _claim(directory, manifest, curvature, overwrite)
+        existing = claim(directory, manifest, curvature, overwrite)
         run = Run(directory, existing or manifest, model, train, tokens, curvature)
         _keep(run, training, finished=existing is not None)
         if existing is None:
@@ -379,15 +373,6 @@ def _calibrate(run: Run) -> None:
         update_manifest(run, calibration={**run.manifest.calibration, **found})
 
 
-def _finished_before(directory: Path, manifest: Manifest) -> bool:
-    """Whether the directory holds this very run, complete."""
-    if not (directory / "manifest.json").is_file():
-        return False
-    if differences(recorded_identity(directory), manifest.identity, whole=True):
-        return False
-    return begun_manifest(directory).complete
-
-
 def _refuse_nameless(curvature: Specification) -> None:
     """A run is opened again by its curvature's name, which must be there, and no other's."""
     name = getattr(curvature, "name", None)
@@ -435,99 +420,6 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
 
 
-def _claim(
-    directory: Path, manifest: Manifest, curvature: Specification, overwrite: bool
-) -> Manifest | None:
-    """Make the directory this fit's own: return the manifest of a finished identical fit, or
-    None to go on.
-    """
-    path = directory / "manifest.json"
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory} is a file; give a directory for the run")
-    if overwrite and (directory / AUDIT).exists():
-        raise InputError(
-            f"{directory} holds the record of edits ({AUDIT}), which is evidence and never "
-            "replaced: give another --run directory"
-        )
-    if path.exists():
-        different = differences(recorded_identity(directory), manifest.identity, whole=True)
-        if not different and not overwrite:
-            existing = begun_manifest(directory)
-            if not existing.complete:
-                return None
-            _tidy(directory, existing, curvature)
-            return _follow_latest_call(directory, existing, manifest)
-        if different and not overwrite:
-            raise MismatchError(
-                f"{directory} holds a run made from something else: {'; '.join(different)}. Give "
-                "another --run directory, or --overwrite to replace it"
-            )
-    elif directory.exists() and any(directory.iterdir()):
-        foreign = [path.name for path in _own_files(directory)]
-        held = f", but {', '.join(foreign)}" if foreign else ""
-        if foreign or not overwrite:
-            raise InputError(
-                f"{directory} is not empty and holds no run (no manifest.json{held}): give a new "
-                "directory"
-            )
-    directory.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        # a run of ours was here: away with the factors that analysis tune fitted below it
-        for below in (directory / "tune").glob("*/manifest.json"):
-            shutil.rmtree(below.parent)
-        forget_adapter(directory)
-    for old in _own_files(directory):
-        old.unlink()
-    write_manifest(directory, manifest)
-    return None
-
-
-def _follow_latest_call(directory: Path, existing: Manifest, asked: Manifest) -> Manifest:
-    """A finished run's manifest with what is no part of its factors: damping, and where the same
-    things lie now.
-    """
-    data = existing.data
-    if asked.data.path is not None:
-        data = replace(data, path=asked.data.path, columns=asked.data.columns)
-    current = replace(
-        existing,
-        damping=asked.damping,
-        base=replace(existing.base, path=asked.base.path or existing.base.path),
-        adapter=replace(existing.adapter, path=asked.adapter.path or existing.adapter.path),
-        data=data,
-    )
-    if current.damping != existing.damping:
-        chosen = (
-            "; later ones use what analysis tune chose (analysis tune --forget drops it)"
-            if existing.tuned
-            else ""
-        )
-        say(
-            f"note: the damping of {directory} was {existing.damping} and is now "
-            f"{current.damping}; "
-            f"scores made before keep theirs{chosen}"
-        )
-    if current != existing:
-        write_manifest(directory, current)
-    return current
-
-
-def _own_files(directory: Path) -> list[Path]:
-    """The files of a run that lie in a directory, whatever its number of points."""
-    numbered = [
-        path for name in ("factors", "gradients", "rows") for path in directory.glob(f"{name}-*.h5")
-    ]
-    return [path for name in FILES if (path := directory / name).exists()] + numbered
-
-
-def _tidy(directory: Path, manifest: Manifest, curvature: Specification) -> None:
-    """Remove what only an unfinished fit needs (also where it was killed before it could)."""
-    (directory / CHECKPOINT).unlink(missing_ok=True)
-    if curvature.reads_rows != ALWAYS:
-        for number in range(len(manifest.points)):
-            run_file(directory, "rows", number).unlink(missing_ok=True)
-
-
 def versions() -> dict[str, str]:
     """The versions of this package, of what it computes with, and of trl, whose templates render
     rows, where it is installed.
@@ -573,7 +465,7 @@ def fit_points(
             PointFit(point, curvature, Storage(stored, rule, left), state).work()
     run.manifest = replace(run.manifest, gradients_stored=stored, calibration={}, complete=True)
     write_manifest(run.directory, run.manifest)
-    _tidy(run.directory, run.manifest, curvature)
+    tidy(run.directory, run.manifest, curvature)
 
 
 def _finished(run: Run, number: int, stored: bool) -> bool:
