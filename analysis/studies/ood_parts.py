@@ -138,7 +138,7 @@ def reference_losses(
     losses = []
     for k in range(references):
         folder = out / f"reference-{k + 1}"
-        if k == 0 and recorded_recipe(run) == recipe:
+        if k == 0 and recorded_recipe(run, exact=True) == recipe:
             theta = run.model.snapshot()
         else:
             if not (folder / "retrain.json").exists():

@@ -38,16 +38,17 @@ def recipe_of(run: Run) -> Recipe:
     return found.recipe
 
 
-def recorded_recipe(run: Run) -> Recipe | None:
+def recorded_recipe(run: Run, *, exact: bool = False) -> Recipe | None:
     """The recipe of the run's adapter, or None where none that can be followed is recorded.
 
-    Prints nothing, other than `recipe_of`.
+    `exact`: only one that gives this very adapter again. A trainer's own order of the rows, and an
+    estimate, do not. Prints nothing, other than `recipe_of`.
     """
     try:
         found = _recorded(run.directory, run.manifest.adapter.path, len(run.train))
     except InputError:
         return None
-    return None if found is None else found.recipe
+    return None if found is None or (exact and found.about) else found.recipe
 
 
 def _recorded(directory: Path, adapter: str | None, rows: int) -> Recorded | None:

@@ -61,6 +61,7 @@ def test_the_log_of_a_trainer_gives_an_estimate(run, tmp_path, capsys):
     capsys.readouterr()
     recipe = recipe_of(run)
     assert recipe == recorded_recipe(run)
+    assert recorded_recipe(run, exact=True) is None
     assert recipe == unlearn.Recipe(
         lr=recipe.lr, weight_decay=0.0, epochs=3, batch_size=4, max_grad_norm=1.0, seed=42
     )
@@ -91,4 +92,4 @@ def test_a_training_of_so_many_steps_is_retrained_to_its_last(run, tmp_path):
     assert (record["step"], record["epoch"]) == (3, 2)
     assert record["sum_lr"] == pytest.approx(2e-2 * (1 + 2 / 3 + 1 / 3))
     run.manifest = replace(run.manifest, adapter=replace(run.manifest.adapter, path=str(out)))
-    assert recorded_recipe(run) == recipe
+    assert recorded_recipe(run) == recorded_recipe(run, exact=True) == recipe
