@@ -37,8 +37,11 @@ from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
 from influence.store import RowFile, open_file, read, write_file
 
-#: Seconds between checkpoints of a pass: a killed fit loses no more than that.
+#: Seconds between checkpoints of a pass: a killed fit loses no more than that, or than 30 times what
+#: writing one takes, where sums are so large (1.1 GB for a model of 135 M) that this takes longer
+#: than `QUICK` seconds.
 CHECKPOINT_SECONDS = 60.0
+QUICK = 2.0
 CHECKPOINT = "checkpoint.h5"
 
 
@@ -195,14 +198,15 @@ class PointFit:
 
     def run_batches(self, first: int, files: RowFiles) -> None:
         """The batches from number `first` on, into the open row files."""
-        count, last = len(self.batches), time.monotonic()
+        count, last, pause = len(self.batches), time.monotonic(), CHECKPOINT_SECONDS
         with tape(self.model) as recorder:
             for number in track(range(first, count), "training rows", total=count, done=first):
                 self.run_batch(recorder, self.batches[number], files)
-                if time.monotonic() - last > CHECKPOINT_SECONDS:
+                if (begun := time.monotonic()) - last > pause:
                     files.flush()  # first: the checkpoint says that these rows are written
                     self.checkpoint(number + 1)
                     last = time.monotonic()
+                    pause = CHECKPOINT_SECONDS * max(1.0, (last - begun) / QUICK)
         second_pass = self.curvature.reads_rows == ONCE and not self.store_rows
         if second_pass and first < count:
             self.checkpoint(count)  # the first pass is not lost where the second is killed

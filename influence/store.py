@@ -31,6 +31,9 @@ import numpy as np
 
 from influence.errors import MismatchError, StoreError
 
+#: Arrays of at least so many bytes are mapped by `read_mapped`.
+MAPPED_BYTES = 1 << 20
+
 
 def write_file(
     path: Path,
@@ -104,6 +107,21 @@ def read(file: h5py.File | h5py.Group, name: str) -> np.ndarray:
             f"{file.file.filename} lacks {name}: it is damaged or was not written by this toolkit"
         )
     return dataset[()]
+
+
+def read_mapped(file: h5py.File | h5py.Group, name: str) -> np.ndarray:
+    """The same, but a large dataset is mapped: the operating system reads it when it is used, and
+    may drop it again.
+
+    What is written to the array stays in this process.
+    """
+    dataset = file.get(name)
+    if isinstance(dataset, h5py.Dataset) and dataset.nbytes >= MAPPED_BYTES:
+        offset = dataset.id.get_offset()
+        if offset is not None:
+            place, kind, shape = file.file.filename, dataset.dtype, dataset.shape
+            return np.memmap(place, dtype=kind, mode="c", offset=offset, shape=shape)
+    return read(file, name)
 
 
 def read_group(file: h5py.File, name: str) -> dict[str, np.ndarray]:

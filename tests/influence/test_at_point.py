@@ -112,3 +112,16 @@ def test_a_run_without_a_file_it_needs_says_which(tmp_path):
     (tmp_path / "factors.h5").unlink()
     with pytest.raises(StoreError, match=r"factors.h5 does not exist"):
         fit(tmp_path).score(examples(2, seed=9))
+
+
+def test_factors_that_stay_in_their_file_give_the_same_scores(model, run, monkeypatch):
+    queries = examples(3, seed=1)
+    expected = run.score(queries).values
+    monkeypatch.setattr("influence.store.MAPPED_BYTES", 1)
+    opened = influence.Run.open(run.directory, model=model, train=run.train)
+    wide = opened.curvature().leaf_blocks[0].wide
+    assert (opened.score(queries).values == expected).all()
+    assert (wide == run.curvature().leaf_blocks[0].wide).all()
+    if os.path.exists("/proc/self/maps"):  # where this process's memory comes from
+        with open("/proc/self/maps") as maps:
+            assert str(run.points[-1].file("factors").resolve()) in maps.read()

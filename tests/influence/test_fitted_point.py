@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,3 +183,23 @@ def test_a_truncated_row_file_in_an_unfinished_fit_is_named(tmp_path, monkeypatc
             pytest.raises(StoreError, match=f"{name} is damaged, truncated"),
         ):
             fit(tmp_path.parent / name)
+
+
+def test_sums_that_take_long_to_write_are_written_more_rarely(tmp_path, monkeypatch):
+    """A clock by hand: a batch takes 30 seconds, a checkpoint 10, so 300 lie between two of them."""
+    now, written = [0.0], []
+    run_batch = fitting.PointFit.run_batch
+
+    def slow_batch(*arguments):
+        now[0] += 30
+        return run_batch(*arguments)
+
+    def slow_checkpoint(_, following: int):
+        now[0] += 10
+        written.append(following)
+
+    monkeypatch.setattr(fitting, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(fitting.PointFit, "run_batch", slow_batch)
+    monkeypatch.setattr(fitting.PointFit, "checkpoint", slow_checkpoint)
+    fit(tmp_path / "run", token_budget=1)  # a row a batch
+    assert written == [3, 14]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from influence.errors import MismatchError, StoreError
-from influence.store import open_file, open_rows, write_file
+from influence.store import open_file, open_rows, read_mapped, write_file
 from tests.helpers import contents
 
 
@@ -55,3 +55,29 @@ def test_a_failed_write_leaves_no_partial_file_and_the_old_one(tmp_path, monkeyp
     with pytest.raises(StoreError, match=r"x.h5 could not be written: .*No space left on device"):
         write_file(tmp_path / "x.h5", {"a": np.arange(4)})
     assert contents(tmp_path) == before
+
+
+def test_large_arrays_are_mapped_and_outlive_their_file(tmp_path, monkeypatch):
+    """What is written to them is not written to the file; a file that takes its place is no part of
+    them.
+    """
+    monkeypatch.setattr("influence.store.MAPPED_BYTES", 100)
+    path = tmp_path / "factors.h5"
+    values = np.arange(60, dtype=np.float32).reshape(12, 5)
+    write_file(path, {"leaf/0/wide": values, "small": values[:2]})
+    with h5py.File(path, "a") as file:
+        file.create_dataset("chunked", data=values, chunks=(3, 5))
+    before = path.read_bytes()
+    with open_file(path) as file:
+        mapped, small = read_mapped(file, "leaf/0/wide"), read_mapped(file, "small")
+        assert isinstance(mapped, np.memmap)
+        assert not isinstance(small, np.memmap)
+        np.testing.assert_array_equal(read_mapped(file, "chunked"), values)
+        with pytest.raises(StoreError, match="lacks nothing"):
+            read_mapped(file, "nothing")
+    np.testing.assert_array_equal(mapped, values)
+    np.testing.assert_array_equal(small, values[:2])
+    mapped[3] = 0
+    assert path.read_bytes() == before
+    write_file(path, {"leaf/0/wide": -values})
+    np.testing.assert_array_equal(mapped[4:], values[4:])
