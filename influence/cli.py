@@ -64,12 +64,8 @@ class Fit(
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
         "model": "run",
-<<<<<<< HEAD
         "columns": "train",
-        "store": "dtype",
-=======
         "store": "attn_implementation",
->>>>>>> loading
         "disk_budget": "store",
         "seed": "disk_budget",
     }

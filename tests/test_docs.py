@@ -407,16 +407,10 @@ def test_every_key_is_documented(made):
     assert first_cells(section(page, "### `edit.json`")) - {"method.*", "steps[]"} == keys
 
     manifest = json.loads((made / "run" / "manifest.json").read_text())
-<<<<<<< HEAD
     assert first_cells(section(page, "### `manifest.json`")) == {
         *manifest,
-        "tuned",
-        "compute",
-        "precision",
+        *("tuned", "loading", "compute", "precision"),
     }
-=======
-    assert first_cells(section(page, "### `manifest.json`")) == {*manifest, "tuned", "loading"}
->>>>>>> loading
     line = json.loads((made / "run" / "audit.jsonl").read_text().splitlines()[0])
     assert first_cells(section(page, "### `audit.jsonl`")) == set(line)
     step = json.loads((made / "trained" / "steps.jsonl").read_text().splitlines()[0])
