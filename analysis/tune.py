@@ -173,7 +173,7 @@ def tune(
     probes = some_rows(run, PROBES, seed)
     rows = None
     if queries is not None:
-        rows = run.manifest.objective.rendering.tokenize(queries, run.model.tokenizer)
+        rows = run.query_tokens(queries)
     judged = [
         row
         for folder, holder in runs.items()

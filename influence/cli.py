@@ -196,6 +196,11 @@ class Score(RunOption, ColumnsOption, CurvatureOptions, PointOption, LoadingOpti
         "completion token K), or contrast (with --contrast).",
         default="loss",
     )
+    explain: str = option(
+        "Which tokens of a conversation are explained: last (its last answer), assistant (every "
+        "answer) or all.",
+        default="last",
+    )
     contrast: str | None = option(
         "The same prompts with other completions: what made it say A rather than B?", default=None
     )
@@ -229,6 +234,7 @@ def score(options: Score) -> None:
         tolerance=options.tolerance,
         max_iterations=options.max_iterations,
         measurement=measurement,
+        explain=options.explain,
         curvature=options.curvature,
         damping=options.damping,
         at=options.at,
@@ -237,15 +243,20 @@ def score(options: Score) -> None:
         overwrite=options.overwrite,
     )
     seconds = time.perf_counter() - start
+    tokens = run.query_tokens(queries, options.explain)
+    explained, seen = int(tokens.counts.sum()), int(tokens.lengths.sum())
     not_converged = int((~scores.converged).sum())
     worst = float(scores.residuals.max())
     text = (
         f"{out}: scores [{len(scores.query_ids)} queries, {len(scores.train_ids)} rows]; "
-        f"{describe(scores.attributes)}; worst residual {worst:.1e}; {seconds:.1f} s"
+        f"{describe(scores.attributes)}; worst residual {worst:.1e}; {explained} of {seen} query "
+        f"tokens explained; {seconds:.1f} s"
     )
     result = {
         "out": str(out),
         "shape": list(scores.values.shape),
+        "explained_tokens": explained,
+        "query_tokens": seen,
         "worst_residual": worst,
         "not_converged": not_converged,
         "seconds": seconds,

@@ -42,6 +42,9 @@ def main(application: typer.Typer) -> Callable[[], None]:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.showwarning = _one_line_warning
+        for stream in (sys.stdout, sys.stderr):  # a terminal without some characters shows escapes
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         # it speaks of kernels that nobody asked for
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:

@@ -40,6 +40,7 @@ from influence.manifest import (
     ObjectiveRecord,
     Source,
     TokenizerSource,
+    begun_manifest,
     digest_of,
     write_manifest,
 )
@@ -49,7 +50,7 @@ from influence.precision import compute_record
 from influence.progress import say
 from influence.row_weights import batch_size
 from influence.rows import Examples
-from influence.run import Run, update_manifest
+from influence.run import Run, refuse_other_tokens, update_manifest
 from influence.run_directory import claim, finished_before, tidy
 from influence.store import only_writer, open_file, open_rows
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
@@ -193,6 +194,7 @@ def fit(
             say(f"{'note' if losses.agrees else 'warning'}: {losses}")
     with only_writer(directory):
         existing = claim(directory, manifest, curvature, overwrite)
+        refuse_other_tokens(directory, begun_manifest(directory), tokens)
         run = Run(directory, existing or manifest, model, train, tokens, curvature)
         _keep(run, training, finished=existing is not None)
         if existing is None:
@@ -261,6 +263,7 @@ def _manifest(
             int(tokens.lengths.sum()),
             supervised,
             train.columns,
+            tokens.digest,
         ),
         tokenizer=TokenizerSource(tokenizer),
         objective=ObjectiveRecord(reduction, rendering.max_length, supervised, rendering.supervise),

@@ -56,13 +56,15 @@ class AdapterSource(Source):
 class DataSource(Source):
     """The training rows, with how many there are and their tokens.
 
-    `path` may be the name of a data set of the hub, `columns` the column map that it was read by.
+    `path` may be the name of a data set of the hub, `columns` the column map that it was read by,
+    `tokens_digest` the SHA-256 of the tokens and their masks.
     """
 
     rows: int
     tokens: int
     supervised_tokens: int
     columns: Mapping[str, str] | None = field(default=None, metadata=LATER)
+    tokens_digest: str | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ from influence.store import (
     open_file,
     read,
 )
-from influence.tokens import TokenizedExamples, tokenizer_digest
+from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
 
 if TYPE_CHECKING:
     from influence.measurements import Contrast
@@ -136,7 +136,7 @@ class Run:
                 "was made from (paths in manifest.json), or fit a new run"
             )
         tokens = manifest.objective.rendering.tokenize(train, model.tokenizer)
-        _refuse_other_tokens(directory, manifest, tokens)
+        refuse_other_tokens(directory, manifest, tokens)
         return cls(directory, manifest, model, train, tokens, curvature)
 
     @property
@@ -153,6 +153,17 @@ class Run:
         Rows that the model cannot take are an error.
         """
         found = self.manifest.objective.rendering.tokenize(rows, self.model.tokenizer)
+        check_rows(self.model, found)
+        return found
+
+    def query_tokens(self, queries: Examples, explain: str = "last") -> TokenizedExamples:
+        """Tokens of queries, of which those of `explain` are explained.
+
+        `last`: the last answer of a conversation, whatever training supervised; `assistant`: every
+        answer; `all`: every token. Rows that the model cannot take are an error.
+        """
+        rendering = Rendering(self.manifest.objective.max_length, explain)
+        found = rendering.tokenize(queries, self.model.tokenizer)
         check_rows(self.model, found)
         return found
 
@@ -298,6 +309,7 @@ class Run:
         curvature: str | None = None,
         damping: str | Damping | None = None,
         measurement: str | Measurement | Contrast = "loss",
+        explain: str = "last",
         at: str | None = None,
         per_token: bool = False,
         per_module: bool = False,
@@ -319,6 +331,7 @@ class Run:
             curvature=curvature,
             damping=damping,
             measurement=measurement,
+            explain=explain,
             at=at,
             per_token=per_token,
             per_module=per_module,
@@ -387,17 +400,23 @@ def refuse_moved(
         )
 
 
-def _refuse_other_tokens(directory: Path, manifest: Manifest, tokens: TokenizedExamples) -> None:
-    """The same rows and tokenizer may be rendered otherwise by other versions of the libraries."""
-    there = manifest.data.tokens, manifest.data.supervised_tokens
-    here = int(tokens.lengths.sum()), int(tokens.counts.sum())
-    if there != here:
-        made = ", ".join(f"{name} {number}" for name, number in sorted(manifest.versions.items()))
-        raise MismatchError(
-            f"the rows of {directory} were {there[0]} tokens ({there[1]} supervised) at the fit and "
-            f"are {here[0]} ({here[1]}) now: transformers or trl render them otherwise than then. "
-            f"Install what the fit had ({made}), or fit a new run"
-        )
+def refuse_other_tokens(directory: Path, manifest: Manifest, tokens: TokenizedExamples) -> None:
+    """The same rows and tokenizer may be rendered otherwise by other versions of the libraries.
+
+    Runs from before their tokens were kept as a digest are told by how many they are.
+    """
+    data = manifest.data
+    there = data.tokens, data.supervised_tokens, data.tokens_digest
+    here = int(tokens.lengths.sum()), int(tokens.counts.sum()), tokens.digest
+    if there[:2] == here[:2] and there[2] in (None, here[2]):
+        return
+    made = ", ".join(f"{name} {number}" for name, number in sorted(manifest.versions.items()))
+    raise MismatchError(
+        f"the rows of {directory} were {there[0]} tokens ({there[1]} supervised) at the fit and "
+        f"are {'others' if there[:2] == here[:2] else f'{here[0]} ({here[1]})'} now: transformers "
+        f"or trl render them otherwise than then. Install what the fit had ({made}), or fit a new "
+        "run"
+    )
 
 
 def update_manifest(run: Run, **changes: Any) -> None:

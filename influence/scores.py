@@ -101,6 +101,7 @@ def score(
     curvature: str | None = None,
     damping: str | Damping | None = None,
     measurement: str | Measurement | Contrast = "loss",
+    explain: str = "last",
     at: str | None = None,
     per_token: bool = False,
     per_module: bool = False,
@@ -128,6 +129,9 @@ def score(
         `loss` (mean cross-entropy, nats), `sum` (of the whole completion), `margin` (mean log-odds
         of the right token), `token:K` (loss of completion token K), or a measurement object:
         `Contrast`, `Custom` ...
+    explain
+        Which tokens of a conversation are explained: those of its `last` answer, of every answer
+        (`assistant`), or `all`. Queries that are token ids say it by their labels.
     at
         `all` points of the run (default; `identity` looks at the `end`), the `end` of the path, or
         one point's label.
@@ -153,7 +157,7 @@ def score(
         with_limits(one, {key: value for key, value in limits.items() if value is not None})
         for one in solvers
     ]
-    tokens = run.tokenized(queries)
+    tokens = run.query_tokens(queries, explain)
     if isinstance(explained, TokenLoss):
         explained.check(tokens)
     asked = _Asked(queries, tokens, explained)
@@ -174,8 +178,10 @@ def score(
         ),
         "complete": False,
     }
+    if explain != "last":
+        attributes["explain"] = explain
     if isinstance(explained, Contrast):
-        asked = replace(asked, against=run.tokenized(explained.against))
+        asked = replace(asked, against=run.query_tokens(explained.against, explain))
         attributes["contrast_digest"] = explained.against.digest
     target = None if out is None else Path(out)
     found = (

@@ -15,11 +15,13 @@ Shapes: n examples, T tokens in one of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast, overload
 
 import numpy as np
@@ -116,6 +118,17 @@ class TokenizedExamples(Sequence[Tokens]):
         self.counts = np.array(
             [np.count_nonzero(row.supervised) for row in self._tokens], dtype=np.int64
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over every row's tokens, targets and positions, in order."""
+        found = hashlib.sha256()
+        for row in self._tokens:
+            found.update(f"{len(row)} {row.position_ids is not None} ".encode())
+            for array in (row.input_ids, row.supervised, row.position_ids):
+                if array is not None:
+                    found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
 
     @property
     def truncated(self) -> int:

@@ -169,3 +169,12 @@ def test_numbers_that_are_too_low_are_refused(value, least, sentence):
         console.at_least("-k", value, least)
     assert str(error.value) == sentence
     console.at_least("-k", 1, 1)
+
+
+def test_output_that_cannot_be_encoded_is_escaped(tmp_path):
+    """A pipe on a machine whose encoding has few characters."""
+    code = "from influence import console\nconsole.main(lambda: print('\\u27e6 \\u4e1c'))()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0
+    assert done.stdout.split() == [b"\\u27e6", b"\\u4e1c"]

@@ -117,8 +117,16 @@ def test_what_is_supervised_is_kept_in_the_run_and_only_where_it_is_not_the_last
     again = Run.open(tmp_path / "all", model=every.model, train=every.train)
     assert again.tokens.counts.tolist() == every.tokens.counts.tolist()
     queries = examples(2, seed=9)
-    assert again.tokenized(queries).counts.sum() > plain.tokenized(queries).counts.sum()
-    assert not np.allclose(again.score(queries).values, plain.score(queries).values)
+    # a query is explained by its answer, whatever training supervised
+    assert (
+        again.query_tokens(queries).counts.tolist() == plain.query_tokens(queries).counts.tolist()
+    )
+    every_token = again.query_tokens(queries, "all").counts
+    assert every_token.tolist() == again.tokenized(queries).counts.tolist()
+    assert every_token.sum() > again.query_tokens(queries).counts.sum()
+    assert not np.allclose(again.score(queries).values, again.score(queries, explain="all").values)
+    with pytest.raises(InputError, match="supervise 'first' was given"):
+        again.score(queries, explain="first")
     with pytest.raises(MismatchError, match="supervise is all there and last here"):
         fit(tmp_path / "all")
 

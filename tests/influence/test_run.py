@@ -70,6 +70,18 @@ def test_rows_that_another_version_of_a_library_renders_otherwise_are_refused(mo
     write_json(run.directory / "manifest.json", record)
     with pytest.raises(MismatchError, match=r"render them otherwise than then.*transformers"):
         Run.open(run.directory, model=model, train=run.train)
+    record["data"]["tokens"] -= 1
+    record["data"]["tokens_digest"] = "0" * 64  # as many, and others
+    write_json(run.directory / "manifest.json", record)
+    with pytest.raises(MismatchError, match="are others now"):
+        Run.open(run.directory, model=model, train=run.train)
+    with pytest.raises(MismatchError, match="are others now"):  # nor is the finished run taken up
+        influence.fit(
+            model, examples(N), path=(1.0,), curvature=Identity(), directory=run.directory
+        )
+    del record["data"]["tokens_digest"]  # as runs from before it have it
+    write_json(run.directory / "manifest.json", record)
+    Run.open(run.directory, model=model, train=run.train)
 
 
 def test_an_unfinished_run_is_not_opened(tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def retrain_subsets(
     if len(seeds) != len(masks):
         raise InputError(f"{len(seeds)} seeds were given for {len(masks)} subsets; give one each")
     queries = queries or Examples()
-    work = _Subsets(run, masks, queries, run.tokenized(queries), recipe, seeds)
+    work = _Subsets(run, masks, queries, run.query_tokens(queries), recipe, seeds)
     file, folder = _places(Path(out))
     file.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(file):
