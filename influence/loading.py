@@ -2,8 +2,8 @@
 
 `load` reads a base (`influence.base_files`) and an adapter (`influence.adapter_files`,
 `influence.adapter_weights`) by name and hands a `PeftModel` to `from_peft`, which checks it, finds
-its sites and returns an `AdaptedModel`. What is refused is refused with all its reasons at once, before any work. Weights are read from
-safetensors only.
+its sites and returns an `AdaptedModel`. What is refused is refused with all its reasons at once,
+before any work. Weights are read from safetensors only.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def load(
         configuration. Of the base that is recorded there, the recorded revision is taken.
     adapter
         Folder or hub id of a PEFT LoRA adapter (`adapter_config.json` and
-        `adapter_model.safetensors`); a hub id may go on with a folder, `owner/name/folder`.
+        `adapter_model.safetensors`); a hub id may go on with a folder and a revision,
+        `owner/name/folder@revision`.
     dtype
         `float32`, `bfloat16`, `float16` or `float64`: type of the base's weights, or `auto`: the
         type they are saved in. The LoRA parameters, their gradients and all sums are float32 under
@@ -79,8 +80,8 @@ def load(
         `auto` and the other maps of transformers, in place of `device`: layers are spread over the
         accelerators. A map that leaves layers on the CPU beside an accelerator is refused.
     load_in_4bit, load_in_8bit
-        Quantise the base while it is loaded, as QLoRA does (nf4, doubly) or to bitsandbytes' 8 bits;
-        it computes in `dtype`.
+        Quantise the base while it is loaded, as QLoRA does (nf4, doubly) or to bitsandbytes' 8
+        bits; it computes in `dtype`.
     attn_implementation
         `eager`, `sdpa`, `flash_attention_2` ...: transformers' attention; None lets it choose.
     checkpointing

@@ -233,6 +233,26 @@ def test_fused_experts_in_sixteen_bits_compute_in_float32(kind):
     assert result.precision < 1e-4  # the plain forward computes so too
 
 
+def test_a_backward_through_frozen_fused_experts_is_through_the_adapter_too():
+    """What is kept for it of a sum W + s B A is the sum, whether or not A and B are trained."""
+
+    def input_gradient(model):
+        base = model.model.get_base_model()
+        with model.evaluating(), torch.enable_grad():
+            inputs = base.get_input_embeddings()(torch.tensor([[3, 4, 5, 6]])).double()
+            inputs = inputs.detach().requires_grad_(True)
+            out = base(inputs_embeds=inputs).logits.logsumexp(-1).sum()
+            return torch.autograd.grad(out, inputs)[0]
+
+    exact, held = fused(layers=1), fused(layers=1)
+    held.model.get_base_model().float()
+    for mine, other in zip(exact.model.parameters(), held.model.parameters(), strict=True):
+        mine.data.copy_(other.data)
+    compute_in(held.model.get_base_model(), torch.float64)
+    expected = input_gradient(exact)
+    assert (input_gradient(held) - expected).norm() / expected.norm() < 1e-6
+
+
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "fisher", "identity"])
 def test_runs_of_fused_experts_score(curvature, tmp_path):
     from influence.curvature import SPECIFICATIONS
