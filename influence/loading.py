@@ -25,7 +25,7 @@ from influence.adapter_files import (
     unsupported_options,
 )
 from influence.adapter_weights import add_adapter
-from influence.base_files import DTYPES, BaseRequest, grouped, load_base
+from influence.base_files import DTYPES, BaseRequest, grouped, live_loading, load_base
 from influence.errors import AdapterError, InputError, NumericalError, refuse
 from influence.experts import is_wrapper, refusal, take_plain_products
 from influence.manifest import LoadingRecord
@@ -187,7 +187,8 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
         for site in sites
         for side in "AB"
     ]
-    return AdaptedModel(model, tokenizer, tuple(sites), ParamSpace.of(shapes), base, adapter)
+    how = live_loading(model.get_base_model())
+    return AdaptedModel(model, tokenizer, tuple(sites), ParamSpace.of(shapes), base, adapter, how)
 
 
 def _no_peft_model(model: Any) -> str:
