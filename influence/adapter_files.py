@@ -61,8 +61,8 @@ def adapter_folder(adapter: str | Path) -> Path:
     """The local folder of an adapter, fetched from the hub if need be.
 
     A hub id may go on with a folder and end with a revision, as in `owner/name/checkpoint-10@v2`.
-    Only the configuration, the safetensors file and the tokenizer are fetched. Errors: AdapterError that says what the folder
-    lacks, and what it holds instead.
+    Only the configuration, the safetensors file and the tokenizer are fetched. Errors: AdapterError
+    that says what the folder lacks, and what it holds instead.
     """
     folder = Path(adapter)
     if (
@@ -133,8 +133,8 @@ def _without_weights(adapter: str, folder: Path) -> str:
     shards = sorted(path.name for path in folder.glob("adapter_model-*.safetensors"))
     if shards:
         return (
-            f"{missing} but {len(shards)} parts of one ({shards[0]}, ...), which PEFT does not load "
-            "either: join the tensors of all parts into adapter_model.safetensors "
+            f"{missing} but {len(shards)} parts of one ({shards[0]}, ...), which PEFT does not "
+            "load either: join the tensors of all parts into adapter_model.safetensors "
             "(safetensors.torch.load_file, save_file)"
         )
     if list(folder.glob("*.bin")):

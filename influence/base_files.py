@@ -271,8 +271,8 @@ def _refuse_adapter_inside(folder: Path) -> None:
 
 def _refuse_embedded_adapter(place: str) -> None:
     raise AdapterError(
-        f"base model {place!r} holds an adapter_config.json beside its own weights, so transformers "
-        "loads that adapter into it: keep base and adapter in folders of their own"
+        f"base model {place!r} holds an adapter_config.json beside its own weights, so "
+        "transformers loads that adapter into it: keep base and adapter in folders of their own"
     )
 
 

@@ -3,8 +3,8 @@
 Weights in 16 bits and products in 16 bits are two things. Held weights say how much memory a base
 takes; products say how right its gradients are. Where an adapter has learnt its rows, the gradient
 that is left is a small difference of large numbers, and products in bfloat16 lose it (measured in
-`benchmarks/README.md`). A module that computes in a wider type casts its own weights up for the time
-of its product, and again in the backward: no wide copy of them is kept.
+`benchmarks/README.md`). A module that computes in a wider type casts its own weights up for the
+time of its product, and again in the backward: no wide copy of them is kept.
 """
 
 from __future__ import annotations

@@ -412,9 +412,9 @@ def _refuse_other_tokens(directory: Path, manifest: Manifest, tokens: TokenizedE
     if there != here:
         made = ", ".join(f"{name} {number}" for name, number in sorted(manifest.versions.items()))
         raise MismatchError(
-            f"the rows of {directory} were {there[0]} tokens ({there[1]} supervised) at the fit and "
-            f"are {here[0]} ({here[1]}) now: transformers or trl render them otherwise than then. "
-            f"Install what the fit had ({made}), or fit a new run"
+            f"the rows of {directory} were {there[0]} tokens ({there[1]} supervised) at the fit "
+            f"and are {here[0]} ({here[1]}) now: transformers or trl render them otherwise than "
+            f"then. Install what the fit had ({made}), or fit a new run"
         )
 
 
