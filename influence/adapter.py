@@ -133,6 +133,8 @@ class AdaptedModel:
     adapter: str
     loading: LoadingRecord = LoadingRecord()  # noqa: RUF009 (frozen)
     training: Training | None = field(default=None, compare=False, repr=False)
+    #: leaves that see a batch's tokens flat, and whether in its order (`experts.tokens_in_order`)
+    in_order: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:

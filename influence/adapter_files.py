@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from influence.adapter import PREFIX
 from influence.base_files import grouped
 from influence.errors import AdapterError, libraries_named, refuse
 from influence.progress import say
+from influence.tokenizer_files import TOKENIZER_FILES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: The name that PEFT gives an adapter which is loaded without one.
@@ -59,9 +60,9 @@ class AdapterFiles:
 def adapter_folder(adapter: str | Path) -> Path:
     """The local folder of an adapter, fetched from the hub if need be.
 
-    A hub id may go on with a folder, as in `owner/name/checkpoint-10`. Only the configuration, the
-    safetensors file and the tokenizer are fetched. Errors: AdapterError that says what the folder
-    lacks, and what it holds instead.
+    A hub id may go on with a folder and end with a revision, as in `owner/name/checkpoint-10@v2`.
+    Only the configuration, the safetensors file and the tokenizer are fetched. Errors: AdapterError
+    that says what the folder lacks, and what it holds instead.
     """
     folder = Path(adapter)
     if (
@@ -70,7 +71,7 @@ def adapter_folder(adapter: str | Path) -> Path:
         and len(folder.parts) >= 2
         and str(adapter)[0] not in "./~"
     ):
-        folder = _fetched(folder.parts)
+        folder = _fetched(str(adapter))
     if not folder.is_dir():
         raise AdapterError(
             f"adapter {str(adapter)!r} is not a folder: pass the folder that holds "
@@ -83,19 +84,22 @@ def adapter_folder(adapter: str | Path) -> Path:
     return folder
 
 
-def _fetched(parts: Sequence[str]) -> Path:
-    """The local copy of an adapter on the hub."""
+def _fetched(name: str) -> Path:
+    """The local copy of an adapter on the hub, `owner/name[/folder][@revision]`."""
     from huggingface_hub import snapshot_download
 
+    place, _, revision = name.partition("@")
+    parts = Path(place).parts
     id, below = "/".join(parts[:2]), "/".join(parts[2:])
-    patterns = [CONFIG, WEIGHTS, "tokenizer*", "special_tokens*", "*.jinja"]
+    patterns = [CONFIG, WEIGHTS, *TOKENIZER_FILES]
     if below:
         patterns = [f"{below}/{pattern}" for pattern in patterns]
+    which = {"revision": revision} if revision else {}
     try:
-        return Path(snapshot_download(id, allow_patterns=patterns)) / below
+        return Path(snapshot_download(id, allow_patterns=patterns, **which)) / below
     except Exception as error:
         raise AdapterError(
-            f"adapter {'/'.join(parts)!r} is neither a local folder nor a hub id that could be "
+            f"adapter {name!r} is neither a local folder nor a hub id that could be "
             f"fetched: {error}"
         ) from error
 
@@ -129,8 +133,8 @@ def _without_weights(adapter: str, folder: Path) -> str:
     shards = sorted(path.name for path in folder.glob("adapter_model-*.safetensors"))
     if shards:
         return (
-            f"{missing} but {len(shards)} parts of one ({shards[0]}, ...), which PEFT does not load "
-            "either: join the tensors of all parts into adapter_model.safetensors "
+            f"{missing} but {len(shards)} parts of one ({shards[0]}, ...), which PEFT does not "
+            "load either: join the tensors of all parts into adapter_model.safetensors "
             "(safetensors.torch.load_file, save_file)"
         )
     if list(folder.glob("*.bin")):

@@ -131,19 +131,12 @@ def _from_pretrained(
     request: BaseRequest, config: Any, device: torch.device, saved_quantised: bool
 ) -> tuple[Any, Mapping[str, Any]]:
     """The model of transformers on its device, and what was missing, unused or of other shape."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     dtype = _type(request, config, saved_quantised)
     options: dict[str, Any] = {}
-    if request.how.load_in_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif request.how.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    if request.quantised_now:
+        options["quantization_config"] = _quantisation(request.how, dtype)
     if request.how.attn_implementation is not None:
         options["attn_implementation"] = request.how.attn_implementation
     if request.device_map is not None:
@@ -162,6 +155,71 @@ def _from_pretrained(
     )
     model, report = loaded
     return model if "device_map" in options else model.to(device), report
+
+
+def _quantisation(how: LoadingRecord, dtype: torch.dtype | str) -> Any:
+    """How a base is quantised while it is loaded; in 4 bits it computes in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    if how.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def live_loading(base: Any) -> LoadingRecord:
+    """How a live base was loaded: its bits, where it was quantised meanwhile, and its attention,
+    where transformers by itself would choose another one.
+    """
+    settings = _quantised_live(base)
+    attention = getattr(base.config, "_attn_implementation", None)
+    return LoadingRecord(
+        bool(getattr(settings, "load_in_4bit", False)),
+        bool(getattr(settings, "load_in_8bit", False)),
+        None if attention == _chosen_attention(base) else attention,
+    )
+
+
+def not_loaded_so(base: Any) -> str | None:
+    """How a live base was quantised, in words, where `load` does not do so. None where it does."""
+    settings = _quantised_live(base)
+    if settings is None:
+        return None
+    how = live_loading(base)
+    if not (how.load_in_4bit or how.load_in_8bit):
+        return f"with {type(settings).__name__}"
+    ours = _quantisation(how, next(base.parameters()).dtype).to_dict()
+    theirs = settings.to_dict()
+    prefix = "bnb_4bit_" if how.load_in_4bit else "llm_int8_"
+    other = [
+        f"{key}={theirs.get(key)}"
+        for key in ours
+        if (key.startswith(prefix) or key == "llm_int8_skip_modules")
+        and theirs.get(key) != ours[key]
+    ]
+    return f"with {', '.join(other)}" if other else None
+
+
+def _quantised_live(base: Any) -> Any:
+    """The settings that a base was quantised with while it was loaded; None if it was not, or was
+    saved so.
+    """
+    settings = getattr(base.config, "quantization_config", None)
+    saved = getattr(getattr(base, "hf_quantizer", None), "pre_quantized", True)
+    return None if saved else settings
+
+
+def _chosen_attention(base: Any) -> str | None:
+    """The attention that transformers takes for a base where none is asked for."""
+    choose = getattr(base, "get_correct_attn_implementation", None)
+    try:
+        return None if choose is None else choose(None)
+    except (ImportError, ValueError):
+        return None
 
 
 def _type(request: BaseRequest, config: Any, saved_quantised: bool) -> torch.dtype | str:
@@ -213,8 +271,8 @@ def _refuse_adapter_inside(folder: Path) -> None:
 
 def _refuse_embedded_adapter(place: str) -> None:
     raise AdapterError(
-        f"base model {place!r} holds an adapter_config.json beside its own weights, so transformers "
-        "loads that adapter into it: keep base and adapter in folders of their own"
+        f"base model {place!r} holds an adapter_config.json beside its own weights, so "
+        "transformers loads that adapter into it: keep base and adapter in folders of their own"
     )
 
 

@@ -460,7 +460,7 @@ def check(options: Check) -> None:
 
 
 def _logged_losses(options: Check, model: AdaptedModel, examples: Examples) -> LossCheck | None:
-    """The objective on the rows beside the losses that the trainer logged, None where it did not."""
+    """The objective on the rows beside the losses that the trainer logged; None without any."""
     from influence.logged_loss import check_losses
     from influence.tokens import Rendering
     from influence.trainer_output import TrainerOutput

@@ -1,4 +1,4 @@
-"""LoRA on fused experts: matrices of all experts in one parameter, one of them for each routed token.
+"""LoRA on experts, mostly fused ones: all experts' matrices in one parameter, one for each token.
 
 transformers keeps the experts of a layer as parameters `[E, ...]`, and PEFT adapts such a parameter
 (`target_parameters`) by `W_e + s B_e A_e`, with the experts' A_e below one another in one A `[E r,
@@ -14,19 +14,27 @@ to. On the slots both leaves are linear layers again,
 where `m_e` is 1 at the r coordinates of the slot's expert and 0 at all others. So whatever reads
 (input, output gradient) pairs of a leaf reads them here, with k slots for every token, in the
 tokens' order, and they belong to the token's example.
+
+Experts that are modules of their own tell by their names that they are experts, or not at all; then
+`tokens_in_order` finds out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from influence.adapter import AdaptedModel
+
 #: The parameters of an experts module that a slot goes through, in order; one of the first two.
 _FIRST, _SECOND = ("gate_up_proj", "up_proj"), "down_proj"
+#: Tokens of a row that shows in which order a leaf sees them.
+_PROBE = 16
 
 
 def is_wrapper(layer: Any) -> bool:
@@ -100,6 +108,45 @@ def plain_products(model: nn.Module) -> Iterator[None]:
             config._experts_implementation = implementation
 
 
+@torch.no_grad()
+def tokens_in_order(model: AdaptedModel, leaves: Collection[int]) -> dict[int, bool]:
+    """Whether leaves that see tokens flat, `[b T, width]`, see them in the order of the batch.
+
+    Shapes do not tell: with two experts of two, each sees every token, its first choices before its
+    second ones. Here two rows of random tokens run together and each alone, and each input of the
+    two rows must be nearer to that of its own token alone than to that of any other.
+    """
+    modules = [leaf for site in model.sites for leaf in (site.A, site.B)]
+    seen: dict[int, list[Tensor]] = {}
+
+    def watch(number: int) -> Any:
+        return modules[number].register_forward_pre_hook(
+            lambda _, inputs: seen.setdefault(number, []).append(inputs[0].flatten(0, -2))
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    known = min(model.model.get_input_embeddings().num_embeddings, len(model.tokenizer))
+    order = torch.randperm(max(known, 2 * _PROBE), generator=generator) % known
+    ids = order[: 2 * _PROBE].view(2, _PROBE).to(model.device)
+    hooks = [watch(number) for number in leaves]
+    try:
+        for rows in (ids, ids[:1], ids[1:]):
+            model.model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {number: _same_order(seen.get(number, [])) for number in leaves}
+
+
+def _same_order(inputs: list[Tensor]) -> bool:
+    """Whether the first of three inputs is the other two, one after the other, but for rounding."""
+    if [len(x) for x in inputs] != [2 * _PROBE, _PROBE, _PROBE]:
+        return False
+    both, alone = inputs[0].double(), torch.cat(inputs[1:]).double()
+    apart = torch.cdist(both, alone, compute_mode="donot_use_mm_for_euclid_dist")
+    return bool((apart.diagonal() <= apart.min(1).values).all())
+
+
 def delta_weight(wrapper: Any, adapter: str, dtype: torch.dtype) -> Tensor:
     """`s B_e A_e` of all experts, in the shape of the adapted parameter, computed in `dtype`."""
     A, B = (matrices[adapter].weight.to(dtype) for matrices in (wrapper.lora_A, wrapper.lora_B))
@@ -126,7 +173,7 @@ class SlotForward:
         }
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Outputs `[N, d]` for hidden states `[N, d]`, chosen experts and their weights `[N, k]`."""
+        """Outputs `[N, d]` for hidden states `[N, d]`, chosen experts and weights `[N, k]`."""
         hidden, experts, weights = (*args, *kwargs.values())
         base, k = self.base, experts.shape[-1]
         slots, chosen = hidden.repeat_interleave(k, 0), experts.reshape(-1)

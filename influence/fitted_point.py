@@ -37,9 +37,9 @@ from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
 from influence.store import RowFile, open_file, read, write_file
 
-#: Seconds between checkpoints of a pass: a killed fit loses no more than that, or than 30 times what
-#: writing one takes, where sums are so large (1.1 GB for a model of 135 M) that this takes longer
-#: than `QUICK` seconds.
+#: Seconds between checkpoints of a pass: a killed fit loses no more than that, or than 30 times
+#: what writing one takes, where sums are so large (1.1 GB for a model of 135 M) that this takes
+#: longer than `QUICK` seconds.
 CHECKPOINT_SECONDS = 60.0
 QUICK = 2.0
 CHECKPOINT = "checkpoint.h5"

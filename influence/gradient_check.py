@@ -9,9 +9,9 @@ Is the number type precise enough? The streamed gradients are compared with the 
 wider type, with the weights as they are loaded, cast up for each product (`influence.precision`).
 
 A leaf's rounding error is measured, not derived: it is how far the loop lies from the same loop in
-the wider type. In a leaf where large terms cancel, as in the queries and keys of saturated attention,
-that error is eps times the leaf's condition and may be larger than the gradient itself. Such a leaf
-is held to its rounding error, every other one to the tolerance of its type.
+the wider type. In a leaf where large terms cancel, as in the queries and keys of saturated
+attention, that error is eps times the leaf's condition and may be larger than the gradient itself.
+Such a leaf is held to its rounding error, every other one to the tolerance of its type.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from influence.rows import Examples
 from influence.tokens import Rendering, TokenizedExamples
 
 #: Error of a row's gradient beyond which its number type is not precise enough. At 8 % in the worst
-#: row gradient products kept their order (rank correlation 0.995 and more for each of 10 queries), at
-#: 19 % no longer (0.905 for one): `benchmarks/precision.py`, 2026-11-28.
+#: row gradient products kept their order (rank correlation 0.995 and more for each of 10 queries),
+#: at 19 % no longer (0.905 for one): `benchmarks/precision.py`, 2026-11-28.
 PRECISE = 0.1
 #: Times a leaf's measured rounding error by which engine and loop may differ. Each of the two has
 #: an error of that size; the rest is for a kernel that adds up in another order.

@@ -32,7 +32,7 @@ from influence.adapter import AdaptedModel, ParamSpace
 from influence.batches import Batch, collate, plan_batches
 from influence.cost import Cost
 from influence.errors import AdapterError, NumericalError
-from influence.experts import SlotForward, outermost
+from influence.experts import SlotForward, outermost, tokens_in_order
 from influence.loss import (
     Supervised,
     loss_gradient,
@@ -135,7 +135,10 @@ class Tape:
         leaves = [(2 * i + side, site) for i, site in enumerate(model.sites) for side in (0, 1)]
         #: leaves of fused experts, which see k slots for every token (`influence.experts`)
         self.slots = {number for number, site in leaves if site.parameter}
-        self.apart = any(not site.parameter for site in model.routed)
+        self.apart = any(not site.parameter for site in model.routed) or not all(
+            model.in_order.values()
+        )
+        self.flat: set[int] = set()  # leaves that see tokens flat, in an order not known yet
         self.row: int | None = None  # the example that runs, where they run one by one
         #: whether the tape's own batch runs, and not one that others run meanwhile
         self.runs = False
@@ -155,6 +158,8 @@ class Tape:
         self.counts = batch.supervised[:, 1:].sum(1).tolist()
         with torch.enable_grad(), self.own_batch():
             part = None if self.apart else supervised_logits(self.model, batch)
+        self._prove_order()
+        with torch.enable_grad(), self.own_batch():
             if self.apart or part is None:  # a tap may just have found that they must
                 part = self._one_by_one(batch)
         if not bool(torch.isfinite(part.logits.detach().sum(dtype=torch.float64))):
@@ -211,12 +216,26 @@ class Tape:
         b, T = self.valid.shape
         shapes = [(b, T), (1, sum(self.counts))] if x.dim() == 3 else [(b * T,)]
         known = x.shape[:-1] in shapes or leaf in self.slots
-        if not known and self.row is None and not self.apart:
-            self.apart = True
-            say(
-                f"note: {self.model.space.leaves[leaf].name} sees {tuple(x.shape[:-1])} tokens of "
-                f"{b} rows of {T} and not whose they are: rows run one by one from here on"
-            )
+        if self.row is not None or self.apart:
+            return
+        if not known:
+            what = f"{tuple(x.shape[:-1])} tokens of {b} rows of {T} and not whose they are"
+            self._run_apart(leaf, what)
+        elif x.dim() == 2 and leaf not in self.slots and leaf not in self.model.in_order:
+            self.flat.add(leaf)
+
+    def _prove_order(self) -> None:
+        """Find out, once for a model, whether flat tokens come in the batch's order."""
+        found = tokens_in_order(self.model, self.flat) if self.flat and not self.apart else {}
+        self.flat.clear()
+        self.model.in_order.update(found)
+        if other := [leaf for leaf, in_order in found.items() if not in_order]:
+            self._run_apart(other[0], "tokens in another order than the rows have them")
+
+    def _run_apart(self, leaf: int, what: str) -> None:
+        self.apart, self.model.in_order[leaf] = True, False
+        name = self.model.space.leaves[leaf].name
+        say(f"note: {name} sees {what}: rows run one by one from here on")
 
     def run(self, batch: Batch, measurement: Measurement | None) -> tuple[Tensor, np.ndarray]:
         """Gradients `[b, P]` and values `[b]` of one batch, whose graph is gone afterwards."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from influence.adapter import AdaptedModel
+from influence.base_files import not_loaded_so
 from influence.errors import ToolkitError
 from influence.manifest import ADAPTER, NAME, ROWS
 from influence.progress import say
@@ -83,6 +84,12 @@ def keep_adapter(directory: Path, model: AdaptedModel) -> Path | None:
         say(
             "note: the base was given live and records no folder or hub id: commands cannot open "
             "this run; in Python, Run.open(..., model=model)"
+        )
+        return None
+    if other := not_loaded_so(model.model.get_base_model()):
+        say(
+            f"note: the base was quantised {other}, which loading does not repeat: commands cannot "
+            "open this run; in Python, Run.open(..., model=model)"
         )
         return None
     if not path.is_dir():

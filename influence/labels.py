@@ -62,7 +62,7 @@ def record(
 
 
 def marked(tokens: TokenizedExamples, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The rows for a terminal: supervised tokens in double brackets, and green where colours are."""
+    """The rows for a terminal: supervised tokens in double brackets, and green with colours."""
     from rich.text import Text
 
     page = Text()

@@ -2,8 +2,8 @@
 
 `load` reads a base (`influence.base_files`) and an adapter (`influence.adapter_files`,
 `influence.adapter_weights`) by name and hands a `PeftModel` to `from_peft`, which checks it, finds
-its sites and returns an `AdaptedModel`. What is refused is refused with all its reasons at once, before any work. Weights are read from
-safetensors only.
+its sites and returns an `AdaptedModel`. What is refused is refused with all its reasons at once,
+before any work. Weights are read from safetensors only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from influence.adapter_files import (
     unsupported_options,
 )
 from influence.adapter_weights import add_adapter
-from influence.base_files import DTYPES, BaseRequest, grouped, load_base
+from influence.base_files import DTYPES, BaseRequest, grouped, live_loading, load_base
 from influence.errors import AdapterError, InputError, NumericalError, refuse
 from influence.experts import is_wrapper, refusal, take_plain_products
 from influence.manifest import LoadingRecord
@@ -63,7 +63,8 @@ def load(
         configuration. Of the base that is recorded there, the recorded revision is taken.
     adapter
         Folder or hub id of a PEFT LoRA adapter (`adapter_config.json` and
-        `adapter_model.safetensors`); a hub id may go on with a folder, `owner/name/folder`.
+        `adapter_model.safetensors`); a hub id may go on with a folder and a revision,
+        `owner/name/folder@revision`.
     dtype
         `float32`, `bfloat16`, `float16` or `float64`: type of the base's weights, or `auto`: the
         type they are saved in. The LoRA parameters, their gradients and all sums are float32 under
@@ -79,8 +80,8 @@ def load(
         `auto` and the other maps of transformers, in place of `device`: layers are spread over the
         accelerators. A map that leaves layers on the CPU beside an accelerator is refused.
     load_in_4bit, load_in_8bit
-        Quantise the base while it is loaded, as QLoRA does (nf4, doubly) or to bitsandbytes' 8 bits;
-        it computes in `dtype`.
+        Quantise the base while it is loaded, as QLoRA does (nf4, doubly) or to bitsandbytes' 8
+        bits; it computes in `dtype`.
     attn_implementation
         `eager`, `sdpa`, `flash_attention_2` ...: transformers' attention; None lets it choose.
     checkpointing
@@ -186,7 +187,8 @@ def from_peft(model: Any, tokenizer: Any, *, base: str = "", adapter: str = "") 
         for site in sites
         for side in "AB"
     ]
-    return AdaptedModel(model, tokenizer, tuple(sites), ParamSpace.of(shapes), base, adapter)
+    how = live_loading(model.get_base_model())
+    return AdaptedModel(model, tokenizer, tuple(sites), ParamSpace.of(shapes), base, adapter, how)
 
 
 def _no_peft_model(model: Any) -> str:

@@ -1,20 +1,21 @@
 """A tripwire: the objective here, beside the losses that the trainer logged.
 
 The training objective is the mean cross-entropy over the rows' supervised tokens. If rows are
-rendered, cut or supervised otherwise here than in training, its value at the adapter is another than
-what the trainer logged at its end, and its value at the base another than what it logged first. Both
-are measured on some rows, and compared within what the trainer's own numbers cannot tell:
+rendered, cut or supervised otherwise here than in training, its value at the adapter is another
+than what the trainer logged at its end, and its value at the base another than what it logged
+first. Both are measured on some rows, and compared within what the trainer's own numbers cannot
+tell:
 
 * Rows. The log averages over the rows of some steps, the value here over a sample: three standard
   errors of both, from the spread of the rows' losses.
 * Rounding and weights. Batches are averaged as means of their tokens, in 16 bits as often as not:
   5 %, and 0.02 nats.
 * Moving weights. A loss is logged before the steps that follow. Until the end every row is seen at
-  most once more, and one pass over the rows is worth what the log itself fell over its last epoch: the
-  value at the end may be lower by that. The first entry averages over steps that already learned: the
-  base may be higher by twice what the log fell from its first to its second entry.
-* Dropout p. It takes p / (1 - p) of what training learned from the logged losses, about: the value at
-  the end may be lower by that share of the whole fall. The base has no adapter to drop.
+  most once more, and one pass over the rows is worth what the log itself fell over its last epoch:
+  the value at the end may be lower by that. The first entry averages over steps that already
+  learned: the base may be higher by twice what the log fell from its first to its second entry.
+* Dropout p. It takes p / (1 - p) of what training learned from the logged losses, about: the value
+  at the end may be lower by that share of the whole fall. The base has no adapter to drop.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The manifest of a run: what it was made from, and what later commands keep there.
 
 `run/manifest.json` as a value. `identity` is what two runs must agree in to be the same run, and
-`digest` its SHA-256; the fields beside it say the same for people, with places and sizes. A place in
-the run's own directory is written relative to it, so that the directory can be moved.
+`digest` its SHA-256; the fields beside it say the same for people, with places and sizes. A place
+in the run's own directory is written relative to it, so that the directory can be moved.
 `calibration`, `tuned`, `audit` and `now` are written by later commands; keys that this version does
 not know are kept as they are.
 """
@@ -28,8 +28,8 @@ NAME = "manifest.json"
 AUDIT = "audit.jsonl"
 #: What `influence.kept` keeps in a run's directory: the rows, the adapter.
 _KEPT = (ROWS := "rows.jsonl", ADAPTER := "adapter")
-#: What an identity says that lacks these keys: they are in it only where they are something else, so
-#: that digests of runs that were made before they were thought of stay.
+#: What an identity says that lacks these keys: they are in it only where they are something else,
+#: so that digests of runs that were made before they were thought of stay.
 AS_BEFORE = {"supervise": "last"}
 #: Of a field that is written only where it is not its default: files from before it was thought of
 #: mean that.

@@ -34,7 +34,8 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 #: `weight`.
 _LEAF_NAME = re.compile(r"(?:.*\bbase_model\.model\.)?(?P<leaf>.+\.lora_[AB])(?:\.[^.]+)?\.weight")
 _BNB_STATE = "__bnb_optimizer_quant_state__"
-#: Second moments that `influence.TrainingRecord` keeps: leaf name to v [rows, cols], bias-corrected.
+#: Second moments that `influence.TrainingRecord` keeps: leaf name to v [rows, cols],
+#: bias-corrected.
 MOMENTS = "second_moments.safetensors"
 #: Block sizes of bitsandbytes' 8-bit states, today's and the one before.
 _BLOCKS = (256, 2048)

@@ -109,8 +109,8 @@ def refuse_mixed_documents(model: AdaptedModel, tokens: TokenizedExamples) -> No
         why = f"with one before it, a document's logits differ by {difference:.0e}"
     attention = getattr(model.model.get_base_model().config, "_attn_implementation", None)
     raise AdapterError(
-        f"rows hold several documents (position_ids or seq_lengths), which this model does not keep "
-        f"apart ({why}; attention {attention}): give each document as a row of its own"
+        f"rows hold several documents (position_ids or seq_lengths), which this model does not "
+        f"keep apart ({why}; attention {attention}): give each document as a row of its own"
     )
 
 

@@ -1,10 +1,10 @@
-"""Number types: what a model computes in, and computing in a wider type than the weights are held in.
+"""Number types: what a model computes in, and computing in a wider type than its weights have.
 
 Weights in 16 bits and products in 16 bits are two things. Held weights say how much memory a base
 takes; products say how right its gradients are. Where an adapter has learnt its rows, the gradient
 that is left is a small difference of large numbers, and products in bfloat16 lose it (measured in
-`benchmarks/README.md`). A module that computes in a wider type casts its own weights up for the time
-of its product, and again in the backward: no wide copy of them is kept.
+`benchmarks/README.md`). A module that computes in a wider type casts its own weights up for the
+time of its product, and again in the backward: no wide copy of them is kept.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: Weights of bitsandbytes, which are dequantised where a product is wide.
 _QUANTISED = ("Params4bit", "Int8Params")
 _TYPE = "_computes_in"
+#: Where accelerate keeps a module's own forward, which its hook in `forward` calls.
+_HOOKED = "_old_forward"
 
 
 def type_name(dtype: torch.dtype) -> str:
@@ -63,7 +65,8 @@ def computing_in(model: AdaptedModel, dtype: torch.dtype) -> Iterator[AdaptedMod
     rounded. Afterwards everything is as it was, bit for bit.
     """
     modules = [*_own_weights(model.model), *outermost(model.model)]
-    before = [{name: vars(module).get(name) for name in ("forward", _TYPE)} for module in modules]
+    names = ("forward", _HOOKED, _TYPE)
+    before = [{name: vars(module).get(name) for name in names} for module in modules]
     weights = [parameter.data for parameter in model.parameters]
     try:
         for module in modules:
@@ -115,8 +118,10 @@ def _module_type(module: nn.Module) -> torch.dtype | None:
 
 def _set_type(module: nn.Module, dtype: torch.dtype) -> None:
     vars(module)[_TYPE] = dtype
+    # a device map's hook brings inputs to the module's device, and must stay around it
+    place = _HOOKED if {"_hf_hook", _HOOKED} <= vars(module).keys() else "forward"
     # a bound method, so that a copy of the module is bound to its own weights
-    vars(module)["forward"] = MethodType(_forward, module)
+    vars(module)[place] = MethodType(_forward, module)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +140,9 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if name not in adapted
     }
     cast |= adapted
-    with _cast_again_in_backward(module, held, cast, dtype), _in_place(module, cast):
+    # a sum of W and s B A cannot be had again from W alone
+    again = {name: weight for name, weight in cast.items() if name not in adapted}
+    with _cast_again_in_backward(module, held, again, dtype), _in_place(module, cast):
         return kind.forward(
             module,
             *(_cast(value, dtype) for value in args),

@@ -1,8 +1,8 @@
 """Recipes: how an adapter was trained, as a value.
 
-A recipe is written as JSON with the fields of `Recipe`, and `about`, a sentence for people that says
-where it is from and what of it is assumed. Where recipes are recorded and which one counts for a run
-is said in `unlearn.retraining.recipe` and `influence.trainer_output`.
+A recipe is written as JSON with the fields of `Recipe`, and `about`, a sentence for people that
+says where it is from and what of it is assumed. Where recipes are recorded and which one counts for
+a run is said in `unlearn.retraining.recipe` and `influence.trainer_output`.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _token_ids(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a row of token ids. Other content of the row is what they were made from, and unread."""
+    """Check a row of token ids. Its other content is what they were made from, and unread."""
     ids = _integers(row["input_ids"], "input_ids")
     if not ids:
         raise UnusableRow("'input_ids' is empty; there is nothing to supervise")
@@ -217,8 +217,9 @@ def _labelled(labels: Sequence[int], ids: Sequence[int]) -> list[bool]:
     for place, (label, token) in enumerate(zip(labels, ids, strict=True)):
         if label not in (IGNORED, token):
             raise UnusableRow(
-                f"'labels' has {label} at position {place}, where 'input_ids' has {token}; expected "
-                f"the same id, or {IGNORED} where it is no target (they are shifted by the loss)"
+                f"'labels' has {label} at position {place}, where 'input_ids' has {token}; "
+                f"expected the same id, or {IGNORED} where it is no target (they are shifted by "
+                "the loss)"
             )
     return [label != IGNORED for label in labels]
 

@@ -104,7 +104,7 @@ class Example:
 
     @property
     def answer(self) -> str | None:
-        """The completion, or what the last turn says. None: a text or token ids, which have none."""
+        """The completion, or what the last turn says. None for a text or token ids."""
         if self.messages is not None:
             return str(self.messages[-1].get("content", ""))
         return self.completion

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
+from influence.base_files import live_loading
 from influence.curvature import (
     SPECIFICATIONS,
     Curvature,
@@ -39,7 +40,7 @@ from influence.damping import Damping
 from influence.errors import InputError, MismatchError
 from influence.loading import load
 from influence.loss import check_rows
-from influence.manifest import Manifest, change_manifest, differences, read_manifest
+from influence.manifest import ADAPTER, Manifest, change_manifest, differences, read_manifest
 from influence.measurements import Measurement
 from influence.path import Point, point_from_record, scaled
 from influence.precision import compute_record
@@ -127,6 +128,7 @@ class Run:
             "tokenizer": tokenizer_digest(model.tokenizer),
             "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
             "compute": None if (computed := compute_record(model)) == "own" else computed,
+            **_attention(manifest, model, directory),
         }
         different = differences(manifest.identity, given)
         if different:
@@ -398,6 +400,22 @@ def refuse_moved(
             "moved, the same influence fit command with the new paths says so to the run, and "
             "computes nothing again"
         )
+
+
+def _attention(manifest: Manifest, model: AdaptedModel, directory: Path) -> dict[str, str | None]:
+    """The attention of a model, to compare with a run's; nothing where the run's is not known.
+
+    Runs of live models recorded none once, whichever it was.
+    """
+    recorded = manifest.loading.attn_implementation
+    place = manifest.adapter.path
+    if recorded is None and (place is None or Path(place) == (directory / ADAPTER).resolve()):
+        return {}
+    base = model.model.get_base_model()
+    if recorded is not None and getattr(base.config, "_attn_implementation", None) == recorded:
+        return {"attn_implementation": recorded}  # also where it is what transformers chooses
+    asked = model.loading.attn_implementation
+    return {"attn_implementation": asked and live_loading(base).attn_implementation}
 
 
 def refuse_other_tokens(directory: Path, manifest: Manifest, tokens: TokenizedExamples) -> None:

@@ -9,13 +9,22 @@ from influence.errors import AdapterError, libraries_named
 from influence.progress import say
 
 #: Files of a tokenizer that hold its vocabulary, by what their names end with.
-_VOCABULARIES = (
+VOCABULARIES = (
     "tokenizer.json",
     ".model",
     "vocab.json",
     "vocab.txt",
     ".tiktoken",
     "tekken.json",
+)
+#: All files of a tokenizer, as patterns: what is fetched of an adapter on the hub.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens*",
+    "added_tokens.json",
+    "merges.txt",
+    "*.jinja",
+    *(f"*{ending}" for ending in VOCABULARIES),
 )
 _ADVICE = "Save one beside the base (or the adapter)"
 
@@ -33,7 +42,7 @@ def load_tokenizer(
     if "tokenizer_config.json" not in names:
         return _load(base, revision, trust_remote_code)
     code = [name for name in names if name.endswith(".py")]
-    if not code and not any(name.endswith(_VOCABULARIES) for name in names):
+    if not code and not any(name.endswith(VOCABULARIES) for name in names):
         say(
             f"note: {folder} holds a tokenizer_config.json without a vocabulary: the tokenizer of "
             f"the base {base} is used, whole"

@@ -22,7 +22,7 @@ from torch import Tensor
 from influence.at_point import AtPoint
 from influence.batches import collate, plan_batches
 from influence.errors import AdapterError, InputError
-from influence.gradients import tape
+from influence.gradients import Tape, tape
 from influence.loss import loss_gradient, probabilities
 from influence.progress import track
 from influence.run import Run
@@ -65,14 +65,11 @@ class Tokenwise:
         columns = model.space.split(point.geometry.adjoint(solutions))
         plan = plan_batches(run.tokens, run.manifest.token_budget)
         with model.at(point.place.theta), tape(model) as recorder:
-            if recorder.apart:
-                raise AdapterError(
-                    "scores per token were asked for, and this adapter has experts that see "
-                    "tokens without their places: ask for scores per row"
-                )
+            _refuse_apart(recorder)
             for rows in track(plan, "training rows, token by token"):
                 batch = collate(run.tokens, rows, pad_id=model.pad_id, device=model.device)
                 part = recorder.forward(batch)
+                _refuse_apart(recorder)  # which a forward may have found
                 b, T = batch.input_ids.shape[0], batch.input_ids.shape[1] - 1
                 found = torch.zeros(
                     len(solutions), b, T, dtype=solutions.dtype, device=solutions.device
@@ -105,6 +102,15 @@ class Tokenwise:
                     self.values[queries, start : start + length] += scaled[
                         :, place, :length
                     ].astype(np.float32)
+
+
+def _refuse_apart(recorder: Tape) -> None:
+    """Refuse an adapter whose layers do not tell which token is at which place."""
+    if recorder.apart:
+        raise AdapterError(
+            "scores per token were asked for, and this adapter has experts that see "
+            "tokens without their places: ask for scores per row"
+        )
 
 
 def _products(x: Tensor, g: Tensor, columns: Tensor) -> Tensor:

@@ -12,9 +12,9 @@
         epoch-1/ ... end/       adapters of some epochs and of the end, each with its own
                                 trainer_state.json and Adam's second moments
 
-TRL and transformers write the training's arguments as a pickle (`training_args.bin`), which is never
-opened. Where nothing else records the recipe, it is estimated from `trainer_state.json`: what is in
-there, what follows from the learning rates, and what is assumed is said each.
+TRL and transformers write the training's arguments as a pickle (`training_args.bin`), which is
+never opened. Where nothing else records the recipe, it is estimated from `trainer_state.json`: what
+is in there, what follows from the learning rates, and what is assumed is said each.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def recipe_near(adapter: Path, rows: int | None) -> Recorded | None:
 
 
 def log_near(adapter: Path) -> TrainingLog | None:
-    """The log of an adapter's training: its folder's, or the longest of its folder, else its parent.
+    """The log of an adapter's training: its folder's, or the longest of that, else its parent.
 
     Of a folder count its own `trainer_state.json`, that of `influence.TrainingRecord`, and those of
     its checkpoints. Raises `InputError` for a damaged one.
@@ -279,7 +279,8 @@ class TrainerOutput:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(
-                f"there is no folder {str(folder)!r}: give the trainer's output_dir (--trainer-output)"
+                f"there is no folder {str(folder)!r}: give the trainer's output_dir "
+                "(--trainer-output)"
             )
         number = _number(folder)
         top = folder if number is None else folder.parent
@@ -294,8 +295,8 @@ class TrainerOutput:
             inside = [place.name for place in _folders(folder)]
             raise InputError(
                 f"{folder} holds no adapter, and no checkpoint-N with one (adapter_config.json and "
-                f"adapter_model.safetensors); it has the folders {listed(inside) or '(none)'}: give "
-                "the output_dir of a trainer that trained a PEFT model"
+                f"adapter_model.safetensors); it has the folders {listed(inside) or '(none)'}: "
+                "give the output_dir of a trainer that trained a PEFT model"
             )
         states = [*kept, *ends]
         return cls(

@@ -4,13 +4,13 @@
 
     trainer = SFTTrainer(..., callbacks=[influence.TrainingRecord(epochs=(0.5, 1, 2))])
 
-It writes `influence/` in the trainer's output directory (what is in it: `influence.trainer_output`),
-and `influence fit --trainer-output DIR` reads it. Early adapters are the best points to look at, and a
-trainer that keeps its last checkpoints only has none of them.
+It writes `influence/` in the trainer's output directory (what is in it:
+`influence.trainer_output`), and `influence fit --trainer-output DIR` reads it. Early adapters are
+the best points to look at, and a trainer that keeps its last checkpoints only has none of them.
 
-The training is not changed: nothing is drawn from a generator of it, no tensor of it is written, and
-its batches are not touched. What a step costs is two entries in a list; files are written when an
-epoch is kept, and at the end, on the main process alone.
+The training is not changed: nothing is drawn from a generator of it, no tensor of it is written,
+and its batches are not touched. What a step costs is two entries in a list; files are written when
+an epoch is kept, and at the end, on the main process alone.
 """
 
 from __future__ import annotations

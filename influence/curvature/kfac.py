@@ -105,8 +105,8 @@ class KFAC(Specification):
 class DenseMoment:
     """`sum_n x_n x_n^T` as a `[d, d]` matrix, of which the lower triangle counts."""
 
-    # the upper triangle is not computed: 4 strips of rows save 3/8 of the products, and more strips,
-    # where they are wide enough to be fast, up to half
+    # the upper triangle is not computed: 4 strips of rows save 3/8 of the products, and more
+    # strips, where they are wide enough to be fast, up to half
     STRIPS, WIDEST = 4, 192
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -121,19 +121,46 @@ def test_the_configuration_of_mlx_is_told(tmp_path):
     unloadable(base, adapter, "it is an adapter of MLX")
 
 
-def test_an_adapter_of_the_hub_may_lie_in_a_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("revision", [None, "refs/pr/1"])
+def test_an_adapter_of_the_hub_may_lie_in_a_folder(tmp_path, monkeypatch, revision):
     import huggingface_hub
 
     _, adapter = save(tmp_path, layers=1, **LLAMA)
     asked = []
 
-    def download(id, allow_patterns):
-        asked.append((id, allow_patterns[0]))
+    def download(id, allow_patterns, revision=None):
+        asked.append((id, allow_patterns[0], revision))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert adapter_folder("someone/name/adapter") == adapter
-    assert asked == [("someone/name", "adapter/adapter_config.json")]
+    name = "someone/name/adapter" + (f"@{revision}" if revision else "")
+    assert adapter_folder(name) == adapter
+    assert asked == [("someone/name", "adapter/adapter_config.json", revision)]
+
+
+def test_all_files_of_a_tokenizer_on_the_hub_are_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    _, adapter = save(tmp_path, layers=1, **LLAMA)
+    wanted = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "vocab.json"]
+    wanted += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    wanted += ["merges.txt", "vocab.txt", "spiece.model", "qwen.tiktoken", "tekken.json"]
+    wanted += ["chat_template.jinja"]
+    fetched = []
+
+    def download(id, allow_patterns):
+        fetched.extend(
+            filter_repo_objects(
+                [*wanted, "adapter_model.bin", "optimizer.pt", "tokenization.py"],
+                allow_patterns=allow_patterns,
+            )
+        )
+        return str(adapter)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    adapter_folder("someone/name")
+    assert fetched == wanted
 
 
 # ---- the configuration ---------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import influence
-from influence.base_files import grouped, resolve_device
-from influence.errors import AdapterError, InputError
+from influence.base_files import grouped, not_loaded_so, resolve_device
+from influence.errors import AdapterError, InputError, MismatchError
+from influence.manifest import LoadingRecord
 from tests.conftest import add_lora, build_base, build_tokenizer, examples, rows, tokens_of
 from tests.helpers import edit_weights, save, save_base, write_rows
 from tests.influence.toy_loading import (
@@ -366,6 +367,104 @@ def test_a_run_is_opened_as_its_base_was_loaded(tmp_path, options):
     if options != {"dtype": "auto"}:
         with pytest.raises(InputError, match=r"base|attn_implementation"):
             influence.fit(again, data, directory=tmp_path / "run", curvature=influence.Identity())
+
+
+def live(base, *, attention="sdpa", dtype=torch.bfloat16, **settings):
+    """An adapted live model whose base is quantised while it is loaded, as trainers do it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = {"quantization_config": BitsAndBytesConfig(**settings)} if settings else {}
+    body = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, device_map={"": "cpu"}, attn_implementation=attention, **how
+    )
+    return influence.from_peft(add_lora(body, **LLAMA), build_tokenizer(), base=str(base))
+
+
+QLORA = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.bfloat16,
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        (QLORA, {"load_in_4bit": True}),
+        ({"load_in_8bit": True}, {"load_in_8bit": True}),
+        ({"attention": "eager"}, {"attn_implementation": "eager"}),
+        ({}, {}),
+    ],
+    ids=["4bit", "8bit", "eager", "plain"],
+)
+def test_a_run_of_a_live_base_is_opened_as_that_was_loaded(tmp_path, settings, options):
+    pytest.importorskip("bitsandbytes")
+    base, _ = save(tmp_path, layers=1, **LLAMA)
+    model = live(base, **settings)
+    assert model.loading == LoadingRecord(**options)
+    assert not_loaded_so(model.model.get_base_model()) is None
+    how = {"path": (1.0,), "curvature": influence.Identity()}
+    influence.fit(model, examples(4), directory=tmp_path / "run", **how)
+    opened = influence.Run.open(tmp_path / "run", device="cpu")
+    assert opened.model.base_digest == model.base_digest
+    assert opened.model.loading == model.loading
+    influence.Run.open(tmp_path / "run", model=model)
+    if "attention" in settings:
+        with pytest.raises(MismatchError, match="attn_implementation is eager there and null here"):
+            influence.Run.open(tmp_path / "run", model=live(base))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type=fp4"),
+        ({"bnb_4bit_use_double_quant": False}, "bnb_4bit_use_double_quant=False"),
+        ({"bnb_4bit_compute_dtype": torch.float32}, "bnb_4bit_compute_dtype=float32"),
+    ],
+    ids=["fp4", "singly", "compute"],
+)
+def test_a_live_base_that_loading_does_not_quantise_so_is_said(tmp_path, capfd, change, words):
+    pytest.importorskip("bitsandbytes")
+    base, _ = save(tmp_path, layers=1, **LLAMA)
+    model = live(base, **(QLORA | change))
+    assert model.loading == LoadingRecord(load_in_4bit=True)
+    influence.fit(
+        model,
+        examples(4),
+        directory=tmp_path / "run",
+        path=(1.0,),
+        curvature=influence.Identity(),
+    )
+    assert f"the base was quantised with {words}, which" in capfd.readouterr().err
+    with pytest.raises(InputError, match="pass it as model="):
+        influence.Run.open(tmp_path / "run")
+    influence.Run.open(tmp_path / "run", model=model)
+
+
+def test_a_live_base_that_was_saved_quantised_is_not_quantised_by_loading(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base, _ = save(tmp_path, layers=1, **LLAMA)
+    change = {"bnb_4bit_quant_type": "fp4"}
+    live(base, **(QLORA | change)).model.unload().save_pretrained(tmp_path / "quantised")
+    model = live(tmp_path / "quantised")
+    assert model.loading == LoadingRecord()
+    assert not_loaded_so(model.model.get_base_model()) is None
+
+
+def test_a_run_of_transformers_own_attention_is_not_opened_with_another(tmp_path):
+    base, adapter = save(tmp_path, layers=1, **LLAMA)
+    how = {"path": (1.0,), "curvature": influence.Identity()}
+    model = influence.load(base, adapter, device="cpu")
+    influence.fit(model, examples(4), directory=tmp_path / "run", **how)
+    eager = influence.load(base, adapter, device="cpu", attn_implementation="eager")
+    with pytest.raises(MismatchError, match="attn_implementation is null there and eager here"):
+        influence.Run.open(tmp_path / "run", model=eager)
+    named = influence.load(base, adapter, device="cpu", attn_implementation="sdpa")
+    influence.fit(named, examples(4), directory=tmp_path / "named", **how)
+    # the same one, by its name
+    influence.Run.open(tmp_path / "named", model=model)
+    influence.Run.open(tmp_path / "run", model=named)
 
 
 def test_the_commands_load_a_run_as_its_fit_did(command, tmp_path):

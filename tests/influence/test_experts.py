@@ -233,6 +233,26 @@ def test_fused_experts_in_sixteen_bits_compute_in_float32(kind):
     assert result.precision < 1e-4  # the plain forward computes so too
 
 
+def test_a_backward_through_frozen_fused_experts_is_through_the_adapter_too():
+    """What is kept for it of a sum W + s B A is the sum, whether or not A and B are trained."""
+
+    def input_gradient(model):
+        base = model.model.get_base_model()
+        with model.evaluating(), torch.enable_grad():
+            inputs = base.get_input_embeddings()(torch.tensor([[3, 4, 5, 6]])).double()
+            inputs = inputs.detach().requires_grad_(True)
+            out = base(inputs_embeds=inputs).logits.logsumexp(-1).sum()
+            return torch.autograd.grad(out, inputs)[0]
+
+    exact, held = fused(layers=1), fused(layers=1)
+    held.model.get_base_model().float()
+    for mine, other in zip(exact.model.parameters(), held.model.parameters(), strict=True):
+        mine.data.copy_(other.data)
+    compute_in(held.model.get_base_model(), torch.float64)
+    expected = input_gradient(exact)
+    assert (input_gradient(held) - expected).norm() / expected.norm() < 1e-6
+
+
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "fisher", "identity"])
 def test_runs_of_fused_experts_score(curvature, tmp_path):
     from influence.curvature import SPECIFICATIONS
@@ -320,9 +340,11 @@ def test_an_adapter_of_fused_experts_is_loaded_and_told_from_a_foreign_one(tmp_p
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("name", "count"), [("experts", 4), ("experts", 2), ("branches", 4)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("experts", 4), ("experts", 2), ("branches", 4), ("branches", 2)]
+)
 def test_gradients_of_listed_experts_are_those_of_the_loop(name, count, checkpointing, capsys):
-    """With two experts of two every expert sees as many tokens as the batch has, in another order."""
+    """With two experts of two each sees as many tokens as the batch has, in another order."""
     model = listed(name=name, count=count, checkpointing=checkpointing)
     expected = plain_gradients(model, examples(6))
     for options in ({"token_budget": 1}, {"token_budget": 60}, {"padding": "left"}):
@@ -340,6 +362,42 @@ def test_the_weighted_sum_over_listed_experts_is_that_of_the_loop():
     expected = torch.from_numpy(weights) @ plain_gradients(model, examples(5))
     # Llama's normalisation is in float32 inside, and rounds other weights otherwise
     assert (found - expected).norm() / expected.norm() < 1e-6
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_experts_of_another_name_have_no_scores_per_token(count, tmp_path):
+    """Also where it is scoring that finds out, on a model that nothing has run on before."""
+    run = fit_end(listed(name="branches", count=count), examples(5), directory=tmp_path / "run")
+    run.model.in_order.clear()
+    with pytest.raises(AdapterError, match="experts that see tokens without their places"):
+        run.score(examples(2, seed=1), per_token=True, out=tmp_path / "s.h5")
+
+
+class Flat(nn.Module):
+    """A block that sees tokens flat and in order, as some decoders' do."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden):
+        return self.block(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+
+def test_flat_tokens_in_order_run_together_and_are_asked_for_once(monkeypatch, capsys):
+    base = build_base("llama", dtype=torch.float64)
+    for layer in base.model.layers:
+        layer.mlp = Flat(Expert(16).double())
+    model = influence.from_peft(
+        add_lora(base, target_modules=["w1", "w2"], lora_dropout=0.0).double(), build_tokenizer()
+    )
+    found = streamed(model, examples(6), token_budget=60)
+    expected = plain_gradients(model, examples(6))
+    assert (found - expected).norm() / expected.norm() < 1e-10
+    assert model.in_order == dict.fromkeys(range(len(model.space.leaves)), True)
+    monkeypatch.setattr("influence.gradients.tokens_in_order", None)
+    assert torch.equal(streamed(model, examples(6), token_budget=60), found)
+    assert "one by one" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("curvature", ["ekfac", "fisher"])

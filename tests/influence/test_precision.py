@@ -134,6 +134,34 @@ def test_checkpointed_layers_compute_wide_too():
     assert (streamed(model, examples(5)) - expected).norm() / expected.norm() < 1e-6
 
 
+def test_hooks_of_a_device_map_stay():
+    """accelerate's, which bring the inputs of a layer to the device that its weights lie on."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    calls = []
+
+    class Moving(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    model = model_in(torch.bfloat16)
+    expected = streamed(wide_copy(model), examples(3))
+    head = model.model.get_output_embeddings()
+    add_hook_to_module(head, Moving())
+    plain = streamed(model, examples(3))
+    calls.clear()
+    with computing_in(model, torch.float32):
+        wide = streamed(model, examples(3))
+    assert calls
+    assert (wide - expected).norm() / expected.norm() < 1e-6
+    assert torch.equal(streamed(model, examples(3)), plain)
+    compute_in(model.model.get_base_model(), torch.float32)
+    calls.clear()
+    assert torch.equal(streamed(model, examples(3)), wide)
+    assert calls
+
+
 @pytest.mark.parametrize("products", [ggn_products, hessian_products])
 def test_second_derivatives_are_those_of_a_float32_copy(products, tmp_path):
     model = model_in(torch.bfloat16, target_modules=["q_proj", "v_proj"])
