@@ -199,7 +199,9 @@ def tokenize(
         cut.append(max_length is not None and needed > max_length)
         tokens.append(_beginning(row, max_length))
     if bad:
-        raise DataError(f"{len(bad)} of {len(examples)} rows have no supervised token:", bad)
+        cuts = any(len(np.flatnonzero(whole[row.number - 1].supervised)) for row in bad)
+        trl = " (TRL drops rows that are cut so: leave them out here too)" * cuts
+        raise DataError(f"{len(bad)} of {len(examples)} rows have no supervised token{trl}:", bad)
     if any(cut):
         warnings.warn(
             f"{sum(cut)} of {len(examples)} rows are longer than max_length={max_length} and lose "

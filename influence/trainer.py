@@ -27,7 +27,7 @@ from influence.errors import InputError, refuse
 from influence.loading import from_peft
 from influence.progress import say
 from influence.recipe import Recipe, Recorded
-from influence.rows import Examples, examples_from_rows
+from influence.rows import Examples, examples_from_rows, is_label
 from influence.trainer_output import Training, TrainingLog
 
 #: Rows that are collated twice, to see whether a collator draws anything.
@@ -249,11 +249,12 @@ def _names(rows: Any, column: str, *, unique: bool) -> list[Any] | None:
         values = [item[column] for item in items] if given else None
     if values is None:
         return None
-    plain = all(type(value) in (str, int) for value in values if unique or value is not None)
-    if not plain or (unique and len(set(map(str, values))) < len(values)):
+    usable = all(is_label(value) for value in values if unique or value is not None)
+    if not usable or (unique and len(set(map(str, values))) < len(values)):
         say(
             f"note: the column {column!r} holds more than texts and whole numbers"
-            f"{' that differ' * unique}, and is not used"
+            f"{' that differ' * unique} (an empty text and one with a NUL serve neither), and is "
+            "not used"
         )
         return None
     return values

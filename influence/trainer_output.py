@@ -37,6 +37,8 @@ RECORD = "influence"
 #: The adapter of the training's end, in that folder.
 END_FOLDER = "end"
 STATE = "trainer_state.json"
+#: The folders of epochs in it; a name that goes on is one that was being written.
+EPOCH = re.compile(r"epoch-\d+(\.\d+)?(e[+-]?\d+)?")
 #: More steps than any training has.
 MAX_STEPS = 10**8
 #: Most checkpoints that are taken as points without being asked for: each is a pass over the rows.
@@ -81,6 +83,8 @@ class TrainingLog:
             size = state.get("train_batch_size")
             size = int(size) if size else None
             found = {key: _logged(log, key) for key in ("learning_rate", "loss", "epoch")}
+            # a loss is that of the steps before it: at step 0 there are none
+            found["loss"] = tuple(entry for entry in found["loss"] if entry[0])
             if not 0 <= steps <= MAX_STEPS or not 0 <= most <= MAX_STEPS:
                 raise ValueError(f"{steps} of {most} steps, expected at most {MAX_STEPS}")
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
@@ -109,6 +113,8 @@ def _logged(log: Sequence[dict[str, Any]], key: str) -> tuple[tuple[int, float],
     values = {
         int(entry["step"]): float(entry[key]) for entry in log if key in entry and "step" in entry
     }
+    if any(not 0 <= step <= MAX_STEPS for step in values):
+        raise ValueError(f"{key} at step {min(values)}, expected steps from 0 to {MAX_STEPS}")
     return tuple((step, value) for step, value in sorted(values.items()) if np.isfinite(value))
 
 
@@ -284,11 +290,10 @@ class TrainerOutput:
         number = _number(folder)
         top = folder if number is None else folder.parent
         record = top / RECORD
-        kept = [place for place in _folders(record) if place.name.startswith("epoch-")]
-        kept += checkpoints_in(top)
+        kept = [*epochs_in(record), *checkpoints_in(top)]
         ends = [folder, record / END_FOLDER, *reversed(checkpoints_in(folder))]
         if number is not None:
-            ends, kept = [folder], [place for place in kept if _step(place) <= number]
+            ends, kept = [folder], [place for place in kept if step_of(place) <= number]
         adapter = next((place for place in ends if has_adapter(place)), None)
         if adapter is None:
             inside = [place.name for place in _folders(folder)]
@@ -301,8 +306,8 @@ class TrainerOutput:
         return cls(
             folder,
             adapter,
-            tuple(sorted((place for place in kept if place != adapter), key=_step)),
-            max((place for place in states if has_optimizer(place)), key=_step, default=None),
+            tuple(sorted((place for place in kept if place != adapter), key=step_of)),
+            max((place for place in states if has_optimizer(place)), key=step_of, default=None),
             log_near(folder),
         )
 
@@ -338,7 +343,13 @@ class TrainerOutput:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The folders `checkpoint-N` with an adapter, by N."""
     found = [place for place in _folders(folder) if _number(place) is not None]
-    return sorted((place for place in found if has_adapter(place)), key=_step)
+    return sorted((place for place in found if has_adapter(place)), key=step_of)
+
+
+def epochs_in(record: Path) -> list[Path]:
+    """The folders `epoch-E` with an adapter of a `TrainingRecord`; one half-written is none."""
+    named = [place for place in _folders(record) if EPOCH.fullmatch(place.name)]
+    return [place for place in named if has_adapter(place)]
 
 
 def has_adapter(folder: Path) -> bool:
@@ -362,7 +373,7 @@ def _number(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     """The step at which a folder was saved; 0 where that is not recorded."""
     number = _number(folder)
     if number is not None:

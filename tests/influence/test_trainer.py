@@ -87,6 +87,11 @@ def test_ids_and_groups_survive_where_they_can(tmp_path, capsys):
     assert "the column 'id' holds more than texts and whole numbers that differ" in (
         capsys.readouterr().err
     )
+    for name in ("", "a\0"):
+        odd = [{**row, "id": name} if n == 1 else row for n, row in enumerate(rows(3))]
+        _, found = influence.from_trainer(sft_trainer(tmp_path, odd))
+        assert found.ids == ["0", "1", "2"]
+        assert "the column 'id' holds more" in capsys.readouterr().err
 
 
 def token_rows(n: int = 6) -> list[dict[str, list[int]]]:

@@ -117,6 +117,7 @@ def test_a_log_without_rates_gives_no_estimate():
         '{"log_history": [], "global_step": "many"}',
         '{"log_history": [{"step": 1, "loss": "x"}], "global_step": 1}',
         '{"log_history": [], "global_step": 1e300}',
+        '{"log_history": [{"step": -3, "loss": 1}], "global_step": 1}',
         '{"log_history": [], "global_step": 1, "max_steps": 999999999999}',
     ],
 )
@@ -215,3 +216,15 @@ def test_a_recipe_that_cannot_be_followed_is_said(tmp_path, capsys):
     training = TrainerOutput.find(tmp_path).training(80)
     assert training.recipe is None
     assert "the recipe of the training is not kept: recipe" in capsys.readouterr().err
+
+
+def test_half_written_epochs_are_no_checkpoints(tmp_path):
+    record = tmp_path / "influence"
+    adapter(record / "end", stopped(60))
+    whole = [adapter(record / f"epoch-{name}", stopped(n)) for name, n in (("0.5", 5), ("2", 20))]
+    for name in ("epoch-4.partial", "epoch-4.replaced", "epoch-last"):
+        adapter(record / name, stopped(40), optimizer=True)
+    (record / "epoch-3").mkdir()
+    output = TrainerOutput.find(tmp_path)
+    assert output.checkpoints == tuple(whole)
+    assert output.optimizer is None
