@@ -34,7 +34,7 @@ from influence.optimizer_state import MOMENTS, live_second_moments, write_second
 from influence.progress import say
 from influence.store import write_json
 from influence.trainer import recipe_of_arguments
-from influence.trainer_output import END_FOLDER, EPOCH, RECORD, STATE, step_of
+from influence.trainer_output import END_FOLDER, EPOCH, LOGGED, RECORD, STATE, step_of
 
 #: What is written when a training begins, and when it ends, beside the adapters.
 BEGUN, ENDED = ("recipe.json", "training_args.json"), (STATE, "order.json")
@@ -81,7 +81,7 @@ class TrainingRecord(TrainerCallback):
         self._due = [epoch for epoch in self._due if epoch > (state.epoch or 0)]
         self._log, self._order = [], []
         if state.global_step:
-            kept = ("step", "epoch", "learning_rate", "loss")
+            kept = ("step", *LOGGED)
             logged = [entry for entry in state.log_history if "learning_rate" in entry]
             self._log = [{key: entry[key] for key in kept if key in entry} for entry in logged]
             self._no_order(f"the training was resumed at step {state.global_step}")
@@ -149,9 +149,11 @@ class TrainingRecord(TrainerCallback):
             self._keep(_folder(args) / f"epoch-{reached[-1]:g}", state, kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Note a loss that the trainer logs."""
+        """Note a loss that the trainer logs, and what of it is the router's."""
         if self._writes and logs and "loss" in logs and self._log:
-            self._log[-1]["loss"] = float(logs["loss"])
+            for key in ("loss", "aux_loss"):
+                if key in logs:
+                    self._log[-1][key] = float(logs[key])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the log and the order, and keep the adapter."""

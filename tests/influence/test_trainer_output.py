@@ -9,6 +9,7 @@ import pytest
 
 from influence.errors import InputError
 from influence.recipe import Recipe
+from influence.rows import examples_from_rows
 from influence.trainer_output import TrainerOutput, TrainingLog, estimated_recipe, log_near
 
 
@@ -228,3 +229,34 @@ def test_half_written_epochs_are_no_checkpoints(tmp_path):
     output = TrainerOutput.find(tmp_path)
     assert output.checkpoints == tuple(whole)
     assert output.optimizer is None
+
+
+TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+PAIR = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "expected"),
+    [
+        (PAIR, {}, (1024, "last")),
+        (TALK, {}, (1024, "all")),
+        (PAIR, {"completion_only_loss": False, "max_length": None}, (None, "all")),
+        (TALK, {"assistant_only_loss": True, "max_length": 9}, (9, "assistant")),
+        (PAIR, {"packing": True, "packing_strategy": "wrapped"}, (None, "last")),
+        (PAIR, {"packing": True, "packing_strategy": "bfd"}, (1024, "last")),
+        (PAIR, {"padding_free": True}, (None, "last")),
+        (PAIR, {"truncation_mode": "keep_end"}, (None, "last")),
+        (PAIR, None, (None, None)),
+    ],
+)
+def test_rows_are_cut_and_supervised_as_recorded(tmp_path, capsys, row, arguments, expected):
+    adapter(tmp_path / "influence" / "end", stopped(60))
+    path = tmp_path / "influence" / "training_args.json"
+    trl = {"max_length": 1024, "completion_only_loss": None, "assistant_only_loss": False}
+    if arguments is not None:
+        path.write_text(json.dumps(trl | arguments))
+    found = TrainerOutput.find(tmp_path).rendering(examples_from_rows([row]))
+    assert found == expected
+    assert ("rows are cut to" in capsys.readouterr().err) == (arguments is not None)
+    path.write_text('{"learning_rate": 1}')  # no trainer of TRL
+    assert TrainerOutput.find(tmp_path).rendering(examples_from_rows([row])) == (None, None)
