@@ -228,13 +228,15 @@ def _shape(name: str, warmup: int, done: np.ndarray, total: int) -> np.ndarray:
 
 def has_rates(recipe: Recipe, log: TrainingLog) -> bool:
     """Whether the logged rates are a recipe's, of the step or the step that follows."""
+    if not log.rates:
+        return True
     steps = np.array([step for step, _ in log.rates], dtype=float)
     rates = np.array([rate for _, rate in log.rates])
     shapes = (
         _shape(recipe.schedule, recipe.warmup, steps - late, log.max_steps) for late in (1, 0)
     )
     errors = [np.sqrt(np.mean((rates / recipe.lr - shape) ** 2)) for shape in shapes]
-    return not len(rates) or bool(min(errors) <= RATE_TOLERANCE)
+    return bool(min(errors) <= RATE_TOLERANCE)
 
 
 def recipe_near(adapter: Path, rows: int | None) -> Recorded | None:

@@ -219,6 +219,17 @@ def test_a_recipe_that_cannot_be_followed_is_said(tmp_path, capsys):
     assert "the recipe of the training is not kept: recipe" in capsys.readouterr().err
 
 
+def test_a_recorded_recipe_of_other_rates_is_said(tmp_path):
+    place = adapter(tmp_path / "checkpoint-60", state(name="cosine"))
+    recipe = Recipe(lr=2e-4, epochs=6, batch_size=8, schedule="cosine")
+    for schedule, other in (("cosine", False), ("linear", True)):
+        values = {**recipe.as_json(), "schedule": schedule}
+        (place / "recipe.json").write_text(json.dumps(values))
+        found = TrainerOutput.find(tmp_path).training(80).recipe
+        assert found is not None
+        assert ("the rates that" in found.about) == other
+
+
 def test_half_written_epochs_are_no_checkpoints(tmp_path):
     record = tmp_path / "influence"
     adapter(record / "end", stopped(60))
