@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from influence import console
 from influence.errors import DataError, InputError, MismatchError
@@ -133,6 +133,7 @@ def fit(options: Fit) -> None:
         Damping.parse(options.damping)
     curvature = _curvature(options.curvature, options.samples)
     examples = read_examples(options.train, columns=options.columns)
+    options = _as_trained(options, examples)
     model = _load(options)
     start = time.perf_counter()
     run = fit_run(
@@ -427,6 +428,7 @@ def check(options: Check) -> None:
 
     console.at_least("--rows", options.rows, 1)
     examples = read_examples(options.train, columns=options.columns)
+    options = _as_trained(options, examples)
     model = _load(options)
     if options.labels:
         _show_labels(options, model, examples[:3])
@@ -519,6 +521,20 @@ def describe(attributes: Mapping[str, Any]) -> str:
         f"{attributes['geometry']} {attributes['curvature']}, damping {attributes['damping']}, "
         f"points {labels}, size {size}"
     )
+
+
+#: The commands that take a trainer's output.
+Trained = TypeVar("Trained", Fit, Check)
+
+
+def _as_trained(options: Trained, examples: Examples) -> Trained:
+    """The options with the trainer's own cut and supervision, where neither is given."""
+    from influence.trainer_output import TrainerOutput
+
+    if options.trainer_output is None or options.max_length or options.supervise:
+        return options
+    length, supervise = TrainerOutput.find(options.trainer_output).rendering(examples)
+    return replace(options, max_length=length, supervise=supervise)
 
 
 def _load(options: Fit | Check) -> AdaptedModel:

@@ -196,7 +196,7 @@ def fit(
         existing = claim(directory, manifest, curvature, overwrite)
         refuse_other_tokens(directory, begun_manifest(directory), tokens)
         run = Run(directory, existing or manifest, model, train, tokens, curvature)
-        _keep(run, training, finished=existing is not None)
+        _keep(run, training)
         if existing is None:
             _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
@@ -346,7 +346,7 @@ def _points_of(output: TrainerOutput) -> tuple[Path, ...]:
     return places
 
 
-def _keep(run: Run, training: Training | None, *, finished: bool) -> None:
+def _keep(run: Run, training: Training | None) -> None:
     """Keep rows, adapter and recipe in the directory where no file has them."""
     manifest = run.manifest
     if manifest.data.path is None and (path := keep_rows(run.directory, run.train)) is not None:
@@ -357,7 +357,7 @@ def _keep(run: Run, training: Training | None, *, finished: bool) -> None:
         manifest = replace(manifest, adapter=adapter)
     if training is not None and training.recipe is not None:
         keep_recipe(run.directory, training.recipe)
-    if finished and manifest != run.manifest:
+    if manifest != run.manifest:  # of an unfinished fit too: it tells what to replace
         write_manifest(run.directory, manifest)
     run.manifest = manifest
 

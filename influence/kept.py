@@ -74,7 +74,7 @@ def as_row(example: Example) -> dict[str, Any]:
 
 
 def keep_adapter(directory: Path, model: AdaptedModel) -> Path | None:
-    """Save the adapter and its tokenizer into the run's directory, unless they are there.
+    """Save the adapter and its tokenizer into the run's directory, in place of any that is there.
 
     None, with a note, where the base has no name to load it by again, or where the saved tokenizer
     does not load as the same.
@@ -92,20 +92,20 @@ def keep_adapter(directory: Path, model: AdaptedModel) -> Path | None:
             "open this run; in Python, Run.open(..., model=model)"
         )
         return None
-    if not path.is_dir():
-        partial = path.with_name(f"{ADAPTER}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        save_live_adapter(model.model, partial)
-        model.tokenizer.save_pretrained(str(partial))
-        if not _loads_as(partial, model.tokenizer):
-            shutil.rmtree(partial)
-            say(
-                "note: the tokenizer does not load as the same once it is saved, so the adapter is "
-                "not kept: commands cannot open this run; in Python, Run.open(..., model=model)"
-            )
-            return None
-        partial.rename(path)
-        say(f"note: the adapter came from no folder; {path} keeps it, so that commands can load it")
+    partial = path.with_name(f"{ADAPTER}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_live_adapter(model.model, partial)
+    model.tokenizer.save_pretrained(str(partial))
+    if not _loads_as(partial, model.tokenizer):
+        shutil.rmtree(partial)
+        say(
+            "note: the tokenizer does not load as the same once it is saved, so the adapter is not "
+            "kept: commands cannot open this run; in Python, Run.open(..., model=model)"
+        )
+        return None
+    shutil.rmtree(path, ignore_errors=True)  # a fit that was killed may have left another's
+    partial.rename(path)
+    say(f"note: the adapter came from no folder; {path} keeps it, so that commands can load it")
     return path
 
 

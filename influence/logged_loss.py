@@ -14,6 +14,9 @@ tell:
   most once more, and one pass over the rows is worth what the log itself fell over its last epoch:
   the value at the end may be lower by that. The first entry averages over steps that already
   learned: the base may be higher by twice what the log fell from its first to its second entry.
+* Routers. A mixture of experts is trained on its load-balancing loss too, which is no part of the
+  objective here. Where it is logged (`aux_loss`) it is taken off; where it is not, nothing is
+  compared, and that is said.
 * Dropout p. It takes p / (1 - p) of what training learned from the logged losses, about: the value
   at the end may be lower by that share of the whole fall. The base has no adapter to drop.
 """
@@ -32,6 +35,7 @@ from influence.adapter import AdaptedModel
 from influence.chats import SUPERVISE
 from influence.errors import ToolkitError
 from influence.loss import mean_losses
+from influence.progress import say
 from influence.rows import Examples
 from influence.tokens import Rendering, TokenizedExamples
 from influence.trainer_output import Training, TrainingLog
@@ -80,12 +84,14 @@ class Comparison:
 class LossCheck:
     """The comparisons that the log allows, on so many `rows`.
 
-    `otherwise` has the objective at the adapter under other supervisions, by what they are called.
+    `otherwise` has the objective at the adapter under other supervisions, by what they are called;
+    `router` says how a router's loss may be the reason of a difference.
     """
 
     rows: int
     comparisons: tuple[Comparison, ...]
     otherwise: Mapping[str, float] = field(default_factory=dict)
+    router: str = ""
 
     @property
     def agrees(self) -> bool:
@@ -101,6 +107,7 @@ class LossCheck:
             )
             if self.comparisons[0].agrees:
                 others += "; or training started from an adapter that was not fresh"
+            lines += [self.router] if self.router else []
             lines.append(
                 "rows may be rendered, cut or supervised otherwise than in training, or be others: "
                 f"influence check --labels shows what is supervised{others}"
@@ -132,6 +139,9 @@ def check_losses(
     log = None if training is None else training.log
     if log is None or not log.losses:
         return None
+    log, router = without_router(log, model.model.get_base_model().config, training)
+    if not log.losses:
+        return None
     drawn = np.random.default_rng(0).permutation(len(train))[:ROWS]
     rows = train.select(np.sort(drawn))
     with warnings.catch_warnings():
@@ -153,7 +163,7 @@ def check_losses(
     with model.at(without):
         measured = Measured(sample.counts, mean_losses(model, sample), len(train))
     found.append(at_beginning(log, measured, batch))
-    check = LossCheck(len(sample), tuple(found))
+    check = LossCheck(len(sample), tuple(found), router=router)
     if check.agrees:
         return check
     values = {}
@@ -163,7 +173,42 @@ def check_losses(
             tokens = replace(rendering, supervise=word).tokenize(rows, model.tokenizer)
             if not np.array_equal(tokens.counts, sample.counts):
                 values[f"--supervise {word}"] = objective(model, tokens)
-    return LossCheck(len(sample), tuple(found), values)
+    return replace(check, otherwise=values)
+
+
+def without_router(
+    log: TrainingLog, config: Any, training: Training | None
+) -> tuple[TrainingLog, str]:
+    """The log with losses of the cross-entropy alone, none where they cannot be had, which is said.
+
+    With them comes a sentence on how the router's loss may be in them still.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    factor = None if training is None else training.router
+    if factor is None:
+        factor = float(getattr(config, "router_aux_loss_coef", None) or 0.0)
+    alone = "scores are of the cross-entropy alone"
+    aux = dict(log.router)
+    if log.router and factor and all(step in aux for step, _ in log.losses):
+        say(
+            f"note: the logged losses hold the router's load-balancing loss: {factor:g} times the "
+            f"logged aux_loss is taken off, and {alone}"
+        )
+        losses = tuple((step, value - factor * aux[step]) for step, value in log.losses)
+        return replace(log, losses=losses), (
+            f"the router's loss was taken off with router_aux_loss_coef={factor:g}: it may have "
+            "been another in training"
+        )
+    if log.router or (factor and getattr(config, "output_router_logits", False)):
+        say(
+            "note: the logged losses hold the router's load-balancing loss, and do not tell how much "
+            f"of it: they are not compared; {alone}"
+        )
+        return replace(log, losses=()), ""
+    return log, (
+        "the logged losses may hold the router's load-balancing loss (router_aux_loss_coef="
+        f"{factor:g})" * bool(factor)
+    )
 
 
 @dataclass(frozen=True)

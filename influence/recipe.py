@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -57,7 +58,7 @@ class Recipe:
         counts += ["max_steps"] * (self.max_steps is not None)
         whole = all(type(getattr(self, name)) is int for name in counts)
         numbers = (self.lr, self.weight_decay, self.eps, *self.betas, self.max_grad_norm or 1.0)
-        real = all(type(value) in (int, float) and np.isfinite(value) for value in numbers)
+        real = all(map(_finite, numbers))
         if not (whole and real and type(self.dropout) is bool):
             raise InputError(
                 "a recipe needs whole epochs, batch_size, warmup, seed and max_steps, dropout true "
@@ -120,8 +121,10 @@ class Recipe:
         be followed. What a recipe cannot express, and a key that is missing, is an `InputError`
         that lists them.
         """
-        arguments = _with_steps(arguments, steps)
-        problems = _untranslatable(arguments, () if steps is None else ("max_steps",))
+        problems = _no_numbers(arguments)
+        if not problems:
+            arguments = _with_steps(arguments, steps)
+            problems = _untranslatable(arguments, () if steps is None else ("max_steps",))
         if problems:
             raise InputError(
                 f"{source} cannot be followed: {'; '.join(problems)}. Give a recipe (--recipe "
@@ -190,8 +193,27 @@ _IDLE = {
     "neftune_noise_alpha": 0,
     "packing": 0,
     "dataloader_drop_last": 0,
-    "group_by_length": 0,
+    "group_by_length": 0,  # of transformers 4; 5 names the order instead:
+    "train_sampling_strategy": "random",
+    "lr_scheduler_kwargs": {},
+    "optim_target_modules": 0,  # parameters that GaLore and its like update otherwise
 }
+#: Training arguments that are numbers where they are given, as a recipe's steps are made from them.
+_NUMBERS = ("num_train_epochs", "max_steps", "warmup_steps", "warmup_ratio")
+
+
+def _finite(value: Any) -> bool:
+    """Whether a value is a finite number, and no truth value."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _no_numbers(arguments: Mapping[str, Any]) -> list[str]:
+    """Which training arguments are no finite numbers, though they must be."""
+    return [
+        f"{name}={one_line(repr(value), 60)} is no finite number"
+        for name in _NUMBERS
+        if (value := arguments.get(name)) is not None and not _finite(value)
+    ]
 
 
 def _with_steps(arguments: Mapping[str, Any], steps: int | None) -> dict[str, Any]:

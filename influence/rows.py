@@ -342,6 +342,14 @@ def _label(row: Mapping[str, Any], key: str) -> str | None:
     return label
 
 
+def is_label(value: Any) -> bool:
+    """Whether a value can be an `id` or `group`."""
+    try:
+        return _label({"label": value}, "label") is not None
+    except UnusableRow:
+        return False
+
+
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and without spaces, so that equal values have equal hashes."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

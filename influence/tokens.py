@@ -201,18 +201,20 @@ def tokenize(
     tokens: list[Tokens] = []
     cut: list[bool] = []
     bad: list[BadRow] = []
-    longest = 0
+    longest, cut_off = 0, False
     for number, (example, row) in enumerate(zip(examples, whole, strict=True), start=1):
         targets = np.flatnonzero(row.supervised)
         if not len(targets) or (max_length is not None and targets[0] >= max_length):
             bad.append(BadRow(number, example.id, _unsupervised(row, example, max_length)))
+            cut_off |= bool(len(targets))
             continue
         needed = int(targets[-1]) + 1
         longest = max(longest, needed)
         cut.append(max_length is not None and needed > max_length)
         tokens.append(_beginning(row, max_length))
     if bad:
-        raise DataError(f"{len(bad)} of {len(examples)} rows have no supervised token:", bad)
+        trl = " (TRL drops rows that are cut so: leave them out here too)" * cut_off
+        raise DataError(f"{len(bad)} of {len(examples)} rows have no supervised token{trl}:", bad)
     if any(cut):
         warnings.warn(
             f"{sum(cut)} of {len(examples)} rows are longer than max_length={max_length} and lose "

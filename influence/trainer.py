@@ -7,8 +7,8 @@
 
 Rows are taken from the trainer's own data set, one by one, through its own collator: token ids and
 labels are those of its batches, whatever template, mask, truncation or packing made them. A trainer
-that minimises anything but the mean cross-entropy of these labels is refused. The trainer is not
-changed, but for what `influence.from_peft` says of its model.
+that minimises anything but the mean cross-entropy of these labels is refused; only the load-balancing
+loss that a router adds to it is said instead, and no part of the scores. The trainer is not changed, but for what `influence.from_peft` says of its model.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from influence.errors import InputError, refuse
 from influence.loading import from_peft
 from influence.progress import say
 from influence.recipe import Recipe, Recorded
-from influence.rows import Examples, examples_from_rows
-from influence.trainer_output import Training, TrainingLog
+from influence.rows import Examples, examples_from_rows, is_label
+from influence.trainer_output import Training, TrainingLog, has_rates
 
 #: Rows that are collated twice, to see whether a collator draws anything.
 REPEATED = 4
@@ -67,6 +67,11 @@ def from_trainer(trainer: Any, *, tokenizer: Any = None) -> tuple[AdaptedModel, 
         raise InputError(
             "the trainer has no tokenizer (processing_class): give it as from_trainer(trainer, "
             "tokenizer=...)"
+        )
+    if factor := router_factor(trainer):
+        say(
+            f"note: the trainer minimises the router's load-balancing loss too, {factor:g} times; "
+            "scores are of the cross-entropy alone (router_aux_loss_coef=0 trains without)"
         )
     rows = _rows(trainer)
     base = str(getattr(live.get_base_model().config, "_name_or_path", "") or "")
@@ -249,11 +254,12 @@ def _names(rows: Any, column: str, *, unique: bool) -> list[Any] | None:
         values = [item[column] for item in items] if given else None
     if values is None:
         return None
-    plain = all(type(value) in (str, int) for value in values if unique or value is not None)
-    if not plain or (unique and len(set(map(str, values))) < len(values)):
+    usable = all(is_label(value) for value in values if unique or value is not None)
+    if not usable or (unique and len(set(map(str, values))) < len(values)):
         say(
             f"note: the column {column!r} holds more than texts and whole numbers"
-            f"{' that differ' * unique}, and is not used"
+            f"{' that differ' * unique} (an empty text and one with a NUL serve neither), and is "
+            "not used"
         )
         return None
     return values
@@ -276,6 +282,16 @@ def _tokenizer(trainer: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
+def router_factor(trainer: Any) -> float:
+    """By what a trainer multiplies the router's load-balancing loss in its objective; 0: none."""
+    config = _unwrapped(trainer).get_base_model().config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    own = getattr(config, "router_aux_loss_coef", None) or 0.0
+    if not getattr(trainer, "aux_loss_enabled", getattr(config, "output_router_logits", False)):
+        return 0.0
+    return float(getattr(trainer, "router_aux_loss_coef", own))
+
+
 def training_of(trainer: Any, rows: int) -> Training:
     """How a live trainer trained its model on so many rows."""
     state = trainer.state
@@ -291,11 +307,18 @@ def training_of(trainer: Any, rows: int) -> Training:
         },
         "the trainer's log",
     )
+    router = router_factor(trainer)
     try:
-        return Training(log, recipe_of_arguments(trainer.args, state.max_steps, trainer.optimizer))
+        found = recipe_of_arguments(trainer.args, state.max_steps, trainer.optimizer)
+        if not has_rates(found.recipe, log):
+            raise InputError(
+                "the rates that the trainer logged are not those of its arguments (an optimiser or "
+                "schedule of its own?)"
+            )
+        return Training(log, found, router)
     except InputError as error:
         say(f"note: the recipe of the training is not kept: {error}")
-        return Training(log, None)
+        return Training(log, None, router)
 
 
 def recipe_of_arguments(arguments: Any, steps: int, optimizer: Any = None) -> Recorded:

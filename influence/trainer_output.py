@@ -23,7 +23,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,11 +32,18 @@ from influence.messages import listed
 from influence.progress import say
 from influence.recipe import SCHEDULES, Recipe, Recorded, read_object, recorded_in
 
+if TYPE_CHECKING:
+    from influence.rows import Example
+
 #: The folder in the output directory that `influence.TrainingRecord` writes.
 RECORD = "influence"
 #: The adapter of the training's end, in that folder.
 END_FOLDER = "end"
 STATE = "trainer_state.json"
+#: What is read of a log's entries.
+LOGGED = ("learning_rate", "loss", "epoch", "aux_loss")
+#: The folders of epochs in it; a name that goes on is one that was being written.
+EPOCH = re.compile(r"epoch-\d+(\.\d+)?(e[+-]?\d+)?")
 #: More steps than any training has.
 MAX_STEPS = 10**8
 #: Most checkpoints that are taken as points without being asked for: each is a pass over the rows.
@@ -52,7 +59,8 @@ class TrainingLog:
     """What a `trainer_state.json` says.
 
     `steps` were made of `max_steps`. `rates` [(step, learning rate)], `losses` [(step, mean loss
-    since the entry before, nats per token)] and `epochs` [(step, epoch)] are in order of steps.
+    since the entry before, nats per token)], `router` [(step, mean load-balancing loss of a
+    mixture of experts)] and `epochs` [(step, epoch)] are in order of steps.
     `batch_size` is that of one forward on one device; None where it is not recorded.
     """
 
@@ -64,6 +72,7 @@ class TrainingLog:
     rates: tuple[tuple[int, float], ...]
     losses: tuple[tuple[int, float], ...]
     epochs: tuple[tuple[int, float], ...]
+    router: tuple[tuple[int, float], ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> TrainingLog:
@@ -80,7 +89,9 @@ class TrainingLog:
             asked = int(state.get("num_train_epochs") or 0)
             size = state.get("train_batch_size")
             size = int(size) if size else None
-            found = {key: _logged(log, key) for key in ("learning_rate", "loss", "epoch")}
+            found = {key: _logged(log, key) for key in LOGGED}
+            # a loss is that of the steps before it: at step 0 there are none
+            found["loss"] = tuple(entry for entry in found["loss"] if entry[0])
             if not 0 <= steps <= MAX_STEPS or not 0 <= most <= MAX_STEPS:
                 raise ValueError(f"{steps} of {most} steps, expected at most {MAX_STEPS}")
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
@@ -96,6 +107,7 @@ class TrainingLog:
             rates=found["learning_rate"],
             losses=found["loss"],
             epochs=found["epoch"],
+            router=found["aux_loss"],
         )
 
     @property
@@ -109,6 +121,8 @@ def _logged(log: Sequence[dict[str, Any]], key: str) -> tuple[tuple[int, float],
     values = {
         int(entry["step"]): float(entry[key]) for entry in log if key in entry and "step" in entry
     }
+    if any(not 0 <= step <= MAX_STEPS for step in values):
+        raise ValueError(f"{key} at step {min(values)}, expected steps from 0 to {MAX_STEPS}")
     return tuple((step, value) for step, value in sorted(values.items()) if np.isfinite(value))
 
 
@@ -196,15 +210,33 @@ def _schedule(log: TrainingLog) -> _Schedule:
 
 def _fitted(name: str, warmup: int, done: np.ndarray, rates: np.ndarray, total: int) -> _Schedule:
     """One schedule with the peak that suits it best; `done` [m] are the steps before each rate."""
-    falls = np.clip((done - warmup) / max(1, total - warmup), 0, 1)
-    after = {"linear": 1 - falls, "cosine": (1 + np.cos(np.pi * falls)) / 2}.get(name, 1.0)
-    shape = np.where(done < warmup, done / max(1, warmup), after)
+    shape = _shape(name, warmup, done, total)
     squares = float((shape * shape).sum())
     peak = float((shape * rates).sum() / squares) if squares > 0 else 0.0
     if peak <= 0:
         return _Schedule(name, warmup, float(rates.max()), float("inf"))
     error = float(np.sqrt(np.mean((rates - peak * shape) ** 2)) / peak)
     return _Schedule(name, warmup, peak, error)
+
+
+def _shape(name: str, warmup: int, done: np.ndarray, total: int) -> np.ndarray:
+    """A schedule's rates by their peak, as transformers has them, after `done` [m] steps."""
+    falls = np.clip((done - warmup) / max(1, total - warmup), 0, 1)
+    after = {"linear": 1 - falls, "cosine": (1 + np.cos(np.pi * falls)) / 2}.get(name, 1.0)
+    return np.where(done < warmup, done / max(1, warmup), after)
+
+
+def has_rates(recipe: Recipe, log: TrainingLog) -> bool:
+    """Whether the logged rates are a recipe's, of the step or the step that follows."""
+    if not log.rates:
+        return True
+    steps = np.array([step for step, _ in log.rates], dtype=float)
+    rates = np.array([rate for _, rate in log.rates])
+    shapes = (
+        _shape(recipe.schedule, recipe.warmup, steps - late, log.max_steps) for late in (1, 0)
+    )
+    errors = [np.sqrt(np.mean((rates / recipe.lr - shape) ** 2)) for shape in shapes]
+    return bool(min(errors) <= RATE_TOLERANCE)
 
 
 def recipe_near(adapter: Path, rows: int | None) -> Recorded | None:
@@ -220,6 +252,9 @@ def recipe_near(adapter: Path, rows: int | None) -> Recorded | None:
     log = log_near(adapter)
     if log is None:
         return found
+    if found is not None and not has_rates(found.recipe, log):
+        other = f"the rates that {log.source} has are others"
+        found = replace(found, about=f"{found.about}; {other}" if found.about else other)
     found = found or estimated_recipe(log, rows)
     if found is not None and log.steps < log.max_steps:
         stopped = f"this adapter's training stopped at step {log.steps} of {log.max_steps}"
@@ -249,11 +284,13 @@ class Training:
     """How an adapter was trained, as far as that is known: what `fit` keeps and compares with.
 
     `log` is what the trainer logged, None where it logged nothing; `recipe` how to train so again,
-    None where no recipe is recorded that can be followed.
+    None where no recipe is recorded that can be followed. `router` is the factor of the router's
+    load-balancing loss where the trainer says it; None: that of the model's configuration.
     """
 
     log: TrainingLog | None
     recipe: Recorded | None
+    router: float | None = None
 
 
 @dataclass(frozen=True)
@@ -285,11 +322,10 @@ class TrainerOutput:
         number = _number(folder)
         top = folder if number is None else folder.parent
         record = top / RECORD
-        kept = [place for place in _folders(record) if place.name.startswith("epoch-")]
-        kept += checkpoints_in(top)
+        kept = [*epochs_in(record), *checkpoints_in(top)]
         ends = [folder, record / END_FOLDER, *reversed(checkpoints_in(folder))]
         if number is not None:
-            ends, kept = [folder], [place for place in kept if _step(place) <= number]
+            ends, kept = [folder], [place for place in kept if step_of(place) <= number]
         adapter = next((place for place in ends if has_adapter(place)), None)
         if adapter is None:
             inside = [place.name for place in _folders(folder)]
@@ -302,18 +338,55 @@ class TrainerOutput:
         return cls(
             folder,
             adapter,
-            tuple(sorted((place for place in kept if place != adapter), key=_step)),
-            max((place for place in states if has_optimizer(place)), key=_step, default=None),
+            tuple(sorted((place for place in kept if place != adapter), key=step_of)),
+            max((place for place in states if has_optimizer(place)), key=step_of, default=None),
             log_near(folder),
         )
 
     def training(self, rows: int | None) -> Training:
         """The training on so many rows. A recipe that cannot be followed is said, not raised."""
+        factor = self._arguments()[1].get("router_aux_loss_coef")
+        router = float(factor) if type(factor) in (int, float) else None
         try:
-            return Training(self.log, recipe_near(self.adapter, rows))
+            return Training(self.log, recipe_near(self.adapter, rows), router)
         except InputError as error:
             say(f"note: the recipe of the training is not kept: {error}")
-            return Training(self.log, None)
+            return Training(self.log, None, router)
+
+    def _arguments(self) -> tuple[Path | None, dict[str, Any]]:
+        """The file of the trainer's arguments, as far as JSON has them, and what it holds."""
+        parent = self.folder.parent
+        places = [self.folder / RECORD, parent / RECORD, *[parent] * (parent.name == RECORD)]
+        paths = (place / "training_args.json" for place in places)
+        path = next((path for path in paths if path.is_file()), None)
+        return path, {} if path is None else read_object(path, "training arguments")
+
+    def rendering(self, rows: Sequence[Example]) -> tuple[int | None, str | None]:
+        """`max_length` and `supervise` of rows as a TRL trainer's recorded arguments have them.
+
+        Said in a note. None each where no `training_args.json` of TRL is there, and no length where
+        rows were packed otherwise than cut, or not cut at their end. Raises `InputError` for a
+        damaged file.
+        """
+        path, arguments = self._arguments()
+        if path is None or "completion_only_loss" not in arguments or not rows:
+            return None, None
+        first, given = rows[0], arguments["completion_only_loss"]
+        pairs = first.prompt is not None or first.prompt_turns is not None  # TRL asks the first too
+        supervise = "last" if (pairs if given is None else given) else "all"
+        if arguments.get("assistant_only_loss"):
+            supervise = "assistant"
+        length, packed = arguments.get("max_length"), arguments.get("packing")
+        cuts = arguments.get("packing_strategy") == "bfd" if packed else True
+        cuts = cuts and (packed or not arguments.get("padding_free"))
+        cuts = cuts and arguments.get("truncation_mode") in (None, "keep_start")
+        length = length if cuts and type(length) is int and length >= 2 else None
+        say(
+            f"note: as {path} says, rows are cut to {length or 'no'} tokens and supervised by "
+            f"{supervise!r}{', and were packed in training' * bool(packed)}: --max-length or "
+            "--supervise say otherwise"
+        )
+        return length, supervise
 
     def points(self) -> tuple[Path, ...]:
         """The checkpoints to look at: at most `MOST_POINTS`, spread over the early training.
@@ -339,7 +412,13 @@ class TrainerOutput:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The folders `checkpoint-N` with an adapter, by N."""
     found = [place for place in _folders(folder) if _number(place) is not None]
-    return sorted((place for place in found if has_adapter(place)), key=_step)
+    return sorted((place for place in found if has_adapter(place)), key=step_of)
+
+
+def epochs_in(record: Path) -> list[Path]:
+    """The folders `epoch-E` with an adapter of a `TrainingRecord`; one half-written is none."""
+    named = [place for place in _folders(record) if EPOCH.fullmatch(place.name)]
+    return [place for place in named if has_adapter(place)]
 
 
 def has_adapter(folder: Path) -> bool:
@@ -363,7 +442,7 @@ def _number(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     """The step at which a folder was saved; 0 where that is not recorded."""
     number = _number(folder)
     if number is not None:

@@ -34,7 +34,10 @@ from influence.optimizer_state import MOMENTS, live_second_moments, write_second
 from influence.progress import say
 from influence.store import write_json
 from influence.trainer import recipe_of_arguments
-from influence.trainer_output import END_FOLDER, RECORD, STATE
+from influence.trainer_output import END_FOLDER, EPOCH, LOGGED, RECORD, STATE, step_of
+
+#: What is written when a training begins, and when it ends, beside the adapters.
+BEGUN, ENDED = ("recipe.json", "training_args.json"), (STATE, "order.json")
 
 
 class TrainingRecord(TrainerCallback):
@@ -49,8 +52,9 @@ class TrainingRecord(TrainerCallback):
 
     What cannot be known is written as null with the reason: the rows of a step where several
     processes share them or the sampler draws from the global generator; the recipe where the
-    arguments ask for what no recipe expresses. Under FSDP or DeepSpeed no adapter is kept, because
-    no process has all of it. Raises `InputError` for epochs that are not above 0.
+    arguments ask for what no recipe expresses. What an earlier training left there is moved into
+    `earlier-1`, `earlier-2` ..., which nothing reads. Under FSDP or DeepSpeed no adapter is kept,
+    because no process has all of it. Raises `InputError` for epochs that are not above 0.
     """
 
     def __init__(self, epochs: Sequence[float] | None = None) -> None:
@@ -77,7 +81,7 @@ class TrainingRecord(TrainerCallback):
         self._due = [epoch for epoch in self._due if epoch > (state.epoch or 0)]
         self._log, self._order = [], []
         if state.global_step:
-            kept = ("step", "epoch", "learning_rate", "loss")
+            kept = ("step", *LOGGED)
             logged = [entry for entry in state.log_history if "learning_rate" in entry]
             self._log = [{key: entry[key] for key in kept if key in entry} for entry in logged]
             self._no_order(f"the training was resumed at step {state.global_step}")
@@ -87,6 +91,7 @@ class TrainingRecord(TrainerCallback):
             say("note: TrainingRecord keeps no adapters under FSDP or DeepSpeed")
         folder = _folder(args)
         folder.mkdir(parents=True, exist_ok=True)
+        _set_aside(folder, state.global_step)
         write_json(folder / "training_args.json", json.loads(args.to_json_string()))
         try:
             found = recipe_of_arguments(args, state.max_steps, kwargs.get("optimizer"))
@@ -144,9 +149,11 @@ class TrainingRecord(TrainerCallback):
             self._keep(_folder(args) / f"epoch-{reached[-1]:g}", state, kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Note a loss that the trainer logs."""
+        """Note a loss that the trainer logs, and what of it is the router's."""
         if self._writes and logs and "loss" in logs and self._log:
-            self._log[-1]["loss"] = float(logs["loss"])
+            for key in ("loss", "aux_loss"):
+                if key in logs:
+                    self._log[-1][key] = float(logs[key])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the log and the order, and keep the adapter."""
@@ -207,8 +214,12 @@ class TrainingRecord(TrainerCallback):
                 f"warning: TrainingRecord could not keep {folder.name}: {one_line(str(error), 200)}"
             )
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        replaced = folder.with_name(folder.name + ".replaced")
+        if folder.exists():  # a kill between leaves both under other names
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(folder, replaced)
         os.replace(partial, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def batches_of(loader: Any, epoch: int) -> tuple[list[list[int]] | None, str]:
@@ -236,6 +247,37 @@ def batches_of(loader: Any, epoch: int) -> tuple[list[list[int]] | None, str]:
     if drop and groups and len(groups[-1]) < size:
         groups.pop()
     return groups, ""
+
+
+def _set_aside(record: Path, step: int) -> None:
+    """Move what another training recorded into `earlier-N`, when one begins at a step.
+
+    Of one that is resumed the epochs up to its step stay; those that came after are another's.
+    """
+    others = [record / name for name in (END_FOLDER, *BEGUN, *ENDED)]
+    others += [place for place in record.iterdir() if EPOCH.fullmatch(place.name)]
+    others = [place for place in others if place.exists()]
+    stays = [place for place in others if step and _is_of(place, step)]
+    moved = [place for place in others if place not in stays]
+    if all(place.name in BEGUN for place in moved):
+        return
+    number = 1
+    while (aside := record / f"earlier-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for place in moved:
+        os.replace(place, aside / place.name)
+    say(f"note: TrainingRecord moved what an earlier training left in {record} to {aside.name}")
+
+
+def _is_of(epoch: Path, step: int) -> bool:
+    """Whether a folder is that of an epoch that a training had reached at a step."""
+    if not EPOCH.fullmatch(epoch.name):
+        return False
+    try:
+        return 0 < step_of(epoch) <= step
+    except InputError:
+        return False
 
 
 def _folder(args: Any) -> Path:

@@ -121,3 +121,23 @@ def test_a_fit_that_replaces_a_run_replaces_what_it_kept(tmp_path):
     with model.moved(model.snapshot()):  # another adapter: twice as long
         influence.fit(model, examples(5), directory=tmp_path / "run", overwrite=True)
         assert Run.open(tmp_path / "run", device="cpu").train == examples(5)
+
+
+def test_an_unfinished_run_leaves_no_adapter_to_the_run_that_replaces_it(tmp_path, monkeypatch):
+    """Nor does a folder that no manifest tells of: the adapter is written anew."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    model, run = live(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("influence.fitting.fit_points", killed)
+        with pytest.raises(KeyboardInterrupt):
+            influence.fit(model, examples(6), directory=run, path=(1.0,))
+    record = json.loads((run / "manifest.json").read_text())
+    assert (record["adapter"]["path"], record["data"]["path"]) == ("adapter", "rows.jsonl")
+    record["adapter"]["path"] = None  # killed before the manifest told of it
+    (run / "manifest.json").write_text(json.dumps(record))
+    with model.moved(model.snapshot()):  # another adapter: twice as long
+        influence.fit(model, examples(6), directory=run, path=(1.0,), overwrite=True)
+        assert Run.open(run, device="cpu").train == examples(6)

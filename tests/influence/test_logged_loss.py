@@ -119,3 +119,8 @@ def test_nothing_is_compared_without_a_log():
     model = build_model("llama", layers=1)
     assert check_losses(model, examples(10), Rendering(), None) is None
     assert check_losses(model, examples(10), Rendering(), Training(None, None)) is None
+
+
+def test_a_loss_before_the_first_step_is_of_no_steps():
+    state = {"global_step": 5, "max_steps": 5, "log_history": [{"step": 0, "loss": 2.0}]}
+    assert TrainingLog.of(state, "it").losses == ()

@@ -46,12 +46,24 @@ def test_recipes_are_checked(tmp_path):
         ({"num_train_epochs": 2.5}, "whole epochs"),
         ({"per_device_train_batch_size": "4"}, "it lacks per_device_train_batch_size"),
         ({"seed": ...}, "it lacks seed"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 3}}, "express lr_scheduler_kwargs="),
+        ({"train_sampling_strategy": "group_by_length"}, "express train_sampling_strategy="),
+        ({"optim_target_modules": "all-linear"}, "express optim_target_modules="),
+        ({"max_steps": "5"}, "max_steps='5' is no finite number"),
+        ({"warmup_steps": "0.1"}, "warmup_steps='0.1' is no finite number"),
+        ({"warmup_ratio": [1]}, r"warmup_ratio=\[1\] is no finite number"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs=inf is no finite number"),
+        ({"num_train_epochs": True}, "num_train_epochs=True is no finite number"),
+        ({"learning_rate": 10**400}, "finite numbers"),
     ],
 )
 def test_training_arguments_that_a_recipe_cannot_follow(change, sentence):
     changed = {key: value for key, value in {**TRAINER, **change}.items() if value is not ...}
     with pytest.raises(InputError, match=sentence):
         Recipe.of_training_arguments(changed, "training_args.json")
+    if "finite number" in sentence:
+        with pytest.raises(InputError, match=sentence):
+            Recipe.of_training_arguments(changed, "training_args.json", steps=25)
 
 
 def test_the_number_of_steps_makes_more_of_the_arguments_expressible():
@@ -74,6 +86,10 @@ def test_the_number_of_steps_makes_more_of_the_arguments_expressible():
         assert {name: getattr(recipe, name) for name in whole} == whole
     with pytest.raises(InputError, match="cannot express packing=True"):
         Recipe.of_training_arguments({**TRAINER, "packing": True}, "a.json", **steps)
+    idle = {"lr_scheduler_kwargs": None, "train_sampling_strategy": "random"}
+    idle |= {"optim_target_modules": None, "group_by_length": False}
+    same = Recipe.of_training_arguments({**TRAINER, **idle}, "a.json", **steps)
+    assert same == Recipe.of_training_arguments(TRAINER, "a.json", **steps)
 
 
 def test_steps_and_epochs_of_a_recipe():

@@ -352,7 +352,8 @@ def test_rows_that_lose_every_target_are_all_listed(tokenizer):
     with pytest.raises(DataError) as error:
         tokenize(examples, tokenizer, max_length=8)
     assert str(error.value) == (
-        "2 of 3 rows have no supervised token:\n"
+        "2 of 3 rows have no supervised token (TRL drops rows that are cut so: leave them out "
+        "here too):\n"
         f"  row 1 (id 'a'): max_length=8 cuts off all {ta} supervised tokens of its {a}; "
         f"max_length={a - ta + 1} keeps the first of them, max_length={a} all\n"
         f"  row 3 (id 'c'): max_length=8 cuts off all {tc} supervised tokens of its {c}; "

@@ -11,10 +11,14 @@ import torch
 import influence
 from influence import Run
 from influence.errors import InputError
+from influence.logged_loss import check_losses, without_router
 from influence.loss import token_losses
-from influence.tokens import tokenize
+from influence.tokens import Rendering, tokenize
+from influence.trainer import router_factor
+from influence.trainer_output import TrainerOutput
 from tests.conftest import build_tokenizer, rows
 from tests.helpers import save_base
+from tests.influence.test_experts import build_moe
 from tests.influence.toy_trainers import base_of, plain_trainer, sft_trainer, train
 
 
@@ -87,6 +91,11 @@ def test_ids_and_groups_survive_where_they_can(tmp_path, capsys):
     assert "the column 'id' holds more than texts and whole numbers that differ" in (
         capsys.readouterr().err
     )
+    for name in ("", "a\0"):
+        odd = [{**row, "id": name} if n == 1 else row for n, row in enumerate(rows(3))]
+        _, found = influence.from_trainer(sft_trainer(tmp_path, odd))
+        assert found.ids == ["0", "1", "2"]
+        assert "the column 'id' holds more" in capsys.readouterr().err
 
 
 def token_rows(n: int = 6) -> list[dict[str, list[int]]]:
@@ -276,3 +285,83 @@ def test_an_adapter_must_be_named(tmp_path, influence):
     done = influence("fit", "--train", tmp_path / "rows.jsonl", "--run", tmp_path / "run")
     assert done.status == 2
     assert "trainer-output DIR" in done.err
+
+
+# ---- routers -------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_router_is_said_and_taken_off(tmp_path, capsys):
+    """With a factor so large that the logged losses are mostly it: the rest agrees."""
+    moe = build_moe("gpt_oss", dtype=torch.float32)
+    trainer = sft_trainer(
+        tmp_path, base=moe, router_aux_loss_coef=2.0, callbacks=[influence.TrainingRecord()]
+    )
+    train(trainer)
+    model, found = influence.from_trainer(trainer)
+    said = capsys.readouterr().err
+    assert "minimises the router's load-balancing loss too, 2 times" in said
+    check = check_losses(model, found, Rendering(), model.training)
+    assert check is not None
+    assert check.agrees
+    assert "2 times the logged aux_loss is taken off" in capsys.readouterr().err
+    logged = {e["step"]: e for e in trainer.state.log_history if "loss" in e}
+    alone, _ = without_router(model.training.log, model.model.config, model.training)
+    for step, value in alone.losses:
+        assert value == pytest.approx(logged[step]["loss"] - 2 * logged[step]["aux_loss"])
+    # from files the same
+    output = TrainerOutput.find(tmp_path).training(len(found))
+    assert output.router == 2.0
+    check = check_losses(model, found, Rendering(), output)
+    assert check is not None
+    assert check.agrees
+
+
+def test_the_loss_of_a_router_that_is_not_logged_is_not_compared(tmp_path, capsys):
+    moe = build_moe("mixtral", dtype=torch.float32)
+    off = sft_trainer(tmp_path, base=moe, router_aux_loss_coef=0.0)
+    assert router_factor(off) == 0
+    trainer = train(plain_trainer(tmp_path, token_rows(), collator=collate, base=moe_logged()))
+    model, found = influence.from_trainer(trainer)
+    assert "load-balancing loss too, 0.001 times" in capsys.readouterr().err
+    assert check_losses(model, found, Rendering(), model.training) is None
+    assert "do not tell how much of it: they are not compared" in capsys.readouterr().err
+
+
+def moe_logged():
+    """A mixture of experts whose own loss holds its router's."""
+    base = build_moe("mixtral", dtype=torch.float32)
+    base.config.output_router_logits = True
+    return base
+
+
+def test_rates_of_another_schedule_are_not_kept_as_the_recipe(tmp_path, capsys):
+    """An optimiser and a schedule that are given are none of the arguments'."""
+    trainer = plain_trainer(tmp_path, token_rows(), collator=collate)
+    trainer.create_optimizer()
+    steps = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 0.5 ** (step // 2))
+    trainer.lr_scheduler = steps
+    train(trainer)
+    model, _ = influence.from_trainer(trainer)
+    assert model.training is not None
+    assert model.training.recipe is None
+    assert "not those of its arguments" in capsys.readouterr().err
+
+
+def test_commands_cut_and_supervise_as_the_trainer_recorded(tmp_path, influence):
+    from influence import TrainingRecord
+
+    base = base_of(save_base(tmp_path / "base", layers=1))
+    out, data = tmp_path / "out", tmp_path / "rows.jsonl"
+    record, options = TrainingRecord(), {"completion_only_loss": False, "max_length": 64}
+    train(sft_trainer(out, base=base, callbacks=[record], **options))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(12)))
+    call = ("fit", "--trainer-output", out, "--train", data, "--path", "1.0", "--json", "--run")
+    done = influence(*call, tmp_path / "a")
+    assert done.status == 0, done.err
+    assert "rows are cut to 64 tokens and supervised by 'all'" in done.err
+    assert "agrees" in done.err
+    objective = json.loads(done.out)["manifest"]["objective"]
+    assert (objective["max_length"], objective["supervise"]) == (64, "all")
+    done = influence(*call, tmp_path / "b", "--supervise", "last")
+    assert "rows are cut to" not in done.err
+    assert json.loads(done.out)["manifest"]["objective"]["max_length"] is None

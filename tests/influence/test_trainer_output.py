@@ -9,6 +9,7 @@ import pytest
 
 from influence.errors import InputError
 from influence.recipe import Recipe
+from influence.rows import examples_from_rows
 from influence.trainer_output import TrainerOutput, TrainingLog, estimated_recipe, log_near
 
 
@@ -117,6 +118,7 @@ def test_a_log_without_rates_gives_no_estimate():
         '{"log_history": [], "global_step": "many"}',
         '{"log_history": [{"step": 1, "loss": "x"}], "global_step": 1}',
         '{"log_history": [], "global_step": 1e300}',
+        '{"log_history": [{"step": -3, "loss": 1}], "global_step": 1}',
         '{"log_history": [], "global_step": 1, "max_steps": 999999999999}',
     ],
 )
@@ -215,3 +217,57 @@ def test_a_recipe_that_cannot_be_followed_is_said(tmp_path, capsys):
     training = TrainerOutput.find(tmp_path).training(80)
     assert training.recipe is None
     assert "the recipe of the training is not kept: recipe" in capsys.readouterr().err
+
+
+def test_a_recorded_recipe_of_other_rates_is_said(tmp_path):
+    place = adapter(tmp_path / "checkpoint-60", state(name="cosine"))
+    recipe = Recipe(lr=2e-4, epochs=6, batch_size=8, schedule="cosine")
+    for schedule, other in (("cosine", False), ("linear", True)):
+        values = {**recipe.as_json(), "schedule": schedule}
+        (place / "recipe.json").write_text(json.dumps(values))
+        found = TrainerOutput.find(tmp_path).training(80).recipe
+        assert found is not None
+        assert ("the rates that" in found.about) == other
+
+
+def test_half_written_epochs_are_no_checkpoints(tmp_path):
+    record = tmp_path / "influence"
+    adapter(record / "end", stopped(60))
+    whole = [adapter(record / f"epoch-{name}", stopped(n)) for name, n in (("0.5", 5), ("2", 20))]
+    for name in ("epoch-4.partial", "epoch-4.replaced", "epoch-last"):
+        adapter(record / name, stopped(40), optimizer=True)
+    (record / "epoch-3").mkdir()
+    output = TrainerOutput.find(tmp_path)
+    assert output.checkpoints == tuple(whole)
+    assert output.optimizer is None
+
+
+TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+PAIR = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "expected"),
+    [
+        (PAIR, {}, (1024, "last")),
+        (TALK, {}, (1024, "all")),
+        (PAIR, {"completion_only_loss": False, "max_length": None}, (None, "all")),
+        (TALK, {"assistant_only_loss": True, "max_length": 9}, (9, "assistant")),
+        (PAIR, {"packing": True, "packing_strategy": "wrapped"}, (None, "last")),
+        (PAIR, {"packing": True, "packing_strategy": "bfd"}, (1024, "last")),
+        (PAIR, {"padding_free": True}, (None, "last")),
+        (PAIR, {"truncation_mode": "keep_end"}, (None, "last")),
+        (PAIR, None, (None, None)),
+    ],
+)
+def test_rows_are_cut_and_supervised_as_recorded(tmp_path, capsys, row, arguments, expected):
+    adapter(tmp_path / "influence" / "end", stopped(60))
+    path = tmp_path / "influence" / "training_args.json"
+    trl = {"max_length": 1024, "completion_only_loss": None, "assistant_only_loss": False}
+    if arguments is not None:
+        path.write_text(json.dumps(trl | arguments))
+    found = TrainerOutput.find(tmp_path).rendering(examples_from_rows([row]))
+    assert found == expected
+    assert ("rows are cut to" in capsys.readouterr().err) == (arguments is not None)
+    path.write_text('{"learning_rate": 1}')  # no trainer of TRL
+    assert TrainerOutput.find(tmp_path).rendering(examples_from_rows([row])) == (None, None)

@@ -13,7 +13,7 @@ from influence.errors import InputError
 from influence.loading import from_peft
 from influence.optimizer_state import second_moments
 from influence.recipe import Recipe
-from influence.trainer_output import TrainingLog
+from influence.trainer_output import TrainerOutput, TrainingLog
 from influence.training_record import batches_of
 from tests.conftest import build_tokenizer
 from tests.influence.toy_trainers import plain_trainer, train, weights
@@ -168,10 +168,11 @@ def test_the_recipe_is_the_trainers(tmp_path, capsys):
     assert recipe == Recipe(**{**expected.as_json(), "epochs": recipe.epochs})
     arguments = json.loads((tmp_path / "influence" / "training_args.json").read_text())
     assert arguments["learning_rate"] == 0.05
-    recorded(tmp_path, optim="adafactor")
-    assert not (tmp_path / "influence" / "recipe.json").exists()
+    capsys.readouterr()
+    recorded(tmp_path / "other", optim="adafactor")
+    assert not (tmp_path / "other" / "influence" / "recipe.json").exists()
     assert "TrainingRecord keeps no recipe" in capsys.readouterr().err
-    assert not list((tmp_path / "influence").rglob("second_moments*"))  # no Adam
+    assert not list((tmp_path / "other" / "influence").rglob("second_moments*"))  # no Adam
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
@@ -192,3 +193,32 @@ def test_another_process_than_the_first_writes_nothing(tmp_path):
     record.on_train_begin(arguments, state, None)
     record.on_train_end(arguments, state, None, model=None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_training_is_no_part_of_the_record(tmp_path, capsys):
+    """Its adapters are moved aside, whole; those of a training that is resumed stay."""
+    recorded(tmp_path, epochs=(0.5, 2))
+    early = load_file(tmp_path / "influence" / "epoch-0.5" / WEIGHTS)
+    recorded(tmp_path, epochs=(1, 2), learning_rate=0.001, save_strategy="epoch")
+    record, aside = tmp_path / "influence", tmp_path / "influence" / "earlier-1"
+    assert "moved what an earlier training left" in capsys.readouterr().err
+    found = TrainerOutput.find(tmp_path)
+    assert {place.name for place in found.checkpoints if place.parent == record} == {
+        "epoch-1",
+        "epoch-2",
+    }
+    kept = load_file(aside / "epoch-0.5" / WEIGHTS)
+    assert all(torch.equal(kept[key], early[key]) for key in early)
+    names = {"recipe.json", "training_args.json", "trainer_state.json", "order.json"}
+    assert {place.name for place in aside.iterdir()} == {"end", "epoch-0.5", "epoch-2", *names}
+    again = plain_trainer(
+        tmp_path,
+        token_rows(),
+        collator=Seen(),
+        callbacks=[influence.TrainingRecord(epochs=(3,))],
+        save_strategy="epoch",
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    there = {place.name for place in record.iterdir() if place.is_dir()}
+    assert there == {"earlier-1", "earlier-2", "end", "epoch-1", "epoch-3"}
+    assert (record / "earlier-2" / "epoch-2").is_dir()

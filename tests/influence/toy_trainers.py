@@ -51,7 +51,9 @@ def sft_trainer(out: Path, data=None, *, base=None, lora=None, callbacks=(), **a
         )
 
 
-def plain_trainer(out: Path, data, *, collator=None, kind=None, callbacks=(), more=None, **options):
+def plain_trainer(
+    out: Path, data, *, base=None, collator=None, kind=None, callbacks=(), more=None, **options
+):
     """A transformers Trainer of a LoRA model on rows that are token ids already."""
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
@@ -60,7 +62,7 @@ def plain_trainer(out: Path, data, *, collator=None, kind=None, callbacks=(), mo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return (kind or Trainer)(
-            model=get_peft_model(base_of(), LoraConfig(**LORA)),
+            model=get_peft_model(base or base_of(), LoraConfig(**LORA)),
             args=TrainingArguments(str(out), **(ARGUMENTS | options)),
             train_dataset=data,
             data_collator=collator,
