@@ -186,21 +186,6 @@ def recognised(
     return Recognised(decoded, f"with {listed(form.keys)}: {form.becomes}", unused)
 
 
-def row_without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of an Arrow table without the null keys of objects inside it, at any depth.
-
-    Arrow fills the objects of a column up to one set of keys. A null that was written looks the
-    same, and goes too (as trainers do it, by TRL's `remove_none_values`).
-    """
-    return {key: _without_nulls(value) for key, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
 # ---- columns -----------------------------------------------------------------------------------
 
 
