@@ -21,6 +21,8 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any, SupportsIndex, cast, overload
 
+import numpy as np
+
 from influence.errors import BadRow, DataError, UnusableRow
 from influence.messages import kind_of, listed, one_line
 from influence.row_content import CONTENT, FORMS, IGNORED, content, is_unicode
@@ -59,8 +61,8 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] | None = field(default=None, hash=False)
     template_options: Mapping[str, Any] | None = field(default=None, hash=False)
     prompt_turns: int | None = None
-    input_ids: tuple[int, ...] | None = None
-    targets: tuple[bool, ...] | None = None
+    input_ids: Sequence[int] | None = None
+    targets: Sequence[int] | None = None
     document_lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -82,8 +84,8 @@ class Example:
         if self.input_ids is not None:
             found["input_ids"] = list(self.input_ids)
             if self.targets is not None:
-                pairs = zip(self.input_ids, self.targets, strict=True)
-                found["labels"] = [token if target else IGNORED for token, target in pairs]
+                targets, ids = np.asarray(self.targets, dtype=bool), np.asarray(self.input_ids)
+                found["labels"] = np.where(targets, ids, IGNORED).tolist()
             if self.document_lengths is not None:
                 found["seq_lengths"] = list(self.document_lengths)
         elif self.messages is not None:

@@ -262,7 +262,7 @@ def test_objects_of_different_keys_that_datasets_keeps_as_json(tmp_path):
     assert examples_from_rows(loaded.to_iterable_dataset()) == expected
     broken = pyarrow.array(['[{"role"', json.dumps(made[0]["messages"])]).cast(pyarrow.json_())
     parquet.write_table(pyarrow.table({"messages": broken}), tmp_path / "broken.parquet")
-    with pytest.raises(DataError, match="1 of 2 rows .*\n  row 1: a column of JSON holds no JSON"):
+    with pytest.raises(DataError, match=r"1 of 2 rows .*\n  row 1: a column of JSON holds no JSON"):
         read_examples(tmp_path / "broken.parquet")
 
 
