@@ -30,15 +30,15 @@ from influence.errors import UnusableRow
 from influence.messages import kind_of, listed
 
 #: The keys of a row that hold content, of which a row has one kind.
-CONTENT = ("prompt", "completion", "messages", "text")
+CONTENT_KEYS = ("prompt", "completion", "messages", "text")
 #: The masks of a row of token ids beside its `labels`.
 MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 #: The keys of a row of ready token ids.
 TOKEN_KEYS = ("input_ids", "attention_mask", "labels", *MASKS, "position_ids", "seq_lengths")
 #: All keys of a row that are read.
-ROW_KEYS = ("id", "group", *CONTENT, "tools", "chat_template_kwargs", *TOKEN_KEYS)
+ROW_KEYS = ("id", "group", *CONTENT_KEYS, "tools", "chat_template_kwargs", *TOKEN_KEYS)
 #: What a row may hold, for messages.
-FORMS = "'prompt' and 'completion', or 'messages', or 'text'"
+EXPECTED_CONTENT = "'prompt' and 'completion', or 'messages', or 'text'"
 #: Keys of a turn that mark it as no target where they are false or 0.
 TURN_FLAGS = ("train", "weight", "loss")
 #: The label of a token that is no target.
@@ -61,14 +61,14 @@ def content(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     if row.get("input_ids") is not None:
         return _token_ids(row)
-    given = [key for key in CONTENT if row.get(key) is not None]
+    given = [key for key in CONTENT_KEYS if row.get(key) is not None]
     forms = {"prompt" if key == "completion" else key for key in given}
     if not forms:
         raise UnusableRow(
-            f"has no content, only the keys {listed(row) or '(none)'}; expected {FORMS}"
+            f"has no content, only the keys {listed(row) or '(none)'}; expected {EXPECTED_CONTENT}"
         )
     if len(forms) > 1:
-        raise UnusableRow(f"is ambiguous, with {listed(given)}; keep one of: {FORMS}")
+        raise UnusableRow(f"is ambiguous, with {listed(given)}; keep one of: {EXPECTED_CONTENT}")
     if "text" in forms:
         return {"text": _string(row["text"], "'text'")}
     if "messages" in forms:

@@ -200,13 +200,13 @@ def checked_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
             f"columns {columns!r} were given; expected names by key, as in "
             "{'prompt': 'question', 'completion': 'answer'}"
         )
-    unknown = [key for key in columns if key not in (*BESIDE, *CONTENT)]
+    unknown = [key for key in columns if key not in (*BESIDE, *WRITTEN_KEYS)]
     if unknown:
         raise DataError(
             f"columns name {listed(unknown)}; expected KEY=COLUMN with one of the keys "
-            f"{', '.join((*BESIDE, *CONTENT))}"
+            f"{', '.join((*BESIDE, *WRITTEN_KEYS))}"
         )
-    content = [key for key in columns if key in CONTENT]
+    content = [key for key in columns if key in WRITTEN_KEYS]
     if content and not _content_keys(columns):
         raise DataError(
             f"columns name {listed(content)}, which are keys of different ways to write a row; "
@@ -233,7 +233,7 @@ def read_columns(names: Iterable[str], columns: Mapping[str, str] | None, source
             "'prompt' and 'completion', or 'messages', or 'text'. Other names are given by "
             "--columns, as in --columns prompt=question,completion=answer"
         )
-    wanted = {*BESIDE, *CONTENT, *MEDIA, *UNUSED, *columns.values()}
+    wanted = {*BESIDE, *WRITTEN_KEYS, *MEDIA, *UNUSED, *columns.values()}
     return [name for name in names if name in wanted]
 
 
@@ -252,7 +252,8 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
     kept = {
         key: value
         for key, value in row.items()
-        if key not in columns.values() and (not content or key in content or key not in CONTENT)
+        if key not in columns.values()
+        and (not content or key in content or key not in WRITTEN_KEYS)
     }
     if content:
         kept = {key: value for key, value in kept.items() if key not in ("chosen", "rejected")}
@@ -261,7 +262,7 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
 
 def _content_keys(columns: Mapping[str, str]) -> set[str]:
     """The keys of the ways to write a row that a column map can mean; none: it names no content."""
-    content = {key for key in columns if key in CONTENT}
+    content = {key for key in columns if key in WRITTEN_KEYS}
     ways = (*CANONICAL, *(form.all_keys for form in FORMS))
     return {key for keys in ways if content and content <= {*keys} for key in keys}
 
@@ -456,7 +457,7 @@ FORMS = (
     ),
 )
 #: Every key that content is written with.
-CONTENT = tuple(
+WRITTEN_KEYS = tuple(
     dict.fromkeys(
         key
         for keys in (*CANONICAL, *(form.all_keys for form in FORMS))

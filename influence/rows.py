@@ -25,7 +25,7 @@ import numpy as np
 
 from influence.errors import BadRow, DataError, UnusableRow
 from influence.messages import kind_of, listed, one_line
-from influence.row_content import CONTENT, FORMS, IGNORED, content, is_unicode
+from influence.row_content import CONTENT_KEYS, EXPECTED_CONTENT, IGNORED, content, is_unicode
 from influence.row_forms import canonical_rows, checked_columns, read_columns
 
 #: Keys of an answer that belong to what it said: another answer does not have them.
@@ -66,11 +66,11 @@ class Example:
     document_lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        kinds = (*CONTENT, "input_ids")
+        kinds = (*CONTENT_KEYS, "input_ids")
         given = tuple(key for key in kinds if getattr(self, key) not in (None, ()))
         if given not in (("prompt", "completion"), *((key,) for key in kinds[2:])):
             raise DataError(
-                f"example {self.id!r} has {listed(given) or 'no content'}; give it {FORMS}"
+                f"example {self.id!r} has {listed(given) or 'no content'}; give it {EXPECTED_CONTENT}"
             )
 
     @cached_property
@@ -100,7 +100,7 @@ class Example:
             if self.template_options is not None:
                 found["chat_template_kwargs"] = dict(self.template_options)
         else:
-            given = ((key, getattr(self, key)) for key in CONTENT)
+            given = ((key, getattr(self, key)) for key in CONTENT_KEYS)
             found = {key: value for key, value in given if value is not None}
         return found
 
@@ -331,7 +331,7 @@ def checked_examples(rows: Iterable[tuple[int | str, object]], source: str) -> I
         try:
             if not isinstance(row, Mapping):
                 raise UnusableRow(
-                    f"not an object but {kind_of(row)}; expected an object with {FORMS}"
+                    f"not an object but {kind_of(row)}; expected an object with {EXPECTED_CONTENT}"
                 )
             name = _label(row, "id")
             if name is not None and first_with.setdefault(name, number) != number:
