@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from influence.errors import InputError, ToolkitError, memory_is_short
+from influence.messages import printable as printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,14 +114,6 @@ def quiet_transformers() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def printable(text: str) -> str:
-    """Text of a training row for a terminal.
-
-    Control characters, which could move the cursor, become spaces.
-    """
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def finite(value: Any) -> Any:

@@ -23,6 +23,14 @@ def kind_of(value: object) -> str:
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
+def printable(text: str) -> str:
+    """Text of a row or of a file of others for a terminal.
+
+    Control characters, which could move the cursor, become spaces; line breaks stay.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
 def one_line(text: str, width: int) -> str:
     """Text as one line of at most `width` characters, cut with `…`.
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
+from influence.messages import printable
+
 T = TypeVar("T")
 
 #: Seconds between plain lines when standard error is not a terminal.
@@ -36,8 +38,8 @@ def track(
 
 
 def say(message: str) -> None:
-    """One plain line on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """One plain line on standard error. Names in it may be those of files of others."""
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 class NowAndThen:

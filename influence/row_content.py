@@ -20,23 +20,25 @@ keys of the row                             what they are
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, SupportsIndex, overload
+
+import numpy as np
 
 from influence.errors import UnusableRow
 from influence.messages import kind_of, listed
 
 #: The keys of a row that hold content, of which a row has one kind.
-CONTENT = ("prompt", "completion", "messages", "text")
+CONTENT_KEYS = ("prompt", "completion", "messages", "text")
 #: The masks of a row of token ids beside its `labels`.
 MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 #: The keys of a row of ready token ids.
 TOKEN_KEYS = ("input_ids", "attention_mask", "labels", *MASKS, "position_ids", "seq_lengths")
 #: All keys of a row that are read.
-ROW_KEYS = ("id", "group", *CONTENT, "tools", "chat_template_kwargs", *TOKEN_KEYS)
+ROW_KEYS = ("id", "group", *CONTENT_KEYS, "tools", "chat_template_kwargs", *TOKEN_KEYS)
 #: What a row may hold, for messages.
-FORMS = "'prompt' and 'completion', or 'messages', or 'text'"
+EXPECTED_CONTENT = "'prompt' and 'completion', or 'messages', or 'text'"
 #: Keys of a turn that mark it as no target where they are false or 0.
 TURN_FLAGS = ("train", "weight", "loss")
 #: The label of a token that is no target.
@@ -59,14 +61,14 @@ def content(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     if row.get("input_ids") is not None:
         return _token_ids(row)
-    given = [key for key in CONTENT if row.get(key) is not None]
+    given = [key for key in CONTENT_KEYS if row.get(key) is not None]
     forms = {"prompt" if key == "completion" else key for key in given}
     if not forms:
         raise UnusableRow(
-            f"has no content, only the keys {listed(row) or '(none)'}; expected {FORMS}"
+            f"has no content, only the keys {listed(row) or '(none)'}; expected {EXPECTED_CONTENT}"
         )
     if len(forms) > 1:
-        raise UnusableRow(f"is ambiguous, with {listed(given)}; keep one of: {FORMS}")
+        raise UnusableRow(f"is ambiguous, with {listed(given)}; keep one of: {EXPECTED_CONTENT}")
     if "text" in forms:
         return {"text": _string(row["text"], "'text'")}
     if "messages" in forms:
@@ -184,51 +186,93 @@ def is_unicode(text: str) -> bool:
 # ---- token ids -----------------------------------------------------------------------------------
 
 
+class PerToken(Sequence[int]):
+    """A whole number, or a boolean, for each token of a row: an array that nothing can change.
+
+    It equals, and hashes as, the tuple of its values.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        small = values.dtype.kind != "b" and not (values >> 31).any()
+        self._array = values.astype(np.int32 if small else values.dtype)
+        self._array.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> PerToken: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> int | PerToken:
+        found = self._array[index]
+        return PerToken(found) if isinstance(index, slice) else found.item()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._array.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, PerToken):
+            return np.array_equal(self._array, other._array)
+        return self._array.tolist() == list(other) if isinstance(other, tuple) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self._array, dtype) if copy else np.asarray(self._array, dtype)
+
+
 def _token_ids(row: Mapping[str, Any]) -> dict[str, Any]:
     """Check a row of token ids. Its other content is what they were made from, and unread."""
     ids = _integers(row["input_ids"], "input_ids")
-    if not ids:
+    if not len(ids):
         raise UnusableRow("'input_ids' is empty; there is nothing to supervise")
-    if min(ids) < 0:
-        raise UnusableRow(f"'input_ids' holds {min(ids)}; token ids are at least 0")
-    targets = [True] * len(ids)
+    if ids.min() < 0:
+        raise UnusableRow(f"'input_ids' holds {ids.min()}; token ids are at least 0")
+    targets = np.ones(len(ids), dtype=bool)
     for key in ("labels", *MASKS):
         if row.get(key) is not None:
             values = _integers(row[key], key, len(ids))
-            chosen = _labelled(values, ids) if key == "labels" else [bool(bit) for bit in values]
-            targets = [a and b for a, b in zip(targets, chosen, strict=True)]
+            targets &= _labelled(values, ids) if key == "labels" else values != 0
     if row.get("attention_mask") is not None:
         seen = _integers(row["attention_mask"], "attention_mask", len(ids))
-        end = max((t + 1 for t, target in enumerate(targets) if target), default=0)
-        if not all(seen[:end]):
+        end = int(np.flatnonzero(targets)[-1]) + 1 if targets.any() else 0
+        if not seen[:end].all():
             raise UnusableRow(
                 "'attention_mask' hides tokens before the last target; give ids without padding"
             )
     lengths = _documents(row, len(ids))
     return {
-        "input_ids": ids,
-        "targets": None if all(targets) else tuple(targets),
+        "input_ids": PerToken(ids),
+        "targets": None if targets.all() else PerToken(targets),
         "document_lengths": None if lengths is None or len(lengths) == 1 else lengths,
     }
 
 
-def _labelled(labels: Sequence[int], ids: Sequence[int]) -> list[bool]:
+def _labelled(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Which labels are targets. A label that is another token than its input is an error."""
-    for place, (label, token) in enumerate(zip(labels, ids, strict=True)):
-        if label not in (IGNORED, token):
-            raise UnusableRow(
-                f"'labels' has {label} at position {place}, where 'input_ids' has {token}; "
-                f"expected the same id, or {IGNORED} where it is no target (they are shifted by "
-                "the loss)"
-            )
-    return [label != IGNORED for label in labels]
+    others = np.flatnonzero((labels != ids) & (labels != IGNORED))
+    if len(others):
+        place = others[0]
+        raise UnusableRow(
+            f"'labels' has {labels[place]} at position {place}, where 'input_ids' has "
+            f"{ids[place]}; expected the same id, or {IGNORED} where it is no target (they are "
+            "shifted by the loss)"
+        )
+    return labels != IGNORED
 
 
 def _documents(row: Mapping[str, Any], length: int) -> tuple[int, ...] | None:
     """The lengths of the documents in a row of `length` ids. None where it does not say."""
     found = None
     if row.get("seq_lengths") is not None:
-        found = _integers(row["seq_lengths"], "seq_lengths")
+        found = tuple(_integers(row["seq_lengths"], "seq_lengths").tolist())
         if any(size < 1 for size in found) or sum(found) != length:
             raise UnusableRow(
                 f"'seq_lengths' are {list(found)[:5]} and sum to {sum(found)}; expected positive "
@@ -236,28 +280,41 @@ def _documents(row: Mapping[str, Any], length: int) -> tuple[int, ...] | None:
             )
     if row.get("position_ids") is not None:
         positions = _integers(row["position_ids"], "position_ids", length)
-        starts = [t for t, position in enumerate(positions) if position == 0]
-        ends = [*starts[1:], length]
-        lengths = tuple(end - start for start, end in zip(starts, ends, strict=False))
-        if positions != tuple(t for size in lengths for t in range(size)):
+        starts = np.union1d(0, np.flatnonzero(positions == 0))
+        sizes = np.diff(starts, append=length)
+        if not np.array_equal(positions, np.arange(length) - np.repeat(starts, sizes)):
             raise UnusableRow(
                 "'position_ids' do not count 0, 1, 2 ... from the start of each document"
             )
+        lengths = tuple(sizes.tolist())
         if found is not None and found != lengths:
             raise UnusableRow("'position_ids' and 'seq_lengths' tell of different documents")
         found = lengths
     return found
 
 
-def _integers(values: object, name: str, length: int | None = None) -> tuple[int, ...]:
-    """A list of whole numbers, of this length if one is given."""
-    if hasattr(values, "tolist"):  # an array
+def _integers(values: object, name: str, length: int | None = None) -> np.ndarray:
+    """A list of whole numbers as int64, of this length if one is given. Masks may be booleans."""
+    exact = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iub"
+    if not exact and hasattr(values, "tolist"):  # an array of something else, or a tensor
         values = values.tolist()  # type: ignore[attr-defined]
-    if not isinstance(values, (list, tuple)):
+    if not isinstance(values, (list, tuple, np.ndarray)):
         raise UnusableRow(f"{name!r} must be a list of integers, not {kind_of(values)}")
-    for place, value in enumerate(values):
-        if not isinstance(value, Integral):
-            raise UnusableRow(f"{name!r} has {kind_of(value)} at position {place}, not an integer")
+    kinds = {values.dtype.type} if isinstance(values, np.ndarray) else {*map(type, values)}
+    refused = [
+        kind
+        for kind in kinds
+        if not issubclass(kind, (Integral, np.bool_))
+        or (issubclass(kind, (bool, np.bool_)) and name not in ("attention_mask", *MASKS))
+    ]
+    if refused:
+        place = 0 if exact else next(k for k, value in enumerate(values) if type(value) in refused)
+        value = values[place].item() if exact else values[place]
+        raise UnusableRow(f"{name!r} has {kind_of(value)} at position {place}, not an integer")
     if length is not None and len(values) != length:
         raise UnusableRow(f"{name!r} has {len(values)} entries for {length} of 'input_ids'")
-    return tuple(int(value) for value in values)
+    if not exact or values.dtype == np.uint64:
+        for bound in (max(values, default=0), min(values, default=0)):
+            if not -(2**63) <= bound < 2**63:
+                raise UnusableRow(f"{name!r} holds {bound}; expected less than 2^63 in magnitude")
+    return np.array(values, dtype=np.int64)

@@ -30,8 +30,8 @@ from typing import Any, cast
 
 from influence.errors import BadRow, DataError
 from influence.messages import listed
-from influence.row_forms import canonical_rows, checked_columns, read_columns, row_without_nulls
-from influence.rows import Examples, checked_examples, dataset_rows
+from influence.row_forms import canonical_rows, checked_columns, read_columns
+from influence.rows import Examples, arrow_rows, checked_examples, dataset_rows
 
 #: Numbered rows, as a reader yields them.
 Rows = Iterator[tuple[int | str, object]]
@@ -298,14 +298,10 @@ def _parquet_rows(path: Path, columns: Mapping[str, str] | None) -> Rows:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
             wanted = read_columns(file.schema_arrow.names, columns, f" of {path}")
-            for batch in file.iter_batches(batch_size=1000, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row_without_nulls(row)
+            yield from arrow_rows(file.iter_batches(batch_size=1000, columns=wanted))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
 

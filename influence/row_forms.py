@@ -186,21 +186,6 @@ def recognised(
     return Recognised(decoded, f"with {listed(form.keys)}: {form.becomes}", unused)
 
 
-def row_without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of an Arrow table without the null keys of objects inside it, at any depth.
-
-    Arrow fills the objects of a column up to one set of keys. A null that was written looks the
-    same, and goes too (as trainers do it, by TRL's `remove_none_values`).
-    """
-    return {key: _without_nulls(value) for key, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
 # ---- columns -----------------------------------------------------------------------------------
 
 
@@ -215,13 +200,13 @@ def checked_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
             f"columns {columns!r} were given; expected names by key, as in "
             "{'prompt': 'question', 'completion': 'answer'}"
         )
-    unknown = [key for key in columns if key not in (*BESIDE, *CONTENT)]
+    unknown = [key for key in columns if key not in (*BESIDE, *WRITTEN_KEYS)]
     if unknown:
         raise DataError(
             f"columns name {listed(unknown)}; expected KEY=COLUMN with one of the keys "
-            f"{', '.join((*BESIDE, *CONTENT))}"
+            f"{', '.join((*BESIDE, *WRITTEN_KEYS))}"
         )
-    content = [key for key in columns if key in CONTENT]
+    content = [key for key in columns if key in WRITTEN_KEYS]
     if content and not _content_keys(columns):
         raise DataError(
             f"columns name {listed(content)}, which are keys of different ways to write a row; "
@@ -248,7 +233,7 @@ def read_columns(names: Iterable[str], columns: Mapping[str, str] | None, source
             "'prompt' and 'completion', or 'messages', or 'text'. Other names are given by "
             "--columns, as in --columns prompt=question,completion=answer"
         )
-    wanted = {*BESIDE, *CONTENT, *MEDIA, *UNUSED, *columns.values()}
+    wanted = {*BESIDE, *WRITTEN_KEYS, *MEDIA, *UNUSED, *columns.values()}
     return [name for name in names if name in wanted]
 
 
@@ -267,7 +252,8 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
     kept = {
         key: value
         for key, value in row.items()
-        if key not in columns.values() and (not content or key in content or key not in CONTENT)
+        if key not in columns.values()
+        and (not content or key in content or key not in WRITTEN_KEYS)
     }
     if content:
         kept = {key: value for key, value in kept.items() if key not in ("chosen", "rejected")}
@@ -276,7 +262,7 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
 
 def _content_keys(columns: Mapping[str, str]) -> set[str]:
     """The keys of the ways to write a row that a column map can mean; none: it names no content."""
-    content = {key for key in columns if key in CONTENT}
+    content = {key for key in columns if key in WRITTEN_KEYS}
     ways = (*CANONICAL, *(form.all_keys for form in FORMS))
     return {key for keys in ways if content and content <= {*keys} for key in keys}
 
@@ -471,7 +457,7 @@ FORMS = (
     ),
 )
 #: Every key that content is written with.
-CONTENT = tuple(
+WRITTEN_KEYS = tuple(
     dict.fromkeys(
         key
         for keys in (*CANONICAL, *(form.all_keys for form in FORMS))

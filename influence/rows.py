@@ -21,10 +21,12 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any, SupportsIndex, cast, overload
 
+import numpy as np
+
 from influence.errors import BadRow, DataError, UnusableRow
 from influence.messages import kind_of, listed, one_line
-from influence.row_content import CONTENT, FORMS, IGNORED, content, is_unicode
-from influence.row_forms import canonical_rows, checked_columns, read_columns, row_without_nulls
+from influence.row_content import CONTENT_KEYS, EXPECTED_CONTENT, IGNORED, content, is_unicode
+from influence.row_forms import canonical_rows, checked_columns, read_columns
 
 #: Keys of an answer that belong to what it said: another answer does not have them.
 _OF_THE_ANSWER = ("tool_calls", "reasoning_content", "reasoning", "thinking")
@@ -59,16 +61,16 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] | None = field(default=None, hash=False)
     template_options: Mapping[str, Any] | None = field(default=None, hash=False)
     prompt_turns: int | None = None
-    input_ids: tuple[int, ...] | None = None
-    targets: tuple[bool, ...] | None = None
+    input_ids: Sequence[int] | None = None
+    targets: Sequence[int] | None = None
     document_lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        kinds = (*CONTENT, "input_ids")
+        kinds = (*CONTENT_KEYS, "input_ids")
         given = tuple(key for key in kinds if getattr(self, key) not in (None, ()))
         if given not in (("prompt", "completion"), *((key,) for key in kinds[2:])):
             raise DataError(
-                f"example {self.id!r} has {listed(given) or 'no content'}; give it {FORMS}"
+                f"example {self.id!r} has {listed(given) or 'no content'}; give it {EXPECTED_CONTENT}"
             )
 
     @cached_property
@@ -82,8 +84,8 @@ class Example:
         if self.input_ids is not None:
             found["input_ids"] = list(self.input_ids)
             if self.targets is not None:
-                pairs = zip(self.input_ids, self.targets, strict=True)
-                found["labels"] = [token if target else IGNORED for token, target in pairs]
+                targets, ids = np.asarray(self.targets, dtype=bool), np.asarray(self.input_ids)
+                found["labels"] = np.where(targets, ids, IGNORED).tolist()
             if self.document_lengths is not None:
                 found["seq_lengths"] = list(self.document_lengths)
         elif self.messages is not None:
@@ -98,7 +100,7 @@ class Example:
             if self.template_options is not None:
                 found["chat_template_kwargs"] = dict(self.template_options)
         else:
-            given = ((key, getattr(self, key)) for key in CONTENT)
+            given = ((key, getattr(self, key)) for key in CONTENT_KEYS)
             found = {key: value for key, value in given if value is not None}
         return found
 
@@ -251,23 +253,65 @@ def examples_from_rows(
 
 def dataset_rows(
     dataset: Any, columns: Mapping[str, str] | None, source: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, object]]:
     """Yield (row number, row) of a `datasets.Dataset`, or of one that is streamed.
 
-    `columns` are as in `read_columns`.
+    A transform set on it (`with_transform`) is applied, as trainers do. `columns` are as in
+    `read_columns`.
     """
     if not hasattr(dataset, "num_rows"):
-        for number, row in enumerate(dataset.with_format(None), start=1):
-            yield number, row_without_nulls(row)
+        yield from enumerate(dataset.with_format(None), start=1)
+        return
+    if dataset.format["type"] == "custom":
+        yield from enumerate(dataset, start=1)
         return
     wanted = read_columns(dataset.column_names, columns, source)
     # as Arrow holds them: nothing is decoded (audio), and no format makes arrays of lists
     table = dataset.select_columns(wanted).with_format("arrow")
+    yield from arrow_rows(table.iter(batch_size=1000))
+
+
+def arrow_rows(batches: Iterable[Any]) -> Iterator[tuple[int, object]]:
+    """Yield (row number, row) of Arrow tables, a BadRow in place of one with JSON that is none.
+
+    Arrow fills the objects of a column up to one set of keys, with nulls. They stay: chat templates
+    print those inside tool calls and schemas, so trainers train on them. Columns of Arrow's type
+    JSON, in which `datasets` keeps objects of different keys, become the objects.
+    """
     number = 0
-    for batch in table.iter(batch_size=1000):
+    for batch in batches:
+        encoded = {field.name: field.type for field in batch.schema if _holds_json(field.type)}
         for row in batch.to_pylist():
             number += 1
-            yield number, row_without_nulls(row)
+            try:
+                decoded = {key: _json_decoded(row[key], kind) for key, kind in encoded.items()}
+            except (ValueError, RecursionError) as error:
+                yield number, BadRow(number, None, f"a column of JSON holds no JSON ({error})")
+                continue
+            yield number, row | decoded
+
+
+def _holds_json(kind: Any) -> bool:
+    """Whether an Arrow type is JSON, or a list or struct with JSON in it."""
+    if hasattr(kind, "key_type"):  # a map, which is a list of pairs and no object
+        return False
+    inner = (kind.field(k).type for k in range(kind.num_fields))
+    return _is_json(kind) or any(map(_holds_json, inner))
+
+
+def _is_json(kind: Any) -> bool:
+    return getattr(kind, "extension_name", None) == "arrow.json"
+
+
+def _json_decoded(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type, with the JSON in it parsed."""
+    if value is None or not _holds_json(kind):
+        return value
+    if _is_json(kind):
+        return json.loads(value)
+    if isinstance(value, dict):
+        return {key: _json_decoded(item, kind.field(key).type) for key, item in value.items()}
+    return [_json_decoded(item, kind.value_type) for item in value]
 
 
 def checked_examples(rows: Iterable[tuple[int | str, object]], source: str) -> Iterator[Example]:
@@ -287,7 +331,7 @@ def checked_examples(rows: Iterable[tuple[int | str, object]], source: str) -> I
         try:
             if not isinstance(row, Mapping):
                 raise UnusableRow(
-                    f"not an object but {kind_of(row)}; expected an object with {FORMS}"
+                    f"not an object but {kind_of(row)}; expected an object with {EXPECTED_CONTENT}"
                 )
             name = _label(row, "id")
             if name is not None and first_with.setdefault(name, number) != number:

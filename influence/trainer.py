@@ -27,13 +27,12 @@ from influence.errors import InputError, refuse
 from influence.loading import from_peft
 from influence.progress import say
 from influence.recipe import Recipe, Recorded
+from influence.row_content import IGNORED
 from influence.rows import Examples, examples_from_rows, is_label
 from influence.trainer_output import Training, TrainingLog, has_rates
 
 #: Rows that are collated twice, to see whether a collator draws anything.
 REPEATED = 4
-#: What transformers and TRL mark a token by that is no target.
-IGNORED = -100
 
 
 def from_trainer(trainer: Any, *, tokenizer: Any = None) -> tuple[AdaptedModel, Examples]:

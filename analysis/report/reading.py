@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from influence.console import printable
 from influence.errors import InputError, StoreError
+from influence.messages import printable
 from influence.store import read_json
 from unlearn.record.edit_record import FORMAT, RECORD, EditRecord
 

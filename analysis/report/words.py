@@ -18,7 +18,7 @@ import numpy as np
 from analysis.report.groups import Group
 from analysis.report.reading import DONE
 from analysis.report.verdicts import NOT_MEASURED, agreement, damage, finite, forgetting
-from influence.console import printable
+from influence.messages import printable
 from unlearn.record.edit_record import EditRecord, nothing
 
 NOT_FINITE = "not a finite number"

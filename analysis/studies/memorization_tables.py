@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.studies.memorization import MEMORIZATION, Memorization
-from influence.console import printable
+from influence.messages import printable
 
 #: Short head of each column, and what it is.
 HEADS = {

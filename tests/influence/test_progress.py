@@ -25,6 +25,11 @@ def test_items_come_unchanged_and_a_short_run_is_silent(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_line_cannot_move_the_cursor_by_the_names_in_it(capfd):
+    progress.say("note: the tensor 'a\x1b[2J\x1b]0;b\x07\r\u202e' is not used\nnext")
+    assert capfd.readouterr().err == "note: the tensor 'a [2J ]0;b   ' is not used\nnext\n"
+
+
 def test_a_plain_line_every_ten_seconds_with_what_is_left(capfd, clock):
     """Two of four were done before; each takes 6 s, so after two more nothing is left to do."""
     for _ in progress.track(iter("ab"), "rows", total=4, done=2):

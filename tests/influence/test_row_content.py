@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -89,6 +90,28 @@ def test_token_ids_win_over_the_text_that_they_were_made_from():
     assert found.preview() == "3 token ids: 4 5 6"
 
 
+@pytest.mark.parametrize("large", [6, 2**31, 2**63 - 1])
+def test_token_ids_are_held_as_an_array_that_is_as_the_tuple_of_them(large):
+    given = np.array([4, 5, large])
+    found = example({"id": "a", "input_ids": given, "labels": [-100, 5, large]})
+    by_hand = Example(id="a", input_ids=(4, 5, large), targets=(False, True, True))
+    given[0] = 9
+    assert found == by_hand
+    assert hash(found) == hash(by_hand)
+    assert repr(found) == repr(by_hand)
+    assert found.input_ids != (4, 5)
+    text = f'{{"input_ids":[4,5,{large}],"labels":[-100,5,{large}]}}'
+    assert found.content_hash == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert found.content_hash == by_hand.content_hash
+    ids, targets = found.input_ids or (), found.targets or ()
+    assert (ids[-1], ids[:2], ids.index(5), targets[0]) == (large, (4, 5), 1, False)
+    assert type(ids[0]) is int
+    assert type(targets[0]) is bool
+    with pytest.raises(ValueError, match="read-only"):
+        np.asarray(ids)[0] = 1
+    assert np.array(ids, dtype=np.int64).flags.writeable
+
+
 def test_masks_and_labels_must_all_agree():
     ids = [4, 5, 6, 7]
     assert example({"input_ids": ids}).targets is None
@@ -149,6 +172,14 @@ BAD = [
     ({"input_ids": [-1, 2]}, "'input_ids' holds -1"),
     ({"input_ids": "12"}, "'input_ids' must be a list of integers, not a string"),
     ({"input_ids": [1, 2.5]}, "'input_ids' has a number at position 1, not an integer"),
+    ({"input_ids": [1, True]}, "'input_ids' has a boolean at position 1, not an integer"),
+    ({"input_ids": np.ones(2, bool)}, "'input_ids' has a boolean at position 0, not an integer"),
+    ({"input_ids": np.ones(2)}, "'input_ids' has a number at position 0, not an integer"),
+    ({"input_ids": np.ones((1, 2), int)}, "'input_ids' has a list at position 0, not an integer"),
+    ({"input_ids": [1, 2**63]}, f"'input_ids' holds {2**63}; expected less than 2^63"),
+    ({"input_ids": np.array([2**63], np.uint64)}, f"'input_ids' holds {2**63}; expected less"),
+    ({"input_ids": [1, -1]}, "'input_ids' holds -1; token ids are at least 0"),
+    ({"input_ids": [1, 2], "labels": [1, -(2**70)]}, f"'labels' holds {-(2**70)}; expected less"),
     ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 entries for 2 of 'input_ids'"),
     ({"input_ids": [1, 2], "labels": [2, -100]}, "'labels' has 2 at position 0"),
     ({"input_ids": [1, 2], "attention_mask": [0, 1]}, "'attention_mask' hides tokens"),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pyarrow
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from pyarrow import parquet
 
 import influence
@@ -223,7 +223,7 @@ def test_parquet_and_a_datasets_folder_equal_json_lines(tmp_path):
         read_examples(tmp_path / "other.parquet")
 
 
-def test_nulls_that_arrow_adds_are_no_keys(tmp_path):
+def test_nulls_that_arrow_fills_into_arguments_stay_and_those_of_turns_are_no_keys(tmp_path):
     """Two rows whose messages hold different arguments: one struct, filled with nulls."""
     call = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
     other = {"type": "function", "function": {"name": "g", "arguments": {"days": 2}}}
@@ -233,9 +233,45 @@ def test_nulls_that_arrow_adds_are_no_keys(tmp_path):
     ]
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns} for turns in made]), path)
-    read = parquet.read_table(path).to_pylist()
-    assert read[0]["messages"][1]["calls"][0]["function"]["arguments"]["days"] is None
-    assert read_examples(path) == examples_from_rows([{"messages": turns} for turns in made])
+    for row, arguments in zip(
+        read_examples(path),
+        ({"city": "Rome", "days": None}, {"city": None, "days": 2}),
+        strict=True,
+    ):
+        asked, answer = row.messages or ()
+        assert asked == {"role": "user", "content": "a"}
+        assert answer["calls"][0]["function"]["arguments"] == arguments
+
+
+def test_objects_of_different_keys_that_datasets_keeps_as_json(tmp_path):
+    """`load_dataset` of JSON lines whose turns differ makes a column of Arrow's type JSON."""
+    calls = [{"function": {"name": "f", "arguments": one}} for one in ({"a": 1}, {"b": None})]
+    made = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [one]}]}
+        for one in calls
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    loaded = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
+    assert "Json" in str(loaded.features)
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    loaded.to_parquet(tmp_path / "rows.parquet")
+    expected = read_examples(path)
+    assert read_examples(tmp_path / "saved") == expected == examples_from_rows(loaded)
+    assert read_examples(tmp_path / "rows.parquet") == expected
+    assert examples_from_rows(loaded.to_iterable_dataset()) == expected
+    broken = pyarrow.array(['[{"role"', json.dumps(made[0]["messages"])]).cast(pyarrow.json_())
+    parquet.write_table(pyarrow.table({"messages": broken}), tmp_path / "broken.parquet")
+    with pytest.raises(DataError, match=r"1 of 2 rows .*\n  row 1: a column of JSON holds no JSON"):
+        read_examples(tmp_path / "broken.parquet")
+
+
+def test_a_transform_of_a_dataset_is_applied():
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    loud = Dataset.from_list(rows).with_transform(
+        lambda batch: {key: [text.upper() for text in texts] for key, texts in batch.items()}
+    )
+    assert [row.completion for row in examples_from_rows(loud)] == ["B", "D"]
 
 
 # ---- shards ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from influence.errors import DataError
+from influence.row_files import read_examples
 from influence.rows import examples_from_rows
 from influence.tokens import Tokens, tokenize
 
@@ -130,7 +131,10 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def trained_on(tmp_path_factory):
-    """`(rows, tokenizer, **options of SFTConfig) -> [(input ids, labels, positions)]`, by TRL."""
+    """`(rows, tokenizer, **options of SFTConfig) -> [(input ids, labels, positions)]`, by TRL.
+
+    The rows are a list or a Dataset.
+    """
     from datasets import Dataset
 
     folder = tmp_path_factory.mktemp("trl")
@@ -155,10 +159,12 @@ def trained_on(tmp_path_factory):
             disable_tqdm=True,
             **options,
         )
+        if isinstance(rows, list):
+            rows = Dataset.from_list(json.loads(json.dumps(rows)))
         trainer = trl.SFTTrainer(
             model,
             arguments,
-            train_dataset=Dataset.from_list(json.loads(json.dumps(rows))),
+            train_dataset=rows,
             processing_class=tokenizer,
         )
         found = []
@@ -314,6 +320,43 @@ def test_rows_are_cut_as_trl_cuts_them_and_those_left_without_a_target_are_named
     assert len(trained_on(pairs, tokenizer, max_length=16)) == 1  # TRL drops it
     with pytest.raises(DataError, match="1 of 2 rows have no supervised token:\n  row 2"):
         tokenize(examples_from_rows(pairs), tokenizer, max_length=16)
+
+
+def test_nulls_in_the_structs_of_a_dataset(trained_on, tmp_path):
+    """Arrow fills calls, schemas and turns up to one set of keys, and templates print the nulls."""
+    from datasets import Dataset, load_dataset
+
+    def row(schema, **arguments):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+        turns = [TOOLS[0], {"role": "assistant", "tool_calls": [call]}, *TOOLS[2:]]
+        return {"messages": turns, "tools": [tool], "chat_template_kwargs": {"at": arguments}}
+
+    rows = [
+        row({"type": "object"}, town="Oslo"),
+        row({"properties": {"city": {"type": "string"}}}, city="Lima"),
+    ]
+    filled = Dataset.from_list(rows)
+    assert filled[0]["messages"][0]["tool_calls"] is None
+    filled.save_to_disk(str(tmp_path / "saved"))
+    filled.to_parquet(tmp_path / "rows.parquet")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    loaded = load_dataset(
+        "json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path)
+    )
+    for family in ("qwen3", "qwen2_5", "llama3_1"):
+        tokenizer = tokenizer_of(family)
+        with_nulls = trained_on(filled, tokenizer)
+        for source in ("saved", "rows.parquet"):
+            read = read_examples(tmp_path / source)
+            assert_same(tokenize(read, tokenizer, supervise="all"), with_nulls)
+        assert_same(tokenize(examples_from_rows(filled), tokenizer, supervise="all"), with_nulls)
+        without = trained_on(loaded, tokenizer)
+        assert not np.array_equal(without[0][0], with_nulls[0][0])
+        assert_same(tokenize(examples_from_rows(loaded), tokenizer, supervise="all"), without)
+    cleaned = filled.with_transform(trl.trainer.utils.remove_none_values)
+    assert examples_from_rows(cleaned) == examples_from_rows(rows)
 
 
 def test_packed_rows(trained_on):

@@ -24,15 +24,14 @@ import numpy as np
 
 from influence.errors import DataError, InputError
 from influence.progress import say
-from influence.row_content import ROW_KEYS
+from influence.row_content import CONTENT_KEYS, ROW_KEYS
 from influence.rows import Example, Examples, examples_from_rows
 from influence.tokens import TokenizedExamples, Tokens
 from unlearn.record.version import Version
 
-#: What may be asked of a row, and the keys that hold its content or stand beside it.
+#: What may be asked of a row, and the keys that go with its content.
 ACTIONS = ("remove", "relabel", "correct")
-CONTENT = ("prompt", "completion", "messages", "text")
-BESIDE = tuple(key for key in ROW_KEYS if key not in ("id", "group", *CONTENT))
+OTHER_KEYS = tuple(key for key in ROW_KEYS if key not in ("id", "group", *CONTENT_KEYS))
 
 
 @dataclass(frozen=True)
@@ -268,19 +267,19 @@ def _relabelled(row: Example, completion: Any) -> Example:
 
 def _corrected(row: Example, content: Mapping[str, Any]) -> Example:
     """The row with other content, checked by the rules of training rows."""
-    if not isinstance(content, Mapping) or not set(content) & {*CONTENT, "input_ids"}:
+    if not isinstance(content, Mapping) or not set(content) & {*CONTENT_KEYS, "input_ids"}:
         raise DataError(
-            f"the change of {row.id!r} is {content!r}; expected new {', '.join(CONTENT[:-1])} or "
-            "text"
+            f"the change of {row.id!r} is {content!r}; expected new "
+            f"{', '.join(CONTENT_KEYS[:-1])} or text"
         )
-    keys = (*CONTENT, *BESIDE)
+    keys = (*CONTENT_KEYS, *OTHER_KEYS)
     content = {key: value for key, value in content.items() if key in keys and value is not None}
     if row.messages is not None:
-        given = set(content) & set(CONTENT)
+        given = set(content) & set(CONTENT_KEYS)
         if given == {"completion"} and isinstance(content["completion"], str):
             content = row.answering(content.pop("completion")).content() | content
         elif given in ({"messages"}, {"prompt", "completion"}):  # tools and options stay
-            kept = {key: value for key, value in row.content().items() if key in BESIDE}
+            kept = {key: value for key, value in row.content().items() if key in OTHER_KEYS}
             content = kept | content
         elif "input_ids" not in content:
             raise InputError(

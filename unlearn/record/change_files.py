@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from influence.errors import DataError, InputError
+from influence.row_content import CONTENT_KEYS
 from influence.rows import Example, Examples
-from unlearn.record.change import ACTIONS, BESIDE, CONTENT
+from unlearn.record.change import ACTIONS, OTHER_KEYS
 
 
 def read_changes(path: Path, only: str | None = None) -> dict[str, dict[str, Any]]:
@@ -55,7 +56,7 @@ def _sort_in(row: Any, only: str | None, requests: dict[str, dict[str, Any]]) ->
         return 'expected an object with an "id"'
     id, content = (
         str(row_id),
-        {key: row[key] for key in (*CONTENT, *BESIDE) if row.get(key) is not None},
+        {key: row[key] for key in (*CONTENT_KEYS, *OTHER_KEYS) if row.get(key) is not None},
     )
     usual = "relabel" if set(content) == {"completion"} else "correct"
     action = row.get("action") or only or usual

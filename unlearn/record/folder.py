@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from influence.adapter_files import adapter_folder
 from influence.base_files import DTYPES
-from influence.console import printable
 from influence.errors import InputError, StoreError
+from influence.messages import printable
 from influence.store import write_json
 from unlearn.record.edit_record import RECORD, EditRecord, facts_of
 from unlearn.record.plain import (

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from influence.console import printable
 from influence.errors import InputError, StoreError
+from influence.messages import printable
 from unlearn.record.chain import MANIFEST, Chain, checked_manifest, newest_adapter, read_chain
 from unlearn.record.edit_record import RECORD, EditRecord
 from unlearn.record.folder import Verification, check_folder, naming
