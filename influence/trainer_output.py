@@ -345,9 +345,11 @@ class TrainerOutput:
 
     def training(self, rows: int | None) -> Training:
         """The training on so many rows. A recipe that cannot be followed is said, not raised."""
-        factor = self._arguments()[1].get("router_aux_loss_coef")
-        router = float(factor) if type(factor) in (int, float) else None
+        router = None
         try:
+            factor = self._arguments()[1].get("router_aux_loss_coef")
+            if isinstance(factor, float | int) and np.isfinite(factor):
+                router = float(factor)
             return Training(self.log, recipe_near(self.adapter, rows), router)
         except InputError as error:
             say(f"note: the recipe of the training is not kept: {error}")

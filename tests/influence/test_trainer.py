@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -305,6 +306,8 @@ def test_the_loss_of_a_router_is_said_and_taken_off(tmp_path, capsys):
     assert check.agrees
     assert "2 times the logged aux_loss is taken off" in capsys.readouterr().err
     logged = {e["step"]: e for e in trainer.state.log_history if "loss" in e}
+    assert model.training is not None
+    assert model.training.log is not None
     alone, _ = without_router(model.training.log, model.model.config, model.training)
     for step, value in alone.losses:
         assert value == pytest.approx(logged[step]["loss"] - 2 * logged[step]["aux_loss"])
@@ -337,8 +340,8 @@ def moe_logged():
 def test_rates_of_another_schedule_are_not_kept_as_the_recipe(tmp_path, capsys):
     """An optimiser and a schedule that are given are none of the arguments'."""
     trainer = plain_trainer(tmp_path, token_rows(), collator=collate)
-    trainer.create_optimizer()
-    steps = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 0.5 ** (step // 2))
+    optimizer: Any = trainer.create_optimizer()
+    steps = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step // 2))
     trainer.lr_scheduler = steps
     train(trainer)
     model, _ = influence.from_trainer(trainer)

@@ -318,7 +318,7 @@ def test_rows_are_cut_as_trl_cuts_them_and_those_left_without_a_target_are_named
     compare(rows, tokenizer, trained_on, "all", max_length=30)
     pairs = [PAIRS[0], {"prompt": "Who bakes in Oslo? " * 4, "completion": "Bob."}]
     assert len(trained_on(pairs, tokenizer, max_length=16)) == 1  # TRL drops it
-    with pytest.raises(DataError, match="1 of 2 rows have no supervised token:\n  row 2"):
+    with pytest.raises(DataError, match=r"1 of 2 rows .*TRL drops rows .*:\n  row 2"):
         tokenize(examples_from_rows(pairs), tokenizer, max_length=16)
 
 
