@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any, SupportsIndex, overload
+from typing import Any, SupportsIndex, cast, overload
 
 import numpy as np
 
@@ -295,26 +295,29 @@ def _documents(row: Mapping[str, Any], length: int) -> tuple[int, ...] | None:
 
 def _integers(values: object, name: str, length: int | None = None) -> np.ndarray:
     """A list of whole numbers as int64, of this length if one is given. Masks may be booleans."""
-    exact = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iub"
-    if not exact and hasattr(values, "tolist"):  # an array of something else, or a tensor
+    array = None
+    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iub":
+        array = values if np.can_cast(values.dtype, np.int64) else None
+    if array is None and hasattr(values, "tolist"):  # an array of something else, or a tensor
         values = values.tolist()  # type: ignore[attr-defined]
-    if not isinstance(values, (list, tuple, np.ndarray)):
+    if array is None and not isinstance(values, (list, tuple)):
         raise UnusableRow(f"{name!r} must be a list of integers, not {kind_of(values)}")
-    kinds = {values.dtype.type} if isinstance(values, np.ndarray) else {*map(type, values)}
-    refused = [
+    items = array if array is not None else cast(Sequence[Any], values)
+    # one look at each kind of value, where a look at each value takes seconds
+    kinds = {array.dtype.type} if array is not None else {*map(type, items)}
+    refused = {
         kind
         for kind in kinds
         if not issubclass(kind, (Integral, np.bool_))
         or (issubclass(kind, (bool, np.bool_)) and name not in ("attention_mask", *MASKS))
-    ]
-    if refused:
-        place = 0 if exact else next(k for k, value in enumerate(values) if type(value) in refused)
-        value = values[place].item() if exact else values[place]
-        raise UnusableRow(f"{name!r} has {kind_of(value)} at position {place}, not an integer")
-    if length is not None and len(values) != length:
-        raise UnusableRow(f"{name!r} has {len(values)} entries for {length} of 'input_ids'")
-    if not exact or values.dtype == np.uint64:
-        for bound in (max(values, default=0), min(values, default=0)):
-            if not -(2**63) <= bound < 2**63:
-                raise UnusableRow(f"{name!r} holds {bound}; expected less than 2^63 in magnitude")
-    return np.array(values, dtype=np.int64)
+    }
+    for place, value in enumerate(items if refused else ()):
+        if type(value) in refused:
+            kind = kind_of(value.item() if isinstance(value, np.generic) else value)
+            raise UnusableRow(f"{name!r} has {kind} at position {place}, not an integer")
+    if length is not None and len(items) != length:
+        raise UnusableRow(f"{name!r} has {len(items)} entries for {length} of 'input_ids'")
+    for bound in (max(items, default=0), min(items, default=0)) if array is None else ():
+        if not -(2**63) <= bound < 2**63:
+            raise UnusableRow(f"{name!r} holds {bound}; expected less than 2^63 in magnitude")
+    return np.array(items, dtype=np.int64)
