@@ -94,9 +94,9 @@ def _fetched(name: str) -> Path:
     patterns = [CONFIG, WEIGHTS, *TOKENIZER_FILES]
     if below:
         patterns = [f"{below}/{pattern}" for pattern in patterns]
-    which = {"revision": revision} if revision else {}
     try:
-        return Path(snapshot_download(id, allow_patterns=patterns, **which)) / below
+        fetched = snapshot_download(id, revision=revision or None, allow_patterns=patterns)
+        return Path(fetched) / below
     except Exception as error:
         raise AdapterError(
             f"adapter {name!r} is neither a local folder nor a hub id that could be "

@@ -128,7 +128,7 @@ def test_an_adapter_of_the_hub_may_lie_in_a_folder(tmp_path, monkeypatch, revisi
     _, adapter = save(tmp_path, layers=1, **LLAMA)
     asked = []
 
-    def download(id, allow_patterns, revision=None):
+    def download(id, revision, allow_patterns):
         asked.append((id, allow_patterns[0], revision))
         return str(tmp_path)
 
@@ -149,7 +149,7 @@ def test_all_files_of_a_tokenizer_on_the_hub_are_fetched(tmp_path, monkeypatch):
     wanted += ["chat_template.jinja"]
     fetched = []
 
-    def download(id, allow_patterns):
+    def download(id, revision, allow_patterns):
         fetched.extend(
             filter_repo_objects(
                 [*wanted, "adapter_model.bin", "optimizer.pt", "tokenization.py"],
