@@ -133,7 +133,6 @@ def fit(options: Fit) -> None:
         Damping.parse(options.damping)
     curvature = _curvature(options.curvature, options.samples)
     examples = read_examples(options.train, columns=options.columns)
-    options = _as_trained(options, examples)
     model = _load(options)
     start = time.perf_counter()
     run = fit_run(
@@ -439,17 +438,7 @@ def check(options: Check) -> None:
         max_length=options.max_length,
         supervise=options.supervise,
     )
-    record = {
-        "ok": result.ok,
-        "tolerance": result.tolerance,
-        "errors": result.errors,
-        "computed": result.computed,
-        "reference": result.reference,
-        "precision": result.precision,
-        "precise": result.precise,
-        "wide_tolerance": result.wide_tolerance,
-        "wide_errors": result.wide_errors,
-    }
+    record = result.as_json()
     text, passed = str(result), result.ok
     if options.trainer_output is not None:
         losses = _logged_losses(options, model, examples)

@@ -144,6 +144,8 @@ def fit(
     output = None if trainer_output is None else TrainerOutput.find(trainer_output)
     say_idle(geometry, damping, optimizer, store, disk_budget)
     if output is not None:
+        if max_length is None and supervise is None:
+            max_length, supervise = output.rendering(train)
         if optimizer is None and (geometry == "adam" or damping == "time"):
             optimizer = _optimizer_of(output)
         if path is None and not checkpoints:

@@ -16,7 +16,8 @@ Such a leaf is held to its rounding error, every other one to the tolerance of i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,10 @@ class GradientCheck:
         tenth.
         """
         return self.precision is None or self.precision <= PRECISE
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields and both verdicts, for a program."""
+        return {"ok": self.ok, "precise": self.precise, **asdict(self)}
 
     def __str__(self) -> str:
         """A sentence on the engine, with the worst leaf, and one on the number type."""
