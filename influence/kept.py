@@ -70,7 +70,8 @@ def _reads_as(path: Path, train: Examples) -> bool:
 def as_row(example: Example) -> dict[str, Any]:
     """An example as a row of a file: its id, its group if it has one, and its content."""
     group = {} if example.group is None else {"group": example.group}
-    return {"id": example.id, **group, **example.content()}
+    shown = {} if example.shown is None else {"shown": list(example.shown)}
+    return {"id": example.id, **group, **example.content(), **shown}
 
 
 def keep_adapter(directory: Path, model: AdaptedModel) -> Path | None:

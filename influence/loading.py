@@ -143,6 +143,11 @@ def _recorded_base(files: AdapterFiles, base: str | Path | None) -> dict[str, st
         raise AdapterError(
             f"adapter {files.name!r} does not record its base model: pass it (--model BASE)"
         )
+    if base is not None and recorded and Path(place).name != Path(str(recorded)).name:
+        say(
+            f"note: the adapter was trained on the base {str(recorded)!r}, and {place!r} is given: "
+            "only its sites' names and shapes are compared"
+        )
     revision = files.config.get("revision")
     return {"place": place, "revision": str(revision) if revision and place == recorded else None}
 

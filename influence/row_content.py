@@ -14,6 +14,7 @@ keys of the row                             what they are
 `labels`, `completion_mask`,                which of the ids are targets; where several are
 `assistant_masks`, `loss_mask`              there, all must say so; none: every one
 `position_ids`, `seq_lengths`               the documents that one row of ids holds
+`shown`                                     the text before the targets and theirs, for people alone
 ==========================================  ====================================================
 """
 
@@ -34,7 +35,9 @@ CONTENT_KEYS = ("prompt", "completion", "messages", "text")
 #: The masks of a row of token ids beside its `labels`.
 MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 #: The keys of a row of ready token ids.
-TOKEN_KEYS = ("input_ids", "attention_mask", "labels", *MASKS, "position_ids", "seq_lengths")
+TOKEN_KEYS = (
+    *("input_ids", "attention_mask", "labels", *MASKS, "position_ids", "seq_lengths", "shown"),
+)
 #: All keys of a row that are read.
 ROW_KEYS = ("id", "group", *CONTENT_KEYS, "tools", "chat_template_kwargs", *TOKEN_KEYS)
 #: What a row may hold, for messages.
@@ -248,9 +251,15 @@ def _token_ids(row: Mapping[str, Any]) -> dict[str, Any]:
                 "'attention_mask' hides tokens before the last target; give ids without padding"
             )
     lengths = _documents(row, len(ids))
+    shown = row.get("shown")
+    if shown is not None and not (
+        isinstance(shown, (list, tuple)) and [type(text) for text in shown] == [str, str]
+    ):
+        raise UnusableRow("'shown' must be two strings, the text before the targets and theirs")
     return {
         "input_ids": PerToken(ids),
         "targets": None if targets.all() else PerToken(targets),
+        "shown": None if shown is None else tuple(shown),
         "document_lengths": None if lengths is None or len(lengths) == 1 else lengths,
     }
 

@@ -50,6 +50,9 @@ class Example:
         Whether each of the `input_ids` is a target. None: all are.
     document_lengths
         Lengths of the documents that the `input_ids` hold one after the other. None: they are one.
+    shown
+        The text before the targets of `input_ids` and theirs, for people alone: two rows that
+        differ in it are equal.
     """
 
     id: str
@@ -64,6 +67,7 @@ class Example:
     input_ids: Sequence[int] | None = None
     targets: Sequence[int] | None = None
     document_lengths: tuple[int, ...] | None = None
+    shown: tuple[str, str] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         kinds = (*CONTENT_KEYS, "input_ids")
@@ -126,12 +130,14 @@ class Example:
 
         Control characters become spaces, so a row cannot move a terminal's cursor.
         """
-        if self.input_ids is not None:
+        if self.input_ids is not None and self.shown is None:
             first = " ".join(map(str, self.input_ids[:width]))
             return one_line(f"{len(self.input_ids)} token ids: {first}", width)
         if self.text is not None:
             return one_line(self.text, width)
-        if self.messages is not None:
+        if self.shown is not None:
+            head, tail = self.shown
+        elif self.messages is not None:
             *earlier, tail = [_said(message) for message in self.messages]
             head = earlier[-1] if earlier else ""
         else:

@@ -31,6 +31,8 @@ from influence.row_content import IGNORED
 from influence.rows import Examples, examples_from_rows, is_label
 from influence.trainer_output import Training, TrainingLog, has_rates
 
+#: Tokens of a row, before its first target and from there on, whose text is kept for people.
+SHOWN = 60
 #: Rows that are collated twice, to see whether a collator draws anything.
 REPEATED = 4
 
@@ -72,7 +74,7 @@ def from_trainer(trainer: Any, *, tokenizer: Any = None) -> tuple[AdaptedModel, 
             f"note: the trainer minimises the router's load-balancing loss too, {factor:g} times; "
             "scores are of the cross-entropy alone (router_aux_loss_coef=0 trains without)"
         )
-    rows = _rows(trainer)
+    rows = _rows(trainer, tokenizer)
     base = str(getattr(live.get_base_model().config, "_name_or_path", "") or "")
     if base and Path(base).exists():
         base = str(Path(base).resolve())
@@ -169,7 +171,7 @@ def _other_losses(trainer: Any) -> Iterator[str]:
 # ---- the rows ------------------------------------------------------------------------------------
 
 
-def _rows(trainer: Any) -> Examples:
+def _rows(trainer: Any, tokenizer: Any) -> Examples:
     """The trainer's rows, token ids and labels as its collator makes them."""
     loader = trainer.get_train_dataloader()  # makes the data set and collator that training uses
     rows, collate = loader.dataset, loader.collate_fn
@@ -189,6 +191,7 @@ def _rows(trainer: Any) -> Examples:
         if not any(label != IGNORED for label in row["labels"][1:]):
             empty += 1
             continue
+        row["shown"] = _text(row, tokenizer)
         row["id"] = str(index) if names is None else names[index]
         if groups is not None and groups[index] is not None:
             row["group"] = groups[index]
@@ -198,6 +201,14 @@ def _rows(trainer: Any) -> Examples:
     if not made:
         raise InputError("no row of the trainer has a supervised token: its labels are all -100")
     return examples_from_rows(made)
+
+
+def _text(row: Mapping[str, Any], tokenizer: Any) -> list[str]:
+    """What a row says before its first target and from there on, as far as a table shows it."""
+    ids = row["input_ids"]
+    first = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
+    parts = ids[max(0, first - SHOWN) : first], ids[first : first + SHOWN]
+    return [tokenizer.decode(part, skip_special_tokens=True) for part in parts]
 
 
 def _as_batched(collate: Any, item: Any) -> dict[str, Any]:

@@ -123,6 +123,16 @@ def test_a_preview_is_one_short_line(width):
         assert len(preview) <= width
         assert preview.isprintable()
     assert examples_from_rows([pair("Who?\nA:", " Me.")])[0].preview() == "Who? A: → Me."
+    ids = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    plain, shown = (
+        examples_from_rows([ids])[0],
+        examples_from_rows([{**ids, "shown": ["Q", "A"]}])[0],
+    )
+    assert (plain.preview(), shown.preview()) == ("3 token ids: 5 6 7", "Q → A")
+    assert plain == shown  # what is shown is no content
+    assert plain.content_hash == shown.content_hash
+    with pytest.raises(DataError, match="'shown' must be two strings"):
+        examples_from_rows([{**ids, "shown": "Q"}])
     assert examples_from_rows([chat("x", "y", "Who?", "Me.")])[0].preview() == "Who? → Me."
     # A long prompt leaves room for the answer.
     assert examples_from_rows([pair("word " * 50, " Me.")])[0].preview(30).endswith("… → Me.")

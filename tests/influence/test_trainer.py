@@ -237,6 +237,7 @@ def test_three_lines_after_training(tmp_path, capsys):
     assert "differs" not in said
     again = Run.open(tmp_path / "run", device="cpu")
     assert again.train == found
+    assert " → " in again.train[0].preview()  # tables show what the tokens say
     np.testing.assert_array_equal(again.score(found[:2]).values, run.score(found[:2]).values)
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert (recipe["lr"], recipe["epochs"], recipe["batch_size"]) == (0.05, 3, 4)
