@@ -160,7 +160,8 @@ def fit(options: Fit) -> None:
     stored = "stored" if run.gradients_stored else "not stored (scores will pass over the rows)"
     text = (
         f"{options.run}: {options.curvature} on {manifest.data.rows} rows "
-        f"({manifest.data.supervised_tokens} supervised tokens), "
+        f"({manifest.data.supervised_tokens} supervised tokens, reduction "
+        f"{manifest.objective.reduction}), "
         f"{manifest.adapter.parameters} LoRA parameters, damping {manifest.damping}; "
         f"points {labels}; gradients {stored}; {seconds:.1f} s"
     )

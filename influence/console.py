@@ -45,7 +45,7 @@ def main(application: typer.Typer) -> Callable[[], None]:
         warnings.showwarning = _one_line_warning
         for stream in (sys.stdout, sys.stderr):  # a terminal without some characters shows escapes
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
+                stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
         # it speaks of kernels that nobody asked for
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:

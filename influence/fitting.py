@@ -192,13 +192,16 @@ def fit(
     training = model.training if output is None else output.training(len(train))
     if not finished_before(directory, manifest):
         curvature.refuse(len(train))
+        _say_batches(reduction, training, len(train))
         if (losses := check_losses(model, train, rendering, training)) is not None:
             say(f"{'note' if losses.agrees else 'warning'}: {losses}")
     with only_writer(directory):
         existing = claim(directory, manifest, curvature, overwrite)
-        refuse_other_tokens(directory, begun_manifest(directory), tokens)
-        run = Run(directory, existing or manifest, model, train, tokens, curvature)
-        _keep(run, training)
+        begun = begun_manifest(directory)
+        refuse_other_tokens(directory, begun, tokens)
+        manifest = existing or replace(manifest, created=begun.created)
+        run = Run(directory, manifest, model, train, tokens, curvature)
+        _keep(run, training, begun)
         if existing is None:
             _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
@@ -318,6 +321,18 @@ def say_idle(
         say(f"note: --disk-budget {IDLE} with --store {store}, only with auto")
 
 
+def _say_batches(reduction: str, training: Training | None, rows: int) -> None:
+    """Say where a trainer's batches weighed rows otherwise than the reduction does."""
+    if reduction != "token" or training is None or training.recipe is None:
+        return
+    size = training.recipe.recipe.batch_size
+    if size < rows:
+        say(
+            f"note: the trainer's steps had {size} rows, in which short rows weigh more than long "
+            f"ones: --reduction batch:{size} weights rows as it did"
+        )
+
+
 def _optimizer_of(output: TrainerOutput) -> Path:
     """The optimiser's state in a trainer's output."""
     if output.optimizer is None:
@@ -348,8 +363,11 @@ def _points_of(output: TrainerOutput) -> tuple[Path, ...]:
     return places
 
 
-def _keep(run: Run, training: Training | None) -> None:
-    """Keep rows, adapter and recipe in the directory where no file has them."""
+def _keep(run: Run, training: Training | None, begun: Manifest) -> None:
+    """Keep rows, adapter and recipe in the directory where no file has them.
+
+    `begun` is the manifest that lies there.
+    """
     manifest = run.manifest
     if manifest.data.path is None and (path := keep_rows(run.directory, run.train)) is not None:
         data = replace(manifest.data, path=str(path.resolve()), columns=None)
@@ -359,7 +377,7 @@ def _keep(run: Run, training: Training | None) -> None:
         manifest = replace(manifest, adapter=adapter)
     if training is not None and training.recipe is not None:
         keep_recipe(run.directory, training.recipe)
-    if manifest != run.manifest:  # of an unfinished fit too: it tells what to replace
+    if manifest != begun:  # of an unfinished fit too: it tells what to replace
         write_manifest(run.directory, manifest)
     run.manifest = manifest
 
