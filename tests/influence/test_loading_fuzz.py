@@ -106,7 +106,7 @@ def change_tensor(draw: random.Random, path: Path) -> None:
     kinds = [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.float8_e4m3fn]
     changes: list[Callable[[], Any]] = [
         lambda: tensors.pop(key),
-        lambda: tensors.update({key: tensor.T.contiguous()}),
+        lambda: tensors.update({key: tensor.permute(*range(tensor.dim())[::-1]).contiguous()}),
         lambda: tensors.update({key: tensor[:-1].contiguous()}),
         lambda: tensors.update({key: torch.cat([tensor, tensor[:1]])}),
         lambda: tensors.update({key: torch.empty(0)}),
