@@ -198,7 +198,7 @@ def test_gradients_of_the_real_model_are_those_of_a_plain_loop(real):
 
 @pytest.mark.slow
 def test_plain_products_of_the_real_model_are_those_of_a_plain_loop(real, tmp_path):
-    """Six rows and two queries at the adapter, `identity`: the row that a query paraphrases wins."""
+    """Six rows and two queries at the adapter, `identity`: one score by hand."""
     folder, base = real
     model = influence.load(base, folder / "adapter", device="cpu")
     data = influence.read_examples(folder / "train.jsonl").select([2, 7, 30, 45, 66, 90])
@@ -206,7 +206,6 @@ def test_plain_products_of_the_real_model_are_those_of_a_plain_loop(real, tmp_pa
     options = {"curvature": influence.Identity(), "path": (1.0,)}
     run = influence.fit(model, data, directory=tmp_path / "run", **options)
     scores = run.score(queries).values
-    assert scores.argmax(1).tolist() == [0, 1]
     tokens = [tokens_of(model, part) for part in (data, queries)]
     (g,), (v,) = (summed_loss_gradients(model, part.select(np.array([1]))) for part in tokens)
     expected = float(g @ v) / int(tokens[1].counts[1]) / int(tokens[0].counts.sum())
