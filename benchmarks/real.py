@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from difficulty import rho
 from edits import divergence, log_probabilities
-from real_bed import RealBed, kept_scores, methods, peer_arrays
+from real_bed import RECIPE, RealBed, kept_scores, methods, peer_arrays
 from tasks import measured
 from torch import Tensor
 
@@ -315,17 +316,39 @@ def removal_part(bed: RealBed, args: argparse.Namespace) -> dict[str, Any]:
     folder, took = bed.retrained_without(REMOVED, args.retrained)
     retrained = read_parameters(bed.model, folder)
     judge, theta = Judge(bed, REMOVED, retrained), bed.model.snapshot()
-    left = len(run.train) - len(ids)
-    cost = {"row-gradients": left * 6, "seconds": took}
-    found = {"nothing": judge.measure(theta), "retraining": judge.measure(retrained) | cost}
-    watch = Watch()
-    edit = unlearn.remove(run, ids, holdout=heldout, start="original")
-    goal = edit.report["losses"]["edited"]["target"]
-    found["unlearn remove"] = by_edit(judge, edit, watch)
-    watch = Watch()
-    trained = unlearn.train(run, "ngdiff", ids, until=f"loss={goal:.6f}", start="original")
-    found["ngdiff"] = by_edit(judge, trained, watch)
-    return {"goal": goal, "removed": len(ids), "ways": found}
+    trained_on = RECIPE.epochs * (len(run.train) - len(ids))
+
+    def edited() -> dict[str, Any]:
+        watch = Watch()
+        return by_edit(judge, unlearn.remove(run, ids, holdout=heldout, start="original"), watch)
+
+    def ascended() -> dict[str, Any]:
+        watch, until = Watch(), f"loss={found['unlearn remove']['goal']:.6f}"
+        return by_edit(
+            judge, unlearn.train(run, "ngdiff", ids, until=until, start="original"), watch
+        )
+
+    ways = {
+        "nothing": lambda: judge.measure(theta),
+        "retraining": lambda: (
+            judge.measure(retrained) | {"row-gradients": trained_on, "seconds": took}
+        ),
+        "unlearn remove": edited,
+        "ngdiff": ascended,
+    }
+    found: dict[str, Any] = {}
+    for name, make in ways.items():
+        found[name] = kept(bed.work / f"removal-{name.replace(' ', '-')}.json", make)
+    return {"removed": len(ids), "ways": found}
+
+
+def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was found, made once: a killed call goes on behind it."""
+    if not file.exists():
+        say(f"making {file.name}")
+        (partial := file.with_suffix(".partial")).write_text(json.dumps(make()))
+        partial.rename(file)
+    return json.loads(file.read_text())
 
 
 def by_edit(judge: Judge, edit: unlearn.Edit, watch: Watch) -> dict[str, Any]:
@@ -333,6 +356,7 @@ def by_edit(judge: Judge, edit: unlearn.Edit, watch: Watch) -> dict[str, Any]:
     seconds = watch.read()
     cost = {"row-gradients": edit.report["cost"]["total"], "seconds": seconds}
     stopped = {"reached": edit.report["reached"], "stopped": edit.report["stopped"]}
+    stopped |= {"goal": edit.report["losses"]["edited"]["target"]}
     return judge.measure(edit.theta) | cost | stopped
 
 

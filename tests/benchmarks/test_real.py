@@ -170,6 +170,13 @@ def test_a_removal_is_judged_against_the_retrained_adapter(bed):
     assert ways["retraining"]["loss"]["forget"] == pytest.approx(loss)
 
 
+def test_a_removal_that_was_measured_is_not_measured_again(bed, monkeypatch):
+    found = benchmark.removal_part(bed, ARGS)
+    for name in ("remove", "train"):
+        monkeypatch.setattr(benchmark.unlearn, name, None)
+    assert benchmark.removal_part(bed, ARGS) == found
+
+
 def test_difficulty_is_forecast_and_measured(bed):
     found = benchmark.difficulty_part(bed, ARGS)
     assert found["rows"] == 4
