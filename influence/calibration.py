@@ -20,11 +20,11 @@ from torch import Tensor
 
 from influence.at_point import memory_chunks
 from influence.curvature.base import Invertible
-from influence.errors import InputError
+from influence.errors import InputError, NumericalError
 from influence.loss import mean_losses
 from influence.manifest import CalibrationRecord
 from influence.progress import say
-from influence.run import Run
+from influence.run import Run, update_manifest
 from influence.setting import Setting, setting_name
 
 #: Largest predicted rise of the edited row's own mean loss, nats: edits are scaled down to it.
@@ -175,6 +175,23 @@ def calibrate(run: Run, seed: int = 0) -> dict[str, CalibrationRecord]:
         )
         return {}
     return record(setting, factor, f"measured edits of {len(rows)} rows")
+
+
+def calibrate_once(run: Run) -> None:
+    """Measure how large the additive scores of the fit's own setting are, unless that is known.
+
+    A failure is told, not raised.
+    """
+    try:
+        found = calibrate(run)
+    except (NumericalError, MemoryError, torch.OutOfMemoryError) as error:
+        say(f"note: the size of the scores could not be measured ({error}); they stay uncalibrated")
+        return
+    if found:
+        try:
+            update_manifest(run, calibration={**run.manifest.calibration, **found})
+        except OSError as error:
+            say(f"note: the size of the scores could not be kept in {run.directory} ({error})")
 
 
 def record(setting: Setting, factor: float, source: str) -> dict[str, CalibrationRecord]:

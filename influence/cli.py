@@ -1,18 +1,20 @@
-"""The `influence` command: fit, score, self, top, check."""
+"""The `influence` command: fit, score, self, check; top and without are in `influence.answers`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from influence import console
-from influence.errors import DataError, InputError, MismatchError
+from influence import answers, console
+from influence.answers import ORDER, PREVIEW, describe, table
+from influence.errors import InputError
 from influence.options import (
     BudgetOption,
     ColumnsOption,
     CountOption,
+    CreditOption,
     CurvatureOptions,
     JsonOption,
     LoadingOptions,
@@ -29,26 +31,14 @@ from influence.options import (
 )
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
-    from rich.table import Table
-    from rich.text import Text
-
     from influence.adapter import AdaptedModel
     from influence.curvature.base import Specification
     from influence.logged_loss import LossCheck
-    from influence.manifest import DataSource
     from influence.rows import Examples
     from influence.run import Run
 
 app = console.app("How much did each training row matter for what a LoRA adapter says?")
 main = console.main(app)
-
-#: Said under every table of scores.
-ORDER = (
-    "Read the order before the size: removing one row of several that teach the same changes far "
-    "less."
-)
-#: Characters of a row that a table shows.
-PREVIEW = 90
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +80,7 @@ class Fit(
     )
     path: tuple[float, ...] | None = option(
         "Where between base (0) and adapter (1) to look; each point is a pass over the rows. "
-        "Default: 0.4,0.6,0.8, or nowhere but at --checkpoints where these are given. "
+        "Default: 0.4,0.8, or nowhere but at --checkpoints where these are given. "
         "1.0: at the adapter itself only.",
         default=None,
         typed=str | None,
@@ -170,7 +160,15 @@ def fit(options: Fit) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(RunOption, ColumnsOption, CurvatureOptions, PointOption, LoadingOptions, OutputOptions):
+class Score(
+    RunOption,
+    ColumnsOption,
+    CurvatureOptions,
+    PointOption,
+    CreditOption,
+    LoadingOptions,
+    OutputOptions,
+):
     """The options of `influence score`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
@@ -239,6 +237,7 @@ def score(options: Score) -> None:
         curvature=options.curvature,
         damping=options.damping,
         at=options.at,
+        credit=options.credit,
         per_token=options.per_token,
         per_module=options.per_module,
         overwrite=options.overwrite,
@@ -269,7 +268,15 @@ def score(options: Score) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Self(RunOption, CountOption, CurvatureOptions, PointOption, LoadingOptions, OutputOptions):
+class Self(
+    RunOption,
+    CountOption,
+    CurvatureOptions,
+    PointOption,
+    CreditOption,
+    LoadingOptions,
+    OutputOptions,
+):
     """The options of `influence self`."""
 
     out: Path | None = option("HDF5 file. Default: added to scores.h5 in the run.", default=None)
@@ -290,6 +297,7 @@ def self_(options: Self) -> None:
         curvature=options.curvature,
         damping=options.damping,
         at=options.at,
+        credit=options.credit,
         overwrite=options.overwrite,
     )
     count = len(result.values)
@@ -306,101 +314,16 @@ def self_(options: Self) -> None:
         record = {"out": str(out), "rows": count, "worst_residual": result.worst_residual}
         console.emit({**record, "top": rows}, "", True)
         return
-    table = _table(
+    shown = table(
         f"{out}: the {len(rows)} rows with the highest self-influence of {count}",
         "self-influence",
         ((f"{row['self_influence']:+.4f}", row["id"], row["row"]) for row in rows),
     )
-    console.show(table)
+    console.show(shown)
     console.show(f"nats per token; {describe(result.attributes)}. {ORDER}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Top(RunOption, JsonOption):
-    """The options of `influence top`."""
-
-    query: str = option("Query id, or its position in the query file.")
-    scores: Path | None = option("Score file. Default: scores.h5 in the run.", default=None)
-    k: int = option("Rows of each kind.", default=10, flag="-k")
-
-
-@command(app, Top)
-def top(options: Top) -> None:
-    """Show the rows whose removal would raise (proponents) and lower (opponents) a query's loss the
-    most.
-    """
-    from influence.manifest import read_manifest
-    from influence.scorefile import Scores
-
-    console.at_least("-k", options.k, 1)
-    manifest = read_manifest(options.run)
-    path = options.scores or options.run / "scores.h5"
-    if not path.exists():
-        raise InputError(
-            f"{path} does not exist: "
-            f"make it with influence score --run {options.run} --queries QUERIES"
-        )
-    scores = Scores.load(path, detail=False)
-    if scores.attributes.get("run_digest") != manifest.digest:
-        raise MismatchError(
-            f"{path} belongs to another run than {options.run}: give the run it was made from"
-        )
-    position = scores.query_index(options.query)
-    proponents, opponents = scores.top(position, options.k)
-    train = _rows_fitted_on(options.run, manifest.data)
-    query = scores.query_ids[position]
-    if options.json:
-        console.emit(
-            {
-                "query": query,
-                "proponents": [vars(entry) for entry in proponents],
-                "opponents": [vars(entry) for entry in opponents],
-            },
-            "",
-            True,
-        )
-        return
-    attributes, shown = scores.attributes, console.printable(query)
-    measurement = attributes.get("measurement", "loss")
-    effects = ("raise", "lower") if attributes.get("rises", True) else ("lower", "raise")
-    for name, entries, effect in (
-        ("proponents", proponents, effects[0]),
-        ("opponents", opponents, effects[1]),
-    ):
-        title = f"{name} of {shown}: removing one would {effect} its {measurement}"
-        previews = [train[e.index].preview(PREVIEW) if train else "" for e in entries]
-        cells = [
-            (f"{entry.score:+.2e}", entry.id, preview)
-            for entry, preview in zip(entries, previews, strict=True)
-        ]
-        console.show(_table(title, f"score ({attributes.get('unit', '')})", cells))
-    if "points" in attributes:
-        console.show(f"{describe(attributes)}. {ORDER}")
-
-
-def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
-    """The rows that a run was fitted on, None where they are gone, or the hub is not reached.
-
-    Raises `MismatchError` where they have changed.
-    """
-    from influence.progress import say
-    from influence.row_files import place_of, read_again
-
-    place = place_of(data.path) if data.path else None
-    if not data.path or (place is not None and not place.exists()):
-        return None
-    try:
-        train = read_again(data.path, data.columns)
-    except DataError as error:
-        if place is not None:
-            raise
-        say(f"note: the rows' texts are not shown: {error}")
-        return None
-    if train.digest != data.digest:
-        raise MismatchError(
-            f"{data.path} has changed since {run} was fitted: restore it, or fit a new run"
-        )
-    return train
+answers.add(app)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,17 +425,6 @@ def _curvature(name: str, samples: int) -> Specification:
     return curvature
 
 
-def describe(attributes: Mapping[str, Any]) -> str:
-    """With what scores were made, in one line."""
-    labels = ", ".join(str(label) for label in attributes["points"])
-    calibration = attributes["calibration"]
-    size = "not calibrated" if calibration == "none" else f"calibrated by {calibration}"
-    return (
-        f"{attributes['geometry']} {attributes['curvature']}, damping {attributes['damping']}, "
-        f"points {labels}, size {size}"
-    )
-
-
 #: The commands that take a trainer's output.
 Trained = TypeVar("Trained", Fit, Check)
 
@@ -565,27 +477,6 @@ def _open(options: Score | Self) -> Run:
             "Fit a run of the edited adapter for scores after them"
         )
     return run
-
-
-def _table(title: str, first: str, rows: Iterable[tuple[str, str, str]]) -> Table:
-    """A table of training rows: a number, the id, and how the row begins."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column(first, justify="right", no_wrap=True)
-    table.add_column("id", max_width=24, overflow="fold")
-    table.add_column("row", overflow="fold")
-    for number, id, text in rows:
-        table.add_row(number, _cell(id), _cell(text))
-    return table
-
-
-def _cell(text: str) -> Text:
-    """Row text as plain text: no markup is read from it."""
-    from rich.text import Text
-
-    return Text(console.printable(text))
 
 
 if __name__ == "__main__":

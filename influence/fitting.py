@@ -20,7 +20,7 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
-from influence.calibration import calibrate
+from influence.credit import credited
 from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
 from influence.curvature.base import NEVER
 from influence.damping import Damping
@@ -50,7 +50,7 @@ from influence.precision import compute_record
 from influence.progress import say
 from influence.row_weights import batch_size
 from influence.rows import Examples
-from influence.run import Run, refuse_other_tokens, update_manifest
+from influence.run import Run, refuse_other_tokens
 from influence.run_directory import claim, finished_before, tidy
 from influence.store import only_writer, open_file, open_rows
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
@@ -205,7 +205,7 @@ def fit(
         if existing is None:
             _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
-        _calibrate(run)
+        _prepare_credit(run)
     return run
 
 
@@ -382,18 +382,16 @@ def _keep(run: Run, training: Training | None, begun: Manifest) -> None:
     run.manifest = manifest
 
 
-def _calibrate(run: Run) -> None:
-    """Measure how large the scores of the fit's own setting are, unless that is known.
+def _prepare_credit(run: Run) -> None:
+    """Make what scores of the fit's own setting need beside its points: the rows' similarities and
+    the losses along the path, or the size of additive scores.
 
-    A failure is told, not raised.
+    A failure is told, not raised: what is missing is made when scores are asked for.
     """
     try:
-        found = calibrate(run)
-    except (NumericalError, MemoryError, torch.OutOfMemoryError) as error:
-        say(f"note: the size of the scores could not be measured ({error}); they stay uncalibrated")
-        return
-    if found:
-        update_manifest(run, calibration={**run.manifest.calibration, **found})
+        credited(run)
+    except (InputError, NumericalError, MemoryError, torch.OutOfMemoryError) as error:
+        say(f"note: how rows share credit could not be prepared ({error})")
 
 
 def _refuse_nameless(curvature: Specification) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -130,6 +130,24 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True)
+class PathRecord:
+    """What the path says of how far training went: the rows' mean loss (nats a token, weighted as
+    in the objective) under the base and the adapter, and at each point the same loss and the ratio
+    of curvature to squared slope (`influence.path_time`).
+    """
+
+    base: float
+    adapter: float
+    losses: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+    def of(self, points: Sequence[int]) -> PathRecord:
+        """The same of some of the points."""
+        losses, ratios = (tuple(each[k] for k in points) for each in (self.losses, self.ratios))
+        return PathRecord(self.base, self.adapter, losses, ratios)
+
+
+@dataclass(frozen=True)
 class TunedRecord:
     """The setting that `analysis tune` chose: the run below this one that holds it (None: this
     one), what to use, and why.
@@ -180,7 +198,7 @@ class Manifest:
     `store`, `disk_budget` and `token_budget` (tokens of a batch) are `fit`'s options;
     `gradients_stored` whether the rows' gradients are on disk; `calibration` the factors by the
     setting's name; `compute` is `float32` where the base computed in that, wider than its weights'
-    `dtype`, else `own`; `precision` the error of 16-bit gradients.
+    `dtype`, else `own`; `precision` the error of 16-bit gradients; `path` the losses along the path.
     `rest` has the keys that this version does not know.
     """
 
@@ -213,6 +231,7 @@ class Manifest:
     now: NowRecord | None = None
     compute: str = field(default="own", metadata=LATER)
     precision: PrecisionRecord | None = field(default=None, metadata=LATER)
+    path: PathRecord | None = field(default=None, metadata=LATER)
     rest: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod

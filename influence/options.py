@@ -233,6 +233,19 @@ class BudgetOption:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowsOptions:
+    """Which training rows a command is about."""
+
+    ids: str | None = option(
+        'Ids of the rows, separated by commas; or a JSON list, as in \'["a,b", "c"]\'.',
+        default=None,
+    )
+    ids_file: Path | None = option(
+        "File with one id per line, as it is or as JSON text in quotes.", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CurvatureOptions:
     """A curvature and damping other than those of the fit."""
 
@@ -252,6 +265,17 @@ class PointOption:
 
     at: str | None = option(
         "Which of the run's points to look at: all, end, or one's label, as in 0.6.", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreditOption:
+    """How a row's score counts the other rows that teach the same."""
+
+    credit: str | None = option(
+        "shared (rows that teach the same share it) or additive (each gets it whole). Default: "
+        "shared where that can be.",
+        default=None,
     )
 
 

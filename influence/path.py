@@ -35,7 +35,7 @@ from influence.manifest import PointRecord
 from influence.progress import say
 
 #: Where a run looks unless told otherwise: the evidence is in benchmarks/README.md.
-DEFAULT_PATH = (0.4, 0.6, 0.8)
+DEFAULT_PATH = (0.4, 0.8)
 #: The adapter itself.
 END = (1.0,)
 #: What must agree between the configurations of an adapter and its checkpoints.

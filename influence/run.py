@@ -16,7 +16,7 @@ map is applied when they are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from influence.measurements import Contrast
     from influence.scorefile import Scores, SelfInfluence
     from influence.solvers import Solver
+    from influence.without import Effect
 
 
 @dataclass
@@ -313,6 +314,7 @@ class Run:
         measurement: str | Measurement | Contrast = "loss",
         explain: str = "last",
         at: str | None = None,
+        credit: str | None = None,
         per_token: bool = False,
         per_module: bool = False,
         overwrite: bool = False,
@@ -335,6 +337,7 @@ class Run:
             measurement=measurement,
             explain=explain,
             at=at,
+            credit=credit,
             per_token=per_token,
             per_module=per_module,
             overwrite=overwrite,
@@ -347,6 +350,7 @@ class Run:
         curvature: str | None = None,
         damping: str | Damping | None = None,
         at: str | None = None,
+        credit: str | None = None,
         overwrite: bool = False,
     ) -> SelfInfluence:
         """Predicted rise of every training row's own mean loss if it is removed.
@@ -356,7 +360,41 @@ class Run:
         from influence.scores import self_influence
 
         return self_influence(
-            self, out=out, curvature=curvature, damping=damping, at=at, overwrite=overwrite
+            self,
+            out=out,
+            curvature=curvature,
+            damping=damping,
+            at=at,
+            credit=credit,
+            overwrite=overwrite,
+        )
+
+    def without(
+        self,
+        ids: Sequence[str] = (),
+        queries: Examples | None = None,
+        *,
+        group: str | None = None,
+        curvature: str | None = None,
+        damping: str | Damping | None = None,
+        at: str | None = None,
+        explain: str = "last",
+    ) -> Effect:
+        """Predicted losses if some training rows go together, without training again.
+
+        See `influence.without.without`.
+        """
+        from influence.without import without
+
+        return without(
+            self,
+            ids,
+            queries,
+            group=group,
+            curvature=curvature,
+            damping=damping,
+            at=at,
+            explain=explain,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ from influence.solvers import Solution
 from influence.store import open_file, open_rows, read, read_strings, write_file
 from influence.tokenwise import Tokenwise
 
+#: Queries whose scores are combined at a time.
+COMBINED = 64
 #: How per-token scores are named in a score file: values, offsets, token ids.
 TOKEN_NAMES = ("per_token", "token_offsets", "token_ids")
 
@@ -199,6 +201,7 @@ class ScoresInTheMaking:
     module_names: list[str]
     queries: Examples
     target: Path | None
+    apart: bool
 
     @classmethod
     def begin(
@@ -209,11 +212,15 @@ class ScoresInTheMaking:
         chunks: int,
         modules: list[str],
         attributes: dict[str, Any],
+        *,
+        apart: bool,
     ) -> ScoresInTheMaking:
-        """Zeros, or what a killed call with the very same request left."""
+        """Zeros, or what a killed call with the very same request left.
+
+        `apart`: the points' scores are more than the answer, and combined at the end.
+        """
         run, points = setting.run, len(setting.points)
         Q, n, M = len(queries), len(run.train), len(modules)
-        apart = points > 1 or setting.factors[0] != 1  # added up or multiplied at the end, once
         if target is None:
             values, split = np.zeros((Q, n), np.float32), np.zeros((Q, M, n), np.float32)
             parts = np.zeros((points, Q, n), np.float32) if apart else values[None]
@@ -231,6 +238,7 @@ class ScoresInTheMaking:
                 modules,
                 queries,
                 None,
+                apart,
             )
         partial, beside = partial_file(target), parts_file(target)
         begun = _begun(partial, attributes)
@@ -270,6 +278,7 @@ class ScoresInTheMaking:
             modules,
             queries,
             target,
+            apart,
         )
 
     def note(self, rows: np.ndarray, solution: Solution) -> None:
@@ -281,15 +290,20 @@ class ScoresInTheMaking:
         self.converged[rows] = self.converged[rows] & solution.converged.cpu().numpy()
 
     def finish(
-        self, setting: Setting, tokenwise: Tokenwise | None, attributes: dict[str, Any]
+        self,
+        setting: Setting,
+        combine: Callable[[np.ndarray], np.ndarray],
+        tokenwise: Tokenwise | None,
+        attributes: dict[str, Any],
     ) -> Scores:
-        """Add the points' scores up."""
-        for total, parts in ((self.values, self.parts), (self.modules, self.module_parts)):
-            if len(parts) > 1 or setting.factors[0] != 1:  # then `parts` are not `total` itself
-                for query in range(len(total)):
-                    total[query] = np.tensordot(
-                        setting.factors, parts[:, query].astype(np.float64), axes=1
-                    )
+        """Make scores `[K, n]` of the points' own `[points, K, n]` by `combine`."""
+        if self.apart:  # else `parts` are `values` themselves
+            for start in range(0, len(self.values), COMBINED):
+                some = slice(start, start + COMBINED)
+                self.values[some] = combine(self.parts[:, some].astype(np.float64))
+            for query in range(len(self.modules) if self.module_names else 0):
+                own = self.module_parts[:, query].astype(np.float64)
+                self.modules[query] = combine(own)
         attributes["residuals"], attributes["complete"] = float(self.residuals.max()), True
         return Scores(
             np.array(self.values),

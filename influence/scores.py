@@ -12,13 +12,17 @@ The convention, said once:
   a *proponent*; negative: an *opponent*.
 * `self_influence[i]` is the predicted rise of example i's own mean loss if it is removed, in nats
   per token.
-* Scores of several rows add up: the predicted change for a removed set is the sum over it.
-* A run that looks at several points of the path (`influence.path`) averages what each of them
-  predicts, `score = kappa sum_p a_p score_p` with `a_p = share_p mean(Z) / Z_p`. Z_p is the mean
-  self-influence of the training rows at p, a number of the training rows alone, so no point
-  outweighs the others by its gradients' size and a score never depends on which other queries were
-  asked; the averaged score keeps the unit. `kappa` calibrates its size by measured edits or by
-  retraining (`influence.calibration`); it is 1 until measured.
+* Credit is **shared** by default: `C + lambda I` also holds the training rows' own second moments,
+  so that rows which teach the same stand in for each other, and the size is told from the losses
+  along the path (`influence.credit`). A score is then the effect of removing that row alone; the
+  effect of a set is no sum (`influence.without`).
+* **Additive** credit (`credit="additive"`) gives each row the whole of it, and scores of several
+  rows add up. A run that looks at several points of the path (`influence.path`) then averages what
+  each of them predicts, `score = kappa sum_p a_p score_p` with `a_p = share_p mean(Z) / Z_p`. Z_p is
+  the mean self-influence of the training rows at p, a number of the training rows alone, so no
+  point outweighs the others by its gradients' size and a score never depends on which other queries
+  were asked; the averaged score keeps the unit. `kappa` is the factor by which small measured edits
+  or retraining correct its size (`influence.calibration`); it is 1 until measured.
 
 First-order in the weight of the removed row (Koh & Liang 2017, arXiv 1703.04730; with a proximal
 reading of the adapter as the optimum, Bae et al. 2022, arXiv 2209.05364).
@@ -40,7 +44,8 @@ from torch import Tensor
 
 from influence.adapter import ParamSpace
 from influence.at_point import AtPoint
-from influence.curvature import Invertible
+from influence.credit import Credit, credited
+from influence.curvature import Damped, Invertible
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError
 from influence.measurements import MEASUREMENTS, Contrast, MeanLoss, Measurement, SumLoss, TokenLoss
@@ -76,6 +81,20 @@ CONVENTION = (
 )
 
 
+SHARED_CONVENTION = (
+    "score[q, i] = sum_p factors_p sqrt(w_i) (P u)_i / P_ii at the points p of the path, with "
+    "M = (C + lambda I)^-1, f_i = sqrt(w_i) grad l_i, P = (I + strength F M F^T)^-1, u = F M grad "
+    "m(q): predicted change of measurement m(q) when training row i alone is removed, where rows "
+    "that teach the same share the credit; with m = loss, positive = proponent (removing it raises "
+    "the query's loss), negative = opponent. `factors` = path_time times each point's share of it, "
+    "times the calibration by retraining if `calibration` is not none"
+)
+
+SHARED_SELF_CONVENTION = (
+    "self_influence[i] = sum_p factors_p (1 / P_ii - 1) / (strength T_i) with P as for shared "
+    "scores: predicted rise of row i's own mean loss, in nats per token, if it alone is removed"
+)
+
 SELF_CONVENTION = (
     "self_influence[i] = w_i / T_i * grad l_i^T (C + lambda I)^-1 grad l_i: predicted rise of row "
     "i's own mean loss, in "
@@ -103,6 +122,7 @@ def score(
     measurement: str | Measurement | Contrast = "loss",
     explain: str = "last",
     at: str | None = None,
+    credit: str | None = None,
     per_token: bool = False,
     per_module: bool = False,
     overwrite: bool = False,
@@ -135,6 +155,10 @@ def score(
     at
         `all` points of the run (default; `identity` looks at the `end`), the `end` of the path, or
         one point's label.
+    credit
+        `shared`: rows that teach the same share the credit, and the score has the size of a single
+        row's removal (`influence.credit`); `additive`: each row gets it whole. None: shared where
+        that can be.
     per_token
         Also split every score over the positions of its training row (`Scores.tokens`): a pass over
         the training rows.
@@ -150,7 +174,7 @@ def score(
     explained = _measurement(measurement)
     if isinstance(explained, Contrast):
         explained.check(queries)
-    setting = Setting.of(run, curvature, damping, at)
+    setting, shared = credited(run, curvature, damping, at, credit=credit)
     solvers = [make_solver(point, solver, operator) for point, operator in setting.each()]
     limits = {"tolerance": tolerance, "max_iterations": max_iterations}
     solvers = [
@@ -162,11 +186,12 @@ def score(
         explained.check(tokens)
     asked = _Asked(queries, tokens, explained)
     attributes = {
-        "convention": CONVENTION,
+        "convention": CONVENTION if shared is None else SHARED_CONVENTION,
         "measurement": explained.name,
         "unit": explained.unit,
         "rises": explained.rises,
-        **setting.provenance(solvers[0]),
+        **setting.provenance(solvers[0].name),
+        **({} if shared is None else shared.record()),
         "options": f"{_measurement_options(explained)} {solver_options(solvers[0])}",
         "query_digest": queries.digest,
         "queries": queries.source or "",
@@ -193,7 +218,7 @@ def score(
         parts_file(target).unlink(missing_ok=True)  # a call that was killed after its last step
         return found
     with nullcontext() if target is None else only_writer(target):
-        return _score(setting, asked, solvers, attributes, target, per_token, per_module)
+        return _score(setting, shared, asked, solvers, attributes, target, per_token, per_module)
 
 
 @dataclass(frozen=True)
@@ -219,6 +244,7 @@ class _Asked:
 
 def _score(
     setting: Setting,
+    credit: Credit | None,
     asked: _Asked,
     solvers: Sequence[Solver],
     attributes: dict[str, Any],
@@ -235,7 +261,13 @@ def _score(
     _refuse_large_detail(setting, len(queries), len(modules), per_token, target is not None)
     at_once = queries_at_once(run, getattr(solvers[0], "copies", MOST_COPIES))
     work = ScoresInTheMaking.begin(
-        target, setting, queries, -(-len(queries) // at_once), list(modules), attributes
+        target,
+        setting,
+        queries,
+        -(-len(queries) // at_once),
+        list(modules),
+        attributes,
+        apart=credit is not None or len(points) > 1 or setting.factors[0] != 1,
     )
     passes = work.chunks * len(points)
     if work.chunks > 1:
@@ -263,15 +295,50 @@ def _score(
                     work.module_parts[number][:, module][place] = own.cpu().numpy()
                 done[indices] = 1
             if tokenwise is not None:
-                tokenwise.add(point, rows, solution.values, setting.factors[number])
+                values, factors = solution.values, np.full(len(run.train), setting.factors[number])
+                if credit is not None:
+                    taken = credit.taken(work.parts[number][rows], number)
+                    values = _shared(point, operator, values, taken)
+                    factors = credit.row_factors[number]
+                tokenwise.add(point, rows, values, factors)
     if message:
         say(f"{'note' if solvers[0].approximate else 'warning'}: {message}")
-    result = work.finish(setting, tokenwise, attributes)
+    combine = setting.combined if credit is None else credit.singles
+    result = work.finish(setting, combine, tokenwise, attributes)
     if not np.isfinite(result.values).all():
         raise NumericalError(
             "scores hold NaN or infinity: raise the damping, or run with --dtype float32 or float64"
         )
     return work.seal(result, setting.owner)
+
+
+def raw_parts(setting: Setting, tokens: TokenizedExamples, measurement: Measurement) -> np.ndarray:
+    """`w_i grad m(q)^T M grad l_i` at each point of a setting, `[points, Q, n]` float64, of closed
+    inverses: what credit is shared of.
+    """
+    run = setting.run
+    found = np.zeros((len(setting.points), len(tokens), len(run.train)))
+    at_once = queries_at_once(run, 2)
+    for number, (point, operator) in enumerate(setting.each()):
+        assert isinstance(operator.curvature, Invertible)
+        for rows in np.array_split(np.arange(len(tokens)), -(-len(tokens) // at_once)):
+            gradients = point.query_gradients(tokens.select(rows), measurement)
+            solved = operator.curvature.solve(gradients, operator.lam)
+            for indices, block in point.gradient_blocks():
+                products = (solved @ block.T).double().cpu().numpy()
+                found[number][np.ix_(rows, indices)] = products * run.weights[indices]
+    return found
+
+
+def _shared(point: AtPoint, operator: Damped, solved: Tensor, taken: np.ndarray) -> Tensor:
+    """The shared inverse's answers `[K, P]` at a point, of the damped curvature's `solved` [K, P]
+    and what the rows take off each query's gradient, `taken` [K, n].
+    """
+    assert isinstance(operator.curvature, Invertible)
+    total = torch.zeros_like(solved)
+    for indices, gradients in point.gradient_blocks():
+        total += torch.from_numpy(taken[:, indices]).to(gradients) @ gradients
+    return solved - operator.curvature.solve(total, operator.lam)
 
 
 def queries_at_once(run: Run, copies: int) -> int:
@@ -320,6 +387,7 @@ def self_influence(
     curvature: str | None = None,
     damping: str | Damping | None = None,
     at: str | None = None,
+    credit: str | None = None,
     overwrite: bool = False,
 ) -> SelfInfluence:
     """Predicted rise of every training row's own mean loss if it is removed, `[train]`, nats per
@@ -327,16 +395,18 @@ def self_influence(
 
     Solved directly where the curvature has a closed form, else by CG (preconditioned where the run
     has EK-FAC factors). `out` may be a score file of the same run; the values are added to it.
+    `credit` as for `score`.
     """
-    setting = Setting.of(run, curvature, damping, at)
+    setting, shared = credited(run, curvature, damping, at, credit=credit)
     run, name = setting.run, "direct"
     if not isinstance(setting.operators[0].curvature, Invertible):
         name = "pcg" if setting.points[-1].preconditions else "cg"
     solvers = [make_solver(point, name, operator) for point, operator in setting.each()]
     attributes = {
-        "convention": SELF_CONVENTION,
+        "convention": SELF_CONVENTION if shared is None else SHARED_SELF_CONVENTION,
         "unit": MeanLoss().unit,
-        **setting.provenance(solvers[0]),
+        **setting.provenance(solvers[0].name),
+        **({} if shared is None else shared.record()),
     }
     target = None if out is None else Path(out)
     if (
@@ -347,8 +417,10 @@ def self_influence(
         return found
     values = np.zeros(len(run.train))
     worst = 0.0
+    if shared is not None:
+        values = shared.self_influence(run.tokens.counts)
     for solver, factor, (point, operator) in zip(
-        solvers, setting.factors, setting.each(), strict=True
+        solvers, setting.factors, setting.each() if shared is None else (), strict=shared is None
     ):
         for indices, gradients in point.gradient_blocks():
             parts = np.array_split(indices, range(256, len(indices), 256))

@@ -13,7 +13,10 @@ from influence.curvature.base import Damped
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError
 from influence.run import Run
-from influence.solvers import Solver
+
+#: How a row's score counts the other rows that teach the same (`influence.credit`).
+ADDITIVE, SHARED = "additive", "shared"
+CREDITS = (SHARED, ADDITIVE)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class Setting:
     `run` holds the factors and `owner` is the run that was asked, which may be one above it
     (`analysis tune`). `scales` [points] are the points' mean self-influences, 1 of a single point;
     `factors` [points] what their scores are multiplied by before they are added (`kappa a_p` in the
-    module's convention); `rule` is the damping as it was asked for, None for the identity.
+    module's convention), `kappa` among it; `rule` is the damping as it was asked for, None for the
+    identity; `credit` how rows share what they teach (`influence.credit`), where scales do not
+    count.
     """
 
     owner: Run
@@ -34,6 +39,8 @@ class Setting:
     factors: np.ndarray
     rule: str | None
     calibration: str
+    credit: str = ADDITIVE
+    kappa: float = 1.0
 
     @classmethod
     def of(
@@ -45,6 +52,7 @@ class Setting:
         *,
         tuned: bool = True,
         calibrated: bool = True,
+        credit: str = ADDITIVE,
     ) -> Setting:
         """Option by option, what is typed wins over what `analysis tune` chose, which wins over the
         fit's.
@@ -77,7 +85,7 @@ class Setting:
         )
         shares = np.array([point.place.share for point in points])
         scales = np.ones(len(points))
-        if len(points) > 1:
+        if len(points) > 1 and credit == ADDITIVE:
             name = setting_name(run, operators[0].curvature.name, rule, points)
             known = run.manifest.calibration.get(name)
             kept = () if known is None else known.scales
@@ -91,7 +99,7 @@ class Setting:
                 )
         shares = shares / shares.sum()
         factors = shares * (shares @ scales) / scales
-        setting = cls(owner, run, points, operators, scales, factors, rule, "none")
+        setting = cls(owner, run, points, operators, scales, factors, rule, "none", credit)
         return setting.calibrated() if calibrated else setting
 
     def calibrated(self) -> Setting:
@@ -101,24 +109,30 @@ class Setting:
         known = self.run.manifest.calibration.get(self.name)
         if known is None:
             return self
-        return replace(self, factors=self.factors * known.factor, calibration=known.source)
+        factors = self.factors * known.factor
+        return replace(self, factors=factors, kappa=known.factor, calibration=known.source)
 
     @property
     def name(self) -> str:
-        """The setting in one line: geometry, curvature, damping, points."""
-        return setting_name(self.run, self.operators[0].curvature.name, self.rule, self.points)
+        """The setting in one line: geometry, curvature, damping, points, and shared credit."""
+        name = setting_name(self.run, self.operators[0].curvature.name, self.rule, self.points)
+        return name if self.credit == ADDITIVE else f"{name}, {self.credit} credit"
 
     def each(self) -> Iterator[tuple[AtPoint, Damped]]:
         """The points with their operators."""
         return zip(self.points, self.operators, strict=True)
 
-    def provenance(self, solver: Solver) -> dict[str, Any]:
-        """What a score file records of the setting."""
+    def combined(self, parts: np.ndarray) -> np.ndarray:
+        """The points' own scores `[points, K, n]` added up, `[K, n]`: additive credit."""
+        return np.tensordot(self.factors, parts, axes=1)
+
+    def provenance(self, solver: str) -> dict[str, Any]:
+        """What a score file records of the setting, and of the solver by its name."""
         run = self.run
         return {
             "curvature": self.operators[0].curvature.name,
             "geometry": run.manifest.geometry,
-            "solver": solver.name,
+            "solver": solver,
             "damping": self.rule or "none",
             "lambda": _short(
                 np.squeeze(np.stack([operator.lam.numpy() for operator in self.operators]))
@@ -126,6 +140,7 @@ class Setting:
             "points": [point.place.label for point in self.points],
             "factors": self.factors,
             "calibration": self.calibration,
+            "credit": self.credit,
             "run_digest": self.owner.digest,
             "factors_digest": run.digest,
             "base_digest": run.manifest.base.digest,

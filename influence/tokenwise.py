@@ -57,9 +57,11 @@ class Tokenwise:
         part = slice(self.offsets[row], self.offsets[row + 1])
         return self.token_ids[part], self.values[query, part]
 
-    def add(self, point: AtPoint, queries: np.ndarray, solutions: Tensor, factor: float) -> None:
-        """Add `factor` times the scores at one point, for the `solutions` [K, P] of these
-        queries [K].
+    def add(
+        self, point: AtPoint, queries: np.ndarray, solutions: Tensor, factors: np.ndarray
+    ) -> None:
+        """Add the scores at one point times each row's factor, `factors` [n], for the `solutions`
+        [K, P] of these queries [K].
         """
         run, model = point.run, point.model
         columns = model.space.split(point.geometry.adjoint(solutions))
@@ -95,7 +97,7 @@ class Tokenwise:
                 recorder.backward(
                     part.logits, loss_gradient(probabilities(part.logits), part.targets), show
                 )
-                scaled = (found * factor).double().cpu().numpy() * run.weights[rows][:, None]
+                scaled = found.double().cpu().numpy() * (factors * run.weights)[rows][:, None]
                 for place, row in enumerate(rows.tolist()):
                     start = self.offsets[row]
                     length = int(run.tokens.lengths[row]) - 1

@@ -14,16 +14,18 @@ from influence.options import (
     JsonOption,
     LoadingOptions,
     OutputOptions,
+    RowsOptions,
     RunOption,
     command,
     keywords,
     option,
 )
+from influence.row_ids import named_ids
 from unlearn import words
 from unlearn.difficulty.options import Difficulty
 from unlearn.edits.options import Options as EditOptions
 from unlearn.methods.options import Options as TrainOptions
-from unlearn.options import ForceOption, HoldoutOption, RowsOptions
+from unlearn.options import ForceOption, HoldoutOption
 from unlearn.retraining.options import SUBSET_FRACTION, SUBSET_SEED, Retrain
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
@@ -68,7 +70,7 @@ def _retrain_once(options: Retrain, recipe: Recipe | None) -> None:
     from unlearn.retraining.retrain import retrain as train_again
 
     rows = rows_of(options.run)
-    removed = _named(options, rows) or []
+    removed = named_ids(options, rows) or []
     kept_epochs = list(options.keep_epochs or ())
     console.quiet_transformers()
     folder = train_again(
@@ -200,7 +202,7 @@ def remove(options: Remove) -> None:
     """Take training rows out of the adapter, without retraining."""
     _refuse_nameless(options, "remove")
     rows = _rows_to_edit(options)
-    _edit(options, {"remove": _named(options, rows), "relabel": {}, "correct": {}}, rows)
+    _edit(options, {"remove": named_ids(options, rows), "relabel": {}, "correct": {}}, rows)
 
 
 @command(app, Relabel)
@@ -222,7 +224,7 @@ def edit(options: Several) -> None:
     if options.changes is not None or options.ids is options.ids_file is None:
         changes = _changes(options, None)
     rows = _rows_to_edit(options)
-    ids = _named(options, rows) or []
+    ids = named_ids(options, rows) or []
     _edit(options, changes | {"remove": [*ids, *changes["remove"]]}, rows)
 
 
@@ -232,23 +234,6 @@ def _refuse_nameless(options: RowsOptions, action: str) -> None:
         raise InputError(
             f"name the rows to {action}: --ids A,B,C or --ids-file FILE (one id per line)"
         )
-
-
-def _named(options: RowsOptions, rows: Examples | None) -> list[str] | None:
-    """The ids of `rows` that were named, None where neither of the options was given."""
-    from unlearn.record.change_files import read_ids, split_ids
-
-    if options.ids is not None and options.ids_file is not None:
-        raise InputError("--ids and --ids-file were both given: give one of them")
-    if options.ids_file is not None:
-        ids, place = read_ids(options.ids_file, rows), f"{options.ids_file} is empty: "
-    elif options.ids is not None:
-        ids, place = split_ids(options.ids, rows), ""
-    else:
-        return None
-    if not ids:
-        raise InputError(f"no ids were given: {place}name at least one row")
-    return ids
 
 
 def _changes(options: ChangesOption, kind: str | None) -> dict[str, Any]:
@@ -416,7 +401,7 @@ def train(options: Train) -> None:
         None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
     )
     rows = rows_of(options.run)
-    ids = _named(options, rows) or []
+    ids = named_ids(options, rows) or []
     _refuse_unknown(rows, ids)
     console.quiet_transformers()
     loading = keywords(LoadingOptions, options)
@@ -493,7 +478,7 @@ def difficulty(options: Difficulty) -> None:
     )
     out = checked_table(options.out, options.overwrite)
     rows = rows_of(options.run)
-    ids = _named(options, rows)
+    ids = named_ids(options, rows)
     holdout = (
         None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
     )

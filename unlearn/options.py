@@ -11,19 +11,6 @@ from influence.options import ColumnsOption, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsOptions:
-    """Which training rows a command is about."""
-
-    ids: str | None = option(
-        'Ids of the rows, separated by commas; or a JSON list, as in \'["a,b", "c"]\'.',
-        default=None,
-    )
-    ids_file: Path | None = option(
-        "File with one id per line, as it is or as JSON text in quotes.", default=None
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class StartOption:
     """The adapter that a change begins with.
 

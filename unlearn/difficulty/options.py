@@ -13,11 +13,11 @@ from influence.options import (
     ColumnsOption,
     DeviceOption,
     OutputOptions,
+    RowsOptions,
     RunOption,
     TrustOption,
     option,
 )
-from unlearn.options import RowsOptions
 
 
 @dataclass(frozen=True, kw_only=True)

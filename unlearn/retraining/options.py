@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from influence.errors import InputError
-from influence.options import ColumnsOption, DeviceOption, OutputOptions, RunOption, option
-from unlearn.options import RowsOptions
+from influence.options import (
+    ColumnsOption,
+    DeviceOption,
+    OutputOptions,
+    RowsOptions,
+    RunOption,
+    option,
+)
 
 #: Defaults of what goes with --subsets only: the option itself is None where it was not given.
 SUBSET_FRACTION, SUBSET_SEED = 0.5, 0

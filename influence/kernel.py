@@ -1,0 +1,263 @@
+"""How alike the training rows are under a damped inverse, `K = F M F^T`.
+
+`M = (C + lambda I)^-1` at one point of the path, `f_i = sqrt(w_i) grad l_i`. Up to `EXACT_ROWS`
+rows K is held whole, `[n, n]` in float64. Beyond, it is stood in for by `LANDMARKS` of its columns
+and its own diagonal (Nystroem with an exact diagonal: Quinonero-Candela & Rasmussen 2005, "FITC"),
+
+    K ~ U U^T + diag(K - U U^T),       U = K_nm L^-T,   K_mm = L L^T
+
+which is exact where the rows span no more directions than there are landmarks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import scipy.linalg as sl
+import torch
+from torch import Tensor
+
+from influence.at_point import AtPoint, evenly_spaced, memory_chunks
+from influence.curvature.base import Damped, Invertible, inverse_products
+from influence.errors import NumericalError, StoreError
+from influence.store import open_file, read, write_file
+
+#: Rows up to which K is held whole: 3.2 GB in float64, and as much again while it is inverted.
+EXACT_ROWS = 20_000
+#: Columns that stand for K beyond that.
+LANDMARKS = 4_096
+#: Added to the diagonal of K_mm, relative to its mean, by the type of the gradients: landmarks may
+#: be copies of each other, and rounding must not make K_mm indefinite.
+JITTER = {np.float64: 1e-12, np.float32: 1e-6}
+
+
+#: Rows of a matrix that are mirrored at a time.
+MIRRORED = 1_024
+INDEFINITE = (
+    "the similarities of the training rows are not finite or not positive: fit with --dtype float32 "
+    "or float64, raise the damping, or use --credit additive"
+)
+
+
+class RowInverse(Protocol):
+    """`P = (I + s K)^-1` of one point, s the strength."""
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """P's diagonal, `[n]`, in (0, 1]."""
+        ...
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """`values @ P`, for `values` [K, n]."""
+        ...
+
+    def block(self, rows: np.ndarray) -> np.ndarray:
+        """P between some rows, `[k, k]`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class WholeKernel:
+    """K held whole, `[n, n]` float64."""
+
+    values: np.ndarray = field(repr=False)
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """K's diagonal, `[n]`."""
+        return np.diagonal(self.values)
+
+    def slope(self, weights: np.ndarray) -> float:
+        """`v^T K v` for `v = sqrt(weights)`."""
+        roots = np.sqrt(weights)
+        return float(roots @ self.values @ roots)
+
+    def inverse(self, strength: float) -> WholeInverse:
+        """`(I + s K)^-1`, by Cholesky, in the place of K."""
+        system = self.values
+        system *= strength
+        system[np.diag_indices_from(system)] += 1
+        factorise, invert = sl.get_lapack_funcs(("potrf", "potri"), (system,))
+        # symmetric, so that its transpose is the same matrix in the order that LAPACK works in
+        _, failed = factorise(system.T, lower=1, clean=0, overwrite_a=1)
+        if not failed:
+            _, failed = invert(system.T, lower=1, overwrite_c=1)
+        if failed or not np.isfinite(np.diagonal(system)).all():
+            raise NumericalError(INDEFINITE)
+        for start in range(0, len(system), MIRRORED):  # LAPACK filled one half
+            part = slice(start, start + MIRRORED)
+            system[part.stop :, part] = system[part, part.stop :].T
+            block = np.triu(system[part, part])
+            system[part, part] = block + np.triu(block, 1).T
+        return WholeInverse(system)
+
+
+@dataclass(frozen=True, eq=False)
+class WholeInverse:
+    """P held whole, `[n, n]`."""
+
+    values: np.ndarray = field(repr=False)
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """P's diagonal, `[n]`."""
+        return np.diagonal(self.values)
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """`values @ P`."""
+        return values @ self.values
+
+    def block(self, rows: np.ndarray) -> np.ndarray:
+        """P between some rows, `[k, k]`."""
+        return self.values[np.ix_(rows, rows)]
+
+
+@dataclass(frozen=True, eq=False)
+class LandmarkKernel:
+    """`U U^T + diag(rest)`: `root` U [n, m], `diagonal` of K [n]."""
+
+    root: np.ndarray = field(repr=False)
+    diagonal: np.ndarray = field(repr=False)
+
+    @property
+    def rest(self) -> np.ndarray:
+        """What the landmarks do not say of each row's own entry, `[n]`, 0 or more."""
+        return np.maximum(self.diagonal - (self.root**2).sum(1), 0)
+
+    def slope(self, weights: np.ndarray) -> float:
+        """`v^T K v` for `v = sqrt(weights)`."""
+        return float(((np.sqrt(weights) @ self.root) ** 2).sum() + self.rest @ weights)
+
+    def inverse(self, strength: float) -> LandmarkInverse:
+        """`(I + s K)^-1` by Woodbury, `A^-1 - A^-1 U S U^T A^-1` with `A = I + s diag(rest)`."""
+        scale = 1 / (1 + strength * self.rest)
+        inner = self.root.T @ (self.root * scale[:, None]) * strength
+        inner[np.diag_indices_from(inner)] += 1
+        lower = np.linalg.cholesky(inner)
+        # half[i] = sqrt(s) A^-1 U L^-T: P = A^-1 - half half^T
+        half = sl.solve_triangular(lower, (self.root * scale[:, None]).T, lower=True).T
+        return LandmarkInverse(scale, half * np.sqrt(strength))
+
+
+@dataclass(frozen=True, eq=False)
+class LandmarkInverse:
+    """`diag(scale) - half half^T`: `scale` [n], `half` [n, m]."""
+
+    scale: np.ndarray = field(repr=False)
+    half: np.ndarray = field(repr=False)
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """P's diagonal, `[n]`."""
+        return self.scale - (self.half**2).sum(1)
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """`values @ P`."""
+        return values * self.scale - (values @ self.half) @ self.half.T
+
+    def block(self, rows: np.ndarray) -> np.ndarray:
+        """P between some rows, `[k, k]`."""
+        half = self.half[rows]
+        return np.diag(self.scale[rows]) - half @ half.T
+
+
+def row_kernel(
+    point: AtPoint, operator: Damped, *, exact_rows: int = EXACT_ROWS, landmarks: int = LANDMARKS
+) -> WholeKernel | LandmarkKernel:
+    """K at a point. That of the fit's own setting is kept in the run (`kernel.h5`).
+
+    Every row's gradient is read once for each part of the rows (or landmarks) that fits in memory.
+    """
+    n = len(point.run.tokens)
+    if n <= exact_rows:
+        found = _kept(point, operator)
+        if found is None:
+            every = np.arange(n)
+            found = _columns(point, operator, every)
+            # symmetric but for rounding, and the same now as when it is read again
+            found = ((found + found.T) / 2).astype(_dtype(point)).astype(np.float64)
+            _keep(point, operator, found)
+        return WholeKernel(found)
+    chosen = evenly_spaced(n, landmarks)
+    between, diagonal = _columns(point, operator, chosen), np.empty(n)
+    weights = point.run.weights
+    for indices, gradients in point.gradient_blocks(label=None):
+        products = inverse_products(operator, gradients).cpu().numpy()
+        diagonal[indices] = products * weights[indices]
+    small = between[:, chosen]
+    small = (small + small.T) / 2
+    small[np.diag_indices_from(small)] += JITTER[_dtype(point)] * np.diagonal(small).mean()
+    try:
+        lower = np.linalg.cholesky(small)
+    except np.linalg.LinAlgError:
+        raise NumericalError(INDEFINITE) from None
+    root = sl.solve_triangular(lower, between, lower=True).T
+    return LandmarkKernel(root, diagonal)
+
+
+def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
+    """K between some rows and all, `[k, n]` float64."""
+    assert isinstance(operator.curvature, Invertible)
+    run = point.run
+    roots, n = np.sqrt(run.weights), len(run.tokens)
+    found = np.empty((len(rows), n))
+    for part in memory_chunks(run, len(rows)):
+        solved = operator.curvature.solve(point.gradients_of(rows[part]), operator.lam)
+        for indices, gradients in point.gradient_blocks(label=None):
+            found[np.ix_(part, indices)] = _products(solved, gradients)
+    return found * roots[rows, None] * roots
+
+
+def _products(solved: Tensor, gradients: Tensor) -> np.ndarray:
+    """`solved @ gradients^T`, `[k, b]`."""
+    return (solved @ gradients.T).double().cpu().numpy()
+
+
+# ---- the kept one ---------------------------------------------------------------------------------
+
+
+def _dtype(point: AtPoint) -> type[np.floating]:
+    """The type that K is kept in: the model's, at least float32."""
+    return np.float64 if point.model.dtype == torch.float64 else np.float32
+
+
+def _setting(operator: Damped) -> str:
+    """The curvature and its lambda, in a few characters."""
+    lam = hashlib.sha256(operator.lam.double().cpu().numpy().tobytes()).hexdigest()[:16]
+    return f"{operator.curvature.name} {lam}"
+
+
+def _own(point: AtPoint, operator: Damped) -> bool:
+    """Whether an operator is that of the fit."""
+    return point.number is not None and _setting(point.operator()) == _setting(operator)
+
+
+def _kept(point: AtPoint, operator: Damped) -> np.ndarray | None:
+    """K as the run keeps it, float64, where it is of this operator."""
+    if point.number is None or not point.file("kernel").exists():
+        return None
+    with open_file(point.file("kernel"), run_digest=point.digest) as file:
+        if file.attrs.get("setting") != _setting(operator):
+            return None
+        return read(file, "kernel").astype(np.float64)
+
+
+def _keep(point: AtPoint, operator: Damped, values: np.ndarray) -> None:
+    """Keep K of the fit's own setting, in the type of the model.
+
+    A disk that is full or only read costs the time of making it again, no more.
+    """
+    if not _own(point, operator):
+        return
+    attrs = {
+        "run_digest": point.digest,
+        "setting": _setting(operator),
+        "about": "sqrt(w_i w_j) grad l_i^T (C + lambda I)^-1 grad l_j",
+    }
+    try:
+        write_file(point.file("kernel"), {"kernel": values.astype(_dtype(point))}, attrs=attrs)
+    except (OSError, StoreError):
+        return

@@ -1,0 +1,180 @@
+"""How far training went along the path, told from the rows' losses.
+
+Training from the base (mean loss J_0) to the adapter (J_end) is read as a gradient flow of time t
+in the metric of `M = (C + lambda I)^-1`: over a stretch dt the loss falls by `a dt`, where
+
+    a = grad J^T M grad J = sqrt(w)^T K sqrt(w),        K = F M F^T,   f_i = sqrt(w_i) grad l_i
+
+so that each stretch between two points of the path takes `(J_p - J_p+1) / a`, with the geometric
+mean of a at its two ends. At the base and, where it is no point, at the adapter log a is taken from
+the two nearest points, linear in the scale of B.
+
+The same flow lets rows that are learnt pull less and less. What they pull less by is their own
+Gauss-Newton curvature: where a row's logits move along `d = M grad l`, its curvature along d is
+
+    d^T G d = ratio (grad l^T d)^2
+
+`ratio` is measured, not chosen (`gauss_newton_ratio`). Over the whole path `s = sum ratio dt` is
+the strength with which rows share credit (`influence.credit`). Neither t K nor s K depends on the
+size of M, and none of it on a constant: on three models the sizes of predictions came out within a
+factor of two of retraining (benchmarks/README.md, "Credit that is shared").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence.at_point import AtPoint, evenly_spaced
+from influence.batches import collate
+from influence.curvature.base import Damped, Invertible
+from influence.loss import log_probabilities, mean_losses, supervised_logits
+from influence.manifest import PathRecord
+from influence.path import scaled
+from influence.progress import say
+from influence.run import Run, update_manifest
+from influence.tokens import TokenizedExamples
+
+#: Rows whose losses stand for all: the same ones at every point, so that their differences are
+#: known better than their mean.
+LOSS_ROWS = 512
+#: Rows whose ratio is measured, three forwards each. The median of 8 is within 15 % of all rows' on
+#: tofu-tiny (LOG.md, 2026-11-28, "Credit that is shared").
+RATIO_ROWS = 8
+#: How far a row's logits are moved to measure its curvature, in nats a token of its own loss, to
+#: first order: small beside a loss, large beside the rounding of 16-bit logits.
+STEP = 0.1
+
+
+@dataclass(frozen=True)
+class PathTime:
+    """The time t of the path, the strength s, and each point's share `[points]` of the time."""
+
+    time: float
+    strength: float
+    shares: np.ndarray
+
+
+def path_time(
+    record: PathRecord, slopes: Sequence[float], scales: Sequence[float | None]
+) -> PathTime | None:
+    """The time of a path and its strength, or None where training did not lower the loss.
+
+    Parameters
+    ----------
+    record
+        The losses along the path, and the ratios.
+    slopes
+        `a` at each point, `[points]`, positive.
+    scales
+        Each point's scale of B; None for a checkpoint.
+    """
+    losses, ratios, logs = np.array(record.losses), np.array(record.ratios), np.log(slopes)
+    places = None
+    if None not in scales:
+        places = np.array(scales, dtype=float)
+    order = np.argsort(-losses if places is None else places, kind="stable")
+    losses, ratios, logs = losses[order], ratios[order], logs[order]
+    before, after = logs[0], logs[-1]
+    ended = False
+    if places is not None:
+        places = places[order]
+        ended = places[-1] == 1
+        if len(places) > 1:
+            steps = np.diff(logs) / np.diff(places)
+            before, after = logs[0] - places[0] * steps[0], logs[-1] + (1 - places[-1]) * steps[-1]
+    ends = [] if ended else [(record.adapter, after, ratios[-1])]
+    ends = [(record.base, before, ratios[0]), *zip(losses, logs, ratios, strict=True), *ends]
+    falls = -np.diff([loss for loss, _, _ in ends])
+    times = falls / np.exp(_between([log for _, log, _ in ends]))
+    strength = float((times * np.exp(_between(np.log([ratio for _, _, ratio in ends])))).sum())
+    time = float(times.sum())
+    if not (time > 0 and strength > 0):
+        return None
+    shares = np.zeros(len(order))
+    for stretch, taken in enumerate(times):  # a stretch is shared by the points at its ends
+        there = [point for point in (stretch - 1, stretch) if 0 <= point < len(order)]
+        for point in there:
+            shares[order[point]] += taken / time / len(there)
+    if (shares <= 0).any():  # a loss that rose on the way: no point counts against the others
+        shares = np.full(len(order), 1 / len(order))
+    return PathTime(time, strength, shares)
+
+
+def _between(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The middle of each two neighbours."""
+    values = np.asarray(values)
+    return (values[1:] + values[:-1]) / 2
+
+
+def path_record(run: Run) -> PathRecord:
+    """The losses and ratios along a run's path: those of its manifest, else measured and kept."""
+    known = run.manifest.path
+    if known is not None:
+        return known
+    rows = evenly_spaced(len(run.tokens), LOSS_ROWS)
+    sample = run.tokens.select(rows)
+    weights = run.weights[rows] * sample.counts
+
+    def loss(theta: Tensor) -> float:
+        with run.model.at(theta):
+            losses = mean_losses(run.model, sample, token_budget=run.manifest.token_budget)
+        return float((weights * losses).sum() / weights.sum())
+
+    base, adapter = loss(scaled(run.model, 0.0)), loss(run.model.snapshot())
+    places = [point.place for point in run.points]
+    losses = tuple(adapter if place.scale == 1 else loss(place.theta) for place in places)
+    ratios = tuple(gauss_newton_ratio(point) for point in run.points)
+    found = PathRecord(base, adapter, losses, ratios)
+    try:
+        update_manifest(run, path=found)
+    except OSError as error:  # a run that is only read answers all the same
+        say(f"note: the losses along the path could not be kept in {run.directory} ({error})")
+    return found
+
+
+def gauss_newton_ratio(point: AtPoint, operator: Damped | None = None) -> float:
+    """Gauss-Newton curvature of a training row along its own step over its squared slope there,
+    `d^T G d / (grad l^T d)^2` with `d = M grad l`: the median of a few rows, 1 / nats.
+
+    Measured by the outputs: moved by `e d`, a row's outputs differ from what they were by
+    `KL = e^2 d^T G d / 2`, summed over its tokens; both directions are taken, so that what is odd
+    in e cancels. By default M is the run's own.
+    """
+    operator = operator or point.operator()
+    assert isinstance(operator.curvature, Invertible)
+    found = []
+    for row in evenly_spaced(len(point.run.tokens), RATIO_ROWS).tolist():
+        gradient = point.gradients_of(np.array([row]))
+        solved = operator.curvature.solve(gradient, operator.lam)
+        slope = float((gradient * solved).sum(dtype=torch.float64))
+        if not slope > 0:
+            continue  # a row without a gradient says nothing
+        tokens = point.run.tokens.select(np.array([row]))
+        size = STEP * float(tokens.counts[0]) / slope
+        step = point.geometry.adjoint(solved)[0] * size
+        apart = _divergences(point, tokens, step)
+        found.append(apart / (size * slope) ** 2)
+    return float(np.median(found)) if found else 0.0
+
+
+def _divergences(point: AtPoint, tokens: TokenizedExamples, step: Tensor) -> float:
+    """`KL(p || p_+) + KL(p || p_-)` of a row's outputs at a point and a step to either side, nats,
+    summed over its tokens.
+    """
+    model, theta = point.model, point.place.theta
+    batch = collate(tokens, np.array([0]), pad_id=model.pad_id, device=model.device)
+
+    def outputs(moved: Tensor) -> Tensor:
+        with model.at(moved), model.evaluating(), torch.no_grad():
+            return log_probabilities(supervised_logits(model, batch).logits).double()
+
+    here = outputs(theta)
+    probabilities = here.exp()
+    return sum(
+        float((probabilities * (here - outputs(theta + sign * step))).sum()) for sign in (1, -1)
+    )
