@@ -200,6 +200,11 @@ class Score(
         "answer) or all.",
         default="last",
     )
+    aggregate: str | None = option(
+        "Take queries together, for the price of one: mean or sum of all, or group (the mean of "
+        "each).",
+        default=None,
+    )
     contrast: str | None = option(
         "The same prompts with other completions: what made it say A rather than B?", default=None
     )
@@ -234,6 +239,7 @@ def score(options: Score) -> None:
         max_iterations=options.max_iterations,
         measurement=measurement,
         explain=options.explain,
+        aggregate=options.aggregate,
         curvature=options.curvature,
         damping=options.damping,
         at=options.at,
