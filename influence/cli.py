@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from influence import answers, console
-from influence.answers import ORDER, PREVIEW, describe, table
+from influence.answers import PREVIEW, describe, order, table
 from influence.errors import InputError
 from influence.options import (
     BudgetOption,
@@ -326,7 +326,7 @@ def self_(options: Self) -> None:
         ((f"{row['self_influence']:+.4f}", row["id"], row["row"]) for row in rows),
     )
     console.show(shown)
-    console.show(f"nats per token; {describe(result.attributes)}. {ORDER}")
+    console.show(f"nats per token; {describe(result.attributes)}. {order(result.attributes)}")
 
 
 answers.add(app)

@@ -92,6 +92,14 @@ class Scores:
         opponents = [entry(i) for i in order[::-1][:k] if harm[i] < 0]
         return proponents, opponents
 
+    def ranked(self, query: int | str, values: np.ndarray, k: int = 10) -> list[Entry]:
+        """The k rows that `values` [train] puts highest, first in order where they are equal, each
+        with its score for a query.
+        """
+        row = self.values[self.query_index(query)]
+        order = np.argsort(-values, kind="stable")[:k]
+        return [Entry(self.train_ids[i], int(i), float(row[i])) for i in order]
+
     @classmethod
     def load(cls, path: str | Path, *, detail: bool = True) -> Scores:
         """Read a score file, with the scores by token and module if it has them and `detail`.
