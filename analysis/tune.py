@@ -16,6 +16,9 @@ near it; concentration favours points near the base. Without retraining the sett
 sum of both ranks is chosen, a rule found on two models and tried on a third
 (benchmarks/defaults.py, LOG.md, 2026-11-21).
 
+Settings are compared with additive credit; what retraining says of the size is kept for both, and
+the score that is reported is that of shared credit where the setting has it.
+
 One set of stored gradients serves every curvature, damping and point of a run. Another geometry or
 path needs factors of its own: those are fitted below the run, in `tune/`, and said so.
 """
@@ -23,7 +26,7 @@ path needs factors of its own: those are fitted below the run, in `tune/`, and s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,11 +38,12 @@ from analysis.stats import spearman
 from analysis.truth import check_belongs
 from influence.at_point import AtPoint
 from influence.calibration import EDITED_ROWS, Edits, measured_edits, record, some_rows
+from influence.credit import Credit, shared_credit
 from influence.curvature import EXACT, Damped, Invertible
 from influence.errors import InputError, MismatchError, NumericalError
 from influence.fitting import fit
 from influence.geometry import GEOMETRIES
-from influence.manifest import TunedRecord
+from influence.manifest import CalibrationRecord, TunedRecord
 from influence.measurements import MeanLoss
 from influence.path import DEFAULT_PATH, check_path
 from influence.progress import say, track
@@ -47,8 +51,8 @@ from influence.row_files import read_again
 from influence.rows import Examples
 from influence.run import Run, update_manifest
 from influence.scorefile import Scores
-from influence.scores import queries_at_once
-from influence.setting import Setting
+from influence.scores import queries_at_once, raw_parts
+from influence.setting import SHARED, Setting
 from influence.solvers import CG, Direct
 from influence.tokens import TokenizedExamples
 
@@ -179,8 +183,8 @@ def tune(
         for folder, holder in runs.items()
         for row in _sweep(holder, folder, curvatures, dampings, probes, rows)
     ]
-    if truth is not None:
-        tuning = _by_truth(run, runs, judged, truth, seed, keep)
+    if truth is not None and rows is not None:
+        tuning = _by_truth(run, runs, judged, truth, rows, seed, keep)
     else:
         tuning = _by_checks(run, runs, judged, probes, seed, keep)
     holder = runs[tuning.chosen.run]
@@ -367,9 +371,17 @@ def concentration(scores: np.ndarray, places: np.ndarray) -> float:
 
 
 def _by_truth(
-    run: Run, runs: dict[str | None, Run], judged: list[Judged], truth: Truth, seed: int, keep: bool
+    run: Run,
+    runs: dict[str | None, Run],
+    judged: list[Judged],
+    truth: Truth,
+    queries: TokenizedExamples,
+    seed: int,
+    keep: bool,
 ) -> Tuning:
-    """Choose by the LDS on one half of the subsets, report it on the other."""
+    """Choose by the LDS on one half of the subsets, report that of the scores that follow from the
+    choice on the other.
+    """
     S = len(truth.masks)
     if S < 8:
         raise InputError(
@@ -385,18 +397,32 @@ def _by_truth(
     table.sort(key=lambda row: -(row.lds.mean if row.lds is not None else -np.inf))
     best = table[0]
     assert best.scores is not None
-    held_out = lds(best.scores, truth.masks[report], truth.query_loss[report], seed=seed)
-    factor = retrained_factor(best.scores, truth.masks[choose], truth.query_loss[choose])
+    settings = [(_setting(runs[best.run], best), best.scores)]
+    if (shared := _shared_scores(runs[best.run], best, queries)) is not None:
+        settings.append(shared)
+    held_out = lds(settings[-1][1], truth.masks[report], truth.query_loss[report], seed=seed)
+    source, calibration = f"retraining on {len(choose)} subsets", {}
+    for setting, scores in settings:
+        factor = retrained_factor(scores, truth.masks[choose], truth.query_loss[choose])
+        calibration |= _calibration(setting, factor, source)
     if keep:
-        _keep(
-            run,
-            runs[best.run],
-            best,
-            factor,
-            f"retraining on {len(choose)} subsets",
-            f"LDS {best.lds.mean:.3f}" if best.lds else "",
-        )
+        found = f"LDS {best.lds.mean:.3f}" if best.lds else ""
+        _keep(run, runs[best.run], best, calibration, found)
     return Tuning(table, best, held_out, f"LDS on {len(choose)} of {S} subsets (seed {seed})")
+
+
+def _shared_scores(
+    run: Run, best: Judged, queries: TokenizedExamples
+) -> tuple[Setting, np.ndarray] | None:
+    """The chosen setting with shared credit, and its scores `[Q, n]`; None where it has none."""
+    damping = None if best.damping == "none" else best.damping
+    setting = Setting.of(
+        run, best.curvature, damping, best.at, tuned=False, calibrated=False, credit=SHARED
+    )
+    credit = shared_credit(setting)
+    if not isinstance(credit, Credit):
+        return None
+    return setting, credit.singles(raw_parts(setting, queries, MeanLoss()))
 
 
 def retrained_factor(scores: np.ndarray, masks: np.ndarray, losses: np.ndarray) -> float:
@@ -443,14 +469,9 @@ def _by_checks(
     table = [table[number] for number in np.argsort(-ranks, kind="stable")]
     best = table[0]
     if keep:
-        _keep(
-            run,
-            runs[best.run],
-            best,
-            best.factor or 1.0,
-            f"measured edits of {len(rows)} rows",
-            f"concentration {best.concentration:.3f}, selectivity {best.selectivity:.1f}",
-        )
+        found = f"concentration {best.concentration:.3f}, selectivity {best.selectivity:.1f}"
+        setting, source = _setting(runs[best.run], best), f"measured edits of {len(rows)} rows"
+        _keep(run, runs[best.run], best, _calibration(setting, best.factor or 1.0, source), found)
     return Tuning(table, best, None, "concentration and selectivity, without retraining")
 
 
@@ -461,12 +482,22 @@ def agreement(edits: Edits) -> float:
     return float(result.statistic)
 
 
-def _keep(run: Run, holder: Run, best: Judged, factor: float, source: str, figures: str) -> None:
+def _calibration(setting: Setting, factor: float, source: str) -> dict[str, CalibrationRecord]:
+    """What the manifest keeps of a factor, nothing of one that says nothing."""
+    return record(setting, factor, source) if np.isfinite(factor) and factor > 0 else {}
+
+
+def _keep(
+    run: Run,
+    holder: Run,
+    best: Judged,
+    calibration: Mapping[str, CalibrationRecord],
+    figures: str,
+) -> None:
     """Record the choice in the run's manifest, its calibration where the factors are."""
     damping = None if best.damping == "none" else best.damping
     tuned = TunedRecord(best.run, best.curvature, damping, best.at, figures)
-    if np.isfinite(factor) and factor > 0:
-        calibration = record(_setting(holder, best), factor, source)
+    if calibration:
         update_manifest(holder, calibration={**holder.manifest.calibration, **calibration})
     update_manifest(run, tuned=tuned)
 

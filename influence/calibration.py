@@ -25,7 +25,7 @@ from influence.loss import mean_losses
 from influence.manifest import CalibrationRecord
 from influence.progress import say
 from influence.run import Run, update_manifest
-from influence.setting import Setting, setting_name
+from influence.setting import ADDITIVE, Setting, setting_name
 
 #: Largest predicted rise of the edited row's own mean loss, nats: edits are scaled down to it.
 EDIT_SIZE = 0.5
@@ -196,5 +196,6 @@ def calibrate_once(run: Run) -> None:
 
 def record(setting: Setting, factor: float, source: str) -> dict[str, CalibrationRecord]:
     """What the manifest keeps of a calibration."""
-    scales = tuple(setting.scales.tolist()) if len(setting.points) > 1 else ()
+    counted = len(setting.points) > 1 and setting.credit == ADDITIVE
+    scales = tuple(setting.scales.tolist()) if counted else ()
     return {setting.name: CalibrationRecord(factor, source, scales)}
