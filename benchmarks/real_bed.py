@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rivals import bm25, hidden_states, repsim
+from rivals import hidden_states, repsim
 from safetensors.torch import load_file, save_file
 
 import influence
+from analysis.bm25 import bm25, row_texts
 from analysis.metrics.lds import Truth, read_truth
 from influence.adapter import AdaptedModel
 from influence.progress import say
@@ -188,12 +189,7 @@ def methods(bed: RealBed, pythons: dict[str, str | None]) -> dict[str, Callable[
         return scores / np.sqrt(run.self_influence(**options).values) if by_self else scores
 
     def texts(rows: Examples) -> list[str]:
-        return [
-            " ".join(turn["content"] for turn in row.messages)
-            if row.messages
-            else f"{row.prompt}{row.completion}"
-            for row in rows
-        ]
+        return row_texts(rows, bed.model.tokenizer)
 
     def states(rows: str) -> Any:
         return hidden_states(bed.model, bed.tokens(rows))

@@ -6,16 +6,12 @@ parameters, `[., P]`.
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
 import influence
+from analysis.bm25 import bm25, row_texts
 from influence.adapter import AdaptedModel, ParamSpace
 from influence.batches import collate, plan_batches
 from influence.measurements import MeanLoss
@@ -106,47 +102,12 @@ def cosine(first: Tensor, second: Tensor) -> np.ndarray:
     ).numpy()
 
 
-def bm25(
-    queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.5, b: float = 0.75
-) -> np.ndarray:
-    """Okapi BM25: text alone.
-
-    Robertson and Zaragoza 2009, The Probabilistic Relevance Framework, equation 3.15.
-
-    `sum over the words t of q of idf(t) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))`, f = how
-    often t is in d, `idf(t) = ln(1 + (N - n_t + 0.5) / (n_t + 0.5))`, n_t = documents with t among
-    N; the 1 keeps it positive. Words are runs of letters and digits in lower case; a word that is
-    twice in the query counts twice.
-    """
-    word_counts = [Counter(words(text)) for text in documents]
-    lengths = [sum(counts.values()) for counts in word_counts]
-    mean = sum(lengths) / len(lengths)
-    holders = Counter(word for counts in word_counts for word in counts)
-    scores = np.zeros((len(queries), len(documents)))
-    for q, text in enumerate(queries):
-        for word, times in Counter(words(text)).items():
-            idf = math.log(1 + (len(word_counts) - holders[word] + 0.5) / (holders[word] + 0.5))
-            for i, counts in enumerate(word_counts):
-                if f := counts[word]:
-                    scores[q, i] += (
-                        times * idf * f * (k1 + 1) / (f + k1 * (1 - b + b * lengths[i] / mean))
-                    )
-    return scores
-
-
-def words(text: str) -> list[str]:
-    """Runs of letters, digits and underscores, in lower case."""
-    return re.findall(r"\w+", text.lower())
-
-
 def rival_scores(model: AdaptedModel, train: Examples, queries: Examples) -> dict[str, np.ndarray]:
     """Every rival's scores `[Q, n]`, by name."""
     rows, query_rows = tokenize(train, model.tokenizer), tokenize(queries, model.tokenizer)
     v, g = loss_gradients(model, query_rows), loss_gradients(model, rows)
     sums = g * torch.from_numpy(rows.counts).to(g)[:, None]
-    texts, questions = (
-        [f"{row.prompt}{row.completion}" for row in part] for part in (train, queries)
-    )
+    texts, questions = (row_texts(part, model.tokenizer) for part in (train, queries))
     return {
         "gradient dot": gradient_dot(v, sums),
         "gradient cosine": gradient_cosine(v, g),
