@@ -141,7 +141,7 @@ class RemovalOptions(ResamplesOption):
     seeds: int = option(
         "Train every set under so many seeds: the recipe's, the next ...", default=1
     )
-    seed: int = option("Of the random rows and the intervals.", default=0)
+    seed: int = option("Draws the random rows, and the bootstrap.", default=0)
 
     def __post_init__(self) -> None:
         if not self.share or not all(0 < share < 1 for share in self.share):

@@ -12,7 +12,7 @@ from rich.text import Text
 from influence.messages import printable
 
 #: Characters of a method's name that are shown, the last ones: of a file they tell it from others.
-NAME = 18
+NAME = 17
 
 
 def tables(record: Mapping[str, Any]) -> list[Table]:

@@ -50,7 +50,7 @@ def test_options_of_a_removal_are_checked(options, words):
 
 def test_shares_are_numbers_between_commas():
     assert shares(["0.01,0.05"]) == shares(["0.01", "0.05"]) == shares([0.01, 0.05]) == (0.01, 0.05)
-    with pytest.raises(InputError, match="--share '0.1;0.2' was given; expected numbers"):
+    with pytest.raises(InputError, match=r"--share '0.1;0.2' was given; expected numbers"):
         shares(["0.1;0.2"])
 
 

@@ -52,7 +52,7 @@ def test_a_table_for_every_share_best_method_first():
     assert first[0].strip() == "without 2 of 40 rows (0.05), rise of the loss"
     assert second[0].strip() == "without 4 of 40 rows (0.1), rise of the loss"
     cells = [line.split() for line in first[3:]]
-    assert cells[0] == ["...lder/of/trak.npy", "+0.7500", "+0.7375"]
+    assert cells[0] == ["...er/of/trak.npy", "+0.7500", "+0.7375"]
     assert cells[1] == (
         ["influence", "+0.5000", "+0.2500", "to", "+0.7500", "+0.4875", "+0.2000", "to", "+0.7000"]
     )
