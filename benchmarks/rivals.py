@@ -16,6 +16,7 @@ from influence.adapter import AdaptedModel, ParamSpace
 from influence.batches import collate, plan_batches
 from influence.measurements import MeanLoss
 from influence.rows import Examples
+from influence.text_search import bm25
 from influence.tokens import TokenizedExamples, tokenize
 
 

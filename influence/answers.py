@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from influence import console
-from influence.errors import DataError, InputError, MismatchError
+from influence.errors import AdapterError, DataError, InputError, MismatchError
 from influence.options import (
     ColumnsOption,
     CurvatureOptions,
@@ -23,41 +25,63 @@ from influence.options import (
     keywords,
     option,
 )
+from influence.progress import say
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
+    import numpy as np
     from rich.table import Table
     from rich.text import Text
 
     from influence.manifest import DataSource
-    from influence.rows import Examples
+    from influence.rows import Example, Examples
+    from influence.scorefile import Entry, Scores
     from influence.without import Effect
 
-#: Said under every table of scores.
+#: Said under every table of additive scores.
 ORDER = (
     "Read the order before the size: removing one row of several that teach the same changes far "
     "less."
 )
+#: Said under every table of shared ones.
+SHARED_ORDER = (
+    "A size is that of removing this row alone, right within a factor of a few; several rows "
+    "together do more or less than their sum (influence without)."
+)
 #: Characters of a row that a table shows.
 PREVIEW = 90
+#: Tokens of a row that are shown with their part of its score.
+MOST_TOKENS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Top(RunOption, JsonOption):
+class Top(RunOption, ColumnsOption, JsonOption):
     """The options of `influence top`."""
 
     query: str = option("Query id, or its position in the query file.")
     scores: Path | None = option("Score file. Default: scores.h5 in the run.", default=None)
     k: int = option("Rows of each kind.", default=10, flag="-k")
+    by: str = option(
+        "What ranks the rows: effect (how much removing one changes the query), text (BM25: which "
+        "row says this?), or both (the sum of the two, standardised).",
+        default="effect",
+    )
+    queries: str | None = option(
+        "The query file, for --by text and both, where it no longer lies where it was scored.",
+        default=None,
+    )
+    whole: bool = option("Show rows in full, not how they begin.", default=False)
 
 
 def top(options: Top) -> None:
     """Show the rows whose removal would raise (proponents) and lower (opponents) a query's loss the
-    most.
+    most, or with --by the rows that say what it says.
     """
     from influence.manifest import read_manifest
     from influence.scorefile import Scores
 
     console.at_least("-k", options.k, 1)
+    if options.by not in RANKINGS:
+        raise InputError(f"--by {options.by} was given; expected {', '.join(RANKINGS)}")
     manifest = read_manifest(options.run)
     path = options.scores or options.run / "scores.h5"
     if not path.exists():
@@ -65,42 +89,153 @@ def top(options: Top) -> None:
             f"{path} does not exist: "
             f"make it with influence score --run {options.run} --queries QUERIES"
         )
-    scores = Scores.load(path, detail=False)
+    scores = Scores.load(path, detail=True)
     if scores.attributes.get("run_digest") != manifest.digest:
         raise MismatchError(
             f"{path} belongs to another run than {options.run}: give the run it was made from"
         )
     position = scores.query_index(options.query)
-    proponents, opponents = scores.top(position, options.k)
     train = _rows_fitted_on(options.run, manifest.data)
-    query = scores.query_ids[position]
+    query = _scored_query(options, scores, position)
+    if options.by == "effect":
+        proponents, opponents = scores.top(position, options.k)
+        found, similar = {"proponents": proponents, "opponents": opponents}, None
+    else:
+        similar = _similarities(options, query, train)
+        ranked = similar
+        if options.by == "both":
+            from influence.text_search import standardised
+
+            sign = 1 if scores.attributes.get("rises", True) else -1
+            ranked = standardised(similar) + standardised(sign * scores.values[position])
+        found = {"rows": scores.ranked(position, ranked, options.k)}
     if options.json:
-        console.emit(
-            {
-                "query": query,
-                "proponents": [vars(entry) for entry in proponents],
-                "opponents": [vars(entry) for entry in opponents],
-            },
-            "",
-            True,
-        )
+        entries = {
+            name: [vars(each) | _similarity(similar, each) for each in rows]
+            for name, rows in found.items()
+        }
+        console.emit({"query": scores.query_ids[position], "by": options.by, **entries}, "", True)
         return
-    attributes, shown = scores.attributes, console.printable(query)
-    measurement = attributes.get("measurement", "loss")
+    _show_top(options, scores, position, found, train, query, similar)
+
+
+#: What ranks rows.
+RANKINGS = ("effect", "text", "both")
+
+
+def _similarity(similar: np.ndarray | None, entry: Entry) -> dict[str, float]:
+    """A row's BM25 where that was asked for."""
+    return {} if similar is None else {"text": float(similar[entry.index])}
+
+
+def _scored_query(options: Top, scores: Scores, position: int) -> Example | None:
+    """The query's row, read again; None where it is one of several or cannot be found."""
+    from influence.row_files import place_of, read_again, read_examples
+
+    attributes, source = scores.attributes, options.queries
+    if "aggregate" in attributes:
+        return None
+    if source is None:
+        kept = str(attributes.get("queries") or "")
+        place = place_of(kept) if kept else None
+        if place is None or not place.exists():  # a hub is not asked for a preview
+            return None
+        columns = attributes.get("query_columns")
+        rows = read_again(kept, json.loads(str(columns)) if columns else None)
+    else:
+        rows = read_examples(source, columns=options.columns)
+    if rows.digest != attributes.get("query_digest"):
+        if source is not None:
+            raise MismatchError(f"{source} is not what was scored: give the file of the queries")
+        return None
+    return rows[position]
+
+
+def _similarities(options: Top, query: Example | None, train: Examples | None) -> np.ndarray:
+    """BM25 of the query with every training row, `[n]`."""
+    from influence.text_search import bm25, text_of
+
+    if query is None or train is None:
+        missing = "the query's" if query is None else "the training rows'"
+        raise InputError(
+            f"--by {options.by} compares texts, and {missing} text is not known here: give "
+            "--queries FILE for queries that were scored one by one, and the run's rows where they "
+            "lay"
+        )
+    return bm25([text_of(query)], [text_of(row) for row in train])[0]
+
+
+def _show_top(
+    options: Top,
+    scores: Scores,
+    position: int,
+    found: Mapping[str, list[Entry]],
+    train: Examples | None,
+    query: Example | None,
+    similar: np.ndarray | None,
+) -> None:
+    """Show the tables of a ranking, and what the scores were made with."""
+    attributes = scores.attributes
+    name = console.printable(scores.query_ids[position])
+    if query is not None:
+        console.show(f"{name}: {query.preview(PREVIEW)}")
     effects = ("raise", "lower") if attributes.get("rises", True) else ("lower", "raise")
-    for name, entries, effect in (
-        ("proponents", proponents, effects[0]),
-        ("opponents", opponents, effects[1]),
-    ):
-        title = f"{name} of {shown}: removing one would {effect} its {measurement}"
-        previews = [train[e.index].preview(PREVIEW) if train else "" for e in entries]
-        cells = [
-            (f"{entry.score:+.2e}", entry.id, preview)
-            for entry, preview in zip(entries, previews, strict=True)
-        ]
-        console.show(table(title, f"score ({attributes.get('unit', '')})", cells))
+    measurement = attributes.get("measurement", "loss")
+    titles = {
+        "proponents": f"proponents of {name}: removing one would {effects[0]} its {measurement}",
+        "opponents": f"opponents of {name}: removing one would {effects[1]} its {measurement}",
+        "rows": f"rows that say what {name} says, by {options.by}",
+    }
+    grouped = train is not None and any(train[e.index].group for es in found.values() for e in es)
+    columns = [f"score ({attributes.get('unit', '')})"]
+    columns += ["BM25"] * (similar is not None)
+    for kind, entries in found.items():
+        rows = []
+        for each in entries:
+            row = None if train is None else train[each.index]
+            numbers = [f"{each.score:+.2e}"]
+            numbers += [f"{_similarity(similar, each)['text']:.1f}"] if similar is not None else []
+            group = [str((row.group if row else None) or "")] if grouped else []
+            text = "" if row is None else text_of_row(row, whole=options.whole)
+            tokens = _strongest_tokens(scores, position, each.index, options.run)
+            rows.append((numbers, each.id, [*group, text + tokens]))
+        texts = ["id", *(["group"] if grouped else []), "row"]
+        console.show(wide_table(titles[kind], columns, texts, rows))
     if "points" in attributes:
-        console.show(f"{describe(attributes)}. {ORDER}")
+        console.show(f"{describe(attributes)}. {order(attributes)}")
+
+
+def text_of_row(row: Example, *, whole: bool) -> str:
+    """How a row begins, or all of it."""
+    return row.preview(PREVIEW) if not whole else row.preview(10**9)
+
+
+def _strongest_tokens(scores: Scores, query: int, row: int, run: Path) -> str:
+    """The tokens of a row that carry most of its score, where the file has them."""
+    if scores.tokens is None or (tokenizer := _tokenizer_of(run)) is None:
+        return ""
+    ids, values = scores.tokens.row(query, row)
+    strongest = sorted(range(len(ids)), key=lambda place: -abs(values[place]))[:MOST_TOKENS]
+    shown = (f"{tokenizer.decode([int(ids[k])])!r} {values[k]:+.1e}" for k in strongest)
+    return f"\n[at {', '.join(shown)}]"
+
+
+@cache
+def _tokenizer_of(run: Path) -> Any:
+    """The tokenizer of a run, without its model; None where it cannot be read."""
+    from influence.adapter_files import read_adapter
+    from influence.manifest import read_manifest
+    from influence.tokenizer_files import load_tokenizer
+
+    manifest = read_manifest(run)
+    if manifest.adapter.path is None or manifest.base.path is None:
+        return None
+    console.quiet_transformers()
+    try:
+        return load_tokenizer(read_adapter(manifest.adapter.path).folder, manifest.base.path)
+    except AdapterError as error:
+        say(f"note: tokens are not shown: {error}")
+        return None
 
 
 def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
@@ -108,7 +243,6 @@ def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
     Raises `MismatchError` where they have changed.
     """
-    from influence.progress import say
     from influence.row_files import place_of, read_again
 
     place = place_of(data.path) if data.path else None
@@ -197,21 +331,14 @@ def without(options: Without) -> None:
 
 def _predictions(title: str, found: Iterable[Any], rows: Examples | None) -> Table:
     """A table of predicted losses."""
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(title=Text(title), title_justify="left")
-    for name in ("before", "predicted", "interval"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("id", max_width=24, overflow="fold")
-    shown.add_column("row", overflow="fold")
+    shown = []
     for each in found:
         held = " (held)" if each.beyond else ""
         interval = f"{each.low:.3f} to {each.high:.3f}"
         preview = "" if rows is None else rows[rows.index(each.id)].preview(PREVIEW)
         numbers = (f"{each.before:.3f}", f"{each.predicted:.3f}{held}", interval)
-        shown.add_row(*numbers, cell(each.id), cell(preview))
-    return shown
+        shown.append((numbers, each.id, [preview]))
+    return wide_table(title, ("before", "predicted", "interval"), ("id", "row"), shown)
 
 
 def _write_csv(path: Path, effect: Effect) -> None:
@@ -233,6 +360,11 @@ def add(app: typer.Typer) -> None:
     command(app, Without)(without)
 
 
+def order(attributes: Mapping[str, Any]) -> str:
+    """How the sizes of scores are to be read."""
+    return SHARED_ORDER if attributes.get("credit") == "shared" else ORDER
+
+
 def describe(attributes: Mapping[str, Any]) -> str:
     """With what scores were made, in one line."""
     labels = ", ".join(str(label) for label in attributes["points"])
@@ -249,16 +381,28 @@ def describe(attributes: Mapping[str, Any]) -> str:
 
 def table(title: str, first: str, rows: Iterable[tuple[str, str, str]]) -> Table:
     """A table of training rows: a number, the id, and how the row begins."""
+    cells = (([number], id, [text]) for number, id, text in rows)
+    return wide_table(title, [first], ["id", "row"], cells)
+
+
+def wide_table(
+    title: str,
+    numbers: Sequence[str],
+    texts: Sequence[str],
+    rows: Iterable[tuple[Sequence[str], str, Sequence[str]]],
+) -> Table:
+    """A table of rows: some numbers, the id, and texts. The columns are named."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column(first, justify="right", no_wrap=True)
-    table.add_column("id", max_width=24, overflow="fold")
-    table.add_column("row", overflow="fold")
-    for number, id, text in rows:
-        table.add_row(number, cell(id), cell(text))
-    return table
+    shown = Table(title=Text(title), title_justify="left")
+    for name in numbers:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for name in texts:
+        shown.add_column(name, max_width=None if name == "row" else 24, overflow="fold")
+    for values, id, others in rows:
+        shown.add_row(*values, cell(id), *map(cell, others))
+    return shown
 
 
 def cell(text: str) -> Text:

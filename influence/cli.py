@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from influence import answers, console
-from influence.answers import ORDER, PREVIEW, describe, table
+from influence.answers import PREVIEW, describe, order, table
 from influence.errors import InputError
 from influence.options import (
     BudgetOption,
@@ -200,6 +200,11 @@ class Score(
         "answer) or all.",
         default="last",
     )
+    aggregate: str | None = option(
+        "Take queries together, for the price of one: mean or sum of all, or group (the mean of "
+        "each).",
+        default=None,
+    )
     contrast: str | None = option(
         "The same prompts with other completions: what made it say A rather than B?", default=None
     )
@@ -234,6 +239,7 @@ def score(options: Score) -> None:
         max_iterations=options.max_iterations,
         measurement=measurement,
         explain=options.explain,
+        aggregate=options.aggregate,
         curvature=options.curvature,
         damping=options.damping,
         at=options.at,
@@ -320,7 +326,7 @@ def self_(options: Self) -> None:
         ((f"{row['self_influence']:+.4f}", row["id"], row["row"]) for row in rows),
     )
     console.show(shown)
-    console.show(f"nats per token; {describe(result.attributes)}. {ORDER}")
+    console.show(f"nats per token; {describe(result.attributes)}. {order(result.attributes)}")
 
 
 answers.add(app)

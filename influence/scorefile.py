@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,14 @@ import numpy as np
 
 from influence.errors import InputError, MismatchError, StoreError
 from influence.progress import say
-from influence.rows import Examples
 from influence.run import Run
 from influence.setting import Setting
 from influence.solvers import Solution
 from influence.store import open_file, open_rows, read, read_strings, write_file
 from influence.tokenwise import Tokenwise
 
+#: Attributes that a score file has only where they are not the default.
+OFF_DEFAULT = ("explain", "aggregate")
 #: Queries whose scores are combined at a time.
 COMBINED = 64
 #: How per-token scores are named in a score file: values, offsets, token ids.
@@ -91,6 +92,14 @@ class Scores:
         opponents = [entry(i) for i in order[::-1][:k] if harm[i] < 0]
         return proponents, opponents
 
+    def ranked(self, query: int | str, values: np.ndarray, k: int = 10) -> list[Entry]:
+        """The k rows that `values` [train] puts highest, first in order where they are equal, each
+        with its score for a query.
+        """
+        row = self.values[self.query_index(query)]
+        order = np.argsort(-values, kind="stable")[:k]
+        return [Entry(self.train_ids[i], int(i), float(row[i])) for i in order]
+
     @classmethod
     def load(cls, path: str | Path, *, detail: bool = True) -> Scores:
         """Read a score file, with the scores by token and module if it has them and `detail`.
@@ -148,9 +157,11 @@ def different_attributes(stored: Mapping[str, Any], attributes: dict[str, Any]) 
     others = ("residuals", "complete", "version", "queries", "query_columns")
     keys = [key for key in attributes if key not in others]
     different = [key for key in keys if key not in stored or not same(stored[key], attributes[key])]
+    # these are written only where they are not the default
+    different += [key for key in OFF_DEFAULT if key in stored and key not in attributes]
 
     def sentence(key: str) -> str:
-        value = attributes[key]
+        value = attributes.get(key, "the default")
         if isinstance(value, str) and len(value) < 40 and key in stored:
             return f"{key} {stored[key]!s} there, {value} now"
         return f"another {key}"
@@ -199,7 +210,7 @@ class ScoresInTheMaking:
     values: np.ndarray
     modules: np.ndarray
     module_names: list[str]
-    queries: Examples
+    query_ids: Sequence[str]
     target: Path | None
     apart: bool
 
@@ -208,7 +219,7 @@ class ScoresInTheMaking:
         cls,
         target: Path | None,
         setting: Setting,
-        queries: Examples,
+        query_ids: Sequence[str],
         chunks: int,
         modules: list[str],
         attributes: dict[str, Any],
@@ -220,7 +231,7 @@ class ScoresInTheMaking:
         `apart`: the points' scores are more than the answer, and combined at the end.
         """
         run, points = setting.run, len(setting.points)
-        Q, n, M = len(queries), len(run.train), len(modules)
+        Q, n, M = len(query_ids), len(run.train), len(modules)
         if target is None:
             values, split = np.zeros((Q, n), np.float32), np.zeros((Q, M, n), np.float32)
             parts = np.zeros((points, Q, n), np.float32) if apart else values[None]
@@ -236,7 +247,7 @@ class ScoresInTheMaking:
                 values,
                 split,
                 modules,
-                queries,
+                query_ids,
                 None,
                 apart,
             )
@@ -253,7 +264,7 @@ class ScoresInTheMaking:
                     "module_parts": ((points, Q, M, n), np.float32),
                 }
                 write_file(beside, rows=rows)
-            _lay_out(partial, run, queries, chunks * points, modules, attributes)
+            _lay_out(partial, run, query_ids, chunks * points, modules, attributes)
         names = ("scores", "done", "residuals", "converged", "per_module")
         values, done, residuals, converged, split = (
             open_rows(partial, name, write=True)
@@ -276,7 +287,7 @@ class ScoresInTheMaking:
             values,
             split,
             modules,
-            queries,
+            query_ids,
             target,
             apart,
         )
@@ -307,7 +318,7 @@ class ScoresInTheMaking:
         attributes["residuals"], attributes["complete"] = float(self.residuals.max()), True
         return Scores(
             np.array(self.values),
-            self.queries.ids,
+            list(self.query_ids),
             setting.run.train.ids,
             np.array(self.residuals),
             self.converged.astype(bool),
@@ -385,20 +396,20 @@ def _begun(partial: Path, attributes: dict[str, Any]) -> int:
 def _lay_out(
     partial: Path,
     run: Run,
-    queries: Examples,
+    query_ids: Sequence[str],
     passes: int,
     modules: list[str],
     attributes: dict[str, Any],
 ) -> None:
     """Create the partial file at full size."""
-    Q, n = len(queries), len(run.train)
+    Q, n = len(query_ids), len(run.train)
     rows: dict[str, tuple[tuple[int, ...], Any]] = {
         "scores": ((Q, n), np.float32),
         "residuals": ((Q,), np.float64),
         "converged": ((Q,), np.uint8),
         "done": ((passes, n), np.uint8),
     }
-    strings = {"query_ids": queries.ids, "train_ids": run.train.ids}
+    strings = {"query_ids": list(query_ids), "train_ids": run.train.ids}
     if modules:
         rows["per_module"], strings["modules"] = ((Q, len(modules), n), np.float32), modules
     write_file(partial, attrs=attributes, strings=strings, rows=rows)

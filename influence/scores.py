@@ -34,7 +34,6 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,13 @@ import torch
 from torch import Tensor
 
 from influence.adapter import ParamSpace
+from influence.asked import Asked
 from influence.at_point import AtPoint
 from influence.credit import Credit, credited
 from influence.curvature import Damped, Invertible
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError
-from influence.measurements import MEASUREMENTS, Contrast, MeanLoss, Measurement, SumLoss, TokenLoss
+from influence.measurements import MEASUREMENTS, Contrast, MeanLoss, Measurement, TokenLoss
 from influence.progress import say
 from influence.rows import Examples, canonical_json
 from influence.run import Run
@@ -121,6 +121,7 @@ def score(
     damping: str | Damping | None = None,
     measurement: str | Measurement | Contrast = "loss",
     explain: str = "last",
+    aggregate: str | None = None,
     at: str | None = None,
     credit: str | None = None,
     per_token: bool = False,
@@ -152,6 +153,9 @@ def score(
     explain
         Which tokens of a conversation are explained: those of its `last` answer, of every answer
         (`assistant`), or `all`. Queries that are token ids say it by their labels.
+    aggregate
+        Take queries together, for the price of one: the `mean` or `sum` of all, or the mean of each
+        `group`. Which rows help or harm a whole validation set?
     at
         `all` points of the run (default; `identity` looks at the `end`), the `end` of the path, or
         one point's label.
@@ -184,7 +188,10 @@ def score(
     tokens = run.query_tokens(queries, explain)
     if isinstance(explained, TokenLoss):
         explained.check(tokens)
-    asked = _Asked(queries, tokens, explained)
+    against = None
+    if isinstance(explained, Contrast):
+        against = run.query_tokens(explained.against, explain)
+    asked = Asked.of(queries, tokens, explained, aggregate, against)
     attributes = {
         "convention": CONVENTION if shared is None else SHARED_CONVENTION,
         "measurement": explained.name,
@@ -205,8 +212,9 @@ def score(
     }
     if explain != "last":
         attributes["explain"] = explain
+    if aggregate is not None:
+        attributes["aggregate"] = aggregate
     if isinstance(explained, Contrast):
-        asked = replace(asked, against=run.query_tokens(explained.against, explain))
         attributes["contrast_digest"] = explained.against.digest
     target = None if out is None else Path(out)
     found = (
@@ -221,31 +229,10 @@ def score(
         return _score(setting, shared, asked, solvers, attributes, target, per_token, per_module)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The queries of one request: rows, tokens, what is measured of them, and what they are
-    contrasted with.
-    """
-
-    queries: Examples
-    tokens: TokenizedExamples
-    measurement: Measurement | Contrast
-    against: TokenizedExamples | None = None
-
-    def gradients(self, point: AtPoint, rows: np.ndarray) -> Tensor:
-        """Gradients of m(q) at a point, `[len(rows), P]`."""
-        tokens = self.tokens.select(rows)
-        if isinstance(self.measurement, Contrast):
-            assert self.against is not None
-            found = point.query_gradients(tokens, SumLoss())
-            return found - point.query_gradients(self.against.select(rows), SumLoss())
-        return point.query_gradients(tokens, self.measurement)
-
-
 def _score(
     setting: Setting,
     credit: Credit | None,
-    asked: _Asked,
+    asked: Asked,
     solvers: Sequence[Solver],
     attributes: dict[str, Any],
     target: Path | None,
@@ -256,15 +243,15 @@ def _score(
 
     Into a file if there is one.
     """
-    run, queries, points = setting.run, asked.queries, setting.points
+    run, points = setting.run, setting.points
     modules = module_slices(run.model.space) if per_module else {}
-    _refuse_large_detail(setting, len(queries), len(modules), per_token, target is not None)
+    _refuse_large_detail(setting, len(asked), len(modules), per_token, target is not None)
     at_once = queries_at_once(run, getattr(solvers[0], "copies", MOST_COPIES))
     work = ScoresInTheMaking.begin(
         target,
         setting,
-        queries,
-        -(-len(queries) // at_once),
+        asked.ids,
+        -(-len(asked) // at_once),
         list(modules),
         attributes,
         apart=credit is not None or len(points) > 1 or setting.factors[0] != 1,
@@ -276,9 +263,9 @@ def _score(
             if run.gradients_stored
             else "the training rows, forward and backward"
         )
-        say(f"{len(queries)} queries do not fit in memory at once: {passes} passes over {what}")
-    message, tokenwise = "", Tokenwise.empty(run, len(queries)) if per_token else None
-    for chunk, rows in enumerate(np.array_split(np.arange(len(queries)), work.chunks)):
+        say(f"{len(asked)} queries do not fit in memory at once: {passes} passes over {what}")
+    message, tokenwise = "", Tokenwise.empty(run, len(asked)) if per_token else None
+    for chunk, rows in enumerate(np.array_split(np.arange(len(asked)), work.chunks)):
         for number, (point, operator) in enumerate(setting.each()):
             done = work.done[chunk * len(points) + number]
             if done.all() and tokenwise is None:
