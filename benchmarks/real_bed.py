@@ -19,12 +19,12 @@ from rivals import hidden_states, repsim
 from safetensors.torch import load_file, save_file
 
 import influence
-from analysis.bm25 import bm25, row_texts
 from analysis.metrics.lds import Truth, read_truth
 from influence.adapter import AdaptedModel
 from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
+from influence.text_search import bm25, text_of
 from influence.tokens import TokenizedExamples, tokenize
 from unlearn.retraining.recipe import Recipe
 from unlearn.retraining.retrain import fresh_adapter, train
@@ -188,9 +188,6 @@ def methods(bed: RealBed, pythons: dict[str, str | None]) -> dict[str, Callable[
         scores = run.score(queries, out=bed.work / f"{name}.h5", **options).values
         return scores / np.sqrt(run.self_influence(**options).values) if by_self else scores
 
-    def texts(rows: Examples) -> list[str]:
-        return row_texts(rows, bed.model.tokenizer)
-
     def states(rows: str) -> Any:
         return hidden_states(bed.model, bed.tokens(rows))
 
@@ -202,7 +199,7 @@ def methods(bed: RealBed, pythons: dict[str, str | None]) -> dict[str, Callable[
         "ours, at 1.0": lambda: ours(1.0),
         "ours, at 1.0 / sqrt(self-influence)": lambda: ours(1.0, by_self=True),
         "gradient dot": lambda: ours(1.0, curvature="identity"),
-        "BM25": lambda: bm25(texts(queries), texts(train)),
+        "BM25": lambda: bm25(list(map(text_of, queries)), list(map(text_of, train))),
         "hidden states": lambda: repsim(states("query"), states("train")),
     }
     for scale in SCALES:

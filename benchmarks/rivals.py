@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import influence
-from analysis.bm25 import bm25, row_texts
 from influence.adapter import AdaptedModel, ParamSpace
 from influence.batches import collate, plan_batches
 from influence.measurements import MeanLoss
@@ -108,7 +107,9 @@ def rival_scores(model: AdaptedModel, train: Examples, queries: Examples) -> dic
     rows, query_rows = tokenize(train, model.tokenizer), tokenize(queries, model.tokenizer)
     v, g = loss_gradients(model, query_rows), loss_gradients(model, rows)
     sums = g * torch.from_numpy(rows.counts).to(g)[:, None]
-    texts, questions = (row_texts(part, model.tokenizer) for part in (train, queries))
+    texts, questions = (
+        [f"{row.prompt}{row.completion}" for row in part] for part in (train, queries)
+    )
     return {
         "gradient dot": gradient_dot(v, sums),
         "gradient cosine": gradient_cosine(v, g),

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.bm25 import bm25, row_texts
 from analysis.evaluation.score_files import helpfulness_in
 from influence.errors import InputError
 from influence.rows import Examples
 from influence.run import Run
+from influence.text_search import bm25, text_of
 
 #: What the run's own scores, words in common, and rows drawn at random are called.
 OWN, TEXT, RANDOM = "influence", "BM25", "random"
@@ -54,14 +54,22 @@ def rankings_of_others(
         )
     found = [Ranking(str(path), helpfulness_in(path, queries, run.train)) for path in files]
     # of the queries as one text: BM25 adds up over a query's words, so this is their sum
-    question = " ".join(row_texts(queries, run.model.tokenizer))
-    words = bm25([question], row_texts(run.train, run.model.tokenizer))[0]
+    question = " ".join(_texts(queries, run))
+    words = bm25([question], _texts(run.train, run))[0]
     return parted([*found, Ranking(TEXT, words)])
 
 
+def _texts(rows: Examples, run: Run) -> list[str]:
+    """What every row says; of token ids without a text what they decode to."""
+    decode = run.model.tokenizer.decode
+    return [
+        text_of(row) or decode(list(row.input_ids or ()), skip_special_tokens=True) for row in rows
+    ]
+
+
 def own_ranking(run: Run, queries: Examples, out: Path, *, overwrite: bool = False) -> Ranking:
-    """The ranking by the run's own scores, as `influence score` makes them, kept in a file."""
-    run.score(queries, out=out, overwrite=overwrite)
+    """The ranking by the run's own scores of all queries together, which a file keeps."""
+    run.score(queries, aggregate="sum", out=out, overwrite=overwrite)
     return Ranking(OWN, helpfulness_in(out, queries, run.train))
 
 

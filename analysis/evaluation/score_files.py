@@ -28,7 +28,8 @@ def helpfulness_in(path: Path, queries: Examples, train: Examples) -> np.ndarray
     The sum of the file's scores `[Q, n]` over the queries, positive = it helped. Scores of a
     measurement that falls when the model gets worse (`rises` is false, as of a margin) count the
     other way. A plain array is taken as it is: positive must mean that the row helped, as
-    kronfluence and bergson have it. Of an `.npz` the array `scores` is read, or the only one of two
+    kronfluence and bergson have it. HDF5 of the `sum` or `mean` of all queries is one row, which is
+    taken as their sum, but for its size. Of an `.npz` the array `scores` is read, or the only one of two
     dimensions; `query_ids` and `train_ids`, where it has them, must be those of the queries and
     rows, and `rises` counts as in HDF5.
 
@@ -47,22 +48,25 @@ def helpfulness_in(path: Path, queries: Examples, train: Examples) -> np.ndarray
                 raise MismatchError(f"{path}: {error}") from None
         if file.digests.get(what, rows.digest) != rows.digest:
             raise MismatchError(
-                f"{path} is of {what} rows with the ids of those in {source} and another content: "
-                "score again"
+                f"{path} is of {what} rows of another content than those in {source}: score again"
             )
-    _refuse_unusable(path, file.values, len(queries), len(train))
+    _refuse_unusable(path, file.values, 1 if file.together else len(queries), len(train))
     total = file.values.sum(axis=0, dtype=np.float64)
     return total if file.rises else -total
 
 
 @dataclass(frozen=True, eq=False)
 class _ScoreFile:
-    """Values `[Q, n]`, and what the file says of its rows: ids and digests by `query`, `train`."""
+    """Values `[Q, n]`, and what the file says of its rows: ids and digests by `query`, `train`.
+
+    `together`: the queries were scored together, values are `[1, n]`.
+    """
 
     values: np.ndarray
     rises: bool
     ids: Mapping[str, list[Any]]
     digests: Mapping[str, str] = field(default_factory=dict)
+    together: bool = False
 
 
 def _read_own(path: Path) -> _ScoreFile:
@@ -74,12 +78,21 @@ def _read_own(path: Path) -> _ScoreFile:
             f"{error}. Expected a score file of influence score, or a .npy or .npz of another tool"
         ) from None
     about = scores.attributes
-    keys = {"query": "query_digest", "train": "data_digest"}
+    aggregate, keys = about.get("aggregate"), {"query": "query_digest", "train": "data_digest"}
+    if aggregate not in (None, "sum", "mean"):
+        raise InputError(
+            f"{path} has scores of every {aggregate} of queries: score each query, or --aggregate "
+            "sum"
+        )
+    ids = {"query": scores.query_ids, "train": scores.train_ids}
+    if aggregate is not None:
+        del ids["query"]  # it is that of the sum or mean; the digest tells the queries
     return _ScoreFile(
         scores.values,
         bool(about.get("rises", True)),
-        {"query": scores.query_ids, "train": scores.train_ids},
+        ids,
         {what: about[key] for what, key in keys.items() if key in about},
+        together=aggregate is not None,
     )
 
 

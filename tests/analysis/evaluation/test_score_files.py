@@ -45,6 +45,25 @@ def test_a_measurement_that_falls_counts_the_other_way(run, tmp_path):
     )
 
 
+@pytest.mark.parametrize("aggregate", ["sum", "mean"])
+def test_queries_scored_together_name_the_same_rows(run, tmp_path, aggregate):
+    run.score(QUERIES, out=tmp_path / "each.h5")
+    run.score(QUERIES, out=tmp_path / "all.h5", aggregate=aggregate)
+    size = {"sum": 1, "mean": 3}[aggregate]
+    np.testing.assert_allclose(
+        size * read(tmp_path / "all.h5"), read(tmp_path / "each.h5"), rtol=1e-5, atol=1e-7
+    )
+    with pytest.raises(MismatchError, match=r"all.h5 is of query rows of another content than"):
+        helpfulness_in(tmp_path / "all.h5", QUERIES[:2], TRAIN)
+
+
+def test_scores_of_groups_of_queries_are_refused(run, tmp_path):
+    grouped = influence.examples_from_rows([row | {"group": "g"} for row in rows(3, seed=9)])
+    run.score(grouped, out=tmp_path / "g.h5", aggregate="group")
+    with pytest.raises(InputError, match="has scores of every group of queries: score each query"):
+        helpfulness_in(tmp_path / "g.h5", grouped, TRAIN)
+
+
 @pytest.mark.parametrize(
     ("queries", "train", "sentence"),
     [
@@ -67,7 +86,9 @@ def test_the_same_ids_with_another_content_are_refused(run, tmp_path, which):
     other = influence.examples_from_rows(changed)
     assert other.ids == (QUERIES.ids if which == "query" else TRAIN.ids)
     given = (other, TRAIN) if which == "query" else (QUERIES, other)
-    with pytest.raises(MismatchError, match=f"is of {which} rows with the ids of .* score again"):
+    with pytest.raises(
+        MismatchError, match=f"is of {which} rows of another content than .* score again"
+    ):
         helpfulness_in(tmp_path / "s.h5", *given)
 
 
