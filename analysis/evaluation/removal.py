@@ -52,6 +52,8 @@ from unlearn.retraining.subsets import retrain_subsets
 
 #: Called so in a record, which is told from other JSON by it.
 KIND = "removal"
+#: Coverage that the intervals aim at.
+LEVEL = 0.95
 
 
 def removal(
@@ -343,6 +345,7 @@ def _record(
         "rows": n,
         "query_ids": queries.ids,
         "unit": "nats per token",
+        "level": LEVEL,
         "reference": {"loss": float(reference.mean()), "losses": reference.mean(0).tolist()},
         "removals": entries,
         "left_out": dict(left_out),
@@ -357,6 +360,7 @@ def _mean(values: np.ndarray, options: RemovalOptions) -> dict[str, float | None
         interval = bootstrap_interval(
             lambda chosen: float(values[chosen].mean()),
             len(values),
+            level=LEVEL,
             resamples=options.resamples,
             seed=options.seed,
         )

@@ -33,7 +33,8 @@ def _of_share(record: Mapping[str, Any], share: float) -> Table:
         show_edge=False,
     )
     table.add_column("named by", overflow="fold")
-    for head in ("rise", "95 % interval", "over random", "95 % interval"):
+    interval = f"{record['level']:.0%} interval"
+    for head in ("rise", interval, "over random", interval):
         table.add_column(head, justify="right", no_wrap=True)
     for entry in sorted(entries, key=lambda entry: -entry["rise"]["mean"]):
         name = printable(entry["method"]).replace("\n", " ")

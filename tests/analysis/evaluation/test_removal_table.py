@@ -28,6 +28,7 @@ RECORD = {
     "rows": 40,
     "query_ids": ["a", "b"],
     "unit": "nats per token",
+    "level": 0.95,
     "request": {"seeds": 1, "draws": 5},
     "reference": {"loss": 0.25},
     "left_out": {"BM25": "it has no word in common with any row"},
@@ -51,6 +52,7 @@ def test_a_table_for_every_share_best_method_first():
     first, second = map(printed, tables(RECORD))
     assert first[0].strip() == "without 2 of 40 rows (0.05), rise of the loss"
     assert second[0].strip() == "without 4 of 40 rows (0.1), rise of the loss"
+    assert first[1].split() == "named by rise 95% interval over random 95% interval".split()
     cells = [line.split() for line in first[3:]]
     assert cells[0] == ["...er/of/trak.npy", "+0.7500", "+0.7375"]
     assert cells[1] == (
