@@ -52,7 +52,17 @@ def test_a_table_for_every_share_best_method_first():
     first, second = map(printed, tables(RECORD))
     assert first[0].strip() == "without 2 of 40 rows (0.05), rise of the loss"
     assert second[0].strip() == "without 4 of 40 rows (0.1), rise of the loss"
-    assert first[1].split() == "named by rise 95% interval over random 95% interval".split()
+    assert first[1].split() == [
+        "named",
+        "by",
+        "rise",
+        "95%",
+        "interval",
+        "over",
+        "random",
+        "95%",
+        "interval",
+    ]
     cells = [line.split() for line in first[3:]]
     assert cells[0] == ["...er/of/trak.npy", "+0.7500", "+0.7375"]
     assert cells[1] == (
