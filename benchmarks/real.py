@@ -46,14 +46,19 @@ import unlearn
 from analysis.metrics.lds import Truth, lds, lds_difference
 from analysis.stats import bootstrap_interval
 from influence.batches import collate, plan_batches
+from influence.credit import credited
 from influence.loss import mean_losses
+from influence.measurements import MeanLoss
 from influence.path import read_parameters
 from influence.progress import say
+from influence.scores import raw_parts
 from influence.tokens import TokenizedExamples
 from unlearn.difficulty import Protocol, measure, predict
 
-#: Every method's LDS is compared with this one's.
-REFERENCE = "kronfluence, at 1.0"
+#: Every method's LDS is compared with these ones'.
+REFERENCES = tuple(
+    f"{peer}, at {scale}" for scale in ("1.0", "0.6") for peer in ("kronfluence", "bergson")
+)
 #: The author that is removed.
 REMOVED = "author-0"
 #: Outputs are compared on every so-manyth of the untouched and of the held-out rows.
@@ -112,7 +117,7 @@ def timed(bed: RealBed, name: str) -> dict[str, Any]:
     before = peak()
     if name == "bare":
         return {"bare": bare(bed), "peak": peak(), "before": before}
-    path = (1.0,) if name == "ours at 1.0" else None
+    path = (1.0,) if name == "ours, one point" else None
     with tempfile.TemporaryDirectory(dir=bed.work) as folder:
         watch = Watch()
         run = influence.fit(bed.model, bed.rows("train"), directory=Path(folder) / "run", path=path)
@@ -145,7 +150,7 @@ def peer_times(bed: RealBed, name: str, python: str, threads: int) -> dict[str, 
 def speed(bed: RealBed, args: argparse.Namespace) -> dict[str, Any]:
     """Every contender, one after the other, each in a process of its own."""
     found: dict[str, Any] = {"threads": args.threads}
-    contenders = ["bare", "ours at 1.0", "ours, default path", "kronfluence", "bergson"]
+    contenders = ["bare", "ours, one point", "ours", "kronfluence", "bergson"]
     chosen = args.only.split(";") if args.only else contenders
     for name in chosen:
         if name in ("kronfluence", "bergson"):
@@ -203,16 +208,32 @@ def faithfulness(scores: np.ndarray, truth: Truth) -> dict[str, Any]:
 
 
 def lds_part(bed: RealBed, args: argparse.Namespace) -> dict[str, Any]:
-    """LDS of every method, and its gain over the reference's where that is there."""
+    """LDS of every method, and its gain over the references' where these are there; of ours also the
+    size of what is predicted for each half together.
+    """
     truth, every = bed.truth, methods(bed, pythons(args))
     scores = {name: kept_scores(bed, name, make) for name, make in every.items()}
-    found: dict[str, Any] = {
-        name: faithfulness(values, truth) for name, values in scores.items() if "sqrt" not in name
-    }
-    for name in found if REFERENCE in scores else ():
-        gain = lds_difference(scores[name], scores[REFERENCE], truth.masks, truth.query_loss)
-        found[name]["gain"] = [gain.mean, gain.interval.low, gain.interval.high]
+    found: dict[str, Any] = {name: faithfulness(values, truth) for name, values in scores.items()}
+    for reference in REFERENCES:
+        for name in found if reference in scores else ():
+            gain = lds_difference(scores[name], scores[reference], truth.masks, truth.query_loss)
+            ends = [gain.mean, gain.interval.low, gain.interval.high]
+            found[name][f"gain over {reference}"] = ends
+    found["ours"]["size, together"] = size_together(bed, truth)
     return found
+
+
+def size_together(bed: RealBed, truth: Truth) -> float:
+    """Mean absolute predicted over measured change of a query's loss when half of the rows go
+    together, by `run.without`, over the halves.
+    """
+    run, queries = bed.run(), bed.rows("query")
+    before = mean_losses(bed.model, run.query_tokens(queries))
+    setting, credit = credited(run)
+    assert credit is not None
+    parts = raw_parts(setting, run.query_tokens(queries), MeanLoss())
+    predicted = [credit.together(parts, np.flatnonzero(~mask)) for mask in truth.masks]
+    return float(np.abs(predicted).mean() / np.abs(truth.query_loss - before).mean())
 
 
 def found_rows(

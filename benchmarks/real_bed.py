@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rivals import hidden_states, repsim
+from rivals import bm25, hidden_states, repsim
 from safetensors.torch import load_file, save_file
 
 import influence
@@ -24,7 +24,7 @@ from influence.adapter import AdaptedModel
 from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
-from influence.text_search import bm25, text_of
+from influence.text_search import standardised, text_of
 from influence.tokens import TokenizedExamples, tokenize
 from unlearn.retraining.recipe import Recipe
 from unlearn.retraining.retrain import fresh_adapter, train
@@ -75,17 +75,6 @@ class RealBed:
         name = "run" if path is None else "run-" + "-".join(f"{scale:g}" for scale in path)
         rows = self.rows("train")
         return influence.fit(self.model, rows, directory=self.work / name, path=path)
-
-    def run_at(self, scale: float | None) -> tuple[Run, str | None]:
-        """The run that has one scale of the path as a point, and the point's label: the default
-        one where it has it. None: the default run, all its points.
-        """
-        run = None if scale == 1 else self.run()
-        labels = [] if run is None else [p.label for p in run.manifest.points if p.scale == scale]
-        if run is not None and (scale is None or labels):
-            return run, labels[0] if labels else None
-        assert scale is not None
-        return self.run((scale,)), f"{scale:g}"
 
     def scaled_adapter(self, scale: float) -> Path:
         """A folder with the adapter whose every B is multiplied by a scale."""
@@ -181,25 +170,30 @@ def methods(bed: RealBed, pythons: dict[str, str | None]) -> dict[str, Callable[
     """
     queries, train = bed.rows("query"), bed.rows("train")
 
-    def ours(scale: float | None, by_self: bool = False, **options: Any) -> np.ndarray:
-        run, label = bed.run_at(scale)
-        options |= {} if label is None else {"at": label}
+    def ours(scale: float | None = None, **options: Any) -> np.ndarray:
+        run = bed.run() if scale is None else bed.run((scale,))
         name = "-".join([run.directory.name, *options.values()])
-        scores = run.score(queries, out=bed.work / f"{name}.h5", **options).values
-        return scores / np.sqrt(run.self_influence(**options).values) if by_self else scores
+        return run.score(queries, out=bed.work / f"{name}.h5", **options).values
+
+    def words_too() -> np.ndarray:
+        effect, words = ours(), bm25(texts(queries), texts(train))
+        return np.stack(
+            [standardised(a) + standardised(b) for a, b in zip(effect, words, strict=True)]
+        )
+
+    def texts(rows: Examples) -> list[str]:
+        return [text_of(row) for row in rows]
 
     def states(rows: str) -> Any:
         return hidden_states(bed.model, bed.tokens(rows))
 
     found: dict[str, Callable[[], np.ndarray]] = {
-        "ours, default path": lambda: ours(None),
-        "ours, default path / sqrt(self-influence)": lambda: ours(None, by_self=True),
-        "ours, at 0.6": lambda: ours(0.6),
-        "ours, at 0.6 / sqrt(self-influence)": lambda: ours(0.6, by_self=True),
-        "ours, at 1.0": lambda: ours(1.0),
-        "ours, at 1.0 / sqrt(self-influence)": lambda: ours(1.0, by_self=True),
+        "ours": ours,
+        "ours, additive": lambda: ours(credit="additive"),
+        "ours, additive, at 1.0": lambda: ours(1.0, credit="additive"),
+        "ours and BM25": words_too,
         "gradient dot": lambda: ours(1.0, curvature="identity"),
-        "BM25": lambda: bm25(list(map(text_of, queries)), list(map(text_of, train))),
+        "BM25": lambda: bm25(texts(queries), texts(train)),
         "hidden states": lambda: repsim(states("query"), states("train")),
     }
     for scale in SCALES:

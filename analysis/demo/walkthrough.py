@@ -17,8 +17,8 @@ much they oppose the questions about their own person (`opposition`), and how ma
 6. one prediction checked: the adapter is trained again with the slot of one row left empty, and the
 predicted
    change of the question's loss is shown beside the measured one;
-7. one person's rows removed by an edit, beside an adapter trained again without them; the edit's
-record verified.
+7. one person's rows removed by an edit, beside what `run.without` predicted of that and an adapter
+trained again without them; the edit's record verified.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ def _show(
     for entries in (proponents, opponents):
         for entry in entries:
             note = planted.get(entry.id, "")
-            table.add_row(f"{entry.score:+.2f}", note, _readable(rows[entry.id]), entry.id)
+            table.add_row(f"{entry.score:+.3f}", note, _readable(rows[entry.id]), entry.id)
         table.add_section()
     console.print()
     console.print(table)
@@ -331,7 +331,7 @@ def _show(
         score = scores.values[number, scores.train_ids.index(row_id)]
         place = int((scores.values[number] <= score).sum())
         answer = rows[row_id]["completion"].strip()
-        text = f"its planted wrong row {row_id} ({answer}): score {score:+.2f}, "
+        text = f"its planted wrong row {row_id} ({answer}): score {score:+.3f}, "
         text += f"number {place} of {len(rows)} from the strongest opponent"
         console.print(text, markup=False, highlight=False)
         result["wrong"] = {"id": row_id, "score": float(score), "place": place}
@@ -461,18 +461,20 @@ def verdict(result: Mapping[str, Any]) -> str:
             f"The direction is wrong: {predicted:+.3f} predicted, {measured:+.3f} measured. {place}"
         )
     return (
-        f"The direction is right; the predicted size is {size}. {place} The formula assumes an "
-        "adapter at its optimum and a loss that is quadratic around it; this one memorises and "
-        "stopped early, so read scores as a ranking, not as an amount."
+        f"The direction is right; the predicted size is {size}. {place} Another seed moves the "
+        "measured change itself, so one row's size is right within a factor of a few at best."
     )
 
 
 def _remove(console: Console, out: Path, corpus: Corpus, run: Run, seed: int) -> dict[str, Any]:
     """Take one person's rows out of the adapter by an edit, and compare with a retraining."""
+    import influence
     import unlearn
 
     person = corpus.queries[0]["group"]
     gone = {row["id"] for row in corpus.train if row.get("group") == person}
+    effect = run.without(sorted(gone), influence.read_examples(out / "queries.jsonl"))
+    ahead = {each.id: each.predicted for each in (*effect.removed, *effect.queries)}
     edit = unlearn.remove(run, sorted(gone))
     edited = edit.save(out / "edited", force=True)
     verified = unlearn.verify(run.directory, apply=True).passed
@@ -495,12 +497,18 @@ def _remove(console: Console, out: Path, corpus: Corpus, run: Run, seed: int) ->
         }
         for name, rows in sets.items()
     }
+    predicted = {
+        name: float(np.mean([ahead[row["id"]] for row in rows]))
+        for name, rows in sets.items()
+        if all(row["id"] in ahead for row in rows)
+    }
     table = _table(
         f"mean loss (nats per token) when the rows about {person} are removed",
-        {"": "left", **dict.fromkeys(adapters, "right")},
+        {"": "left", **dict.fromkeys(["before", "predicted", "edited", "trained again"], "right")},
     )
     for name, means in losses.items():
-        table.add_row(name, *(f"{value:.2f}" for value in means.values()))
+        before, *after = (f"{value:.2f}" for value in means.values())
+        table.add_row(name, before, f"{predicted[name]:.2f}" if name in predicted else "", *after)
     console.print()
     console.print(table)
     cost, target = edit.report["cost"], edit.report["losses"]["edited"]["target"]
@@ -515,6 +523,7 @@ def _remove(console: Console, out: Path, corpus: Corpus, run: Run, seed: int) ->
     return {
         "person": person,
         "losses": losses,
+        "predicted": predicted,
         "expected": target,
         "cost": cost["total"],
         "verified": verified,

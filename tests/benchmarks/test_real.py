@@ -135,23 +135,36 @@ def test_a_scaled_copy_is_the_point_of_the_path(bed):
 
 def test_lds_and_retrieval_share_the_scores_of_every_method(bed, monkeypatch):
     found = benchmark.lds_part(bed, ARGS)
-    names = ["ours, default path", "ours, at 0.6", "ours, at 1.0", "gradient dot", "BM25"]
-    assert list(found) == [*names, "hidden states"]
-    monkeypatch.setattr(real_bed.RealBed, "run", None)  # nothing is fitted or scored again
+    names = ["ours", "ours, additive", "ours, additive, at 1.0", "ours and BM25", "gradient dot"]
+    assert list(found) == [*names, "BM25", "hidden states"]
+    assert found["ours"]["size, together"] > 0
+    monkeypatch.setattr(influence, "fit", None)  # nothing is fitted or scored again
+    monkeypatch.setattr(benchmark, "size_together", lambda *_: found["ours"]["size, together"])
+    monkeypatch.setattr(real_bed.RealBed, "run", None)
     assert benchmark.lds_part(bed, ARGS) == found
     retrieved = benchmark.retrieval_part(bed, ARGS)
-    assert len(retrieved) == len(found) + 3
+    assert len(retrieved) == len(found)
     assert all(0 <= low <= value <= high <= 1 for value, low, high in retrieved["BM25"].values())
 
 
-def test_scores_of_the_adapter_and_of_one_point_are_those_of_runs_of_their_own(bed, tmp_path):
-    every = real_bed.methods(bed, {})
-    for name, path in (("ours, at 0.6", (0.6,)), ("ours, at 1.0", (1.0,))):
-        alone = influence.fit(bed.model, bed.rows("train"), directory=tmp_path / name, path=path)
-        expected = alone.score(bed.rows("query")).values
-        one, other = (values / np.abs(values).mean() for values in (every[name](), expected))
-        # a run of one point alone has a calibration of its own, which is one factor
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+def test_the_size_of_halves_is_that_of_their_predicted_effects(bed):
+    """The same by `run.without`, one half at a time."""
+    run, truth, queries = bed.run(), bed.truth, bed.rows("query")
+    predicted, before = [], None
+    for mask in truth.masks:
+        gone = [run.train.ids[row] for row in np.flatnonzero(~mask)]
+        effect = run.without(gone, queries)
+        before = np.array([each.before for each in effect.queries])
+        predicted.append([each.change for each in effect.queries])
+    real = np.abs(truth.query_loss - before).mean()
+    assert benchmark.size_together(bed, truth) == pytest.approx(np.abs(predicted).mean() / real)
+
+
+def test_scores_of_the_adapter_are_those_of_a_run_of_its_own(bed, tmp_path):
+    alone = influence.fit(bed.model, bed.rows("train"), directory=tmp_path / "run", path=(1.0,))
+    expected = alone.score(bed.rows("query"), credit="additive").values
+    found = real_bed.methods(bed, {})["ours, additive, at 1.0"]()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_a_removal_is_judged_against_the_retrained_adapter(bed):
@@ -184,7 +197,7 @@ def test_difficulty_is_forecast_and_measured(bed):
 
 
 def test_a_contender_is_timed_with_its_bare_work(bed):
-    found = benchmark.timed(bed, "ours at 1.0")
+    found = benchmark.timed(bed, "ours, one point")
     assert found["peak"] >= found["before"]
     assert found["fit"]["wall"] > 0
     assert found["bare"]["cpu"] > 0
