@@ -7,6 +7,7 @@ from influence.front_door import on_first_use
 if TYPE_CHECKING:
     from analysis import metrics as metrics
     from analysis.evaluation.evaluation import evaluate
+    from analysis.evaluation.removal import removal
     from analysis.metrics.lds import lds
     from analysis.report.agreement import agreement
     from analysis.studies.memorization import memorization
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "evaluation.evaluation": ("evaluate",),
+    "evaluation.removal": ("removal",),
     "metrics.lds": ("lds",),
     "report.agreement": ("agreement",),
     "studies.memorization": ("memorization",),
@@ -26,6 +28,7 @@ __all__ = [
     "lds",
     "memorization",
     "metrics",
+    "removal",
     "study",
 ]
 

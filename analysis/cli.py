@@ -1,4 +1,4 @@
-"""The `analysis` command: evaluate, lds, tune, memorization, ood, report, demo."""
+"""The `analysis` command: evaluate, lds, removal, tune, memorization, ood, report, demo."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from analysis.evaluation.options import Evaluate, Removal, RemovalOptions
 from analysis.evaluation.options import Options as EvaluationOptions
 from analysis.options import ResamplesOption
 from analysis.studies.options import Memorization, Ood
 from influence import console
 from influence.errors import InputError
 from influence.options import (
-    AdapterOptions,
     ColumnsOption,
     DeviceOption,
     JsonOption,
@@ -44,45 +44,6 @@ def _group() -> None:
 
 
 # ---- evaluation ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate(
-    AdapterOptions, ColumnsOption, EvaluationOptions, TypedLoadingOptions, OutputOptions
-):
-    """The options of `analysis evaluate`."""
-
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
-        "columns": "holdout",
-        "model": "reference",
-        "out": "model",
-        "seed": "dtype",
-    }
-
-    forget: Path = option("Rows that should be forgotten: .jsonl, .parquet or a datasets folder.")
-    retain: Path | None = option("Rows that should still be known.", default=None)
-    holdout: Path | None = option("Rows of the same kind that the adapter never saw.", default=None)
-    reference: str | None = option(
-        "Adapter of the same rank and layers to compare with: best one trained without the forget "
-        "rows.",
-        default=None,
-    )
-    out: Path | None = option("Record to write (.json), with every row.", default=None)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        out = self.out
-        if out is not None and out.exists() and not self.overwrite:
-            raise InputError(
-                f"{out} exists and would be replaced: give another --out, or --overwrite"
-            )
-        if out is not None and not out.parent.is_dir():
-            raise InputError(
-                f"there is no folder {out.parent} to write {out.name} into: make it, "
-                "or give another --out"
-            )
-        if self.texts and out is None and not self.json:
-            raise InputError("--texts goes into the record: give --out FILE.json, or --json")
 
 
 @command(app, Evaluate)
@@ -264,6 +225,44 @@ def _truth(options: Lds, scores: Scores) -> Truth:
         recipe=recipe,
         out=options.truth_out or options.run / "truth.npz",
     )
+
+
+@command(app, Removal)
+def removal(options: Removal) -> None:
+    """Train again without the rows that each method names as the most helpful: whose are missed the
+    most?
+
+    Methods are the run's own scores, every --scores file, BM25 and random rows. Killed, the same
+    command goes on with the first training that is not done.
+    """
+    from analysis.evaluation.removal import removal as measure
+    from analysis.evaluation.removal_table import lines, tables
+    from influence.row_files import read_examples
+    from influence.run import Run
+    from unlearn.retraining.recipe import Recipe
+
+    recipe = None if options.recipe is None else Recipe.read(options.recipe)
+    queries = read_examples(options.queries, columns=options.columns)
+    console.quiet_transformers()
+    run = Run.open(
+        options.run,
+        trust_remote_code=options.trust_remote_code,
+        **keywords(DeviceOption, options),
+    )
+    record = measure(
+        run,
+        queries,
+        out=options.out,
+        recipe=recipe,
+        overwrite=options.overwrite,
+        **keywords(RemovalOptions, options),
+    )
+    if options.json:
+        console.emit(record, "", True)
+        return
+    for table in tables(record):
+        console.show(table)
+    console.show("\n".join([*lines(record), f"{options.out}: every number and id"]), wrap=False)
 
 
 def paths(texts: Iterable[str]) -> tuple[tuple[float, ...], ...]:

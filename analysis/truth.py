@@ -96,6 +96,6 @@ def check_same_ids(scored: Sequence[str], expected: Sequence[str], what: str, so
     here, there = (repr(ids[at]) if at < len(ids) else "nothing" for ids in (scored, expected))
     raise MismatchError(
         f"{what} ids differ: {source} has {how}; the first difference is at position {at}, {there} "
-        f"there and {here} in the scores. Score the same rows in the same order, or take the truth "
-        "that belongs to these scores"
+        f"there and {here} in the scores. Score the same rows in the same order, or give what "
+        "belongs to these scores"
     )

@@ -12,6 +12,7 @@ import typer
 
 import analysis.cli
 import analysis.evaluation.options
+import analysis.evaluation.removal
 import analysis.studies.memorization
 import analysis.studies.ood
 import analysis.studies.options
@@ -77,7 +78,7 @@ def alike(text: str, other: str) -> float:
 
 
 def test_there_is_something_to_look_at():
-    assert len(COMMANDS) == 21
+    assert len(COMMANDS) == 23
     assert len(DECLARED) > 80
 
 
@@ -201,6 +202,7 @@ DIFFERENT = {
         (unlearn.difficulty.options.Difficulty, unlearn.difficulty.Protocol),
         (unlearn.difficulty.options.Difficulty, unlearn.difficulty.predict),
         (analysis.cli.Lds, lds),
+        (analysis.evaluation.options.Removal, analysis.evaluation.removal.removal),
         (analysis.cli.Tune, analysis.tune.tune),
         (analysis.studies.options.Memorization, analysis.studies.memorization.memorization),
         (analysis.studies.options.Ood, analysis.studies.ood.study),

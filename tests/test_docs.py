@@ -51,6 +51,7 @@ REDUCED = {
     "--per-kind 4": "--per-kind 2 --references 1 --optimizer sgd",  # rows, adapters, steps
     "--out adapter-p": "--out adapter-p --until steps=3",  # of 200
     "analysis tune --run run": "analysis tune --run run --damping mean:0.1",  # of four dampings
+    "analysis removal": "analysis removal --share 0.05 --draws 1",  # of 13 trainings
     "analysis memorization": "analysis memorization --resamples 50",  # of 1,000 resamples
 }
 

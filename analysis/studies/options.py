@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from analysis.options import ResamplesOption
+from analysis.options import RecipeOption, ResamplesOption
 from influence.console import at_least
 from influence.errors import InputError
 from influence.options import (
@@ -75,10 +75,10 @@ class Memorization(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ood(RunOption, ColumnsOption, DeviceOption, TrustOption, OutputOptions):
+class Ood(RunOption, ColumnsOption, RecipeOption, DeviceOption, TrustOption, OutputOptions):
     """The options of `analysis ood`."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"columns": "other"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"columns": "other", "recipe": "out"}
 
     holdout: Path = option(
         "Rows of the training rows' domain that no model saw: .jsonl, .parquet ...",
@@ -86,9 +86,6 @@ class Ood(RunOption, ColumnsOption, DeviceOption, TrustOption, OutputOptions):
     )
     other: Path = option("Rows of another domain.")
     out: Path = option("Folder for adapters, measurements, ood.csv, ood.json, ood.png.")
-    recipe: Path | None = option(
-        "JSON of how the adapter was trained. Default: as recorded beside it.", default=None
-    )
     per_kind: int = option("Rows to plant of each of the four kinds.", default=8)
     repeats: int = option("How often each planted row is among the rows.", default=1)
     references: int = option("Adapters to train without the planted rows, for exposure.", default=2)

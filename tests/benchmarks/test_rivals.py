@@ -35,21 +35,6 @@ def supervised(item) -> int:
     return int(item.supervised.sum())
 
 
-def test_bm25_of_three_documents_by_hand():
-    """Lengths 3, 1, 2: mean 2. `sun` is once in documents 0 and 2, `fox` twice in 0 alone.
-
-    idf(sun) = ln(1 + 1.5 / 2.5) = ln 1.6, idf(fox) = ln(1 + 2.5 / 1.5). With k1 = 1.5 and b = 0.75
-    the denominator's second part is 1.5 (0.25 + 0.375 |d|): 2.0625 for document 0 and 1.5 for
-    document 2.
-    """
-    found = rivals.bm25(["Sun, fox?", "sun sun moon"], ["fox sun fox", "cat", "sun dog"])
-    sun, fox = math.log(1.6), math.log(1 + 2.5 / 1.5)
-    first = sun * 2.5 / 3.0625 + fox * 5 / 4.0625
-    assert found == pytest.approx(
-        np.array([[first, 0, sun * 2.5 / 2.5], [2 * sun * 2.5 / 3.0625, 0, 2 * sun * 2.5 / 2.5]])
-    )
-
-
 def test_datainf_is_the_loop_of_its_formula():
     """Row by row, matrix by matrix, from one-row gradients of mean losses."""
     model = build_model("llama", layers=1, target_modules=["q_proj", "v_proj"])

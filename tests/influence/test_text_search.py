@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
 import influence
 from influence.text_search import bm25, standardised, text_of, words
+from tests.conftest import rows
 
 DOCUMENTS = ["The red fox.", "red red dog", "a warm sun", ""]
 
@@ -31,6 +33,29 @@ def test_bm25_by_hand():
     assert not found[1].any()
 
 
+@pytest.mark.parametrize(("k1", "b"), [(1.5, 0.75), (0.9, 0.0), (2.0, 1.0)])
+def test_bm25_by_its_formula_word_by_word(k1, b):
+    """And the queries as one text score their sum, since a query's words are added up."""
+    documents, queries = (
+        [f"{row['prompt']}{row['completion']}" for row in rows(n, seed)]
+        for n, seed in ((12, 0), (4, 1))
+    )
+    split = [text.split() for text in documents]
+    mean = sum(map(len, split)) / len(split)
+    expected = np.zeros((4, 12))
+    for q, query in enumerate(queries):
+        for word in query.split():
+            n_t = sum(word in document for document in split)
+            idf = math.log(1 + (12 - n_t + 0.5) / (n_t + 0.5))
+            for i, document in enumerate(split):
+                f = Counter(document)[word]
+                norm = k1 * (1 - b + b * len(document) / mean)
+                expected[q, i] += idf * f * (k1 + 1) / (f + norm) if f else 0.0
+    np.testing.assert_allclose(bm25(queries, documents, k1=k1, b=b), expected, rtol=1e-12)
+    joined = bm25([" ".join(queries)], documents, k1=k1, b=b)[0]
+    np.testing.assert_allclose(joined, expected.sum(axis=0), rtol=1e-12)
+
+
 def test_no_documents_and_empty_ones_are_no_failure():
     assert bm25(["red"], []).shape == (1, 0)
     assert not bm25(["red"], ["", ""]).any()
@@ -41,7 +66,7 @@ def test_words_are_runs_of_letters_and_digits_in_lower_case():
 
 
 def test_the_text_of_every_kind_of_row():
-    rows = influence.examples_from_rows(
+    given = influence.examples_from_rows(
         [
             {"prompt": "red", "completion": " fox"},
             {"text": "warm sun"},
@@ -54,7 +79,7 @@ def test_the_text_of_every_kind_of_row():
             {"input_ids": [3, 4], "labels": [-100, 4]},
         ]
     )
-    assert [text_of(row) for row in rows] == ["red fox", "warm sun", "who? a dog", ""]
+    assert [text_of(row) for row in given] == ["red fox", "warm sun", "who? a dog", ""]
 
 
 def test_rankings_are_brought_to_one_unit():

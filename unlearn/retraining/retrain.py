@@ -175,13 +175,8 @@ def _attach(base: Any, like: AdaptedModel, seed: int) -> AdaptedModel:
 
     from peft import get_peft_model
 
+    refuse_unrepeatable(like)
     config = copy.deepcopy(like.model.peft_config[like.model.active_adapters[0]])
-    if config.init_lora_weights not in _REPEATABLE:
-        raise InputError(
-            f"the adapter was initialised by init_lora_weights={config.init_lora_weights!r}, which "
-            "changes the base or reads data; retraining starts from one of "
-            f"{', '.join(map(str, _REPEATABLE))}: train such an adapter by the program that made it"
-        )
     config.inference_mode = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -190,6 +185,17 @@ def _attach(base: Any, like: AdaptedModel, seed: int) -> AdaptedModel:
                 parameter.requires_grad_(True)  # as a freshly loaded base has it; PEFT freezes it
         torch.manual_seed(seed)  # just before PEFT draws the A matrices
         return from_peft(get_peft_model(base, config), like.tokenizer, base=like.base)
+
+
+def refuse_unrepeatable(model: AdaptedModel) -> None:
+    """Refuse, with an `InputError`, an adapter that cannot be drawn again from its seed."""
+    config = model.model.peft_config[model.model.active_adapters[0]]
+    if config.init_lora_weights not in _REPEATABLE:
+        raise InputError(
+            f"the adapter was initialised by init_lora_weights={config.init_lora_weights!r}, which "
+            "changes the base or reads data; retraining starts from one of "
+            f"{', '.join(map(str, _REPEATABLE))}: train such an adapter by the program that made it"
+        )
 
 
 @contextmanager
