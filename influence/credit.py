@@ -163,6 +163,8 @@ def shared_credit(setting: Setting) -> Credit | str:
     if (reason := refusal(setting)) is not None:
         return reason
     run = setting.run
+    if (known := run.kept.get(("credit", setting.name, setting.kappa))) is not None:
+        return known
     record = path_record(run).of([point.number or 0 for point in setting.points])
     every = [row_kernel(point, operator) for point, operator in setting.each()]
     slopes = [kernel.slope(run.weights) for kernel in every]
@@ -174,7 +176,10 @@ def shared_credit(setting: Setting) -> Credit | str:
         )
     # each K gives way to its P
     inverses = [every.pop(0).inverse(path.strength) for _ in slopes]
-    return Credit(path, run.weights, inverses, setting.kappa)
+    run.kept.clear()  # one setting's at a time: the inverses are large
+    found = Credit(path, run.weights, inverses, setting.kappa)
+    run.kept["credit", setting.name, setting.kappa] = found
+    return found
 
 
 def refusal(setting: Setting) -> str | None:

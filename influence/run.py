@@ -65,7 +65,8 @@ class Run:
     """A fitted run: the manifest, and on demand the curvatures and the training gradients at each
     of its points.
 
-    Made by `influence.fit`, or opened again with `Run.open`.
+    Made by `influence.fit`, or opened again with `Run.open`. `kept` has what answers asked before
+    need again: the rows' shared credit, and what a set of queries is to them.
     """
 
     directory: Path
@@ -74,6 +75,7 @@ class Run:
     train: Examples
     tokens: TokenizedExamples = field(repr=False)
     own_curvature: Specification | None = field(default=None, repr=False)
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(

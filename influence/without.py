@@ -15,7 +15,7 @@ that it was measured on (benchmarks/README.md, "Credit that is shared"), not a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from influence.rows import Examples
 from influence.run import Run
 from influence.scores import raw_parts
 from influence.setting import SHARED
+from influence.tokens import TokenizedExamples
 
 #: A loss is held at this share of what it was before, at least: it cannot be negative.
 LEAST = 0.0
@@ -110,22 +111,29 @@ def without(
     rows = chosen_rows(run.train, ids, group)
     setting, credit = credited(run, curvature, damping, at, credit=SHARED)
     assert credit is not None
-    budget = run.manifest.token_budget
     removed = run.tokens.select(rows)
-    effects = [credit.on_themselves(rows, removed.counts)]
-    asked = [(removed, removed.ids)]
+    own = credit.on_themselves(rows, removed.counts)
+    found = [predictions(removed.ids, own, *_losses(run, removed, ("removed", rows.tobytes())))]
     if queries is not None and len(queries):
+        key = (setting.name, queries.digest, explain)
         tokens = run.query_tokens(queries, explain)
-        effects.insert(0, credit.together(raw_parts(setting, tokens, MeanLoss()), rows))
-        asked.insert(0, (tokens, queries.ids))
-    found = []
-    for (tokens, names), changes in zip(asked, effects, strict=True):
+        if ("parts", key) not in run.kept:
+            run.kept["parts", key] = raw_parts(setting, tokens, MeanLoss())
+        changes = credit.together(run.kept["parts", key], rows)
+        found.insert(0, predictions(queries.ids, changes, *_losses(run, tokens, key)))
+    attributes = {**setting.provenance("direct"), **credit.record()}
+    return Effect(found[0] if len(found) > 1 else (), found[-1], attributes)
+
+
+def _losses(run: Run, tokens: TokenizedExamples, key: Hashable) -> tuple[np.ndarray, np.ndarray]:
+    """Mean losses of some rows under the adapter and under the base, `[k]` each."""
+    if ("losses", key) not in run.kept:
+        budget = run.manifest.token_budget
         before = mean_losses(run.model, tokens, token_budget=budget)
         with run.model.at(scaled(run.model, 0.0)):
             base = mean_losses(run.model, tokens, token_budget=budget)
-        found.append(predictions(names, before, changes, base))
-    attributes = {**setting.provenance("direct"), **credit.record()}
-    return Effect(found[0] if len(found) > 1 else (), found[-1], attributes)
+        run.kept["losses", key] = before, base
+    return run.kept["losses", key]
 
 
 def chosen_rows(train: Examples, ids: Sequence[str], group: str | None) -> np.ndarray:
@@ -152,7 +160,7 @@ def chosen_rows(train: Examples, ids: Sequence[str], group: str | None) -> np.nd
 
 
 def predictions(
-    ids: Sequence[str], before: np.ndarray, changes: np.ndarray, base: np.ndarray
+    ids: Sequence[str], changes: np.ndarray, before: np.ndarray, base: np.ndarray
 ) -> tuple[Prediction, ...]:
     """Losses after `changes`, held where they can be: arrays `[k]` of nats a token."""
     least, most = LEAST * before, np.maximum(MOST * base, before)

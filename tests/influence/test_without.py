@@ -59,13 +59,25 @@ def test_rows_are_named_by_id_group_or_both():
 
 def test_predictions_are_held_where_a_loss_can_be():
     before, base = np.array([1.0, 1.0, 1.0, 4.0]), np.array([2.0, 2.0, 2.0, 2.0])
-    changes = np.array([0.5, 31.5, -38.0, 0.0])
-    found = predictions(["a", "b", "c", "d"], before, changes, base)
-    assert [each.predicted for each in found] == [1.5, MOST * 2, 0.0, 4.0]
+    changes = np.array([0.2, 31.5, -38.0, 0.0])
+    found = predictions(["a", "b", "c", "d"], changes, before, base)
+    assert [each.predicted for each in found] == [1.2, MOST * 2, 0.0, 4.0]
     assert [each.beyond for each in found] == [False, True, True, False]
     assert all(each.low <= each.predicted <= each.high for each in found)
-    assert (found[0].low, found[0].high) == (1 + 0.5 * SIZE[0], 1 + 0.5 * SIZE[1])
+    assert (found[0].low, found[0].high) == pytest.approx((1 + 0.2 * SIZE[0], 1 + 0.2 * SIZE[1]))
     assert found[3].change == 0
+
+
+def test_what_was_asked_before_is_answered_without_the_model(run, monkeypatch):
+    queries = influence.read_examples(run.directory.parent / "queries.jsonl")
+    first = run.without(run.train.ids[:3], queries).as_json()
+    monkeypatch.setattr("influence.without.raw_parts", None)
+    monkeypatch.setattr("influence.credit.row_kernel", None)
+    assert run.without(run.train.ids[:3], queries).as_json() == first
+    monkeypatch.undo()
+    other = run.without(run.train.ids[:3], queries, damping="mean:3").as_json()
+    assert other != first
+    assert run.without(run.train.ids[:3], queries).as_json() == first
 
 
 # ---- the command ---------------------------------------------------------------------------------
