@@ -80,10 +80,14 @@ def test_score_writes_into_the_run_and_prints_the_shape(influence, at):
     assert result.status == 0
     start = (
         f"{at / 'run' / 'scores.h5'}: scores [4 queries, 20 rows]; raw ekfac, damping mean:0.1, "
-        "points 0.4, 0.6, 0.8, size "
+        "points 0.4, 0.8, credit "
     )
     assert result.out.startswith(start)
-    assert "calibrated" in result.out
+    assert "shared, size from the losses along the path; " in result.out
+    out = ["--out", at / "additive.h5", "--credit", "additive"]
+    result = influence("score", "--run", at / "run", "--queries", at / "queries.jsonl", *out)
+    assert result.status == 0
+    assert "credit additive, size calibrated by measured edits of 8 rows; " in result.out
     options = ["--measurement", "margin", "--solver", "pcg", "--damping", "top:0.1", "--json"]
     arguments = ["--run", at / "run", "--queries", at / "queries.jsonl", "--out", at / "a" / "b.h5"]
     result = influence("score", *arguments, *options)
@@ -208,7 +212,8 @@ def test_a_truncated_file_exits_with_one(influence, at):
     for name, command in (
         ("scores.h5", ["top", "--query", 0]),
         ("factors.h5", ["self"]),
-        ("gradients.h5", ["self", "--out", at / "again.h5"]),
+        ("kernel.h5", ["self", "--out", at / "again.h5"]),
+        ("gradients.h5", ["self", "--out", at / "again.h5", "--credit", "additive"]),
     ):
         path = at / "run" / name
         whole = path.read_bytes()
@@ -304,7 +309,7 @@ def test_json_is_all_there_is_on_standard_output(influence, at):
         assert isinstance(result.json(), dict)
         assert result.out.count("\n") == 1
     numbered = [
-        f"{name}{number}.h5" for name in ("factors", "gradients") for number in ("-2", "-3", "")
+        f"{name}{number}.h5" for name in ("factors", "gradients", "kernel") for number in ("-2", "")
     ]
     assert sorted(contents(at / "new")) == [*numbered, "manifest.json", "scores.h5"]
 
