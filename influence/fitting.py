@@ -24,7 +24,7 @@ from influence.credit import credited
 from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
 from influence.curvature.base import NEVER
 from influence.damping import Damping
-from influence.errors import InputError, NumericalError, StoreError, ToolkitError
+from influence.errors import InputError, StoreError, ToolkitError
 from influence.fitted_point import PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
 from influence.gradient_check import measure_precision, precision_note

@@ -186,9 +186,7 @@ def singles(model, data, queries, folder, path, *, of=None, **options):
     for number, c in enumerate(path):
         with b_times(model, c):
             one = fit_end(model, data, directory=folder / f"single-{number}", **options)
-            pairs.append(
-                (one.score(queries, **of).values, one.self_influence(**of).values)
-            )
+            pairs.append((one.score(queries, **of).values, one.self_influence(**of).values))
     return pairs
 
 

@@ -18,7 +18,9 @@ import analysis.studies.options
 import analysis.truth
 import analysis.tune
 import influence
+import influence.answers
 import influence.cli
+import influence.without
 import unlearn
 import unlearn.cli
 import unlearn.difficulty
@@ -77,7 +79,7 @@ def alike(text: str, other: str) -> float:
 
 
 def test_there_is_something_to_look_at():
-    assert len(COMMANDS) == 21
+    assert len(COMMANDS) == 22
     assert len(DECLARED) > 80
 
 
@@ -185,6 +187,7 @@ DIFFERENT = {
         "curvature": "a name stands for an object",
         "disk_budget": "gigabytes are typed, bytes are given",
     },
+    "without": {"ids": "a text stands for a sequence, which is empty where none is given"},
 }
 
 
@@ -197,6 +200,8 @@ DIFFERENT = {
         (influence.cli.Check, influence.check_gradients),
         (influence.cli.Score, influence.score),
         (influence.cli.Self, influence.self_influence),
+        (influence.answers.Without, influence.without.without),
+        (influence.answers.Without, influence.Run.open),
         (influence.cli.Score, influence.Run.open),
         (unlearn.difficulty.options.Difficulty, unlearn.difficulty.Protocol),
         (unlearn.difficulty.options.Difficulty, unlearn.difficulty.predict),

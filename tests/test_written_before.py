@@ -52,7 +52,9 @@ def test_the_run_opens_and_scores_as_it_did(run, place):
     assert all(np.array_equal(now.attributes[key], stored.attributes[key]) for key in same)
     with open_file(place / "run" / "scores.h5") as file:
         influences = read(file, "self_influence")
-    np.testing.assert_allclose(run.self_influence(credit="additive").values, influences, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        run.self_influence(credit="additive").values, influences, rtol=1e-5, atol=1e-8
+    )
 
 
 def test_the_score_file_is_taken_for_the_very_same_request(run, place):
