@@ -11,8 +11,8 @@ import influence
 from influence.calibration import calibrate_once
 from influence.errors import InputError
 from influence.run import Run
-from influence.setting import Setting
-from tests.conftest import build_model, examples, fit_end, tokens_of
+from influence.setting import CREDITS, Setting
+from tests.conftest import build_model, examples, fit_end, teach, tokens_of
 from tests.oracles import averaged, b_times, close, kappa, plain_gradients, plain_mean, singles
 
 N, PATH = 9, (0.4, 0.8)
@@ -156,12 +156,16 @@ def test_the_scale_is_of_some_training_rows(run, monkeypatch, double, model, tmp
     close(opened.score(queries, credit="additive").values, kappa(run) * expected)
 
 
-def test_a_finished_run_that_takes_another_damping_scores_as_a_new_one(model, tmp_path):
+@pytest.mark.parametrize("credit", CREDITS)
+def test_a_finished_run_that_takes_another_damping_scores_as_a_new_one(tmp_path, credit):
     """The damping is no part of the factors; what a fit returns must not depend on what lay there
     before.
     """
     data, queries = examples(6), examples(3, seed=1)
+    model = teach(build_model("gpt2", **SITES), data)
     influence.fit(model, data, path=PATH, directory=tmp_path / "one")
     again = influence.fit(model, data, path=PATH, damping="mean:0.5", directory=tmp_path / "one")
     new = influence.fit(model, data, path=PATH, damping="mean:0.5", directory=tmp_path / "two")
-    close(again.score(queries).values, new.score(queries).values, 1e-6)
+    close(
+        again.score(queries, credit=credit).values, new.score(queries, credit=credit).values, 1e-6
+    )
