@@ -103,7 +103,7 @@ def fit(
         trainers minimise at M rows a step, between the two. See `influence.row_weights`.
     path
         Where on the way from the base to the adapter to look: scales c of every B, in (0, 1].
-        Default: 0.4, 0.6, 0.8, or no scale at all where checkpoints are given. `(1.0,)` looks at
+        Default: 0.4, 0.8, or no scale at all where checkpoints are given. `(1.0,)` looks at
         the adapter itself only. Every point costs a pass over the rows. See `influence.path`.
     checkpoints
         PEFT folders that the adapter's training kept, to look there too.
