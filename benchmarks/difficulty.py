@@ -144,7 +144,7 @@ def _baselines(run: Run, forecast: Forecast, rows: np.ndarray, truth: Path | Non
     baselines = {name: table[name].to_numpy() for name in FEATURES}
     squared_norm = table["gradient_norm"].to_numpy() ** 2
     baselines["gap / squared gradient norm"] = table["gap"].to_numpy() / squared_norm
-    self_influence = run.self_influence().values[rows]
+    self_influence = run.self_influence(credit="additive").values[rows]
     baselines["self-influence over the path"] = self_influence.astype(float)
     baselines["MRD"] = mrd(run)[rows]
     if truth is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
@@ -16,6 +16,7 @@ from influence.errors import AdapterError, DataError, InputError, MismatchError
 from influence.options import (
     ColumnsOption,
     CurvatureOptions,
+    ExplainOption,
     JsonOption,
     LoadingOptions,
     PointOption,
@@ -264,16 +265,22 @@ def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Without(
-    RunOption, RowsOptions, ColumnsOption, CurvatureOptions, PointOption, LoadingOptions, JsonOption
+    RunOption,
+    RowsOptions,
+    ColumnsOption,
+    ExplainOption,
+    CurvatureOptions,
+    PointOption,
+    LoadingOptions,
+    JsonOption,
 ):
     """The options of `influence without`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"explain": "queries", "columns": "queries"}
 
     group: str | None = option("Remove all rows of this group.", default=None)
     queries: str | None = option(
         "Rows whose losses are predicted beside the removed ones'.", default=None
-    )
-    explain: str = option(
-        "Which tokens of a conversation are explained: last, assistant or all.", default="last"
     )
     out: Path | None = option("Write the table here too (CSV).", default=None)
 

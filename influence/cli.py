@@ -16,6 +16,7 @@ from influence.options import (
     CountOption,
     CreditOption,
     CurvatureOptions,
+    ExplainOption,
     JsonOption,
     LoadingOptions,
     OutputOptions,
@@ -163,6 +164,7 @@ def fit(options: Fit) -> None:
 class Score(
     RunOption,
     ColumnsOption,
+    ExplainOption,
     CurvatureOptions,
     PointOption,
     CreditOption,
@@ -173,6 +175,7 @@ class Score(
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
         "columns": "queries",
+        "explain": "measurement",
         "per_token": "at",
         "per_module": "per_token",
     }
@@ -194,11 +197,6 @@ class Score(
         "loss (mean, nats), sum (of the completion), margin (log-odds), token:K (loss of "
         "completion token K), or contrast (with --contrast).",
         default="loss",
-    )
-    explain: str = option(
-        "Which tokens of a conversation are explained: last (its last answer), assistant (every "
-        "answer) or all.",
-        default="last",
     )
     aggregate: str | None = option(
         "Take queries together, for the price of one: mean or sum of all, or group (the mean of "

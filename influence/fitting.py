@@ -24,7 +24,7 @@ from influence.credit import credited
 from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
 from influence.curvature.base import NEVER
 from influence.damping import Damping
-from influence.errors import InputError, NumericalError, StoreError
+from influence.errors import InputError, StoreError, ToolkitError
 from influence.fitted_point import PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
 from influence.gradient_check import measure_precision, precision_note
@@ -103,7 +103,7 @@ def fit(
         trainers minimise at M rows a step, between the two. See `influence.row_weights`.
     path
         Where on the way from the base to the adapter to look: scales c of every B, in (0, 1].
-        Default: 0.4, 0.6, 0.8, or no scale at all where checkpoints are given. `(1.0,)` looks at
+        Default: 0.4, 0.8, or no scale at all where checkpoints are given. `(1.0,)` looks at
         the adapter itself only. Every point costs a pass over the rows. See `influence.path`.
     checkpoints
         PEFT folders that the adapter's training kept, to look there too.
@@ -390,7 +390,7 @@ def _prepare_credit(run: Run) -> None:
     """
     try:
         credited(run)
-    except (InputError, NumericalError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ToolkitError, MemoryError, torch.OutOfMemoryError) as error:
         say(f"note: how rows share credit could not be prepared ({error})")
 
 

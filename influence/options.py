@@ -269,6 +269,17 @@ class PointOption:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplainOption:
+    """Which tokens of a query are explained."""
+
+    explain: str = option(
+        "Which tokens of a conversation are explained: last (its last answer), assistant (every "
+        "answer) or all.",
+        default="last",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CreditOption:
     """How a row's score counts the other rows that teach the same."""
 

@@ -101,6 +101,8 @@ def _follow_latest_call(directory: Path, existing: Manifest, asked: Manifest) ->
     current = replace(
         existing,
         damping=asked.damping,
+        # how far training went is told by the damped curvature
+        path=existing.path if asked.damping == existing.damping else None,
         base=replace(existing.base, path=asked.base.path or existing.base.path),
         adapter=replace(existing.adapter, path=asked.adapter.path or existing.adapter.path),
         data=data,

@@ -16,7 +16,7 @@ import numpy as np
 from influence.errors import InputError, MismatchError, StoreError
 from influence.progress import say
 from influence.run import Run
-from influence.setting import Setting
+from influence.setting import ADDITIVE, Setting
 from influence.solvers import Solution
 from influence.store import open_file, open_rows, read, read_strings, write_file
 from influence.tokenwise import Tokenwise
@@ -153,6 +153,7 @@ def different_attributes(stored: Mapping[str, Any], attributes: dict[str, Any]) 
             return np.allclose(there, now, rtol=1e-6, atol=0)
         return np.array_equal(there, now)
 
+    stored = {"credit": ADDITIVE, **stored}  # of files that were written before it was shared
     # these say where the queries lie and how the scoring went, and nothing of what was asked
     others = ("residuals", "complete", "version", "queries", "query_columns")
     keys = [key for key in attributes if key not in others]

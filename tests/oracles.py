@@ -173,22 +173,20 @@ def plain_gradients(model, data, measure=plain_loss) -> torch.Tensor:
 
 
 def kappa(run: Run) -> float:
-    """The calibration of a run's default setting."""
+    """The calibration of the additive scores of a run's default setting, 1 before it is measured."""
     (calibration,) = run.manifest.calibration.values() or (CalibrationRecord(1.0, "none"),)
     return calibration.factor
 
 
 def singles(model, data, queries, folder, path, *, of=None, **options):
-    """Scores and self-influences of one run of one point for each scale, with the weights set in
-    place.
+    """Additive scores and self-influences of one run of one point for each scale, with the weights
+    set in place.
     """
-    pairs = []
+    pairs, of = [], {"credit": "additive", **(of or {})}
     for number, c in enumerate(path):
         with b_times(model, c):
             one = fit_end(model, data, directory=folder / f"single-{number}", **options)
-            pairs.append(
-                (one.score(queries, **(of or {})).values, one.self_influence(**(of or {})).values)
-            )
+            pairs.append((one.score(queries, **of).values, one.self_influence(**of).values))
     return pairs
 
 

@@ -19,7 +19,9 @@ import analysis.studies.options
 import analysis.truth
 import analysis.tune
 import influence
+import influence.answers
 import influence.cli
+import influence.without
 import unlearn
 import unlearn.cli
 import unlearn.difficulty
@@ -186,6 +188,7 @@ DIFFERENT = {
         "curvature": "a name stands for an object",
         "disk_budget": "gigabytes are typed, bytes are given",
     },
+    "without": {"ids": "a text stands for a sequence, which is empty where none is given"},
 }
 
 
@@ -198,6 +201,8 @@ DIFFERENT = {
         (influence.cli.Check, influence.check_gradients),
         (influence.cli.Score, influence.score),
         (influence.cli.Self, influence.self_influence),
+        (influence.answers.Without, influence.without.without),
+        (influence.answers.Without, influence.Run.open),
         (influence.cli.Score, influence.Run.open),
         (unlearn.difficulty.options.Difficulty, unlearn.difficulty.Protocol),
         (unlearn.difficulty.options.Difficulty, unlearn.difficulty.predict),

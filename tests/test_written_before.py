@@ -46,20 +46,22 @@ def run(place) -> Run:
 def test_the_run_opens_and_scores_as_it_did(run, place):
     stored = Scores.load(place / "run" / "scores.h5")
     queries = influence.read_examples(place / "queries.jsonl")
-    now = run.score(queries)
+    now = run.score(queries, credit="additive")
     np.testing.assert_allclose(now.values, stored.values, rtol=1e-5, atol=1e-8)
     same = {"curvature", "damping", "points", "calibration", "run_digest", "measurement"}
     assert all(np.array_equal(now.attributes[key], stored.attributes[key]) for key in same)
     with open_file(place / "run" / "scores.h5") as file:
         influences = read(file, "self_influence")
-    np.testing.assert_allclose(run.self_influence().values, influences, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        run.self_influence(credit="additive").values, influences, rtol=1e-5, atol=1e-8
+    )
 
 
 def test_the_score_file_is_taken_for_the_very_same_request(run, place):
     """What is compared are its attributes: none has changed its name or its words."""
     queries = influence.read_examples(place / "queries.jsonl")
     before = (place / "run" / "scores.h5").read_bytes()
-    run.score(queries, out=place / "run" / "scores.h5")
+    run.score(queries, out=place / "run" / "scores.h5", credit="additive")
     assert (place / "run" / "scores.h5").read_bytes() == before
 
 

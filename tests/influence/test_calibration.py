@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import influence
-from influence.calibration import Edits, measured_edits, measured_factor, some_rows
+from influence.calibration import Edits, calibrate_once, measured_edits, measured_factor, some_rows
 from influence.loss import mean_losses
 from influence.setting import Setting
 from tests.conftest import build_model, examples
@@ -67,6 +67,7 @@ def test_the_factor_needs_the_edited_rows_alone(run):
 
 def test_the_scales_of_the_points_are_kept_with_the_calibration(run, monkeypatch):
     """Scores need no solve for them again; another damping does, and has its own."""
+    calibrate_once(run)
     (calibration,) = run.manifest.calibration.values()
     expected = [point.scale(operator) for point, operator in Setting.of(run).each()]
     assert list(calibration.scales) == expected

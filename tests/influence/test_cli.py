@@ -80,10 +80,14 @@ def test_score_writes_into_the_run_and_prints_the_shape(influence, at):
     assert result.status == 0
     start = (
         f"{at / 'run' / 'scores.h5'}: scores [4 queries, 20 rows]; raw ekfac, damping mean:0.1, "
-        "points 0.4, 0.6, 0.8, size "
+        "points 0.4, 0.8, credit "
     )
     assert result.out.startswith(start)
-    assert "calibrated" in result.out
+    assert "shared, size from the losses along the path; " in result.out
+    out = ["--out", at / "additive.h5", "--credit", "additive"]
+    result = influence("score", "--run", at / "run", "--queries", at / "queries.jsonl", *out)
+    assert result.status == 0
+    assert "credit additive, size calibrated by measured edits of 8 rows; " in result.out
     options = ["--measurement", "margin", "--solver", "pcg", "--damping", "top:0.1", "--json"]
     arguments = ["--run", at / "run", "--queries", at / "queries.jsonl", "--out", at / "a" / "b.h5"]
     result = influence("score", *arguments, *options)
@@ -122,45 +126,6 @@ def test_self_lists_the_highest_rows(influence, at):
     order = np.argsort(-values)[:3]
     assert [row["id"] for row in result["top"]] == [ids[i] for i in order]
     assert [row["self_influence"] for row in result["top"]] == [float(values[i]) for i in order]
-
-
-def test_top_lists_proponents_and_opponents_by_id_or_position(influence, made):
-    by_id = influence("top", "--run", made / "run", "--query", "r9-1", "-k", 2, "--json")
-    by_position = influence("top", "--run", made / "run", "--query", 1, "-k", 2, "--json")
-    assert by_id.status == by_position.status == 0
-    assert by_id.json() == by_position.json()
-    with h5py.File(made / "run" / "scores.h5") as file:
-        row, ids = file["scores"][1], file["train_ids"].asstr()[()]
-    found = by_id.json()
-    assert found["query"] == "r9-1"
-    assert [entry["id"] for entry in found["proponents"]] == [ids[i] for i in np.argsort(-row)[:2]]
-    assert [entry["id"] for entry in found["opponents"]] == [ids[i] for i in np.argsort(row)[:2]]
-    assert all(
-        entry["score"] == float(row[entry["index"]])
-        for entry in found["proponents"] + found["opponents"]
-    )
-    text = influence("top", "--run", made / "run", "--query", "r9-1", "-k", 2)
-    assert text.status == 0
-    assert "proponents of r9-1" in text.out
-    assert "opponents of r9-1" in text.out
-    assert all(entry["id"] in text.out for entry in found["proponents"] + found["opponents"])
-
-
-def test_top_needs_no_model_but_the_rows_it_was_fitted_on(influence, at):
-    manifest = at / "run" / "manifest.json"
-    record = json.loads(manifest.read_text())
-    record["base"]["path"] = record["adapter"]["path"] = "gone"
-    record["data"]["path"] = str(at / "train.jsonl")
-    manifest.write_text(json.dumps(record))
-    assert influence("top", "--run", at / "run", "--query", 0).status == 0
-    write_rows(at / "train.jsonl", rows(20, seed=1))
-    result = influence("top", "--run", at / "run", "--query", 0)
-    assert result.status == 2
-    assert "has changed since" in result.err
-    (at / "train.jsonl").unlink()
-    assert (
-        influence("top", "--run", at / "run", "--query", 0).status == 0
-    )  # ids and scores are still shown
 
 
 def test_check_shows_what_is_supervised(influence, at):
@@ -208,7 +173,8 @@ def test_a_truncated_file_exits_with_one(influence, at):
     for name, command in (
         ("scores.h5", ["top", "--query", 0]),
         ("factors.h5", ["self"]),
-        ("gradients.h5", ["self", "--out", at / "again.h5"]),
+        ("kernel.h5", ["self", "--out", at / "again.h5"]),
+        ("gradients.h5", ["self", "--out", at / "again.h5", "--credit", "additive"]),
     ):
         path = at / "run" / name
         whole = path.read_bytes()
@@ -304,7 +270,7 @@ def test_json_is_all_there_is_on_standard_output(influence, at):
         assert isinstance(result.json(), dict)
         assert result.out.count("\n") == 1
     numbered = [
-        f"{name}{number}.h5" for name in ("factors", "gradients") for number in ("-2", "-3", "")
+        f"{name}{number}.h5" for name in ("factors", "gradients", "kernel") for number in ("-2", "")
     ]
     assert sorted(contents(at / "new")) == [*numbered, "manifest.json", "scores.h5"]
 
@@ -339,20 +305,6 @@ def test_rows_with_columns_of_other_names_from_fit_to_top(influence, at):
     assert " \u2192 " in shown.out
     check = influence("check", "--adapter", at / "adapter", "--train", queries, *columns)
     assert check.status == 0, check.err
-
-
-def test_top_shows_no_texts_where_the_hub_is_not_reached(influence, at, monkeypatch):
-    manifest = json.loads((at / "run" / "manifest.json").read_text())
-    manifest["data"]["path"] = "org/name@v1:train"
-    (at / "run" / "manifest.json").write_text(json.dumps(manifest))
-
-    def unreachable(*given, **how):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
-    shown = influence("top", "--run", at / "run", "--query", 0)
-    assert shown.status == 0, shown.err
-    assert "note: the rows' texts are not shown: org/name@v1:train is no file" in shown.err
 
 
 def test_scores_of_a_moved_project_say_what_mends_the_run(influence, at):

@@ -155,15 +155,6 @@ def test_damping_zero(influence, at, damping, sentence):
     wrong(influence, at, arguments, sentence)
 
 
-@pytest.mark.parametrize("query", ["r9-99", "4", "-1", "", "0.5"])
-def test_an_unknown_query(influence, at, query):
-    sentence = (
-        f"query {query!r} was given; there are 4 scored queries: give a position 0..3 or one of "
-        "the ids r9-0, r9-1"
-    )
-    wrong(influence, at, ["top", "--run", at / "run", f"--query={query}"], sentence)
-
-
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -266,27 +257,6 @@ def test_fit_into_a_directory_that_is_taken(influence, at):
 def test_a_second_self_call_changes_nothing(influence, at):
     with untouched(at):
         assert influence("self", "--run", at / "run").status == 0
-
-
-def test_top_refuses_scores_of_another_run(influence, at):
-    influence(*fit_arguments(at, seed=1))
-    with untouched(at):
-        result = influence(
-            "top", "--run", at / "new", "--scores", at / "run" / "scores.h5", "--query", 0
-        )
-    assert result.status == 2
-    assert "belongs to another run than" in result.err
-
-
-def test_a_run_with_self_influence_only_has_no_scores_to_show(influence, at):
-    influence("self", "--run", at / "run", "--out", at / "self.h5")
-    wrong(
-        influence,
-        at,
-        ["top", "--run", at / "run", "--scores", at / "self.h5", "--query", 0],
-        "it lacks scores",
-        status=1,
-    )
 
 
 # ---- hostile text --------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_a_contrast_is_the_difference_of_two_log_probabilities(model, run, doubl
     q = plain_gradients(model, queries, plain_loss) - plain_gradients(model, against, plain_loss)
     contrast = run.score(queries, measurement=Contrast(against), curvature="identity")
     close(contrast.values, (q @ g.T).numpy() / (N * counts))
-    scores = run.score(queries, measurement=Contrast(against)).values
+    scores = run.score(queries, measurement=Contrast(against), credit="additive").values
     operator, epsilon = run.operator(), 1e-6
     C = influence.curvature.dense(operator.curvature) + torch.diag(operator.diagonal(g[0]))
     for i in (0, 3):

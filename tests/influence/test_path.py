@@ -97,7 +97,8 @@ def at_checkpoints(model, data, queries, folder, folders):
     for number, place in enumerate(folders):
         with weights_of(model, place):
             one = fit_end(model, data, directory=folder / f"at-{number}")
-            pairs.append((one.score(queries).values, one.self_influence().values))
+            scores = one.score(queries, credit="additive").values
+            pairs.append((scores, one.self_influence(credit="additive").values))
     return pairs
 
 
@@ -117,9 +118,9 @@ def test_checkpoints_count_by_their_learning_rate(model, tmp_path, double, capfd
     assert [point.label for point in fitted.manifest.points] == ["a", "b"]
     pairs = at_checkpoints(model, data, queries, tmp_path, folders[:2])
     scores, self_influence = averaged(pairs, [0.75, 0.25])
-    close(fitted.score(queries).values, kappa(fitted) * scores)
-    close(fitted.self_influence().values, kappa(fitted) * self_influence)
-    close(fitted.score(queries, at="b").values, pairs[1][0])
+    close(fitted.score(queries, credit="additive").values, kappa(fitted) * scores)
+    close(fitted.self_influence(credit="additive").values, kappa(fitted) * self_influence)
+    close(fitted.score(queries, at="b", credit="additive").values, pairs[1][0])
     with pytest.raises(InputError, match="at every given checkpoint is 0"):
         influence.fit(model, data, checkpoints=folders[2:], directory=tmp_path / "zero")
     assert not (tmp_path / "zero").exists()
@@ -137,7 +138,7 @@ def test_missing_rates_make_checkpoints_equal(model, tmp_path, double, capfd):
         in capfd.readouterr().err
     )
     scores, _ = averaged(at_checkpoints(model, data, queries, tmp_path, folders), [0.5, 0.5])
-    close(fitted.score(queries).values, kappa(fitted) * scores)
+    close(fitted.score(queries, credit="additive").values, kappa(fitted) * scores)
 
 
 def test_checkpoints_and_scales_share(model, tmp_path, double):
@@ -159,8 +160,8 @@ def test_checkpoints_and_scales_share(model, tmp_path, double):
     for folder in folders:
         shutil.rmtree(folder)
     for opened in (fitted, Run.open(tmp_path / "run", model=model, train=data)):
-        close(opened.score(queries).values, kappa(fitted) * scores)
-        close(opened.self_influence().values, kappa(fitted) * self_influence)
+        close(opened.score(queries, credit="additive").values, kappa(fitted) * scores)
+        close(opened.self_influence(credit="additive").values, kappa(fitted) * self_influence)
 
 
 def test_a_checkpoint_that_is_left_out_takes_no_share(model, tmp_path):

@@ -16,13 +16,22 @@ from influence.at_point import AtPoint
 from influence.errors import MismatchError, StoreError
 from influence.manifest import CalibrationRecord
 from influence.scorefile import Scores
-from influence.scores import CONVENTION, SELF_CONVENTION
-from influence.setting import Setting
-from tests.conftest import build_model, examples, fit_end
+from influence.scores import (
+    CONVENTION,
+    SELF_CONVENTION,
+    SHARED_CONVENTION,
+    SHARED_SELF_CONVENTION,
+)
+from influence.setting import ADDITIVE, CREDITS, SHARED, Setting
+from tests.conftest import build_model, examples, fit_end, teach
 from tests.helpers import untouched
 from tests.influence.toy_runs import N_ROWS, Interruption, fit, small_model
 
 N, PATH = 9, (0.4, 0.8)
+CONVENTIONS = {
+    ADDITIVE: (CONVENTION, SELF_CONVENTION),
+    SHARED: (SHARED_CONVENTION, SHARED_SELF_CONVENTION),
+}
 
 
 SITES = {"layers": 1, "target_modules": ["attn.c_attn"]}
@@ -30,7 +39,7 @@ SITES = {"layers": 1, "target_modules": ["attn.c_attn"]}
 
 @pytest.fixture(scope="module")
 def model():
-    return build_model("gpt2", **SITES)
+    return teach(build_model("gpt2", **SITES), examples(N))
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +49,20 @@ def run(model, tmp_path_factory):
     )
 
 
-def test_a_calibrated_score_of_one_point_is_calibrated_once(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("credit", CREDITS)
+def test_a_calibrated_score_of_one_point_is_calibrated_once(model, tmp_path, monkeypatch, credit):
     """Killed after the sum was made and before the file was moved into place: it must not be
     multiplied again.
     """
     fitted = fit_end(model, examples(5), directory=tmp_path / "run")
-    calibration = {Setting.of(fitted).name: CalibrationRecord(3.0, "by hand")}
-    fitted.manifest = replace(fitted.manifest, calibration=calibration)
     queries = examples(2, seed=1)
-    expected = fitted.score(queries).values
+    plain = fitted.score(queries, credit=credit)
+    assert plain.attributes["credit"] == credit
+    name = Setting.of(fitted, credit=credit).name
+    calibration = {name: CalibrationRecord(3.0, "by hand")}
+    fitted.manifest = replace(fitted.manifest, calibration=calibration)
+    expected = fitted.score(queries, credit=credit).values
+    np.testing.assert_allclose(expected, 3 * plain.values, rtol=1e-6)
 
     def killed(self, result, run):
         raise Interruption
@@ -56,8 +70,9 @@ def test_a_calibrated_score_of_one_point_is_calibrated_once(model, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(scorefile.ScoresInTheMaking, "seal", killed)
         with pytest.raises(Interruption):
-            fitted.score(queries, out=tmp_path / "s.h5")
-    np.testing.assert_array_equal(fitted.score(queries, out=tmp_path / "s.h5").values, expected)
+            fitted.score(queries, out=tmp_path / "s.h5", credit=credit)
+    resumed = fitted.score(queries, out=tmp_path / "s.h5", credit=credit)
+    np.testing.assert_array_equal(resumed.values, expected)
 
 
 def test_parts_of_another_request_are_not_taken_for_this_ones(run, tmp_path, monkeypatch):
@@ -232,8 +247,20 @@ def test_scores_of_another_run_or_request_are_not_replaced(tmp_path):
                 "measurement loss there, margin now; unit nats per token there, log-odds per "
                 "token now; .*",
             ),
-            ({"curvature": "identity"}, "curvature ekfac there, identity now; .*damping.*"),
-            ({"damping": "mean:0.2"}, "damping mean:0.1 there, mean:0.2 now; another lambda"),
+            (
+                {"curvature": "identity"},
+                "another convention; curvature ekfac there, identity now; .*damping.*; credit "
+                "shared there, additive now",
+            ),
+            (
+                {"credit": "additive"},
+                "another convention; another factors; credit shared there, additive now",
+            ),
+            (
+                {"damping": "mean:0.2"},
+                "damping mean:0.1 there, mean:0.2 now; another lambda; another factors; another "
+                "path_time; another strength",
+            ),
             ({"solver": "cg"}, "solver direct there, cg now; another options"),
         ]:
             with pytest.raises(MismatchError, match=rf"holds other scores \({named}\)"):
@@ -243,7 +270,8 @@ def test_scores_of_another_run_or_request_are_not_replaced(tmp_path):
         with pytest.raises(
             MismatchError,
             match=r"holds another self-influence "
-            r"\(damping mean:0.1 there, mean:0.2 now; another lambda\)",
+            r"\(damping mean:0.1 there, mean:0.2 now; another lambda; another factors; "
+            r"another path_time; another strength\)",
         ):
             theirs.self_influence(out=out, damping="mean:0.2")
     ours.score(queries, out=out, overwrite=True)
@@ -267,13 +295,15 @@ def test_a_plain_hdf5_file_is_no_score_file(tmp_path):
             run.self_influence(out=out)
 
 
-def test_plain_h5py_reads_the_scores(tmp_path):
+@pytest.mark.parametrize("credit", CREDITS)
+def test_plain_h5py_reads_the_scores(tmp_path, credit):
     run = fit(tmp_path / "run")
     queries = influence.examples_from_rows(
         [{"id": f"q {i} äé東", "text": "the red fox"} for i in range(3)]
     )
     out = tmp_path / "scores.h5"
-    scores = run.score(queries, out=out, measurement="margin", solver="cg", damping="top:0.01")
+    options = {"measurement": "margin", "solver": "cg", "damping": "top:0.01", "credit": credit}
+    scores = run.score(queries, out=out, **options)
     with h5py.File(out) as file:
         assert file["scores"].dtype == np.float32
         assert file["scores"].shape == (3, N_ROWS)
@@ -284,7 +314,12 @@ def test_plain_h5py_reads_the_scores(tmp_path):
         assert file["done"][()].all()
         assert file["residuals"].shape == file["converged"].shape == (3,)
         attributes = dict(file.attrs)
-    assert attributes["convention"] == CONVENTION
+    assert attributes["convention"] == CONVENTIONS[credit][0]
+    assert attributes["credit"] == credit
+    if credit == SHARED:
+        assert attributes["path_time"] > 0
+        assert attributes["strength"] > 0
+        np.testing.assert_allclose(attributes["factors"].sum(), attributes["path_time"])
     assert (attributes["measurement"], attributes["curvature"], attributes["solver"]) == (
         "margin",
         "ekfac",
@@ -306,19 +341,21 @@ def test_plain_h5py_reads_the_scores(tmp_path):
     assert attributes["version"] == run.manifest.versions["lora-influence"]
 
 
-def test_self_influence_and_scores_share_a_file_without_harm(tmp_path):
+@pytest.mark.parametrize("credit", CREDITS)
+def test_self_influence_and_scores_share_a_file_without_harm(tmp_path, credit):
     run, queries, out = fit(tmp_path / "run"), examples(2, seed=9), tmp_path / "both.h5"
-    scores = run.score(queries, out=out)
-    self_influence = run.self_influence(out=out)
+    scores = run.score(queries, out=out, credit=credit)
+    self_influence = run.self_influence(out=out, credit=credit)
     for _ in range(2):
         with h5py.File(out) as file:
             assert np.array_equal(file["scores"], scores.values)
             assert np.array_equal(file["self_influence"], self_influence.values)
             assert file["self_influence"].shape == (N_ROWS,)
             assert file["self_influence"].dtype == np.float32
-            assert file["self_influence"].attrs["convention"] == SELF_CONVENTION
-            assert file.attrs["convention"] == CONVENTION
-        scores = run.score(examples(4, seed=8), out=out, overwrite=True)  # keeps the self-influence
+            assert file["self_influence"].attrs["convention"] == CONVENTIONS[credit][1]
+            assert file.attrs["convention"] == CONVENTIONS[credit][0]
+        # keeps the self-influence
+        scores = run.score(examples(4, seed=8), out=out, overwrite=True, credit=credit)
     assert sorted(path.name for path in tmp_path.glob("*.h5*")) == ["both.h5"]
 
 

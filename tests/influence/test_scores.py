@@ -39,7 +39,7 @@ def gradients(model, data, measurement=None):
 def test_scores_are_the_formula_of_the_convention(model, tmp_path, curvature, reduction):
     data, queries = examples(8), examples(3, seed=1)
     fitted = fit_end(model, data, directory=tmp_path / "run", reduction=reduction, token_budget=30)
-    scores = fitted.score(queries, curvature=curvature)
+    scores = fitted.score(queries, curvature=curvature, credit="additive")
     g, tokens = gradients(model, data)
     q, query_tokens = gradients(model, queries)
     q = (
@@ -55,7 +55,7 @@ def test_scores_are_the_formula_of_the_convention(model, tmp_path, curvature, re
     )
     if curvature == "ggn":
         return  # its self-influence is the same solver on other right-hand sides
-    self_influence = fitted.self_influence(curvature=curvature).values
+    self_influence = fitted.self_influence(curvature=curvature, credit="additive").values
     expected = np.einsum("ip,pi->i", g.numpy(), torch.linalg.solve(C, g.T).numpy()) * w / T
     np.testing.assert_allclose(self_influence, expected, rtol=2e-5)
     assert (self_influence > 0).all()
@@ -66,7 +66,7 @@ def test_a_step_along_the_edit_moves_the_query_as_predicted(run, model):
     removal of i does.
     """
     queries = examples(2, seed=3)
-    scores = run.score(queries)
+    scores = run.score(queries, credit="additive")
     g, _ = gradients(model, run.train)
     operator = run.operator()
     step = operator.curvature.solve(g[:1] * run.weights[0], operator.lam)[0]
@@ -90,8 +90,8 @@ def test_a_training_duplicate_of_the_query_is_a_proponent(model, tmp_path, curva
     }[curvature]
     data = examples(15)
     fitted = fit_end(model, data, curvature=spec, directory=tmp_path / "run")
-    scores = fitted.score(data)
-    self_influence = fitted.self_influence()
+    scores = fitted.score(data, credit="additive")
+    self_influence = fitted.self_influence(credit="additive")
     assert (np.diag(scores.values) > 0).all()
     np.testing.assert_allclose(np.diag(scores.values), self_influence.values, rtol=1e-4)
     # normalised by the length of the training gradient in the curvature's inner product
@@ -108,7 +108,7 @@ def test_removing_the_proponents_raises_the_loss(run, model):
     proponent.
     """
     queries = examples(4, seed=5)
-    scores = run.score(queries)
+    scores = run.score(queries, credit="additive")
     g, _ = gradients(model, run.train)
     operator = run.operator()
     tokens = tokens_of(model, queries)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import influence
+from influence.calibration import calibrate_once
 from influence.errors import InputError
 from influence.run import Run
-from influence.setting import Setting
-from tests.conftest import build_model, examples, fit_end, tokens_of
+from influence.setting import CREDITS, Setting
+from tests.conftest import build_model, examples, fit_end, teach, tokens_of
 from tests.oracles import averaged, b_times, close, kappa, plain_gradients, plain_mean, singles
 
 N, PATH = 9, (0.4, 0.8)
@@ -51,14 +52,16 @@ def test_scores_of_several_points_are_the_documented_average(
     fitted = influence.fit(model, data, path=PATH, directory=tmp_path / "run", **options)
     pairs = singles(model, data, queries, tmp_path, PATH, **options)
     scores, self_influence = averaged(pairs, [0.5, 0.5])
-    at = {"at": "all"}
+    at = {"at": "all", "credit": "additive"}
+    found = fitted.score(queries, **at).values, fitted.self_influence(**at).values
     factor = kappa(fitted)
+    assert (factor == 1) == (curvature == "identity")
     assert abs(pairs[0][1].mean() / pairs[1][1].mean() - 1) > 0.01  # the weights are not equal
-    close(fitted.score(queries, **at).values, factor * scores)
-    close(fitted.self_influence(**at).values, factor * self_influence)
+    close(found[0], factor * scores)
+    close(found[1], factor * self_influence)
     for label, (score, self_) in zip(("0.4", "0.8"), pairs, strict=True):
-        close(fitted.score(queries, at=label).values, score)
-        close(fitted.self_influence(at=label).values, self_)
+        close(fitted.score(queries, at=label, credit="additive").values, score)
+        close(fitted.self_influence(at=label, credit="additive").values, self_)
 
 
 def test_another_damping_and_another_curvature_of_several_points(model, run, tmp_path, double):
@@ -66,6 +69,7 @@ def test_another_damping_and_another_curvature_of_several_points(model, run, tmp
     for number, of in enumerate(
         ({"damping": "mean:0.5"}, {"curvature": "kfac"}, {"damping": "top:0.3"})
     ):
+        of = of | {"credit": "additive"}
         pairs = singles(model, run.train, queries, tmp_path / str(number), PATH, of=of)
         scores, self_influence = averaged(pairs, [0.5, 0.5])
         close(
@@ -122,20 +126,23 @@ def test_the_end_needs_factors_there(run, model, tmp_path, double):
 
 
 def test_other_queries_of_a_request_change_no_score(run, monkeypatch):
-    queries = examples(7, seed=1)
-    together = run.score(queries).values
+    queries, additive = examples(7, seed=1), {"credit": "additive"}
+    together = run.score(queries, **additive).values
     for chunk in (1, 3, 100):
         monkeypatch.setattr("influence.scores.queries_at_once", lambda *_, chunk=chunk: chunk)
         for number in range(7):
-            close(run.score(queries[number : number + 1]).values[0], together[number], 2e-7)
-        close(run.score(queries[2:5]).values, together[2:5], 2e-7)
-    assert [tuple(run.score(queries[:k]).attributes["factors"]) for k in (1, 7)] == [
-        tuple(Setting.of(run).factors)
-    ] * 2
+            one = run.score(queries[number : number + 1], **additive).values[0]
+            close(one, together[number], 2e-7)
+        close(run.score(queries[2:5], **additive).values, together[2:5], 2e-7)
+    for k in (1, 7):
+        factors = run.score(queries[:k], **additive).attributes["factors"]
+        assert tuple(factors) == tuple(Setting.of(run).factors)
 
 
 def test_the_scale_is_of_some_training_rows(run, monkeypatch, double, model, tmp_path):
     """Of at most SCALE_ROWS rows, evenly spaced: here 3 of 9."""
+    calibrate_once(run)
+    assert kappa(run) != 1
     queries = examples(3, seed=1)
     pairs = singles(model, run.train, queries, tmp_path, PATH)
     Z = [self_influence[[0, 4, 8]].mean() for _, self_influence in pairs]
@@ -146,15 +153,19 @@ def test_the_scale_is_of_some_training_rows(run, monkeypatch, double, model, tmp
         name: replace(record, scales=()) for name, record in run.manifest.calibration.items()
     }
     opened.manifest = replace(opened.manifest, calibration=without)
-    close(opened.score(queries).values, kappa(run) * expected)
+    close(opened.score(queries, credit="additive").values, kappa(run) * expected)
 
 
-def test_a_finished_run_that_takes_another_damping_scores_as_a_new_one(model, tmp_path):
+@pytest.mark.parametrize("credit", CREDITS)
+def test_a_finished_run_that_takes_another_damping_scores_as_a_new_one(tmp_path, credit):
     """The damping is no part of the factors; what a fit returns must not depend on what lay there
     before.
     """
     data, queries = examples(6), examples(3, seed=1)
+    model = teach(build_model("gpt2", **SITES), data)
     influence.fit(model, data, path=PATH, directory=tmp_path / "one")
     again = influence.fit(model, data, path=PATH, damping="mean:0.5", directory=tmp_path / "one")
     new = influence.fit(model, data, path=PATH, damping="mean:0.5", directory=tmp_path / "two")
-    close(again.score(queries).values, new.score(queries).values, 1e-6)
+    close(
+        again.score(queries, credit=credit).values, new.score(queries, credit=credit).values, 1e-6
+    )

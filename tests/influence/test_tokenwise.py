@@ -118,10 +118,10 @@ def test_every_position_is_the_product_by_hand(model, tmp_path, double, geometry
     fitted = influence.fit(
         model, data, geometry=geometry, path=path, reduction="example", directory=tmp_path / "run"
     )
-    scores = fitted.score(queries, per_token=True)
+    scores = fitted.score(queries, per_token=True, credit="additive")
     check_by_hand(fitted, queries, scores)
     close(sums(scores), scores.values, 1e-10)
-    close(scores.values, fitted.score(queries).values, 1e-12)
+    close(scores.values, fitted.score(queries, credit="additive").values, 1e-12)
     last = scores.tokens.offsets[1:] - 1
     assert not scores.tokens.values[:, last].any()  # the last token is never read
 
@@ -130,7 +130,7 @@ def test_every_position_is_the_product_by_hand(model, tmp_path, double, geometry
 def test_other_architectures(tmp_path, double, kind):
     model, queries = build(kind), examples(2, seed=1)
     fitted = fit_end(model, examples(5), directory=tmp_path / "run", store="never")
-    scores = fitted.score(queries, per_token=True)
+    scores = fitted.score(queries, per_token=True, credit="additive")
     check_by_hand(fitted, queries, scores)
     close(sums(scores), scores.values, 1e-10)
 
@@ -150,7 +150,7 @@ def test_rows_supervised_throughout_beside_rows_with_prompts(model, tmp_path, do
     data = influence.examples_from_rows((texts + prompts)[::order])
     queries = examples(2, seed=1)
     fitted = fit_end(model, data, directory=tmp_path / "run", token_budget=1000)
-    scores = fitted.score(queries, per_token=True)
+    scores = fitted.score(queries, per_token=True, credit="additive")
     close(sums(scores), scores.values, 1e-10)
     check_by_hand(fitted, queries, scores)
 
@@ -167,7 +167,7 @@ def test_measurements_and_other_settings_split_too(run, double):
         {"curvature": "identity"},
         {"solver": "cg"},
     ):
-        scores = run.score(queries, per_token=True, per_module=True, **options)
+        scores = run.score(queries, per_token=True, per_module=True, **options, credit="additive")
         close(sums(scores), scores.values, 1e-10)
         close(scores.modules.sum(1), scores.values, 1e-10)
 
@@ -275,7 +275,7 @@ def test_a_modules_share_is_the_product_over_its_parameters(model, tmp_path, dou
     fitted = influence.fit(
         model, data, path=(0.4, 0.8), geometry=geometry, directory=tmp_path / "run"
     )
-    scores = fitted.score(queries, per_module=True)
+    scores = fitted.score(queries, per_module=True, credit="additive")
     close(scores.modules.sum(1), scores.values, 1e-10)
     assert scores.module_names == ["transformer.h.0.attn.c_attn", "lm_head"]
     w = 1 / tokens_of(model, data).counts.sum()

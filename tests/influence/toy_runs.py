@@ -13,7 +13,7 @@ import torch
 import influence
 import influence.fitted_point as fitting
 from influence import CG, EKFAC, GGN, KFAC, Fisher, Identity, Run
-from tests.conftest import build_model, examples
+from tests.conftest import build_model, examples, teach
 
 N_ROWS, BUDGET = 24, 30
 
@@ -40,8 +40,11 @@ class Interruption(Exception):
 
 @cache
 def small_model():
-    """One model for all tests of this file; none of them changes it."""
-    return build_model("llama", layers=1, target_modules=["q_proj", "v_proj"], dtype=torch.float32)
+    """One model for all tests, a little trained on its rows, so that they share credit; no test
+    changes it.
+    """
+    options = {"layers": 1, "target_modules": ["q_proj", "v_proj"], "dtype": torch.float32}
+    return teach(build_model("llama", **options), examples(N_ROWS), steps=5)
 
 
 def fit(directory: Path, kind: str = "ekfac", **options) -> Run:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from influence.options import options_of
+from influence.options import RowsOptions, options_of
 from unlearn.cli import app
-from unlearn.options import ForceOption, HoldoutOption, RowsOptions, StartOption
+from unlearn.options import ForceOption, HoldoutOption, StartOption
 
 COMMANDS = typer.main.get_command(app).commands
 

@@ -115,7 +115,7 @@ def test_datainf_is_its_formula_with_and_without_stored_gradients(
             geometry=geometry,
             directory=tmp_path / store,
         )
-        scores = fitted.score(queries, solver="datainf", curvature=curvature)
+        scores = fitted.score(queries, solver="datainf", curvature=curvature, credit="additive")
         by_store.append(scores.values)
         order = np.concatenate([indices for indices, _ in fitted.gradient_blocks()])
         assert (list(order) == list(range(N))) == (store == "always")

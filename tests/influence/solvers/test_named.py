@@ -35,7 +35,7 @@ def test_every_solver_by_name(model, tmp_path, double, solver, curvature):
     fitted = influence.fit(model, data, path=path, reduction="example", directory=tmp_path / "run")
     expected = 0.0
     of = {"curvature": curvature, "damping": "top:0.2"}
-    scores = fitted.score(queries, solver=solver, **of)
+    scores = fitted.score(queries, solver=solver, credit="additive", **of)
     w = 1 / (5 * tokens_of(model, data).counts)
     for c, point, factor in zip(path, fitted.points, scores.attributes["factors"], strict=True):
         operator = point.operator(**of)

@@ -207,7 +207,7 @@ def test_damage_is_read_off_the_rows_hit_hardest_and_fitted_for_the_others(run):
 
     table = predict(run, protocol=ADAM, looks=2, sample_rows=10).table
     start, n = run.model.snapshot(), len(run.train)
-    average = sum(dense_ekfac(run, number) for number in range(3)) / 3
+    average = (dense_ekfac(run, 0) + dense_ekfac(run, 1)) / 2
     gradients = torch.stack([gradient_of(run, [j]) for j in range(n)])
     words = np.array([hash((row.prompt, row.completion)) for row in run.train])
     excluded, before = words[:, None] == words[None], losses_of(run.model, list(run.tokens))
@@ -245,7 +245,7 @@ def test_damage_is_read_off_the_rows_hit_hardest_and_fitted_for_the_others(run):
 def test_the_closed_form_weighs_points_by_their_shares(run, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     d = torch.randn(2, run.model.space.size, dtype=torch.float64, generator=generator)
-    shares = [0.5, 0.3, 0.2]
+    shares = [0.7, 0.3]
     for point, share in zip(run.points, shares, strict=True):
         monkeypatch.setattr(point, "place", replace(point.place, share=share))
     average = sum(share * dense_ekfac(run, number) for number, share in enumerate(shares))

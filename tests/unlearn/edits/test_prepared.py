@@ -155,9 +155,9 @@ def test_removed_rows_are_drawn_to_expected_outputs_and_replaced_ones_are_not(ru
 
 def test_the_middle_point_is_used_unless_another_is_asked_for(run):
     for options, points in (
-        ({"until": "steps=1", "steps": 2}, ["0.6"]),
-        ({"until": "steps=1", "steps": 2, "at": "0.8"}, ["0.8"]),
-        ({"steps": 1}, ["0.4", "0.6", "0.8"]),
+        ({"until": "steps=1", "steps": 2}, ["0.8"]),
+        ({"until": "steps=1", "steps": 2, "at": "0.4"}, ["0.4"]),
+        ({"steps": 1}, ["0.4", "0.8"]),
     ):
         assert edit_of(run, **options).report["method"]["points"] == points
 
