@@ -46,7 +46,7 @@ def linear_truth(run, queries, subsets=24, noise=0.0, **setting) -> Truth:
     """Losses as if the scores of a setting were the whole truth."""
     generator = np.random.default_rng(0)
     masks = generator.random((subsets, len(run.train))) < 0.5
-    values = run.score(queries, **setting).values
+    values = run.score(queries, **setting, credit="additive").values
     losses = 3.0 - masks @ values.T.astype(float)
     return Truth(masks, losses + noise * generator.standard_normal(losses.shape))
 
@@ -72,7 +72,9 @@ def test_every_setting_of_the_table_is_scored_as_influence_scores_it(run):
     run.manifest = replace(run.manifest, calibration={})
     for one in found.judged:
         damping = None if one.damping == "none" else one.damping
-        expected = run.score(queries, curvature=one.curvature, damping=damping, at=one.at).values
+        expected = run.score(
+            queries, curvature=one.curvature, damping=damping, at=one.at, credit="additive"
+        ).values
         np.testing.assert_allclose(
             one.scores, expected, rtol=2e-5, atol=2e-6 * np.abs(expected).max()
         )
@@ -100,7 +102,8 @@ def test_the_setting_that_is_the_truth_is_chosen_kept_and_obeyed(run, wanted):
     plain = influence.Run.open(run.directory, model=run.model, train=run.train)
     plain.manifest = replace(plain.manifest, tuned=None, calibration={})
     np.testing.assert_array_equal(
-        again.score(queries).values, plain.score(queries, **wanted).values
+        again.score(queries, credit="additive").values,
+        plain.score(queries, **wanted, credit="additive").values,
     )
     # what is typed wins over what was chosen, option by option; the identity has points of its own
     for typed in (
@@ -109,15 +112,18 @@ def test_the_setting_that_is_the_truth_is_chosen_kept_and_obeyed(run, wanted):
         {"curvature": "kfac"},
         {"damping": "top:1"},
     ):
-        expected = plain.score(queries, **(best | typed)).values
-        np.testing.assert_array_equal(again.score(queries, **typed).values, expected)
+        expected = plain.score(queries, **(best | typed), credit="additive").values
+        np.testing.assert_array_equal(
+            again.score(queries, **typed, credit="additive").values, expected
+        )
     plainly = {"curvature": "identity"}
     np.testing.assert_array_equal(
-        again.score(queries, **plainly).values, plain.score(queries, **plainly).values
+        again.score(queries, **plainly, credit="additive").values,
+        plain.score(queries, **plainly, credit="additive").values,
     )
     with pytest.raises(InputError, match="has none: leave it out"):
-        again.score(queries, curvature="identity", damping="mean:1")
-    only = again.score(queries, damping="mean:10").attributes
+        again.score(queries, curvature="identity", damping="mean:1", credit="additive")
+    only = again.score(queries, damping="mean:10", credit="additive").attributes
     assert (only["curvature"], only["damping"]) == (best["curvature"], "mean:10")
 
 
@@ -136,12 +142,12 @@ def test_the_factor_of_a_truth_in_other_units_is_found(run):
     queries = examples(3, seed=9)
     run.manifest = replace(run.manifest, calibration={})
     truth = linear_truth(run, queries)
-    values = run.score(queries).values
+    values = run.score(queries, credit="additive").values
     assert retrained_factor(values * 4, truth.masks, truth.query_loss) == pytest.approx(0.25)
     tune(run, truth=truth, queries=queries, dampings=("mean:0.1",), curvatures=("ekfac",))
     again = influence.Run.open(run.directory, model=run.model, train=run.train)
     assert again.manifest.tuned.at == "all"
-    np.testing.assert_allclose(again.score(queries).values, values, rtol=1e-4)
+    np.testing.assert_allclose(again.score(queries, credit="additive").values, values, rtol=1e-4)
 
 
 def test_other_factors_are_fitted_below_the_run_and_used(model, tmp_path, capfd):
@@ -167,9 +173,11 @@ def test_other_factors_are_fitted_below_the_run_and_used(model, tmp_path, capfd)
         "calibration"
     ]
     (factor,) = [found["factor"] for name, found in factor.items() if "mean:0.001" in name]
-    scores = again.score(queries, out=tmp_path / "s.h5")
+    scores = again.score(queries, out=tmp_path / "s.h5", credit="additive")
     np.testing.assert_allclose(
-        scores.values, other.score(queries, damping="mean:0.001").values * factor, rtol=1e-5
+        scores.values,
+        other.score(queries, damping="mean:0.001", credit="additive").values * factor,
+        rtol=1e-5,
     )
     assert scores.attributes["geometry"] == "function"
     influence.fit(
@@ -205,16 +213,20 @@ def test_small_edits_are_predicted_to_first_order(model, tmp_path):
     )
     assert edits.factor == pytest.approx(1, abs=0.01)
     assert agreement(edits) > 0.99
-    own = run.self_influence(damping="abs:100").values[edits.rows]
+    own = run.self_influence(damping="abs:100", credit="additive").values[edits.rows]
     np.testing.assert_allclose(np.diagonal(edits.predicted), own * edits.sizes, rtol=1e-5)
 
 
-def test_averages_are_calibrated_when_they_are_fitted(run):
-    found = run.manifest.calibration
-    ((name, found),) = found.items()
+def test_averages_are_calibrated_when_they_are_asked_for(run):
+    run.manifest = replace(run.manifest, calibration={})
+    run.score(examples(1, seed=9), credit="additive")
+    ((name, found),) = run.manifest.calibration.items()
     assert name == "raw ekfac mean:0.1 at 0.5,0.9"
     queries = examples(3, seed=9)
-    default, other = run.score(queries), run.score(queries, damping="mean:0.2")
+    default, other = (
+        run.score(queries, credit="additive"),
+        run.score(queries, damping="mean:0.2", credit="additive"),
+    )
     assert (default.attributes["calibration"], other.attributes["calibration"]) == (
         found.source,
         "none",
@@ -231,8 +243,10 @@ def test_the_choice_is_compared_with_the_exact_ggn(run):
     queries = run.train[first : first + 1]
     run.manifest = replace(run.manifest, calibration={})
     chosen = {"at": found.chosen.at, "damping": "mean:1"}
-    ours = run.score(queries, curvature=found.chosen.curvature, **chosen).values[0]
-    exact = run.score(queries, curvature="ggn", solver="pcg", **chosen).values[0]
+    ours = run.score(queries, curvature=found.chosen.curvature, **chosen, credit="additive").values[
+        0
+    ]
+    exact = run.score(queries, curvature="ggn", solver="pcg", **chosen, credit="additive").values[0]
     assert spearmanr(ours, exact)[0] > 0.5
 
 
@@ -272,12 +286,14 @@ def test_a_truth_of_other_ids_is_refused(run):
 
 
 def test_a_choice_can_be_dropped(run):
-    expected = run.score(examples(2, seed=9)).values
+    expected = run.score(examples(2, seed=9), credit="additive").values
     tune(run, dampings=("mean:1",), curvatures=("kfac",))
-    assert not np.array_equal(run.score(examples(2, seed=9)).values, expected)
+    assert not np.array_equal(run.score(examples(2, seed=9), credit="additive").values, expected)
     forget(run)
     again = influence.Run.open(run.directory, model=run.model, train=run.train)
-    np.testing.assert_array_equal(again.score(examples(2, seed=9)).values, expected)
+    np.testing.assert_array_equal(
+        again.score(examples(2, seed=9), credit="additive").values, expected
+    )
 
 
 def test_wrong_requests(run, model, tmp_path):
