@@ -298,7 +298,10 @@ class PointFit:
             same = file.attrs["plan"] == self.plan_digest and file.attrs["stored"] == self.stored
             if not same or self.created:
                 return 0
-            for name, tensor in self.accumulator.sums().items():
+            sums = self.accumulator.sums()
+            if any(name not in file or file[name].shape != t.shape for name, t in sums.items()):
+                return 0  # of sums that are not kept, or not at this size, any more
+            for name, tensor in sums.items():
                 tensor.copy_(torch.from_numpy(np.asarray(read(file, name))))
             following = int(np.asarray(file.attrs["next"]))
         say(f"resuming at batch {following + 1} of {len(self.batches)}")

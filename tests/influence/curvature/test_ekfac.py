@@ -118,7 +118,7 @@ def test_sketched_ekfac_solves_like_the_dense_one_where_the_data_has_low_rank(si
     rows = torch.einsum("no,ni->noi", g[:, 0], x[:, 0]).flatten(1)
     w = torch.full((n,), 1 / n, dtype=F64)
     results = []
-    for options in ({}, {"max_width": 16, "rank": 8}):
+    for options in ({}, {"max_width": 16, "rank": 8, "memory_share": 0}):
         _, moments = moments_of([(f"s.lora_{side}", shape)], [x], [g], **options)
         ekfac = refitted(replace_unit(moments, 1 / n), rows, w)
         results.append(
