@@ -161,5 +161,7 @@ def predictions(
     columns = (before, ends[0], low, high)
     return tuple(
         Prediction(id, *numbers, beyond=bool(held))
-        for id, held, *numbers in zip(ids, beyond, *(each.tolist() for each in columns), strict=True)
+        for id, held, *numbers in zip(
+            ids, beyond, *(each.tolist() for each in columns), strict=True
+        )
     )

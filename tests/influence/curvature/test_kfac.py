@@ -126,7 +126,9 @@ def test_sketch_is_exact_up_to_its_rank_and_keeps_the_trace():
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(8, dtype=F64), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_width": 4, "rank": 3, "memory_share": 0}], ids=["whole", "sketched"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_width": 4, "rank": 3, "memory_share": 0}], ids=["whole", "sketched"]
+)
 def test_inverse_products_are_those_of_the_dense_inverse(options):
     """Of an A and a B leaf; sketched, their wide sides keep 3 directions of 9 and of 7."""
     leaves = [("s.lora_A", (3, 9)), ("s.lora_B", (7, 2))]

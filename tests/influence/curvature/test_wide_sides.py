@@ -14,9 +14,7 @@ ITEM = 4
 
 def summed(widths, kept):
     """Bytes while the moments are summed up, said once more: a sketch has a test matrix."""
-    return sum(
-        ITEM * d * d if kept[i] == d else ITEM * 2 * d * kept[i] for i, d in widths.items()
-    )
+    return sum(ITEM * d * d if kept[i] == d else ITEM * 2 * d * kept[i] for i, d in widths.items())
 
 
 def test_without_a_budget_every_wide_side_keeps_the_rank():
