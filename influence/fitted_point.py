@@ -299,7 +299,8 @@ class PointFit:
             if not same or self.created:
                 return 0
             sums = self.accumulator.sums()
-            if any(name not in file or file[name].shape != t.shape for name, t in sums.items()):
+            shapes = {name: getattr(file.get(name), "shape", None) for name in sums}
+            if any(shapes[name] != tensor.shape for name, tensor in sums.items()):
                 return 0  # of sums that are not kept, or not at this size, any more
             for name, tensor in sums.items():
                 tensor.copy_(torch.from_numpy(np.asarray(read(file, name))))
