@@ -298,7 +298,11 @@ class PointFit:
             same = file.attrs["plan"] == self.plan_digest and file.attrs["stored"] == self.stored
             if not same or self.created:
                 return 0
-            for name, tensor in self.accumulator.sums().items():
+            sums = self.accumulator.sums()
+            shapes = {name: getattr(file.get(name), "shape", None) for name in sums}
+            if any(shapes[name] != tensor.shape for name, tensor in sums.items()):
+                return 0  # of sums that are not kept, or not at this size, any more
+            for name, tensor in sums.items():
                 tensor.copy_(torch.from_numpy(np.asarray(read(file, name))))
             following = int(np.asarray(file.attrs["next"]))
         say(f"resuming at batch {following + 1} of {len(self.batches)}")

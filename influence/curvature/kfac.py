@@ -18,10 +18,11 @@ For A (`[r, d_in]`) the narrow side is the output gradient and the wide side the
 (`[d_out, r]`, seen transposed) the narrow side is the input A x and the wide side the output
 gradient. Layers that read the same tensor (q/k/v, gate/up) share one wide factor.
 
-A wide side of more than `max_width` never gets a `d x d` matrix. Its second moment is sketched in
-one pass (randomised Nystroem, Tropp et al. 2017, arXiv 1706.05736, algorithm 3), which keeps `rank`
-eigenvectors; the complement of their span is treated as isotropic, with its own mean eigenvalue per
-narrow direction.
+Wide sides whose moments would not fit into a share of the memory never get a `d x d` matrix
+(`influence.curvature.wide_sides`). Their second moment is sketched in one pass (randomised
+Nystroem, Tropp et al. 2017, arXiv 1706.05736, algorithm 3), which keeps so many eigenvectors as
+the sketch has columns; the complement of their span is treated as isotropic, with its own mean
+eigenvalue per narrow direction.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.adapter import AdaptedModel, Leaf, ParamSpace
 from influence.batches import collate
 from influence.curvature.base import (
@@ -47,8 +49,10 @@ from influence.curvature.base import (
 )
 from influence.curvature.ggn import GGN
 from influence.curvature.hessian import Hessian
+from influence.curvature.wide_sides import device_memory, directions, note
 from influence.errors import InputError, NumericalError
 from influence.loss import supervised_logits
+from influence.progress import say
 from influence.tokens import TokenizedExamples
 
 if TYPE_CHECKING:
@@ -59,18 +63,30 @@ if TYPE_CHECKING:
 class KFAC(Specification):
     """K-FAC with labels sampled from the model.
 
-    `samples` label draws per training example; wide factors above `max_width` are sketched with
-    `rank` directions.
+    `samples` label draws per training example. Wide sides up to `max_width` are whole; of wider
+    ones a sketch keeps `rank` directions, or more, or they are whole too, while the second moments
+    of a point fit into `memory_share` of the device's memory. 0 is for the same factors on every
+    machine.
     """
 
     samples: int = 1
     max_width: int = 2048
     rank: int = 256
+    memory_share: float = 0.15
     name: str = field(default="kfac", init=False)
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.max_width < 1 or self.rank < 1:
             raise InputError(f"{self} was given; samples, max_width and rank must be at least 1")
+        if not 0 <= self.memory_share <= 1:
+            raise InputError(f"{self} was given; memory_share must be between 0 and 1")
+
+    def record(self) -> dict[str, Any]:
+        """As before for the default share, so that runs are told to be the same that were."""
+        found = super().record()
+        if self.memory_share == KFAC.memory_share:
+            del found["memory_share"]
+        return found
 
     @property
     def draws(self) -> int:
@@ -202,13 +218,17 @@ class Moments(Accumulator):
         self.dtype = dtype
         self.narrow = [DenseMoment(min(leaf.shape), dtype, device) for leaf in space.leaves]
         self.wide: dict[int, DenseMoment | SketchedMoment] = {}
-        for number in sorted(set(wide_of)):
-            width = wide_side(space.leaves[number])
-            if width <= options.max_width or width <= options.rank:
+        widths = {number: wide_side(space.leaves[number]) for number in sorted(set(wide_of))}
+        # every process sums up the same directions, whatever machine it is on
+        memory = float(distributed.first(np.array([device_memory(device)]))[0])
+        budget = options.memory_share * memory
+        kept = directions(widths, options.max_width, options.rank, dtype.itemsize, budget)
+        for number, width in widths.items():
+            if kept[number] == width:
                 self.wide[number] = DenseMoment(width, dtype, device)
             else:
                 self.wide[number] = SketchedMoment(
-                    width, options.rank, seed + number, dtype, device
+                    width, kept[number], seed + number, dtype, device
                 )
         self.mass = torch.zeros(len(space.leaves), dtype=torch.float64)
 
@@ -276,8 +296,10 @@ class Moments(Accumulator):
 
     def arrays(self, kfac: Kronecker, fitted: Kronecker) -> dict[str, Tensor]:
         """What a run keeps: the eigenbases, K-FAC's eigenvalues, and those of the curvature that
-        was fitted.
+        was fitted. Says what is sketched of it.
         """
+        if (words := fitted.sketched()) is not None:
+            say(words)
         arrays = {"wide_of": torch.tensor(self.wide_of)}
         pairs = zip(kfac.leaf_blocks, fitted.leaf_blocks, strict=True)
         for number, (plain, block) in enumerate(pairs):
@@ -436,6 +458,22 @@ class Kronecker(Curvature):
         ]
         sizes = torch.tensor([block.leaf.stop - block.leaf.start for block in self.leaf_blocks])
         return torch.stack(traces).double().cpu() / sizes
+
+    def outside(self) -> Tensor:
+        """Share of each leaf's trace off its wide basis, `[leaves]` float64: 0 where it is whole.
+
+        What a sketch knows by a mean eigenvalue alone.
+        """
+        shares = []
+        for block in self.leaf_blocks:
+            off = block.rest.double().sum() * (wide_side(block.leaf) - block.wide.shape[1])
+            shares.append(float(off / (block.eigenvalues.double().sum() + off).clamp(min=1e-300)))
+        return torch.tensor(shares, dtype=torch.float64)
+
+    def sketched(self) -> str | None:
+        """What is to be known of sketched leaves, None where all are whole."""
+        sides = [(wide_side(block.leaf), block.wide.shape[1]) for block in self.leaf_blocks]
+        return note(sides, self.outside().tolist())
 
     def top_eigenvalues(self) -> Tensor:
         """Largest eigenvalue of each leaf, `[leaves]`."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import influence
 import influence.at_point as at_point_module
 import influence.fitted_point as fitting
 from influence import Run
@@ -157,6 +158,22 @@ def test_a_resume_that_must_store_other_rows_starts_again(tmp_path, monkeypatch,
     assert np.array_equal(
         fit(tmp_path / "lost", store="auto").score(examples(2, seed=9)).values, expected
     )
+
+
+def test_a_resume_of_sums_of_another_size_starts_again(tmp_path, monkeypatch):
+    """A sketch that kept fewer directions, of an earlier version or on a smaller machine."""
+    import influence.curvature.kfac as module
+
+    few = influence.EKFAC(max_width=4, rank=2)
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", -1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "device_memory", lambda device: 0)
+        interrupted_fit(patch, tmp_path / "run", 3, curvature=few)
+        other = fit(tmp_path / "other", curvature=few)
+        assert not all(block.complete for block in other.curvature().leaf_blocks)
+    expected = fit(tmp_path / "whole", curvature=few).score(examples(2, seed=9)).values
+    found = fit(tmp_path / "run", curvature=few).score(examples(2, seed=9)).values
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_a_foreign_row_file_in_an_unfinished_fit_is_not_continued(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -118,7 +120,7 @@ def test_sketched_ekfac_solves_like_the_dense_one_where_the_data_has_low_rank(si
     rows = torch.einsum("no,ni->noi", g[:, 0], x[:, 0]).flatten(1)
     w = torch.full((n,), 1 / n, dtype=F64)
     results = []
-    for options in ({}, {"max_width": 16, "rank": 8}):
+    for options in ({}, {"max_width": 16, "rank": 8, "memory_share": 0}):
         _, moments = moments_of([(f"s.lora_{side}", shape)], [x], [g], **options)
         ekfac = refitted(replace_unit(moments, 1 / n), rows, w)
         results.append(
@@ -131,3 +133,30 @@ def test_sketched_ekfac_solves_like_the_dense_one_where_the_data_has_low_rank(si
     operator = Damped(sketched, torch.tensor([0.01], dtype=F64))
     v = random_rows(9, 4, r * d)  # not in the span of the data
     assert (operator.matvec(sketched.solve(v, operator.lam)) - v).norm() / v.norm() < 1e-9
+
+
+def test_a_sketch_after_an_edit_is_the_refit_on_the_rows_that_stay(tmp_path, small):
+    """The eigenvalues inside and the mean of those outside, in the same bases."""
+    data = examples(9)
+    options = influence.EKFAC(max_width=8, rank=4, memory_share=0)
+    run = fitted(tmp_path, small, data, options)
+    before = run.curvature()
+    gone = np.array([1, 4])
+    rows = torch.stack(sampled_rows(small, run.tokens, samples=1))
+    weights = torch.from_numpy(run.weights)
+
+    def changed(positions):
+        tokens, some = run.tokens.select(positions), run.weights[positions]
+        sampled = lambda draws: iter([(np.arange(len(positions)), rows[positions])])  # noqa: E731
+        return SimpleNamespace(positions=positions, tokens=tokens, weights=some, sampled=sampled)
+
+    after = before.updated(changed(gone), changed(gone[:0]))
+    stay = np.setdiff1d(np.arange(9), gone)
+    for block, now in zip(before.leaf_blocks, after.leaf_blocks, strict=True):
+        matrices = rows[stay][:, block.leaf.slice].unflatten(1, block.leaf.shape)
+        matrices = block.narrow.T @ (matrices if block.leaf.is_A else matrices.mT)
+        inside = ((matrices @ block.wide).square() * weights[stay, None, None]).sum(0)
+        torch.testing.assert_close(now.eigenvalues, inside, rtol=1e-7, atol=1e-12)
+        total = (matrices.square() * weights[stay, None, None]).sum((0, 2))
+        rest = (total - inside.sum(1)) / (matrices.shape[2] - 4)
+        torch.testing.assert_close(now.rest, rest, rtol=1e-7, atol=1e-12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from influence.curvature import KFAC, Damped, dense
+from influence.curvature import EKFAC, KFAC, Damped, dense
 from influence.curvature.base import Diagonal, inverse_products
 from influence.curvature.kfac import DenseMoment, SketchedMoment
 from tests.conftest import build_model, examples, fit_end
@@ -126,7 +126,9 @@ def test_sketch_is_exact_up_to_its_rank_and_keeps_the_trace():
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(8, dtype=F64), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_width": 4, "rank": 3}], ids=["whole", "sketched"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_width": 4, "rank": 3, "memory_share": 0}], ids=["whole", "sketched"]
+)
 def test_inverse_products_are_those_of_the_dense_inverse(options):
     """Of an A and a B leaf; sketched, their wide sides keep 3 directions of 9 and of 7."""
     leaves = [("s.lora_A", (3, 9)), ("s.lora_B", (7, 2))]
@@ -140,3 +142,88 @@ def test_inverse_products_are_those_of_the_dense_inverse(options):
     expected = (v * torch.linalg.solve(matrix, v.T).T).sum(1)
     assert isinstance(kfac, Diagonal)
     torch.testing.assert_close(inverse_products(operator, v), expected, rtol=1e-10, atol=0)
+
+
+def sketched_leaves(**options):
+    """K-FAC of an A and a B leaf of widths 9 and 7, by hand-fed moments of 6 rows of 4 tokens."""
+    leaves = [("s.lora_A", (3, 9)), ("s.lora_B", (7, 2))]
+    x = [random_rows(1, 6, 4, 9), random_rows(2, 6, 4, 2)]
+    g = [random_rows(3, 6, 4, 3), random_rows(4, 6, 4, 7)]
+    return moments_of(leaves, x, g, memory_share=0, **options)[1].kronecker()
+
+
+def test_a_sketch_solves_what_it_multiplies_and_has_the_trace_of_the_whole():
+    whole, sketch = sketched_leaves(), sketched_leaves(max_width=4, rank=3)
+    assert [block.wide.shape for block in sketch.leaf_blocks] == [(9, 3), (7, 3)]
+    torch.testing.assert_close(
+        sketch.mean_eigenvalues(), whole.mean_eigenvalues(), rtol=1e-9, atol=0
+    )
+    operator = Damped(sketch, torch.tensor([0.3, 2.0], dtype=F64))
+    v = random_rows(5, 4, sketch.size)
+    matrix = dense(sketch)
+    for leaf, mean in zip(sketch.space.leaves, sketch.mean_eigenvalues(), strict=True):
+        trace = matrix[leaf.slice, leaf.slice].trace() / (leaf.stop - leaf.start)
+        torch.testing.assert_close(trace, mean, rtol=1e-12, atol=0)
+    expected = torch.linalg.solve(matrix + torch.diag(operator.diagonal(v)), v.T).T
+    torch.testing.assert_close(sketch.solve(v, operator.lam), expected, rtol=1e-8, atol=0)
+
+
+def test_the_share_outside_is_what_the_wide_basis_misses_of_the_trace():
+    whole, sketch = sketched_leaves(), sketched_leaves(max_width=4, rank=3)
+    assert whole.outside().tolist() == [0, 0]
+    assert whole.sketched() is None
+    matrix = dense(sketch)
+    for leaf, block, share in zip(
+        sketch.space.leaves, sketch.leaf_blocks, sketch.outside(), strict=True
+    ):
+        outside = torch.eye(len(block.wide), dtype=F64) - block.wide @ block.wide.T
+        eye = torch.eye(len(block.narrow), dtype=F64)
+        project = torch.kron(eye, outside) if leaf.is_A else torch.kron(outside, eye)
+        part = matrix[leaf.slice, leaf.slice]
+        torch.testing.assert_close(share, (project @ part).trace() / part.trace())
+    words = sketch.sketched()
+    assert words is not None
+    assert "2 of 2 LoRA matrices is sketched (3 directions of width 7, 3 directions of" in words
+
+
+def test_a_sketch_of_all_directions_is_the_whole_bit_for_bit():
+    for options in ({"rank": 9}, {"max_width": 9}):
+        sketch, whole = sketched_leaves(**({"max_width": 4} | options)), sketched_leaves()
+        for one, other in zip(sketch.leaf_blocks, whole.leaf_blocks, strict=True):
+            assert torch.equal(one.wide, other.wide)
+            assert torch.equal(one.eigenvalues, other.eigenvalues)
+
+
+def test_a_sketch_never_takes_the_square_of_its_width():
+    """Of which this width has none: 320 GB."""
+    moment = SketchedMoment(200_000, 4, 0, F64, torch.device("cpu"))
+    x = random_rows(0, 3, 200_000)
+    moment.add(x)
+    vectors, values, rest = moment.eigen()
+    torch.testing.assert_close((vectors * values) @ (vectors.T @ x.T), x.T @ (x @ x.T))
+    assert rest < 1e-9
+
+
+def test_memory_decides_what_is_sketched(tmp_path, small, monkeypatch, capsys):
+    """Widths 32 and more above a `max_width` of 8: whole with a machine's memory, sketched and
+    said without, and the same run where nothing was said of a share.
+    """
+    import influence.curvature.kfac as module
+
+    data = examples(6)
+    options = {"max_width": 8, "rank": 4}
+    whole = fitted(tmp_path / "a", small, data, EKFAC(**options))
+    assert "sketched" not in capsys.readouterr().err
+    assert all(block.complete for block in whole.curvature().leaf_blocks)
+    sketch = fitted(tmp_path / "b", small, data, EKFAC(**options, memory_share=0))
+    assert "4 directions of width" in capsys.readouterr().err
+    assert all(block.wide.shape[1] == 4 for block in sketch.curvature().leaf_blocks)
+    torch.testing.assert_close(
+        sketch.curvature().mean_eigenvalues(), whole.curvature().mean_eigenvalues()
+    )
+    monkeypatch.setattr(module, "device_memory", lambda device: 1)
+    none = fitted(tmp_path / "c", small, data, EKFAC(**options))
+    assert all(block.wide.shape[1] == 4 for block in none.curvature().leaf_blocks)
+    assert "memory_share" not in none.manifest.curvature
+    assert sketch.manifest.curvature["memory_share"] == 0
+    assert none.digest != sketch.digest
