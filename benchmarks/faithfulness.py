@@ -92,7 +92,8 @@ class Peer:
 
 END = {"path": (1.0,)}  #: at the adapter itself, where every peer looks
 OURS = (
-    Ours("ours: default (EK-FAC, path 0.4,0.8)"),
+    Ours("ours: default (EK-FAC, path 0.4,0.8, shared credit)", score={"credit": "shared"}),
+    Ours("ours: default path, additive credit"),
     Ours("ours: at 0.6 only", {"path": (0.6,)}),
     Ours(
         "ours: path, function space, mean:0.01", {"geometry": "function"}, {"damping": "mean:0.01"}
@@ -146,8 +147,8 @@ def our_scores(bed: Testbed, seeds: int, truth: Truth | None) -> Scored:
                         tune(run, truth=truth, queries=queries, geometries=("function", "adam"))
                     else:
                         runs.append((options, run))
-                # the LDS adds scores of several rows up: those whose sums are meant
-                values = run.score(queries, credit="additive", **ours.score).values
+                # the LDS adds scores of several rows up, which additive ones are made for
+                values = run.score(queries, **{"credit": "additive", **ours.score}).values
                 if ours.normalise:
                     given = {
                         key: ours.score[key]
