@@ -205,7 +205,8 @@ def fit(
         if existing is None:
             _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
-        _prepare_credit(run)
+        if existing is None or run.manifest.path is None:
+            _prepare_credit(run)
     return run
 
 

@@ -61,7 +61,7 @@ from influence.scorefile import (
     parts_file,
     write_self_influence,
 )
-from influence.setting import Setting
+from influence.setting import ADDITIVE, Setting
 from influence.solvers import Solver
 from influence.solvers.base import MOST_COPIES
 from influence.solvers.named import make_solver, solver_options, with_limits
@@ -178,6 +178,8 @@ def score(
     explained = _measurement(measurement)
     if isinstance(explained, Contrast):
         explained.check(queries)
+    if credit is None and (solver == "datainf" or getattr(solver, "approximate", False)):
+        credit = ADDITIVE  # such answers are no (C + lambda I)^-1 v, which sharing is derived of
     setting, shared = credited(run, curvature, damping, at, credit=credit)
     solvers = [make_solver(point, solver, operator) for point, operator in setting.each()]
     limits = {"tolerance": tolerance, "max_iterations": max_iterations}

@@ -26,7 +26,7 @@ from influence.calibration import measured_edits, some_rows
 from influence.errors import InputError, MismatchError
 from influence.setting import Setting
 from influence.store import read_json
-from tests.conftest import build_model, examples
+from tests.conftest import build_model, examples, teach
 from tests.helpers import write_rows
 
 PATH = (0.5, 0.9)
@@ -46,7 +46,7 @@ def linear_truth(run, queries, subsets=24, noise=0.0, **setting) -> Truth:
     """Losses as if the scores of a setting were the whole truth."""
     generator = np.random.default_rng(0)
     masks = generator.random((subsets, len(run.train))) < 0.5
-    values = run.score(queries, **setting, credit="additive").values
+    values = run.score(queries, **({"credit": "additive"} | setting)).values
     losses = 3.0 - masks @ values.T.astype(float)
     return Truth(masks, losses + noise * generator.standard_normal(losses.shape))
 
@@ -316,3 +316,22 @@ def test_wrong_requests(run, model, tmp_path):
     )
     with pytest.raises(InputError, match="fit one with ekfac"):
         tune(ggn)
+
+
+def test_retraining_calibrates_shared_credit_too_and_says_its_faithfulness(tmp_path):
+    """The truth is half of what shared scores say: their factor is found and used."""
+    model = teach(
+        build_model("gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"]), examples(14)
+    )
+    run = influence.fit(model, examples(14), directory=tmp_path / "run", path=PATH)
+    queries = examples(3, seed=9)
+    plain = run.score(queries)
+    assert plain.attributes["credit"] == "shared"
+    truth = linear_truth(run, queries, curvature="ekfac", damping="mean:0.1", credit="shared")
+    truth = replace(truth, query_loss=3 + (truth.query_loss - 3) / 2)
+    found = tune(run, truth=truth, queries=queries, curvatures=["ekfac"], dampings=["mean:0.1"])
+    assert found.chosen.at == "all"
+    assert found.held_out.mean == pytest.approx(1.0)
+    tuned = run.score(queries)
+    assert tuned.attributes["calibration"].startswith("retraining")
+    np.testing.assert_allclose(tuned.values, plain.values / 2, rtol=1e-4)

@@ -265,6 +265,19 @@ def test_another_solver_shares_credit_too(run, double):
     close(run.score(queries, solver="cg", tolerance=1e-12).values, exact, 1e-6)
 
 
+def test_an_approximate_solver_has_additive_credit_unless_asked(run):
+    queries = examples(2, seed=1)
+    assert run.score(queries, solver="datainf").attributes["credit"] == "additive"
+    asked = run.score(queries, solver="datainf", credit="shared")
+    assert asked.attributes["credit"] == "shared"
+
+
+def test_a_finished_fit_is_returned_without_the_rows_similarities(taught, run, monkeypatch):
+    monkeypatch.setattr("influence.credit.row_kernel", None)
+    again = influence.fit(taught, examples(N), path=PATH, directory=run.directory)
+    assert again.manifest.path == run.manifest.path
+
+
 def test_many_rows_share_by_landmarks(run, double, monkeypatch):
     queries = examples(3, seed=1)
     exact = run.score(queries).values
