@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from influence.answers import describe
+from influence.text_search import bm25
 from tests.conftest import rows
 from tests.helpers import untouched, write_rows
 from tests.influence.toy_commands import fit_arguments, wrong
@@ -110,3 +111,80 @@ def test_a_run_with_self_influence_only_has_no_scores_to_show(influence, at):
         "it lacks scores",
         status=1,
     )
+
+
+# ---- by text, whole rows, tokens -----------------------------------------------------------------
+
+
+def standardise(values):
+    return (values - values.mean()) / values.std()
+
+
+def test_rows_are_ranked_by_their_words_and_by_both(influence, at):
+    """By hand: BM25 of the query with the rows, alone, and standardised beside the scores."""
+    train, queries = rows_in(at / "train.jsonl"), rows_in(at / "queries.jsonl")
+    with h5py.File(at / "run" / "scores.h5") as file:
+        scores = file["scores"][0].astype(float)
+    text = [f"{row['prompt']}{row['completion']}" for row in (queries[0], *train)]
+    similar = bm25(text[:1], text[1:])[0]
+    both = standardise(similar) + standardise(scores)
+    for by, ranked in (("text", similar), ("both", both)):
+        found = influence("top", "--run", at / "run", "--query", 0, "-k", 3, "--by", by, "--json")
+        assert found.status == 0, found.err
+        entries = found.json()["rows"]
+        expected = np.argsort(-ranked, kind="stable")[:3]
+        assert [entry["index"] for entry in entries] == expected.tolist()
+        assert [entry["text"] for entry in entries] == pytest.approx(similar[expected])
+        assert [entry["score"] for entry in entries] == pytest.approx(scores[expected])
+    shown = influence("top", "--run", at / "run", "--query", 0, "--by", "both").out
+    assert "BM25" in shown
+    assert "rows that say what" in shown
+
+
+def test_texts_are_needed_where_they_rank(influence, at, tmp_path):
+    (at / "queries.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    with h5py.File(at / "run" / "scores.h5", "r+") as file:
+        file.attrs["queries"] = str(at / "queries.jsonl")
+    call = ("top", "--run", at / "run", "--query", 0, "--by", "text")
+    refused = influence(*call)
+    assert refused.status == 2
+    assert "--queries FILE" in refused.err
+    assert influence(*call, "--queries", tmp_path / "elsewhere.jsonl").status == 0
+    other = write_rows(tmp_path / "others.jsonl", rows(2, seed=77))
+    refused = influence(*call, "--queries", other)
+    assert refused.status == 2
+    assert "is not what was scored" in refused.err
+    assert influence("top", "--run", at / "run", "--query", 0).status == 0  # effect needs no text
+
+
+def test_an_unknown_ranking_is_refused(influence, at):
+    refused = influence("top", "--run", at / "run", "--query", 0, "--by", "luck")
+    assert refused.status == 2
+    assert "expected effect, text, both" in refused.err
+
+
+def test_rows_are_shown_whole_on_request(influence, at):
+    long = [row | {"completion": " red" * 60} for row in rows(6)]
+    write_rows(at / "long.jsonl", long)
+    arguments = fit_arguments(at, train=at / "long.jsonl", run=at / "long")
+    assert influence(*arguments).status == 0
+    scored = influence("score", "--run", at / "long", "--queries", at / "queries.jsonl")
+    assert scored.status == 0
+    call = ("top", "--run", at / "long", "--query", 0, "-k", 1)
+    assert influence(*call).out.count("red") < 60
+    assert influence(*call, "--whole").out.count("red") >= 60
+
+
+def test_the_tokens_that_carry_a_score_are_shown_where_the_file_has_them(influence, at):
+    out = at / "tokens.h5"
+    scored = influence(
+        "score", "--run", at / "run", "--queries", at / "queries.jsonl", "--per-token", "--out", out
+    )
+    assert scored.status == 0, scored.err
+    shown = influence("top", "--run", at / "run", "--query", 0, "-k", 1, "--scores", out)
+    assert shown.status == 0, shown.err
+    assert "[at '" in shown.out
+
+
+def rows_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
