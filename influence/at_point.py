@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -48,6 +49,9 @@ BLOCK_BYTES = 32 << 20
 BLOCK_ROWS = 8
 #: Bytes of gradients that are solved for at a time where only a few numbers of each are wanted.
 PART_BYTES = 256 << 20
+#: Share of the free memory that the gradients of one chunk of queries, with all that solving holds
+#: beside them, may take.
+QUERY_SHARE = 0.8
 #: A point's scale is the mean self-influence of at most so many training rows, evenly spaced.
 SCALE_ROWS = 512
 #: Training rows whose gradients estimate Adam's second moments where no optimiser state is given.
@@ -202,6 +206,13 @@ class AtPoint:
         budget = self.run.manifest.token_budget
         return plan_batches(self.run.tokens, budget, max_rows=max_rows(self.model.space))
 
+    def row_products(self, vectors: Tensor) -> np.ndarray:
+        """Products of `vectors` [K, P] with the gradients of all training rows, `[K, n]` float64."""
+        found = np.empty((len(vectors), len(self.run.tokens)))
+        for indices, gradients in self.gradient_blocks(label=None):
+            found[:, indices] = (vectors @ gradients.T).double().cpu().numpy()
+        return found
+
     def gradients_of(self, rows: np.ndarray) -> Tensor:
         """Gradients of l_i `[b, P]` of some training rows, in their order."""
         out = torch.empty(
@@ -329,6 +340,24 @@ def memory_chunks(run: Run, count: int) -> list[np.ndarray]:
     """
     size = max(1, PART_BYTES // (run.model.space.size * run.model.dtype.itemsize))
     return np.array_split(np.arange(count), -(-count // size))
+
+
+def free_memory(device: torch.device | None = None) -> int:
+    """Bytes that can be had: of a GPU where one is given, else of the machine.
+
+    Of the machine with what caches hold and give back: a run's own files fill those.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def queries_at_once(run: Run, copies: int) -> int:
+    """Queries whose gradients, with the `copies` [K, P] that solving holds beside them, fit into
+    the free memory.
+    """
+    each = (1 + copies) * run.model.space.size * run.model.dtype.itemsize
+    return max(1, int(QUERY_SHARE * free_memory(run.model.device) / each))
 
 
 def geometry_here(run: Run, name: str) -> Geometry:

@@ -20,19 +20,18 @@ other, so that two of them together do more than both alone.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from influence.at_point import memory_chunks
+from influence.at_point import free_memory, memory_chunks
 from influence.calibration import calibrate_once
 from influence.curvature.base import Invertible
 from influence.damping import Damping
 from influence.errors import InputError
-from influence.kernel import EXACT_ROWS, RowInverse, row_kernel
+from influence.kernel import EXACT_ROWS, LandmarkKernel, RowInverse, WholeKernel, row_kernel
 from influence.path_time import PathTime, path_record, path_time
 from influence.progress import say
 from influence.run import Run
@@ -46,14 +45,19 @@ MEMORY_SHARE = 0.8
 class Credit:
     """How raw scores `w_i grad m(q)^T M grad l_i` at each point become shared ones.
 
-    `weights` [n] are the rows' w and `inverses` P at each point; `factor` multiplies everything (a
+    `weights` [n] are the rows' w and `kernels` K at each point; `factor` multiplies everything (a
     calibration by retraining, else 1).
     """
 
     path: PathTime
     weights: np.ndarray = field(repr=False)
-    inverses: Sequence[RowInverse] = field(repr=False)
+    kernels: list[WholeKernel | LandmarkKernel] = field(repr=False)
     factor: float = 1.0
+
+    @cached_property
+    def inverses(self) -> list[RowInverse]:
+        """P at each point, formed when it is first asked for: each K gives way to its P."""
+        return [self.kernels.pop(0).inverse(self.path.strength) for _ in self.path.shares]
 
     @property
     def factors(self) -> np.ndarray:
@@ -165,6 +169,7 @@ def shared_credit(setting: Setting) -> Credit | str:
     run = setting.run
     if (known := run.kept.get(("credit", setting.name, setting.kappa))) is not None:
         return known
+    run.kept.clear()  # one setting's at a time: these are large
     record = path_record(run).of([point.number or 0 for point in setting.points])
     every = [row_kernel(point, operator) for point, operator in setting.each()]
     slopes = [kernel.slope(run.weights) for kernel in every]
@@ -174,10 +179,7 @@ def shared_credit(setting: Setting) -> Credit | str:
             f"the loss on the rows is {record.adapter:.3g} under the adapter and {record.base:.3g} "
             "nats a token under the base, which does not tell how far training went"
         )
-    # each K gives way to its P
-    inverses = [every.pop(0).inverse(path.strength) for _ in slopes]
-    run.kept.clear()  # one setting's at a time: the inverses are large
-    found = Credit(path, run.weights, inverses, setting.kappa)
+    found = Credit(path, run.weights, every, setting.kappa)
     run.kept["credit", setting.name, setting.kappa] = found
     return found
 
@@ -194,7 +196,7 @@ def refusal(setting: Setting) -> str | None:
     n, points = len(run.tokens), len(setting.points)
     if n <= EXACT_ROWS:
         needed = 8 * n**2 * (points + 1)
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = free_memory()
         if needed > MEMORY_SHARE * free:
             return (
                 f"the similarities of {n} rows at {points} points need {needed / 1e9:.1f} GB of "

@@ -391,6 +391,7 @@ def _prepare_credit(run: Run) -> None:
     """
     try:
         credited(run)
+        run.kept.clear()  # scores read it again, and others need the memory
     except (ToolkitError, MemoryError, torch.OutOfMemoryError) as error:
         say(f"note: how rows share credit could not be prepared ({error})")
 

@@ -18,9 +18,8 @@ from typing import Protocol
 import numpy as np
 import scipy.linalg as sl
 import torch
-from torch import Tensor
 
-from influence.at_point import AtPoint, evenly_spaced, memory_chunks
+from influence.at_point import AtPoint, evenly_spaced, queries_at_once
 from influence.curvature.base import Damped, Invertible, inverse_products
 from influence.errors import NumericalError, StoreError
 from influence.store import open_file, read, write_file
@@ -32,8 +31,9 @@ LANDMARKS = 4_096
 #: Added to the diagonal of K_mm, relative to its mean, by the type of the gradients: landmarks may
 #: be copies of each other, and rounding must not make K_mm indefinite.
 JITTER = {np.float64: 1e-12, np.float32: 1e-6}
-
-
+#: Copies of some rows' gradients that are counted beside them: what solving holds, and as much again
+#: left to K itself.
+COPIES = 5
 #: Rows of a matrix that are mirrored at a time.
 MIRRORED = 1_024
 INDEFINITE = (
@@ -64,11 +64,6 @@ class WholeKernel:
     """K held whole, `[n, n]` float64."""
 
     values: np.ndarray = field(repr=False)
-
-    @property
-    def diagonal(self) -> np.ndarray:
-        """K's diagonal, `[n]`."""
-        return np.diagonal(self.values)
 
     def slope(self, weights: np.ndarray) -> float:
         """`v^T K v` for `v = sqrt(weights)`."""
@@ -201,19 +196,13 @@ def row_kernel(
 def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
     """K between some rows and all, `[k, n]` float64."""
     assert isinstance(operator.curvature, Invertible)
-    run = point.run
-    roots, n = np.sqrt(run.weights), len(run.tokens)
-    found = np.empty((len(rows), n))
-    for part in memory_chunks(run, len(rows)):
+    run, roots = point.run, np.sqrt(point.run.weights)
+    found = np.empty((len(rows), len(run.tokens)))
+    # each part reads all rows' gradients once, so that parts are as large as memory allows
+    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // queries_at_once(run, COPIES))):
         solved = operator.curvature.solve(point.gradients_of(rows[part]), operator.lam)
-        for indices, gradients in point.gradient_blocks(label=None):
-            found[np.ix_(part, indices)] = _products(solved, gradients)
+        found[part] = point.row_products(solved)
     return found * roots[rows, None] * roots
-
-
-def _products(solved: Tensor, gradients: Tensor) -> np.ndarray:
-    """`solved @ gradients^T`, `[k, b]`."""
-    return (solved @ gradients.T).double().cpu().numpy()
 
 
 # ---- the kept one ---------------------------------------------------------------------------------
@@ -224,15 +213,15 @@ def _dtype(point: AtPoint) -> type[np.floating]:
     return np.float64 if point.model.dtype == torch.float64 else np.float32
 
 
-def _setting(operator: Damped) -> str:
-    """The curvature and its lambda, in a few characters."""
+def _label(operator: Damped) -> str:
+    """What K is told by: the curvature and its lambda, in a few characters."""
     lam = hashlib.sha256(operator.lam.double().cpu().numpy().tobytes()).hexdigest()[:16]
     return f"{operator.curvature.name} {lam}"
 
 
 def _own(point: AtPoint, operator: Damped) -> bool:
     """Whether an operator is that of the fit."""
-    return point.number is not None and _setting(point.operator()) == _setting(operator)
+    return point.number is not None and _label(point.operator()) == _label(operator)
 
 
 def _kept(point: AtPoint, operator: Damped) -> np.ndarray | None:
@@ -240,7 +229,7 @@ def _kept(point: AtPoint, operator: Damped) -> np.ndarray | None:
     if point.number is None or not point.file("kernel").exists():
         return None
     with open_file(point.file("kernel"), run_digest=point.digest) as file:
-        if file.attrs.get("setting") != _setting(operator):
+        if file.attrs.get("setting") != _label(operator):
             return None
         return read(file, "kernel").astype(np.float64)
 
@@ -254,7 +243,7 @@ def _keep(point: AtPoint, operator: Damped, values: np.ndarray) -> None:
         return
     attrs = {
         "run_digest": point.digest,
-        "setting": _setting(operator),
+        "setting": _label(operator),
         "about": "sqrt(w_i w_j) grad l_i^T (C + lambda I)^-1 grad l_j",
     }
     try:

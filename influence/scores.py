@@ -30,7 +30,6 @@ reading of the adapter as the optimum, Bae et al. 2022, arXiv 2209.05364).
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -43,7 +42,7 @@ from torch import Tensor
 
 from influence.adapter import ParamSpace
 from influence.asked import Asked
-from influence.at_point import AtPoint
+from influence.at_point import AtPoint, free_memory, queries_at_once
 from influence.credit import Credit, credited
 from influence.curvature import Damped, Invertible
 from influence.damping import Damping
@@ -64,7 +63,7 @@ from influence.scorefile import (
 from influence.setting import ADDITIVE, Setting
 from influence.solvers import Solver
 from influence.solvers.base import MOST_COPIES
-from influence.solvers.named import make_solver, solver_options, with_limits
+from influence.solvers.named import approximates, make_solver, solver_options, with_limits
 from influence.store import only_writer
 from influence.tokens import TokenizedExamples
 from influence.tokenwise import Tokenwise
@@ -102,10 +101,7 @@ SELF_CONVENTION = (
 )
 
 
-#: Share of the free memory that the gradients of one chunk of queries, with all that solving holds
-#: beside them, may take.
-QUERY_SHARE = 0.8
-#: The same for scores by token or module, which are held whole.
+#: Share of the free memory that scores by token or module, which are held whole, may take.
 DETAIL_SHARE = 0.7
 
 
@@ -178,7 +174,7 @@ def score(
     explained = _measurement(measurement)
     if isinstance(explained, Contrast):
         explained.check(queries)
-    if credit is None and (solver == "datainf" or getattr(solver, "approximate", False)):
+    if credit is None and approximates(solver):
         credit = ADDITIVE  # such answers are no (C + lambda I)^-1 v, which sharing is derived of
     setting, shared = credited(run, curvature, damping, at, credit=credit)
     solvers = [make_solver(point, solver, operator) for point, operator in setting.each()]
@@ -313,9 +309,7 @@ def raw_parts(setting: Setting, tokens: TokenizedExamples, measurement: Measurem
         for rows in np.array_split(np.arange(len(tokens)), -(-len(tokens) // at_once)):
             gradients = point.query_gradients(tokens.select(rows), measurement)
             solved = operator.curvature.solve(gradients, operator.lam)
-            for indices, block in point.gradient_blocks():
-                products = (solved @ block.T).double().cpu().numpy()
-                found[number][np.ix_(rows, indices)] = products * run.weights[indices]
+            found[number, rows] = point.row_products(solved) * run.weights
     return found
 
 
@@ -330,18 +324,6 @@ def _shared(point: AtPoint, operator: Damped, solved: Tensor, taken: np.ndarray)
     return solved - operator.curvature.solve(total, operator.lam)
 
 
-def queries_at_once(run: Run, copies: int) -> int:
-    """Queries whose gradients, with the `copies` [K, P] that solving holds beside them, fit into
-    the free memory.
-    """
-    if run.model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(run.model.device)[0]
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    each = (1 + copies) * run.model.space.size * run.model.dtype.itemsize
-    return max(1, int(QUERY_SHARE * free / each))
-
-
 def _refuse_large_detail(
     setting: Setting, queries: int, modules: int, per_token: bool, filed: bool
 ) -> None:
@@ -351,7 +333,7 @@ def _refuse_large_detail(
     n, points = len(setting.run.train), len(setting.points)
     needed = 4 * queries * int(setting.run.tokens.lengths.sum()) if per_token else 0
     needed += 4 * queries * modules * n * (1 if filed else points + 2)
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    free = free_memory()
     if needed > DETAIL_SHARE * free:
         split = "token" if per_token else "module"
         raise InputError(
@@ -404,20 +386,10 @@ def self_influence(
         is not None
     ):
         return found
-    values = np.zeros(len(run.train))
-    worst = 0.0
     if shared is not None:
-        values = shared.self_influence(run.tokens.counts)
-    for solver, factor, (point, operator) in zip(
-        solvers, setting.factors, setting.each() if shared is None else (), strict=shared is None
-    ):
-        for indices, gradients in point.gradient_blocks():
-            parts = np.array_split(indices, range(256, len(indices), 256))
-            for part, rows in zip(gradients.split(256), parts, strict=True):
-                solution = solver.solve(operator, part)
-                worst = max(worst, float(solution.residuals.max()))
-                products = (part * solution.values).double().sum(1).cpu().numpy()
-                values[rows] += factor * products * run.weights[rows] / run.tokens.counts[rows]
+        values, worst = shared.self_influence(run.tokens.counts), 0.0
+    else:
+        values, worst = _additive_self_influence(setting, solvers)
     attributes["residuals"] = worst
     if not np.isfinite(values).all():
         raise NumericalError(
@@ -428,6 +400,25 @@ def self_influence(
         with only_writer(target):
             write_self_influence(target, setting.owner, result)
     return result
+
+
+def _additive_self_influence(
+    setting: Setting, solvers: Sequence[Solver]
+) -> tuple[np.ndarray, float]:
+    """Self-influences `[n]` with the whole of each row's credit, and the worst residual."""
+    run, worst = setting.run, 0.0
+    values = np.zeros(len(run.train))
+    for solver, factor, (point, operator) in zip(
+        solvers, setting.factors, setting.each(), strict=True
+    ):
+        for indices, gradients in point.gradient_blocks():
+            parts = np.array_split(indices, range(256, len(indices), 256))
+            for part, rows in zip(gradients.split(256), parts, strict=True):
+                solution = solver.solve(operator, part)
+                worst = max(worst, float(solution.residuals.max()))
+                products = (part * solution.values).double().sum(1).cpu().numpy()
+                values[rows] += factor * products * run.weights[rows] / run.tokens.counts[rows]
+    return values, worst
 
 
 def _measurement(value: str | Measurement | Contrast) -> Measurement | Contrast:

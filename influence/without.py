@@ -5,9 +5,8 @@
 where the rows R go together: rows that teach the same stand in for each other, so that two of them
 together do more than both alone. The same for the removed rows' own mean losses.
 
-A prediction is first-order in the adapter's outputs and may leave what can be. It is held between
-`LEAST` of the loss before and `MOST` times what the base itself loses, and said to be where it
-would lie beyond.
+A prediction is first-order in the adapter's outputs and may leave what can be. It is held between 0
+and `MOST` times what the base itself loses, and said to be where it would lie beyond.
 
 Its interval is that of the size: predicted over measured changes of the same kind on the models
 that it was measured on (benchmarks/README.md, "Credit that is shared"), not a statement on this one.
@@ -33,9 +32,7 @@ from influence.scores import raw_parts
 from influence.setting import SHARED
 from influence.tokens import TokenizedExamples
 
-#: A loss is held at this share of what it was before, at least: it cannot be negative.
-LEAST = 0.0
-#: And at most at this many times the base's: retrained models were seen at 1.25 times its loss on
+#: A loss is held at this many times the base's, at most: adapters were seen at 1.2 times its loss on
 #: rows that they never saw (tofu-tiny, held-out rows).
 MOST = 1.5
 #: Measured over predicted changes, nine in ten of them, of removed rows and of queries whose kin
@@ -111,18 +108,19 @@ def without(
     rows = chosen_rows(run.train, ids, group)
     setting, credit = credited(run, curvature, damping, at, credit=SHARED)
     assert credit is not None
-    removed = run.tokens.select(rows)
-    own = credit.on_themselves(rows, removed.counts)
-    found = [predictions(removed.ids, own, *_losses(run, removed, ("removed", rows.tobytes())))]
+    of_queries: tuple[Prediction, ...] = ()
     if queries is not None and len(queries):
         key = (setting.name, queries.digest, explain)
         tokens = run.query_tokens(queries, explain)
         if ("parts", key) not in run.kept:
             run.kept["parts", key] = raw_parts(setting, tokens, MeanLoss())
         changes = credit.together(run.kept["parts", key], rows)
-        found.insert(0, predictions(queries.ids, changes, *_losses(run, tokens, key)))
+        of_queries = predictions(queries.ids, changes, *_losses(run, tokens, key))
+    removed = run.tokens.select(rows)
+    own = credit.on_themselves(rows, removed.counts)
+    losses = _losses(run, removed, ("removed", rows.tobytes()))
     attributes = {**setting.provenance("direct"), **credit.record()}
-    return Effect(found[0] if len(found) > 1 else (), found[-1], attributes)
+    return Effect(of_queries, predictions(removed.ids, own, *losses), attributes)
 
 
 def _losses(run: Run, tokens: TokenizedExamples, key: Hashable) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +140,7 @@ def chosen_rows(train: Examples, ids: Sequence[str], group: str | None) -> np.nd
     Raises `InputError` for names that are not there, for no row, and for every row.
     """
     wanted = set(ids)
-    unknown = [id for id in ids if id not in set(train.ids)]
+    unknown = [id for id in ids if id not in train]
     if unknown:
         shown = ", ".join(unknown[:5])
         raise InputError(
@@ -163,9 +161,9 @@ def predictions(
     ids: Sequence[str], changes: np.ndarray, before: np.ndarray, base: np.ndarray
 ) -> tuple[Prediction, ...]:
     """Losses after `changes`, held where they can be: arrays `[k]` of nats a token."""
-    least, most = LEAST * before, np.maximum(MOST * base, before)
-    ends = [np.clip(before + factor * changes, least, most) for factor in (1.0, *SIZE)]
-    beyond = (before + changes < least) | (before + changes > most)
+    most = np.maximum(MOST * base, before)
+    ends = [np.clip(before + factor * changes, 0, most) for factor in (1.0, *SIZE)]
+    beyond = (before + changes < 0) | (before + changes > most)
     low, high = np.minimum(ends[1], ends[2]), np.maximum(ends[1], ends[2])
     columns = (before, ends[0], low, high)
     return tuple(

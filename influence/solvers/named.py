@@ -44,6 +44,11 @@ SOLVERS: dict[str, Callable[[AtPoint, Damped], Solver]] = {
 }
 
 
+def approximates(solver: str | Solver) -> bool:
+    """Whether a solver's answers have an error of their own, which no tolerance makes smaller."""
+    return solver == DataInf.name if isinstance(solver, str) else solver.approximate
+
+
 def make_solver(point: AtPoint | Run, solver: str | Solver, operator: Damped) -> Solver:
     """A solver by name, with the preconditioner or the gradients it needs.
 

@@ -53,7 +53,7 @@ class Ridge:
         kernel, u = rows @ rows.T / lam, self.query @ rows.T / lam
         strength = 1 / size**2
         path = PathTime(1.0, strength, np.ones(1))
-        self.credit = Credit(path, self.w, [WholeKernel(kernel).inverse(strength)])
+        self.credit = Credit(path, self.w, [WholeKernel(kernel)])
         self.raw = (roots * u)[None]
 
     def refitted(self, gone):
@@ -109,7 +109,7 @@ def test_rows_that_teach_the_same_share_and_stand_in_for_each_other():
     rows = np.sqrt(bed.w)[:, None] * 0.7 * bed.x
     kernel, u = rows @ rows.T, bed.query @ rows.T
     path = PathTime(1.0, 2.0, np.ones(1))
-    credit = Credit(path, bed.w, [WholeKernel(kernel).inverse(2.0)])
+    credit = Credit(path, bed.w, [WholeKernel(kernel)])
     raw = (np.sqrt(bed.w) * u)[None]
     together = credit.together(raw, np.array(copies))
     assert (np.abs(credit.singles(raw)[:, copies]).sum(1) < 0.9 * np.abs(together)).all()
