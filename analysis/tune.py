@@ -25,7 +25,6 @@ path needs factors of its own: those are fitted below the run, in `tune/`, and s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,12 +46,11 @@ from influence.manifest import CalibrationRecord, TunedRecord
 from influence.measurements import MeanLoss
 from influence.path import DEFAULT_PATH, check_path
 from influence.progress import say, track
-from influence.row_files import read_again
 from influence.rows import Examples
 from influence.run import Run, update_manifest
-from influence.scorefile import Scores
+from influence.scorefile import Scores, scored_queries
 from influence.scores import queries_at_once, raw_parts
-from influence.setting import SHARED, Setting
+from influence.setting import ADDITIVE, SHARED, Setting
 from influence.solvers import CG, Direct
 from influence.tokens import TokenizedExamples
 
@@ -200,10 +198,12 @@ def tune(
     return replace(tuning, exact=exact, exact_residual=residual)
 
 
-def _setting(run: Run, row: Judged) -> Setting:
+def _setting(run: Run, row: Judged, credit: str = ADDITIVE) -> Setting:
     """The setting that a row of the table stands for."""
     damping = None if row.damping == "none" else row.damping
-    return Setting.of(run, row.curvature, damping, row.at, tuned=False, calibrated=False)
+    return Setting.of(
+        run, row.curvature, damping, row.at, tuned=False, calibrated=False, credit=credit
+    )
 
 
 def exact_agreement(run: Run, row: Judged, rows: np.ndarray) -> tuple[float, float]:
@@ -415,10 +415,7 @@ def _shared_scores(
     run: Run, best: Judged, queries: TokenizedExamples
 ) -> tuple[Setting, np.ndarray] | None:
     """The chosen setting with shared credit, and its scores `[Q, n]`; None where it has none."""
-    damping = None if best.damping == "none" else best.damping
-    setting = Setting.of(
-        run, best.curvature, damping, best.at, tuned=False, calibrated=False, credit=SHARED
-    )
+    setting = _setting(run, best, SHARED)
     credit = shared_credit(setting)
     if not isinstance(credit, Credit):
         return None
@@ -541,10 +538,10 @@ def default_queries(run: Run) -> Examples:
     attributes = Scores.load(path, detail=False).attributes
     if not attributes.get("queries"):
         raise InputError(f"{path} does not say where its queries are: give --queries")
-    source, columns = str(attributes["queries"]), attributes.get("query_columns")
-    queries = read_again(source, None if columns is None else json.loads(columns))
-    if queries.digest != attributes["query_digest"]:
+    queries = scored_queries(attributes)
+    if queries is None:
         raise MismatchError(
-            f"{source} has changed since {path} was made: give --queries, or score again"
+            f"{attributes['queries']} has changed since {path} was made: give --queries, or score "
+            "again"
         )
     return queries

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,6 +34,7 @@ if TYPE_CHECKING:  # a command's help does not wait for torch
     from influence.manifest import DataSource
     from influence.rows import Example, Examples
     from influence.scorefile import Entry, Scores
+    from influence.tokenwise import Tokenwise
     from influence.without import Effect
 
 #: Said under every table of additive scores.
@@ -52,6 +51,10 @@ SHARED_ORDER = (
 PREVIEW = 90
 #: Tokens of a row that are shown with their part of its score.
 MOST_TOKENS = 3
+#: What ranks rows.
+RANKINGS = ("effect", "text", "both")
+#: Characters of a row that is shown in full.
+WHOLE = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ def top(options: Top) -> None:
     most, or with --by the rows that say what it says.
     """
     from influence.manifest import read_manifest
-    from influence.scorefile import Scores
+    from influence.scorefile import Scores, tokens_of_query
 
     console.at_least("-k", options.k, 1)
     if options.by not in RANKINGS:
@@ -90,7 +93,7 @@ def top(options: Top) -> None:
             f"{path} does not exist: "
             f"make it with influence score --run {options.run} --queries QUERIES"
         )
-    scores = Scores.load(path, detail=True)
+    scores = Scores.load(path, detail=False)
     if scores.attributes.get("run_digest") != manifest.digest:
         raise MismatchError(
             f"{path} belongs to another run than {options.run}: give the run it was made from"
@@ -117,11 +120,8 @@ def top(options: Top) -> None:
         }
         console.emit({"query": scores.query_ids[position], "by": options.by, **entries}, "", True)
         return
-    _show_top(options, scores, position, found, train, query, similar)
-
-
-#: What ranks rows.
-RANKINGS = ("effect", "text", "both")
+    tokens = None if options.by == "text" else tokens_of_query(path, position)
+    _show_top(options, scores, position, found, train, query, similar, tokens)
 
 
 def _similarity(similar: np.ndarray | None, entry: Entry) -> dict[str, float]:
@@ -131,25 +131,23 @@ def _similarity(similar: np.ndarray | None, entry: Entry) -> dict[str, float]:
 
 def _scored_query(options: Top, scores: Scores, position: int) -> Example | None:
     """The query's row, read again; None where it is one of several or cannot be found."""
-    from influence.row_files import place_of, read_again, read_examples
+    from influence.row_files import place_of, read_examples
+    from influence.scorefile import scored_queries
 
     attributes, source = scores.attributes, options.queries
     if "aggregate" in attributes:
         return None
-    if source is None:
-        kept = str(attributes.get("queries") or "")
-        place = place_of(kept) if kept else None
-        if place is None or not place.exists():  # a hub is not asked for a preview
-            return None
-        columns = attributes.get("query_columns")
-        rows = read_again(kept, json.loads(str(columns)) if columns else None)
-    else:
+    if source is not None:
         rows = read_examples(source, columns=options.columns)
-    if rows.digest != attributes.get("query_digest"):
-        if source is not None:
+        if rows.digest != attributes.get("query_digest"):
             raise MismatchError(f"{source} is not what was scored: give the file of the queries")
+        return rows[position]
+    kept = str(attributes.get("queries") or "")
+    place = place_of(kept) if kept else None
+    if place is None or not place.exists():  # a hub is not asked for a preview
         return None
-    return rows[position]
+    rows = scored_queries(attributes)
+    return None if rows is None else rows[position]
 
 
 def _similarities(options: Top, query: Example | None, train: Examples | None) -> np.ndarray:
@@ -174,6 +172,7 @@ def _show_top(
     train: Examples | None,
     query: Example | None,
     similar: np.ndarray | None,
+    tokens: Tokenwise | None,
 ) -> None:
     """Show the tables of a ranking, and what the scores were made with."""
     attributes = scores.attributes
@@ -190,6 +189,7 @@ def _show_top(
     grouped = train is not None and any(train[e.index].group for es in found.values() for e in es)
     columns = [f"score ({attributes.get('unit', '')})"]
     columns += ["BM25"] * (similar is not None)
+    tokenizer = None if tokens is None else _tokenizer_of(options.run)
     for kind, entries in found.items():
         rows = []
         for each in entries:
@@ -197,31 +197,23 @@ def _show_top(
             numbers = [f"{each.score:+.2e}"]
             numbers += [f"{_similarity(similar, each)['text']:.1f}"] if similar is not None else []
             group = [str((row.group if row else None) or "")] if grouped else []
-            text = "" if row is None else text_of_row(row, whole=options.whole)
-            tokens = _strongest_tokens(scores, position, each.index, options.run)
-            rows.append((numbers, each.id, [*group, text + tokens]))
+            text = "" if row is None else row.preview(WHOLE if options.whole else PREVIEW)
+            if tokens is not None and tokenizer is not None:
+                text += _strongest_tokens(tokenizer, *tokens.row(0, each.index))
+            rows.append((numbers, each.id, [*group, text]))
         texts = ["id", *(["group"] if grouped else []), "row"]
         console.show(wide_table(titles[kind], columns, texts, rows))
     if "points" in attributes:
         console.show(f"{describe(attributes)}. {order(attributes)}")
 
 
-def text_of_row(row: Example, *, whole: bool) -> str:
-    """How a row begins, or all of it."""
-    return row.preview(PREVIEW) if not whole else row.preview(10**9)
-
-
-def _strongest_tokens(scores: Scores, query: int, row: int, run: Path) -> str:
-    """The tokens of a row that carry most of its score, where the file has them."""
-    if scores.tokens is None or (tokenizer := _tokenizer_of(run)) is None:
-        return ""
-    ids, values = scores.tokens.row(query, row)
+def _strongest_tokens(tokenizer: Any, ids: np.ndarray, values: np.ndarray) -> str:
+    """The tokens `ids` [T] of a row that carry most of its score, with their `values` [T]."""
     strongest = sorted(range(len(ids)), key=lambda place: -abs(values[place]))[:MOST_TOKENS]
     shown = (f"{tokenizer.decode([int(ids[k])])!r} {values[k]:+.1e}" for k in strongest)
     return f"\n[at {', '.join(shown)}]"
 
 
-@cache
 def _tokenizer_of(run: Path) -> Any:
     """The tokenizer of a run, without its model; None where it cannot be read."""
     from influence.adapter_files import read_adapter

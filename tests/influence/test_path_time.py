@@ -85,6 +85,12 @@ def test_a_loss_that_did_not_fall_tells_no_time(adapter):
     assert path_time(record, [4.0], [0.6]) is None
 
 
+@pytest.mark.parametrize(("slope", "ratio"), [(0.0, 0.1), (4.0, 0.0), (float("nan"), 0.1)])
+def test_a_point_without_gradients_tells_no_time(slope, ratio):
+    record = PathRecord(3.0, 1.0, (2.5, 1.5), (0.1, ratio))
+    assert path_time(record, [4.0, slope], [0.4, 0.8]) is None
+
+
 def test_a_loss_that_rose_on_the_way_takes_no_point_out():
     record = PathRecord(3.0, 1.0, (3.5, 3.9), (0.1, 0.1))
     np.testing.assert_allclose(path_time(record, [1.0, 1.0], [0.4, 0.8]).shares, [0.5, 0.5])

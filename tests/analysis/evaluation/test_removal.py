@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 import analysis
 import influence
@@ -17,7 +16,8 @@ from analysis.evaluation.named_rows import random_rows
 from analysis.stats import bootstrap_interval
 from influence.errors import InputError, MismatchError
 from influence.loss import mean_losses
-from tests.conftest import add_lora, build_base, build_model, build_tokenizer, examples, rows
+from tests.conftest import build_base, build_model, examples, rows
+from tests.helpers import save, write_rows
 from unlearn.retraining import subsets as subsets_module
 from unlearn.retraining.retrain import train
 
@@ -301,12 +301,9 @@ def flat_scores(run, queries, out):
 def folder(tmp_path_factory):
     """base/, adapter/, train.jsonl, queries.jsonl, recipe.json, run/ and scores of two kinds."""
     at = tmp_path_factory.mktemp("removal")
-    base = build_base("llama", layers=1, dtype=torch.float32)
-    base.save_pretrained(at / "base")
-    build_tokenizer().save_pretrained(at / "base")
-    add_lora(base).save_pretrained(at / "adapter")
+    save(at, layers=1)
     for name, items in (("train", rows(N)), ("queries", rows(3, seed=9))):
-        (at / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+        write_rows(at / f"{name}.jsonl", items)
     (at / "recipe.json").write_text(json.dumps({"epochs": 2, "batch_size": 4, "lr": 0.02}))
     model = influence.load(at / "base", at / "adapter", device="cpu")
     data = influence.read_examples(at / "train.jsonl")
