@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import h5py
 import numpy as np
 import pytest
 
 from influence.answers import describe
+from influence.scorefile import Scores
 from influence.text_search import bm25
 from tests.conftest import rows
 from tests.helpers import untouched, write_rows
@@ -181,9 +183,14 @@ def test_the_tokens_that_carry_a_score_are_shown_where_the_file_has_them(influen
         "score", "--run", at / "run", "--queries", at / "queries.jsonl", "--per-token", "--out", out
     )
     assert scored.status == 0, scored.err
-    shown = influence("top", "--run", at / "run", "--query", 0, "-k", 1, "--scores", out)
-    assert shown.status == 0, shown.err
-    assert "[at '" in shown.out
+    found = Scores.load(out)
+    for query in (0, 2):
+        call = ("top", "--run", at / "run", "--query", query, "-k", 1, "--scores", out)
+        shown = influence(*call)
+        assert shown.status == 0, shown.err
+        best = found.top(query, 1)[0][0].index
+        largest = max(found.tokens.row(query, best)[1], key=abs)
+        assert re.search(rf"\[at '[^']*' {re.escape(f'{largest:+.1e}')}", shown.out)
 
 
 def rows_in(path):
