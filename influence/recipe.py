@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,28 @@ class Recipe:
         """How many steps a training on so many rows has."""
         per_epoch = -(-rows // self.batch_size)
         return self.epochs * per_epoch if self.max_steps is None else self.max_steps
+
+    def rows_read(self, rows: int) -> int:
+        """How many rows a training on so many reads, each as often as it comes."""
+        if self.max_steps is None:
+            return self.epochs * rows
+        epochs, more = divmod(self.max_steps, -(-rows // self.batch_size))
+        return epochs * rows + more * self.batch_size
+
+    def for_rows(self, rows: int, fewer: int) -> Recipe:
+        """The recipe of a training on `rows` rows, for one on `fewer` of them.
+
+        Each row is read as often, at the same rates. Batches are smaller by the root of the rows'
+        ratio: as large ones would take few steps, in which an adapter learns less of what all rows
+        have in common, and as many steps as before would give each row too much of every step.
+        """
+        batch_size = max(1, round(self.batch_size * min(1.0, fewer / rows) ** 0.5))
+        smaller = replace(self, batch_size=batch_size)
+        if self.max_steps is not None:
+            epochs = self.max_steps / -(-rows // self.batch_size)
+            smaller = replace(smaller, max_steps=max(1, round(epochs * -(-fewer // batch_size))))
+        share = smaller.steps(fewer) / self.steps(rows)
+        return replace(smaller, warmup=round(self.warmup * share))
 
     def last_epoch(self, rows: int) -> int:
         """The epoch, from 1, in which a training on so many rows ends."""

@@ -92,7 +92,12 @@ def test_every_edit_verifies_where_it_lies_now(place, name):
 def test_every_record_is_read_and_would_be_written_as_it_is(name):
     text = json.loads((MADE / name / "edit.json").read_text())
     record = EditRecord.from_json(text)
-    assert record.as_json() == text
+    written = record.as_json()
+    # keys that came later are null, and nothing else differs
+    assert (written.pop("expected"), written.pop("shipped")) == (None, None)
+    for row in written["rows"]:
+        assert (row.pop("low"), row.pop("high")) == (None, None)
+    assert written == text
     assert record.losses.retained.before > 0
 
 

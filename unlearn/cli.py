@@ -469,12 +469,14 @@ def difficulty(options: Difficulty) -> None:
     from influence.tables import checked_table
     from unlearn.difficulty import Protocol, predict
     from unlearn.difficulty.units import find_units
+    from unlearn.retraining.recipe import recipe_at
 
     protocol = Protocol(
         optimizer=options.optimizer,
         lr=options.lr,
         target=options.target,
         steps=options.steps,
+        recipe=None if options.recipe is None else recipe_at(options.recipe),
     )
     out = checked_table(options.out, options.overwrite)
     rows = rows_of(options.run)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from influence.options import ColumnsOption, option
+
+if TYPE_CHECKING:
+    from influence.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +31,23 @@ class StartOption:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeOption:
+    """How the adapter was trained: a local retraining follows it (`unlearn.retraining.local`)."""
+
+    recipe: str | Path | Recipe | None = option(
+        "JSON: how the adapter was trained (lr, epochs, batch_size ...), for what a model that "
+        "never saw the rows would say. Default: as recorded, else estimated.",
+        default=None,
+        typed=Path | None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class HoldoutOption(ColumnsOption):
     """Held-out rows of an edit or training, and what their columns mean."""
 
     holdout: Path | None = option(
-        "Rows the adapter never saw: measured, and a measure of unseen.", default=None
+        "Rows the adapter never saw: measured before and after.", default=None
     )
 
 

@@ -1,46 +1,44 @@
 """Outputs that a model which never saw some rows might give on them.
 
-They lie between the base's and the adapter's. With the logits `z` of both on a row's completion
-tokens,
+With `p_now` the adapter's outputs on a row's completion tokens, and `p_before`, `p_after` those of
+the local retrainings with and without the change (`unlearn.retraining.local`),
 
-    log q_i = log softmax( (1 - a_i) z_base + a_i z_adapter )
+    log q = log mean_r p_after,r + a (log p_now - log p_before) + constant
 
-and a_i such that the row's mean loss under q_i is the one that `unlearn.unseen` expects. Where the
-estimate were the truth, training on the retained rows and on the removed ones labelled by q has the
-retrained model as its stationary point, because labels drawn from a model pull it nowhere.
+At a = 0 it is what the local trainings say. At a = 1 it is the adapter, moved by what the change
+does locally: right where a small training knows less than the run's own (few epochs at a small
+rate), and noisy where both know everything. So a in [0, 1], one for all rows, is where the mean
+loss under q is nearest to the expected one (`unlearn.unseen`), which neither of them decides.
 
-Why between these two: on tofu-tiny's author 0 the base's outputs are as near to a retrained model's
-as two retrained models are to one another (KL 1.35 and 1.31 nats per token), and its loss is not
-(4.31 and 4.82; LOG.md, 2026-11-21, "Closed-form edits").
+Why a mean over trainings: two retrained models differ, and their mean is nearer to a third
+(LOG.md, 2026-11-28, "What a model that never saw the rows would say").
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
-from influence.batches import collate
+from influence.batches import collate, plan_batches
 from influence.cost import Cost
 from influence.loss import supervised_logits
 from influence.tokens import TokenizedExamples
 from unlearn.record.version import Version
-from unlearn.unseen import scaled_to
+from unlearn.retraining.local import LocalRetraining
 
 #: Bytes of outputs that are kept in the host's memory. Those beyond are computed again when they
 #: are asked for. A choice.
 CACHE_BYTES = 4 << 30
 
-#: How far q may go beyond the base, away from the adapter, where the expected loss is above the
-#: base's. A choice: one whole way from the adapter to the base.
-BEYOND = -1.0
-
-#: Halvings of the interval that a_i lies in; its last width is 2e-6.
-BISECTIONS = 20
+#: The values of a that are tried.
+EXPONENTS = tuple(i / 10 for i in range(11))
 
 
 @dataclass(eq=False)
@@ -52,9 +50,11 @@ class ExpectedOutputs:
     version : Version
         The adapter that saw the rows.
     tokens : TokenizedExamples
-        The rows, s of them.
-    losses : float64 array [s]
-        The mean loss that each row has under its q, nats per completion token.
+        The rows, m of them.
+    losses : float64 array [m]
+        Their expected losses, nats per completion token.
+    local : LocalRetraining
+        The adapters trained on few rows.
     cost : Cost
         Where the forwards are counted.
     cache : dict of int to Tensor [T_i, V]
@@ -66,6 +66,7 @@ class ExpectedOutputs:
     version: Version
     tokens: TokenizedExamples
     losses: np.ndarray
+    local: LocalRetraining
     cost: Cost
     cache: dict[int, Tensor] = field(default_factory=dict)
     bytes: int = 0
@@ -75,14 +76,17 @@ class ExpectedOutputs:
 
         The model moves meanwhile, and is back where it was then.
         """
+        exponent = self.exponent
         missing = [row for row in rows.tolist() if row not in self.cache]
         by_row = dict(self.cache)
         if missing:
-            for row, log_q in zip(missing, self._compute(np.array(missing)), strict=True):
-                by_row[row] = log_q
-                if not self.full(log_q.nbytes):
-                    self.cache[row] = log_q.cpu()
-                    self.bytes += log_q.nbytes
+            after, correction, _, counts = self._parts(np.array(missing))
+            log_q = after.add_(correction, alpha=exponent).log_softmax(-1)
+            for row, part in zip(missing, log_q.split(counts), strict=True):
+                by_row[row] = part.clone()
+                if not self.full(part.nbytes):
+                    self.cache[row] = by_row[row].cpu()
+                    self.bytes += part.nbytes
         return torch.cat([by_row[row].to(self.version.model.device) for row in rows.tolist()])
 
     def full(self, more: int = 0) -> bool:
@@ -92,41 +96,38 @@ class ExpectedOutputs:
         """
         return self.bytes + more > CACHE_BYTES // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    def _compute(self, rows: np.ndarray) -> list[Tensor]:
-        """`log q` of some rows, by two forwards of each."""
-        model = self.version.model
-        self.cost.forwards += 2 * len(rows)
-        with model.at(scaled_to(self.version, 0.0)):
-            base, labels, counts = _logits(model, self.tokens, rows)
-        with model.at(self.version.theta):
-            difference, _, _ = _logits(model, self.tokens, rows)
-        difference -= base  # in place: logits [N, V] are the largest tensors of an edit
-        losses = torch.from_numpy(self.losses[rows]).to(base)
-        shares = _adapter_shares(base, difference, labels, counts, losses)
-        by_token = torch.repeat_interleave(shares, torch.tensor(counts, device=base.device))
-        mixed = base.addcmul_(difference, by_token[:, None])
-        return [part.clone() for part in mixed.log_softmax(-1).split(counts)]
+    @cached_property
+    def exponent(self) -> float:
+        """The a at which the mean loss under q is nearest to the expected one."""
+        sums = np.zeros(len(EXPONENTS))
+        for rows in plan_batches(self.tokens, self.version.run.manifest.token_budget):
+            after, correction, labels, counts = self._parts(rows)
+            share = np.repeat(1 / self.tokens.counts[rows], counts)
+            for place, exponent in enumerate(EXPONENTS):
+                log_q = torch.add(after, correction, alpha=exponent)
+                losses = torch.nn.functional.cross_entropy(log_q, labels, reduction="none")
+                sums[place] += float(losses.double().cpu().numpy() @ share)
+        distance = np.abs(sums / len(self.tokens) - self.losses.mean())
+        return EXPONENTS[int(distance.argmin())]
 
+    def _parts(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """`log mean p_after` and `log p_now - log p_before` [N, V], labels `[N]`, tokens a row."""
+        local, model = self.local, self.version.model
+        self.cost.forwards += (2 + len(local.after)) * len(rows)
 
-def _adapter_shares(
-    base: Tensor, difference: Tensor, labels: Tensor, counts: list[int], losses: Tensor
-) -> Tensor:
-    """The shares a [b] of the adapter at which the rows' mean losses are `losses` [b].
+        def log_p(theta: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+            """Log-probabilities with the adapter at `theta`."""
+            with model.at(theta):
+                logits, labels, counts = _logits(model, self.tokens, rows)
+            return logits.log_softmax(-1), labels, counts
 
-    By bisection: the loss falls from the base to the adapter on rows that the adapter was taught.
-    `base` and `difference` are [N, V], `labels` [N], `counts` the rows' tokens.
-    """
-    lengths = torch.tensor(counts, device=base.device)
-    row_of_token = torch.repeat_interleave(torch.arange(len(counts), device=base.device), lengths)
-    low, high = torch.full_like(losses, BEYOND), torch.ones_like(losses)
-    for _ in range(BISECTIONS):
-        half = (low + high) / 2
-        by_token = torch.nn.functional.cross_entropy(
-            base + half[row_of_token, None] * difference, labels, reduction="none"
-        )
-        mean = torch.zeros_like(losses).index_add_(0, row_of_token, by_token) / lengths
-        low, high = torch.where(mean > losses, half, low), torch.where(mean > losses, high, half)
-    return high
+        first, *others = local.after
+        after, labels, counts = log_p(first)
+        for theta in others:
+            after = torch.logaddexp(after, log_p(theta)[0])
+        after -= math.log(len(local.after))
+        correction = log_p(self.version.theta)[0].sub_(log_p(local.before)[0])
+        return after, correction, labels, counts
 
 
 def _logits(

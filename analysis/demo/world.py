@@ -17,6 +17,7 @@ from pathlib import Path
 
 from influence.adapter import AdaptedModel
 from influence.errors import InputError
+from influence.recipe import Recipe
 from influence.rows import Examples
 from influence.run import Run
 
@@ -32,11 +33,14 @@ class World:
         base/, adapter/, train.jsonl, query.jsonl or queries.jsonl, heldout.jsonl.
     kept : Path
         Where the run directory, and whatever a study makes, is written.
+    recipe : Recipe or None
+        How the adapter was trained, where no file beside it says so.
     """
 
     name: str
     folder: Path
     kept: Path
+    recipe: Recipe | None = None
 
     def model(self) -> AdaptedModel:
         """Load the adapter on its base, on the CPU in float32."""
@@ -69,12 +73,12 @@ class World:
     def run(self) -> Run:
         """Fit the default curvature on the training rows, once: the same call finds it finished."""
         import influence
+        from influence.store import write_json
 
-        return influence.fit(
-            self.model(),
-            self.rows("train"),
-            directory=self.kept / "run",
-        )
+        run = influence.fit(self.model(), self.rows("train"), directory=self.kept / "run")
+        if self.recipe is not None:
+            write_json(run.directory / "recipe.json", self.recipe.as_json())
+        return run
 
 
 def worlds() -> list[World]:
@@ -87,7 +91,8 @@ def worlds() -> list[World]:
     if folder := os.environ.get("LORA_INFLUENCE_TESTBED"):
         other = Path(folder).resolve()
         (kept / other.name).mkdir(parents=True, exist_ok=True)
-        made.append(World(other.name, other, kept / other.name))
+        # its README has the recipe, which is the default one
+        made.append(World(other.name, other, kept / other.name, Recipe()))
     return made
 
 

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 
 from analysis.report.verdicts import LEVEL, finite, forgetting, learning
-from unlearn.record.edit_record import EditRecord, RowRecord, nothing
+from unlearn.record.declared import nothing
+from unlearn.record.edit_record import EditRecord, RowRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from analysis.report.groups import Group
 from analysis.report.reading import DONE
 from analysis.report.verdicts import NOT_MEASURED, agreement, damage, finite, forgetting
 from influence.messages import printable
-from unlearn.record.edit_record import EditRecord, nothing
+from unlearn.record.declared import nothing
+from unlearn.record.edit_record import EditRecord
 
 NOT_FINITE = "not a finite number"
 

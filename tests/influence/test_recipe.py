@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -100,6 +101,62 @@ def test_steps_and_epochs_of_a_recipe():
     assert (short.steps(4), short.last_epoch(4)) == (7, 7)  # as a trainer with fewer rows
     assert "max_steps" not in recipe.as_json()
     assert Recipe.of(short.as_json(), "it") == short
+
+
+@pytest.mark.parametrize("max_steps", [None, 1, 2, 3, 5, 6, 7, 23])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 10, 16])
+def test_rows_read_are_those_of_the_batches_one_by_one(batch_size, max_steps):
+    """Of 10 rows, the last batch of an epoch being what is left."""
+    recipe = Recipe(epochs=3, batch_size=batch_size, max_steps=max_steps)
+    sizes = [min(batch_size, 10 - first) for first in range(0, 10, batch_size)]
+    taken = (sizes * 30)[: 3 * len(sizes) if max_steps is None else max_steps]
+    assert recipe.rows_read(10) == sum(taken)
+    assert recipe.steps(10) == len(taken)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "rows", "fewer", "smaller"),
+    [
+        (16, 400, 100, 8),  # a fourth of the rows: half the batch
+        (16, 400, 4, 2),
+        (16, 400, 1, 1),
+        (2, 10**6, 3, 1),  # never below 1
+        (1, 100, 10, 1),
+        (10, 100, 50, 7),  # 7.07
+        (10, 100, 57, 8),  # 7.55
+    ],
+)
+def test_batches_for_fewer_rows_are_smaller_by_the_root_of_the_ratio(
+    batch_size, rows, fewer, smaller
+):
+    recipe = Recipe(batch_size=batch_size, lr=0.5, epochs=3, schedule="cosine", seed=4)
+    found = recipe.for_rows(rows, fewer)
+    assert found == replace(recipe, batch_size=smaller)
+    assert found.rows_read(fewer) == 3 * fewer  # each row as often
+
+
+def test_steps_and_warmup_for_fewer_rows_are_the_same_share_of_the_training():
+    recipe = Recipe(batch_size=16, epochs=8, warmup=20)  # of 25 steps an epoch, 200 in all
+    found = recipe.for_rows(400, 100)  # batches of 8: 13 steps an epoch, 104 in all
+    assert found == replace(recipe, batch_size=8, warmup=10)
+    short = replace(recipe, max_steps=60)  # 2.4 epochs
+    found = short.for_rows(400, 100)
+    assert (found.batch_size, found.max_steps) == (8, 31)  # 2.4 x 13 = 31.2
+    assert found.warmup == 10  # a third of 31, as 20 of 60
+    assert found.rows_read(100) == pytest.approx(2.4 * 100, rel=0.02)
+    assert replace(recipe, max_steps=1).for_rows(400, 1).max_steps == 1  # 0.04 of a step
+
+
+def test_a_recipe_for_as_many_rows_or_more_is_itself():
+    for recipe in (
+        Recipe(warmup=7),
+        Recipe(max_steps=61, warmup=7, batch_size=7),
+        Recipe(max_steps=1),
+        Recipe(batch_size=500, warmup=3),
+    ):
+        assert recipe.for_rows(100, 100) == recipe
+    recipe = Recipe(batch_size=7, epochs=4)
+    assert recipe.for_rows(100, 300) == recipe
 
 
 def test_a_recipe_in_a_folder_says_what_it_is_about(tmp_path):

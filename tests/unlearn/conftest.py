@@ -15,9 +15,11 @@ from influence.row_files import read_examples
 from influence.run import Run
 from tests.conftest import build_model, examples, fit_end, rows
 from tests.helpers import save, write_rows
-from tests.unlearn.edits.helpers import DAMPING, SPECS, GoalRows
+from tests.unlearn.edits.helpers import DAMPING, SPECS, GoalRows, random
 from unlearn.record.losses import measure
 from unlearn.record.version import version
+from unlearn.retraining.local import LocalRetraining
+from unlearn.retraining.recipe import Recipe
 
 
 class Folder(NamedTuple):
@@ -99,6 +101,13 @@ def goal_rows(request, tmp_path_factory) -> GoalRows:
         tokens=tokens,
         targets=measure(run.model, tokens).loss * factors,
         rises=np.arange(7) < 5,
-        removed=np.arange(7) < 3,
+        local=LocalRetraining(
+            before=start.theta + 0.1 * random(1, len(start.theta)).to(start.theta),
+            after=[start.theta + 0.2 * random(i, len(start.theta)).to(start.theta) for i in (2, 3)],
+            near=np.zeros(0, dtype=int),
+            others=np.zeros(0, dtype=int),
+            recipe=Recipe(),
+            row_gradients=0,
+        ),
         tolerance=1e-10 if dtype == torch.float64 else 1e-5,
     )

@@ -6,7 +6,7 @@ import typer
 
 from influence.options import RowsOptions, options_of
 from unlearn.cli import app
-from unlearn.options import ForceOption, HoldoutOption, StartOption
+from unlearn.options import ForceOption, HoldoutOption, RecipeOption, StartOption
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -18,6 +18,7 @@ def taking(options: type) -> set[str]:
 def test_who_takes_them():
     edits = {"remove", "relabel", "correct", "edit"}
     assert taking(RowsOptions) == {"retrain", "remove", "edit", "train", "difficulty"}
+    assert taking(RecipeOption) == edits | {"train", "difficulty"}
     assert taking(StartOption) == taking(ForceOption) == taking(HoldoutOption) == edits | {"train"}
 
 

@@ -127,15 +127,60 @@ def test_a_training_tells_its_rate_and_what_a_finish_kept():
     ]
 
 
+def test_what_was_expected_is_said_with_its_interval_and_price():
+    told = {"loss": 3.1, "low": 2.8, "high": 3.41, "trainings": 3, "row_gradients": 450}
+    assert edit_text(record([row("a")], expected=told)).splitlines()[-1] == (
+        "expected of a model that never saw these rows: 3.10 (2.80 to 3.41), by 3 small trainings "
+        "(450 of the row-gradients)"
+    )
+    for unknown in (None, told | {"low": None}):
+        assert "expected of" not in edit_text(record([row("a")], expected=unknown))
+
+
+@pytest.mark.parametrize(
+    ("kept", "more"), [(0.91, ""), (0.8, "; warning: rounding swallows 20% of the change of the")]
+)
+def test_the_loss_on_merged_weights_is_said(kept, more):
+    shipped = {"dtype": "bfloat16", "edited_before": 1.0, "edited_after": 2.95, "kept": kept}
+    line = edit_text(record([row("a")], shipped=shipped)).splitlines()[-1]
+    said = "merged into the base as bfloat16: mean loss of the edited rows 2.95"
+    assert line == said if not more else line.startswith(said + more)
+    assert "merged" not in edit_text(record([row("a")], shipped=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"delta": {"relative": 0.51}}, "warning: the move has 51% of the adapter's length"),
+        ({"delta": {"relative": 0.49}}, None),
+        ({"guard": {"damage": -0.06}}, "warning: the retained rows' loss fell by 6.0%"),
+        ({"guard": {"damage": -0.04}}, None),
+        (
+            {"cost": {"total": 812.4, "ratio": 4.0, "seconds": 3.6}},
+            "note: retraining takes less work (25% of it) and is the exact answer: unlearn retrain",
+        ),
+        ({"cost": {"total": 812.4, "ratio": 0.99, "seconds": 3.6}}, None),
+    ],
+)
+def test_what_an_edit_should_not_have_done_is_said(changes, said):
+    text = edit_text(record([row("a")], **changes))
+    if said is None:
+        assert "warning" not in text
+        assert "note" not in text
+    else:
+        assert text.splitlines()[-1].startswith(said)
+
+
 def test_control_characters_of_ids_are_not_printed():
     assert "\x1b" not in edit_text(record([row("\x1b[2J", after=1.0)]))
 
 
-def test_a_dry_run_says_what_one_linear_step_would_do():
-    ahead = {
+def dry_run(**cost):
+    """What a dry run of a relabelling says, and costs but for `cost`."""
+    return {
         "kind": "relabel",
         "rows": [
-            row("b", "relabel", before=5.0, after=None, target=0.5, share=None)
+            row("b", "relabel", before=5.0, after=None, target=0.5, share=None, low=None, high=None)
             | {"old_before": 0.4, "old_after": None, "old_target": 2.5, "extraction_after": None}
         ],
         "losses": {
@@ -143,9 +188,13 @@ def test_a_dry_run_says_what_one_linear_step_would_do():
             "retained": {"rows": 2, "before": 0.5, "linear": 0.75},
             "heldout": None,
         },
-        "cost": {"row_gradients": 321, "seconds": 2.4, "ratio": 0.125},
+        "cost": {"row_gradients": 321, "local_retraining": 0, "seconds": 2.4, "ratio": 0.125}
+        | cost,
     }
-    text = dry_run_text(ahead)
+
+
+def test_a_dry_run_says_what_one_linear_step_would_do():
+    text = dry_run_text(dry_run())
     assert text.startswith(
         "dry run: 1 row would be relabelled; nothing was changed or written\n"
         "\n"
@@ -155,11 +204,23 @@ def test_a_dry_run_says_what_one_linear_step_would_do():
         "all of them                    1        5.00        0.50        3.00\n"
         "retained rows (sample)         2        0.50                    0.75\n"
         "\n"
-        "goal: where the edit stops"
+        "linear: what one linear step (--steps 1) is forecast to do"
     )
     assert text.endswith(
         "cost: about 321 row-gradients (12% of retraining), about 2 s here, plus loading"
     )
+
+
+def test_a_dry_run_says_what_its_goal_will_cost_and_when_retraining_is_cheaper():
+    text = dry_run_text(dry_run(local_retraining=200, ratio=1.25))
+    assert (
+        "\ngoal: what a model that never saw the rows would lose. Small trainings tell it, and a "
+        "dry run makes none (200 of the row-gradients).\n"
+    ) in text
+    assert "cost: about 321 row-gradients (125% of retraining)" in text
+    assert text.splitlines()[-1].startswith("note: retraining takes less work (80% of it)")
+    assert text.count("note") == 1
+    assert "note" not in dry_run_text(dry_run(ratio=None))
 
 
 def test_what_to_do_next_names_commands_with_their_folders():

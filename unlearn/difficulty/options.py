@@ -18,16 +18,23 @@ from influence.options import (
     TrustOption,
     option,
 )
+from unlearn.options import RecipeOption
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difficulty(RunOption, RowsOptions, ColumnsOption, DeviceOption, TrustOption, OutputOptions):
+class Difficulty(
+    RunOption, RowsOptions, ColumnsOption, DeviceOption, TrustOption, OutputOptions, RecipeOption
+):
     """Which rows are forecast or measured, and how.
 
     Raises `InputError` for options that do not go together, and for numbers out of range.
     """
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"ids_file": "ids", "columns": "holdout"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {
+        "ids_file": "ids",
+        "columns": "holdout",
+        "recipe": "target",
+    }
 
     out: Path = option("Table to write: .csv or .parquet.")
     ids: str | None = option(
@@ -45,8 +52,8 @@ class Difficulty(RunOption, RowsOptions, ColumnsOption, DeviceOption, TrustOptio
         "Unlearn this many rows (drawn by --seed) and correct the forecasts by them.", default=None
     )
     target: str = option(
-        "Loss to reach: base (the base model's) or unseen (expected by influence; costs hundreds "
-        "of gradients a row).",
+        "Loss to reach: base (the base model's) or unseen (expected by local retrainings, each for "
+        "some ten rows; the work is said before).",
         default="base",
     )
     optimizer: str = option("adam or sgd.", default="adam")
@@ -56,9 +63,7 @@ class Difficulty(RunOption, RowsOptions, ColumnsOption, DeviceOption, TrustOptio
     max_damage: float = option(
         "Share of the retained loss that ascent may cost where it is recommended.", default=0.01
     )
-    holdout: Path | None = option(
-        "Rows the adapter never saw; measured too, and used by --target unseen.", default=None
-    )
+    holdout: Path | None = option("Rows the adapter never saw; measured too.", default=None)
     seed: int = option("Draws the retained sample, and the rows of --calibrate.", default=0)
 
     def __post_init__(self) -> None:
@@ -71,8 +76,9 @@ class Difficulty(RunOption, RowsOptions, ColumnsOption, DeviceOption, TrustOptio
         at_least("--looks", self.looks, 1)
         at_least("--seed", self.seed, 0)
         at_least("--max-damage", self.max_damage, 0)
-        if self.holdout is not None and not measuring and self.target == "base":
+        if self.holdout is not None and not measuring:
             raise InputError(
-                "--holdout was given: it is for --target unseen, --measure or --calibrate; "
-                "leave it out here"
+                "--holdout was given: it is for --measure or --calibrate; leave it out here"
             )
+        if self.recipe is not None and self.target == "base":
+            raise InputError("--recipe was given: it is for --target unseen; leave it out here")

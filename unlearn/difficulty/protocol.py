@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from influence.errors import InputError
+from influence.recipe import Recipe
 from unlearn.difficulty.optimizers import OPTIMIZERS, Optimizer
 
 #: Losses that an ascent can be asked to reach.
@@ -22,11 +24,14 @@ class Protocol:
     lr
         Learning rate; None: the optimizer's own (1e-4 for adam, 5e-3 for sgd).
     target
-        `base`: the base model's loss on the row; `unseen`: the loss that `unlearn.unseen` expects
-        of a model that never saw the row but saw the others. A group's target is the mean of its
-        rows'.
+        `base`: the base model's loss on the row; `unseen`: the loss that a local retraining expects
+        of a model that never saw the row but saw the others (`unlearn.retraining.local`). A group's
+        target is the mean of its rows'.
     steps
         The most steps that are taken.
+    recipe
+        How the run's adapter was trained, for the target `unseen`; None: as recorded, else
+        estimated.
 
     Raises `InputError` for anything else.
     """
@@ -35,6 +40,7 @@ class Protocol:
     lr: float | None = None
     target: str = "base"
     steps: int = 200
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.optimizer, Optimizer) and self.optimizer not in OPTIMIZERS:
@@ -63,11 +69,14 @@ class Protocol:
         """The learning rate."""
         return self.rule.rate if self.lr is None else self.lr
 
-    def record(self) -> dict[str, str | float | int]:
-        """The protocol as a file keeps it."""
-        return {
+    def record(self) -> dict[str, Any]:
+        """The protocol as a file keeps it; the recipe where one was given and targets follow it."""
+        record: dict[str, Any] = {
             "optimizer": str(self.rule),
             "lr": self.rate,
             "target": self.target,
             "steps": self.steps,
         }
+        if self.recipe is not None and self.target == "unseen":
+            record["recipe"] = {**self.recipe.as_json(), "betas": list(self.recipe.betas)}
+        return record

@@ -33,6 +33,7 @@ import torch
 
 from influence.damping import Damping
 from influence.errors import NumericalError
+from influence.recipe import Recipe
 from influence.rows import Examples
 from influence.run import Run
 from influence.solvers import Solver
@@ -42,8 +43,9 @@ from unlearn.record.before_after import report, rows_of
 from unlearn.record.numbers import mean_or_none, sum_or_none
 from unlearn.record.sample import GUARD_ROWS
 from unlearn.record.save import Edit
+from unlearn.retraining.estimate import MOST_GRADIENTS
+from unlearn.retraining.recipe import given_or_recorded
 from unlearn.stopping import EditRule
-from unlearn.unseen import expected_losses
 
 
 def remove(
@@ -54,6 +56,7 @@ def remove(
     steps: int = STEPS,
     until: str | EditRule = "expected",
     max_damage: float = 0.1,
+    recipe: str | Path | Recipe | None = None,
     rest: int = REST,
     curvature: str | None = None,
     damping: str | Damping | None = None,
@@ -70,6 +73,7 @@ def remove(
         steps=steps,
         until=until,
         max_damage=max_damage,
+        recipe=recipe,
         rest=rest,
         curvature=curvature,
         damping=damping,
@@ -89,6 +93,7 @@ def relabel(
     steps: int = STEPS,
     until: str | EditRule = "expected",
     max_damage: float = 0.1,
+    recipe: str | Path | Recipe | None = None,
     rest: int = REST,
     curvature: str | None = None,
     damping: str | Damping | None = None,
@@ -106,6 +111,7 @@ def relabel(
         steps=steps,
         until=until,
         max_damage=max_damage,
+        recipe=recipe,
         rest=rest,
         curvature=curvature,
         damping=damping,
@@ -125,6 +131,7 @@ def correct(
     steps: int = STEPS,
     until: str | EditRule = "expected",
     max_damage: float = 0.1,
+    recipe: str | Path | Recipe | None = None,
     rest: int = REST,
     curvature: str | None = None,
     damping: str | Damping | None = None,
@@ -142,6 +149,7 @@ def correct(
         steps=steps,
         until=until,
         max_damage=max_damage,
+        recipe=recipe,
         rest=rest,
         curvature=curvature,
         damping=damping,
@@ -163,6 +171,7 @@ def edit(
     steps: int = STEPS,
     until: str | EditRule = "expected",
     max_damage: float = 0.1,
+    recipe: str | Path | Recipe | None = None,
     rest: int = REST,
     curvature: str | None = None,
     damping: str | Damping | None = None,
@@ -182,9 +191,8 @@ def edit(
     remove, relabel, correct
         Ids that go, `{id: completion}`, and `{id: {"prompt": ..., "completion": ...}}`.
     holdout
-        Rows that the adapter never saw. They tell what an unseen row's loss is, and are measured
-        before and after.
-    steps, until, max_damage, rest, curvature, damping, at, solver, start, seed
+        Rows that the adapter never saw, measured before and after.
+    steps, until, max_damage, recipe, rest, curvature, damping, at, solver, start, seed
         As in `Options`.
 
     Raises
@@ -199,6 +207,7 @@ def edit(
         steps=steps,
         until=until,
         max_damage=max_damage,
+        recipe=recipe,
         rest=rest,
         curvature=curvature,
         damping=damping,
@@ -220,6 +229,7 @@ def forecast(
     steps: int = STEPS,
     until: str | EditRule = "expected",
     max_damage: float = 0.1,
+    recipe: str | Path | Recipe | None = None,
     rest: int = REST,
     curvature: str | None = None,
     damping: str | Damping | None = None,
@@ -237,6 +247,7 @@ def forecast(
         steps=steps,
         until=until,
         max_damage=max_damage,
+        recipe=recipe,
         rest=rest,
         curvature=curvature,
         damping=damping,
@@ -260,14 +271,15 @@ def _edit(
     begun = time.monotonic()
     work = prepare(run, remove, relabel, correct, holdout, options)
     before = work.measure(work.version.theta)
-    expected = expected_losses(work.change, before.old.loss, work.heldout, before.unseen, work.cost)
-    targets = work.targets(expected, before)
+    expected = work.expected(before)
+    targets = work.targets(expected)
     if options.one_shot:
         ending = work.one_shot()
     elif options.rule.kind == "converged":
         ending = work.converged()
     else:
-        ending = work.relinearised(targets, before)
+        ending = work.relinearised(targets, before, expected)
+    base = work.base_losses() if expected is None else expected.base
     delta = ending.theta - work.version.theta
     # The saved move is delta: what is measured is what a reader of it will get, bit for bit.
     theta = work.version.theta + delta
@@ -286,6 +298,7 @@ def _edit(
         delta,
         before,
         after,
+        base,
         expected,
         targets,
         linear,
@@ -300,20 +313,21 @@ def _edit(
 def _forecast(work: PreparedEdit) -> dict[str, Any]:
     """The dry run of an edit, as the command prints it."""
     before = work.measure(work.version.theta)
-    begun, forwards = time.monotonic(), work.cost.forwards
-    expected = expected_losses(work.change, before.old.loss, work.heldout, before.unseen, work.cost)
-    targets = work.targets(expected, before)
+    forwards, spent, begun = work.cost.forwards, work.cost.total, time.monotonic()
     delta = work.one_shot().theta - work.version.theta
     linear = work.forecast(delta, None)
-    spent, seconds = work.cost.total, max(time.monotonic() - begun, 1e-3)
-    ahead = _work_ahead(work, len(work.goals(targets, before).tokens), forwards)
-    # The clock began after the forwards of the measurement.
-    seconds_each = seconds / max(spent - forwards / 3, 1.0)
+    seconds_each = max(time.monotonic() - begun, 1e-3) / max(work.cost.total - spent, 1.0)
+    base, targets = work.base_losses(), work.targets(None)
+    local = work.local_plan()
+    goal = 0 if local is None else local.row_gradients
+    if local is not None and given_or_recorded(work.run, work.given_recipe) is None:
+        goal += MOST_GRADIENTS
+    ahead = _work_ahead(work, forwards) + goal
     edited, retained, heldout = before.edited, before.retained, before.heldout
     return {
         "kind": work.change.kind,
         "requests": [request.record() for request in work.change.requests],
-        "rows": [row.as_json() for row in rows_of(work, before, None, expected, targets)],
+        "rows": [row.as_json() for row in rows_of(work, before, None, base, None, targets)],
         "losses": {
             "edited": {
                 "rows": len(work.change.rows),
@@ -327,6 +341,7 @@ def _forecast(work: PreparedEdit) -> dict[str, Any]:
         "residual": work.residual,
         "cost": {
             "row_gradients": round(ahead),
+            "local_retraining": goal,
             "seconds": round(ahead * seconds_each, 1),
             **work.retraining(ahead),
         },
@@ -340,10 +355,10 @@ def _foreseen(losses: np.ndarray, change: float | None) -> dict[str, Any]:
     return {"rows": len(losses), "before": before, "linear": sum_or_none(before, change)}
 
 
-def _work_ahead(work: PreparedEdit, goals: int, forwards: int) -> float:
-    """Row-gradients that the edit will cost, what its dry run has cost among them.
+def _work_ahead(work: PreparedEdit, forwards: int) -> float:
+    """Row-gradients that the edit will cost besides its local retraining, its dry run among them.
 
-    `goals`: rows that are not at their target; `forwards`: rows that a measurement runs.
+    `forwards`: rows that a measurement runs.
     """
     options, change, ahead = work.options, work.change, work.cost.total
     steps = min(options.steps, USUAL_STEPS)
@@ -355,6 +370,7 @@ def _work_ahead(work: PreparedEdit, goals: int, forwards: int) -> float:
         # A step runs the goals, the drawn retained rows (once more forward where they are new), and
         # solves for both parts.
         retained = min(options.rest, len(change.rest))
+        goals = len(change.rows) + len(change.new)
         ahead += steps * (goals + 4 / 3 * retained + 2 * work.solving)
     ahead += (GUARD_ROWS + 2 * len(change.rows) + forwards) / 3
     return ahead

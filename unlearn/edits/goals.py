@@ -52,21 +52,18 @@ class Goals:
     Attributes
     ----------
     tokens : TokenizedExamples
-        m rows: removed, replaced, and new contents.
+        m rows: those that go or change, and new contents.
     targets : float64 array [m]
         Mean losses to reach, nats per completion token.
     rises : bool array [m]
-        Whether the loss should rise to its target (removed and replaced) or fall to it (new).
-    removed : bool array [m]
-        Rows whose outputs are drawn to `outputs` as well.
+        Whether the loss should rise to its target (rows that go or change) or fall to it (new).
     outputs : ExpectedOutputs or None
-        Of these very rows.
+        Of these very rows, which their outputs are drawn to as well.
     """
 
     tokens: TokenizedExamples
     targets: np.ndarray
     rises: np.ndarray
-    removed: np.ndarray
     outputs: ExpectedOutputs | None = None
 
     def gaps(self, losses: np.ndarray) -> np.ndarray:
@@ -74,10 +71,14 @@ class Goals:
         return np.maximum(0, _missing(losses, self.targets, self.rises))
 
     def reached(self, losses: np.ndarray) -> bool:
-        """Whether the rows that rise, and those that fall, are on average near their targets."""
-        gaps, sides = self.gaps(losses), (self.rises, ~self.rises)
+        """Whether the rows that rise, and those that fall, are on average near their targets.
+
+        Or beyond: a row that is short of its own target is made up for by one that is past it,
+        because two retrained models differ on single rows as much.
+        """
+        missing, sides = _missing(losses, self.targets, self.rises), (self.rises, ~self.rises)
         return all(
-            gaps[side].mean() <= NEAR * self.targets[side].mean() for side in sides if side.any()
+            missing[side].mean() <= NEAR * self.targets[side].mean() for side in sides if side.any()
         )
 
     def merit(self, model: AdaptedModel, *, token_budget: int, cost: Cost) -> Merit:
@@ -94,8 +95,8 @@ class Goals:
             # Outputs that are not in memory move the model, which no graph may see.
             nonlocal log_q
             log_q = None
-            if self.outputs is not None and self.removed[rows].any():
-                log_q = self.outputs.of(rows[self.removed[rows]])
+            if self.outputs is not None:
+                log_q = self.outputs.of(rows)
 
         def by_logits(rows: np.ndarray, part: Supervised) -> Tensor:
             targets, rises = self.targets[rows], self.rises[rows]
@@ -108,12 +109,9 @@ class Goals:
             probs = probabilities(part.logits)
             gradient = loss_gradient(probs, part.targets) * repeated_over_tokens(slope, part, probs)
             if log_q is not None:
-                of_removed = torch.from_numpy(np.repeat(self.removed[rows], part.counts))
-                of_removed = of_removed.to(probs.device)
-                divergence = _divergence(log_q, part, of_removed)
+                divergence = _divergence(log_q, part)
                 values[rows] += share[rows] * (divergence / tokens.counts[rows])
-                difference = probs[of_removed] - log_q.exp().to(probs)
-                gradient[of_removed] += difference * (per_token / unit)
+                gradient += (probs - log_q.exp().to(probs)) * (per_token / unit)
             return gradient
 
         gradient = summed_gradient(
@@ -145,13 +143,8 @@ def _hinge(x: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return value, np.clip(x / width, 0, 1)
 
 
-def _divergence(log_q: Tensor, part: Supervised, of_removed: Tensor) -> np.ndarray:
-    """`KL(q || p)` summed over each row's tokens, `[b]`.
-
-    It is 0 for rows that are not removed. `log_q` [R, V] holds the removed rows' tokens, which are
-    those at the positions `of_removed` [N] of the batch.
-    """
-    log_p = torch.log_softmax(part.logits[of_removed].to(log_q), -1)
-    by_token = torch.zeros(len(of_removed), dtype=log_q.dtype, device=log_q.device)
-    by_token[of_removed] = (log_q.exp() * (log_q - log_p)).sum(-1)
+def _divergence(log_q: Tensor, part: Supervised) -> np.ndarray:
+    """`KL(q || p)` summed over each row's tokens, `[b]`."""
+    log_p = torch.log_softmax(part.logits.to(log_q), -1)
+    by_token = (log_q.exp() * (log_q - log_p)).sum(-1)
     return part.per_example(by_token).double().cpu().numpy()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from influence.errors import InputError
 from influence.options import CurvatureOptions, option
-from unlearn.options import StartOption
+from unlearn.options import RecipeOption, StartOption
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     from influence.solvers import Solver
@@ -23,12 +23,12 @@ REST = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(StartOption, CurvatureOptions):
+class Options(StartOption, RecipeOption, CurvatureOptions):
     """How an edit is made.
 
     The help beside each field says what it is. `until` and `solver` may also be objects. With
-    `expected`, removed rows reach the loss that a model which never saw them would have, and new
-    contents the retained rows' mean loss.
+    `expected`, the rows reach the losses of a model that was trained on them as they are after the
+    edit (`unlearn.unseen`); `recipe` may be a `Recipe` or the path of one.
 
     Raises `InputError` for a value that no edit can be made with.
     """
@@ -36,6 +36,7 @@ class Options(StartOption, CurvatureOptions):
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
         "curvature": "rest",
         "damping": "curvature",
+        "recipe": "max_damage",
         "start": "solver",
     }
 

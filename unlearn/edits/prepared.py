@@ -22,6 +22,7 @@ from influence.at_point import AtPoint
 from influence.curvature import Damped
 from influence.errors import InputError, NumericalError
 from influence.gradients import loss_sum_gradient
+from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
 from influence.setting import Setting
@@ -36,8 +37,11 @@ from unlearn.record.before_after import Evidence, State, Targets, by_request
 from unlearn.record.change import concatenated, plan, refuse_text, say_copies
 from unlearn.record.sample import unseen_rows
 from unlearn.record.version import version
+from unlearn.retraining.local import Plan, planned
+from unlearn.retraining.recipe import Recipe, given_or_recorded
+from unlearn.retraining.retrain import refuse_unrepeatable
 from unlearn.stopping import Ending
-from unlearn.unseen import Expected, middle_point, scaled_to
+from unlearn.unseen import Expected, expected_losses, middle_point, scaled_to
 from unlearn.unseen_outputs import ExpectedOutputs
 
 
@@ -73,8 +77,11 @@ def prepare(
         heldout=unseen_rows(start.run, holdout, start.rows, change.after),
         max_damage=options.max_damage,
         seed=options.seed,
+        given_recipe=options.recipe,
         setting=setting,
     )
+    for point, operator in setting.each():
+        make_solver(point, options.solver, operator)  # refuses what it cannot solve
     if options.rule.kind == "converged":
         prepared.refuse_unless_at_the_end()
     return prepared
@@ -105,15 +112,50 @@ class PreparedEdit(Evidence):
     tolerance: float | None = None
     solving: float = 0.0
 
-    def targets(self, expected: Expected, before: State) -> Targets:
-        """The losses to reach: the expected ones, and for new contents the retained rows' mean."""
+    def expected(self, before: State) -> Expected | None:
+        """What a model trained on the rows as they are after the edit would lose on them.
+
+        None where no step looks at it (the linear answer, `converged`), and where the adapter
+        cannot be trained from a fresh start but the rule does without.
+        """
+        options, rule = self.options, self.options.rule
+        if options.one_shot or rule.kind == "converged":
+            return None
+        if rule.kind != "expected":
+            try:
+                refuse_unrepeatable(self.version.model)
+            except InputError as error:
+                say(f"note: rows are raised by their own losses alone: {error}")
+                return None
+        return expected_losses(
+            self.change,
+            self.recipe,
+            before.old.loss,
+            before.new.loss,
+            self.cost,
+            seed=options.seed,
+        )
+
+    def local_plan(self) -> Plan | None:
+        """The local retraining that the edit would make, None where it makes none."""
+        if self.options.one_shot or self.options.rule.kind == "converged":
+            return None
+        recipe = given_or_recorded(self.run, self.given_recipe) or Recipe()
+        try:
+            return planned(self.change, recipe, seed=self.options.seed)
+        except InputError:
+            if self.options.rule.kind == "expected":
+                raise
+            return None
+
+    def targets(self, expected: Expected | None) -> Targets:
+        """The losses to reach: the expected ones, or the one that was asked for; NaN: none."""
         change, rule = self.change, self.options.rule
-        # Where every row is changed, none is retained: the changed rows' own mean stands in.
-        usual = before.retained.loss if len(self.sample) else before.old.loss
-        new = np.full(len(change.new), usual.mean())
-        old = expected.expected
+        s, r = len(change.rows), len(change.new)
+        goals = np.full(s + r, np.nan) if expected is None else expected.expected
         if rule.kind == "loss" and rule.value is not None:
-            new, old = np.full_like(new, rule.value), np.where(change.replaced, old, rule.value)
+            goals = np.full(s + r, rule.value)
+        old, new = goals[:s], goals[s:]
         return Targets(old, new, by_request(change, old, new))
 
     # -- curvature
@@ -178,32 +220,32 @@ class PreparedEdit(Evidence):
             delta += factor * self.solve(point, operator, gradient)
         return Ending(version.theta + delta, [], "one step, the linear answer", True)
 
-    def goals(self, targets: Targets, before: State) -> Goals:
+    def goals(self, targets: Targets, before: State, expected: Expected | None) -> Goals:
         """The rows that are not at their target yet.
 
-        Removed and replaced rows rise to theirs, new contents fall to theirs. Rows that are there
+        Rows that go or change rise to theirs, new contents fall to theirs. Rows that are there
         already would only be held, at the price of their gradients in every step.
         """
         change = self.change
         tokens = concatenated(change.old, change.new)
         goals = np.concatenate([targets.old, targets.new])
         rises = np.arange(len(tokens)) < len(change.rows)
-        removed = np.concatenate([~change.replaced, np.zeros(len(change.new), dtype=bool)])
         losses = np.concatenate([before.old.loss, before.new.loss])
-        active = np.flatnonzero(Goals(tokens, goals, rises, removed).gaps(losses) > 0)
-        tokens, goals, removed = tokens.select(active), goals[active], removed[active]
-        outputs = None
-        if removed.any():
-            outputs = ExpectedOutputs(self.version, tokens, goals, self.cost)
-        return Goals(tokens, goals, rises[active], removed, outputs)
+        active = np.flatnonzero(Goals(tokens, goals, rises).gaps(losses) > 0)
+        tokens, outputs = tokens.select(active), None
+        if expected is not None and len(active):
+            outputs = ExpectedOutputs(
+                self.version, tokens, expected.expected[active], expected.local, self.cost
+            )
+        return Goals(tokens, goals[active], rises[active], outputs)
 
-    def relinearised(self, targets: Targets, before: State) -> Ending:
+    def relinearised(self, targets: Targets, before: State, expected: Expected | None) -> Ending:
         """Steps until the stopping rule holds."""
         options, tokens = self.options, self.version.tokens.select(self.change.rest)
         return walk(
             self.version.model,
             self.version.theta,
-            self.goals(targets, before),
+            self.goals(targets, before, expected),
             RetainedRows(tokens, options.rest, options.seed, options.max_damage),
             self.precondition,
             until=options.rule,

@@ -56,8 +56,9 @@ from unlearn.record.before_after import State, Targets, report
 from unlearn.record.change import refuse_text
 from unlearn.record.save import Edit
 from unlearn.retraining.recipe import Recipe
+from unlearn.retraining.retrain import gradients_kept
 from unlearn.stopping import NEAR, Ending
-from unlearn.unseen import Expected, expected_losses
+from unlearn.unseen import Expected
 from unlearn.unseen_outputs import ExpectedOutputs
 
 #: Rise of the retained rows' loss, relative, that a training is warned of. A choice.
@@ -80,6 +81,7 @@ def train(
     restart: bool = False,
     start: str | Path | None = None,
     until: str | None = None,
+    recipe: str | Path | Recipe | None = None,
     lr: float | str | None = None,
     stride: float | None = None,
     steps: int | None = None,
@@ -139,6 +141,7 @@ def train(
     options = Options(
         start=start,
         until=until,
+        recipe=recipe,
         lr=lr,
         stride=stride,
         steps=steps,
@@ -164,7 +167,8 @@ def _measured_training(work: Work, checkpoint: Checkpoint) -> Edit:
     """Train, measure the rows before and after, and put it all on record."""
     before = work.measure(work.version.theta)
     expected = work.expected(before)
-    goals = work.goals(expected, before)
+    base = work.base_losses() if expected is None else expected.base
+    goals = work.goals(base, expected, before)
     training = Training(work, before, expected, goals, checkpoint)
     ending, share = training.run()
     # As it is saved: old + delta, which may differ in the last bit from where the steps ended.
@@ -186,6 +190,7 @@ def _measured_training(work: Work, checkpoint: Checkpoint) -> Edit:
         delta,
         before,
         after,
+        base,
         expected,
         goals,
         linear,
@@ -229,8 +234,8 @@ class Training:
     work : Work
         What is trained, and how.
     before, expected, goals
-        The rows' losses: measured before, expected of a model that never saw the forget rows, and
-        those that the forget rows should reach.
+        The rows' losses: measured before, expected of a model that never saw the forget rows (None
+        where nothing looks at them), and those that the forget rows should reach.
     checkpoint : Checkpoint
         Where its state is kept.
     progress : Progress
@@ -239,7 +244,7 @@ class Training:
 
     work: Work
     before: State
-    expected: Expected
+    expected: Expected | None
     goals: Targets
     checkpoint: Checkpoint
     progress: Progress = field(default_factory=Progress)
@@ -254,7 +259,7 @@ class Training:
         with (
             model.at(work.version.theta),
             model.evaluating(model.parameters),
-            _gradients_kept(model),
+            gradients_kept(model),
             _layers_recomputed(model),
             frozen(model) as reference,
         ):
@@ -306,13 +311,13 @@ class Training:
         return forget, batches(work.method.retain, work.retained, Target(), size, RETAIN_STREAM)
 
     def _expected_outputs(self) -> Callable[[np.ndarray], Tensor]:
-        """`log q` of forget rows, as influence predicts it."""
+        """`log q` of forget rows: what a model that never saw them might say."""
         work, expected = self.work, self.expected
-        if np.isnan(expected.rho):  # neither the stopping rule nor the target said so before
-            expected = expected_losses(
-                work.change, expected.now, work.heldout, self.before.unseen, work.cost
-            )
-        outputs = ExpectedOutputs(work.version, work.forget, expected.expected, work.cost)
+        if expected is None:  # neither the stopping rule nor the target said so before
+            expected = work.local_expectation(self.before)
+        outputs = ExpectedOutputs(
+            work.version, work.forget, expected.expected, expected.local, work.cost
+        )
         # All at once, so that they do not depend on which rows a step has first.
         for rows in plan_batches(work.forget, work.budget):
             if not outputs.full():
@@ -445,17 +450,6 @@ def _layers_recomputed(model: AdaptedModel) -> Iterator[None]:
         {layer: partial(recomputed, layer.forward, use_reentrant=False) for layer in layers}
     ):
         yield
-
-
-@contextmanager
-def _gradients_kept(model: AdaptedModel) -> Iterator[None]:
-    """Give the parameters' `.grad` back as it was when the block ends."""
-    gradients = [parameter.grad for parameter in model.parameters]
-    try:
-        yield
-    finally:
-        for parameter, gradient in zip(model.parameters, gradients, strict=True):
-            parameter.grad = gradient
 
 
 def rate_of_stride(

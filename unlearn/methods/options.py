@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from influence.errors import InputError
 from influence.options import option
-from unlearn.options import StartOption
+from unlearn.options import RecipeOption, StartOption
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     import torch
@@ -25,7 +25,7 @@ def learning_rate(text: str) -> float | str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(StartOption):
+class Options(StartOption, RecipeOption):
     """How a method is run.
 
     The help beside each field says what it is. Where a field is None the method's own value holds;
@@ -35,7 +35,7 @@ class Options(StartOption):
     Raises `InputError` for a value that no training can be run with.
     """
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"start": "max_damage"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"start": "max_damage", "recipe": "until"}
 
     until: str | None = option(
         "base (the rows' loss reaches the base model's; the usual default), expected, loss=X, "

@@ -26,7 +26,7 @@ from unlearn.record.change import Change, plan
 from unlearn.record.sample import unseen_rows
 from unlearn.record.version import version
 from unlearn.stopping import TrainingRule
-from unlearn.unseen import Expected, expected_losses, scaled_to
+from unlearn.unseen import Expected, expected_losses
 
 
 @dataclass(eq=False, kw_only=True)
@@ -77,27 +77,29 @@ class Work(Evidence):
         """Length of the first step's move over the adapter's."""
         return self.method.stride if self.options.stride is None else self.options.stride
 
-    def expected(self, before: State) -> Expected:
-        """The forget rows' losses under the base, and expected of a model that never saw them.
+    def expected(self, before: State) -> Expected | None:
+        """What a model that never saw the forget rows would lose on them.
 
-        The latter only where the stopping rule or the target needs them, else NaN.
+        None where neither the stopping rule nor the target looks at it.
         """
-        if self.stop.kind == "expected" or self.method.target_rule.expected:
-            return expected_losses(
-                self.change, before.old.loss, self.heldout, before.unseen, self.cost
-            )
-        with self.version.model.at(scaled_to(self.version, 0.0)) as model:
-            base = mean_losses(model, self.forget, token_budget=self.budget)
-        self.cost.forwards += len(base)
-        unknown = np.full(len(base), np.nan)
-        return Expected(before.old.loss, base, unknown, float("nan"), np.zeros(0))
+        return self.local_expectation(before) if self.needs_expected else None
 
-    def goals(self, expected: Expected, before: State) -> Targets:
+    @property
+    def needs_expected(self) -> bool:
+        """Whether the stopping rule or the target looks at the expected losses."""
+        return self.stop.kind == "expected" or self.method.target_rule.expected
+
+    def local_expectation(self, before: State) -> Expected:
+        """The same, by a local retraining, whoever asks."""
+        losses, recipe = before.old.loss, self.recipe
+        return expected_losses(self.change, recipe, losses, np.zeros(0), self.cost, seed=self.seed)
+
+    def goals(self, base: np.ndarray, expected: Expected | None, before: State) -> Targets:
         """The losses that the forget rows should reach, from one process for all."""
-        goal = np.asarray(distributed.first(np.maximum(expected.now, expected.base)))
+        goal = np.asarray(distributed.first(np.maximum(before.old.loss, base)))
         if self.stop.kind == "loss" and self.stop.value is not None:
             goal = np.full_like(goal, self.stop.value)
-        elif self.stop.kind == "expected":
+        elif self.stop.kind == "expected" and expected is not None:
             goal = np.asarray(distributed.first(expected.expected))
         return Targets(goal, np.zeros(0), goal)
 
@@ -220,6 +222,7 @@ def prepare(
         heldout=unseen_rows(start.run, holdout, start.rows, change.after),
         max_damage=float("inf") if options.max_damage is None else options.max_damage,
         seed=options.seed,
+        given_recipe=options.recipe,
         method=method,
         options=options,
         stop=stop,

@@ -177,6 +177,8 @@ def request(work: Work) -> dict[str, Any]:
         "held-out rows": None if work.holdout is None else work.holdout.digest,
         **{key: value for key, value in description.items() if key not in NOT_COMPARED},
     }
+    if work.needs_expected:
+        depends_on["recipe"] = work.recipe.as_json()
     return json.loads(json.dumps(depends_on, default=str))
 
 

@@ -229,7 +229,7 @@ def refusals(setup: Setup) -> Target:
 
 @partial(TargetRule, reference=True, expected=True)
 def predicted(setup: Setup) -> Target:
-    """The outputs that influence predicts of a model which never saw the rows."""
+    """The outputs that a local retraining expects of a model which never saw the rows."""
     return Target(wanted=setup.predicted())
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from unlearn.record.edit_record import (
     Digest,
     EditedLosses,
     EditRecord,
+    Expectation,
     GradientNorms,
     Guard,
     HeldOutLosses,
@@ -45,16 +47,19 @@ from unlearn.record.edit_record import (
     Residual,
     RetainedLosses,
     RowRecord,
+    ShippedRecord,
     TrainingRows,
     WalkStep,
 )
 from unlearn.record.losses import Measured, measure
 from unlearn.record.numbers import mean_or_none, number_or_none, sum_or_none
 from unlearn.record.sample import guard_sample
+from unlearn.record.shipped import DTYPE, as_shipped
 from unlearn.record.version import Version
-from unlearn.retraining.recipe import recorded_recipe
+from unlearn.retraining.estimate import known_or_estimated
+from unlearn.retraining.recipe import Recipe, given_or_recorded
 from unlearn.stopping import Ending
-from unlearn.unseen import Expected, scaled_to
+from unlearn.unseen import Expected, base_losses, scaled_to
 
 #: Rows of each kind whose gradient gives the linear forecast and the norm of the objective's
 #: gradient (a choice).
@@ -107,8 +112,8 @@ class LinearForecast:
 class Evidence:
     """An edit in the making: what is changed, what is measured beside it, and its cost so far.
 
-    `holdout` are the held-out rows and `heldout` their tokens; `max_damage` and `seed` are as in
-    the edit's options.
+    `holdout` are the held-out rows and `heldout` their tokens; `max_damage`, `seed` and
+    `given_recipe` are as in the edit's options.
     """
 
     version: Version
@@ -117,6 +122,7 @@ class Evidence:
     heldout: TokenizedExamples | None
     max_damage: float
     seed: int
+    given_recipe: str | Path | Recipe | None = None
     cost: Cost = field(default_factory=Cost)
 
     @property
@@ -128,6 +134,11 @@ class Evidence:
     def budget(self) -> int:
         """Tokens that run at a time."""
         return self.run.manifest.token_budget
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How the run's adapter was trained: as given, as recorded, or estimated, which is said."""
+        return known_or_estimated(self.version, self.given_recipe, self.cost)
 
     @cached_property
     def sample(self) -> np.ndarray:
@@ -143,6 +154,10 @@ class Evidence:
             retained = measure(model, self.version.tokens.select(self.sample), **options)
             heldout = None if self.heldout is None else measure(model, self.heldout, **options)
         return State(old, new, retained, heldout, by_request(change, old.loss, new.loss))
+
+    def base_losses(self) -> np.ndarray:
+        """Losses of the changed rows and of the new contents under the base alone, `[m]`."""
+        return base_losses(self.version, concatenated(self.change.old, self.change.new), self.cost)
 
     def since_the_fit(self, after: State) -> float | None:
         """Relative rise of the retained sample's loss since the run's own adapter.
@@ -200,14 +215,10 @@ class Evidence:
 
         None where the recipe is not recorded.
         """
-        recipe = recorded_recipe(self.run)
+        recipe = given_or_recorded(self.run, self.given_recipe)
         if recipe is None:
             return {"retraining": None, "ratio": None}
-        rows = len(self.change.after)
-        # rows a training reads: whole epochs, or a number of steps
-        total = rows * recipe.epochs
-        if recipe.max_steps is not None:
-            total = recipe.max_steps * min(recipe.batch_size, rows)
+        total = recipe.rows_read(len(self.change.after))
         return {"retraining": total, "ratio": spent / total}
 
 
@@ -222,13 +233,20 @@ def rows_of(
     work: Evidence,
     before: State,
     after: State | None,
-    expected: Expected,
+    base: np.ndarray,
+    expected: Expected | None,
     targets: Targets,
     comparable: np.ndarray | None = None,
 ) -> tuple[RowRecord, ...]:
-    """What was measured of each request, with its rank among the losses `comparable`."""
-    replaced, base = work.change.replaced, by_request(work.change, expected.base, expected.new_base)
+    """What was measured of each request, with its rank among the losses `comparable`.
+
+    `base` [m]: losses of the changed rows and of the new contents under the base alone.
+    """
+    replaced, s = work.change.replaced, len(work.change.rows)
     place_of_new = np.cumsum(replaced) - 1
+    unknown = np.full(len(base), np.nan)
+    low, high = (unknown, unknown) if expected is None else expected.intervals()
+    base, low, high = (by_request(work.change, v[:s], v[s:]) for v in (base, low, high))
 
     def record(place: int, request: Request) -> RowRecord:
         """What was measured of one request."""
@@ -252,7 +270,9 @@ def rows_of(
             after=None if last is None else float(last.loss[at]),
             target=number_or_none(float(targets.edited[place])),
             base=float(base[place]),
-            share=number_or_none(float(expected.shares[place])),
+            share=None,
+            low=number_or_none(float(low[place])),
+            high=number_or_none(float(high[place])),
             extraction_before=float(first.extraction[at]),
             extraction_after=None if last is None else float(last.extraction[at]),
             rank=rank,
@@ -270,7 +290,8 @@ def report(
     delta: Tensor,
     before: State,
     after: State,
-    expected: Expected,
+    base: np.ndarray,
+    expected: Expected | None,
     targets: Targets,
     linear: LinearForecast,
     seconds: float,
@@ -279,7 +300,7 @@ def report(
 
     `method` are the settings by name, `residual` the linear solves' residual and tolerance,
     `ending` where the steps led, `delta` [P] the whole move, and `seconds` the time that all of it
-    took.
+    took; `base` and `expected` as in `rows_of`.
     """
     run, version, change = work.run, work.version, work.change
     with version.model.at(version.theta + delta) as model:
@@ -309,16 +330,18 @@ def report(
             removed=tuple(change.lineage["removed"]),
             changed=tuple(change.lineage["changed"]),
         ),
-        method=MethodRecord.of(method | {"rho": number_or_none(expected.rho)}),
+        method=MethodRecord.of(method),
         residual=Residual(**residual, objective=linear.objective),
         stopped=ending.stopped,
         reached=ending.reached,
         steps=tuple(WalkStep(**asdict(step)) for step in ending.steps),
         delta=Move(norm=float(delta.norm()), relative=float(delta.norm() / version.theta.norm())),
         losses=_losses(work, before, after, targets, linear),
-        rows=rows_of(work, before, after, expected, targets, comparable),
+        rows=rows_of(work, before, after, base, expected, targets, comparable),
         comparable=None if comparable is None else Comparable(source=source, rows=len(comparable)),
         guard=guard,
+        expected=None if expected is None else _expectation(work, expected),
+        shipped=_shipped(work, delta),
         cost=CostRecord(
             row_gradients=work.cost.gradients,
             row_forwards=work.cost.forwards,
@@ -327,6 +350,50 @@ def report(
             **work.retraining(work.cost.total),
         ),
         agreement=None,
+    )
+
+
+def _expectation(work: Evidence, expected: Expected) -> Expectation:
+    """What the changed rows are expected to lose, and where that is from."""
+    s, local = len(work.change.rows), expected.local
+    old = np.arange(s)
+    low, high = expected.interval(old)
+    return Expectation(
+        loss=float(expected.expected[old].mean()),
+        low=low,
+        high=high,
+        faithfulness=expected.faithfulness,
+        trainings=len(local.after) + 1,
+        near=len(local.near),
+        others=len(local.others),
+        recipe=local.recipe.as_json(),
+        row_gradients=local.row_gradients,
+    )
+
+
+def _shipped(work: Evidence, delta: Tensor) -> ShippedRecord | None:
+    """The edit on merged and rounded weights."""
+    version, change = work.version, work.change
+    removed = change.old.select(np.flatnonzero(~change.replaced))
+    found = as_shipped(
+        version.model,
+        version.theta,
+        version.theta + delta,
+        concatenated(removed, change.new),
+        version.tokens.select(work.sample),
+        token_budget=work.budget,
+        cost=work.cost,
+    )
+    if found is None:
+        return None
+    edited, retained = found.edited or (None, None), found.retained or (None, None)
+    return ShippedRecord(
+        dtype=str(DTYPE).removeprefix("torch."),
+        edited_before=edited[0],
+        edited_after=edited[1],
+        retained_before=retained[0],
+        retained_after=retained[1],
+        kept=found.kept,
     )
 
 

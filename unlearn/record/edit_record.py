@@ -14,26 +14,17 @@ that is null reads as one of which nothing is known (`nothing`), so that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
-from math import inf
-from types import UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from influence.errors import StoreError
+from unlearn.record.declared import LATER, NEEDED, WHOLE, read, written
 from unlearn.record.plain import shortened, typed_value_at
 
 #: The file's name, and the format that this version writes and reads.
 RECORD, FORMAT = "edit.json", 1
 
-# Rules of a field for reading and writing, in its metadata.
-#: An object that must not be null.
-NEEDED = {"needed": True}
-#: A key that was added to the format later, and that no page shows: missing or of a wrong type, it
-#: reads as null.
-LATER = {"later": True}
-#: All keys of the object, also those that are not declared.
-WHOLE = {"whole": True}
+# Rules of single fields (`unlearn.record.declared` has the others).
 #: A key that rows with new content have, and removed rows have not.
 OF_NEW_CONTENT = {"may_lack": True, "only": lambda row: row.action != "remove"}
 #: A key that the folder's seal adds.
@@ -116,8 +107,8 @@ class MethodRecord:
     name: str | None
     #: All keys of the object, `name` among them, as they were given. Of every method: `curvature`,
     #: `geometry`, `damping`, `points` (labels), `lambda` (least and largest), `solver`, `steps`
-    #: (the most), `until`, `max_damage`, `seed` and `rho` (loss of unseen rows over the base
-    #: model's; null: not needed). Of closed-form edits also `rest` (retained rows in a step). Of
+    #: (the most), `until`, `max_damage` and `seed`; of older versions also `rho` (loss of unseen
+    #: rows over the base model's). Of closed-form edits also `rest` (retained rows in a step). Of
     #: gradient steps the first six are null, and also there are `title`, `source`, the method's
     #: parts, `lr`, `stride`, `optimizer`, `schedule`, `warmup`, `batch_size`, `retain_batch_size`,
     #: `retain`, `steps_taken`, `lr_first`, `lr_last`, `kept` (share of the whole move that a finish
@@ -268,8 +259,12 @@ class RowRecord:
     target: float | None
     #: Loss under the base model, without any adapter.
     base: float | None
-    #: Share of what was taught about the row that the removed rows taught; null: not needed.
+    #: Of older versions: share of what was taught about the row that the removed rows taught.
     share: float | None = field(metadata=LATER)
+    #: Interval of the loss of one model trained on the rows after the edit; null: not needed.
+    low: float | None = field(default=None, metadata=LATER)
+    #: Its upper end.
+    high: float | None = field(default=None, metadata=LATER)
     #: Share of the text that greedy decoding gives by itself once the rest is given, before
     #: (`unlearn.record.losses`).
     extraction_before: float | None
@@ -286,7 +281,7 @@ class RowRecord:
 
     def as_json(self) -> dict[str, Any]:
         """The entry as the file holds it."""
-        return _written(self)
+        return written(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +292,48 @@ class Comparable:
     source: str | None
     #: How many they are.
     rows: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What a model that never saw the changed rows would lose on them, by a local retraining."""
+
+    #: Mean expected loss of the rows that go or change.
+    loss: float | None
+    #: Interval of that mean under one retrained model, nine times of ten.
+    low: float | None
+    #: Its upper end.
+    high: float | None
+    #: What the local training with the rows learnt about them, over what the adapter did.
+    faithfulness: float | None
+    #: How many adapters were trained.
+    trainings: int | None
+    #: Retained rows nearest to the changed ones that each was trained on.
+    near: int | None
+    #: Other rows that each was trained on.
+    others: int | None
+    #: The recipe that they followed.
+    recipe: Mapping[str, Any] | None
+    #: What it cost, in row gradients.
+    row_gradients: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShippedRecord:
+    """The edit on weights that are merged into the base and rounded, as models ship."""
+
+    #: What they are rounded to.
+    dtype: str | None
+    #: Mean loss of the edited rows before, on such weights.
+    edited_before: float | None
+    #: The same after.
+    edited_after: float | None
+    #: Mean loss of the retained sample before; null: there is none.
+    retained_before: float | None
+    #: The same after.
+    retained_after: float | None
+    #: Share of the change of the weights that rounding left.
+    kept: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +393,7 @@ class AgreementRecord:
     @classmethod
     def of(cls, comparison: Mapping[str, Any]) -> Self:
         """The comparison with these entries, None for those that are missing."""
-        return _object(cls, dict(comparison), "agreement", salvage=True)
+        return read(cls, dict(comparison), "agreement", salvage=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,6 +441,10 @@ class EditRecord:
     comparable: Comparable | None
     #: What the other rows lost, against the limit.
     guard: Guard
+    #: What a model that never saw the changed rows would lose on them; null: not needed.
+    expected: Expectation | None = field(default=None, metadata=LATER)
+    #: The edit on merged and rounded weights; null: the base's cannot be replaced.
+    shipped: ShippedRecord | None = field(default=None, metadata=LATER)
     #: What the edit took.
     cost: CostRecord
     #: Comparison with training again; null in the file, which is written before there is one.
@@ -413,7 +454,7 @@ class EditRecord:
 
     def as_json(self) -> dict[str, Any]:
         """The JSON object, with the keys in the order of the fields."""
-        return {"format": FORMAT, **_written(self)}
+        return {"format": FORMAT, **written(self)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
@@ -424,7 +465,7 @@ class EditRecord:
         that hold them.
         """
         refuse_other_format(record)
-        return _object(cls, record, "", salvage=False)
+        return read(cls, record, "", salvage=False)
 
     @classmethod
     def salvaged(cls, record: Any) -> Self:
@@ -432,7 +473,7 @@ class EditRecord:
 
         A value that is missing or of a wrong type is None.
         """
-        return _object(cls, record if isinstance(record, dict) else {}, "", salvage=True)
+        return read(cls, record if isinstance(record, dict) else {}, "", salvage=True)
 
     def saved(self, *, forced: bool) -> Self:
         """The record as it is saved, by force or not."""
@@ -453,120 +494,11 @@ def facts_of(record: dict[str, Any]) -> dict[str, Any]:
     `StoreError` names the key that is wrong. Nothing else of the record is looked at.
     """
     refuse_other_format(record)
+    requests = typed_value_at(record, "requests", list)
     return {
         "kind": typed_value_at(record, "kind", str),
-        "ids": [
-            typed_value_at(request, "id", str)
-            for request in typed_value_at(record, "requests", list)
-        ],
+        "ids": [typed_value_at(request, "id", str) for request in requests],
         "adapter_before": typed_value_at(record, "adapter.before.digest", str),
         "adapter_after": typed_value_at(record, "adapter.after.digest", str),
         "run": typed_value_at(record, "run.digest", str),
     }
-
-
-# ---- reading and writing by the declarations -----------------------------------------------------
-
-
-@cache
-def nothing(kind: Any) -> Any:
-    """The value of a class that null reads as, and that is written as null."""
-    return kind(**{name: _null(hint) for name, hint in _hints(kind).items()})
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    """The declared type of every field."""
-    return get_type_hints(kind)
-
-
-def _null(hint: Any) -> Any:
-    """What null reads as."""
-    if is_dataclass(hint):
-        return nothing(hint)
-    empty = {tuple: (), Mapping: {}}
-    return empty.get(get_origin(hint)) if get_origin(hint) in empty else None
-
-
-def _object(kind: Any, record: Any, where: str, *, salvage: bool) -> Any:
-    """A dataclass from a JSON object. With `salvage` whatever cannot be read is null."""
-    if not isinstance(record, dict):
-        raise StoreError(f"{where} is {_called(record)}; expected an object")
-    values = {}
-    for part in fields(kind):
-        rule, hint = part.metadata, _hints(kind)[part.name]
-        at = f"{where}.{part.name}" if where else part.name
-        if "whole" in rule:
-            values[part.name] = record
-            continue
-        lenient = salvage or "later" in rule
-        if part.name not in record and not (lenient or "may_lack" in rule):
-            raise StoreError(f"the key {at} is missing")
-        try:
-            value = record.get(part.name)
-            values[part.name] = _value(hint, value, at, "needed" in rule, salvage)
-        except StoreError:
-            if not lenient:
-                raise
-            values[part.name] = _null(hint)
-    return kind(**values)
-
-
-def _value(hint: Any, value: Any, where: str, needed: bool, salvage: bool) -> Any:
-    """A value of the declared type, or a `StoreError` where it is another, or null and `needed`."""
-    if isinstance(hint, UnionType):
-        hint = next(part for part in get_args(hint) if part is not type(None))
-        if value is None:
-            return None
-    if is_dataclass(hint):
-        if value is None and not needed:
-            return nothing(hint)
-        return _object(hint, value, where, salvage=salvage)
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise StoreError(f"{where} is {_called(value)}; expected a list")
-        (inner, _) = get_args(hint)
-        places = (f"{where}[{index}]" for index in range(len(value)))
-        pairs = zip(value, places, strict=True)
-        return tuple(_value(inner, item, place, True, salvage) for item, place in pairs)
-    if not _fits(hint, value):
-        expected = {str: "a text", bool: "true or false", int: "a number or null"}
-        expected |= {float: "a number or null"}
-        raise StoreError(f"{where} is {_called(value)}; expected {expected.get(hint, 'an object')}")
-    return value
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is a text, a truth, a number or an object, as declared."""
-    if get_origin(hint) is Mapping:
-        return isinstance(value, dict)
-    if hint not in (int, float):
-        return isinstance(value, hint)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return (
-        not 1e300 < abs(value) < inf
-    )  # larger ones are no losses, and overflow where they are used
-
-
-def _called(value: Any) -> str:
-    """What a value is, in words."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def _written(value: Any) -> Any:
-    """A value as JSON holds it."""
-    if isinstance(value, tuple):
-        return [_written(part) for part in value]
-    if not is_dataclass(value):
-        return dict(value) if isinstance(value, Mapping) else value
-    if value is nothing(type(value)):
-        return None
-    entry: dict[str, Any] = {}
-    for part in fields(value):
-        if "whole" in part.metadata:
-            return dict(getattr(value, part.name))
-        if part.metadata.get("only", lambda _: True)(value):
-            entry[part.name] = _written(getattr(value, part.name))
-    return entry

@@ -10,7 +10,7 @@ from influence.recipe import SCHEDULES, Recipe, Recorded, recorded_in
 from influence.run import Run
 from influence.trainer_output import recipe_near
 
-__all__ = ["SCHEDULES", "Recipe", "recipe_of", "recorded_recipe"]
+__all__ = ["SCHEDULES", "Recipe", "given_or_recorded", "recipe_at", "recipe_of", "recorded_recipe"]
 
 
 def recipe_of(run: Run) -> Recipe:
@@ -36,6 +36,19 @@ def recipe_of(run: Run) -> Recipe:
         say(f"note: {found.source}: {found.about}")
     say(f"training by {found.source}: {found.recipe}")
     return found.recipe
+
+
+def given_or_recorded(run: Run, given: str | Path | Recipe | None) -> Recipe | None:
+    """The recipe that was given (itself, or its file), else the recorded one, else None.
+
+    Raises `InputError` for a file that is none.
+    """
+    return recorded_recipe(run) if given is None else recipe_at(given)
+
+
+def recipe_at(given: str | Path | Recipe) -> Recipe:
+    """A recipe that was given as it is, or by its file."""
+    return given if isinstance(given, Recipe) else Recipe.read(given)
 
 
 def recorded_recipe(run: Run, *, exact: bool = False) -> Recipe | None:

@@ -206,6 +206,17 @@ def own_randomness(model: AdaptedModel) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gradients_kept(model: AdaptedModel) -> Iterator[None]:
+    """Give the parameters' `.grad` back as it was when the block ends."""
+    gradients = [parameter.grad for parameter in model.parameters]
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(model.parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """Where a training stands after an epoch.
@@ -234,11 +245,13 @@ def train(
     *,
     stop_after: int | None = None,
     after_epoch: Callable[[TrainingState], None] | None = None,
+    label: str = "training steps",
 ) -> float:
     """Train the adapter in place, and return the last batch's loss, nats per token.
 
     `after_epoch` is called with the state after each epoch; `stop_after` ends after that epoch, the
-    rates being those of the whole recipe. Raises `NumericalError` if a loss is not finite.
+    rates being those of the whole recipe; `label` names the training on its bar. Raises
+    `NumericalError` if a loss is not finite.
     """
     parameters: list[Any] = model.parameters
     for parameter in parameters:
@@ -261,7 +274,7 @@ def train(
         for _ in range(last)
         for rows in torch.randperm(len(tokens), generator=order).split(recipe.batch_size)
     )
-    for step, rows in enumerate(track(islice(batches, taken), "training steps", total=taken)):
+    for step, rows in enumerate(track(islice(batches, taken), label, total=taken)):
         lr = recipe.rate(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -10,11 +10,13 @@ import pytest
 
 import influence
 import unlearn
+from influence.run import Run
 from tests.conftest import rows
 from tests.helpers import contents, save, untouched, write_rows
 from unlearn.cli import main
-from unlearn.difficulty import read_measured
+from unlearn.difficulty import Protocol, read_measured
 from unlearn.difficulty.forecast import COLUMNS
+from unlearn.difficulty.units import find_units
 from unlearn.retraining.recipe import Recipe
 
 #: Enough for a calibration; two groups, and rows without one.
@@ -87,6 +89,26 @@ def test_measured_rows_stand_beside_their_forecast_and_decide(call, tmp_path):
             assert (row.recommended == "ascent") == (row.measured_damage <= allowed)
 
 
+def test_the_target_unseen_follows_the_recipe_of_a_file_or_the_recorded_one(call, run, tmp_path):
+    recipe = Recipe(lr=1e-2, epochs=2, batch_size=4, dropout=False)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.as_json()))
+    asked = ("--ids", "r0-3,r0-5", "--target", "unseen", "--measure")
+    loaded = Run.open(run)
+    targets = []
+    for given, how in (((), None), (("--recipe", path), recipe)):
+        done = call(*asked, *given, "--overwrite")
+        assert done.status == 0, done.err
+        assert "local retrainings, about" in done.err
+        protocol = Protocol(target="unseen", recipe=how)
+        units = find_units(loaded, ["r0-3", "r0-5"], None, protocol, None)
+        measured = read_measured(tmp_path / "t.difficulty.h5")
+        np.testing.assert_allclose(measured.target, units.target, rtol=1e-6)
+        assert ("recipe" in measured.protocol) == (how is not None)
+        targets.append(measured.target)
+    assert (np.abs(targets[0] - targets[1]) > 1e-3).all()
+
+
 def test_a_second_call_measures_nothing_again(call, tmp_path, monkeypatch):
     assert call("--ids", "r0-3,r0-5", "--measure").status == 0
     first = (tmp_path / "t.csv").read_bytes()
@@ -132,6 +154,9 @@ def test_groups_are_whole_and_rows_without_one_are_units(call, tmp_path):
         (("--optimizer", "adagrad"), "adagrad"),
         (("--target", "zero"), "zero"),
         (("--holdout", "HELD"), "--holdout was given"),
+        (("--target", "unseen", "--holdout", "HELD"), "--holdout was given"),
+        (("--recipe", "r.json"), "--recipe was given: it is for --target unseen"),
+        (("--target", "unseen", "--recipe", "HELD"), "unseen.jsonl"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(call, run, tmp_path, arguments, said):

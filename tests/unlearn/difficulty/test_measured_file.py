@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -23,6 +24,7 @@ from tests.unlearn.difficulty.helpers import (
     same,
 )
 from unlearn.difficulty import Protocol, measure, read_measured
+from unlearn.retraining.recipe import Recipe
 
 #: Ids that a terminal, a path, a table or HDF5 could trip over.
 ODD = ["a/b", "line\nbreak", 'quo"te,comma', "\u202ertl", "🙂", "x" * 3000, "", "tab\t"]
@@ -102,6 +104,10 @@ def test_a_finished_file_is_read_and_nothing_climbs(run, tmp_path, measured):
     equal(read_measured(str(out)), expected)
 
 
+#: Of few steps.
+RECIPE = Recipe(lr=1e-2, epochs=2, batch_size=4)
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -110,7 +116,7 @@ def test_a_finished_file_is_read_and_nothing_climbs(run, tmp_path, measured):
         {"protocol": Protocol("adam", 3e-3, steps=19)},
         {"protocol": Protocol("adam", 4e-3, steps=20)},
         {"protocol": Protocol("sgd", 3e-3, steps=20)},
-        {"protocol": Protocol("adam", 3e-3, "unseen", 20)},
+        {"protocol": Protocol("adam", 3e-3, "unseen", 20, RECIPE)},
         {"sample_rows": 3},
         {"seed": 1, "sample_rows": 2},
         {"holdout": None},
@@ -236,3 +242,15 @@ def test_an_id_with_a_null_byte_is_refused_or_comes_back(run, tmp_path):
         assert list(tmp_path.iterdir()) == []
     else:
         assert result.names == ("a\0b",)
+
+
+def test_targets_of_another_recipe_are_another_request(run, tmp_path):
+    out, unseen = tmp_path / "m.h5", Protocol("adam", 3e-3, "unseen", 20, RECIPE)
+    request = {"ids": ["r0-3"], "sample_rows": 2, "out": out}
+    first = measure(run, protocol=unseen, **request)
+    assert first.protocol["recipe"]["epochs"] == 2
+    equal(measure(run, protocol=unseen, **request), first)
+    other = replace(unseen, recipe=replace(RECIPE, epochs=3))
+    with pytest.raises(MismatchError, match="has measurements of another request"):
+        measure(run, protocol=other, **request)
+    assert measure(run, protocol=other, overwrite=True, **request).target != first.target

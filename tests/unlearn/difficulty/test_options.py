@@ -18,7 +18,9 @@ HELD_OUT = {"holdout": Path("h.jsonl")}
         {},
         {"measure": True} | HELD_OUT,
         {"calibrate": 20} | HELD_OUT,
-        {"target": "unseen"} | HELD_OUT,
+        {"target": "unseen"},
+        {"target": "unseen", "recipe": Path("recipe.json")},
+        {"target": "unseen", "measure": True} | HELD_OUT,
         {"looks": 1, "seed": 0, "max_damage": 0.0},
     ],
 )
@@ -34,7 +36,9 @@ def test_what_goes_together_is_taken(options):
         ({"seed": -1}, "--seed -1 was given; expected at least 0"),
         ({"max_damage": -0.5}, "--max-damage -0.5 was given; expected at least 0"),
         ({"max_damage": float("nan")}, "--max-damage nan was given; expected at least 0"),
-        (HELD_OUT, "--holdout was given: it is for --target unseen, --measure or --calibrate"),
+        (HELD_OUT, "--holdout was given: it is for --measure or --calibrate"),
+        ({"target": "unseen"} | HELD_OUT, "--holdout was given: it is for --measure or --calib"),
+        ({"recipe": Path("r.json")}, "--recipe was given: it is for --target unseen; leave it out"),
     ],
 )
 def test_what_does_not_is_refused(options, sentence):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from influence.errors import InputError
 from unlearn.difficulty.optimizers import SGD, Adam
 from unlearn.difficulty.protocol import Protocol
+from unlearn.retraining.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,16 @@ def test_the_record_says_the_rate_that_is_used():
         "target": "unseen",
         "steps": 7,
     }
+
+
+def test_the_record_has_the_recipe_that_targets_follow():
+    """As JSON gives it back. The target `base` follows none."""
+    recipe = Recipe(lr=1e-2, epochs=2, batch_size=4)
+    record = Protocol(target="unseen", recipe=recipe).record()
+    assert json.loads(json.dumps(record)) == record
+    assert Recipe.of(record["recipe"], "the record") == recipe
+    assert record | {"target": "base"} == Protocol().record() | {"recipe": record["recipe"]}
+    assert Protocol(recipe=recipe).record() == Protocol().record()
 
 
 def test_an_optimizer_is_given_by_name_or_as_a_value():

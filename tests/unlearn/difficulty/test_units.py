@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import influence
 from influence.errors import DataError, InputError, StoreError
@@ -14,7 +16,6 @@ from tests.unlearn.difficulty.helpers import (
     ADAM,
     HOLDOUT,
     SHORT_ADAM,
-    base_loss,
     check,
     data,
     equal,
@@ -22,39 +23,76 @@ from tests.unlearn.difficulty.helpers import (
     plain_loss,
     weights_of,
 )
+from tests.unlearn.local_oracle import expected, nearest, train_afresh
 from unlearn.difficulty import Protocol, measure, predict
 from unlearn.difficulty.units import find_units
 from unlearn.record.version import ORIGINAL, version
+from unlearn.retraining.recipe import Recipe
+
+#: A training of few steps, whose draws a plain loop makes too.
+RECIPE = Recipe(lr=1e-2, epochs=2, batch_size=4, dropout=False, seed=3)
 
 
-def unseen_oracle(run, removed, holdout=None) -> float:
-    """The formula of `unlearn.unseen` by plain gradient products: identity curvature, lambda 1."""
+def unrelated(run, units, together, near_each):
+    """Which units are left out together, each with its near rows: the first batch that takes it."""
+    rows, n = [item.input_ids.tolist() for item in run.tokens], len(run.tokens)
+    batches = []
+    for unit in units:
+        rest = [i for i in range(n) if i not in unit]
+        near = nearest(rows, unit, rest, max(len(unit), near_each))
+        for batch in batches:
+            members = {i for other, _ in batch for i in other}
+            theirs = members.union(*(near for _, near in batch))
+            if (
+                len(batch) < together
+                and len(members) + len(unit) <= n / 2
+                and not theirs & set(unit)
+                and not members & set(near)
+            ):
+                batch.append((unit, near))
+                break
+        else:
+            batches.append([(unit, near)])
+    return batches
+
+
+def losses_after(run, rows, whole, repeat, members):
+    """Losses of some rows under a plain training on `rows`, as of `whole`."""
     model, leaves = run.model, weights_of(run.model)
-    gradients = []
-    for item in run.tokens:
-        for w in leaves:
-            w.requires_grad_(True)
-        loss = plain_loss(model, item) * int(item.supervised.sum())
-        gradients.append(torch.cat([g.ravel() for g in torch.autograd.grad(loss, leaves)]))
-        for w in leaves:
-            w.requires_grad_(False)
-    # the rows' weights, 1 / N_tok each, cancel
-    products = (torch.stack(gradients) @ torch.stack(gradients).T).numpy()
-    kept = [i for i in range(len(run.tokens)) if i not in removed]
-    rho = 1.2
-    if holdout is not None:
-        items = list(tokens_of(model, holdout))
-        rho = np.clip(
-            losses_of(model, items).mean() / np.mean([base_loss(model, item) for item in items]),
-            1,
-            2,
-        )
-    expected = []
-    for i in removed:
-        excess = np.maximum(0, products[i] - np.median(products[i, kept])) ** 1.25
-        now, base = losses_of(model, [run.tokens[i]])[0], base_loss(model, run.tokens[i])
-        expected.append(now + max(0, rho * base - now) * excess[removed].sum() / excess.sum())
-    return float(np.mean(expected))
+    start = [w.detach().clone() for w in leaves]
+    counts = [int(item.supervised.sum()) for item in run.tokens]
+    for w in leaves:
+        w.requires_grad_(True)
+
+    def loss_sum(i):
+        return plain_loss(model, run.tokens[i]) * counts[i]
+
+    train_afresh(leaves, loss_sum, counts, rows, whole, RECIPE, repeat)
+    found = losses_of(model, [run.tokens[i] for i in members])
+    for w, values in zip(leaves, start, strict=True):
+        w.requires_grad_(False)
+        w.data, w.grad = values, None
+    return found
+
+
+def unseen_oracle(run, units, together=10, near_each=4):
+    """Mean expected loss of each unit, and the batches: three plain trainings a batch.
+
+    At most twenty rows besides the near ones, so here all that are retained.
+    """
+    targets, batches, n = {}, unrelated(run, units, together, near_each), len(run.tokens)
+    for batch in batches:
+        gone = [i for unit, _ in batch for i in unit]
+        near = sorted({i for _, near in batch for i in near})
+        rest = np.setdiff1d(np.arange(n), [*gone, *near])
+        kept = [*near, *np.random.default_rng(0).permutation(rest).tolist()]
+        now = losses_of(run.model, [run.tokens[i] for i in gone])
+        before = losses_after(run, [*kept, *sorted(gone)], n, 0, gone)
+        after = [losses_after(run, kept, n - len(gone), repeat, gone) for repeat in range(2)]
+        found = dict(zip(gone, expected(now, before, after), strict=True))
+        for unit, _ in batch:
+            targets[tuple(unit)] = np.mean([found[i] for i in unit])
+    return [targets[tuple(unit)] for unit in units], batches
 
 
 def test_many_heldout_rows_are_thinned_evenly(run):
@@ -116,22 +154,58 @@ def test_wrong_requests_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("count", [3, 9])
-def test_the_unseen_target_is_the_estimate_of_each_unit_alone(run, tmp_path, count):
-    plain = influence.fit(
-        run.model, run.train, curvature=influence.Identity(), directory=tmp_path / "run"
-    )
-    holdout = influence.examples_from_rows(rows(count, seed=7))
-    protocol = Protocol("adam", 3e-3, "unseen", 6)
-    options = {"protocol": protocol, "holdout": holdout, "sample_rows": 2}
-    enough = holdout if count >= 8 else None
-    alone = measure(plain, ids=["r0-1", "r0-6"], **options)
-    targets = [unseen_oracle(plain, [1], enough), unseen_oracle(plain, [6], enough)]
-    check(alone, plain, [[1], [6]], protocol, holdout, targets)
-    group = measure(plain, groups={"both": ["r0-1", "r0-6"]}, **options)
-    target = unseen_oracle(plain, [1, 6], enough)
+@pytest.fixture(scope="module")
+def plain(run, tmp_path_factory):
+    """A run of the same adapter and rows, at its end alone, with its recipe on record."""
+    folder = tmp_path_factory.mktemp("unseen") / "run"
+    plain = influence.fit(run.model, run.train, curvature=influence.Identity(), directory=folder)
+    (folder / "recipe.json").write_text(json.dumps(RECIPE.as_json()))
+    return plain
+
+
+def test_the_unseen_target_is_what_local_retrainings_expect_of_each_unit(plain):
+    """Held-out rows are measured, and tell nothing about it."""
+    protocol = Protocol("adam", 3e-3, "unseen", 6, RECIPE)
+    options = {"protocol": protocol, "sample_rows": 2}
+    alone = measure(plain, ids=["r0-1", "r0-6"], holdout=HOLDOUT, **options)
+    targets, _ = unseen_oracle(plain, [[1], [6]])
+    check(alone, plain, [[1], [6]], protocol, HOLDOUT, targets)
+    group = measure(plain, groups={"both": ["r0-6", "r0-1"]}, **options)
+    (target,), _ = unseen_oracle(plain, [[6, 1]])
     assert abs(target - np.mean(targets)) > 1e-6
-    check(group, plain, [[1, 6]], protocol, holdout, [target])
+    check(group, plain, [[6, 1]], protocol, None, [target])
+
+
+@pytest.mark.parametrize(
+    ("together", "near_each", "sizes"), [(10, 4, {1, 2, 3}), (10, 1, {1, 4, 5}), (2, 1, {2})]
+)
+def test_units_that_are_unrelated_are_left_out_together(
+    plain, monkeypatch, capsys, together, near_each, sizes
+):
+    monkeypatch.setattr("unlearn.difficulty.units.TOGETHER", together)
+    monkeypatch.setattr("unlearn.difficulty.units.NEAR_EACH", near_each)
+    units = find_units(plain, None, None, Protocol(target="unseen", recipe=RECIPE), None)
+    targets, batches = unseen_oracle(plain, [[i] for i in range(10)], together, near_each)
+    assert {len(batch) for batch in batches} == sizes
+    np.testing.assert_allclose(units.target, targets, rtol=1e-12)
+    assert f"targets by {len(batches)} local retrainings, about " in capsys.readouterr().err
+
+
+def test_groups_that_share_a_row_are_not_left_out_together(plain, capsys):
+    groups = {"a": ["r0-1", "r0-6"], "b": ["r0-6", "r0-4"]}
+    units = find_units(plain, None, groups, Protocol(target="unseen", recipe=RECIPE), None)
+    np.testing.assert_allclose(units.target, unseen_oracle(plain, [[1, 6], [6, 4]])[0], rtol=1e-12)
+    # each: 2 epochs of ten rows, and twice of the eight that stay
+    assert "targets by 2 local retrainings, about 104 row-gradients" in capsys.readouterr().err
+
+
+def test_the_unseen_target_follows_the_recipe_that_is_recorded(plain):
+    def ask(recipe):
+        protocol = Protocol(target="unseen", recipe=recipe)
+        return find_units(plain, ["r0-1"], None, protocol, None).target
+
+    np.testing.assert_array_equal(ask(None), ask(RECIPE))
+    assert abs(ask(None) - ask(replace(RECIPE, epochs=5))) > 1e-3
 
 
 def test_a_group_of_all_rows_has_no_unseen_target(run):

@@ -15,6 +15,7 @@ from tests.conftest import tokens_of
 from tests.oracles import dense_objective, logits_fn, sampled_rows, summed_loss
 from unlearn.edits.goals import Goals
 from unlearn.record.version import Version
+from unlearn.retraining.local import LocalRetraining
 from unlearn.unseen_outputs import ExpectedOutputs
 
 ANSWERS = {"r0-2": " warm songs at dawn", "r0-5": " birds sing loud"}
@@ -195,19 +196,22 @@ def expected_delta(run, name, task):
 
 @dataclass(frozen=True)
 class GoalRows:
-    """Seven rows with goals: removed, replaced and new, some above, some below, some far off."""
+    """Seven rows with goals: old and new, some above, some below, some far off.
+
+    `local` holds adapters that were drawn near the start, not trained.
+    """
 
     start: Version
     tokens: TokenizedExamples
     targets: np.ndarray
     rises: np.ndarray
-    removed: np.ndarray
+    local: LocalRetraining
     tolerance: float
 
     def goals(self):
         """The goals, their expected outputs not computed yet."""
-        outputs = ExpectedOutputs(self.start, self.tokens, self.targets, Cost())
-        return Goals(self.tokens, self.targets, self.rises, self.removed, outputs)
+        outputs = ExpectedOutputs(self.start, self.tokens, self.targets, self.local, Cost())
+        return Goals(self.tokens, self.targets, self.rises, outputs)
 
 
 def hinge(x, s):
@@ -216,7 +220,7 @@ def hinge(x, s):
 
 
 def hand_made_merit(rows, log_q):
-    """M as a function of the flat parameters, row by row, with `log_q` of the removed ones."""
+    """M as a function of the flat parameters, row by row, with `log_q` of each."""
     counts = [int(item.supervised.sum()) for item in rows.tokens]
 
     def merit(theta):
@@ -227,8 +231,7 @@ def hand_made_merit(rows, log_q):
             loss = torch.nn.functional.nll_loss(log_p, labels)
             sign = 1 if rows.rises[i] else -1
             term = hinge(sign * (rows.targets[i] - loss), 0.5 * rows.targets[i])
-            if rows.removed[i]:
-                term = term + (log_q[i].exp() * (log_q[i] - log_p)).sum(-1).mean()
+            term = term + (log_q[i].exp() * (log_q[i] - log_p)).sum(-1).mean()
             total = total + counts[i] / sum(counts) * term
         return total
 

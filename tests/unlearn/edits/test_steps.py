@@ -73,7 +73,7 @@ def one_goal(run):
     start = version(run)
     tokens = start.tokens.select([0])
     target = mean_losses(run.model, tokens) + 1
-    goals = Goals(tokens, target, np.array([True]), np.array([False]))
+    goals = Goals(tokens, target, np.array([True]))
     return start, goals, RetainedRows(start.tokens.select([1, 2]), 0, 0, 0.1)
 
 

@@ -24,10 +24,12 @@ from influence.run import Run
 from influence.tokens import Rendering, TokenizedExamples
 from tests.conftest import WORDS, build_tokenizer, rows, tokens_of
 from tests.helpers import write_rows
+from tests.unlearn.local_oracle import expected, nearest, train_afresh
 from unlearn.methods.methods import Method
 from unlearn.methods.reference import frozen
 from unlearn.methods.targets import Setup
 from unlearn.methods.terms import Term, descent
+from unlearn.retraining.recipe import Recipe
 
 
 def some_slow(cases, quick):
@@ -41,6 +43,8 @@ def some_slow(cases, quick):
 
 
 ROWS, FORGET = 12, ["r0-1", "r0-4", "r0-6"]
+#: Of a local retraining that a plain loop repeats, draws included; it hardly learns the rows.
+RECIPE = Recipe(lr=1e-2, epochs=4, batch_size=4, dropout=False, seed=2)
 KEPT = [f"r0-{i}" for i in range(ROWS) if f"r0-{i}" not in FORGET]
 
 
@@ -159,29 +163,54 @@ class Oracle:
         each = [2 / beta * (1 + (gamma - beta * self.losses(id).mean()).exp()).log() for id in ids]
         return torch.stack(each).mean()
 
-    def matching(self, ids, goals):
-        """KL(q || p), q between the base's and the adapter's logits such that the row's loss is its
-        goal.
-        """
-        each = []
-        for id in ids:
-            q = self.predicted(id, goals[id])
-            each.append((q.exp() * (q - self.logs(id))).sum(-1))
+    def matching(self, ids, log_q):
+        """KL(q || p)."""
+        each = [(log_q[id].exp() * (log_q[id] - self.logs(id))).sum(-1) for id in ids]
         return torch.cat(each).mean()
 
-    @torch.no_grad()
-    def predicted(self, id, goal):
-        ids, count = self.rows[id]
-        with self.model.disable_adapter():
-            base = self.model(input_ids=ids[None]).logits[0, :-1][-count:]
-        adapter = self.before[id]  # up to a constant of each token, which no softmax sees
-        low, high = -1.0, 1.0
-        for _ in range(20):
-            half = (low + high) / 2
-            mixed = (base + half * (adapter - base)).log_softmax(-1)
-            above = self.losses(id, mixed).mean() > goal
-            low, high = (half, high) if above else (low, half)
-        return (base + high * (adapter - base)).log_softmax(-1)
+    def expected(self, recipe: Recipe):
+        """What a model that never saw the forget rows would lose on them, and say: `{id: ...}`.
+
+        By three trainings: one on all rows, for the others are near ones here, and two without the
+        forget rows. Leaves the adapter as it was.
+        """
+        start, names = self.theta(), list(self.rows)
+        forget = [names.index(id) for id in FORGET]
+        tokens = [[*self.rows[id][0].tolist()] for id in names]
+        kept = nearest(tokens, forget, [i for i in range(ROWS) if i not in forget], 16)
+        counts = [self.rows[id][1] for id in names]
+
+        def logs(rows, repeat):
+            """Log-probabilities of the forget rows under an adapter trained on some."""
+            train_afresh(
+                self.parameters,
+                lambda i: self.losses(names[i]).sum(),
+                counts,
+                rows,
+                len(rows),
+                recipe,
+                repeat,
+            )
+            return {id: self.logs(id).detach() for id in FORGET}
+
+        before, after = logs([*kept, *forget], 0), [logs(kept, 0), logs(kept, 1)]
+        self.put(start)
+
+        def losses(logs):
+            return np.array([float(self.losses(id, logs[id]).mean()) for id in FORGET])
+
+        goals = expected(losses(self.before), losses(before), [losses(part) for part in after])
+        mean = {id: torch.stack([part[id].exp() for part in after]).mean(0).log() for id in FORGET}
+
+        def mixed(tenths):
+            """`log q` with this many tenths of what the small trainings get wrong."""
+            return {
+                id: (mean[id] + tenths / 10 * (self.before[id] - before[id])).log_softmax(-1)
+                for id in FORGET
+            }
+
+        distance = [abs(losses(mixed(tenths)).mean() - goals.mean()) for tenths in range(11)]
+        return dict(zip(FORGET, goals, strict=True)), mixed(int(np.argmin(distance)))
 
     def walk(
         self, direction, steps, optimizer="Adam", lr=1e-3, schedule="constant", warmup=0, clip=None

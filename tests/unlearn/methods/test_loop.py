@@ -18,6 +18,7 @@ from tests.helpers import in_two_processes
 from tests.unlearn.methods.helpers import (
     FORGET,
     KEPT,
+    RECIPE,
     Oracle,
     RowCounter,
     close,
@@ -168,20 +169,17 @@ def test_l1_sparse_is_plain_torch(run):
 
 
 def test_datamodel_matching_is_plain_torch(run):
-    """The goals are the record's. Q, both terms and the steps are the oracle's own."""
-    edit = train(
-        run, "datamodel-matching", until="steps=4", lr=0.02, batch_size=2, retain_batch_size=4
-    )
+    """The local retraining, Q, both terms and the steps are the oracle's own."""
+    options = {"until": "steps=4", "lr": 0.02, "batch_size": 2, "retain_batch_size": 4}
+    edit = train(run, "datamodel-matching", recipe=RECIPE, **options)
     oracle = Oracle(run)
     some, kept = cut(FORGET, 2, 31), cut(KEPT, 4, 32)
-    rho, goals = edit.report["method"]["rho"], {}
-    for row in edit.report["rows"]:
-        rise = max(0.0, rho * row["base"] - row["before"])
-        goals[row["id"]] = row["before"] + rise * row["share"]
-    assert any(goals[row["id"]] > row["before"] + 0.01 for row in edit.report["rows"])
+    goals, log_q = oracle.expected(RECIPE)
+    assert edit.record.expected.loss == pytest.approx(np.mean(list(goals.values())), rel=1e-9)
+    assert any(goals[row.id] > row.before + 0.01 for row in edit.record.rows)
 
     def direction(step, theta):
-        return oracle.gradient(oracle.matching(some(step), goals)) + oracle.gradient(
+        return oracle.gradient(oracle.matching(some(step), log_q)) + oracle.gradient(
             oracle.divergence(kept(step))
         )
 

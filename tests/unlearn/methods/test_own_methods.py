@@ -9,7 +9,15 @@ import torch
 
 import unlearn
 from influence.errors import InputError, MismatchError
-from tests.unlearn.methods.helpers import FORGET, KEPT, Oracle, RowCounter, close, train
+from tests.unlearn.methods.helpers import (
+    FORGET,
+    KEPT,
+    RECIPE,
+    Oracle,
+    RowCounter,
+    close,
+    train,
+)
 from unlearn.methods import loop, targets, terms
 from unlearn.methods.methods import Method
 from unlearn.methods.targets import Target, TargetRule
@@ -211,16 +219,20 @@ def test_a_target_says_that_its_rows_are_run_twice():
 
 
 def test_a_target_says_that_it_needs_the_expected_losses(run):
-    """They are then in the record, though the stopping rule asks for none."""
+    """They are then on record, though the stopping rule asks for none."""
     rule = TargetRule(targets.predicted.make, expected=True)
     method = Method("mine", forget=terms.matching, target=rule, lr=0.01)
-    record = train(run, method).report
-    built_in = train(run, replace(method, target=targets.predicted)).report
-    assert record["method"]["rho"] == built_in["method"]["rho"] is not None
-    assert all(row["share"] is not None for row in record["rows"])
-    quiet = train(run, replace(method, target=rule.make))  # served all the same, but not recorded
-    assert quiet.report["method"]["rho"] is None
-    assert quiet.report["delta"] == record["delta"]
+    record = train(run, method, recipe=RECIPE).record
+    built_in = train(run, replace(method, target=targets.predicted), recipe=RECIPE).record
+    assert record.expected == built_in.expected
+    assert record.expected.recipe == RECIPE.as_json()
+    assert all(row.low < row.high for row in record.rows)
+    # served all the same, but not recorded
+    quiet = train(run, replace(method, target=rule.make), recipe=RECIPE).record
+    assert quiet.expected is None
+    assert all(row.low is None and row.high is None for row in quiet.rows)
+    assert quiet.delta == record.delta
+    assert quiet.cost.row_gradients == record.cost.row_gradients
 
 
 def test_a_target_refuses_rows_before_any_work(run, monkeypatch):

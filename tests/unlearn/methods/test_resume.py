@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import influence
 from influence.errors import InputError, MismatchError, StoreError
 from tests.conftest import rows
 from tests.helpers import untouched
-from tests.unlearn.methods.helpers import some_slow, train
+from tests.unlearn.methods.helpers import RECIPE, some_slow, train
 from unlearn.methods import loop, resume
 
 RESUMED = [
@@ -220,6 +222,26 @@ def test_other_held_out_rows_make_another_training(single, tmp_path):
     train(single, holdout=influence.examples_from_rows(rows(9, seed=9)), **options)
     with pytest.raises(MismatchError, match="differs in"):
         train(single, holdout=influence.examples_from_rows(rows(9, seed=8)), **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "until"), [("ga", "expected"), ("datamodel-matching", "steps=4")]
+)
+def test_another_recipe_of_the_adapter_makes_another_training(single, tmp_path, method, until):
+    options = {"until": until, "steps": 4, "save_every": 2, "lr": 1e-4, "recipe": RECIPE}
+    options["checkpoint"] = tmp_path / "state"
+    train(single, method, **options)
+    other = options | {"recipe": replace(RECIPE, epochs=5)}
+    with pytest.raises(MismatchError, match=r"differs in recipe\."):
+        train(single, method, **other)
+    single_file = single.directory / "recipe.json"  # where none is given, the recorded one counts
+    single_file.write_text(json.dumps(RECIPE.as_json()))
+    train(single, method, **options | {"recipe": None})
+
+
+def test_a_recipe_that_nothing_looks_at_is_not_compared(single, halfway, capfd):
+    train(single, **{**halfway, "recipe": RECIPE})
+    assert "going on after step 8" in capfd.readouterr().err
 
 
 def test_other_retained_rows_make_another_training(single, tmp_path):

@@ -12,6 +12,7 @@ from influence.path import scaled
 from tests.unlearn.methods.helpers import (
     FORGET,
     KEPT,
+    RECIPE,
     ROWS,
     Oracle,
     close,
@@ -63,25 +64,35 @@ def test_it_stops_at_the_goal_within_a_step(run):
     assert edit.report["losses"]["edited"]["after"] == pytest.approx(loss(share))
 
 
-@pytest.mark.parametrize("until", ["loss", "expected"])
-def test_other_goals(run, until):
+def test_a_given_loss_is_a_goal(run):
     goal = float(losses_of(run, run.model.snapshot(), FORGET).mean()) + 0.4
-    edit = train(run, "ga", until=f"loss={goal}" if until == "loss" else until, steps=100, lr=0.01)
-    target = edit.report["losses"]["edited"]["target"]
-    if until == "loss":
-        assert target == pytest.approx(goal)
-    else:
-        rise = [
-            max(0, edit.report["method"]["rho"] * row["base"] - row["before"])
-            for row in edit.report["rows"]
-        ]
-        expected = [
-            row["before"] + r * row["share"]
-            for row, r in zip(edit.report["rows"], rise, strict=True)
-        ]
-        assert target == pytest.approx(np.mean(expected))
-    after = losses_of(run, edit.theta, FORGET).mean()
-    assert edit.report["reached"]
+    edit = train(run, "ga", until=f"loss={goal}", steps=100, lr=0.01)
+    assert edit.record.losses.edited.target == pytest.approx(goal)
+    assert [row.target for row in edit.record.rows] == [goal] * 3
+    assert edit.record.expected is None
+    check_reached(run, edit)
+
+
+def test_the_expected_loss_is_a_goal(run):
+    """Row by row, with intervals about it, as a local retraining by the recipe gives it."""
+    edit = train(run, "ga", until="expected", steps=100, lr=0.01, recipe=RECIPE)
+    goals, _ = Oracle(run).expected(RECIPE)
+    record = edit.record
+    assert {row.id: row.target for row in record.rows} == pytest.approx(goals, rel=1e-9)
+    assert record.losses.edited.target == pytest.approx(np.mean(list(goals.values())), rel=1e-9)
+    assert record.expected.loss == pytest.approx(record.losses.edited.target, rel=1e-12)
+    assert record.expected.low < record.expected.loss < record.expected.high
+    assert all(row.low < row.target < row.high for row in record.rows)
+    assert (record.expected.near, record.expected.others) == (9, 0)
+    # four epochs of twelve rows, and twice of nine
+    assert (record.expected.trainings, record.expected.row_gradients) == (3, 4 * (12 + 9 + 9))
+    check_reached(run, edit)
+
+
+def check_reached(run, edit):
+    """The rows are at their goal, and were not a step before."""
+    target, after = edit.record.losses.edited.target, losses_of(run, edit.theta, FORGET).mean()
+    assert edit.record.reached
     assert after >= target
     assert edit.log[-1]["forget_loss"] < target
 

@@ -8,14 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 
+from influence.run import Run
 from tests.unlearn.record.helpers import (
     BEFORE,
+    RECIPE,
     digest,
     edit,
     save,
     weights,
 )
 from unlearn.record.chain import append
+
+
+@pytest.fixture
+def run(run) -> Run:
+    """The run with a recipe on record, by which rows are lost that were not seen: edits move."""
+    (run.directory / "recipe.json").write_text(json.dumps(RECIPE.as_json()))
+    return run
 
 
 @pytest.fixture

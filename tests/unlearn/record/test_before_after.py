@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields, replace
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 import unlearn
+from influence.cost import Cost
 from tests.conftest import examples
 from tests.oracles import logits_fn, summed_loss
 from tests.unlearn.edits.helpers import edit_of, random
+from tests.unlearn.record.helpers import RECIPE
 from unlearn.record.before_after import (
     Evidence,
     LinearForecast,
@@ -25,6 +28,7 @@ from unlearn.record.edit_record import Guard, WalkStep
 from unlearn.record.losses import Measured, measure
 from unlearn.record.version import version
 from unlearn.stopping import StepRecord
+from unlearn.unseen import expected_losses, scaled_to
 
 
 def measured(*losses) -> Measured:
@@ -156,6 +160,53 @@ def test_the_record_says_what_was_measured(run):
     assert edit.report == record.as_json()
 
 
+def test_the_record_says_what_was_expected_and_by_what(run):
+    """Of the removed and of the new contents, with the intervals of each and of the mean of S."""
+    edit = edit_of(run, remove=["r0-1"], relabel={"r0-4": " warm songs"}, seed=3)
+    change, record = edit.change, edit.record
+    with run.model.at(change.version.theta) as model:
+        now, new_now = measure(model, change.old).loss, measure(model, change.new).loss
+    found = expected_losses(change, RECIPE, now, new_now, Cost(), seed=3)
+    (low, high), told = found.intervals(), record.expected
+    assert change.replaced.tolist() == [False, True]
+    for row, place in zip(record.rows, (0, 2), strict=True):
+        assert row.target == pytest.approx(found.expected[place], rel=1e-5)
+        assert (row.low, row.high) == pytest.approx((low[place], high[place]), rel=1e-5)
+        assert row.base == pytest.approx(found.base[place], rel=1e-5)
+        assert row.share is None
+    assert record.rows[1].old_target == pytest.approx(found.expected[1], rel=1e-5)
+    assert told.loss == pytest.approx(found.expected[:2].mean(), rel=1e-5)
+    assert (told.low, told.high) == pytest.approx(found.interval(np.array([0, 1])), rel=1e-5)
+    assert told.faithfulness == pytest.approx(found.faithfulness, rel=1e-4)
+    assert (told.trainings, told.near, told.others) == (3, 10, 0)
+    # five epochs: of ten rows and two, and twice of ten and the new content
+    assert told.row_gradients == 5 * (12 + 2 * 11)
+    assert told.recipe == RECIPE.as_json()
+    assert "rho" not in record.method.settings
+    assert record.cost.retraining == 5 * 11
+
+
+def test_rows_have_their_losses_under_the_base_though_nothing_is_expected(run):
+    edit = edit_of(run, remove=["r0-1"], steps=1)
+    (row,), change = edit.record.rows, edit.change
+    assert (edit.record.expected, row.low, row.high, row.target) == (None, None, None, None)
+    with run.model.at(scaled_to(change.version, 0.0)) as model:
+        assert row.base == pytest.approx(measure(model, change.old).loss[0], rel=1e-5)
+
+
+def test_the_recipe_is_the_given_one_else_the_recorded_one(work, tmp_path):
+    given, path = replace(RECIPE, epochs=2), tmp_path / "recipe.json"
+    path.write_text(json.dumps(given.as_json()))
+    for how in (given, path):
+        mine = replace(work, given_recipe=how)
+        assert mine.recipe == given
+        assert mine.retraining(10.0) == {"retraining": 2 * 5, "ratio": 1.0}
+    # four batches of five rows: the third holds what is left of them
+    steps = replace(work, given_recipe=replace(given, max_steps=4))
+    assert steps.retraining(14.0) == {"retraining": 2 + 2 + 1 + 2, "ratio": 2.0}
+    assert work.retraining(10.0) == {"retraining": None, "ratio": None}  # none is known
+
+
 def test_without_held_out_rows_the_base_model_tells_what_is_comparable(run):
     record = edit_of(run, until="steps=1", steps=40).record
     assert record.comparable.source == "retained rows under the base model"
@@ -202,4 +253,6 @@ def test_a_training_leaves_the_same_record(run):
     assert record.method.settings["steps_taken"] == 2
     assert record.steps == ()
     assert record.losses.edited.target is None
+    assert record.expected is None
+    assert [(row.low, row.high) for row in record.rows] == [(None, None)]
     assert record.guard.passed is None

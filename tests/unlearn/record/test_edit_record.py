@@ -17,15 +17,14 @@ from influence.errors import StoreError
 from tests.unlearn.record.helpers import edit, problems
 from unlearn.record import edit_record
 from unlearn.record.chain import append
+from unlearn.record.declared import LATER, nothing
 from unlearn.record.edit_record import (
-    LATER,
     AgreementRecord,
     EditRecord,
     Guard,
     MethodRecord,
     RowRecord,
     facts_of,
-    nothing,
 )
 from unlearn.record.folder import seal
 from unlearn.record.verify import verify
@@ -43,7 +42,8 @@ def whole() -> dict:
     steps = {"step": 1, "length": 0.1, "radius": 0.2, "predicted": 0.9, "measured": 0.8}
     steps |= {"accepted": True, "forget": 1.5, "learn": 0.7, "retained": 0.2, "damage": 0.01}
     row = {"id": "a", "action": "remove", "before": 0.2, "after": 4.6, "target": 4.7, "base": 4.9}
-    row |= {"share": 0.5, "extraction_before": 0.9, "extraction_after": 0.1, "rank": 0.4}
+    row |= {"share": 0.5, "low": 4.1, "high": 5.3}
+    row |= {"extraction_before": 0.9, "extraction_after": 0.1, "rank": 0.4}
     changed = row | {"id": "b", "action": "relabel", "old_before": 0.3, "old_after": 4.0}
     request = {"id": "a", "action": "remove", "content_before": "8" * 16, "content_after": None}
     return {
@@ -83,6 +83,10 @@ def whole() -> dict:
         "comparable": {"source": "held-out rows", "rows": 400},
         "guard": {"max_damage": 0.1, "damage": 0.03, "since_the_fit": 0.05, "passed": True}
         | {"forced": False},
+        "expected": {"loss": 4.7, "low": 4.3, "high": 5.1, "faithfulness": 0.98, "trainings": 3}
+        | {"near": 16, "others": 20, "recipe": {"lr": 1e-3, "epochs": 4}, "row_gradients": 450},
+        "shipped": {"dtype": "bfloat16", "edited_before": 0.2, "edited_after": 4.5}
+        | {"retained_before": 0.2, "retained_after": 0.3, "kept": 0.97},
         "cost": {"row_gradients": 800, "row_forwards": 1200, "total": 1200.0, "seconds": 94.2}
         | {"retraining": 60000, "ratio": 0.02},
         "agreement": {"adapter": "/x", "edited": 4.6, "retained": 0.2, "heldout": 4.8}
@@ -138,6 +142,8 @@ def test_values_are_where_the_file_has_them():
     assert [row.old_before for row in record.rows] == [None, 0.3]
     assert record.method.settings["seed"] == 0
     assert record.lineage.removed == ("a",)
+    assert (record.expected.loss, record.expected.recipe["epochs"]) == (4.7, 4)
+    assert [(row.low, row.high) for row in record.rows] == [(4.1, 5.3)] * 2
 
 
 def test_every_field_is_in_the_whole_record():
@@ -170,6 +176,15 @@ def test_an_object_that_is_null_reads_as_nothing_and_is_written_as_null():
         assert read.as_json() == record
     read = EditRecord.from_json(changed(whole(), ("losses", "retained"), None))
     assert read.losses.retained.before is None
+
+
+@pytest.mark.parametrize("part", ["expected", "shipped"])
+def test_what_was_not_needed_or_could_not_be_is_null(part):
+    """As in a record of a version before it."""
+    for record in (changed(whole(), (part,), None), without(whole(), (part,))):
+        read = EditRecord.from_json(record)
+        assert getattr(read, part) is None
+        assert read.as_json() == changed(whole(), (part,), None)
 
 
 def test_a_removed_row_has_no_keys_of_old_content():
@@ -236,7 +251,9 @@ MAY_LACK = {
     ("losses", "retained", "predicted"),
     ("losses", "heldout", "predicted"),
     *(("steps", 0, key) for key in ("step", "radius", "forget", "learn", "retained", "damage")),
-    *(("rows", row, "share") for row in (0, 1)),
+    *((part,) for part in ("expected", "shipped")),
+    *((part, key) for part in ("expected", "shipped") for key in whole()[part]),
+    *(("rows", row, key) for row in (0, 1) for key in ("share", "low", "high")),
     *(("rows", 1, key) for key in ("old_before", "old_after", "old_target")),
 }
 
@@ -252,7 +269,9 @@ def test_keys_that_were_added_later_may_lack(path):
 def test_every_other_key_that_is_missing_is_named():
     free = {"versions", "files", "lineage", "format"}
     for path in paths(whole()):
-        if not path or path in MAY_LACK or isinstance(path[-1], int) or path[-2:-1] == ("kl",):
+        if not path or path in MAY_LACK or isinstance(path[-1], int):
+            continue
+        if path[-2:-1] in (("kl",), ("recipe",)):
             continue
         if path[0] in free and path not in (("versions",), ("files",)):
             continue

@@ -105,6 +105,7 @@ KEYS = [
     "rows",
     "comparable",
     "guard",
+    "expected",
     "cost",
     "agreement",
     "files",
@@ -123,6 +124,7 @@ PARTS = {
     "guard": "max_damage damage passed forced",
     "cost": "row_gradients row_forwards total seconds retraining ratio",
     "comparable": "source rows",
+    "expected": "loss low high faithfulness trainings near others recipe row_gradients",
 }
 
 
@@ -148,7 +150,7 @@ def test_the_record_has_every_key_that_is_promised(run, tmp_path):
         assert set(names.split()) <= set(record["losses"][key]), key
     step = "step length radius predicted measured accepted forget"
     assert all(set(step.split()) <= set(entry) for entry in record["steps"])
-    row = "id action before after target base extraction_before extraction_after rank"
+    row = "id action before after target base low high extraction_before extraction_after rank"
     assert all(set(row.split()) <= set(entry) for entry in record["rows"])
     assert [entry["id"] for entry in record["rows"]] == ["r0-1", "r0-2", "r0-5"]
     assert all(0 <= entry["rank"] <= 1 for entry in record["rows"])

@@ -58,7 +58,10 @@ def test_a_trained_adapter_is_peft_s_and_on_record(train, run, made, run_main, t
 def check_record(record, closed, out: Path) -> None:
     """The record has every key of a closed-form edit's, which tests/unlearn/record lists."""
     assert set(record) == set(closed)
-    parts = {key for key in closed if isinstance(closed[key], dict)} - {"method", "files"}
+    parts = {key for key in closed if isinstance(closed[key], dict)}
+    parts -= {"method", "files", "expected"}
+    assert closed["expected"]["trainings"] == 3
+    assert record["expected"] is None  # no step looks at it
     shared = ("run", "base", "adapter", "data", "residual", "delta")
     assert parts >= {*shared, "losses", "guard", "cost", "comparable", "lineage"}
     for key in parts:
