@@ -12,6 +12,8 @@ from torch import Tensor
 
 from analysis.demo.corpus import Row
 from influence.progress import track
+from influence.recipe import Recipe
+from influence.store import write_json
 
 
 def train_base(
@@ -120,6 +122,9 @@ def train_adapter(
         loss.backward()
         optimizer.step()
     model.save_pretrained(str(directory), save_embedding_layers=False)
+    if not absent and epochs == int(epochs):  # what the toolkit's own training would repeat
+        recipe = Recipe(lr=lr, epochs=int(epochs), batch_size=16, seed=seed)
+        write_json(Path(directory) / "recipe.json", recipe.as_json())
 
 
 def mean_losses(base: str | Path, adapter: str | Path | None, rows: Sequence[Row]) -> list[float]:
