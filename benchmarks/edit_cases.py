@@ -26,6 +26,7 @@ from influence.path import read_parameters
 from influence.progress import say
 from influence.rows import Example, Examples
 from influence.run import Run
+from influence.store import write_json
 from influence.tokens import TokenizedExamples, tokenize
 from unlearn.retraining.recipe import Recipe
 from unlearn.retraining.retrain import fresh_adapter, train
@@ -90,8 +91,10 @@ class Bed:
         return {row.id for row in self.rows if "-".join(row.id.split("-")[:2]) == fact}
 
     def fitted(self, name: str, model: AdaptedModel, rows: Examples) -> Run:
-        """The run of an adapter with default settings, fitted once."""
-        return influence.fit(model, rows, directory=self.work / "fits" / name, seed=SEED)
+        """The run of an adapter with default settings and its recipe, fitted once."""
+        run = influence.fit(model, rows, directory=self.work / "fits" / name, seed=SEED)
+        write_json(run.directory / "recipe.json", self.recipe.as_json())
+        return run
 
     @cached_property
     def run(self) -> Run:

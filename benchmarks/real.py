@@ -340,8 +340,8 @@ def removal_part(bed: RealBed, args: argparse.Namespace) -> dict[str, Any]:
     trained_on = RECIPE.epochs * (len(run.train) - len(ids))
 
     def edited() -> dict[str, Any]:
-        watch = Watch()
-        return by_edit(judge, unlearn.remove(run, ids, holdout=heldout, start="original"), watch)
+        watch, options = Watch(), {"start": "original", "recipe": RECIPE}
+        return by_edit(judge, unlearn.remove(run, ids, holdout=heldout, **options), watch)
 
     def ascended() -> dict[str, Any]:
         watch, until = Watch(), f"loss={found['unlearn remove']['goal']:.6f}"
