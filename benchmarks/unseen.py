@@ -7,8 +7,8 @@ completion; `mild`, three epochs at 2e-3; `paraphrases`, an adapter of rows and 
 that every removed row's other wording stays. In each, sets of rows are left out: a whole author,
 half of one, two rows, one row of every author, every tenth row, rows whose paraphrases stay. The
 truth is one adapter retrained without them, which is kept under `--out`: a second call only edits.
-No set and no world was used to find a constant but those that LOG.md names (2026-11-28, "What a
-model that never saw the rows would say"). Results: `unseen.json`, and a table on standard output.
+The constants of `unlearn/retraining/local.py` were found on the first three worlds; no set of the
+fourth was looked at before. Results: `unseen.json`, and a table on standard output.
 """
 
 from __future__ import annotations

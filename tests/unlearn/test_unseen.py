@@ -246,11 +246,11 @@ def test_a_recipe_that_teaches_too_little_is_warned_of(kin, capsys):
 def test_losses_under_the_base_are_those_without_the_adapter(kin):
     cost, before = Cost(), kin.model.snapshot()
     rows = kin.tokens.select([4, 0, 7])
-    found = base_losses(kin, rows, cost)
+    found = base_losses(kin, rows, token_budget=50, cost=cost)
     with kin.model.model.disable_adapter():
         np.testing.assert_allclose(found, measure(kin.model, rows).loss, rtol=1e-12)
     assert (cost.gradients, cost.forwards) == (0, 3)
-    assert base_losses(kin, rows[:0], cost).shape == (0,)
+    assert base_losses(kin, rows[:0], token_budget=50, cost=cost).shape == (0,)
     assert cost.forwards == 3
     assert torch.equal(kin.model.snapshot(), before)
     halved = kin.model.space.split(scaled_to(kin, 0.5))

@@ -308,10 +308,12 @@ def _strangers(
         count = max(len(rows), NEAR_EACH)
         near = index.nearest(index.tokens.select(rows), others, count)
         for batch in batches:
+            if len(batch) == TOGETHER:
+                continue
             taken = np.concatenate([np.concatenate([units[u], near_u]) for u, near_u in batch])
             members = np.concatenate([units[u] for u, _ in batch])
             alone = not (np.isin(rows, taken).any() or np.isin(near, members).any())
-            if alone and len(batch) < TOGETHER and len(members) + len(rows) <= n // 2:
+            if alone and len(members) + len(rows) <= n // 2:
                 batch.append((unit, near))
                 break
         else:

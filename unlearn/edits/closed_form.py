@@ -279,7 +279,7 @@ def _edit(
         ending = work.converged()
     else:
         ending = work.relinearised(targets, before, expected)
-    base = work.base_losses() if expected is None else expected.base
+    base = work.base_losses(work.change.contents) if expected is None else expected.base
     delta = ending.theta - work.version.theta
     # The saved move is delta: what is measured is what a reader of it will get, bit for bit.
     theta = work.version.theta + delta
@@ -317,7 +317,7 @@ def _forecast(work: PreparedEdit) -> dict[str, Any]:
     delta = work.one_shot().theta - work.version.theta
     linear = work.forecast(delta, None)
     seconds_each = max(time.monotonic() - begun, 1e-3) / max(work.cost.total - spent, 1.0)
-    base, targets = work.base_losses(), work.targets(None)
+    base, targets = work.base_losses(work.change.contents), work.targets(None)
     local = work.local_plan()
     goal = 0 if local is None else local.row_gradients
     if local is not None and given_or_recorded(work.run, work.given_recipe) is None:

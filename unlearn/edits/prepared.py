@@ -34,7 +34,7 @@ from unlearn.edits.newton import optimum
 from unlearn.edits.options import Options
 from unlearn.edits.steps import RetainedRows, walk
 from unlearn.record.before_after import Evidence, State, Targets, by_request
-from unlearn.record.change import concatenated, plan, refuse_text, say_copies
+from unlearn.record.change import plan, refuse_text, say_copies
 from unlearn.record.sample import unseen_rows
 from unlearn.record.version import version
 from unlearn.retraining.local import Plan, planned
@@ -112,41 +112,46 @@ class PreparedEdit(Evidence):
     tolerance: float | None = None
     solving: float = 0.0
 
-    def expected(self, before: State) -> Expected | None:
-        """What a model trained on the rows as they are after the edit would lose on them.
+    @cached_property
+    def retrains_locally(self) -> bool:
+        """Whether the edit asks a local retraining where to go.
 
-        None where no step looks at it (the linear answer, `converged`), and where the adapter
-        cannot be trained from a fresh start but the rule does without.
+        Not where no step looks at it (the linear answer, `converged`), nor, which is said, where
+        the adapter cannot be trained from a fresh start but the rule does without.
         """
-        options, rule = self.options, self.options.rule
-        if options.one_shot or rule.kind == "converged":
-            return None
+        rule = self.options.rule
+        if self.options.one_shot or rule.kind == "converged":
+            return False
         if rule.kind != "expected":
             try:
                 refuse_unrepeatable(self.version.model)
             except InputError as error:
                 say(f"note: rows are raised by their own losses alone: {error}")
-                return None
+                return False
+        return True
+
+    def expected(self, before: State) -> Expected | None:
+        """What a model trained on the rows as they are after the edit would lose on them.
+
+        None where the edit asks no local retraining.
+        """
+        if not self.retrains_locally:
+            return None
         return expected_losses(
             self.change,
             self.recipe,
             before.old.loss,
             before.new.loss,
             self.cost,
-            seed=options.seed,
+            seed=self.options.seed,
         )
 
     def local_plan(self) -> Plan | None:
         """The local retraining that the edit would make, None where it makes none."""
-        if self.options.one_shot or self.options.rule.kind == "converged":
+        if not self.retrains_locally:
             return None
         recipe = given_or_recorded(self.run, self.given_recipe) or Recipe()
-        try:
-            return planned(self.change, recipe, seed=self.options.seed)
-        except InputError:
-            if self.options.rule.kind == "expected":
-                raise
-            return None
+        return planned(self.change, recipe, seed=self.options.seed)
 
     def targets(self, expected: Expected | None) -> Targets:
         """The losses to reach: the expected ones, or the one that was asked for; NaN: none."""
@@ -207,7 +212,7 @@ class PreparedEdit(Evidence):
         Gradients and curvature are both taken at point p.
         """
         change, version = self.change, self.version
-        tokens = concatenated(change.old, change.new)
+        tokens = change.contents
         weights = np.concatenate([change.old_weights, -change.new_weights])
         delta = torch.zeros_like(version.theta)
         for factor, point, operator in self.updated:
@@ -227,7 +232,7 @@ class PreparedEdit(Evidence):
         already would only be held, at the price of their gradients in every step.
         """
         change = self.change
-        tokens = concatenated(change.old, change.new)
+        tokens = change.contents
         goals = np.concatenate([targets.old, targets.new])
         rises = np.arange(len(tokens)) < len(change.rows)
         losses = np.concatenate([before.old.loss, before.new.loss])

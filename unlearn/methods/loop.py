@@ -167,7 +167,7 @@ def _measured_training(work: Work, checkpoint: Checkpoint) -> Edit:
     """Train, measure the rows before and after, and put it all on record."""
     before = work.measure(work.version.theta)
     expected = work.expected(before)
-    base = work.base_losses() if expected is None else expected.base
+    base = work.base_losses(work.change.contents) if expected is None else expected.base
     goals = work.goals(base, expected, before)
     training = Training(work, before, expected, goals, checkpoint)
     ending, share = training.run()

@@ -26,7 +26,7 @@ from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
 from influence.tokens import TokenizedExamples
-from unlearn.record.change import Change, Request, concatenated
+from unlearn.record.change import Change, Request
 from unlearn.record.edit_record import (
     Adapters,
     Comparable,
@@ -59,7 +59,7 @@ from unlearn.record.version import Version
 from unlearn.retraining.estimate import known_or_estimated
 from unlearn.retraining.recipe import Recipe, given_or_recorded
 from unlearn.stopping import Ending
-from unlearn.unseen import Expected, base_losses, scaled_to
+from unlearn.unseen import Expected, base_losses
 
 #: Rows of each kind whose gradient gives the linear forecast and the norm of the objective's
 #: gradient (a choice).
@@ -155,9 +155,9 @@ class Evidence:
             heldout = None if self.heldout is None else measure(model, self.heldout, **options)
         return State(old, new, retained, heldout, by_request(change, old.loss, new.loss))
 
-    def base_losses(self) -> np.ndarray:
-        """Losses of the changed rows and of the new contents under the base alone, `[m]`."""
-        return base_losses(self.version, concatenated(self.change.old, self.change.new), self.cost)
+    def base_losses(self, tokens: TokenizedExamples) -> np.ndarray:
+        """Losses of rows under the base alone, `[m]`."""
+        return base_losses(self.version, tokens, token_budget=self.budget, cost=self.cost)
 
     def since_the_fit(self, after: State) -> float | None:
         """Relative rise of the retained sample's loss since the run's own adapter.
@@ -177,7 +177,6 @@ class Evidence:
         With `theta` [P], the adapter after, the retained objective's gradient is taken there too.
         """
         change, start = self.change, self.version.theta
-        removed = change.old.select(np.flatnonzero(~change.replaced))
         retained = self.version.tokens.select(
             self.sample[evenly_spaced(len(self.sample), FORECAST_ROWS)]
         )
@@ -185,7 +184,7 @@ class Evidence:
         if heldout is not None:
             heldout = heldout.select(evenly_spaced(len(heldout), FORECAST_ROWS))
         sets = {
-            "edited": concatenated(removed, change.new),
+            "edited": change.edited,
             "retained": retained,
             "heldout": heldout,
         }
@@ -374,12 +373,11 @@ def _expectation(work: Evidence, expected: Expected) -> Expectation:
 def _shipped(work: Evidence, delta: Tensor) -> ShippedRecord | None:
     """The edit on merged and rounded weights."""
     version, change = work.version, work.change
-    removed = change.old.select(np.flatnonzero(~change.replaced))
     found = as_shipped(
         version.model,
         version.theta,
         version.theta + delta,
-        concatenated(removed, change.new),
+        change.edited,
         version.tokens.select(work.sample),
         token_budget=work.budget,
         cost=work.cost,
@@ -403,11 +401,8 @@ def _comparable_losses(work: Evidence, after: State) -> tuple[np.ndarray | None,
         return after.heldout.loss, "held-out rows"
     if len(work.sample) == 0:
         return None, None
-    with work.version.model.at(scaled_to(work.version, 0.0)) as model:
-        tokens = work.version.tokens.select(work.sample)
-        losses = mean_losses(model, tokens, token_budget=work.budget)
-    work.cost.forwards += len(losses)
-    return losses, "retained rows under the base model"
+    tokens = work.version.tokens.select(work.sample)
+    return work.base_losses(tokens), "retained rows under the base model"
 
 
 def _losses(

@@ -101,6 +101,16 @@ class Change:
         return self.version.tokens.select(self.rows)
 
     @property
+    def contents(self) -> TokenizedExamples:
+        """The tokens of S, then those of S'."""
+        return concatenated(self.old, self.new)
+
+    @property
+    def edited(self) -> TokenizedExamples:
+        """The tokens that an edit is judged by: of the rows that go, then of the new contents."""
+        return concatenated(self.old.select(np.flatnonzero(~self.replaced)), self.new)
+
+    @property
     def rest(self) -> np.ndarray:
         """Positions of the untouched rows in the version's rows."""
         return np.setdiff1d(np.arange(len(self.version.rows)), self.rows)

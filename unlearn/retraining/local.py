@@ -13,8 +13,8 @@ it knows the format, how sure of itself it is) is in both, and the second one sa
 its rows S should have the losses that they have under the adapter. `unlearn.unseen` makes expected
 losses of the pair, `unlearn.unseen_outputs` expected outputs.
 
-The work does not grow with the number of training rows. Evidence on five worlds: benchmarks/README,
-"What a model that never saw the rows would lose".
+The work does not grow with the number of training rows. Evidence: benchmarks/README.md, "The loss of
+unseen rows".
 """
 
 from __future__ import annotations
@@ -118,11 +118,12 @@ class Plan:
 
     def trainings(self) -> list[tuple[TokenizedExamples, Recipe]]:
         """What is trained on, and how: the rows before the change, then those after it."""
-        change = self.change
-        before, after = self._before, self._after
+        change, before, after = self.change, self._before, self._after
+        rows = len(change.version.rows)
+        rows_after = rows - len(change.rows) + len(change.new)
         return [
-            (before, self._recipe(before, len(change.version.rows))),
-            *((after, self._recipe(after, len(change.after), repeat)) for repeat in range(REPEATS)),
+            (before, self._recipe(before, rows)),
+            *((after, self._recipe(after, rows_after, repeat)) for repeat in range(REPEATS)),
         ]
 
     @property
@@ -189,7 +190,7 @@ def planned(
     if near is None:
         index = index or TokenIndex(change.version.tokens)
         count = min(max(len(change.rows), FEWEST_NEAR), MOST_NEAR)
-        near = index.nearest(concatenated(change.old, change.new), retained, count)
+        near = index.nearest(change.contents, retained, count)
     others = np.setdiff1d(retained, near)
     drawn = np.random.default_rng(seed).permutation(others)[:OTHERS]
     return Plan(change, near, drawn, recipe)
