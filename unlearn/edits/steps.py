@@ -313,10 +313,7 @@ class _Walk:
         # Both parts have length 1 before they are solved (NGDiff): so the retained rows weigh as
         # much as the changed ones however small their gradient is.
         towards, held = self.precondition(downhill), self.precondition(_unit(gradient))
-        # The b at which the retained loss stays as it is, to first order; none where it falls.
-        rise, fall = float(towards @ gradient), float(held @ gradient)
-        balance = max(0.0, rise / fall) if fall > 0 else 0.0
-        whole = max(balance, self.weight) if self.lost > 0 else balance
+        whole = retained_weight(towards, held, gradient, self.weight if self.lost > 0 else 0.0)
         for weight in (whole, whole / 2, whole / 4):
             # As much of the retained part as still goes downhill in M.
             direction = _unit(towards - weight * held)
@@ -368,6 +365,15 @@ class _Walk:
         )
         self.region.judge(length, predicted, measured)
         return accepted
+
+
+def retained_weight(towards: Tensor, held: Tensor, gradient: Tensor, least: float) -> float:
+    """The b of the direction `towards - b held` at which the retained loss stays as it is.
+
+    To first order, by its `gradient` [P]: 0 where it falls of itself. At least `least`.
+    """
+    rise, fall = float(towards @ gradient), float(held @ gradient)
+    return max(rise / fall if fall > 0 else 0.0, least)
 
 
 def _unit(v: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,8 @@ from influence.loss import mean_losses
 from tests.unlearn.edits.helpers import ANSWERS, edit_of
 from unlearn import stopping
 from unlearn.edits import steps
-from unlearn.edits.goals import Goals
-from unlearn.edits.steps import RetainedRows, TrustRegion, walk
+from unlearn.edits.goals import Goals, Merit
+from unlearn.edits.steps import RetainedRows, TrustRegion, retained_weight, walk
 from unlearn.record.version import version
 from unlearn.stopping import EditRule
 
@@ -220,3 +222,72 @@ def test_a_step_that_is_not_finite_is_refused(run):
             token_budget=200,
             cost=Cost(),
         )
+
+
+def identity_walk(run, goals, retained, until, steps):
+    """A walk without curvature."""
+    return walk(
+        run.model,
+        version(run).theta,
+        goals,
+        retained,
+        lambda v: v,
+        until=until,
+        steps=steps,
+        token_budget=200,
+        cost=Cost(),
+    )
+
+
+def test_the_retained_part_weighs_what_keeps_the_retained_loss_where_it_is():
+    towards, held = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([2.0, 1.0, 0.5])
+    for gradient, moved in (([1.0, 1.0, 1.0], 0), ([-1.0, 1.0, 3.0], -2), ([0.0, 0.5, -0.5], 0)):
+        g = torch.tensor(gradient)
+        b = retained_weight(towards, held, g, 0.0)
+        assert float((towards - b * held) @ g) == pytest.approx(moved, abs=1e-6)
+        assert retained_weight(towards, held, g, 5.0) == pytest.approx(max(b, 5.0))
+    # a solve that is no descent of theirs cannot hold them
+    assert retained_weight(towards, -held, torch.tensor([1.0, 1.0, 1.0]), 0.0) == 0
+
+
+def test_rows_that_lost_are_brought_back(run, monkeypatch):
+    """Retained rows that were measured too low at the start seem to have lost: they are trained."""
+    start, goals, _ = one_goal(run)
+    retained = RetainedRows(start.tokens.select([1, 2]), 2, 0, 1.0)
+    least, whole = [], steps.retained_weight
+
+    def noted(towards, held, gradient, at_least):
+        least.append(at_least)
+        return whole(towards, held, gradient, at_least)
+
+    monkeypatch.setattr(steps, "retained_weight", noted)
+    for factor, expected in ((0.7, [1, 2, 4, 8, 8]), (1.3, [0] * 5)):
+        least.clear()
+        monkeypatch.setattr(
+            steps, "mean_losses", lambda *a, f=factor, **b: f * mean_losses(*a, **b)
+        )
+        retained = replace(retained, max_damage=0.1)
+        identity_walk(run, goals, retained, EditRule("steps", 5), 5)
+        assert least == expected
+
+
+class Scripted(Goals):
+    """Goals whose merits come one after the other, whatever the parameters."""
+
+    def merit(self, model, **_options):
+        value = self.outputs.pop(0)
+        return Merit(
+            value, torch.ones(model.space.size), self.targets if value < 1 else 0 * self.targets
+        )
+
+
+@pytest.mark.parametrize(("until", "taken"), [("loss=2", 1), ("expected", 3)])
+def test_expected_goals_are_reached_when_m_has_settled_too(run, until, taken):
+    """The loss is there after the first step, and M falls by less than a hundredth in the third."""
+    start = version(run)
+    tokens, merits = start.tokens.select([0]), [1.0, 0.8, 0.7, 0.695, 0.6, 0.5]
+    goals = Scripted(tokens, np.array([2.0]), np.array([True]), merits)
+    alone = RetainedRows(start.tokens.select([1, 2]), 0, 0, 0.1)
+    ending = identity_walk(run, goals, alone, EditRule.parse(until), 5)
+    assert ending.reached
+    assert len(ending.steps) == taken
