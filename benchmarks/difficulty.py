@@ -1,10 +1,12 @@
 """Forecasts of difficulty against what ascent then took: rank correlations beside the baselines.
 
     python benchmarks/difficulty.py --world FOLDER [--world FOLDER] --out DIR
-                                    [--optimizer adam] [--rows N] [--edits N]
+                                    [--optimizer adam] [--rows N] [--edits N] [--lr X]
 
 A world is a folder with base/, adapter/, train.jsonl, heldout.jsonl and, maybe, truth.npz
-(`analysis.demo.world`); `demo` makes the demo's. Forecasts are made first, then every row is
+(`analysis.demo.world`); `demo` makes the demo's, and `demo-SEED` another one. A folder
+T/regimes/NAME is another adapter on the base and rows of the testbed T; that of `style` saw a
+phrase around every completion. Forecasts are made first, then every row is
 unlearned alone (`unlearn.difficulty.measure`, whose file is kept in DIR and resumed). For `--edits
 N` rows the closed-form edit to the same target is made too, and three policies are compared by the
 damage they do: always ascent, always edit, and what the forecast recommends.
@@ -20,12 +22,15 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from unseen import styled
 
+import influence
 import unlearn
 from analysis.demo.world import World, demo_world
 from analysis.metrics.lds import read_truth
@@ -36,6 +41,7 @@ from influence.loss import mean_losses, supervised_logits, token_losses
 from influence.run import Run
 from influence.tokens import TokenizedExamples
 from unlearn.difficulty import Forecast, Measured, Protocol, measure, predict
+from unlearn.difficulty.coarse_ascent import LOOKS
 from unlearn.difficulty.units import find_units
 
 #: Features of the forecast that are baselines too.
@@ -98,19 +104,19 @@ def compare(
 
     On the rows whose target was above their loss and was reached. `forecasts` by their looks.
     """
-    table = forecasts[3].table
+    table = forecasts[LOOKS].table
     rows = np.array([run.train.index(id) for id in table["id"]])
     usable = np.isfinite(measured.steps) & (measured.steps > 0) & np.isfinite(measured.damage)
     labels = [run.train[int(row)].group for row in rows]
     groups = [label for label in labels if label is not None]
     known_groups = groups if len(groups) == len(labels) else None
-    calibrated = forecasts[3].calibrated(measured.steps, measured.damage, known_groups)
+    calibrated = forecasts[LOOKS].calibrated(measured.steps, measured.damage, known_groups)
     assert calibrated.calibration is not None
     by_name: Forecasts = {}
     for looks, forecast in forecasts.items():
         by_name[f"forecast, {looks} look{'s' * (looks > 1)}"] = _steps_and_damage(forecast)
     by_name["calibrated, out of fold"] = _steps_and_damage(calibrated)
-    by_name |= _baselines(run, forecasts[3], rows, truth)
+    by_name |= _baselines(run, forecasts[LOOKS], rows, truth)
     truths = {"steps": measured.steps, "damage": measured.damage}
     return {
         "rows": int(usable.sum()),
@@ -124,7 +130,7 @@ def compare(
             ).tolist()
             for name, values in truths.items()
         },
-        "share inside the interval": _coverage(forecasts[3], measured, usable, known_groups),
+        "share inside the interval": _coverage(forecasts[LOOKS], measured, usable, known_groups),
         "importances": calibrated.calibration.importances,
         "recommended": table["recommended"].value_counts().to_dict(),
     }
@@ -271,17 +277,26 @@ def show(name: str, result: dict[str, Any]) -> str:
 
 
 def benchmark(
-    world: World, run: Run, ids: Sequence[str], optimizer: str, edits: int, folder: Path
+    world: World,
+    run: Run,
+    ids: Sequence[str],
+    optimizer: str,
+    lr: float | None,
+    edits: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """Forecast, measure and compare, with tables and measurements kept in `folder`."""
-    protocol, holdout = Protocol(optimizer=optimizer), world.rows("heldout")
+    protocol, holdout = Protocol(optimizer=optimizer, lr=lr), world.rows("heldout")
     clock = time.monotonic()
-    forecasts = {looks: predict(run, ids, protocol=protocol, looks=looks) for looks in (3, 2, 1)}
+    forecasts = {
+        looks: predict(run, ids, protocol=protocol, looks=looks) for looks in (LOOKS, 3, 1)
+    }
     forecast_seconds = time.monotonic() - clock
     clock = time.monotonic()
     measured = measure(run, ids, protocol=protocol, holdout=holdout, out=folder / f"{optimizer}.h5")
-    forecasts[3].write(folder / f"{optimizer}.csv", overwrite=True)
+    forecasts[LOOKS].write(folder / f"{optimizer}.csv", overwrite=True)
     result = compare(run, forecasts, measured, world.truth)
+    result["lr"] = measured.protocol["lr"]
     result["seconds"] = {
         "three forecasts": forecast_seconds,
         "measured (0 where it was read)": time.monotonic() - clock,
@@ -289,8 +304,34 @@ def benchmark(
     if edits and optimizer == "adam":
         unseen = find_units(run, ids[:1], None, protocol, holdout).holdout
         assert unseen is not None
-        result["policies"] = policies(run, forecasts[3], measured, unseen, edits)
+        result["policies"] = policies(run, forecasts[LOOKS], measured, unseen, edits)
     return result
+
+
+def world_at(place: str, folder: Path) -> World:
+    """A world by its folder or name, with what is made of it in `folder`."""
+    if place.split("-")[0] == "demo":
+        seed = int(place.partition("-")[2] or 0)
+        return replace(demo_world(folder, seed), name=place)
+    source = Path(place).resolve()
+    if source.parent.name != "regimes":
+        return World(source.name, source, folder)
+    testbed = source.parent.parent
+    for name, target in (("base", testbed / "base"), ("adapter", source / "adapter")):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(target)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        rows = influence.read_examples(testbed / name)
+        if source.name == "style":
+            rows = styled(rows)
+        lines = [
+            json.dumps(
+                {"id": id, "group": row.group, "prompt": row.prompt, "completion": row.completion}
+            )
+            for id, row in zip(rows.ids, rows, strict=True)
+        ]
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return World(source.name, folder, folder)
 
 
 def main() -> None:
@@ -303,21 +344,19 @@ def main() -> None:
     parser.add_argument("--optimizer", action="append", choices=["adam", "sgd"])
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--edits", type=int, default=0)
+    parser.add_argument("--lr", type=float, help="learning rate; default: by the stride")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for place in options.world:
         folder = options.out / Path(place).name
         folder.mkdir(exist_ok=True)
-        if place == "demo":
-            world = demo_world(folder)
-        else:
-            world = World(Path(place).name, Path(place).resolve(), folder)
+        world = world_at(place, folder)
         run = world.run()
         count = min(options.rows, len(run.train))
         rows = np.unique(np.linspace(0, len(run.train) - 1, count).round().astype(int))
         ids = [run.train.ids[row] for row in rows]
         for optimizer in options.optimizer or ["adam", "sgd"]:
-            result = benchmark(world, run, ids, optimizer, options.edits, folder)
+            result = benchmark(world, run, ids, optimizer, options.lr, options.edits, folder)
             record = options.out / f"{world.name}-{optimizer}.json"
             record.write_text(json.dumps(result, indent=1))
             print(show(f"{world.name}, {optimizer}", result), "\n")

@@ -474,6 +474,7 @@ def difficulty(options: Difficulty) -> None:
     protocol = Protocol(
         optimizer=options.optimizer,
         lr=options.lr,
+        stride=options.stride,
         target=options.target,
         steps=options.steps,
         recipe=None if options.recipe is None else recipe_at(options.recipe),

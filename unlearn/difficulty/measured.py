@@ -167,6 +167,7 @@ def measure(
             ".h5"
         )
     units = units or find_units(run, ids, groups, protocol, holdout, sample_rows, seed)
+    protocol = units.paced(protocol)
     if out is None:
         arrays = _empty(units, protocol)
         for rows in track(units.chunks(COPIES), "ascent"):

@@ -57,9 +57,14 @@ class Difficulty(
         default="base",
     )
     optimizer: str = option("adam or sgd.", default="adam")
-    lr: float | None = option("Learning rate. Default: 1e-4 (adam), 5e-3 (sgd).", default=None)
+    lr: float | None = option("Learning rate. Default: by --stride.", default=None)
+    stride: float | None = option(
+        "Length of the first move over the adapter's: the same on models of any size. Default: "
+        "0.0016 (adam), 0.0006 (sgd).",
+        default=None,
+    )
     steps: int = option("The most steps.", default=200)
-    looks: int = option("Gradients a row; 1 is a line scan.", default=3)
+    looks: int = option("Gradients a row; 1 is a line scan.", default=5)
     max_damage: float = option(
         "Share of the retained loss that ascent may cost where it is recommended.", default=0.01
     )

@@ -22,7 +22,11 @@ class Protocol:
     optimizer
         `adam` or `sgd`, or an `unlearn.difficulty.optimizers.Optimizer`.
     lr
-        Learning rate; None: the optimizer's own (1e-4 for adam, 5e-3 for sgd).
+        Learning rate; None: by the stride.
+    stride
+        Length of an ascent's first move over the adapter's: the same on models of any size, where
+        the length of a move at one rate grows with the number of parameters. None: the optimizer's
+        own, where no rate is given (`unlearn.difficulty.units.Units.paced`).
     target
         `base`: the base model's loss on the row; `unseen`: the loss that a local retraining expects
         of a model that never saw the row but saw the others (`unlearn.retraining.local`). A group's
@@ -41,6 +45,7 @@ class Protocol:
     target: str = "base"
     steps: int = 200
     recipe: Recipe | None = None
+    stride: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.optimizer, Optimizer) and self.optimizer not in OPTIMIZERS:
@@ -48,8 +53,11 @@ class Protocol:
                 f"optimizer {self.optimizer!r} was given; expected {' or '.join(OPTIMIZERS)}, or "
                 "an Optimizer of your own, as in Momentum()"
             )
-        if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise InputError(f"lr {self.lr!r} was given; expected a number above 0")
+        for name, value in (("lr", self.lr), ("stride", self.stride)):
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name} {value!r} was given; expected a number above 0")
+        if self.lr is not None and self.stride is not None:
+            raise InputError("lr and stride were given together: a rate has one of them; give one")
         if self.target not in TARGETS:
             raise InputError(f"target {self.target!r} was given; expected {' or '.join(TARGETS)}")
         if type(self.steps) is not int or self.steps < 1:
@@ -66,8 +74,13 @@ class Protocol:
 
     @property
     def rate(self) -> float:
-        """The learning rate."""
-        return self.rule.rate if self.lr is None else self.lr
+        """The learning rate.
+
+        Raises `ValueError` where it follows from a stride that no adapter was given for.
+        """
+        if self.lr is None:
+            raise ValueError("the protocol's rate follows from its stride and an adapter")
+        return self.lr
 
     def record(self) -> dict[str, Any]:
         """The protocol as a file keeps it; the recipe where one was given and targets follow it."""

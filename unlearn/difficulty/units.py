@@ -96,6 +96,27 @@ class Units:
         theta = self.run.model.snapshot()
         return theta if theta.dtype.itemsize >= 4 else theta.float()
 
+    def paced(self, protocol: Protocol) -> Protocol:
+        """The protocol with its learning rate, where that follows from its stride.
+
+        A first step along the gradient of one sampled row, at the median over the sample, has the
+        stride's share of the adapter's length. The rate is rounded to three digits: so what another
+        machine measures has the same one.
+        """
+        if protocol.lr is not None:
+            return protocol
+        rule, gradients = protocol.rule, self.sample_gradients
+        first = torch.ones(len(gradients), 1).to(gradients)
+        moves, _ = rule.step(gradients, rule.begin(gradients), first, 1.0)
+        length, theta = float(moves.norm(dim=1).median()), float(self.start.norm())
+        wanted = (protocol.stride or rule.stride) * theta
+        if not 0 < length < float("inf") or wanted == 0:
+            raise InputError(
+                f"a first step of {rule} has length {length:g} and the adapter {theta:g}: no rate "
+                "follows from them; give one (lr, --lr)"
+            )
+        return replace(protocol, lr=float(f"{wanted / length:.3g}"), stride=None)
+
     def losses(self, thetas: Tensor, rows: np.ndarray) -> np.ndarray:
         """Loss of unit `rows[i]` with the parameters `thetas[i]`, [c]."""
         members = [self.members[i] for i in rows]

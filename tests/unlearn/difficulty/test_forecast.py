@@ -51,7 +51,7 @@ def test_columns_are_in_their_places(run, forecast):
     assert forecast.table["id"].tolist() == run.train.ids
     assert len(forecast) == 10
     assert (forecast.looks, forecast.protocol, forecast.calibration, forecast.max_damage) == (
-        3,
+        5,
         ADAM.record(),
         None,
         0.01,
@@ -123,7 +123,8 @@ def test_steps_that_the_protocol_does_not_have_are_infinite(run, forecast):
 def test_one_row_of_many(run, forecast):
     row = predict(run, ids=["r0-4"], protocol=ADAM, sample_rows=6).table
     assert row["steps"][0] == pytest.approx(forecast.table["steps"][4], rel=1e-7)
-    assert row["damage"][0] == pytest.approx(row["read_damage"][0], rel=1e-9)
+    # all is read off, at an end that is too far by the lag
+    assert 0.7 * row["read_damage"][0] < row["damage"][0] <= row["read_damage"][0]
 
 
 def test_a_run_of_one_training_row_can_be_forecast(tmp_path):
@@ -146,7 +147,7 @@ def test_a_sample_of_the_units_own_rows_tells_no_damage(run):
     assert row["reason"] == "no retained row tells the damage of ascent"
     both = predict(run, ids=[sampled, "r0-3"], protocol=ADAM, sample_rows=1).table
     assert np.isnan(both["damage"][0])
-    assert both["damage"][1] == pytest.approx(both["read_damage"][1])
+    assert 0.7 * both["read_damage"][1] < both["damage"][1] <= both["read_damage"][1]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_what_was_measured_decides_what_is_recommended():
 def test_a_forecast_is_calibrated_once_and_recommends_anew():
     table = synthetic(60)
     table["gap"] = table["gap"] + 0.1
-    first = Forecast(recommended(table, 1.0, 0.01, 50), Protocol(steps=50).record(), 3, 1.0)
+    first = Forecast(recommended(table, 1.0, 0.01, 50), Protocol(lr=1e-4, steps=50).record(), 3, 1.0)
     steps, damage = truth_of(table)
     corrected = first.calibrated(steps, damage)
     assert first.calibration is None
@@ -249,7 +250,7 @@ def test_a_calibrated_forecast_beyond_the_protocol_is_infinite():
     """As an uncalibrated one is: 50 steps do not reach what is forecast to take 80."""
     table = synthetic(60)
     table["steps"] = np.linspace(30, 45, 60)
-    first = Forecast(recommended(table, 1.0, 0.01, 50), Protocol(steps=50).record(), 3, 1.0)
+    first = Forecast(recommended(table, 1.0, 0.01, 50), Protocol(lr=1e-4, steps=50).record(), 3, 1.0)
     some = table["steps"].to_numpy() < 38
     corrected = first.calibrated(
         np.where(some, 1.3 * table["steps"], np.nan), np.where(some, table["damage"], np.nan)

@@ -30,7 +30,6 @@ class Momentum(Optimizer):
     """Heavy-ball steps, known to this file alone: `v <- decay v + g`, `theta <- theta + lr v`."""
 
     name: ClassVar[str] = "momentum"
-    rate: ClassVar[float] = 0.03
     decay: float = 0.9
 
     def begin(self, theta: Tensor) -> tuple[Tensor, ...]:
@@ -41,7 +40,7 @@ class Momentum(Optimizer):
         return rate * speed, (speed,)
 
 
-PROTOCOL = Protocol(Momentum(decay=0.5), steps=30)
+PROTOCOL = Protocol(Momentum(decay=0.5), 0.03, steps=30)
 IDS = ["r0-1", "r0-3", "r0-5", "r0-6"]
 
 
@@ -90,7 +89,7 @@ def test_a_new_optimizer_is_forecast(run):
     gradients = [gradient_of(run, [run.train.index(id)]) for id in IDS]
     rates = np.array([0.03 * float((gradient**2).sum()) for gradient in gradients])
     np.testing.assert_allclose(exact["first_order_steps"], exact["gap"] / rates, rtol=1e-8)
-    longer = Protocol(PROTOCOL.optimizer, steps=300)
+    longer = Protocol(PROTOCOL.optimizer, 0.03, steps=300)
     for looks in (1, 3):
         table = predict(run, IDS, protocol=longer, sample_rows=6, looks=looks).table
         in_order(table)
@@ -104,7 +103,7 @@ def test_measurements_of_a_new_optimizer_are_its_own(run, tmp_path):
     assert result.protocol["lr"] == 0.03
     assert read_measured(out).protocol == predict(run, protocol=PROTOCOL, **options).protocol
     with pytest.raises(MismatchError, match="another request"):
-        measure(run, protocol=Protocol(Momentum(decay=0.4), steps=30), out=out, **options)
+        measure(run, protocol=Protocol(Momentum(decay=0.4), 0.03, steps=30), out=out, **options)
 
 
 def test_no_other_file_compares_the_name_of_an_optimizer():
@@ -130,21 +129,23 @@ def test_the_first_rate_that_an_optimizer_does_not_write_out_is_that_of_its_step
         np.testing.assert_allclose(rule.first_rate(gradient, 0.1), derived, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("rule", "lags"),
-    [(Adam(), (1.8, 1.27, 1.16, 1.12)), (SGD(), (5.0, 1.5, 1.15, 1.1125)), (Momentum(), (1,) * 4)],
-    ids=lambda value: getattr(value, "name", None),
-)
-def test_the_lag_falls_with_the_looks(rule, lags):
-    assert [rule.lag(looks) for looks in (1, 2, 3, 4)] == pytest.approx(lags)
-    assert rule.lag(10_000) == pytest.approx(1, abs=1e-3)
+def test_the_lag_of_adam_grows_with_the_acceleration_and_falls_with_the_looks():
+    """The walk is exp((ln a / looks)^1.5) times too long: e^8 with one look at a = e^4."""
+    accelerations = np.exp([4.0, 1.0, 0.0, -1.0])
+    expected = [[8.0, 1.0, 0.0, 0.0], [1.0, 0.125, 0.0, 0.0]]
+    found = [Adam().log_lag(looks, accelerations) for looks in (1, 4)]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [Adam(), SGD(), Momentum()], ids=lambda rule: rule.name)
-def test_more_looks_make_the_interval_narrower(rule):
-    widths = [rule.spread(looks)[1] - rule.spread(looks)[0] for looks in (1, 2, 3, 4)]
-    assert widths[0] > widths[1] > widths[2] == widths[3] > 0
-    assert all(low < 1 < high for low, high in map(rule.spread, (1, 2, 3)))
+def test_the_lag_of_sgd_falls_with_the_looks():
+    lags = [float(np.exp(SGD().log_lag(looks, np.array([3.0]))[0])) for looks in (1, 2, 3, 4)]
+    assert lags == pytest.approx([5.0, 1.5, 1.15, 1.1125])
+    assert SGD().log_lag(10_000, np.ones(2)) == pytest.approx(0, abs=1e-3)
+
+
+def test_an_optimizer_that_was_never_measured_has_no_lag_and_the_widest_interval():
+    assert Momentum().log_lag(1, np.array([5.0, 1.0])).tolist() == [0, 0]
+    assert Momentum.width[0] > max(Adam.width[0], SGD.width[0])
 
 
 def test_a_stride_of_gradient_steps_is_late_by_the_flow_s_own_clock():

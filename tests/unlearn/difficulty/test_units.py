@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import influence
 from influence.errors import DataError, InputError, StoreError
@@ -19,12 +20,14 @@ from tests.unlearn.difficulty.helpers import (
     check,
     data,
     equal,
+    gradient_of,
     losses_of,
     plain_loss,
     weights_of,
 )
 from tests.unlearn.local_oracle import expected, nearest, train_afresh
 from unlearn.difficulty import Protocol, measure, predict
+from unlearn.difficulty.optimizers import Adam
 from unlearn.difficulty.units import find_units
 from unlearn.record.version import ORIGINAL, version
 from unlearn.retraining.recipe import Recipe
@@ -287,3 +290,44 @@ def test_units_that_were_found_before_are_measured_and_forecast_as_they_are(run)
         predict(run, ids=["r0-3"], **options).table,
         check_exact=True,
     )
+
+
+# ---- the rate ------------------------------------------------------------------------------
+
+
+def test_a_rate_by_the_stride_moves_a_share_of_the_adapters_length(run):
+    """Adam's first move is lr in each of the P coordinates, SGD's lr g: of the median row."""
+    units = find_units(run, None, None, Protocol(), None, sample_rows=7)
+    theta = run.model.snapshot()
+    norms = [float(gradient_of(run, [int(row)]).norm()) for row in units.sample]
+    by_adam = units.paced(Protocol(stride=0.02))
+    assert by_adam.rate == pytest.approx(0.02 * float(theta.norm()) / len(theta) ** 0.5, rel=5e-3)
+    by_sgd = units.paced(Protocol("sgd", stride=0.02))
+    assert by_sgd.rate == pytest.approx(0.02 * float(theta.norm()) / np.median(norms), rel=5e-3)
+    assert units.paced(Protocol()).rate == units.paced(Protocol(stride=Adam.stride)).rate
+    given = Protocol("sgd", 0.3)
+    assert units.paced(given) is given
+
+
+def test_a_rate_has_three_digits(run):
+    """So a measurement that another machine resumes has the same rate, to the last bit."""
+    units = find_units(run, None, None, Protocol(), None, sample_rows=3)
+    for optimizer in ("adam", "sgd"):
+        rate = units.paced(Protocol(optimizer, stride=0.0123456)).rate
+        assert rate == float(f"{rate:.3g}")
+
+
+def test_predict_and_measure_take_the_rate_of_the_stride(run):
+    protocol = Protocol(stride=0.01, steps=3)
+    units = find_units(run, ["r0-3"], None, protocol, None, sample_rows=5)
+    rate = units.paced(protocol).rate
+    for ask in (predict, measure):
+        asked = ask(run, ["r0-3"], protocol=protocol, sample_rows=5)
+        assert asked.protocol == Protocol(lr=rate, steps=3).record()
+
+
+def test_an_adapter_without_a_gradient_has_no_stride(run):
+    units = find_units(run, ["r0-3"], None, Protocol(), None, sample_rows=2)
+    units.__dict__["sample_gradients"] = torch.zeros_like(units.sample_gradients)
+    with pytest.raises(InputError, match="no rate follows from them; give one"):
+        units.paced(Protocol("sgd"))
