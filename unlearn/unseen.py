@@ -22,6 +22,7 @@ Where it fails is said beside the evidence, in benchmarks/README.md ("The loss o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -165,14 +166,22 @@ def expected_losses(
     """
     local = planned(change, recipe, seed=seed).made(cost)
     found = expectation(change, local, now, new_now, cost)
-    if found.faithfulness < FAITHFUL:
-        say(
-            "warning: the local retraining learnt only "
-            f"{max(0.0, found.faithfulness):.0%} of what the adapter knows of the changed rows: "
-            "what a model that never saw them would lose is not well known. Is this the recipe "
-            "that the adapter was trained by (--recipe FILE.json)?"
-        )
+    warn_of_unfaithful([found.faithfulness])
     return found
+
+
+def warn_of_unfaithful(shares: Sequence[float]) -> None:
+    """Say where local trainings learnt less than `FAITHFUL` of what the adapter knows of the rows.
+
+    `shares`: the `Expected.faithfulness` of one or several.
+    """
+    least = max(0.0, min(shares))
+    if least < FAITHFUL:
+        say(
+            f"warning: the local retraining learnt only {least:.0%} of what the adapter knows of "
+            "the changed rows: what a model that never saw them would lose is not well known. Is "
+            "this the recipe that the adapter was trained by (--recipe FILE.json)?"
+        )
 
 
 def expectation(

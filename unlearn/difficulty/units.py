@@ -27,7 +27,7 @@ from unlearn.record.sample import drawn, unseen_rows
 from unlearn.record.version import ORIGINAL, version
 from unlearn.retraining.estimate import known_or_estimated
 from unlearn.retraining.local import TokenIndex, planned
-from unlearn.unseen import expectation
+from unlearn.unseen import expectation, warn_of_unfaithful
 
 #: Retained rows whose loss is measured after an ascent, and held-out rows, at most.
 SAMPLE_ROWS, HOLDOUT_ROWS = 16, 16
@@ -296,7 +296,7 @@ def _unseen_targets(
     recipe = known_or_estimated(original, protocol.recipe, cost)
     index = TokenIndex(original.tokens)
     units = [np.array([run.train.index(id) for id in ids]) for ids in ids_of.values()]
-    targets = np.zeros(len(units))
+    targets, faithfulness = np.zeros(len(units)), []
     batches = _strangers(units, index, len(original.rows))
     for number, batch in enumerate(batches):
         rows = np.concatenate([units[unit] for unit, _ in batch])
@@ -309,10 +309,12 @@ def _unseen_targets(
                 f"targets by {len(batches)} local retrainings, about "
                 f"{local.row_gradients * len(batches)} row-gradients"
             )
-        expected = expectation(change, local.made(cost), now, np.zeros(0), cost).expected
-        means = np.split(expected, np.cumsum([len(units[unit]) for unit, _ in batch])[:-1])
+        found = expectation(change, local.made(cost), now, np.zeros(0), cost)
+        faithfulness.append(found.faithfulness)
+        means = np.split(found.expected, np.cumsum([len(units[unit]) for unit, _ in batch])[:-1])
         for (unit, _), values in zip(batch, means, strict=True):
             targets[unit] = values.mean()
+    warn_of_unfaithful(faithfulness)
     return targets
 
 

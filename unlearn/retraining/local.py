@@ -180,7 +180,13 @@ def planned(
     InputError
         For an adapter that cannot be trained from a fresh start, or where no row would be left.
     """
-    refuse_unrepeatable(change.version.model)
+    try:
+        refuse_unrepeatable(change.version.model)
+    except InputError as error:
+        raise InputError(
+            f"{error}. So what a model that never saw the rows would lose is not known here: say "
+            "where to stop (--until loss=X)"
+        ) from None
     retained = change.rest
     if len(retained) + len(change.new) == 0:
         raise InputError(

@@ -230,7 +230,9 @@ def test_what_was_measured_decides_what_is_recommended():
 def test_a_forecast_is_calibrated_once_and_recommends_anew():
     table = synthetic(60)
     table["gap"] = table["gap"] + 0.1
-    first = Forecast(recommended(table, 1.0, 0.01, 50), Protocol(lr=1e-4, steps=50).record(), 3, 1.0)
+    first = Forecast(
+        recommended(table, 1.0, 0.01, 50), Protocol(lr=1e-4, steps=50).record(), 3, 1.0
+    )
     steps, damage = truth_of(table)
     corrected = first.calibrated(steps, damage)
     assert first.calibration is None
@@ -250,7 +252,9 @@ def test_a_calibrated_forecast_beyond_the_protocol_is_infinite():
     """As an uncalibrated one is: 50 steps do not reach what is forecast to take 80."""
     table = synthetic(60)
     table["steps"] = np.linspace(30, 45, 60)
-    first = Forecast(recommended(table, 1.0, 0.01, 50), Protocol(lr=1e-4, steps=50).record(), 3, 1.0)
+    first = Forecast(
+        recommended(table, 1.0, 0.01, 50), Protocol(lr=1e-4, steps=50).record(), 3, 1.0
+    )
     some = table["steps"].to_numpy() < 38
     corrected = first.calibrated(
         np.where(some, 1.3 * table["steps"], np.nan), np.where(some, table["damage"], np.nan)

@@ -211,6 +211,15 @@ def test_the_unseen_target_follows_the_recipe_that_is_recorded(plain):
     assert abs(ask(None) - ask(replace(RECIPE, epochs=5))) > 1e-3
 
 
+def test_a_recipe_that_teaches_the_units_too_little_is_warned_of(plain, capsys):
+    find_units(plain, ["r0-1"], None, Protocol(target="unseen", recipe=RECIPE), None)
+    before = capsys.readouterr().err
+    weak = Protocol(target="unseen", recipe=replace(RECIPE, lr=1e-9, epochs=1))
+    find_units(plain, ["r0-1"], None, weak, None)
+    assert "learnt only 0% of what" in capsys.readouterr().err
+    assert "learnt only 0%" not in before
+
+
 def test_a_group_of_all_rows_has_no_unseen_target(run):
     everyone = {"all": run.train.ids}
     with pytest.raises(InputError, match=r"'all' holds every training row.*take the target base"):

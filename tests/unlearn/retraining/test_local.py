@@ -134,6 +134,8 @@ def test_initialisations_that_change_the_base_are_refused(start, how):
     ):
         with pytest.raises(InputError, match=f"init_lora_weights='{how}', which changes the base"):
             call()
+    with pytest.raises(InputError, match=r"say where to stop \(--until loss=X\)"):
+        planned(plan(other, remove=["r0-0"]), RECIPE)
 
 
 # ---- one training --------------------------------------------------------------------------------
