@@ -99,7 +99,7 @@ def top(options: Top) -> None:
             f"{path} belongs to another run than {options.run}: give the run it was made from"
         )
     position = scores.query_index(options.query)
-    train = _rows_fitted_on(options.run, manifest.data)
+    train = rows_fitted_on(options.run, manifest.data)
     query = _scored_query(options, scores, position)
     if options.by == "effect":
         proponents, opponents = scores.top(position, options.k)
@@ -231,7 +231,7 @@ def _tokenizer_of(run: Path) -> Any:
         return None
 
 
-def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
+def rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
     """The rows that a run was fitted on, None where they are gone, or the hub is not reached.
 
     Raises `MismatchError` where they have changed.
@@ -256,17 +256,13 @@ def _rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Without(
-    RunOption,
-    RowsOptions,
-    ColumnsOption,
-    ExplainOption,
-    CurvatureOptions,
-    PointOption,
-    LoadingOptions,
-    JsonOption,
+class WithoutOptions(
+    RunOption, RowsOptions, ColumnsOption, ExplainOption, LoadingOptions, JsonOption
 ):
-    """The options of `influence without`."""
+    """Which rows go, and what is asked of the model without them.
+
+    Raises `InputError` where no row is named, and for a file that exists.
+    """
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"explain": "queries", "columns": "queries"}
 
@@ -275,6 +271,20 @@ class Without(
         "Rows whose losses are predicted beside the removed ones'.", default=None
     )
     out: Path | None = option("Write the table here too (CSV).", default=None)
+
+    def __post_init__(self) -> None:
+        if self.ids is self.ids_file is self.group is None:
+            raise InputError(
+                "name the rows to do without: --ids A,B,C, --ids-file FILE (one id per line) or "
+                "--group G"
+            )
+        if self.out is not None and self.out.exists():
+            raise InputError(f"{self.out} exists: give another --out, or move it away")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Without(WithoutOptions, CurvatureOptions, PointOption):
+    """The options of `influence without`."""
 
 
 def without(options: Without) -> None:
@@ -286,14 +296,7 @@ def without(options: Without) -> None:
     from influence.row_ids import named_ids
     from influence.run import Run
 
-    if options.ids is options.ids_file is options.group is None:
-        raise InputError(
-            "name the rows to do without: --ids A,B,C, --ids-file FILE (one id per line) or "
-            "--group G"
-        )
-    if options.out is not None and options.out.exists():
-        raise InputError(f"{options.out} exists: give another --out, or move it away")
-    train = _rows_fitted_on(options.run, read_manifest(options.run).data)
+    train = rows_fitted_on(options.run, read_manifest(options.run).data)
     ids = named_ids(options, train) or []
     queries = None
     if options.queries is not None:
@@ -309,12 +312,27 @@ def without(options: Without) -> None:
         at=options.at,
         explain=options.explain,
     )
+    tell(
+        effect,
+        options,
+        queries,
+        run.train,
+        f"{describe(effect.attributes)}. The interval is that "
+        "of the size on the models it was measured on (unlearn without: by small trainings; unlearn "
+        "retrain: the exact answer).",
+    )
+
+
+def tell(
+    effect: Effect, options: WithoutOptions, queries: Examples | None, train: Examples, how: str
+) -> None:
+    """Print an effect, and write it where that is asked for; `how` it was found is said below."""
     if options.out is not None:
         _write_csv(options.out, effect)
     if options.json:
         console.emit(effect.as_json(), "", True)
         return
-    texts = {"queries": queries, "removed": run.train}
+    texts = {"queries": queries, "removed": train}
     for name, title in (
         ("queries", f"queries without {len(effect.removed)} training rows"),
         ("removed", "the removed rows themselves"),
@@ -322,10 +340,7 @@ def without(options: Without) -> None:
         found = getattr(effect, name)
         if found:
             console.show(_predictions(title, found, texts[name]))
-    console.show(
-        f"nats per token; {describe(effect.attributes)}. The interval is that of the size on the "
-        "models it was measured on (unlearn retrain gives the exact answer)."
-    )
+    console.show(f"nats per token; {how}")
 
 
 def _predictions(title: str, found: Iterable[Any], rows: Examples | None) -> Table:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from unlearn import difficulty as difficulty
     from unlearn import methods as methods
     from unlearn import terms as terms
+    from unlearn.by_training import without
     from unlearn.edits.closed_form import correct, edit, forecast, relabel, remove
     from unlearn.methods.loop import train
     from unlearn.methods.methods import METHODS, Method
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from unlearn.retraining.subsets import random_halves, retrain_subsets
 
 _HOMES = {
+    "by_training": ("without",),
     "edits.closed_form": ("correct", "edit", "forecast", "relabel", "remove"),
     "methods.loop": ("train",),
     "methods.methods": ("METHODS", "Method"),
@@ -53,6 +55,7 @@ __all__ = [
     "terms",
     "train",
     "verify",
+    "without",
 ]
 
 __getattr__ = on_first_use(

@@ -1,4 +1,4 @@
-"""The `unlearn` command: retrain, verify, remove, relabel, correct, edit, train, difficulty."""
+"""The `unlearn` command: retrain, without, verify, remove, relabel, correct, edit, train, difficulty."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from influence.options import (
     option,
 )
 from influence.row_ids import named_ids
-from unlearn import words
+from unlearn import answers, words
 from unlearn.difficulty.options import Difficulty
 from unlearn.edits.options import Options as EditOptions
 from unlearn.methods.options import Options as TrainOptions
@@ -116,6 +116,8 @@ def _retrain_on_subsets(options: Retrain, subsets: int, recipe: Recipe | None) -
     result = {"out": str(retrained.path), "subsets": subsets, "queries": len(queries), "rows": rows}
     console.emit(result, text, options.json)
 
+
+command(app, answers.Without)(answers.without)
 
 # ---- the audit chain --------------------------------------------------------------------------
 

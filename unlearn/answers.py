@@ -1,0 +1,59 @@
+"""The command that says by small trainings what the model would lose without some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from influence import console
+from influence.answers import WithoutOptions, rows_fitted_on, tell
+from influence.manifest import read_manifest
+from influence.options import LoadingOptions, keywords, option
+from influence.row_ids import named_ids
+from unlearn.options import RecipeOption
+
+
+@dataclass(frozen=True, kw_only=True)
+class Without(WithoutOptions, RecipeOption):
+    """The options of `unlearn without`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"recipe": "queries"}
+
+    seed: int = option("Draws the rows that are near neither the set nor a query.", default=0)
+
+
+def without(options: Without) -> None:
+    """Expect the loss of every query, and of the removed rows themselves, if some training rows go
+    together, by training small adapters with and without them (influence without: by a formula).
+    """
+    from influence.row_files import read_examples
+    from influence.run import Run
+    from unlearn.by_training import without as by_training
+    from unlearn.retraining.recipe import recipe_at
+
+    console.at_least("--seed", options.seed, 0)
+    train = rows_fitted_on(options.run, read_manifest(options.run).data)
+    ids = named_ids(options, train) or []
+    queries = None
+    if options.queries is not None:
+        queries = read_examples(options.queries, columns=options.columns)
+    recipe = None if options.recipe is None else recipe_at(options.recipe)
+    console.quiet_transformers()
+    run = Run.open(options.run, train=train, **keywords(LoadingOptions, options))
+    effect = by_training(
+        run,
+        ids,
+        queries,
+        group=options.group,
+        recipe=recipe,
+        explain=options.explain,
+        seed=options.seed,
+    )
+    work = effect.attributes["row_gradients"]
+    how = (
+        f"by small trainings on {effect.attributes['near']} near rows, {work:.0f} row-gradients. "
+        "The interval should hold the loss of one retrained model nine times of ten (unlearn "
+        "retrain: the exact answer)."
+    )
+    tell(effect, options, queries, run.train, how)
