@@ -185,6 +185,22 @@ class Recipe:
         share = smaller.steps(fewer) / self.steps(rows)
         return replace(smaller, warmup=round(self.warmup * share))
 
+    def shortened(self, share: float, rows: int) -> Recipe:
+        """The recipe of a training on `rows` rows with `share` of its steps, in whole passes.
+
+        So every row is read as often as any other. Where that takes less than a pass, batches are
+        larger.
+        """
+        passes = max(1.0, share * self.steps(rows)) / -(-rows // self.batch_size)
+        epochs = max(1, round(passes))
+        return replace(
+            self,
+            epochs=epochs,
+            max_steps=None,
+            batch_size=max(1, round(self.batch_size * epochs / passes)),
+            warmup=round(self.warmup * share),
+        )
+
     def last_epoch(self, rows: int) -> int:
         """The epoch, from 1, in which a training on so many rows ends."""
         return -(-self.steps(rows) // -(-rows // self.batch_size))

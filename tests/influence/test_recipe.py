@@ -177,3 +177,27 @@ def test_a_recipe_in_a_folder_says_what_it_is_about(tmp_path):
     found = recorded_in(tmp_path)
     assert found is not None
     assert found.recipe.max_steps == 12
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "batch_size"),
+    [
+        (1.0, 10, 4),  # 25 rows: 7 batches a pass, 70 steps
+        (0.5, 5, 4),
+        (0.36, 4, 4),
+        (0.05, 1, 8),  # half a pass of 7 steps: one of batches twice as large
+        (1e-300, 1, 28),  # one step of all rows
+    ],
+)
+def test_a_shortened_recipe_takes_its_share_of_the_steps_in_whole_passes(share, epochs, batch_size):
+    recipe = Recipe(epochs=10, batch_size=4, warmup=20)
+    short = recipe.shortened(share, 25)
+    assert (short.epochs, short.batch_size) == (epochs, batch_size)
+    assert short.warmup == round(20 * share)
+    assert short.steps(25) == pytest.approx(max(1, 70 * share), rel=0.2)
+    assert replace(short, epochs=10, batch_size=4, warmup=20) == recipe
+
+
+def test_a_recipe_of_so_many_steps_is_shortened_by_its_passes():
+    short = Recipe(epochs=3, batch_size=4, max_steps=70).shortened(0.5, 25)
+    assert (short.epochs, short.batch_size, short.max_steps) == (5, 4, None)

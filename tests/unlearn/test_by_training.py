@@ -74,7 +74,7 @@ def test_expected_losses_are_those_of_plain_trainings(plain, monkeypatch):
     assert [each.id for each in found.removed] == [run.train.ids[i] for i in gone]
     assert found.attributes["near"] == len(near)
     trained_on = 2 * (len(kept) + 2 + 2 * len(kept))
-    assert found.attributes["row_gradients"] == pytest.approx(trained_on + 5 * 5 / 3)
+    assert found.attributes["row_gradients"] == pytest.approx(trained_on + (5 * 5 + 3 * 2) / 3)
 
 
 def nearest_to_queries(tokens, queries, among, count):

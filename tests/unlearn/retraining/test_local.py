@@ -20,10 +20,19 @@ from influence.cost import Cost
 from influence.errors import InputError
 from influence.tokens import TokenizedExamples, Tokens
 from tests.conftest import build_base, build_model, examples, tokens_of
+from tests.oracles import plain_log_probs, plain_mean
 from unlearn.record.change import Change, concatenated, plan
 from unlearn.record.version import version
 from unlearn.retraining import local, retrain
-from unlearn.retraining.local import TokenIndex, fresh, planned, untrained
+from unlearn.retraining.local import (
+    FALL,
+    MOST_LEARNT,
+    TRIES,
+    TokenIndex,
+    fresh,
+    planned,
+    untrained,
+)
 
 F64 = torch.float64
 RECIPE = unlearn.Recipe(lr=2e-2, epochs=3, batch_size=4, seed=5)
@@ -493,7 +502,8 @@ def test_the_cost_is_what_is_run(start, monkeypatch, recipe):
     found = made.made(cost)
     assert torch.equal(start.model.snapshot(), before)
     assert made.row_gradients == found.row_gradients == sum(read)
-    assert (cost.gradients, cost.forwards) == (1 + sum(read), 2)
+    # S under the adapter and the base; this adapter knows nothing, so no training knows too much
+    assert (cost.gradients, cost.forwards) == (1 + sum(read), 2 + 2 * 3)
 
 
 def test_what_is_made_are_the_fresh_trainings(start, monkeypatch):
@@ -513,3 +523,56 @@ def test_what_is_made_are_the_fresh_trainings(start, monkeypatch):
     for theta, expected in zip([found.before, *found.after], thetas, strict=True):
         assert torch.equal(theta, expected)
     assert len({theta.sum().item() for theta in thetas}) == 3
+
+
+def test_a_training_that_learnt_too_much_is_made_again_with_fewer_steps(start, monkeypatch):
+    """Until it knows S at most `MOST_LEARNT` times as well as the adapter does."""
+    made = planned(plan(start, remove=ids(3, 9)), replace(RECIPE, epochs=12), seed=1)
+    old, (tokens, recipe) = made.change.old, made.trainings()[0]
+    weak = fresh(start.model, tokens, replace(recipe, epochs=1, lr=1e-2))
+    version_of_it = replace(made.change.version, theta=weak)
+    made = replace(made, change=replace(made.change, version=version_of_it))
+    read, backward = [], retrain._backward
+
+    def counted(model, tokens, rows):
+        read.append(len(rows))
+        return backward(model, tokens, rows)
+
+    monkeypatch.setattr(retrain, "_backward", counted)
+
+    def learnt(theta):
+        """By how much the mean loss of S is lower than under the base, by plain forwards."""
+
+        def loss():
+            with torch.no_grad():
+                return np.mean([float(plain_mean(*plain_log_probs(start.model, r))) for r in old])
+
+        with start.model.at(theta):
+            now = loss()
+        with start.model.model.disable_adapter():
+            return loss() - now
+
+    cost = Cost()
+    found = made.made(cost)
+    assert found.row_gradients == cost.gradients == sum(read)
+    monkeypatch.undo()
+    first = fresh(start.model, *made.trainings()[0])
+    ratio, whole = learnt(first) / learnt(weak), learnt(weak)
+    assert ratio > MOST_LEARNT
+    share, tries, theta = 1.0, 1, first
+    while learnt(theta) / whole > MOST_LEARNT and tries < TRIES:
+        share *= math.exp((1 - learnt(theta) / whole) / FALL)
+        theta, tries = fresh(start.model, *made.trainings(share)[0]), tries + 1
+    assert tries > 1
+    assert torch.equal(found.before, theta)
+    for theta, (tokens, recipe) in zip(found.after, made.trainings(share)[1:], strict=True):
+        assert torch.equal(theta, fresh(start.model, tokens, recipe))
+    assert cost.forwards == (2 + tries) * 2
+
+
+def test_all_trainings_are_shortened_alike(start):
+    made = planned(plan(start, remove=ids(3, 9)), replace(RECIPE, epochs=10), seed=1)
+    for (tokens, whole), (same, short) in zip(made.trainings(), made.trainings(0.4), strict=True):
+        assert len(same) == len(tokens)
+        assert short == whole.shortened(0.4, len(tokens))
+        assert (short.epochs, short.seed, short.lr) == (4, whole.seed, whole.lr)
