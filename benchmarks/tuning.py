@@ -1,10 +1,10 @@
 """How `unlearning.py` tunes: every method's rate on a grid that is widened until the best is inside.
 
-The grid is a method's own rate times powers of `FACTOR`. It begins with -1, 0 and 1, and one rule
-keeps one: among those that reach the goal the one with the lowest loss on retained rows, where none
-does the one that comes nearest to it. As long as the kept one has a neighbour that was not run,
-that is run, up to `FARTHEST` to each side. So the kept rate is better than both its neighbours, or
-the table says that it lies at the edge. The rule looks at nothing but what a user has.
+The grid is a method's own rate times powers of `FACTOR`. It begins with 0 and 1, and one rule keeps
+one: among those that reach the goal the one with the lowest loss on retained rows, where none does
+the one that comes nearest to it. As long as the kept one has a neighbour that was not run, that is
+run, up to `FARTHEST` to each side. So the kept rate is better than both its neighbours, or the
+table says that it lies at the edge. The rule looks at nothing but what a user has.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def kept_power(lines: Sequence[dict[str, Any]]) -> int:
 def next_power(lines: Sequence[dict[str, Any]]) -> int | None:
     """The power that is still to be run, or None where the grid is wide enough."""
     done = {line["power"] for line in lines}
-    wanted = [0, -1, 1]
+    wanted = [0, 1]
     if done.issuperset(wanted):
         kept = kept_power(lines)
         wanted = [power for power in (kept - 1, kept + 1) if abs(power) <= FARTHEST]

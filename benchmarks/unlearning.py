@@ -15,10 +15,10 @@ and make it themselves.
 
 *Tuning* (`tuning.py`): the rate of every method, a multiple of its own stride, is tuned with seed 0
 on a grid that is widened until the kept rate is better than both neighbours. The kept rate is run
-with the other seeds. The edit has no rate. Of its options only `--max-damage` changes the steps and
-is for a user to set; it is tuned in the same way and shown in a row of its own. (`--rest` is in the
-table; with 0 no step looks at damage. Curvature, point and damping were found not to matter, and
-the constants of the steps are no options: what those were found on is in benchmarks/README.md.)
+with the other seeds. The edit is not tuned: it has no rate, the constants of its steps are no
+options (benchmarks/README.md says what they were found on), and `--max-damage`, which is one,
+changes steps only where the retained loss has risen by more than half of it. The table has the
+largest such rise of any edit; `--rest`, the other one, has a row.
 
 *The most work*: a method may take as many steps as retraining's row-gradients buy, for a method
 that takes more is of no use where rows can be retrained, and not more than its own `steps` (200;
@@ -74,14 +74,12 @@ from unlearn.unseen import expected_losses
 
 #: Rows to unlearn, and retained rows, in a step: `unlearn train`'s own.
 BATCH = 32
-#: The default edit, the same with its option tuned, and without retained rows.
-EDIT, TUNED_EDIT, EDIT_ALONE = (
-    "closed-form edit",
-    "closed-form edit, --max-damage tuned",
-    "closed-form edit, --rest 0",
-)
-#: `--max-damage` of the default edit, and the rise of the retained loss that the second table
-#: allows.
+#: The closed-form edits by name, with their options.
+EDITS: dict[str, dict[str, Any]] = {
+    "closed-form edit": {},
+    "closed-form edit, --rest 0": {"rest": 0},
+}
+#: Rise of the retained loss that the second table allows: `--max-damage` of an edit.
 ALLOWED = 0.1
 RETRAINED, BEFORE = "retraining", "doing nothing"
 #: Training further on the retained rows alone, at a method's usual stride.
@@ -206,28 +204,28 @@ def run_method(
     )
 
 
-def run_edit(case: Case, recipe: Recipe, factor: float, seed: int, **options: Any) -> unlearn.Edit:
-    """One closed-form edit, `factor` times the usual damage allowed."""
+def run_edit(case: Case, name: str, seed: int, recipe: Recipe) -> unlearn.Edit:
+    """One closed-form edit."""
     return unlearn.remove(
-        case.run,
-        case.ids,
-        max_damage=ALLOWED * factor,
-        recipe=recipe,
-        seed=seed,
-        start="original",
-        **options,
+        case.run, case.ids, recipe=recipe, seed=seed, start="original", **EDITS[name]
     )
 
 
 def line_of(edit: unlearn.Edit, ruler: Ruler, goal: float) -> dict[str, Any]:
-    """What a run came to. `goal work` is what it spent on a local retraining of its own."""
+    """What a run came to.
+
+    `goal work` is what it spent on a local retraining of its own, `damage` the largest relative
+    rise of the retained rows' loss that a step of an edit saw.
+    """
     cost, expected = edit.report["cost"], edit.report["expected"]
     goal_work = 0 if expected is None else expected["row_gradients"]
-    measured = ruler.measure(edit.theta)
+    measured, steps = ruler.measure(edit.theta), edit.report["steps"] or ()
+    damages = [step["damage"] for step in steps if step["damage"] is not None]
     return {
         **measured,
         "reached": measured["forget"] >= 0.97 * goal,
-        "steps": len(edit.log) or len(edit.report["steps"] or ()),
+        "steps": len(edit.log) or len(steps),
+        "damage": max(damages, default=None),
         "goal work": goal_work,
         "work": cost["total"] - goal_work,
         "seconds": cost["seconds"],
@@ -248,42 +246,39 @@ class Study:
     def compare(self, contenders: Sequence[Method], seeds: Sequence[int]) -> None:
         """Make the runs that are missing: the edits first, then every method."""
         case, recipe = self.case, self.recipe
-        for seed in seeds:
-            self.run(EDIT_ALONE, lambda *how: run_edit(case, recipe, *how, rest=0), 0, seed)
-        self.tuned(EDIT, lambda *how: run_edit(case, recipe, *how), seeds)
-        for seed in seeds[1:]:
-            self.run(EDIT, lambda *how: run_edit(case, recipe, *how), 0, seed)
+        for name in EDITS:
+            for seed in seeds:
+                self.run(
+                    name, lambda name=name, seed=seed: run_edit(case, name, seed, recipe), seed
+                )
         for method in contenders:
-            self.tuned(
-                method.name,
-                lambda *how, method=method: run_method(
-                    case, method, *how, self.goal, self.general, recipe
-                ),
-                seeds,
-            )
+            self.tuned(method, seeds)
 
-    def tuned(
-        self, name: str, make: Callable[[float, int], unlearn.Edit], seeds: Sequence[int]
-    ) -> None:
+    def tuned(self, method: Method, seeds: Sequence[int]) -> None:
         """Tune with the first seed, and run what is kept with the others."""
-        power = tune(self.lines, name, seeds[0], lambda p: self.run(name, make, p, seeds[0]))
-        for seed in seeds[1:]:
-            self.run(name, make, power, seed)
+        case, recipe = self.case, self.recipe
 
-    def run(
-        self, name: str, make: Callable[[float, int], unlearn.Edit], power: int, seed: int
-    ) -> None:
+        def run(power: int, seed: int) -> None:
+            """One run of the method."""
+            how = (FACTOR**power, seed, self.goal, self.general, recipe)
+            self.run(method.name, lambda: run_method(case, method, *how), seed, power=power)
+
+        kept = tune(self.lines, method.name, seeds[0], lambda power: run(power, seeds[0]))
+        for seed in seeds[1:]:
+            run(kept, seed)
+
+    def run(self, name: str, make: Callable[[], unlearn.Edit], seed: int, **further: int) -> None:
         """One run, if it is not there yet."""
-        keys = {"method": name, "power": power, "seed": seed}
+        keys = {"method": name, "seed": seed, **further}
         if self.lines.of(**keys):
             return
         try:
-            line = line_of(make(FACTOR**power, seed), self.ruler, self.goal)
+            line = line_of(make(), self.ruler, self.goal)
         except ToolkitError as error:
             line = {"failed": str(error)}
         self.lines.add({**keys, **line})
-        losses = f"{line.get('forget')}, {line.get('retained')}, {line.get('seconds')} s"
-        say(f"{self.case.task}: {name} x {FACTOR**power:.2g}, seed {seed}: {losses}")
+        losses = f"{line.get('forget')}, {line.get('retained')}; {line.get('seconds')} s"
+        say(f"{self.case.task}: {keys}: {losses}")
 
 
 def study(bed: Bed, percent: int, args: argparse.Namespace) -> None:
@@ -336,9 +331,7 @@ SECOND = ("method", "rate x", "forget", "retained", "held-out", "KL forget", "re
 
 def runs_of(lines: Lines, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A method's runs at its kept rate, with every seed, and its grid, empty where it has none."""
-    runs = lines.of(method=EDIT if name == TUNED_EDIT else name)
-    if name in (EDIT, EDIT_ALONE):
-        return [line for line in runs if line["power"] == 0], []
+    runs = lines.of(method=name)
     if not runs or "power" not in runs[0]:
         return runs, []
     grid = [line for line in runs if line["seed"] == runs[0]["seed"]]
@@ -420,6 +413,12 @@ def table(lines: Lines, percent: int, names: Sequence[str]) -> tuple[str, list[d
         cells += [f"{row['runs'] or ''}", "" if row["all"] is None else f"{row['all']:.1f}"]
         cells += ["" if row["spread"] is None else f"{row['spread']:.2f}"]
         text.append(f"| {' | '.join(cells)} | {row['reached']} of {row['seeds']} |")
+    damages = [line["damage"] or 0.0 for name in EDITS for line in lines.of(method=name)]
+    if damages:
+        text += [
+            "",
+            f"The most that an edit's step saw its retained rows lose: {max(damages):.1%}.",
+        ]
     text += ["", f"Of the runs that raise the retained loss by at most {ALLOWED:.0%}:", ""]
     text += head(SECOND)
     limit = (1 + ALLOWED) * before["retained"]
@@ -528,8 +527,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     bed = Bed(args.testbed, args.out, False)
     further = [method.name for method in methods([], args.method)]
-    edits = [EDIT, TUNED_EDIT, EDIT_ALONE]
-    names = [BEFORE, RETRAINED, FINE_TUNING.name, *edits, *args.methods, *further]
+    names = [BEFORE, RETRAINED, FINE_TUNING.name, *EDITS, *args.methods, *further]
     for percent in args.percent:
         if not args.tables:
             study(bed, percent, args)

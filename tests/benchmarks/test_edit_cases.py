@@ -16,7 +16,7 @@ from unlearn.retraining.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import edit_cases  # noqa: E402
+import edit_cases
 
 
 @pytest.fixture(scope="module")
