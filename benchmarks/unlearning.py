@@ -2,7 +2,8 @@
 
     python benchmarks/unlearning.py --testbed DIR --out DIR [--percent 1,5,10] [--seeds 0,1,2]
                                     [--retrained 0,1,2] [--methods ga,npo,...]
-                                    [--method FILE.py:NAME] [--tofu DIR] [--threads 1] [--tables]
+                                    [--method FILE.py:NAME] [--budget 0.5] [--tofu DIR]
+                                    [--threads 1] [--tables]
 
 Forgotten are the first 1, 5 and 10 % of the rows, as in TOFU. *Rows of every table*: doing nothing,
 retraining, fine-tuning on the retained rows (`FINE_TUNING`: training further on them alone), the
@@ -20,9 +21,9 @@ options (benchmarks/README.md says what they were found on), and `--max-damage`,
 changes steps only where the retained loss has risen by more than half of it. The table has the
 largest such rise of any edit; `--rest`, the other one, has a row.
 
-*The most work*: a method may take as many steps as `BUDGET` of retraining's row-gradients buy, and
-not more than its own `steps` (200; task arithmetic 30), which is what a user gets. The goal's work
-is not in that budget: with it a method may cost more than the edit does.
+*The most work*: a method may take as many steps as half (`--budget`) of retraining's row-gradients
+buy, and not more than its own `steps` (200; task arithmetic 30), which is what a user gets. The
+goal's work is not in that budget: with it a method may cost more than the edit does.
 
 *Measured*: mean losses, nats per token, of forgotten, retained (all of them) and held-out rows; KL
 of the outputs from retrained models (the mean over the seeds of `--retrained`), on forgotten, every
@@ -186,8 +187,9 @@ def run_method(
     goal: float,
     general: Examples | None,
     recipe: Recipe,
+    budget: float,
 ) -> unlearn.Edit:
-    """One training within the budget."""
+    """One training that costs at most `budget` of retraining."""
     lr = None if method.lr is None else method.lr * factor
     scaled = replace(method, stride=method.stride * factor)
     retain = general if method.general else None
@@ -199,7 +201,7 @@ def run_method(
         retain=retain,
         lr=lr,
         until=f"loss={goal:.6g}",
-        steps=most_steps(method, len(case.ids), retained, BUDGET * case.rows_after * recipe.epochs),
+        steps=most_steps(method, len(case.ids), retained, budget * case.rows_after * recipe.epochs),
         batch_size=BATCH,
         recipe=recipe,
         seed=seed,
@@ -245,6 +247,7 @@ class Study:
     lines: Lines
     goal: float
     general: Examples | None
+    budget: float
 
     def compare(self, contenders: Sequence[Method], seeds: Sequence[int]) -> None:
         """Make the runs that are missing: the edits first, then every method."""
@@ -263,7 +266,7 @@ class Study:
 
         def run(power: int, seed: int) -> None:
             """One run of the method."""
-            how = (FACTOR**power, seed, self.goal, self.general, recipe)
+            how = (FACTOR**power, seed, self.goal, self.general, recipe, self.budget)
             self.run(method.name, lambda: run_method(case, method, *how), seed, power=power)
 
         kept = tune(self.lines, method.name, seeds[0], lambda power: run(power, seeds[0]))
@@ -293,7 +296,7 @@ def study(bed: Bed, percent: int, args: argparse.Namespace) -> None:
     ruler = Ruler(bed, case, truth)
     if not lines.of(method=BEFORE):
         goal = goal_of(case, bed.recipe)
-        nothing = {"reached": False, "goal work": 0, "work": 0}
+        nothing = {"reached": False, "goal work": 0, "work": 0, "budget": args.budget}
         found = {"goal": goal.loss, "low": goal.low, "high": goal.high, "found by": goal.work}
         measured = ruler.measure(bed.model.snapshot())
         lines.add({"method": BEFORE, **found, **nothing, **measured})
@@ -301,10 +304,15 @@ def study(bed: Bed, percent: int, args: argparse.Namespace) -> None:
         for place, seed in enumerate(args.retrained):
             measured = ruler.measure(truth.thetas[place], leave_out=place)
             lines.add({"method": RETRAINED, "seed": seed, **measured, **work})
-    goal = lines.of(method=BEFORE)[0]["goal"]
+    before = lines.of(method=BEFORE)[0]
+    if before["budget"] != args.budget:
+        raise SystemExit(
+            f"{lines.path} has runs of a budget of {before['budget']}: give another --out"
+        )
     general = None if args.tofu is None else general_rows(args.tofu)
     contenders = [FINE_TUNING, *methods(args.methods, args.method)]
-    Study(case, bed.recipe, ruler, lines, goal, general).compare(contenders, args.seeds)
+    made = Study(case, bed.recipe, ruler, lines, before["goal"], general, args.budget)
+    made.compare(contenders, args.seeds)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -522,6 +530,7 @@ def main() -> None:
     parser.add_argument(
         "--method", action="append", default=[], help="FILE.py:NAME, a method of your own"
     )
+    parser.add_argument("--budget", type=float, default=BUDGET, help="of retraining's work")
     parser.add_argument("--tofu", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", action="store_true")

@@ -75,7 +75,7 @@ def case_of(run, rows=3):
 def test_the_method_of_the_docs_runs_in_the_benchmark(run, bounded):
     """Half of sixteen epochs of nine rows buys six steps of three rows and the nine."""
     (method,) = unlearning.methods([], [bounded])
-    edit = unlearning.run_method(case_of(run), method, 3.0, 0, 1e9, None, RECIPE)
+    edit = unlearning.run_method(case_of(run), method, 3.0, 0, 1e9, None, RECIPE, 0.5)
     assert len(edit.log) == 9 * 16 // 2 // (3 + 9)
     assert edit.log[0]["lr"] == pytest.approx(3 * method.lr)
 
@@ -83,9 +83,9 @@ def test_the_method_of_the_docs_runs_in_the_benchmark(run, bounded):
 def test_a_rate_is_scaled_where_it_is_found_automatically(run):
     """Three times NGDiff's stride: the first move is three times as long, unless GeN changed it."""
     first = [
-        unlearning.run_method(case_of(run), METHODS["ga"](), factor, 0, 1e9, None, RECIPE).log[0][
-            "move_norm"
-        ]
+        unlearning.run_method(case_of(run), METHODS["ga"](), factor, 0, 1e9, None, RECIPE, 0.5).log[
+            0
+        ]["move_norm"]
         for factor in (1.0, 3.0)
     ]
     assert first[1] == pytest.approx(3 * first[0], rel=1e-6)
@@ -108,7 +108,7 @@ def test_steps_are_what_the_budget_buys_and_at_most_the_methods_own():
 def test_fine_tuning_looks_at_the_retained_rows_alone(run):
     """Its first direction is the gradient of their mean loss, by plain autograd."""
     case = case_of(run)
-    edit = unlearning.run_method(case, unlearning.FINE_TUNING, 1.0, 0, 1e9, None, RECIPE)
+    edit = unlearning.run_method(case, unlearning.FINE_TUNING, 1.0, 0, 1e9, None, RECIPE, 0.5)
     model, total, count = run.model, 0.0, 0
     for parameter in model.parameters:
         parameter.requires_grad_(True)
@@ -144,7 +144,7 @@ def test_a_line_parts_the_goals_work_from_the_edits(run):
     assert made["goal work"] == record.expected.row_gradients
     assert made["goal work"] + made["work"] == pytest.approx(record.cost.total)
     assert made["reached"]
-    method = unlearning.run_method(case_of(run), METHODS["ga"](), 1.0, 0, 1e9, None, RECIPE)
+    method = unlearning.run_method(case_of(run), METHODS["ga"](), 1.0, 0, 1e9, None, RECIPE, 0.5)
     given = unlearning.line_of(method, ruler, 1.04)
     assert given["goal work"] == 0
     assert not given["reached"]
