@@ -300,8 +300,9 @@ def study(bed: Bed, percent: int, args: argparse.Namespace) -> None:
         found = {"goal": goal.loss, "low": goal.low, "high": goal.high, "found by": goal.work}
         measured = ruler.measure(bed.model.snapshot())
         lines.add({"method": BEFORE, **found, **nothing, **measured})
-        work = {"reached": True, "goal work": 0, "work": case.rows_after * bed.recipe.epochs}
-        for place, seed in enumerate(args.retrained):
+    work = {"reached": True, "goal work": 0, "work": case.rows_after * bed.recipe.epochs}
+    for place, seed in enumerate(args.retrained):
+        if not lines.of(method=RETRAINED, seed=seed):
             measured = ruler.measure(truth.thetas[place], leave_out=place)
             lines.add({"method": RETRAINED, "seed": seed, **measured, **work})
     before = lines.of(method=BEFORE)[0]
@@ -337,7 +338,7 @@ TITLES = (
     "spread",
     "reached",
 )
-SECOND = ("method", "rate x", "forget", "retained", "held-out", "KL forget", "reached")
+SECOND = ("method", "rate x", "forget", "retained", "held-out", "KL forget", "itself", "reached")
 
 
 def runs_of(lines: Lines, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -419,7 +420,8 @@ def table(lines: Lines, percent: int, names: Sequence[str]) -> tuple[str, list[d
     text = [f"### Forget {percent} % ({goal})", "", *head(TITLES)]
     for row in rows:
         cells = [row["method"], row["rate"]]
-        cells += [cell(row[column]) for column in (*COLUMNS, "goal", "itself")]
+        cells += [cell(row[column]) for column in COLUMNS]
+        cells += [cell(row[column], digits=0) for column in ("goal", "itself")]
         cells += ["" if row["ratio"] is None else f"{row['ratio']:.2f}"]
         cells += [f"{row['runs'] or ''}", "" if row["all"] is None else f"{row['all']:.1f}"]
         cells += ["" if row["spread"] is None else f"{row['spread']:.2f}"]
@@ -453,15 +455,15 @@ def undamaged(name: str, grid: Sequence[dict[str, Any]], limit: float) -> list[s
     power = kept_power(sound)
     kept = next(line for line in sound if line["power"] == power)
     values = [f"{kept[key]:.2f}" for key in ("forget", "retained", "heldout", "kl_forget")]
+    values.append(f"{kept['work']:.0f}")
     return [name, f"{FACTOR**power:.2g}", *values, "yes" if kept["reached"] else "no"]
 
 
-def cell(values: list[float] | None) -> str:
+def cell(values: list[float] | None, *, digits: int = 2) -> str:
     """Mean and, where seeds differ, the range."""
     if values is None or not np.isfinite(values).all():
         return "-"
     mean, low, high = values
-    digits = 0 if mean >= 100 else 2
     if round(low, digits) == round(high, digits):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -264,7 +264,7 @@ def test_a_table_and_its_second_part(lines, tmp_path):
     names = [unlearning.BEFORE, unlearning.RETRAINED, EDIT, "m", "other"]
     text, rows = unlearning.table(lines, 10, names)
     assert "| m | 1 | 4.10 [4.00, 4.20] | 1.30 [1.20, 1.40] |" in text
-    assert "| m | 0.11 | 1.50 | 0.95 | 5.00 | 1.00 | no |" in text
+    assert "| m | 0.11 | 1.50 | 0.95 | 5.00 | 1.00 | 80 | no |" in text
     assert "lose: 3.4%" in text
     assert text.startswith("### Forget 10 % (goal 4.00 [3.50, 4.50])")
     assert [row["method"] for row in rows] == names[:-1]
