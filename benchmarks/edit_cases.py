@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,7 @@ def retrained(bed: Bed, case: Case, seeds: Sequence[int]) -> Truth:
             clock.write_text(json.dumps(watch.read()) + "\n")
             say(f"{case.task}: retrained with seed {seed} in {watch.read()[0]:.1f} CPU seconds")
         record = json.loads((out / "retrain.json").read_text(encoding="utf-8"))
-        recipe = json.loads(json.dumps(asdict(replace(bed.recipe, seed=seed))))
+        recipe = json.loads(json.dumps(replace(bed.recipe, seed=seed).as_json()))
         if record["removed"] != removed or record["recipe"] != recipe:
             raise SystemExit(f"{out} was trained for something else: give another --out")
         thetas.append(read_parameters(bed.model, out))

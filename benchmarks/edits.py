@@ -56,6 +56,9 @@ from unlearn.retraining.recipe import Recipe
 EVERY_REST, EVERY_HELDOUT = 6, 10
 #: NGDiff that stops when it has cost as much as the default edit.
 WITHIN = "NGDiff, at most edit's work"
+#: The adapter as it was, and further training on the rows as they are after the edit: the retained
+#: rows, and the right ones where some change.
+NOTHING, FINE_TUNING = "doing nothing", "fine-tuning on the rows after, edit's time"
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -204,7 +207,7 @@ def rivals(case: Case, recipe: Recipe, default: EditMade) -> dict[str, Callable[
         "NGDiff": lambda: make(unlearners.ngdiff),
         WITHIN: lambda: make(unlearners.ngdiff, budget=default.work),
         "sign step, edit's norm": lambda: make(unlearners.sign_step, norm=norm),
-        "fine-tuning, edit's time": lambda: make(
+        FINE_TUNING: lambda: make(
             unlearners.finetune, seconds=default.seconds[0], recipe=recipe, clock=time.process_time
         ),
         "LLMEraser as released": lambda: make(unlearners.llmeraser),
@@ -221,7 +224,7 @@ def compare(bed: Bed, case: Case, seeds: Sequence[int]) -> dict[str, Any]:
         np.mean(truth.seconds, axis=0).tolist(),
     )
     table: dict[str, dict[str, Any]] = {
-        "before": ruler.measure(case.run.model.snapshot()) | {"work": 0.0, "seconds": 0.0}
+        NOTHING: ruler.measure(case.run.model.snapshot()) | {"work": 0.0, "seconds": 0.0}
     }
 
     def enter(name: str, method: Callable[[], Made]) -> Made | None:
