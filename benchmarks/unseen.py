@@ -231,26 +231,32 @@ def error_of(entry: Mapping[str, Any]) -> float:
     return entry["expected"][0] / entry["forget"]["retrained"] - 1
 
 
-def table(world: str, entries: Sequence[Mapping[str, Any]]) -> str:
-    """A world's sets as a table; work is over retraining's, of which for the expected loss."""
+def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The worlds' sets as a table; work is over retraining's, in brackets that for the expectation."""
     lines = [
-        f"**{world}**",
-        "",
-        "| removed | before | expected | retrained | edited | KL before, edited | retained | work |",
-        "|---|---|---|---|---|---|---|---|",
+        "| world | removed | before | expected | retrained | edited | KL before, edited | retained "
+        "| work |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for entry in entries:
-        loss, low, high = entry["expected"]
-        forget, kept, kl = entry["forget"], entry["retained"], entry["KL"]
-        change = kept["edited"] / kept["before"] - 1
-        total, expecting, retraining = entry["work"]
-        lines.append(
-            f"| {entry['set']} | {forget['before']:.2f} | {loss:.2f} [{low:.2f}, {high:.2f}] | "
-            f"{forget['retrained']:.2f} ({error_of(entry):+.0%}) | {forget['edited']:.2f} | "
-            f"{kl['before']:.3f}, {kl['edited']:.3f} | {change:+.1%} | "
-            f"{total / retraining:.2f} ({expecting / retraining:.2f}) |"
-        )
+    for world, entries in results.items():
+        for entry in entries:
+            loss, low, high = entry["expected"]
+            forget, kept, kl = entry["forget"], entry["retained"], entry["KL"]
+            change = kept["edited"] / kept["before"] - 1
+            total, expecting, retraining = entry["work"]
+            lines.append(
+                f"| {world if entry is entries[0] else ''} | {entry['set']} | "
+                f"{forget['before']:.2f} | {loss:.2f} [{low:.2f}, {high:.2f}] | "
+                f"{forget['retrained']:.2f} ({error_of(entry):+.0%}) | {forget['edited']:.2f} | "
+                f"{digits(kl['before'])}, {digits(kl['edited'])} | {change:+.1%} | "
+                f"{total / retraining:.2f} ({expecting / retraining:.2f}) |"
+            )
     return "\n".join(lines)
+
+
+def digits(value: float) -> str:
+    """Two digits after the point, three of a small number."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
 def summary(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -291,7 +297,8 @@ def main() -> None:
         for name, rows in sets_of(world, run.train).items():
             results[world].append(measured(run, name, rows, recipe, folder))
             kept.write_text(json.dumps(results, indent=1))
-        print(f"{table(world, results[world])}\n\n{summary(results[world])}\n", flush=True)
+        print(f"{world}: {summary(results[world])}", flush=True)
+    print(table(results))
     print("all:", summary([entry for entries in results.values() for entry in entries]))
 
 
