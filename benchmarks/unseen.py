@@ -9,7 +9,7 @@ queries together, so that every removed row's other wording stays. The fifth, `d
 world with another seed: other people, another base and adapter, three wordings of every fact. The
 sixth, `large`, has 2,000 rows, with which a tenth of retraining can be aimed at: the testbed's
 training and held-out rows, which its base never saw, and 1,600 rows of `--tofu` (its `full.json`)
-that its base was trained on; only rows of the first kind are removed.
+that its base was trained on, for five epochs; only rows of the first kind are removed.
 
 In each, sets of rows are left out: a whole author, half of one, two rows, one row of every author,
 every tenth row, rows whose paraphrases or copies stay. The truth is one adapter retrained without
