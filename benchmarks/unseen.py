@@ -51,6 +51,8 @@ SETS = {
     "ten of an author, every second": range(0, 20, 2),
     "ten of an author, the first": range(10),
     "two of an author": (3, 8),
+    "two of another author": (103, 108),
+    "ten of a third author, every second": range(140, 160, 2),
     "one of each author": range(5, 200, 20),
     "every tenth row": range(0, 200, 10),
     "eight whose paraphrases stay": range(2, 40, 5),
@@ -93,6 +95,8 @@ SETS_OF = {
         "an author",
         "ten of an author, every second",
         "two of an author",
+        "two of another author",
+        "ten of a third author, every second",
     ),
 }
 #: Rows of the large world that are neither the testbed's training nor its held-out rows.
