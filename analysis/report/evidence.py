@@ -8,7 +8,7 @@ from typing import Any
 from analysis.report.drawings import Axis
 from analysis.report.groups import measurements
 from analysis.report.verdicts import NOT_MEASURED, finite, tone
-from analysis.report.words import count, loss, share, text
+from analysis.report.words import count, measured, share, text
 from unlearn.record.edit_record import EditRecord, MeasurementRecord, RowMeasured
 from unlearn.unseen import FAITHFUL
 from unlearn.words import MEASURED
@@ -52,7 +52,7 @@ def _line(found: MeasurementRecord) -> tuple[Any, ...]:
     names = ("before", "after", "goal")
     marks = {name: axis.x(value) for name, value in zip(names, values, strict=True)}
     rows = f"{finite(found.rows):,.0f}" if finite(found.rows) is not None else NOT_MEASURED
-    cells = [rows, *(loss(value) for value in values[: 3 if found.unseen is not None else 2])]
+    cells = [rows, *(measured(value) for value in values[: 3 if found.unseen is not None else 2])]
     if found.unseen is not None:
         low, high = signed(found.low), signed(found.high)
         cells.append(f"{signed(found.difference)} [{low}, {high}]")
@@ -113,7 +113,7 @@ def _most_left(shown: Sequence[MeasurementRecord]) -> list[str]:
         excess = [(sign * left, row) for row in each.by_row or () if (left := _left(row))]
         most = sorted(excess, key=lambda pair: -pair[0])[:NAMED]
         named = [
-            f"{text(row.id, 80)} ({loss(row.after)} for {loss(row.unseen)})"
+            f"{text(row.id, 80)} ({measured(row.after)} for {measured(row.unseen)})"
             for left, row in most
             if left > 0
         ]

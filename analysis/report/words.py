@@ -37,6 +37,12 @@ def loss(value: float | None) -> str:
     return f"{value:.2f}" if 0.0995 <= abs(value) < 1e6 or value == 0 else f"{value:.2g}"
 
 
+def measured(value: float | None) -> str:
+    """A loss, or a share that is not in per cent, in two places."""
+    number = finite(value)
+    return loss(value) if number is None or abs(number) >= 1e6 else f"{number:.2f}"
+
+
 def share(value: float | None) -> str:
     """A share, in per cent."""
     if value is None:
@@ -158,26 +164,21 @@ def headline(group: Group, record: EditRecord) -> str:
 def _beside_unseen(group: Group) -> list[str]:
     """What is left of the rows beside models that never saw them, where it is more or less."""
     sentences = []
-    for verdict, begin, end in (
-        (
-            "more than unseen",
-            "Yet more of the old text is left than in models that never saw it",
-            "",
-        ),
+    for verdict, begin in (
+        ("more than unseen", "Yet more of the old text is left than in models that never saw it"),
         (
             "less than unseen",
-            "Less is left than in models that never saw it",
-            ", which is conspicuous",
+            "Less of the old text is left than in models that never saw it, which is conspicuous",
         ),
     ):
         parts = [
-            f"{MEASURED.get(each.name, text(each.name, 40))} {loss(each.after)} against "
-            f"{loss(each.unseen)}"
+            f"{MEASURED.get(each.name, text(each.name, 40))} {measured(each.after)} against "
+            f"{measured(each.unseen)}"
             for each in group.measured
             if each.verdict == verdict
         ]
         if parts:
-            sentences.append(f"{begin}{end}: {'; '.join(parts)}.")
+            sentences.append(f"{begin}: {'; '.join(parts)}.")
     return sentences
 
 
