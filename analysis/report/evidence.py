@@ -80,9 +80,10 @@ def _how_compared(record: EditRecord, shown: Sequence[MeasurementRecord]) -> lis
     level = None if record.evidence is None else record.evidence.level
     sentences = [
         f"Unseen: the mean of {count(models, 'small model')} trained without the rows. [ ]: the "
-        f"difference to one such model, {share(level)} of a bootstrap over rows and models. A "
-        "difference of 0.1, or of a tenth of a loss, counts as none (a choice); so does an interval "
-        "around 0 that is no wider than that on both sides."
+        "difference to a model trained again without them, in "
+        f"{share(level)} of a bootstrap over rows and models. As unseen: the interval includes 0 and "
+        "is narrow, or is so near to 0 that it counts as none (0.1 of what is repeated, 0.2 of the "
+        "share of pairs, a tenth of a loss; choices)."
     ]
     learnt = None if record.expected is None else finite(record.expected.faithfulness)
     if learnt is not None and learnt < FAITHFUL:

@@ -253,6 +253,13 @@ def test_the_interval_counts_how_far_unseen_models_differ():
     assert (low, high) == pytest.approx((-width, width), rel=0.08)
 
 
+def test_the_interval_counts_what_no_row_tells():
+    after, unseen = np.full((50, 1), 0.3), np.full((1, 50, 1), 0.1)
+    assert interval(after, unseen) == pytest.approx((0.2, 0.2))
+    low, high = interval(after, unseen, 0.05)
+    assert (low, high) == pytest.approx((0.2 - 1.645 * 0.05, 0.2 + 1.645 * 0.05), abs=0.006)
+
+
 def test_the_interval_of_pairs_draws_both_kinds_of_rows_again():
     """Against a loop that draws rows and models one by one."""
     rng = np.random.default_rng(2)
