@@ -59,8 +59,8 @@ LEVEL, RESAMPLES, SEED = 0.9, 2000, 0
 #: Choices; two models trained again without tofu-tiny's author 0 differ by 0.26 in the AUC.
 MARGIN = {"ROUGE-L recall": 0.1, "AUC of Min-K%": 0.2, "nats per token": 0.1}
 #: Standard deviation of the value of a model trained again about the unseen models' mean, besides
-#: what rows and models say: of a share, and of a loss over the unseen models'. Found on tofu-tiny and
-#: its two other regimes (benchmarks/README.md, "The loss of unseen rows").
+#: what rows and models say: of a share, and of a loss over the unseen models'. Found on five models
+#: trained again, of tofu-tiny and its mild regime (benchmarks/README.md, "The loss of unseen rows").
 SYSTEMATIC = {"ROUGE-L recall": 0.03, "AUC of Min-K%": 0.1, "nats per token": 0.05}
 #: Rows without which nothing is settled: intervals of so few are too short. A choice.
 FEWEST = 5
