@@ -156,6 +156,13 @@ def test_membership_is_the_share_of_pairs_that_a_changed_row_wins(made):
     assert len(set(by_adapter)) > 1
 
 
+def test_pairs_of_equal_scores_count_half(made):
+    work, thetas, _, (before, *others) = made
+    old, heldout = (replace(each, min_k=0 * each.min_k) for each in (before.old, before.heldout))
+    found = gather(work, thetas[1], replace(before, old=old, heldout=heldout), *others)
+    assert of(found, "membership").before == 0.5
+
+
 def test_probes_are_measured_under_every_adapter(made):
     work, thetas, found, _ = made
     by_adapter, said = [], []
