@@ -159,15 +159,23 @@ def keywords(function) -> dict[str, object]:
 
 
 EXACT = [
-    (unlearn.edits.options.Options, unlearn.edit, {"remove", "relabel", "correct", "holdout"}),
-    (unlearn.edits.options.Options, unlearn.forecast, {"remove", "relabel", "correct", "holdout"}),
-    (unlearn.edits.options.Options, unlearn.remove, {"holdout"}),
-    (unlearn.edits.options.Options, unlearn.relabel, {"holdout"}),
-    (unlearn.edits.options.Options, unlearn.correct, {"holdout"}),
+    (
+        unlearn.edits.options.Options,
+        unlearn.edit,
+        {"remove", "relabel", "correct", "holdout", "probes"},
+    ),
+    (
+        unlearn.edits.options.Options,
+        unlearn.forecast,
+        {"remove", "relabel", "correct", "holdout", "probes"},
+    ),
+    (unlearn.edits.options.Options, unlearn.remove, {"holdout", "probes"}),
+    (unlearn.edits.options.Options, unlearn.relabel, {"holdout", "probes"}),
+    (unlearn.edits.options.Options, unlearn.correct, {"holdout", "probes"}),
     (
         unlearn.methods.options.Options,
         unlearn.train,
-        {"retain", "holdout", "checkpoint", "restart"},
+        {"retain", "holdout", "probes", "checkpoint", "restart"},
     ),
 ]
 

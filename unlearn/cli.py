@@ -167,7 +167,9 @@ class Edited(RunOption, EditOptions, HoldoutOption, ForceOption, LoadingOptions,
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
         "holdout": "rest",
-        "columns": "holdout",
+        "probes": "holdout",
+        "generate": "probes",
+        "columns": "generate",
         "dry_run": "force",
     }
 
@@ -269,8 +271,9 @@ def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) ->
     from unlearn.record.outputs import refuse_out
 
     out = None if options.dry_run else options.out
-    holdout = (
-        None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
+    holdout, probes = (
+        None if path is None else read_examples(path, columns=options.columns)
+        for path in (options.holdout, options.probes)
     )
     _refuse_unknown(rows, [id for requests in changes.values() for id in requests])
     console.quiet_transformers()
@@ -281,11 +284,11 @@ def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) ->
     )
     how = keywords(EditOptions, options)
     if out is None:
-        ahead = edits.forecast(run, **changes, holdout=holdout, **how)
+        ahead = edits.forecast(run, **changes, holdout=holdout, probes=probes, **how)
         console.emit(ahead, words.dry_run_text(ahead), options.json)
         return
     refuse_out(run, out, options.overwrite)
-    made = edits.edit(run, **changes, holdout=holdout, **how)
+    made = edits.edit(run, **changes, holdout=holdout, probes=probes, **how)
     record = _saved(made, options, out, "edit")
     _emit(record, out, words.after_edit_text(out, run.directory), options)
 
@@ -360,7 +363,9 @@ class Train(
         "retain": "ids_file",
         "numbers": "stride",
         "holdout": "max_damage",
-        "columns": "holdout",
+        "probes": "holdout",
+        "generate": "probes",
+        "columns": "generate",
     }
 
     method: str = option("A name from unlearn methods, or FILE.py:NAME with one of your own.")
@@ -396,11 +401,9 @@ def train(options: Train) -> None:
     method = method_of(options.method, **(options.numbers or {}))
     refuse(method, options, options.retain is not None)
     refuse_taken(options.out, options.overwrite)
-    retain = (
-        None if options.retain is None else read_examples(options.retain, columns=options.columns)
-    )
-    holdout = (
-        None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
+    retain, holdout, probes = (
+        None if path is None else read_examples(path, columns=options.columns)
+        for path in (options.retain, options.holdout, options.probes)
     )
     rows = rows_of(options.run)
     ids = named_ids(options, rows) or []
@@ -421,6 +424,7 @@ def train(options: Train) -> None:
         ids,
         retain=retain,
         holdout=holdout,
+        probes=probes,
         checkpoint=checkpoint,
         restart=options.overwrite,
         **keywords(TrainOptions, options),

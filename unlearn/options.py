@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from influence.errors import InputError
 from influence.options import ColumnsOption, option
 
 if TYPE_CHECKING:
     from influence.recipe import Recipe
+
+
+#: Rows whose prompts are continued to look what is said. A choice.
+GENERATED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +48,33 @@ class RecipeOption:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvidenceOption:
+    """What is measured of an edit or training that it does not aim at (`unlearn.evidence`).
+
+    Raises `InputError` for a number below 0.
+    """
+
+    generate: int = option(
+        "Changed rows and probe rows, of each at most so many, whose prompts are continued to "
+        "compare what is said; 0: none, which is faster.",
+        default=GENERATED,
+    )
+
+    def __post_init__(self) -> None:
+        if self.generate < 0:
+            raise InputError(f"generate {self.generate} was given; expected 0 (none) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class HoldoutOption(ColumnsOption):
-    """Held-out rows of an edit or training, and what their columns mean."""
+    """Held-out and probe rows of an edit or training, and what their columns mean."""
 
     holdout: Path | None = option(
         "Rows the adapter never saw: measured before and after.", default=None
+    )
+    probes: Path | None = option(
+        "Paraphrases of changed rows, or questions about them: is what they taught still known?",
+        default=None,
     )
 
 

@@ -12,7 +12,13 @@ from influence import console
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     from unlearn.difficulty import Forecast
-    from unlearn.record.edit_record import CostRecord, EditRecord, Guard, RowRecord
+    from unlearn.record.edit_record import (
+        CostRecord,
+        EditRecord,
+        Guard,
+        MeasurementRecord,
+        RowRecord,
+    )
 
 #: What an edit of each kind does to rows.
 DONE = {"remove": "removed", "relabel": "relabelled", "correct": "corrected", "mixed": "changed"}
@@ -26,6 +32,13 @@ SWALLOWED = 0.9
 SHORT = 0.1
 #: Rows that a table shows, and ids that a line names.
 SHOWN_ROWS, SHOWN_IDS = 10, 5
+#: What an edit did not aim at, by the name of the measurement (`unlearn.evidence`).
+MEASURED = {
+    "generations": "repeated when prompted",
+    "membership": "told from held-out rows",
+    "probe-losses": "loss of probe rows",
+    "probe-generations": "repeated when probed",
+}
 
 
 # ---- methods ---------------------------------------------------------------------------------
@@ -198,6 +211,7 @@ def edit_text(record: EditRecord) -> str:
     lines += _outcome_lines("removed rows", removed) + _outcome_lines("new contents", renewed)
     lines.append(f"{_damage(record.guard)}; {_cost(record.cost)}")
     lines += _expectation_lines(record) + _shipped_lines(record) + _warnings(record)
+    lines += _evidence_lines(record)
     return console.printable("\n".join(lines))
 
 
@@ -211,6 +225,39 @@ def _expectation_lines(record: EditRecord) -> list[str]:
         f"{found.loss:.2f} ({found.low:.2f} to {found.high:.2f}), by {found.trainings} small "
         f"trainings ({found.row_gradients} of the row-gradients)"
     ]
+
+
+def _evidence_lines(record: EditRecord) -> list[str]:
+    """What the edit did not aim at, before, after, and under models that never saw the rows."""
+    if record.evidence is None or not record.evidence.measurements:
+        return []
+    found = record.evidence.measurements
+    head = f"{'what the edit did not aim at':<42}{'rows':>6}"
+    head += "".join(f"{column:>9}" for column in ("before", "after", "unseen"))
+    lines = ["", f"{head}   after - unseen, {record.evidence.level or 0:.0%}"]
+    lines += [_evidence_line(each) for each in found if each.after is not None]
+    for each in found:
+        if each.after is None:
+            lines.append(f"{MEASURED.get(each.name, each.name)}: not measured: {each.reason}")
+    if not record.evidence.models:
+        lines.append(
+            "not compared: no models that never saw the rows were trained here. One that is, and "
+            "its comparison: unlearn retrain --run RUN --ids ... --out DIR; "
+            "analysis report --edit EDIT --retrained DIR --out FILE.html"
+        )
+    return lines
+
+
+def _evidence_line(found: MeasurementRecord) -> str:
+    """One measurement, as a line of text."""
+    title = f"{MEASURED.get(found.name, found.name)} ({found.unit})"
+    values = (found.before, found.after, found.unseen)
+    line = f"{title:<42}{found.rows or 0:>6}" + "".join(f"{_number(v):>9}" for v in values)
+    if found.difference is None or found.low is None or found.high is None:
+        return line
+    return (
+        f"{line}   {found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}]  {found.verdict}"
+    )
 
 
 def _shipped_lines(record: EditRecord) -> list[str]:

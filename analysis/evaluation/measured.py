@@ -19,10 +19,12 @@ from analysis.evaluation.sets import PreparedSet
 from analysis.metrics import tofu
 from analysis.metrics.extraction import exact_memorization, extraction_strength
 from analysis.metrics.likelihood import PerRow
-from analysis.metrics.outputs import Outputs, generate, gradient_norms, outputs
+from analysis.metrics.outputs import Outputs, gradient_norms, outputs
 from influence.adapter import AdaptedModel
 from influence.errors import InputError
+from influence.generation import generate
 from influence.loss import check_rows, mean_losses
+from influence.overlap import rouge
 from influence.rows import Examples
 from influence.tokens import tokenize
 
@@ -102,7 +104,7 @@ def measured(subject: Subject, rows: PreparedSet, *, norms: bool) -> Measurement
             model, examples, max_new_tokens=options.max_new_tokens, token_budget=budget
         )
         generated = dict(zip(rows.continued.tolist(), texts, strict=True))
-        recall = tofu.rouge([completion(example) for example in examples], texts)
+        recall = rouge([completion(example) for example in examples], texts)
         rouge1[rows.continued] = recall.rouge1_recall
         rougeL[rows.continued] = recall.rougeL_recall
     return Measurement(

@@ -9,10 +9,10 @@ import numpy as np
 
 from analysis.evaluation.answers import PARAPHRASED, PERTURBED, Rows
 from analysis.evaluation.options import Options
-from analysis.metrics.outputs import continuable
 from influence.adapter import AdaptedModel
 from influence.at_point import evenly_spaced
 from influence.errors import InputError
+from influence.generation import continuable
 from influence.loss import check_rows
 from influence.tokens import TokenizedExamples, tokenize
 

@@ -17,16 +17,15 @@ from analysis.metrics.mia import (
 )
 from analysis.metrics.tofu import (
     ForgetQuality,
-    Rouge,
     Utility,
     UtilitySet,
     answer_probability,
     forget_quality,
     model_utility,
     option_probability,
-    rouge,
     truth_ratio,
 )
+from influence.overlap import Rouge, rouge
 
 __all__ = [
     "Attack",

@@ -11,7 +11,6 @@ own tokens, nats.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from scipy.stats import rankdata
 from analysis.metrics.likelihood import checked, checked_tokens
 from analysis.stats import Interval, bootstrap_interval
 from influence.errors import InputError
+from unlearn.record.numbers import mean_of_lowest, whole_part
 
 #: Of log p over the vocabulary: below it the distribution is one token, or flat, up to rounding.
 SMALLEST_SPREAD = 1e-12
@@ -211,7 +211,7 @@ def _auc(members: NDArray[np.float64], non_members: NDArray[np.float64]) -> floa
 def _true_positive_rate(
     members: NDArray[np.float64], non_members: NDArray[np.float64], fpr: float
 ) -> float:
-    allowed = _whole_part(fpr * len(non_members))
+    allowed = whole_part(fpr * len(non_members))
     if allowed >= len(non_members):
         return 1.0
     return float(
@@ -224,9 +224,4 @@ def _mean_of_lowest(values: NDArray[np.float64], k: float) -> float:
         raise InputError(
             f"k is {k}; expected a share of the tokens above 0 and up to 1: write 20 % as 0.2."
         )
-    return float(np.sort(values)[: max(1, _whole_part(k * len(values)))].mean())
-
-
-def _whole_part(value: float) -> int:
-    """Round down, but 0.29 of 100 is 29 (in floats 28.999...)."""
-    return math.floor(value + 1e-9)
+    return mean_of_lowest(values, k)

@@ -23,7 +23,7 @@ facts have no paraphrase: there the right answer stands in for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -60,14 +60,6 @@ class ForgetQuality:
     n: int
     m: int
     floor: float
-
-
-@dataclass(frozen=True, eq=False)
-class Rouge:
-    """ROUGE recall of every row, [n] each: of words, and of the longest common subsequence."""
-
-    rouge1_recall: NDArray[np.float64]
-    rougeL_recall: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,33 +139,6 @@ def option_probability(losses: ArrayLike, perturbed: ArrayLike) -> NDArray[np.fl
     losses = checked(losses, "losses")
     perturbed = checked(perturbed, "perturbed", ndim=2, rows=len(losses))
     return softmax(-np.column_stack([losses, perturbed]), axis=1)[:, 0]
-
-
-def rouge(references: Sequence[str], generated: Sequence[str]) -> Rouge:
-    """ROUGE-1 and ROUGE-L recall of generated texts against the right ones.
-
-    By Google's `rouge_score` with stemming, as TOFU.
-
-    Its words are runs of a-z and 0-9 after lower-casing: a reference without any, in another script
-    for instance, has a recall of 0 whatever was generated.
-    """
-    from rouge_score.rouge_scorer import RougeScorer  # here: it brings nltk with it
-
-    if len(references) != len(generated) or len(references) == 0:
-        raise InputError(
-            f"rouge was given {len(references)} references and {len(generated)} generated texts; "
-            "expected as many, and at least one: pass both for the same rows."
-        )
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    scores = [
-        scorer.score(reference, text) for reference, text in zip(references, generated, strict=True)
-    ]
-    return Rouge(
-        *(
-            np.array([float(score[kind].recall) for score in scores])
-            for kind in ("rouge1", "rougeL")
-        )
-    )
 
 
 def model_utility(sets: Mapping[str, UtilitySet]) -> Utility:

@@ -11,7 +11,7 @@ import numpy as np
 
 from analysis.report.groups import Group
 from analysis.report.reading import DONE
-from analysis.report.verdicts import TONE, finite
+from analysis.report.verdicts import finite, tone
 from analysis.report.words import arrow, loss, share, text
 
 
@@ -119,8 +119,8 @@ def table(group: Group, limit: int) -> dict[str, Any]:
         if recited:
             cells.append(arrow(share(row.extraction_before), share(row.extraction_after)))
         marks = {"before": axis.x(row.before), "after": axis.x(row.after), "goal": axis.x(row.goal)}
-        action, tone = DONE[row.action] if several else "", TONE.get(row.verdict, "unknown")
-        lines.append((text(row.id), action, marks, cells, row.verdict, tone))
+        action = DONE[row.action] if several else ""
+        lines.append((text(row.id), action, marks, cells, row.verdict, tone(row.verdict)))
     headers = ["before", "now", "goal"]
     headers += ["rank"] * ranked + ["old content"] * change + ["recital"] * recited
     left = len(group.rows) - len(shown)

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.report.verdicts import LEVEL, finite, forgetting, learning
+from analysis.report.verdicts import LEVEL, finite, forgetting, learning, with_evidence
 from unlearn.record.declared import nothing
-from unlearn.record.edit_record import EditRecord, RowRecord
+from unlearn.record.edit_record import EditRecord, MeasurementRecord, RowRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,11 @@ class Row(RowRecord):
 
 @dataclass(frozen=True)
 class Group:
-    """The removed rows of an edit, or those with new content."""
+    """The removed rows of an edit, or those with new content, and what is known of all of them."""
 
     kind: Literal["remove", "change"]
     rows: tuple[Row, ...]
+    measured: tuple[MeasurementRecord, ...] = ()
 
     def mean(self, name: str, *with_: str) -> float | None:
         """Mean of one value over the rows where it, and those `with_` it, are known."""
@@ -70,7 +71,12 @@ class Group:
 
     @property
     def verdict(self) -> str:
-        """The word for all of them, by the rules of `analysis.report.verdicts`."""
+        """The word for all of them, by their loss and by what the edit did not aim at."""
+        return with_evidence(self.by_loss, ((each.name, each.verdict) for each in self.measured))
+
+    @property
+    def by_loss(self) -> str:
+        """The word for all of them by their loss, by the rules of `analysis.report.verdicts`."""
         rule = forgetting if self.kind == "remove" else learning
         after, goal = self.mean("after", "goal"), self.mean("goal", "after")
         word = rule(self.mean("before", "after", "goal"), after, goal)
@@ -94,5 +100,11 @@ def groups(record: EditRecord) -> tuple[Group, ...]:
         rows.append(Row(**vars(replace(row, id=request.id, action=request.action))))
     removed = tuple(row for row in rows if row.action == "remove")
     changed = tuple(row for row in rows if row.action != "remove")
-    both = (Group("remove", removed), Group("change", changed))
+    found = measurements(record)
+    both = (Group("remove", removed, found), Group("change", changed, found))
     return tuple(group for group in both if group.rows)
+
+
+def measurements(record: EditRecord) -> tuple[MeasurementRecord, ...]:
+    """What the edit did not aim at, as far as it was measured."""
+    return () if record.evidence is None else record.evidence.measurements or ()

@@ -19,10 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from analysis.report import drawings, words
-from analysis.report.groups import Group, groups
+from analysis.report import drawings, evidence, words
+from analysis.report.groups import Group, groups, measurements
 from analysis.report.reading import read_edit_record
-from analysis.report.verdicts import TONE, agreement, damage
+from analysis.report.verdicts import agreement, damage, tone
 from influence.errors import InputError, StoreError
 from unlearn.record.edit_record import RECORD, AgreementRecord, EditRecord
 
@@ -98,6 +98,7 @@ def report(
     about = {"remove": "removed", "change": "changed"}
     verdicts = {about[group.kind]: group.verdict for group in groups(record)}
     verdicts |= {"others": _verdict_on_others(record), "retraining": _verdict_on_retraining(record)}
+    verdicts |= {each.name: each.verdict or words.NOT_MEASURED for each in measurements(record)}
     headlines = tuple(words.headline(group, record) for group in groups(record))
     return Report(out, record.kind, words.title(record), len(record.requests), headlines, verdicts)
 
@@ -128,8 +129,9 @@ def page(record: EditRecord, folder: str | os.PathLike[str], digest: str | None 
         folder=os.path.abspath(folder),
         title=words.title(record),
         sections=_sections(record),
-        others=(guarded, TONE.get(guarded, "unknown"), words.others(record)),
-        compared=(compared, TONE.get(compared, "unknown"), words.compared(record)),
+        evidence=evidence.section(record),
+        others=(guarded, tone(guarded), words.others(record)),
+        compared=(compared, tone(compared), words.compared(record)),
         losses=words.losses(record),
         retained=words.below_losses(record),
         exact=words.exactness(record),
@@ -167,7 +169,8 @@ def _sections(record: EditRecord) -> list[dict[str, Any]]:
 def _section(group: Group, record: EditRecord, limit: int) -> dict[str, Any]:
     """What the template shows of a group, at most `limit` rows of it line by line."""
     verdict, size, removed = group.verdict, len(group.rows), group.kind == "remove"
-    tone = TONE.get(verdict, "unknown")
+    colour = tone(verdict)
+    doubtful = group.recited or any(each.verdict == "less than unseen" for each in group.measured)
     done = "forgotten" if removed else "taken up"
     counted = [
         (word, group.count(word)) for word in (done, f"partly {done}", f"not {done}", "not judged")
@@ -178,7 +181,7 @@ def _section(group: Group, record: EditRecord, limit: int) -> dict[str, Any]:
         "kind": group.kind,
         "size": size,
         "verdict": verdict,
-        "tone": "warn" if group.recited and tone != "bad" else tone,
+        "tone": "warn" if doubtful and colour != "bad" else colour,
         "headline": words.headline(group, record),
         "counts": "" if size == 1 else f"Rows: {counts}",
         "remarks": words.remarks(group),

@@ -12,6 +12,12 @@ Losses are means per completion token, in nats.
 * several rows (`analysis.report.groups`): the same rules on the means over the rows where both
   losses are known; ` on average` is added where the means pass and a single row does not, or
   cannot be judged.
+* what the edit did not aim at, each measurement by the rule of `unlearn.evidence`: where the rows
+  pass by their loss and a measurement says `more than unseen`, the verdict is `forgotten by loss,
+  still repeated` (generations), `still recognised` (membership) or `still known` (probe rows); of
+  new content `taken up, the old still repeated` and so on. `less than unseen` leaves the word, and
+  the answer says that it is conspicuous. Without models that never saw the rows the loss alone
+  decides.
 * `not judged`: what the rule needs is null or not finite.
 * still recited: of a removed row, more than half of the text can be extracted; the answer then says
   so, whatever the loss.
@@ -28,7 +34,7 @@ The shares in these rules are choices.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 NOT_MEASURED = "not measured"
 #: Rise of the other rows' loss that is said to be much where no limit was set.
@@ -42,7 +48,14 @@ LEVEL = {
     "partly taken up": 1,
     "not judged": 2,
 }
-#: The colour beside a verdict; any other has none.
+#: What is left of rows by a measurement that says `more than unseen`, in a word.
+LEFT = {
+    "generations": "repeated",
+    "membership": "recognised",
+    "probe-losses": "known",
+    "probe-generations": "known",
+}
+#: The colour beside a verdict; any other has none (`tone`).
 TONE = {
     "not forgotten": "bad",
     "not taken up": "bad",
@@ -53,11 +66,19 @@ TONE = {
     "forgotten on average": "warn",
     "taken up on average": "warn",
     "differs": "warn",
+    "more than unseen": "bad",
+    "less than unseen": "warn",
+    "as unseen": "good",
     "forgotten": "good",
     "taken up": "good",
     "within the limit": "good",
     "agrees": "good",
 }
+
+
+def tone(verdict: str) -> str:
+    """The colour beside a verdict."""
+    return "warn" if " still " in verdict else TONE.get(verdict, "unknown")
 
 
 def finite(value: float | None) -> float | None:
@@ -86,6 +107,20 @@ def learning(before: float | None, after: float | None, goal: float | None) -> s
         return "taken up"
     share = 0.0 if before is None or before <= goal else (before - after) / (before - goal)
     return "taken up" if share >= 0.9 else "partly taken up" if share >= 0.1 else "not taken up"
+
+
+def with_evidence(word: str, measured: Iterable[tuple[str, str | None]]) -> str:
+    """The verdict by the loss, `word`, and by what the edit did not aim at.
+
+    `measured` has the name and the verdict of each measurement.
+    """
+    passed = word.removesuffix(" on average")
+    names = [name for name, verdict in measured if verdict == "more than unseen"]
+    left = list(dict.fromkeys(LEFT[name] for name in names if name in LEFT))
+    if not left or passed not in ("forgotten", "taken up"):
+        return word
+    still = f"still {' and '.join(left)}"
+    return f"{word} by loss, {still}" if passed == "forgotten" else f"{word}, the old {still}"
 
 
 def damage(rise: float | None, limit: float | None) -> str:

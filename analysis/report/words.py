@@ -21,6 +21,7 @@ from analysis.report.verdicts import NOT_MEASURED, agreement, damage, finite, fo
 from influence.messages import printable
 from unlearn.record.declared import nothing
 from unlearn.record.edit_record import EditRecord
+from unlearn.words import MEASURED
 
 NOT_FINITE = "not a finite number"
 
@@ -34,6 +35,12 @@ def loss(value: float | None) -> str:
     if not math.isfinite(value):
         return NOT_FINITE
     return f"{value:.2f}" if 0.0995 <= abs(value) < 1e6 or value == 0 else f"{value:.2g}"
+
+
+def measured(value: float | None) -> str:
+    """A loss, or a share that is not in per cent, in two places."""
+    number = finite(value)
+    return loss(value) if number is None or abs(number) >= 1e6 else f"{number:.2f}"
 
 
 def share(value: float | None) -> str:
@@ -132,7 +139,7 @@ def headline(group: Group, record: EditRecord) -> str:
     """The answer, in a sentence or two."""
     n = len(group.rows)
     rows = rows_in_question(group)
-    word = group.verdict
+    word = group.by_loss
     passed = word.removesuffix(" on average")
     if word == "not judged":
         sentence = _not_judged(group, rows)
@@ -151,7 +158,28 @@ def headline(group: Group, record: EditRecord) -> str:
     if group.recited:
         which = "it" if n == 1 else f"{group.recited:,} of them"
         sentence += f". Of {which} the adapter can still be made to recite more than half"
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    return " ".join([f"{sentence[0].upper()}{sentence[1:]}.", *_beside_unseen(group)])
+
+
+def _beside_unseen(group: Group) -> list[str]:
+    """What is left of the rows beside models that never saw them, where it is more or less."""
+    sentences = []
+    for verdict, begin in (
+        ("more than unseen", "Yet more of the old text is left than in models that never saw it"),
+        (
+            "less than unseen",
+            "Less of the old text is left than in models that never saw it, which is conspicuous",
+        ),
+    ):
+        parts = [
+            f"{MEASURED.get(each.name, text(each.name, 40))} {measured(each.after)} against "
+            f"{measured(each.unseen)}"
+            for each in group.measured
+            if each.verdict == verdict
+        ]
+        if parts:
+            sentences.append(f"{begin}: {'; '.join(parts)}.")
+    return sentences
 
 
 def rows_in_question(group: Group) -> str:
@@ -182,10 +210,10 @@ def _forgotten(group: Group, record: EditRecord, rows: str) -> str:
     single = len(group.rows) == 1
     verb, unseen = ("is", "a row") if single else ("are", "rows")
     asked_for, of_base = loss_was_asked_for(record), target_is_of_base(record)
-    if not group.verdict.startswith("forgotten"):
+    if not group.by_loss.startswith("forgotten"):
         aim = "of the base model" if of_base else f"expected of {unseen} the adapter never saw"
         return (
-            f"{rows} {verb} {group.verdict}: loss {loss(after)}, {loss(before)} before, against "
+            f"{rows} {verb} {group.by_loss}: loss {loss(after)}, {loss(before)} before, against "
             f"{loss(goal)} {'asked for' if asked_for else aim}"
         )
     if asked_for:
@@ -210,7 +238,7 @@ def _taken_up(group: Group, rows: str) -> str:
     if group.finite_values("target").size:
         aim = "expected"
     return (
-        f"the new content of {rows} is {group.verdict.removesuffix(' on average')}: loss "
+        f"the new content of {rows} is {group.by_loss.removesuffix(' on average')}: loss "
         f"{loss(after)}, "
         f"{loss(before)} before, against {loss(goal)} {aim}"
     )

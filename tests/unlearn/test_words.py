@@ -322,3 +322,56 @@ def test_a_calibration_that_does_harm_is_warned_of():
         "or do without",
         "what the correction of damage leans on: x",
     ]
+
+
+# ---- what an edit did not aim at -----------------------------------------------------------------
+
+
+def evidence(*measurements, models=2):
+    """What a record says of an edit beside its loss."""
+    found = {"models": models, "level": 0.9, "resamples": 2000, "seed": 0, "probes": None}
+    empty = ("heldout", "margin", "reason")
+    each = [dict.fromkeys(empty) | {"by_row": []} | entry for entry in measurements]
+    return {"evidence": found | {"measurements": each}}
+
+
+def measured(name, unit, before, after, unseen, verdict, ends=(-0.05, 0.07)):
+    """One measurement of two rows."""
+    low, high = ends
+    values = {"before": before, "after": after, "unseen": unseen, "low": low, "high": high}
+    difference = None if unseen is None else after - unseen
+    return (
+        values
+        | {"name": name, "unit": unit, "rows": 2, "difference": difference}
+        | {"verdict": verdict}
+    )
+
+
+def test_what_the_edit_did_not_aim_at_is_a_table():
+    found = evidence(
+        measured("generations", "ROUGE-L recall", 0.9, 0.3, 0.28, "as unseen"),
+        measured("membership", "AUC of Min-K%", 1.0, 0.043, 0.55, "less than unseen", (-0.8, -0.2)),
+        measured("probe-generations", None, None, None, None, "not measured")
+        | {"reason": "no row was to be continued (generate 0)"},
+    )
+    assert edit_text(record([row("a")], **found)).split("\n\n")[-1] == (
+        "what the edit did not aim at                rows   before    after   unseen"
+        "   after - unseen, 90%\n"
+        "repeated when prompted (ROUGE-L recall)        2     0.90     0.30     0.28"
+        "   +0.02 [-0.05, +0.07]  as unseen\n"
+        "told from held-out rows (AUC of Min-K%)        2     1.00     0.04     0.55"
+        "   -0.51 [-0.80, -0.20]  less than unseen\n"
+        "repeated when probed: not measured: no row was to be continued (generate 0)"
+    )
+
+
+def test_without_unseen_models_the_text_says_how_to_have_one():
+    found = measured("generations", "ROUGE-L recall", 0.9, 0.3, None, "not compared", (None, None))
+    text = edit_text(record([row("a")], **evidence(found, models=0)))
+    assert "\nrepeated when prompted (ROUGE-L recall)        2     0.90     0.30         \n" in text
+    assert text.endswith(
+        "not compared: no models that never saw the rows were trained here. One that is, and its "
+        "comparison: unlearn retrain --run RUN --ids ... --out DIR; "
+        "analysis report --edit EDIT --retrained DIR --out FILE.html"
+    )
+    assert "did not aim at" not in edit_text(record([row("a")]))

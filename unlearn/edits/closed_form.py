@@ -39,11 +39,14 @@ from influence.run import Run
 from influence.solvers import Solver
 from unlearn.edits.options import REST, STEPS, USUAL_STEPS, Options
 from unlearn.edits.prepared import PreparedEdit, prepare
+from unlearn.evidence import forwards_ahead, gather
+from unlearn.options import GENERATED
 from unlearn.record.before_after import report, rows_of
 from unlearn.record.numbers import mean_or_none, sum_or_none
 from unlearn.record.sample import GUARD_ROWS
 from unlearn.record.save import Edit
 from unlearn.retraining.estimate import MOST_GRADIENTS
+from unlearn.retraining.local import REPEATS
 from unlearn.retraining.recipe import given_or_recorded
 from unlearn.stopping import EditRule
 
@@ -53,6 +56,7 @@ def remove(
     ids: Sequence[str],
     *,
     holdout: Examples | None = None,
+    probes: Examples | None = None,
     steps: int = STEPS,
     until: str | EditRule = "expected",
     max_damage: float = 0.1,
@@ -64,6 +68,7 @@ def remove(
     solver: str | Solver = "direct",
     start: str | Path | None = None,
     seed: int = 0,
+    generate: int = GENERATED,
 ) -> Edit:
     """Take training rows out of the adapter (LLMEraser's instance removal).
 
@@ -81,8 +86,9 @@ def remove(
         solver=solver,
         start=start,
         seed=seed,
+        generate=generate,
     )
-    return _edit(run, ids, None, None, holdout, options)
+    return _edit(run, ids, None, None, holdout, probes, options)
 
 
 def relabel(
@@ -90,6 +96,7 @@ def relabel(
     changes: Mapping[str, str],
     *,
     holdout: Examples | None = None,
+    probes: Examples | None = None,
     steps: int = STEPS,
     until: str | EditRule = "expected",
     max_damage: float = 0.1,
@@ -101,6 +108,7 @@ def relabel(
     solver: str | Solver = "direct",
     start: str | Path | None = None,
     seed: int = 0,
+    generate: int = GENERATED,
 ) -> Edit:
     """Give training rows another completion (LLMEraser's response correction).
 
@@ -119,8 +127,9 @@ def relabel(
         solver=solver,
         start=start,
         seed=seed,
+        generate=generate,
     )
-    return _edit(run, (), changes, None, holdout, options)
+    return _edit(run, (), changes, None, holdout, probes, options)
 
 
 def correct(
@@ -128,6 +137,7 @@ def correct(
     changes: Mapping[str, Mapping[str, Any]],
     *,
     holdout: Examples | None = None,
+    probes: Examples | None = None,
     steps: int = STEPS,
     until: str | EditRule = "expected",
     max_damage: float = 0.1,
@@ -139,6 +149,7 @@ def correct(
     solver: str | Solver = "direct",
     start: str | Path | None = None,
     seed: int = 0,
+    generate: int = GENERATED,
 ) -> Edit:
     """Give training rows another prompt or completion (LLMEraser's query modification).
 
@@ -157,8 +168,9 @@ def correct(
         solver=solver,
         start=start,
         seed=seed,
+        generate=generate,
     )
-    return _edit(run, (), None, changes, holdout, options)
+    return _edit(run, (), None, changes, holdout, probes, options)
 
 
 def edit(
@@ -168,6 +180,7 @@ def edit(
     relabel: Mapping[str, str] | None = None,
     correct: Mapping[str, Mapping[str, Any]] | None = None,
     holdout: Examples | None = None,
+    probes: Examples | None = None,
     steps: int = STEPS,
     until: str | EditRule = "expected",
     max_damage: float = 0.1,
@@ -179,6 +192,7 @@ def edit(
     solver: str | Solver = "direct",
     start: str | Path | None = None,
     seed: int = 0,
+    generate: int = GENERATED,
 ) -> Edit:
     """Change the adapter as if training rows had been absent or different.
 
@@ -192,7 +206,10 @@ def edit(
         Ids that go, `{id: completion}`, and `{id: {"prompt": ..., "completion": ...}}`.
     holdout
         Rows that the adapter never saw, measured before and after.
-    steps, until, max_damage, recipe, rest, curvature, damping, at, solver, start, seed
+    probes
+        Other words for what the changed rows taught, such as paraphrases of them and questions
+        about them: is it still known (`unlearn.evidence`)?
+    steps, until, max_damage, recipe, rest, curvature, damping, at, solver, start, seed, generate
         As in `Options`.
 
     Raises
@@ -215,8 +232,9 @@ def edit(
         solver=solver,
         start=start,
         seed=seed,
+        generate=generate,
     )
-    return _edit(run, remove, relabel, correct, holdout, options)
+    return _edit(run, remove, relabel, correct, holdout, probes, options)
 
 
 def forecast(
@@ -226,6 +244,7 @@ def forecast(
     relabel: Mapping[str, str] | None = None,
     correct: Mapping[str, Mapping[str, Any]] | None = None,
     holdout: Examples | None = None,
+    probes: Examples | None = None,
     steps: int = STEPS,
     until: str | EditRule = "expected",
     max_damage: float = 0.1,
@@ -237,6 +256,7 @@ def forecast(
     solver: str | Solver = "direct",
     start: str | Path | None = None,
     seed: int = 0,
+    generate: int = GENERATED,
 ) -> dict[str, Any]:
     """Forecast of what an edit would do and cost, before it is made.
 
@@ -255,8 +275,9 @@ def forecast(
         solver=solver,
         start=start,
         seed=seed,
+        generate=generate,
     )
-    return _forecast(prepare(run, remove, relabel, correct, holdout, options))
+    return _forecast(prepare(run, remove, relabel, correct, holdout, probes, options))
 
 
 def _edit(
@@ -265,11 +286,12 @@ def _edit(
     relabel: Mapping[str, str] | None,
     correct: Mapping[str, Mapping[str, Any]] | None,
     holdout: Examples | None,
+    probes: Examples | None,
     options: Options,
 ) -> Edit:
     """Make an edit and measure what it did."""
     begun = time.monotonic()
-    work = prepare(run, remove, relabel, correct, holdout, options)
+    work = prepare(run, remove, relabel, correct, holdout, probes, options)
     before = work.measure(work.version.theta)
     expected = work.expected(before)
     targets = work.targets(expected)
@@ -289,6 +311,7 @@ def _edit(
         )
     after = work.measure(theta)
     linear = work.forecast(delta, theta)
+    evidence = gather(work, theta, before, after, expected)
     residual = {"solver": work.residual, "tolerance": work.tolerance}
     record = report(
         work,
@@ -302,6 +325,7 @@ def _edit(
         expected,
         targets,
         linear,
+        evidence,
         time.monotonic() - begun,
     )
     return Edit(work.change, delta, record)
@@ -373,4 +397,5 @@ def _work_ahead(work: PreparedEdit, forwards: int) -> float:
         goals = len(change.rows) + len(change.new)
         ahead += steps * (goals + 4 / 3 * retained + 2 * work.solving)
     ahead += (GUARD_ROWS + 2 * len(change.rows) + forwards) / 3
+    ahead += forwards_ahead(work, REPEATS if work.retrains_locally else 0) / 3
     return ahead

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from influence.errors import InputError
 from influence.options import CurvatureOptions, option
-from unlearn.options import RecipeOption, StartOption
+from unlearn.options import EvidenceOption, RecipeOption, StartOption
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     from influence.solvers import Solver
@@ -23,7 +23,7 @@ REST = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(StartOption, RecipeOption, CurvatureOptions):
+class Options(StartOption, RecipeOption, EvidenceOption, CurvatureOptions):
     """How an edit is made.
 
     The help beside each field says what it is. `until` and `solver` may also be objects. With
@@ -60,6 +60,7 @@ class Options(StartOption, RecipeOption, CurvatureOptions):
     seed: int = option("Draws the retained rows.", default=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rule = self.rule
         object.__setattr__(self, "until", rule)
         if self.steps < 1:

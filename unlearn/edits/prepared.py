@@ -33,9 +33,9 @@ from unlearn.edits.moved import after
 from unlearn.edits.newton import optimum
 from unlearn.edits.options import Options
 from unlearn.edits.steps import RetainedRows, walk
-from unlearn.record.before_after import Evidence, State, Targets, by_request
+from unlearn.record.before_after import State, Targets, Undertaking, by_request
 from unlearn.record.change import plan, refuse_text, say_copies
-from unlearn.record.sample import unseen_rows
+from unlearn.record.sample import probe_rows, unseen_rows
 from unlearn.record.version import version
 from unlearn.retraining.local import Plan, planned
 from unlearn.retraining.recipe import Recipe, given_or_recorded
@@ -51,12 +51,13 @@ def prepare(
     relabel: Mapping[str, str] | None,
     correct: Mapping[str, Mapping[str, Any]] | None,
     holdout: Examples | None,
+    probes: Examples | None,
     options: Options,
 ) -> PreparedEdit:
     """Check everything that can be refused, before any work, and choose the curvature.
 
     Raises `InputError` for unknown, repeated or removed ids, a change that changes nothing, nothing
-    left to train on, held-out rows that are training rows, or options that the run cannot follow.
+    left to train on, held-out or probe rows that are training rows, or options that the run cannot follow.
     """
     refuse_text(remove)
     start = version(run, options.start)
@@ -75,6 +76,9 @@ def prepare(
         options=options,
         holdout=holdout,
         heldout=unseen_rows(start.run, holdout, start.rows, change.after),
+        probes=probes,
+        probed=probe_rows(start.run, probes, start.rows, change.after),
+        generate=options.generate,
         max_damage=options.max_damage,
         seed=options.seed,
         given_recipe=options.recipe,
@@ -88,7 +92,7 @@ def prepare(
 
 
 @dataclass(eq=False, kw_only=True)
-class PreparedEdit(Evidence):
+class PreparedEdit(Undertaking):
     """One edit in the making, with the curvature that it is made with.
 
     Attributes

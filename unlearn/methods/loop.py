@@ -40,6 +40,7 @@ from influence.progress import say, track
 from influence.rows import Examples
 from influence.run import Run
 from influence.tokens import TokenizedExamples
+from unlearn.evidence import gather
 from unlearn.methods import automatic_rate
 from unlearn.methods.batches import TermBatches, TermGradient
 from unlearn.methods.combine import Step
@@ -52,6 +53,7 @@ from unlearn.methods.resume import Checkpoint, Progress
 from unlearn.methods.stop_rules import CHECK_ROWS, Stopped, StopRules
 from unlearn.methods.targets import Setup, Target, checked
 from unlearn.methods.terms import Term
+from unlearn.options import GENERATED
 from unlearn.record.before_after import State, Targets, report
 from unlearn.record.change import refuse_text
 from unlearn.record.save import Edit
@@ -77,6 +79,7 @@ def train(
     *,
     retain: Examples | None = None,
     holdout: Examples | None = None,
+    probes: Examples | None = None,
     checkpoint: str | Path | None = None,
     restart: bool = False,
     start: str | Path | None = None,
@@ -97,6 +100,7 @@ def train(
     token_budget: int | None = None,
     save_every: int = 25,
     seed: int = 0,
+    generate: int = GENERATED,
 ) -> Edit:
     """Unlearn training rows by gradient steps from the run's adapter.
 
@@ -114,6 +118,9 @@ def train(
         Rows to keep; without them the run's other rows.
     holdout
         Rows that the adapter never saw; measured before and after.
+    probes
+        Other words for what the rows taught, such as paraphrases of them and questions about them:
+        is it still known (`unlearn.evidence`)?
     checkpoint
         Folder that the state of the training is kept in: called again after a kill, with the same
         request, it goes on. The caller deletes it with `unlearn.methods.resume.discard` when the
@@ -157,8 +164,9 @@ def train(
         token_budget=token_budget,
         save_every=save_every,
         seed=seed,
+        generate=generate,
     )
-    work = prepare(run, method_of(method), ids, retain, holdout, options)
+    work = prepare(run, method_of(method), ids, retain, holdout, probes, options)
     folder = None if checkpoint is None else Path(checkpoint)
     return _measured_training(work, Checkpoint(work, folder, restart, begun_at))
 
@@ -182,6 +190,7 @@ def _measured_training(work: Work, checkpoint: Checkpoint) -> Edit:
     goals, ending = _judged(work, goals, ending, after)
     log = training.progress.log
     linear = work.forecast(delta, theta)
+    evidence = gather(work, theta, before, after, expected)
     record = report(
         work,
         work.describe(log, share),
@@ -194,6 +203,7 @@ def _measured_training(work: Work, checkpoint: Checkpoint) -> Edit:
         expected,
         goals,
         linear,
+        evidence,
         training.progress.seconds + time.monotonic() - checkpoint.begun_at,
     )
     if distributed.rank() == 0:

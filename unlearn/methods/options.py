@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from influence.errors import InputError
 from influence.options import option
-from unlearn.options import RecipeOption, StartOption
+from unlearn.options import EvidenceOption, RecipeOption, StartOption
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     import torch
@@ -25,7 +25,7 @@ def learning_rate(text: str) -> float | str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(StartOption, RecipeOption):
+class Options(StartOption, RecipeOption, EvidenceOption):
     """How a method is run.
 
     The help beside each field says what it is. Where a field is None the method's own value holds;
@@ -83,6 +83,7 @@ class Options(StartOption, RecipeOption):
         from unlearn.retraining.recipe import Recipe
         from unlearn.stopping import TrainingRule
 
+        super().__post_init__()
         if self.lr not in (None, "auto") and not (
             isinstance(self.lr, float | int) and 0 < self.lr < float("inf")
         ):

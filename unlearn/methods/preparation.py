@@ -21,16 +21,16 @@ from influence.run import Run
 from influence.tokens import TokenizedExamples
 from unlearn.methods.methods import Method, controlled
 from unlearn.methods.options import Options
-from unlearn.record.before_after import Evidence, State, Targets
+from unlearn.record.before_after import State, Targets, Undertaking
 from unlearn.record.change import Change, plan
-from unlearn.record.sample import unseen_rows
+from unlearn.record.sample import probe_rows, unseen_rows
 from unlearn.record.version import version
 from unlearn.stopping import TrainingRule
 from unlearn.unseen import Expected, expected_losses
 
 
 @dataclass(eq=False, kw_only=True)
-class Work(Evidence):
+class Work(Undertaking):
     """One training in the making.
 
     Attributes
@@ -187,6 +187,7 @@ def prepare(
     ids: Sequence[str],
     retain: Examples | None,
     holdout: Examples | None,
+    probes: Examples | None,
     options: Options,
 ) -> Work:
     """A training of checked parts. Raises `InputError` for all that can be refused."""
@@ -220,6 +221,9 @@ def prepare(
         change=change,
         holdout=holdout,
         heldout=unseen_rows(start.run, holdout, start.rows, change.after),
+        probes=probes,
+        probed=probe_rows(start.run, probes, start.rows, change.after),
+        generate=options.generate,
         max_damage=float("inf") if options.max_damage is None else options.max_damage,
         seed=options.seed,
         given_recipe=options.recipe,

@@ -34,6 +34,7 @@ from unlearn.record.edit_record import (
     Digest,
     EditedLosses,
     EditRecord,
+    EvidenceRecord,
     Expectation,
     GradientNorms,
     Guard,
@@ -109,11 +110,11 @@ class LinearForecast:
 
 
 @dataclass(eq=False, kw_only=True)
-class Evidence:
+class Undertaking:
     """An edit in the making: what is changed, what is measured beside it, and its cost so far.
 
-    `holdout` are the held-out rows and `heldout` their tokens; `max_damage`, `seed` and
-    `given_recipe` are as in the edit's options.
+    `holdout` are the held-out rows and `heldout` their tokens, `probes` the probe rows and `probed`
+    theirs; `generate`, `max_damage`, `seed` and `given_recipe` are as in the edit's options.
     """
 
     version: Version
@@ -123,6 +124,9 @@ class Evidence:
     max_damage: float
     seed: int
     given_recipe: str | Path | Recipe | None = None
+    probes: Examples | None = None
+    probed: TokenizedExamples | None = None
+    generate: int = 0
     cost: Cost = field(default_factory=Cost)
 
     @property
@@ -229,7 +233,7 @@ def by_request(change: Change, old: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 def rows_of(
-    work: Evidence,
+    work: Undertaking,
     before: State,
     after: State | None,
     base: np.ndarray,
@@ -282,7 +286,7 @@ def rows_of(
 
 
 def report(
-    work: Evidence,
+    work: Undertaking,
     method: dict[str, Any],
     residual: dict[str, Any],
     ending: Ending,
@@ -293,13 +297,14 @@ def report(
     expected: Expected | None,
     targets: Targets,
     linear: LinearForecast,
+    evidence: EvidenceRecord,
     seconds: float,
 ) -> EditRecord:
     """The record of an edit, all but the files (`unlearn.record.folder.seal`).
 
     `method` are the settings by name, `residual` the linear solves' residual and tolerance,
-    `ending` where the steps led, `delta` [P] the whole move, and `seconds` the time that all of it
-    took; `base` and `expected` as in `rows_of`.
+    `ending` where the steps led, `delta` [P] the whole move, `evidence` what it did not aim at, and
+    `seconds` the time that all of it took; `base` and `expected` as in `rows_of`.
     """
     run, version, change = work.run, work.version, work.change
     with version.model.at(version.theta + delta) as model:
@@ -340,6 +345,7 @@ def report(
         comparable=None if comparable is None else Comparable(source=source, rows=len(comparable)),
         guard=guard,
         expected=None if expected is None else _expectation(work, expected),
+        evidence=evidence,
         shipped=_shipped(work, delta),
         cost=CostRecord(
             row_gradients=work.cost.gradients,
@@ -352,7 +358,7 @@ def report(
     )
 
 
-def _expectation(work: Evidence, expected: Expected) -> Expectation:
+def _expectation(work: Undertaking, expected: Expected) -> Expectation:
     """What the changed rows are expected to lose, and where that is from."""
     s, local = len(work.change.rows), expected.local
     old = np.arange(s)
@@ -370,7 +376,7 @@ def _expectation(work: Evidence, expected: Expected) -> Expectation:
     )
 
 
-def _shipped(work: Evidence, delta: Tensor) -> ShippedRecord | None:
+def _shipped(work: Undertaking, delta: Tensor) -> ShippedRecord | None:
     """The edit on merged and rounded weights."""
     version, change = work.version, work.change
     found = as_shipped(
@@ -395,7 +401,7 @@ def _shipped(work: Evidence, delta: Tensor) -> ShippedRecord | None:
     )
 
 
-def _comparable_losses(work: Evidence, after: State) -> tuple[np.ndarray | None, str | None]:
+def _comparable_losses(work: Undertaking, after: State) -> tuple[np.ndarray | None, str | None]:
     """Losses of rows that are as unseen as an edited row should be, and what rows they are."""
     if after.heldout is not None:
         return after.heldout.loss, "held-out rows"
@@ -406,7 +412,7 @@ def _comparable_losses(work: Evidence, after: State) -> tuple[np.ndarray | None,
 
 
 def _losses(
-    work: Evidence, before: State, after: State, targets: Targets, linear: LinearForecast
+    work: Undertaking, before: State, after: State, targets: Targets, linear: LinearForecast
 ) -> Losses:
     """Mean losses of the edited, the retained and the held-out rows."""
     rises, heldout = after.retained.loss - before.retained.loss, None
@@ -447,7 +453,7 @@ def damage_of(before: State, after: State) -> float | None:
     return float(rises.mean() / before.retained.loss.mean()) if len(rises) else None
 
 
-def guard_of(work: Evidence, before: State, after: State) -> Guard:
+def guard_of(work: Undertaking, before: State, after: State) -> Guard:
     """What the retained rows lost, against the limit.
 
     Warns where this edit is within it, and all since the fit together are not.

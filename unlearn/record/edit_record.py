@@ -319,6 +319,72 @@ class Expectation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowMeasured:
+    """One row under the adapters of a measurement."""
+
+    #: The row's id.
+    id: str
+    #: Its value under the adapter before.
+    before: float | None
+    #: The same after.
+    after: float | None
+    #: Mean of its values under the models that never saw the rows; null: there are none.
+    unseen: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementRecord:
+    """Something that the edit did not aim at, and whether it is as in models without the rows."""
+
+    #: `generations`, `membership`, `probe-losses` or `probe-generations`.
+    name: str
+    #: Of what it is a mean; null: nothing was measured.
+    unit: str | None
+    #: Rows that it is of: old contents of the changed rows, or probe rows.
+    rows: int | None
+    #: Held-out rows that they are told from; null: the measurement has none.
+    heldout: int | None
+    #: Value under the adapter before.
+    before: float | None
+    #: Value after.
+    after: float | None
+    #: Mean of the values under the models that never saw the rows; null: there are none.
+    unseen: float | None
+    #: `after - unseen`.
+    difference: float | None
+    #: Interval of the difference to one model that never saw the rows, nine times of ten.
+    low: float | None
+    #: Its upper end.
+    high: float | None
+    #: Difference that counts as none.
+    margin: float | None
+    #: By the rule of `unlearn.evidence`, or `not measured`.
+    verdict: str | None
+    #: Why it was not measured, or not compared; null: it was.
+    reason: str | None
+    #: The rows one by one; empty for `membership`.
+    by_row: tuple[RowMeasured, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceRecord:
+    """Measurements that the edit did not aim at (`unlearn.evidence`)."""
+
+    #: Models that never saw the rows: adapters of the local retraining; 0: there are none.
+    models: int | None
+    #: Share of the bootstrap's resamples that lie within an interval.
+    level: float | None
+    #: How many resamples were drawn.
+    resamples: int | None
+    #: The seed that drew them.
+    seed: int | None
+    #: File of the probe rows; null: none were given, or in no file.
+    probes: str | None
+    #: What was measured.
+    measurements: tuple[MeasurementRecord, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShippedRecord:
     """The edit on weights that are merged into the base and rounded, as models ship."""
 
@@ -443,6 +509,8 @@ class EditRecord:
     guard: Guard
     #: What a model that never saw the changed rows would lose on them; null: not needed.
     expected: Expectation | None = field(default=None, metadata=LATER)
+    #: Measurements that the edit did not aim at; null: none was made.
+    evidence: EvidenceRecord | None = field(default=None, metadata=LATER)
     #: The edit on merged and rounded weights; null: the base's cannot be replaced.
     shipped: ShippedRecord | None = field(default=None, metadata=LATER)
     #: What the edit took.

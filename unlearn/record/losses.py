@@ -1,4 +1,4 @@
-"""Measurements of rows before and after an edit: loss, and how much can be drawn out."""
+"""Measurements of rows before and after an edit: loss, Min-K %, and how much can be drawn out."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from influence.cost import Cost
 from influence.errors import NumericalError
 from influence.loss import supervised_logits, token_losses
 from influence.tokens import TokenizedExamples
+from unlearn.record.numbers import mean_of_lowest
+
+#: Share of a row's tokens, the least likely ones, that Min-K % looks at (Shi et al. 2024).
+MIN_K = 0.2
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Losses and extraction strengths of rows.
+    """Losses, extraction strengths and Min-K % of rows.
 
     `loss` [n]: mean cross-entropy per completion token, nats; `extraction` [n]: strength, in [0,
-    1].
+    1]; `min_k` [n]: mean log-probability of the `MIN_K` of the completion tokens that were least
+    likely, nats (Shi et al. 2024, arXiv 2310.16789).
 
     Extraction strength is `1 - k / T`: k is the least number of completion tokens after which
     greedy decoding gives the rest of the T completion tokens word for word (Carlini et al. 2021, as
@@ -29,6 +34,7 @@ class Measured:
 
     loss: np.ndarray = field(repr=False)
     extraction: np.ndarray = field(repr=False)
+    min_k: np.ndarray = field(repr=False)
 
 
 def measure(
@@ -42,7 +48,7 @@ def measure(
 
     Greedy decoding is read off the right text's own logits.
     """
-    loss, extraction = np.zeros(len(tokens)), np.zeros(len(tokens))
+    loss, extraction, min_k = np.zeros((3, len(tokens)))
     if cost is not None:
         cost.forwards += len(tokens)
     with model.evaluating(), torch.no_grad():
@@ -50,15 +56,18 @@ def measure(
             part = supervised_logits(
                 model, collate(tokens, rows, pad_id=model.pad_id, device=model.device)
             )
-            sums = part.per_example(token_losses(part.logits, part.targets).double())
-            loss[rows] = sums.cpu().numpy() / tokens.counts[rows]
+            losses = token_losses(part.logits, part.targets).double()
+            loss[rows] = part.per_example(losses).cpu().numpy() / tokens.counts[rows]
+            min_k[rows] = [
+                mean_of_lowest(-row.cpu().numpy(), MIN_K) for row in losses.split(part.counts)
+            ]
             right = (part.logits.argmax(-1) == part.targets).split(part.counts)
             extraction[rows] = [strength(tokens_right.cpu().numpy()) for tokens_right in right]
     if not np.isfinite(loss).all():
         raise NumericalError(
             f"the loss of {int((~np.isfinite(loss)).sum())} rows is NaN or infinite"
         )
-    return Measured(loss, extraction)
+    return Measured(loss, extraction, min_k)
 
 
 def strength(right: np.ndarray) -> float:

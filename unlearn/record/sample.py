@@ -51,11 +51,37 @@ def unseen_rows(run: Run, holdout: Examples | None, *others: Examples) -> Tokeni
         return None
     if len(holdout) == 0:
         raise InputError("the held-out file has no rows: give some, or leave it out")
-    trained = {row.content_hash for rows in (run.train, *others) for row in rows}
-    seen = trained & {row.content_hash for row in holdout}
+    seen = _trained_on(run, holdout, *others)
     if seen:
         raise InputError(
             f"{len(seen)} held-out rows are training rows (or new contents) word for word: they "
             "cannot tell what an unseen row's loss is; give rows that the adapter never saw"
         )
     return run.tokenized(holdout)
+
+
+def probe_rows(run: Run, probes: Examples | None, *others: Examples) -> TokenizedExamples | None:
+    """Tokens of probe rows: other words for what changed rows taught.
+
+    As `unseen_rows`: None where `probes` is None, `InputError` where it is empty, or where some of
+    it are training rows, whose loss the edit or its guard looks at.
+    """
+    if probes is None:
+        return None
+    if len(probes) == 0:
+        raise InputError("the file of probe rows has no rows: give some, or leave it out")
+    seen = _trained_on(run, probes, *others)
+    if seen:
+        named = ", ".join(map(repr, seen[:3])) + (", ..." if len(seen) > 3 else "")
+        raise InputError(
+            f"{len(seen)} probe rows are training rows (or new contents) word for word ({named}): "
+            "the edit looks at those itself; give other words for what they say, such as "
+            "paraphrases or questions"
+        )
+    return run.tokenized(probes)
+
+
+def _trained_on(run: Run, given: Examples, *others: Examples) -> list[str]:
+    """Ids of the given rows that are training rows, or among `others`, word for word."""
+    trained = {row.content_hash for rows in (run.train, *others) for row in rows}
+    return [row.id for row in given if row.content_hash in trained]

@@ -14,7 +14,6 @@ from analysis.metrics import (
     forget_quality,
     model_utility,
     option_probability,
-    rouge,
     truth_ratio,
 )
 from tests.analysis.metrics.helpers import LN2, near, samples
@@ -87,26 +86,6 @@ def test_floor_of_the_published_sizes(n, floor):
 def test_floor_below_the_smallest_float_is_zero():
     result = forget_quality(np.linspace(1, 2, 700), np.linspace(3, 4, 700))
     assert (result.value, result.floor, result.statistic) == (0, 0, 1)
-
-
-def test_rouge_by_hand():
-    """Reference `the cat sat on the mat`, 6 words.
-
-    Generated `on the mat the cats sit`: the, cat (stem), on, the, mat: 5/6.
-
-    The longest common subsequence is `on the mat`: 3/6.
-    """
-    result = rouge(
-        ["The cat sat on the mat.", "same words", "one"],
-        ["on the mat the cats sit", "Same, words!", ""],
-    )
-    assert result.rouge1_recall == near([5 / 6, 1, 0])
-    assert result.rougeL_recall == near([0.5, 1, 0])
-
-
-def test_rouge_is_recall_of_the_reference():
-    assert rouge(["a b c d"], ["a b"]).rougeL_recall == [0.5]
-    assert rouge(["a b"], ["a b c d"]).rougeL_recall == [1]
 
 
 def full_utility():

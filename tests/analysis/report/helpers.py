@@ -139,6 +139,22 @@ def made(ids=("a17", "b4", "c9"), kind="remove", losses=(0.2, 4.6, 4.7)):
     }
 
 
+def measured(name="generations", verdict="as unseen", values=(0.9, 0.3, 0.28), **changes):
+    """A measurement that the edit did not aim at, under before, after and unseen models."""
+    before, after, unseen = values
+    entry = {"name": name, "unit": "ROUGE-L recall", "rows": 3, "heldout": None, "before": before}
+    difference = None if after is None or unseen is None else after - unseen
+    entry |= {"after": after, "unseen": unseen, "difference": difference}
+    entry |= {"low": -0.05, "high": 0.07, "margin": 0.1, "verdict": verdict, "reason": None}
+    return entry | {"by_row": []} | changes
+
+
+def with_evidence(record, *measurements, models=2):
+    """The record with these measurements."""
+    found = {"models": models, "level": 0.9, "resamples": 2000, "seed": 0, "probes": None}
+    return record | {"evidence": found | {"measurements": list(measurements)}}
+
+
 def save(folder: Path, record) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "edit.json").write_text(json.dumps(record), encoding="utf-8")

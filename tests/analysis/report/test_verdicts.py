@@ -7,7 +7,7 @@ import math
 import pytest
 
 from analysis.report import words
-from analysis.report.verdicts import agreement, damage, forgetting, learning
+from analysis.report.verdicts import agreement, damage, forgetting, learning, tone, with_evidence
 from tests.analysis.report.helpers import (
     made,
     text,
@@ -95,3 +95,34 @@ def test_agreement_compares_each_loss_with_the_retrained_adapters():
         record
     )
     assert "unlearn retrain" not in text(record)
+
+
+MORE = "more than unseen"
+
+
+@pytest.mark.parametrize(
+    ("word", "measured", "verdict"),
+    [
+        ("forgotten", [], "forgotten"),
+        ("forgotten", [("generations", "as unseen"), ("membership", None)], "forgotten"),
+        ("forgotten", [("generations", "less than unseen")], "forgotten"),
+        ("forgotten", [("generations", MORE)], "forgotten by loss, still repeated"),
+        (
+            "forgotten on average",
+            [("membership", MORE), ("probe-losses", "not settled")],
+            "forgotten on average by loss, still recognised",
+        ),
+        (
+            "forgotten",
+            [("generations", MORE), ("probe-losses", MORE), ("probe-generations", MORE)],
+            "forgotten by loss, still repeated and known",
+        ),
+        ("taken up", [("probe-losses", MORE)], "taken up, the old still known"),
+        ("partly forgotten", [("generations", MORE)], "partly forgotten"),
+        ("not judged", [("generations", MORE)], "not judged"),
+        ("forgotten", [("of a later version", MORE)], "forgotten"),
+    ],
+)
+def test_rows_are_forgotten_where_nothing_else_says_that_more_is_left(word, measured, verdict):
+    assert with_evidence(word, measured) == verdict
+    assert tone(verdict) == ("warn" if "still" in verdict else tone(word))

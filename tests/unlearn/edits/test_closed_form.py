@@ -28,7 +28,7 @@ from unlearn.record.losses import measure
 @pytest.mark.parametrize("name", ["edit", "remove", "relabel", "correct", "forecast"])
 def test_the_keywords_and_defaults_are_those_of_the_options(name):
     parameters = inspect.signature(getattr(unlearn, name)).parameters
-    own = {"run", "ids", "changes", "remove", "relabel", "correct", "holdout"}
+    own = {"run", "ids", "changes", "remove", "relabel", "correct", "holdout", "probes"}
     keywords = {key: value for key, value in parameters.items() if key not in own}
     assert {key: value.default for key, value in keywords.items()} == {
         field.name: field.default for field in fields(Options)
@@ -50,22 +50,25 @@ def test_every_keyword_reaches_the_options(monkeypatch, name):
         "solver": "cg",
         "start": "original",
         "seed": 11,
+        "generate": 5,
     }
     given = []
 
-    def prepare(run, remove, relabel, correct, holdout, options):
-        given.append((run, remove, relabel, correct, holdout, options))
+    def prepare(run, remove, relabel, correct, holdout, probes, options):
+        given.append((run, remove, relabel, correct, holdout, probes, options))
         raise NumericalError("far enough")
 
     monkeypatch.setattr("unlearn.edits.closed_form.prepare", prepare)
     change = {"remove": ["a"]} if name in ("edit", "forecast") else {}
     positional = [] if change else [["a"] if name == "remove" else {"a": "b"}]
     with pytest.raises(NumericalError, match="far enough"):
-        getattr(unlearn, name)("run", *positional, holdout="rows", **change, **values)
-    *_, holdout, options = given[0]
+        getattr(unlearn, name)(
+            "run", *positional, holdout="rows", probes="others", **change, **values
+        )
+    *_, holdout, probes, options = given[0]
     assert options == Options(**values)
     assert given[0][0] == "run"
-    assert holdout == "rows"
+    assert (holdout, probes) == ("rows", "others")
     changes = dict(zip(("remove", "relabel", "correct"), given[0][1:4], strict=True))
     expected = {"remove": ["a"], "relabel": {"a": "b"}, "correct": {"a": "b"}}
     kind = "remove" if change else name
@@ -95,7 +98,10 @@ def test_the_same_seed_gives_the_same_edit_bit_for_bit(run):
 
 
 class Counter:
-    """Rows that the model runs forward, by a hook on its own forward."""
+    """Rows that the model runs forward, by a hook on its own forward.
+
+    What goes on from keys and values that are kept is the same row still.
+    """
 
     def __init__(self, model):
         self.rows = 0
@@ -104,7 +110,9 @@ class Counter:
         )
 
     def count(self, _module, args, kwargs):
-        self.rows += len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+        kept = kwargs.get("past_key_values")
+        if kept is None or kept.get_seq_length() == 0:
+            self.rows += len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,10 @@ def close(a, b, tolerance: float = 1e-9) -> None:
 
 
 class RowCounter:
-    """Rows that the model runs forward, by a hook on its own forward."""
+    """Rows that the model runs forward, by a hook on its own forward.
+
+    What goes on from keys and values that are kept is the same row still.
+    """
 
     def __init__(self, model: AdaptedModel) -> None:
         self.rows = 0
@@ -76,7 +79,9 @@ class RowCounter:
         self.handle = base.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, _module, args, kwargs) -> None:
-        self.rows += len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+        kept = kwargs.get("past_key_values")
+        if kept is None or kept.get_seq_length() == 0:
+            self.rows += len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
 
 
 class Oracle:

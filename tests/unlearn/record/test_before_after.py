@@ -16,9 +16,9 @@ from tests.oracles import logits_fn, summed_loss
 from tests.unlearn.edits.helpers import edit_of, random
 from tests.unlearn.record.helpers import RECIPE
 from unlearn.record.before_after import (
-    Evidence,
     LinearForecast,
     State,
+    Undertaking,
     by_request,
     damage_of,
     guard_of,
@@ -32,7 +32,7 @@ from unlearn.unseen import expected_losses, scaled_to
 
 
 def measured(*losses) -> Measured:
-    return Measured(np.array(losses), np.zeros(len(losses)))
+    return Measured(np.array(losses), *np.zeros((2, len(losses))))
 
 
 def state(retained) -> State:
@@ -41,12 +41,12 @@ def state(retained) -> State:
 
 
 @pytest.fixture
-def work(runs) -> Evidence:
+def work(runs) -> Undertaking:
     """A removed and a relabelled row of a float64 run, with held-out rows."""
     start, holdout = version(runs("ekfac")), examples(3, seed=5)
     change = plan(start, remove=["r0-1"], relabel={"r0-4": " warm songs"})
     tokens = start.run.tokenized(holdout)
-    return Evidence(
+    return Undertaking(
         version=start, change=change, holdout=holdout, heldout=tokens, max_damage=0.1, seed=0
     )
 
@@ -115,7 +115,7 @@ def test_sets_without_rows_have_no_forecast(runs):
     start = version(runs("ekfac"))
     changes = {id: f" {id} songs" for id in start.rows.ids}
     everything = plan(start, relabel=changes)
-    work = Evidence(
+    work = Undertaking(
         version=start, change=everything, holdout=None, heldout=None, max_damage=1.0, seed=0
     )
     result = work.forecast(0.01 * random(3, len(start.theta)), None)

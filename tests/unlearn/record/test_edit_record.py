@@ -45,6 +45,10 @@ def whole() -> dict:
     row |= {"share": 0.5, "low": 4.1, "high": 5.3}
     row |= {"extraction_before": 0.9, "extraction_after": 0.1, "rank": 0.4}
     changed = row | {"id": "b", "action": "relabel", "old_before": 0.3, "old_after": 4.0}
+    values = {"before": 0.9, "after": 0.3, "unseen": 0.28}
+    measured = {"name": "generations", "unit": "ROUGE-L recall", "rows": 2, "heldout": 400}
+    measured |= values | {"difference": 0.02, "low": -0.1, "high": 0.15, "margin": 0.1}
+    measured |= {"verdict": "not settled", "reason": "none", "by_row": [{"id": "a"} | values]}
     request = {"id": "a", "action": "remove", "content_before": "8" * 16, "content_after": None}
     return {
         "format": 1,
@@ -85,6 +89,8 @@ def whole() -> dict:
         | {"forced": False},
         "expected": {"loss": 4.7, "low": 4.3, "high": 5.1, "faithfulness": 0.98, "trainings": 3}
         | {"near": 16, "others": 20, "recipe": {"lr": 1e-3, "epochs": 4}, "row_gradients": 450},
+        "evidence": {"models": 2, "level": 0.9, "resamples": 2000, "seed": 0}
+        | {"probes": "/probes.jsonl", "measurements": [measured]},
         "shipped": {"dtype": "bfloat16", "edited_before": 0.2, "edited_after": 4.5}
         | {"retained_before": 0.2, "retained_after": 0.3, "kept": 0.97},
         "cost": {"row_gradients": 800, "row_forwards": 1200, "total": 1200.0, "seconds": 94.2}
@@ -178,7 +184,7 @@ def test_an_object_that_is_null_reads_as_nothing_and_is_written_as_null():
     assert read.losses.retained.before is None
 
 
-@pytest.mark.parametrize("part", ["expected", "shipped"])
+@pytest.mark.parametrize("part", ["expected", "evidence", "shipped"])
 def test_what_was_not_needed_or_could_not_be_is_null(part):
     """As in a record of a version before it."""
     for record in (changed(whole(), (part,), None), without(whole(), (part,))):
@@ -251,8 +257,9 @@ MAY_LACK = {
     ("losses", "retained", "predicted"),
     ("losses", "heldout", "predicted"),
     *(("steps", 0, key) for key in ("step", "radius", "forget", "learn", "retained", "damage")),
-    *((part,) for part in ("expected", "shipped")),
-    *((part, key) for part in ("expected", "shipped") for key in whole()[part]),
+    *((part,) for part in ("expected", "evidence", "shipped")),
+    *((part, key) for part in ("expected", "evidence", "shipped") for key in whole()[part]),
+    *(path for path in paths(whole()) if path[:2] == ("evidence", "measurements") and path[3:]),
     *(("rows", row, key) for row in (0, 1) for key in ("share", "low", "high")),
     *(("rows", 1, key) for key in ("old_before", "old_after", "old_target")),
 }
