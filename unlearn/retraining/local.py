@@ -162,12 +162,13 @@ class Plan:
         with version.model.at(version.theta):
             base = self._loss(scaled(version.model, 0.0), cost)
         whole, share = base - self._loss(version.theta, cost), 1.0
-        for attempt in range(1, TRIES + 1):
-            before = self._trained(0, share, cost)
+        before = self._trained(0, share, cost)
+        for _ in range(TRIES - 1):
             learnt = (base - self._loss(before, cost)) / whole if whole > 0 else 0.0
-            if learnt <= MOST_LEARNT or attempt == TRIES:
+            if learnt <= MOST_LEARNT:
                 break
             share *= math.exp((1 - learnt) / FALL)
+            before = self._trained(0, share, cost)
         after = [self._trained(number, share, cost) for number in range(1, REPEATS + 1)]
         spent = cost.gradients - spent
         return LocalRetraining(before, after, self.near, self.others, self.recipe, spent)
