@@ -1,4 +1,4 @@
-"""Closed-form edits beside their rivals and beside retraining: one table for each of five tasks.
+"""Edits by influence beside their rivals and beside retraining: one table for each of five tasks.
 
     python benchmarks/edits.py (--testbed DIR | --demo DIR) --out DIR [--seeds 0,1,2]
         [--tasks ...] [--quick] [--threads 1]
@@ -157,7 +157,7 @@ class Made:
 
 
 def edits(case: Case) -> dict[str, Callable[[], Made]]:
-    """The closed-form edits, first the default one."""
+    """The edit by influences, first the default one."""
 
     def make(**options: Any) -> Made:
         watch = Watch()

@@ -1,4 +1,4 @@
-"""Rivals of closed-form edits in `edits.py`: gradient steps, fine-tuning, a sign step, LLMEraser.
+"""Rivals of edit by influences in `edits.py`: gradient steps, fine-tuning, a sign step, LLMEraser.
 
 Every rival starts where the model is, and gives the LoRA parameters `[P]` it ends at and what it
 cost, in row-gradients: a row run forward and backward is 1, forward alone 1/3. The rivals that take

@@ -1,4 +1,4 @@
-"""Methods of `unlearn train`, closed-form edits and retraining on the same removals, tuned equally.
+"""Methods of `unlearn train`, edit by influences and retraining on the same removals, tuned equally.
 
     python benchmarks/unlearning.py --testbed DIR --out DIR [--percent 1,5,10] [--seeds 0,1,2]
                                     [--retrained 0,1,2] [--methods ga,npo,...]
@@ -78,10 +78,10 @@ from unlearn.unseen import expected_losses
 BUDGET = 0.5
 #: Rows to unlearn, and retained rows, in a step: `unlearn train`'s own.
 BATCH = 32
-#: The closed-form edits by name, with their options.
+#: The edit by influences by name, with their options.
 EDITS: dict[str, dict[str, Any]] = {
-    "closed-form edit": {},
-    "closed-form edit, --rest 0": {"rest": 0},
+    "edit by influence": {},
+    "edit by influence, --rest 0": {"rest": 0},
 }
 #: Rise of the retained loss that the second table allows: `--max-damage` of an edit.
 ALLOWED = 0.1
@@ -210,7 +210,7 @@ def run_method(
 
 
 def run_edit(case: Case, name: str, seed: int, recipe: Recipe) -> unlearn.Edit:
-    """One closed-form edit."""
+    """One edit by influence."""
     return unlearn.remove(
         case.run, case.ids, recipe=recipe, seed=seed, start="original", **EDITS[name]
     )

@@ -1,6 +1,6 @@
 """Changes of an adapter, as if training rows had been absent or different.
 
-By closed-form edits, by gradient steps, or by training again; and a forecast of how hard each row
+By edits through influence, by gradient steps, or by training again; and a forecast of how hard each row
 is to unlearn.
 """
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from unlearn import methods as methods
     from unlearn import terms as terms
     from unlearn.by_training import without
-    from unlearn.edits.closed_form import correct, edit, forecast, relabel, remove
+    from unlearn.edits.edit import correct, edit, forecast, relabel, remove
     from unlearn.methods.loop import train
     from unlearn.methods.methods import METHODS, Method
     from unlearn.methods.terms import Term
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "by_training": ("without",),
-    "edits.closed_form": ("correct", "edit", "forecast", "relabel", "remove"),
+    "edits.edit": ("correct", "edit", "forecast", "relabel", "remove"),
     "methods.loop": ("train",),
     "methods.methods": ("METHODS", "Method"),
     "methods.terms": ("Term",),

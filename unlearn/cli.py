@@ -158,12 +158,12 @@ def verify(options: Verify) -> None:
         raise SystemExit(1)
 
 
-# ---- closed-form edits -----------------------------------------------------------------------
+# ---- edits by influence ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edited(RunOption, EditOptions, HoldoutOption, ForceOption, LoadingOptions, OutputOptions):
-    """The options of every closed-form edit."""
+    """The options of every edit by influence."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
         "holdout": "rest",

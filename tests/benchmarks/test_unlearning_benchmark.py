@@ -60,7 +60,7 @@ def test_the_method_of_the_docs_runs_in_the_loop(run, bounded):
     assert edit.report["method"]["name"] == "bounded"
 
 
-EDIT = "closed-form edit"
+EDIT = "edit by influence"
 #: Of a small training.
 RECIPE = Recipe(epochs=16, batch_size=4)
 

@@ -1,11 +1,11 @@
-"""Closed-form edits: rows removed, relabelled or corrected by one formula."""
+"""Edits by influence: rows removed, relabelled or corrected, by one closed-form step or several."""
 
 from typing import TYPE_CHECKING
 
 from influence.front_door import on_first_use
 
 if TYPE_CHECKING:
-    from unlearn.edits.closed_form import correct, edit, forecast, relabel, remove
+    from unlearn.edits.edit import correct, edit, forecast, relabel, remove
     from unlearn.edits.options import Options
 
 _HOMES = {

@@ -1,4 +1,4 @@
-"""The options of a closed-form edit."""
+"""The options of an edit by influence."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ tokens or rows of the step, so neither parts nor processes change them. Dropout 
 
 It stops when the forget rows have reached their goal (default: the base model's mean loss on them),
 the last step shortened so that they just have, or when retained rows have lost `stop_damage`
-(`unlearn.methods.stop_rules`). What it did is measured and recorded like a closed-form edit
+(`unlearn.methods.stop_rules`). What it did is measured and recorded like an edit by influence
 (`unlearn.record.before_after`), and saved in the same way. Every step's terms, losses, gradient
 norms and their cosine are in the adapter's `steps.jsonl`.
 

@@ -108,7 +108,7 @@ class MethodRecord:
     #: All keys of the object, `name` among them, as they were given. Of every method: `curvature`,
     #: `geometry`, `damping`, `points` (labels), `lambda` (least and largest), `solver`, `steps`
     #: (the most), `until`, `max_damage` and `seed`; of older versions also `rho` (loss of unseen
-    #: rows over the base model's). Of closed-form edits also `rest` (retained rows in a step). Of
+    #: rows over the base model's). Of edits by influence also `rest` (retained rows in a step). Of
     #: gradient steps the first six are null, and also there are `title`, `source`, the method's
     #: parts, `lr`, `stride`, `optimizer`, `schedule`, `warmup`, `batch_size`, `retain_batch_size`,
     #: `retain`, `steps_taken`, `lr_first`, `lr_last`, `kept` (share of the whole move that a finish
@@ -494,7 +494,7 @@ class EditRecord:
     stopped: str | None
     #: Whether the loss to reach was reached; null: none was asked for.
     reached: bool | None = field(metadata=LATER)
-    #: The steps of a closed-form walk; empty where there was none (those of a training are in
+    #: The steps of an edit's walk; empty where there was none (those of a training are in
     #: steps.jsonl).
     steps: tuple[WalkStep, ...] | None
     #: How far the parameters moved.

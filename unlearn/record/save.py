@@ -61,7 +61,7 @@ class Edit:
     record : EditRecord
         What was measured and how the edit was made: what `edit.json` will hold.
     log : sequence of dict
-        One entry a training step, for `steps.jsonl`; empty for closed-form edits.
+        One entry a training step, for `steps.jsonl`; empty for edits by influence.
     """
 
     change: Change

@@ -56,7 +56,7 @@ def test_a_trained_adapter_is_peft_s_and_on_record(train, run, made, run_main, t
 
 
 def check_record(record, closed, out: Path) -> None:
-    """The record has every key of a closed-form edit's, which tests/unlearn/record lists."""
+    """The record has every key of a edit by influence's, which tests/unlearn/record lists."""
     assert set(record) == set(closed)
     parts = {key for key in closed if isinstance(closed[key], dict)}
     parts -= {"method", "files", "expected"}

@@ -1,4 +1,4 @@
-"""Closed-form edits: remove, relabel, correct. One formula, three names.
+"""Edits by influence: remove, relabel, correct. One formula, three names.
 
 Replacing the training rows S by S' moves the adapter by
 
