@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from unlearn import methods as methods
     from unlearn import terms as terms
     from unlearn.by_training import without
-    from unlearn.edits.edit import correct, edit, forecast, relabel, remove
+    from unlearn.edits.by_influence import correct, edit, forecast, relabel, remove
     from unlearn.methods.loop import train
     from unlearn.methods.methods import METHODS, Method
     from unlearn.methods.terms import Term
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "by_training": ("without",),
-    "edits.edit": ("correct", "edit", "forecast", "relabel", "remove"),
+    "edits.by_influence": ("correct", "edit", "forecast", "relabel", "remove"),
     "methods.loop": ("train",),
     "methods.methods": ("METHODS", "Method"),
     "methods.terms": ("Term",),

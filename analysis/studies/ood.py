@@ -224,7 +224,7 @@ def study(
             whole_sets(whole, counts, **intervals),
             apart(whole, **intervals),
             {name: verdict(comparisons, name) for name in EQUAL},
-            protocol.record(),
+            single.protocol,
             recipe.as_json(),
             _notes(table, protocol, single, references),
             level,

@@ -1,6 +1,6 @@
 """The `unlearn` command as a whole: its help, its ids, and lines that start with torchrun.
 
-What the commands do is tested beside what they do it with (`test_edit_commands`,
+What the commands do is tested beside what they do it with (`test_by_influence_commands`,
 `test_train_commands`, `test_difficulty_commands`, `test_retrain`).
 """
 

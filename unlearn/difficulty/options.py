@@ -57,7 +57,9 @@ class Difficulty(
         default="base",
     )
     optimizer: str = option("adam or sgd.", default="adam")
-    lr: float | None = option("Learning rate of the ascent, in the place of --stride.", default=None)
+    lr: float | None = option(
+        "Learning rate of the ascent, in the place of --stride.", default=None
+    )
     stride: float | None = option(
         "Length of the first move over the adapter's: the same on models of any size. Default: "
         "0.0016 (adam), 0.0006 (sgd).",

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from influence.front_door import on_first_use
 
 if TYPE_CHECKING:
-    from unlearn.edits.edit import correct, edit, forecast, relabel, remove
+    from unlearn.edits.by_influence import correct, edit, forecast, relabel, remove
     from unlearn.edits.options import Options
 
 _HOMES = {
-    "closed_form": ("correct", "edit", "forecast", "relabel", "remove"),
+    "by_influence": ("correct", "edit", "forecast", "relabel", "remove"),
     "options": ("Options",),
 }
 

@@ -58,7 +58,7 @@ def test_every_keyword_reaches_the_options(monkeypatch, name):
         given.append((run, remove, relabel, correct, holdout, probes, options))
         raise NumericalError("far enough")
 
-    monkeypatch.setattr("unlearn.edits.edit.prepare", prepare)
+    monkeypatch.setattr("unlearn.edits.by_influence.prepare", prepare)
     change = {"remove": ["a"]} if name in ("edit", "forecast") else {}
     positional = [] if change else [["a"] if name == "remove" else {"a": "b"}]
     with pytest.raises(NumericalError, match="far enough"):
