@@ -11,7 +11,7 @@ from unlearn.difficulty.optimizers import SGD
 
 
 def test_the_command_as_json_files_and_overwriting(ood_folder, ood_command, tmp_path, monkeypatch):
-    monkeypatch.setattr(SGD, "rate", 0.1)
+    monkeypatch.setattr(SGD, "stride", 0.05)  # few steps
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("")

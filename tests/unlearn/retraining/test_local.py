@@ -25,7 +25,6 @@ from unlearn.record.change import Change, concatenated, plan
 from unlearn.record.version import version
 from unlearn.retraining import local, retrain
 from unlearn.retraining.local import (
-    FALL,
     MOST_LEARNT,
     TRIES,
     TokenIndex,
@@ -559,15 +558,31 @@ def test_a_training_that_learnt_too_much_is_made_again_with_fewer_steps(start, m
     first = fresh(start.model, *made.trainings()[0])
     ratio, whole = learnt(first) / learnt(weak), learnt(weak)
     assert ratio > MOST_LEARNT
-    share, tries, theta = 1.0, 1, first
-    while learnt(theta) / whole > MOST_LEARNT and tries < TRIES:
-        share *= math.exp((1 - learnt(theta) / whole) / FALL)
-        theta, tries = fresh(start.model, *made.trainings(share)[0]), tries + 1
+    tried, share, theta = [], 1.0, first
+    while len(tried) < TRIES - 1 and not (
+        0.8 <= learnt(theta) / whole <= 1.25 or (not tried and learnt(theta) / whole <= 1.25)
+    ):
+        tried.append((math.log(share), learnt(theta) / whole))
+        share = math.exp(local._next_try(tried))
+        theta = fresh(start.model, *made.trainings(share)[0])
+    tries = len(tried) + 1
     assert tries > 1
     assert torch.equal(found.before, theta)
     for theta, (tokens, recipe) in zip(found.after, made.trainings(share)[1:], strict=True):
         assert torch.equal(theta, fresh(start.model, tokens, recipe))
     assert cost.forwards == (2 + min(tries, TRIES - 1)) * 2
+
+
+def test_the_next_share_of_steps_is_on_the_line_through_the_last_two():
+    """Learnt 1.6 with all steps: ln 1/e^2 by the rule; then by what was found."""
+    assert local._next_try([(0.0, 1.6)]) == pytest.approx(-2.0)
+    # too few at e^-2: 0.7 learnt; 1.6 - 0.45 x is 1 at x = 4/3
+    assert local._next_try([(0.0, 1.6), (-2.0, 0.7)]) == pytest.approx(-4 / 3)
+    # a line that rises the wrong way says nothing
+    assert local._next_try([(0.0, 1.3), (-1.0, 1.6)]) == pytest.approx(-3.0)
+    assert local._next_try([(0.0, 2.0), (-3.0, 0.99), (-1.0, 0.995)]) <= 0.0
+    assert local._next_try([(0.0, 1e9)]) == local.LEAST_SHARE
+    assert local._next_try([(-2.0, 0.1), (-2.0, 0.1)]) == 0.0
 
 
 def test_all_trainings_are_shortened_alike(start):
