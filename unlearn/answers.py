@@ -20,7 +20,7 @@ class Without(WithoutOptions, RecipeOption):
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"recipe": "queries"}
 
-    seed: int = option("Draws the rows that are near neither the set nor a query.", default=0)
+    seed: int = option("Draws the rows that are not near the removed ones.", default=0)
 
 
 def without(options: Without) -> None:
@@ -53,7 +53,7 @@ def without(options: Without) -> None:
     work = effect.attributes["row_gradients"]
     how = (
         f"by small trainings on {effect.attributes['near']} near rows, {work:.0f} row-gradients. "
-        "The interval should hold the loss of one retrained model nine times of ten (unlearn "
-        "retrain: the exact answer)."
+        "The interval is meant to hold the loss of one retrained model nine times of ten; of single "
+        "rows it was seen to hold eight (unlearn retrain: the exact answer)."
     )
     tell(effect, options, queries, run.train, how)

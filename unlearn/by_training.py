@@ -2,8 +2,9 @@
 
 `influence.without` answers the same question by a formula, in a second. Here fresh adapters are
 trained on few rows, once with the set and `REPEATS` times without it (`unlearn.retraining.local`):
-on the retained rows nearest to the set, on the rows nearest to the queries, and on some others. A
-row's loss is told by all of them, as in `unlearn.unseen`:
+on the retained rows nearest to the set and on some others. So the removed rows are expected to lose
+what an edit expects of them, whatever else is asked. A row's loss is told by all trainings, as in
+`unlearn.unseen`:
 
     after_i + (now_i - before_i) min(1, before_i / after_i)
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from influence.cost import Cost
 from influence.loss import mean_losses
+from influence.progress import say
 from influence.recipe import Recipe
 from influence.rows import Examples
 from influence.run import Run
@@ -29,13 +31,7 @@ from influence.without import Effect, Prediction, chosen_rows
 from unlearn.record.change import plan
 from unlearn.record.version import ORIGINAL, Version, version
 from unlearn.retraining.estimate import known_or_estimated
-from unlearn.retraining.local import (
-    FEWEST_NEAR,
-    MOST_NEAR,
-    LocalRetraining,
-    TokenIndex,
-    planned,
-)
+from unlearn.retraining.local import LocalRetraining, planned
 from unlearn.unseen import Expected, base_losses, warn_of_unfaithful
 
 
@@ -64,14 +60,14 @@ def without(
     explain
         Which assistant turns of a conversation are asked about, as for `influence.scores.score`.
     seed
-        Draws the rows that are near neither the set nor a query.
+        Draws the rows that are not near the set.
 
     Returns
     -------
     Effect
         As of `influence.without.without`, nats per token, in the order of the queries and of the
-        training rows. The intervals are where one retrained model's losses should lie nine times of
-        ten. Its attributes are `recipe`, `row_gradients` (the cost), `faithfulness` (what the
+        training rows. The intervals are meant to hold one retrained model's losses nine times of
+        ten; of single rows and queries they were seen to hold eight. Its attributes are `recipe`, `row_gradients` (the cost), `faithfulness` (what the
         training with the rows learnt of them, over what the adapter did), `near` and `others`.
 
     Raises
@@ -83,12 +79,15 @@ def without(
     original, cost = version(run, ORIGINAL), Cost()
     change = plan(original, [run.train.ids[row] for row in rows])
     asked = None if queries is None else run.query_tokens(queries, explain)
-    index = TokenIndex(original.tokens)
-    near = _nearest(index, change.old, change.rest)
-    if asked is not None:
-        near = np.union1d(near, _nearest(index, asked, change.rest))
     found_recipe = known_or_estimated(original, recipe, cost)
-    local = planned(change, found_recipe, seed=seed, index=index, near=near).made(cost)
+    trainings = planned(change, found_recipe, seed=seed)
+    retraining = found_recipe.rows_read(len(change.rest))
+    if trainings.row_gradients > retraining:
+        say(
+            f"note: the small trainings take about {trainings.row_gradients} row-gradients, "
+            f"retraining takes {retraining} and is the exact answer (unlearn retrain)"
+        )
+    local = trainings.made(cost)
     removed = _expected(original, change.old, local, cost)
     warn_of_unfaithful([removed.faithfulness])
     of_queries: tuple[Prediction, ...] = ()
@@ -103,11 +102,6 @@ def without(
         "others": len(local.others),
     }
     return Effect(of_queries, _predictions(change.old.ids, removed), attributes)
-
-
-def _nearest(index: TokenIndex, tokens: TokenizedExamples, among: np.ndarray) -> np.ndarray:
-    """The retained rows that are nearest to some rows, as many as these within limits."""
-    return index.nearest(tokens, among, min(max(len(tokens), FEWEST_NEAR), MOST_NEAR))
 
 
 def _expected(

@@ -35,7 +35,7 @@ loss (`MARGIN`):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -51,7 +51,7 @@ from influence.tokens import TokenizedExamples
 from unlearn.record.before_after import State, Undertaking
 from unlearn.record.edit_record import EvidenceRecord, MeasurementRecord, RowMeasured
 from unlearn.record.losses import measure
-from unlearn.unseen import Expected
+from unlearn.unseen import FAITHFUL, Expected
 
 #: Coverage that an interval aims at, resamples of the bootstrap, and its seed. Choices.
 LEVEL, RESAMPLES, SEED = 0.9, 2000, 0
@@ -146,6 +146,8 @@ def gather(
         values = Values.of_rows(losses, work.probed.ids)
         found.append(_record("probe-losses", "nats per token", values))
         found.append(_generations(work, "probe-generations", work.probes, thetas))
+    if expected is not None and not FAITHFUL <= expected.faithfulness <= 1 / FAITHFUL:
+        found = [_doubted(each, expected.faithfulness) for each in found]
     return EvidenceRecord(
         models=len(unseen),
         level=LEVEL,
@@ -161,7 +163,8 @@ def forwards_ahead(work: Undertaking, unseen: int) -> int:
     changed, adapters = len(work.change.rows), 2 + unseen
     total = adapters * min(work.generate, changed)
     if work.heldout is not None:
-        total += unseen * (changed + len(work.heldout))
+        paired = min(changed, MOST_PAIRED) + min(len(work.heldout), MOST_PAIRED)
+        total += unseen * paired
     if work.probed is not None:
         total += adapters * (len(work.probed) + min(work.generate, len(work.probed)))
     return total
@@ -318,6 +321,17 @@ def _record(name: str, unit: str, values: Values) -> MeasurementRecord:
         reason=reason,
         by_row=values.by_row,
     )
+
+
+def _doubted(found: MeasurementRecord, faithfulness: float) -> MeasurementRecord:
+    """The same without a verdict: the models that it is held against are not like the adapter."""
+    if found.unseen is None:
+        return found
+    reason = (
+        f"the small models learnt {max(0.0, faithfulness):.0%} of what the adapter knows of the "
+        "rows: they do not say what unseen is"
+    )
+    return replace(found, verdict="not settled", reason=reason)
 
 
 def _unmeasured(name: str, reason: str) -> MeasurementRecord:

@@ -172,11 +172,17 @@ def expected_losses(
 
 
 def warn_of_unfaithful(shares: Sequence[float]) -> None:
-    """Say where local trainings learnt less than `FAITHFUL` of what the adapter knows of the rows.
+    """Say where local trainings learnt far less of the rows than the adapter knows, or far more.
 
     `shares`: the `Expected.faithfulness` of one or several.
     """
-    least = max(0.0, min(shares))
+    least, most = max(0.0, min(shares)), max(shares)
+    if most > 1 / FAITHFUL:
+        say(
+            f"warning: the local retraining learnt {most:.1f} times what the adapter knows of the "
+            "changed rows, also with fewer steps: what a model that never saw them would lose is "
+            "not well known"
+        )
     if least < FAITHFUL:
         say(
             f"warning: the local retraining learnt only {least:.0%} of what the adapter knows of "

@@ -46,20 +46,17 @@ def losses_after(run, rows_seen, whole, repeat, asked):
 
 
 def test_expected_losses_are_those_of_plain_trainings(plain, monkeypatch):
-    """One near row of the set and one of each query; of the others two, drawn."""
-    monkeypatch.setattr("unlearn.by_training.FEWEST_NEAR", 1)
+    """Two near rows; of the others two, drawn."""
+    monkeypatch.setattr(local, "FEWEST_NEAR", 1)
     monkeypatch.setattr(local, "OTHERS", 2)
     run, gone = plain, [1, 6]
     found = unlearn.without(run, [run.train.ids[i] for i in gone], QUERIES, recipe=RECIPE)
     tokens = [item.input_ids.tolist() for item in run.tokens]
     asked = tokens_of(run.model, QUERIES)
-    all_tokens = [*tokens, *(item.input_ids.tolist() for item in asked)]
     rest = [i for i in range(10) if i not in gone]
-    near = set(nearest(tokens, gone, rest, 2))
-    # the queries' tokens weigh as the training rows have them: none of theirs is counted
-    near |= set(nearest_to_queries(tokens, all_tokens[10:], rest, 3))
+    near = nearest(tokens, gone, rest, 2)
     others = np.setdiff1d(rest, sorted(near))
-    kept = [*sorted(near), *np.random.default_rng(0).permutation(others)[:2].tolist()]
+    kept = [*near, *np.random.default_rng(0).permutation(others)[:2].tolist()]
     for name, items in (("removed", [run.tokens[i] for i in gone]), ("queries", asked)):
         now = losses_of(run.model, items)
         before = losses_after(run, [*kept, *gone], 10, 0, items)
@@ -75,37 +72,6 @@ def test_expected_losses_are_those_of_plain_trainings(plain, monkeypatch):
     assert found.attributes["near"] == len(near)
     trained_on = 2 * (len(kept) + 2 + 2 * len(kept))
     assert found.attributes["row_gradients"] == pytest.approx(trained_on + (5 * 5 + 3 * 2) / 3)
-
-
-def nearest_to_queries(tokens, queries, among, count):
-    """Positions of the rows nearest to some that are no training rows, by the oracle's own rule."""
-    # rare tokens are told by the training rows alone, so each query is asked for by itself
-    best = {}
-    for query in queries:
-        known = [t for t in query if any(t in row for row in tokens)]
-        ranked = nearest_by_weights(tokens, known, among)
-        for rank, (k, cosine) in enumerate(ranked):
-            best[k] = min(best.get(k, (rank, 0.0)), (rank, -cosine))
-    return sorted(best, key=lambda k: (best[k], k))[:count]
-
-
-def nearest_by_weights(tokens, wanted, among):
-    """Rows `among` with their cosines to a row, the nearest first."""
-    holding = {t: sum(t in row for row in tokens) for row in tokens for t in row}
-
-    def weights(row):
-        found = {
-            t: (1 + np.log(row.count(t))) * (1 + np.log((1 + len(tokens)) / (1 + holding[t])))
-            for t in set(row)
-        }
-        length = np.sqrt(sum(value**2 for value in found.values()))
-        return {t: value / length for t, value in found.items()}
-
-    mine = weights(wanted)
-    cosines = {
-        k: round(sum(mine.get(t, 0) * x for t, x in weights(tokens[k]).items()), 11) for k in among
-    }
-    return [(k, cosines[k]) for k in sorted(among, key=lambda k: (-cosines[k], k))]
 
 
 def test_without_queries_it_is_what_an_edit_expects(plain):

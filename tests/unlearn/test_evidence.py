@@ -25,7 +25,7 @@ from unlearn.record.change import plan
 from unlearn.record.sample import probe_rows
 from unlearn.record.version import version
 from unlearn.retraining.local import REPEATS
-from unlearn.unseen import expected_losses
+from unlearn.unseen import FAITHFUL, expected_losses
 
 IDS = ["r0-0", "r0-1", "r0-3", "r0-5", "r0-7"]
 
@@ -184,12 +184,25 @@ def test_probes_are_measured_under_every_adapter(made):
 
 
 def test_the_record_says_how_it_was_compared(made):
-    _, _, found, _ = made
+    _, _, found, states = made
     assert (found.models, found.level, found.probes) == (REPEATS, LEVEL, None)
+    faithfulness = states[2].faithfulness
+    assert not FAITHFUL <= faithfulness <= 1 / FAITHFUL
     for each in found.measurements:
-        expected = "not settled" if each.rows < 5 else each.verdict
-        assert (each.verdict, each.reason) == (expected, None)
-        assert each.low <= each.difference <= each.high or each.verdict == "not settled"
+        assert each.verdict == "not settled"
+        assert f"learnt {faithfulness:.0%} of what the adapter knows" in each.reason
+
+
+def test_models_that_are_like_the_adapter_have_a_verdict(made, monkeypatch):
+    """By the rule alone, where the small training learnt what the adapter did."""
+    work, thetas, _, (before, after, expected) = made
+    monkeypatch.setattr("unlearn.evidence.FAITHFUL", 1e-9)
+    found = gather(work, thetas[1], before, after, expected)
+    for each in found.measurements:
+        rows = each.rows if each.heldout is None else min(each.rows, each.heldout)
+        rises = each.unit != "nats per token"
+        word = verdict(each.low, each.high, each.margin, rows, rises=rises)
+        assert (each.verdict, each.reason) == (word, None)
 
 
 def test_the_model_is_left_as_it_was_and_the_same_is_found_again(made):

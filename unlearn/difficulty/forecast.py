@@ -215,8 +215,7 @@ def _table(
     log_lag = np.where(walked.steps > looks, rule.log_lag(looks, acceleration), 0.0)
     steps = walked.steps * np.exp(-log_lag)
     steps = np.where(steps <= protocol.steps, steps, np.inf)
-    always, of_lag = rule.width
-    factor = np.exp(always + of_lag * log_lag)
+    factor = np.exp(rule.log_width(looks, log_lag))
     at_target = units.loss >= units.target
     damage, closed_damage, read_damage = combined(walked, units.excluded)
     damage = damage * np.exp(-log_lag)  # it grows with the way, which is longer by the lag

@@ -1,6 +1,6 @@
 """Optimizers of the ascent, as values: the step on many copies, and what depends on the optimizer.
 
-An optimizer is one frozen dataclass. Its `name` and default `rate`, the state it begins with and
+An optimizer is one frozen dataclass. Its `name`, the state it begins with and
 its step are all that an ascent needs; the constants of the forecast have defaults for an optimizer
 whose ascents nobody has measured yet. Steps act coordinate by coordinate, so the copies of a stack
 `[c, P]` never see each other.
@@ -39,16 +39,12 @@ class Optimizer(ABC):
     faster
         How many times shorter an ascent is than the rise of its first step suggests. Sets where
         the coarse ascent looks, not what it finds.
-    width
-        Ends (a, b) of the interval of the steps: exp(+-(a + b L)) times the forecast, with L what
-        `log_lag` says.
     """
 
     name: ClassVar[str]
-    # Choices for an optimizer that was never measured: the widest interval below, and no lag.
+    # Choices for an optimizer that was never measured: no lag, and the widest interval below.
     stride: ClassVar[float] = 0.0016
     faster: ClassVar[float] = 2.0
-    width: ClassVar[tuple[float, float]] = (0.3, 0.4)
 
     @abstractmethod
     def begin(self, theta: Tensor) -> tuple[Tensor, ...]:
@@ -86,6 +82,13 @@ class Optimizer(ABC):
         """
         return np.zeros(len(acceleration))
 
+    def log_width(self, looks: int, log_lag: np.ndarray) -> np.ndarray:
+        """Logarithm of the upper end of the interval of the steps over the forecast, [c].
+
+        Of the lower end it is the negative. A choice for an optimizer that was never measured.
+        """
+        return np.full(len(log_lag), 0.35 if looks >= 3 else 1.0)
+
     def __str__(self) -> str:
         """The name, and every field that is not at its default: `adam`, `adam(eps=0.1)`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -98,7 +101,7 @@ class Optimizer(ABC):
 class Adam(Optimizer):
     """Adam with bias correction.
 
-    `stride` is about a rate of 1e-4 on the testbed. What the lag says, and `width`, were found on
+    `stride` is about a rate of 1e-4 on the testbed. What the lag and the width say were found on
     60 rows of the testbed, its two other regimes and the demo, and judged on SmolLM2
     (benchmarks/README.md, "Difficulty of unlearning"; LOG.md, 2026-11-28). `faster` is a choice.
     """
@@ -106,7 +109,6 @@ class Adam(Optimizer):
     name: ClassVar[str] = "adam"
     stride: ClassVar[float] = 0.0016
     faster: ClassVar[float] = 1.9
-    width: ClassVar[tuple[float, float]] = (0.015, 0.4)
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -141,19 +143,22 @@ class Adam(Optimizer):
         """
         return np.asarray((np.log(np.maximum(acceleration, 1.0)) / looks) ** 1.5)
 
+    def log_width(self, looks: int, log_lag: np.ndarray) -> np.ndarray:
+        """`0.015 (5 / looks)^2.5 + 0.4 L`, L the lag's logarithm; of more than five looks as of five."""
+        return 0.015 * (5 / min(looks, 5)) ** 2.5 + 0.4 * log_lag
+
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
     """Plain gradient steps.
 
-    `stride` is about a rate of 5e-3 on the testbed. `LAGS` were found on 50 of its rows, `width` on
-    the same rows as Adam's; `faster` is a choice.
+    `stride` is about a rate of 5e-3 on the testbed. `LAGS` were found on 50 of its rows; `faster`
+    and the width are choices, the latter in view of what the forecasts of four worlds missed.
     """
 
     name: ClassVar[str] = "sgd"
     stride: ClassVar[float] = 0.0006
     faster: ClassVar[float] = 4.0
-    width: ClassVar[tuple[float, float]] = (0.21, 0.0)
     #: How many times longer the coarse ascent is with one, two and three looks. Beyond, the excess
     #: over 1 falls as their number.
     LAGS: ClassVar[tuple[float, float, float]] = (5.0, 1.5, 1.15)

@@ -368,6 +368,7 @@ def _expectation(work: Undertaking, expected: Expected) -> Expectation:
         low=low,
         high=high,
         faithfulness=expected.faithfulness,
+        share=local.share,
         trainings=len(local.after) + 1,
         near=len(local.near),
         others=len(local.others),

@@ -306,7 +306,9 @@ class Expectation:
     high: float | None
     #: What the local training with the rows learnt about them, over what the adapter did.
     faithfulness: float | None
-    #: How many adapters were trained.
+    #: Share that the trainings took of the steps that the recipe has for so few rows.
+    share: float | None
+    #: How many adapters there are of them.
     trainings: int | None
     #: Retained rows nearest to the changed ones that each was trained on.
     near: int | None

@@ -70,11 +70,12 @@ MOST_LEARNT, LEAST_LEARNT = 1.25, 0.8
 #: Only the first shorter training goes by it.
 FALL = 0.3
 
-#: Logarithm of the least share of the steps that is tried: one step is always taken. A choice.
-LEAST_SHARE = -10.0
+#: Logarithm of how many times fewer steps the next training takes, at most: far from where it was
+#: found, `FALL` is too small. A choice.
+CUT = math.log(4)
 
-#: Trainings with S, at most. A choice.
-TRIES = 3
+#: Trainings with S, at most; the one that comes nearest is taken. A choice.
+TRIES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +96,8 @@ class LocalRetraining:
         (`Recipe.for_rows`).
     row_gradients : int
         What it cost.
+    share : float
+        Share that was taken of the steps that the recipe has for so few rows.
     """
 
     before: Tensor = field(repr=False)
@@ -103,6 +106,18 @@ class LocalRetraining:
     others: np.ndarray
     recipe: Recipe
     row_gradients: int
+    share: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Try:
+    """A training with S: the logarithm of its share of the steps, what it learnt of S over what
+    the adapter did, and its parameters [P].
+    """
+
+    log_share: float
+    learnt: float
+    theta: Tensor = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,19 +181,20 @@ class Plan:
         version, spent = self.change.version, cost.gradients
         with version.model.at(version.theta):
             base = self._loss(scaled(version.model, 0.0), cost)
-        whole, share = base - self._loss(version.theta, cost), 1.0
-        before = self._trained(0, share, cost)
-        tried: list[tuple[float, float]] = []  # logarithm of the share of steps, what was learnt
-        while whole > 0 and len(tried) < TRIES - 1:
-            learnt = (base - self._loss(before, cost)) / whole
-            if learnt <= MOST_LEARNT and (learnt >= LEAST_LEARNT or not tried):
+        whole, log_share = base - self._loss(version.theta, cost), 0.0
+        tried: list[Try] = []
+        while len(tried) < TRIES:
+            theta = self._trained(0, math.exp(log_share), cost)
+            learnt = (base - self._loss(theta, cost)) / whole if whole > 0 else 1.0
+            tried.append(Try(log_share, learnt, theta))
+            if learnt <= MOST_LEARNT and (learnt >= LEAST_LEARNT or len(tried) == 1):
                 break
-            tried.append((math.log(share), learnt))
-            share = math.exp(_next_try(tried))
-            before = self._trained(0, share, cost)
+            log_share = _next_try(tried)
+        best = min(tried, key=lambda made: abs(made.learnt - 1))
+        share = math.exp(best.log_share)
         after = [self._trained(number, share, cost) for number in range(1, REPEATS + 1)]
         spent = cost.gradients - spent
-        return LocalRetraining(before, after, self.near, self.others, self.recipe, spent)
+        return LocalRetraining(best.theta, after, self.near, self.others, self.recipe, spent, share)
 
     def _trained(self, number: int, share: float, cost: Cost) -> Tensor:
         """The adapter of one of the `trainings`."""
@@ -198,18 +214,18 @@ class Plan:
         return float(distributed.first(np.array(found.mean())))
 
 
-def _next_try(tried: Sequence[tuple[float, float]]) -> float:
+def _next_try(tried: Sequence[Try]) -> float:
     """Logarithm of the share of steps at which S should be learnt as well as the adapter did.
 
-    By the line through the last two of `tried`, which are such logarithms with what was learnt;
-    after the first by `FALL`. Between `LEAST_SHARE` and 0.
+    By the line through the last two of `tried`; after the first by `FALL`. At most 0, and no more
+    than `CUT` below the last.
     """
-    (last, learnt), slope = tried[-1], FALL
+    last, slope = tried[-1], FALL
     if len(tried) > 1:
-        before, learnt_before = tried[-2]
-        found = (learnt - learnt_before) / (last - before) if last != before else 0.0
-        slope = found if found > 0 else FALL
-    return min(0.0, max(LEAST_SHARE, last + (1 - learnt) / slope))
+        run, rise = last.log_share - tried[-2].log_share, last.learnt - tried[-2].learnt
+        slope = rise / run if run != 0 and rise / run > 0 else FALL
+    wanted = last.log_share + (1 - last.learnt) / slope
+    return min(0.0, max(last.log_share - CUT, wanted))
 
 
 def planned(
@@ -244,8 +260,9 @@ def planned(
         refuse_unrepeatable(change.version.model)
     except InputError as error:
         raise InputError(
-            f"{error}. So what a model that never saw the rows would lose is not known here: say "
-            "where to stop (--until loss=X)"
+            f"{error}. So what a model that never saw the rows would lose is not known here: give "
+            "an edit or a training a loss to reach (--until loss=X), a forecast of difficulty the "
+            "base's (--target base)"
         ) from None
     retained = change.rest
     if len(retained) + len(change.new) == 0:

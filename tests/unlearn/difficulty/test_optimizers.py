@@ -145,7 +145,23 @@ def test_the_lag_of_sgd_falls_with_the_looks():
 
 def test_an_optimizer_that_was_never_measured_has_no_lag_and_the_widest_interval():
     assert Momentum().log_lag(1, np.array([5.0, 1.0])).tolist() == [0, 0]
-    assert Momentum.width[0] > max(Adam.width[0], SGD.width[0])
+    for looks in (1, 3, 5):
+        others = [rule.log_width(looks, np.zeros(1))[0] for rule in (Adam(), SGD())]
+        assert Momentum().log_width(looks, np.zeros(1))[0] >= max(others)
+
+
+@pytest.mark.parametrize("rule", [Adam(), SGD(), Momentum()], ids=lambda rule: rule.name)
+def test_fewer_looks_make_no_interval_narrower(rule):
+    widths = [float(rule.log_width(looks, np.array([0.1]))[0]) for looks in (1, 2, 3, 5, 9)]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > 2 * widths[2] > 0
+
+
+def test_the_interval_of_adam_grows_with_the_lag():
+    """0.015 and 0.4 of the lag's logarithm, with five looks or more."""
+    lags = np.array([0.0, 0.1, 1.0])
+    np.testing.assert_allclose(Adam().log_width(5, lags), [0.015, 0.055, 0.415])
+    np.testing.assert_allclose(Adam().log_width(50, lags), [0.015, 0.055, 0.415])
 
 
 def test_a_stride_of_gradient_steps_is_late_by_the_flow_s_own_clock():

@@ -87,7 +87,8 @@ def whole() -> dict:
         "comparable": {"source": "held-out rows", "rows": 400},
         "guard": {"max_damage": 0.1, "damage": 0.03, "since_the_fit": 0.05, "passed": True}
         | {"forced": False},
-        "expected": {"loss": 4.7, "low": 4.3, "high": 5.1, "faithfulness": 0.98, "trainings": 3}
+        "expected": {"loss": 4.7, "low": 4.3, "high": 5.1, "faithfulness": 0.98}
+        | {"share": 1.0, "trainings": 3}
         | {"near": 16, "others": 20, "recipe": {"lr": 1e-3, "epochs": 4}, "row_gradients": 450},
         "evidence": {"models": 2, "level": 0.9, "resamples": 2000, "seed": 0}
         | {"probes": "/probes.jsonl", "measurements": [measured]},

@@ -124,7 +124,7 @@ PARTS = {
     "guard": "max_damage damage passed forced",
     "cost": "row_gradients row_forwards total seconds retraining ratio",
     "comparable": "source rows",
-    "expected": "loss low high faithfulness trainings near others recipe row_gradients",
+    "expected": "loss low high faithfulness share trainings near others recipe row_gradients",
 }
 
 

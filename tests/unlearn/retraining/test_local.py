@@ -28,6 +28,7 @@ from unlearn.retraining.local import (
     MOST_LEARNT,
     TRIES,
     TokenIndex,
+    Try,
     fresh,
     planned,
     untrained,
@@ -142,7 +143,7 @@ def test_initialisations_that_change_the_base_are_refused(start, how):
     ):
         with pytest.raises(InputError, match=f"init_lora_weights='{how}', which changes the base"):
             call()
-    with pytest.raises(InputError, match=r"say where to stop \(--until loss=X\)"):
+    with pytest.raises(InputError, match=r"a loss to reach \(--until loss=X\)"):
         planned(plan(other, remove=["r0-0"]), RECIPE)
 
 
@@ -558,31 +559,36 @@ def test_a_training_that_learnt_too_much_is_made_again_with_fewer_steps(start, m
     first = fresh(start.model, *made.trainings()[0])
     ratio, whole = learnt(first) / learnt(weak), learnt(weak)
     assert ratio > MOST_LEARNT
-    tried, share, theta = [], 1.0, first
-    while len(tried) < TRIES - 1 and not (
-        0.8 <= learnt(theta) / whole <= 1.25 or (not tried and learnt(theta) / whole <= 1.25)
-    ):
-        tried.append((math.log(share), learnt(theta) / whole))
-        share = math.exp(local._next_try(tried))
-        theta = fresh(start.model, *made.trainings(share)[0])
-    tries = len(tried) + 1
-    assert tries > 1
-    assert torch.equal(found.before, theta)
-    for theta, (tokens, recipe) in zip(found.after, made.trainings(share)[1:], strict=True):
+    tried = [Try(0.0, ratio, first)]
+    while len(tried) < TRIES and not 0.8 <= tried[-1].learnt <= 1.25:
+        log_share = local._next_try(tried)
+        theta = fresh(start.model, *made.trainings(math.exp(log_share))[0])
+        tried.append(Try(log_share, learnt(theta) / whole, theta))
+    best = min(tried, key=lambda one: abs(one.learnt - 1))
+    assert abs(best.learnt - 1) < ratio - 1
+    assert torch.equal(found.before, best.theta)
+    assert found.share == pytest.approx(math.exp(best.log_share))
+    after = made.trainings(math.exp(best.log_share))[1:]
+    for theta, (tokens, recipe) in zip(found.after, after, strict=True):
         assert torch.equal(theta, fresh(start.model, tokens, recipe))
-    assert cost.forwards == (2 + min(tries, TRIES - 1)) * 2
+    assert cost.forwards == (2 + len(tried)) * 2
 
 
 def test_the_next_share_of_steps_is_on_the_line_through_the_last_two():
-    """Learnt 1.6 with all steps: ln 1/e^2 by the rule; then by what was found."""
-    assert local._next_try([(0.0, 1.6)]) == pytest.approx(-2.0)
-    # too few at e^-2: 0.7 learnt; 1.6 - 0.45 x is 1 at x = 4/3
-    assert local._next_try([(0.0, 1.6), (-2.0, 0.7)]) == pytest.approx(-4 / 3)
+    """Learnt 1.3 with all steps: 1/e of them by the rule; then by what was found."""
+
+    def next_try(*tried):
+        return local._next_try([Try(*numbers, torch.zeros(1)) for numbers in tried])
+
+    assert next_try((0.0, 1.3)) == pytest.approx(-1.0)
+    # too few at 1/e: 0.7 learnt; 1.3 - 0.6 x is 1 at x = 1/2
+    assert next_try((0.0, 1.3), (-1.0, 0.7)) == pytest.approx(-0.5)
     # a line that rises the wrong way says nothing
-    assert local._next_try([(0.0, 1.3), (-1.0, 1.6)]) == pytest.approx(-3.0)
-    assert local._next_try([(0.0, 2.0), (-3.0, 0.99), (-1.0, 0.995)]) <= 0.0
-    assert local._next_try([(0.0, 1e9)]) == local.LEAST_SHARE
-    assert local._next_try([(-2.0, 0.1), (-2.0, 0.1)]) == 0.0
+    assert next_try((0.0, 1.3), (-1.0, 1.33)) == pytest.approx(-2.1)
+    assert next_try((-2.0, 0.1), (-2.0, 0.1)) == 0.0
+    # far from where the rule was found it takes a quarter of the steps
+    assert next_try((0.0, 1e9)) == pytest.approx(-math.log(4))
+    assert next_try((0.0, 3.0), (-1.0, 2.9)) == pytest.approx(-1 - math.log(4))
 
 
 def test_all_trainings_are_shortened_alike(start):
