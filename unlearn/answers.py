@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from influence import console
 from influence.answers import WithoutOptions, rows_fitted_on, tell
-from influence.manifest import read_manifest
 from influence.options import LoadingOptions, keywords, option
 from influence.row_ids import named_ids
 from unlearn.options import RecipeOption
@@ -27,6 +26,7 @@ def without(options: Without) -> None:
     """Expect the loss of every query, and of the removed rows themselves, if some training rows go
     together, by training small adapters with and without them (influence without: by a formula).
     """
+    from influence.manifest import read_manifest
     from influence.row_files import read_examples
     from influence.run import Run
     from unlearn.by_training import without as by_training

@@ -13,7 +13,7 @@ import influence
 from influence.adapter import AdaptedModel
 from influence.row_files import read_examples
 from influence.run import Run
-from tests.conftest import build_model, examples, fit_end, rows
+from tests.conftest import build_model, examples, fit_end, rows, teach
 from tests.helpers import save, write_rows
 from tests.unlearn.edits.helpers import DAMPING, SPECS, GoalRows, random
 from unlearn.record.losses import measure
@@ -34,8 +34,11 @@ def fitted_folder(tmp_path_factory) -> Folder:
     """Twelve rows, GPT-2 with one layer in float32, the defaults of `fit`."""
     folder = tmp_path_factory.mktemp("edits")
     base, adapter = save(folder, "gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"])
-    model = influence.load(base, adapter, device="cpu")
     train = read_examples(write_rows(folder / "train.jsonl", rows(12)))
+    # what rows are expected to lose unseen is above what they lose now only if they were learnt
+    model = teach(influence.load(base, adapter, device="cpu"), train)
+    model.model.save_pretrained(str(adapter))
+    model = influence.load(base, adapter, device="cpu")
     influence.fit(model, train, directory=folder / "run")
     return Folder(folder, model)
 

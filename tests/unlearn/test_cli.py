@@ -25,7 +25,7 @@ from unlearn.retraining.options import epochs
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = {"torch", "transformers", "peft", "pandas", "scipy", "datasets", "numpy", "h5py"}
 COMMANDS = [
-    *("retrain", "verify", "remove", "relabel", "correct", "edit", "train", "methods"),
+    *("retrain", "without", "verify", "remove", "relabel", "correct", "edit", "train", "methods"),
     "difficulty",
 ]
 
