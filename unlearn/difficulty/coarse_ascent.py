@@ -39,8 +39,9 @@ from unlearn.difficulty.ascent import Climb
 from unlearn.difficulty.protocol import Protocol
 from unlearn.difficulty.units import Units
 
-#: Gradients of a unit. With three the ranks of the steps reach 0.93 on the testbed and the demo,
-#: with one on the demo under Adam alone (benchmarks/difficulty.py, 2026-11-21, LOG.md).
+#: Gradients of a unit. With five the ranks of the steps are 0.95 and more in five worlds under Adam,
+#: with three 0.89 and more, with one 0.53 and more (benchmarks/README.md, "Difficulty of
+#: unlearning").
 LOOKS = 5
 #: Sampled rows whose loss is read off. Six give the damage a rank of 0.89 and 0.95 there, all
 #: sixteen would give 0.97 and 0.99 (the same entry).

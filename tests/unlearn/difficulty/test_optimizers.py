@@ -158,10 +158,10 @@ def test_fewer_looks_make_no_interval_narrower(rule):
 
 
 def test_the_interval_of_adam_grows_with_the_lag():
-    """0.015 and 0.4 of the lag's logarithm, with five looks or more."""
+    """0.02 and 0.4 of the lag's logarithm, with five looks or more."""
     lags = np.array([0.0, 0.1, 1.0])
-    np.testing.assert_allclose(Adam().log_width(5, lags), [0.015, 0.055, 0.415])
-    np.testing.assert_allclose(Adam().log_width(50, lags), [0.015, 0.055, 0.415])
+    np.testing.assert_allclose(Adam().log_width(5, lags), [0.02, 0.06, 0.42])
+    np.testing.assert_allclose(Adam().log_width(50, lags), [0.02, 0.06, 0.42])
 
 
 def test_a_stride_of_gradient_steps_is_late_by_the_flow_s_own_clock():
