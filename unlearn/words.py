@@ -189,6 +189,7 @@ def edit_text(record: EditRecord) -> str:
     method = record.method.settings
     done = f"{record.method.name} against" if "steps_taken" in method else DONE[record.kind]
     lines = [f"{done} {_rows(len(record.rows))}: {record.stopped}"]
+    lines += _start_lines(record)
     if method.get("lr_last") is not None:
         lines.append(
             f"learning rate {method['lr_first']:.3g}, {method['lr_last']:.3g} in the last step"
@@ -302,6 +303,19 @@ def _retraining_is_cheaper(ratio: float) -> str:
         f"note: retraining takes less work ({1 / ratio:.0%} of it) and is the exact answer: "
         "unlearn retrain --run RUN --ids ... --out DIR"
     )
+
+
+def _start_lines(record: EditRecord) -> list[str]:
+    """Which edit it went on from, where there was one."""
+    asked = {request.id for request in record.requests}
+    gone = [id for id in record.lineage.removed or () if id not in asked]
+    changed = [id for id in record.lineage.changed or () if id not in asked]
+    if not (gone or changed):
+        return []
+    return [
+        f"it went on from {record.adapter.before.path} (rows gone before: {len(gone)}, changed: "
+        f"{len(changed)}; --start original: from the run's own adapter)"
+    ]
 
 
 def after_edit_text(out: Path, run: Path) -> str:

@@ -375,7 +375,7 @@ def compared(record: EditRecord) -> str:
     if verdict == "not compared":
         return "This edit was not compared with an adapter that was trained again."
     if verdict == "agrees":
-        return "Every loss is within 10 % of that of an adapter trained again."
+        return "Every mean loss is within 10 % of that of an adapter trained again; single rows may not be."
     names = {"edited": "edited rows", "retained": "retained rows", "heldout": "held-out rows"}
     listed = ", ".join(names[name] for name in apart)
     return (
@@ -445,12 +445,14 @@ def method(record: EditRecord) -> str:
         taken = f"{accepted:,} of {len(steps):,} tried steps kept"
     if name == "one-shot":
         return (
-            "One step of the closed formula: the weights moved once, by the inverse curvature of "
+            "One closed-form step: the weights moved once, by the inverse curvature of "
             "the "
             "training loss times the gradients of the rows in question."
         )
     if name == "re-linearised":
-        return f"The closed formula in several steps, with gradients taken anew at each ({taken})."
+        return (
+            f"Several steps by the inverse curvature, with gradients taken anew at each ({taken})."
+        )
     if "steps_taken" in settings:
         long_name = text(settings.get("title") or name or "gradient steps")
         number = count(settings["steps_taken"], "gradient step")

@@ -17,8 +17,8 @@ def taking(options: type) -> set[str]:
 
 def test_who_takes_them():
     edits = {"remove", "relabel", "correct", "edit"}
-    assert taking(RowsOptions) == {"retrain", "remove", "edit", "train", "difficulty"}
-    assert taking(RecipeOption) == edits | {"train", "difficulty"}
+    assert taking(RowsOptions) == {"retrain", "without", "remove", "edit", "train", "difficulty"}
+    assert taking(RecipeOption) == edits | {"train", "difficulty", "without"}
     assert taking(StartOption) == taking(ForceOption) == taking(HoldoutOption) == edits | {"train"}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.unlearn.edits.helpers import edit_of
 from unlearn.difficulty.forecast import Forecast
 from unlearn.methods.methods import METHODS
 from unlearn.record.edit_record import EditRecord
@@ -375,3 +376,13 @@ def test_without_unseen_models_the_text_says_how_to_have_one():
         "analysis report --edit EDIT --retrained DIR --out FILE.html"
     )
     assert "did not aim at" not in edit_text(record([row("a")]))
+
+
+def test_an_edit_says_which_one_it_went_on_from(run, tmp_path):
+    """A removal from a removal: an experiment must not be taken along without a word."""
+    first = edit_of(run, remove=["r0-1"])
+    assert "went on from" not in edit_text(first.record)
+    first.save(tmp_path / "first")
+    second = edit_text(edit_of(run, remove=["r0-2"]).record)
+    assert f"went on from {tmp_path / 'first'} (rows gone before: 1, changed: 0;" in second
+    assert "went on from" not in edit_text(edit_of(run, start="original").record)

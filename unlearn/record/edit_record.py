@@ -307,7 +307,7 @@ class Expectation:
     #: What the local training with the rows learnt about them, over what the adapter did.
     faithfulness: float | None
     #: Share that the trainings took of the steps that the recipe has for so few rows.
-    share: float | None
+    share: float | None = field(metadata=LATER)
     #: How many adapters there are of them.
     trainings: int | None
     #: Retained rows nearest to the changed ones that each was trained on.
