@@ -76,8 +76,8 @@ def note_reference(
     if loss < KNOWS * base_loss:
         notes["remark.reference"] = (
             f"the reference's loss on the forget rows is {loss:.2f} and the base's "
-            f"{base_loss:.2f}: it seems to have seen them, so it does not say what never seen "
-            "looks like"
+            f"{base_loss:.2f}: it seems to have seen them, or rows that teach the same; only where it "
+            "has not does it say what never seen looks like"
         )
 
 
