@@ -211,6 +211,8 @@ def without_author(testbed, fitted, tmp_path_factory):
     The 64 rows that are measured say +17 % for the latter, all 180 +15 %.
     """
     edits, place = {}, tmp_path_factory.mktemp("edits")
+    # the testbed's README has the recipe, which is the default one
+    (place / "recipe.json").write_text("{}")
     ids = ",".join(f"train-{i:03d}" for i in range(20))
     for name, options in {"default": [], "alone": ["--rest", 0, "--max-damage", 0.2]}.items():
         out = place / name
@@ -225,6 +227,8 @@ def without_author(testbed, fitted, tmp_path_factory):
             out,
             "--start",
             "original",
+            "--recipe",
+            place / "recipe.json",
             *options,
         )
         edited = influence.load(testbed / "base", out)
@@ -245,7 +249,7 @@ def test_an_author_is_forgotten_and_the_others_are_not(without_author):
     assert losses[20:].mean() <= 0.90
     goal = said["expected"]["row_gradients"]
     assert goal == 2100
-    assert said["cost"]["total"] - goal <= 2700
+    assert said["cost"]["total"] - goal <= 0.65 * 2700
     assert said["cost"]["ratio"] > 1
     assert said["reached"]
     said, losses, _ = edits["alone"]
