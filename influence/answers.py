@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # a command's help does not wait for torch
 
     from influence.manifest import DataSource
     from influence.rows import Example, Examples
+    from influence.run import Run
     from influence.scorefile import Entry, Scores
     from influence.tokenwise import Tokenwise
     from influence.without import Effect
@@ -287,10 +288,8 @@ class Without(WithoutOptions, CurvatureOptions, PointOption):
     """The options of `influence without`."""
 
 
-def without(options: Without) -> None:
-    """Predict the loss of every query, and of the removed rows themselves, if some training rows
-    go together: no sum of their scores, because rows that teach the same stand in for each other.
-    """
+def opened(options: WithoutOptions) -> tuple[Run, list[str], Examples | None]:
+    """The run that is asked about, the ids of the rows that go, and the queries."""
     from influence.manifest import read_manifest
     from influence.row_files import read_examples
     from influence.row_ids import named_ids
@@ -303,6 +302,14 @@ def without(options: Without) -> None:
         queries = read_examples(options.queries, columns=options.columns)
     console.quiet_transformers()
     run = Run.open(options.run, train=train, **keywords(LoadingOptions, options))
+    return run, ids, queries
+
+
+def without(options: Without) -> None:
+    """Predict the loss of every query, and of the removed rows themselves, if some training rows
+    go together: no sum of their scores, because rows that teach the same stand in for each other.
+    """
+    run, ids, queries = opened(options)
     effect = run.without(
         ids,
         queries,

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from influence import console
-from influence.answers import WithoutOptions, rows_fitted_on, tell
-from influence.options import LoadingOptions, keywords, option
-from influence.row_ids import named_ids
+from influence.answers import WithoutOptions, opened, tell
+from influence.options import option
 from unlearn.options import RecipeOption
 
 
@@ -26,21 +25,12 @@ def without(options: Without) -> None:
     """Expect the loss of every query, and of the removed rows themselves, if some training rows go
     together, by training small adapters with and without them (influence without: by a formula).
     """
-    from influence.manifest import read_manifest
-    from influence.row_files import read_examples
-    from influence.run import Run
     from unlearn.by_training import without as by_training
     from unlearn.retraining.recipe import recipe_at
 
     console.at_least("--seed", options.seed, 0)
-    train = rows_fitted_on(options.run, read_manifest(options.run).data)
-    ids = named_ids(options, train) or []
-    queries = None
-    if options.queries is not None:
-        queries = read_examples(options.queries, columns=options.columns)
     recipe = None if options.recipe is None else recipe_at(options.recipe)
-    console.quiet_transformers()
-    run = Run.open(options.run, train=train, **keywords(LoadingOptions, options))
+    run, ids, queries = opened(options)
     effect = by_training(
         run,
         ids,

@@ -17,11 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from torch import Tensor
-
 from influence.cost import Cost
-from influence.loss import mean_losses
 from influence.progress import say
 from influence.recipe import Recipe
 from influence.rows import Examples
@@ -29,10 +25,10 @@ from influence.run import Run
 from influence.tokens import TokenizedExamples
 from influence.without import Effect, Prediction, chosen_rows
 from unlearn.record.change import plan
-from unlearn.record.version import ORIGINAL, Version, version
+from unlearn.record.version import ORIGINAL, version
 from unlearn.retraining.estimate import known_or_estimated
-from unlearn.retraining.local import LocalRetraining, planned
-from unlearn.unseen import Expected, base_losses, warn_of_unfaithful
+from unlearn.retraining.local import planned
+from unlearn.unseen import Expected, compared, warn_of_unfaithful
 
 
 def without(
@@ -67,8 +63,9 @@ def without(
     Effect
         As of `influence.without.without`, nats per token, in the order of the queries and of the
         training rows. The intervals are meant to hold one retrained model's losses nine times of
-        ten; of single rows and queries they were seen to hold eight. Its attributes are `recipe`, `row_gradients` (the cost), `faithfulness` (what the
-        training with the rows learnt of them, over what the adapter did), `near` and `others`.
+        ten; of single rows and queries they were seen to hold eight. Its attributes are `by`,
+        `recipe`, `row_gradients` (the cost), `faithfulness` (what the training with the rows learnt
+        of them, over what the adapter did), `near` and `others`.
 
     Raises
     ------
@@ -88,11 +85,17 @@ def without(
             f"retraining takes {retraining} and is the exact answer (unlearn retrain)"
         )
     local = trainings.made(cost)
-    removed = _expected(original, change.old, local, cost)
+
+    def expected(tokens: TokenizedExamples) -> Expected:
+        """What rows are expected to lose, each as if it were one of those that go."""
+        now = original.losses(tokens, original.theta, cost)
+        return compared(original, tokens, local, now, len(tokens), cost)
+
+    removed = expected(change.old)
     warn_of_unfaithful([removed.faithfulness])
     of_queries: tuple[Prediction, ...] = ()
     if asked is not None and len(asked):
-        of_queries = _predictions(asked.ids, _expected(original, asked, local, cost))
+        of_queries = _predictions(asked.ids, expected(asked))
     attributes = {
         "by": "training",
         "recipe": {**found_recipe.as_json(), "betas": list(found_recipe.betas)},
@@ -102,28 +105,6 @@ def without(
         "others": len(local.others),
     }
     return Effect(of_queries, _predictions(change.old.ids, removed), attributes)
-
-
-def _expected(
-    version: Version, tokens: TokenizedExamples, local: LocalRetraining, cost: Cost
-) -> Expected:
-    """Losses of some rows under the adapter, the base, and the small trainings."""
-    budget = version.run.manifest.token_budget
-
-    def losses(theta: Tensor) -> np.ndarray:
-        """The rows' losses with the adapter at `theta` [P]."""
-        cost.forwards += len(tokens)
-        with version.model.at(theta):
-            return mean_losses(version.model, tokens, token_budget=budget)
-
-    return Expected(
-        now=losses(version.theta),
-        base=base_losses(version, tokens, token_budget=budget, cost=cost),
-        before=losses(local.before),
-        after=np.stack([losses(theta) for theta in local.after]),
-        changed=len(tokens),
-        local=local,
-    )
 
 
 def _predictions(ids: Sequence[str], found: Expected) -> tuple[Prediction, ...]:

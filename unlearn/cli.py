@@ -505,6 +505,7 @@ def difficulty(options: Difficulty) -> None:
         count = len(run.train if ids is None else ids)
     _refuse_calibration(options.calibrate, count)
     units = find_units(run, ids, groups, protocol, holdout, seed=options.seed)
+    protocol = units.paced(protocol)  # once: `measure` below takes some of the units
     forecast = predict(
         run,
         protocol=protocol,

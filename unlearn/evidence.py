@@ -43,11 +43,9 @@ from torch import Tensor
 from influence.at_point import evenly_spaced
 from influence.errors import DataError
 from influence.generation import continued, openings
-from influence.loss import mean_losses
 from influence.overlap import has_words, rouge
 from influence.progress import track
 from influence.rows import Examples
-from influence.tokens import TokenizedExamples
 from unlearn.record.before_after import State, Undertaking
 from unlearn.record.edit_record import EvidenceRecord, MeasurementRecord, RowMeasured
 from unlearn.record.losses import measure
@@ -142,7 +140,12 @@ def gather(
     if before.heldout is not None and after.heldout is not None:
         found.append(_membership(work, before, after, unseen))
     if work.probes is not None and work.probed is not None:
-        losses = _under_each(work, work.probed, thetas)
+        losses = np.stack(
+            [
+                work.version.losses(work.probed, at, work.cost, token_budget=work.budget)
+                for at in thetas
+            ]
+        )
         values = Values.of_rows(losses, work.probed.ids)
         found.append(_record("probe-losses", "nats per token", values))
         found.append(_generations(work, "probe-generations", work.probes, thetas))
@@ -231,18 +234,6 @@ def _wins(members: np.ndarray, others: np.ndarray) -> np.ndarray:
     Scores `[n]` and `[m]`; their mean over pairs `[n, m]` is the AUC.
     """
     return (members[:, None] > others) + 0.5 * (members[:, None] == others)
-
-
-def _under_each(
-    work: Undertaking, tokens: TokenizedExamples, thetas: Sequence[Tensor]
-) -> np.ndarray:
-    """Losses of rows under each of some adapters, `[k, n]`."""
-    losses = np.zeros((len(thetas), len(tokens)))
-    for place, theta in enumerate(thetas):
-        work.cost.forwards += len(tokens)
-        with work.version.model.at(theta) as model:
-            losses[place] = mean_losses(model, tokens, token_budget=work.budget)
-    return losses
 
 
 # ---- comparison ----------------------------------------------------------------------------------

@@ -24,27 +24,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from scipy import stats
-from torch import Tensor
 
 from influence.at_point import AtPoint
 from influence.cost import Cost
-from influence.loss import mean_losses
-from influence.path import scaled
 from influence.progress import say
 from influence.run import Run
 from influence.tokens import TokenizedExamples
 from unlearn.record.change import Change
-from unlearn.record.version import Version
+from unlearn.record.version import Version, scaled_to
 from unlearn.retraining.local import LocalRetraining, planned
 from unlearn.retraining.recipe import Recipe
 
 #: Standard deviation of the expected mean loss of a set of rows over that loss, besides what the
 #: local trainings' differences say: the root mean square of all that the estimate is off by over 27
 #: sets of seven worlds, one retrained model's chance among it. It is 0.04 in the three worlds that
-#: the estimate was found on and on SmolLM2, 0.19 in the demo, whose losses are small, and 0.12 with
+#: the estimate was found on and on SmolLM2, 0.19 in the demo, whose losses are small, and 0.11 with
 #: 2,000 rows (benchmarks/README.md, "The loss of unseen rows").
 SYSTEMATIC = 0.11
 
@@ -59,12 +57,6 @@ FAITHFUL = 0.75
 def middle_point(run: Run) -> AtPoint:
     """The point in the middle of the run's path."""
     return run.points[len(run.points) // 2]
-
-
-def scaled_to(version: Version, scale: float) -> Tensor:
-    """A version's parameters `[P]` with every B multiplied by `scale`, 0 being the base."""
-    with version.model.at(version.theta):
-        return scaled(version.model, scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,21 +187,29 @@ def expectation(
     change: Change, local: LocalRetraining, now: np.ndarray, new_now: np.ndarray, cost: Cost
 ) -> Expected:
     """The same, by a local retraining that was made."""
-    version, model = change.version, change.version.model
-    rows, budget = change.contents, version.run.manifest.token_budget
+    both = np.concatenate([now, new_now])
+    return compared(change.version, change.contents, local, both, len(now), cost)
 
-    def losses(theta: Tensor) -> np.ndarray:
-        """The rows' losses with the adapter at `theta`, `[m]`."""
-        cost.forwards += len(rows)
-        with model.at(theta):
-            return mean_losses(model, rows, token_budget=budget)
 
+def compared(
+    version: Version,
+    rows: TokenizedExamples,
+    local: LocalRetraining,
+    now: np.ndarray,
+    changed: int,
+    cost: Cost,
+) -> Expected:
+    """Losses of any rows under the base and a local retraining, beside those `now` [m].
+
+    The first `changed` of them count as rows that go, the others as new contents.
+    """
+    losses = partial(version.losses, rows, cost=cost)
     return Expected(
-        now=np.concatenate([now, new_now]),
-        base=base_losses(version, rows, token_budget=budget, cost=cost),
+        now=now,
+        base=losses(scaled_to(version, 0.0)),
         before=losses(local.before),
         after=np.stack([losses(theta) for theta in local.after]),
-        changed=len(now),
+        changed=changed,
         local=local,
     )
 
@@ -218,6 +218,4 @@ def base_losses(
     version: Version, tokens: TokenizedExamples, *, token_budget: int, cost: Cost
 ) -> np.ndarray:
     """Losses of rows under the base alone, nats per completion token, `[m]`."""
-    cost.forwards += len(tokens)
-    with version.model.at(scaled_to(version, 0.0)) as model:
-        return mean_losses(model, tokens, token_budget=token_budget)
+    return version.losses(tokens, scaled_to(version, 0.0), cost, token_budget=token_budget)

@@ -1,9 +1,9 @@
 """Optimizers of the ascent, as values: the step on many copies, and what depends on the optimizer.
 
-An optimizer is one frozen dataclass. Its `name`, the state it begins with and
-its step are all that an ascent needs; the constants of the forecast have defaults for an optimizer
-whose ascents nobody has measured yet. Steps act coordinate by coordinate, so the copies of a stack
-`[c, P]` never see each other.
+An optimizer is one frozen dataclass. Its `name`, the state it begins with and its step are all that
+an ascent needs; the constants of the forecast have defaults for an optimizer whose ascents nobody
+has measured yet. Steps act coordinate by coordinate, so the copies of a stack `[c, P]` never see
+each other.
 
     Adam   m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
            move = lr m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + eps)
@@ -103,7 +103,8 @@ class Adam(Optimizer):
 
     `stride` is about a rate of 1e-4 on the testbed. What the lag and the width say were found on
     60 rows of the testbed, its two other regimes and the demo, and judged on SmolLM2 and on the demo
-    with another seed, which then made the width's first part larger (benchmarks/README.md, "Difficulty of unlearning"; LOG.md, 2026-11-28). `faster` is a choice.
+    with another seed, which then made the width's first part larger (benchmarks/README.md,
+    "Difficulty of unlearning"; LOG.md, 2026-11-28). `faster` is a choice.
     """
 
     name: ClassVar[str] = "adam"

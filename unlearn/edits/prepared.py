@@ -36,12 +36,12 @@ from unlearn.edits.steps import RetainedRows, walk
 from unlearn.record.before_after import State, Targets, Undertaking, by_request
 from unlearn.record.change import plan, refuse_text, say_copies
 from unlearn.record.sample import probe_rows, unseen_rows
-from unlearn.record.version import version
+from unlearn.record.version import scaled_to, version
 from unlearn.retraining.local import Plan, planned
 from unlearn.retraining.recipe import Recipe, given_or_recorded
 from unlearn.retraining.retrain import refuse_unrepeatable
 from unlearn.stopping import Ending
-from unlearn.unseen import Expected, expected_losses, middle_point, scaled_to
+from unlearn.unseen import Expected, expected_losses, middle_point
 from unlearn.unseen_outputs import ExpectedOutputs
 
 
@@ -57,7 +57,8 @@ def prepare(
     """Check everything that can be refused, before any work, and choose the curvature.
 
     Raises `InputError` for unknown, repeated or removed ids, a change that changes nothing, nothing
-    left to train on, held-out or probe rows that are training rows, or options that the run cannot follow.
+    left to train on, held-out or probe rows that are training rows, or options that the run cannot
+    follow.
     """
     refuse_text(remove)
     start = version(run, options.start)

@@ -20,8 +20,10 @@ import numpy as np
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
+from influence.cost import Cost
 from influence.errors import InputError, StoreError
-from influence.path import read_parameters
+from influence.loss import mean_losses
+from influence.path import read_parameters, scaled
 from influence.row_files import read_examples
 from influence.rows import Examples
 from influence.run import Run
@@ -96,12 +98,36 @@ class Version:
                 rows[place] = tokens
         return TokenizedExamples(rows, self.rows.ids)
 
+    def losses(
+        self,
+        tokens: TokenizedExamples,
+        theta: Tensor,
+        cost: Cost,
+        *,
+        token_budget: int | None = None,
+    ) -> np.ndarray:
+        """Mean losses of rows with the adapter at `theta` [P], nats per completion token, `[n]`.
+
+        `cost` counts their forwards. At most `token_budget` tokens run at a time, by default as many
+        as in the fit.
+        """
+        cost.forwards += len(tokens)
+        budget = token_budget or self.run.manifest.token_budget
+        with self.model.at(theta):
+            return mean_losses(self.model, tokens, token_budget=budget)
+
     @cached_property
     def weights(self) -> np.ndarray:
         """The weights `w` [n] of the rows in the fit's objective, its N_tok (or n) kept."""
         if not self.changed:
             return self.run.weights[self.positions].copy()
         return self.run.row_weights.changed(self.positions, self.tokens.counts)
+
+
+def scaled_to(version: Version, scale: float) -> Tensor:
+    """A version's parameters `[P]` with every B multiplied by `scale`, 0 being the base."""
+    with version.model.at(version.theta):
+        return scaled(version.model, scale)
 
 
 def version(run: Run, adapter: str | Path | None = None) -> Version:

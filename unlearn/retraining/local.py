@@ -36,10 +36,9 @@ from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.cost import Cost
 from influence.errors import InputError
-from influence.loss import mean_losses
-from influence.path import scaled
 from influence.tokens import TokenizedExamples
 from unlearn.record.change import Change, concatenated
+from unlearn.record.version import scaled_to
 from unlearn.retraining.recipe import Recipe
 from unlearn.retraining.retrain import (
     TrainingState,
@@ -178,10 +177,9 @@ class Plan:
 
         All processes of a distributed run take the first one's adapters.
         """
-        version, spent = self.change.version, cost.gradients
-        with version.model.at(version.theta):
-            base = self._loss(scaled(version.model, 0.0), cost)
-        whole, log_share = base - self._loss(version.theta, cost), 0.0
+        spent = cost.gradients
+        base = self._loss(scaled_to(self.change.version, 0.0), cost)
+        whole, log_share = base - self._loss(self.change.version.theta, cost), 0.0
         tried: list[Try] = []
         while len(tried) < TRIES:
             theta = self._trained(0, math.exp(log_share), cost)
@@ -206,10 +204,7 @@ class Plan:
 
     def _loss(self, theta: Tensor, cost: Cost) -> float:
         """Mean loss of S with the adapter at `theta` [P], nats per token."""
-        version, old = self.change.version, self.change.old
-        cost.forwards += len(old)
-        with version.model.at(theta):
-            found = mean_losses(version.model, old, token_budget=version.run.manifest.token_budget)
+        found = self.change.version.losses(self.change.old, theta, cost)
         # what is done next must be the same in every process
         return float(distributed.first(np.array(found.mean())))
 
