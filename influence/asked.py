@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,13 @@ from torch import Tensor
 
 from influence.at_point import AtPoint, memory_chunks
 from influence.errors import InputError
+from influence.features import StoredFeatures
 from influence.measurements import Contrast, Measurement, SumLoss
 from influence.rows import Examples
 from influence.tokens import TokenizedExamples
+
+#: Makes gradients `[Q, P]`, or features `[Q, K]`, of a measurement of queries.
+Made = Callable[[TokenizedExamples, Measurement], Tensor]
 
 #: How queries are taken together: the mean or the sum of all, or the mean of each group.
 AGGREGATES = ("mean", "sum", "group")
@@ -74,22 +78,29 @@ class Asked:
 
     def gradients(self, point: AtPoint, rows: np.ndarray) -> Tensor:
         """Gradients at a point of what `rows` [K] of the request ask, `[K, P]`."""
-        if all(len(self.members[row]) == 1 for row in rows):
-            return self._of_each(point, np.concatenate([self.members[row] for row in rows]))
-        model = point.model
-        total = torch.zeros(len(rows), model.space.size, dtype=model.dtype, device=model.device)
-        for place, row in enumerate(rows):
-            members = self.members[row]
-            for part in memory_chunks(point.run, len(members)):
-                total[place] += self._of_each(point, members[part]).sum(0)
-            total[place] /= 1 if self.summed else len(members)
-        return total
+        return self._gathered(point.query_gradients, point, rows)
 
-    def _of_each(self, point: AtPoint, queries: np.ndarray) -> Tensor:
+    def features(self, point: AtPoint, stored: StoredFeatures, rows: np.ndarray) -> Tensor:
+        """The same in the coordinates that a point's rows are kept in."""
+        return self._gathered(stored.of_measurement, point, rows)
+
+    def _gathered(self, made: Made, point: AtPoint, rows: np.ndarray) -> Tensor:
+        """What is asked, of gradients as they are `made`."""
+        if all(len(self.members[row]) == 1 for row in rows):
+            return self._of_each(made, np.concatenate([self.members[row] for row in rows]))
+        found = []
+        for row in rows:
+            members = self.members[row]
+            parts = [members[part] for part in memory_chunks(point.run, len(members))]
+            total = torch.stack([self._of_each(made, part).sum(0) for part in parts]).sum(0)
+            found.append(total if self.summed else total / len(members))
+        return torch.stack(found)
+
+    def _of_each(self, made: Made, queries: np.ndarray) -> Tensor:
         """Gradients of the measurement of single queries, `[K, P]`."""
         tokens = self.tokens.select(queries)
         if isinstance(self.measurement, Contrast):
             assert self.against is not None
-            found = point.query_gradients(tokens, SumLoss())
-            return found - point.query_gradients(self.against.select(queries), SumLoss())
-        return point.query_gradients(tokens, self.measurement)
+            found = made(tokens, SumLoss())
+            return found - made(self.against.select(queries), SumLoss())
+        return made(tokens, self.measurement)

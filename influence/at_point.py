@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -26,9 +25,11 @@ from influence.curvature import (
 from influence.curvature.base import inverse_products
 from influence.damping import Damping
 from influence.errors import InputError, StoreError
+from influence.features import StoredFeatures
 from influence.geometry import Adam, Geometry, Raw, function_space, load_geometry
 from influence.gradients import max_rows, stream_gradients
 from influence.measurements import Measurement
+from influence.memory import free_memory
 from influence.path import Point
 from influence.progress import track
 from influence.store import (
@@ -69,6 +70,7 @@ class AtPoint:
         self.run, self.number, self.place = run, number, place
         self._cache: dict[str, Curvature] = {}
         self._scales: dict[tuple[str, bytes], float] = {}
+        self._features: dict[str, StoredFeatures] = {}
 
     @property
     def model(self) -> AdaptedModel:
@@ -163,6 +165,17 @@ class AtPoint:
     def gradients_stored(self) -> bool:
         """Whether the training gradients at this point are on disk."""
         return self.number is not None and self.run.gradients_stored
+
+    def features(self, operator: Damped) -> StoredFeatures | None:
+        """The rows in few bytes, whitened by this operator; None where the run has none of it."""
+        if not self.run.features_stored:
+            return None
+        if operator.label not in self._features:
+            found = StoredFeatures.open(self, operator)
+            if found is None:  # they may still be made
+                return None
+            self._features[operator.label] = found
+        return self._features[operator.label]
 
     def gradient_blocks(
         self, skip: np.ndarray | None = None, label: str | None = "stored gradients"
@@ -264,19 +277,21 @@ class AtPoint:
         key = (operator.curvature.name, operator.lam.numpy().tobytes())
         if key not in self._scales:
             rows = evenly_spaced(len(self.run.tokens), SCALE_ROWS)
-            invert = operator
-            if not isinstance(operator.curvature, Invertible):
-                stands = self.preconditions
-                invert = self.preconditioner(operator) if stands else self.operator(PLAIN)
-            total = 0.0
-            for some in memory_chunks(self.run, len(rows)):
-                gradients, part = self.gradients_of(rows[some]), rows[some]
-                products = inverse_products(invert, gradients).cpu().numpy()
-                total += float(
-                    (products * self.run.weights[part] / self.run.tokens.counts[part]).sum()
-                )
-            self._scales[key] = total / len(rows)
+            shares = self.run.weights[rows] / self.run.tokens.counts[rows]
+            stored = self.features(operator)
+            squares = self._squares(operator, rows) if stored is None else stored.squares[rows]
+            self._scales[key] = float((squares * shares).mean())
         return self._scales[key]
+
+    def _squares(self, operator: Damped, rows: np.ndarray) -> np.ndarray:
+        """`grad l_i^T (C + lambda I)^-1 grad l_i` of some rows `[b]`, computed."""
+        invert = operator
+        if not isinstance(operator.curvature, Invertible):
+            stands = self.preconditions
+            invert = self.preconditioner(operator) if stands else self.operator(PLAIN)
+        parts = [rows[some] for some in memory_chunks(self.run, len(rows))]
+        found = [inverse_products(invert, self.gradients_of(part)) for part in parts]
+        return torch.cat(found).cpu().numpy()
 
     def kept_rows(self) -> Iterator[Tensor]:
         """Features `[b, P]` of the rows that the curvature keeps, in order: at sampled labels,
@@ -340,16 +355,6 @@ def memory_chunks(run: Run, count: int) -> list[np.ndarray]:
     """
     size = max(1, PART_BYTES // (run.model.space.size * run.model.dtype.itemsize))
     return np.array_split(np.arange(count), -(-count // size))
-
-
-def free_memory(device: torch.device | None = None) -> int:
-    """Bytes that can be had: of a GPU where one is given, else of the machine.
-
-    Of the machine with what caches hold and give back: a run's own files fill those.
-    """
-    if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def queries_at_once(run: Run, copies: int) -> int:

@@ -58,7 +58,8 @@ class Fit(
         "columns": "train",
         "store": "attn_implementation",
         "disk_budget": "store",
-        "seed": "disk_budget",
+        "row_bytes": "disk_budget",
+        "seed": "row_bytes",
     }
 
     train: str = option(
@@ -102,9 +103,16 @@ class Fit(
         "Trainer checkpoint with optimizer.pt, for --geometry adam and --damping time.",
         default=None,
     )
-    store: str = option("Keep the rows' gradients: auto, always or never.", default="auto")
+    store: str = option(
+        "Keep the rows' gradients: full, as features (few bytes a row), none, or auto: "
+        "the first that fits.",
+        default="auto",
+    )
     disk_budget: float = option(
-        "Most gigabytes of gradients that --store auto keeps.", default=50.0
+        "Most gigabytes of gradients or features that --store auto keeps.", default=50.0
+    )
+    row_bytes: int = option(
+        "Bytes of a row and point as features: more are more exact.", default=131_072
     )
     seed: int = option("Keys the labels sampled from the model.", default=0)
 
@@ -142,6 +150,7 @@ def fit(options: Fit) -> None:
         token_budget=options.token_budget,
         store=options.store,
         disk_budget=options.disk_budget * 1e9,
+        row_bytes=options.row_bytes,
         seed=options.seed,
         trainer_output=options.trainer_output,
         overwrite=options.overwrite,
@@ -149,6 +158,8 @@ def fit(options: Fit) -> None:
     manifest, seconds = run.manifest, time.perf_counter() - start
     labels = ", ".join(point.label for point in manifest.points)
     stored = "stored" if run.gradients_stored else "not stored (scores will pass over the rows)"
+    if run.features_stored:
+        stored = "stored in few bytes"
     text = (
         f"{options.run}: {options.curvature} on {manifest.data.rows} rows "
         f"({manifest.data.supervised_tokens} supervised tokens, reduction "

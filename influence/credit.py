@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from influence.at_point import free_memory, memory_chunks
+from influence.at_point import memory_chunks
 from influence.calibration import calibrate_once
 from influence.curvature.base import Invertible
 from influence.damping import Damping
 from influence.errors import InputError
 from influence.kernel import EXACT_ROWS, LandmarkKernel, RowInverse, WholeKernel, row_kernel
+from influence.memory import free_memory
 from influence.path_time import PathTime, path_record, path_time
 from influence.progress import say
 from influence.run import Run
@@ -191,8 +192,9 @@ def refusal(setting: Setting) -> str | None:
         return f"{operator.curvature.name} stands for plain products of gradients"
     if not all(isinstance(each.curvature, Invertible) for each in setting.operators):
         return f"{operator.curvature.name} has no closed inverse"
-    if not run.gradients_stored and len(memory_chunks(run, len(run.tokens))) > 1:
-        return "the rows' gradients are not stored (--store), and too many to compute again"
+    stored = run.gradients_stored or all(point.features(each) for point, each in setting.each())
+    if not stored and len(memory_chunks(run, len(run.tokens))) > 1:
+        return "the rows' gradients are not stored (--store), nor in few bytes for this damping, and too many to compute again"
     n, points = len(run.tokens), len(setting.points)
     if n <= EXACT_ROWS:
         needed = 8 * n**2 * (points + 1)

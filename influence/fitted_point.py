@@ -61,8 +61,10 @@ class Storage:
 
 
 def fits(rule: str, needed: int, budget: float) -> bool:
-    """Whether the rule (`always`, `never`, or `auto`: within the budget) allows so many bytes."""
-    return rule == "always" or (rule == "auto" and needed <= budget)
+    """Whether the rule (`full`, `none`, or `auto` and `features`: within the budget) allows so many
+    bytes of gradients that are needed for a while.
+    """
+    return rule == "full" or (rule != "none" and needed <= budget)
 
 
 @dataclass

@@ -25,7 +25,8 @@ from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
 from influence.curvature.base import NEVER
 from influence.damping import Damping
 from influence.errors import InputError, StoreError, ToolkitError
-from influence.fitted_point import PointFit, Storage, fits
+from influence.features import NAME, bytes_of_row, write_features
+from influence.fitted_point import PointFit, Storage
 from influence.geometry import GEOMETRIES
 from influence.gradient_check import measure_precision, precision_note
 from influence.kept import keep_adapter, keep_recipe, keep_rows
@@ -34,6 +35,8 @@ from influence.loss import check_rows
 from influence.manifest import (
     AS_BEFORE,
     FORMAT,
+    ROW_BYTES,
+    STORE_BEFORE,
     AdapterSource,
     DataSource,
     Manifest,
@@ -56,7 +59,7 @@ from influence.store import only_writer, open_file, open_rows
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
 from influence.trainer_output import TrainerOutput, Training
 
-STORE = ("auto", "always", "never")
+AUTO, FULL, FEATURES, NONE = STORE = ("auto", "full", "features", "none")
 #: Bytes of gradients that `store="auto"` keeps unless told otherwise.
 DISK_BUDGET = 50e9
 #: What is said of an option that changes nothing.
@@ -80,6 +83,7 @@ def fit(
     token_budget: int | None = None,
     store: str = "auto",
     disk_budget: float = DISK_BUDGET,
+    row_bytes: int = ROW_BYTES,
     seed: int = 0,
     trainer_output: str | Path | None = None,
     overwrite: bool = False,
@@ -121,9 +125,11 @@ def fit(
     token_budget
         Tokens per batch, padding included: the memory knob (default 1,024 on a CPU, 4,096
         elsewhere). Results do not depend on it.
-    store, disk_budget
-        Store the gradients (n x P floats): `always`, `never`, or `auto`: where they take at most
-        `disk_budget` bytes. Without them every later scoring is a pass over the training rows.
+    store, disk_budget, row_bytes
+        Store the rows' gradients: `full` (n x P floats a point); as `features`, at most
+        `row_bytes` a row and point (`influence.features`), from which scores of the fit's own setting come without a
+        training pass too; `none`: every scoring is a pass. `auto`: the first of them that takes at
+        most `disk_budget` bytes.
     seed
         Keys the sampled labels.
     trainer_output
@@ -141,6 +147,7 @@ def fit(
     curvature = DEFAULT if curvature is None else curvature
     if token_budget is None:
         token_budget = 1024 if model.device.type == "cpu" else 4096
+    store = STORE_BEFORE.get(store, store)
     output = None if trainer_output is None else TrainerOutput.find(trainer_output)
     say_idle(geometry, damping, optimizer, store, disk_budget)
     if output is not None:
@@ -153,7 +160,7 @@ def fit(
     if path is None:
         path = () if checkpoints else curvature.default_path or DEFAULT_PATH
     scales = check_path(path)
-    _check_options(geometry, store, token_budget, disk_budget)
+    _check_options(geometry, store, curvature, token_budget, disk_budget, row_bytes)
     batch_size(reduction)  # refuses an unknown reduction before any work
     if geometry == "function" and any(site.parameter for site in model.sites):
         raise InputError(
@@ -186,6 +193,7 @@ def fit(
         token_budget=token_budget,
         store=store,
         disk_budget=disk_budget,
+        row_bytes=row_bytes,
         seed=seed,
     )
     check_rows(model, tokens)
@@ -205,6 +213,8 @@ def fit(
         if existing is None:
             _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
+        elif run.features_stored:
+            _renew_features(run)
         if existing is None or run.manifest.path is None:
             _prepare_credit(run)
     return run
@@ -226,6 +236,7 @@ def _manifest(
     token_budget: int,
     store: str,
     disk_budget: float,
+    row_bytes: int,
     seed: int,
 ) -> Manifest:
     """What the run is made from, before anything is computed."""
@@ -255,6 +266,8 @@ def _manifest(
         identity["attn_implementation"] = model.loading.attn_implementation
     if (computed := compute_record(model)) != "own":
         identity["compute"] = computed
+    if row_bytes != ROW_BYTES:
+        identity["row_bytes"] = row_bytes
     return Manifest(
         format=FORMAT,
         digest=digest_of(identity),
@@ -280,6 +293,7 @@ def _manifest(
         optimizer=None if optimizer is None else str(Path(optimizer).resolve()),
         store=store,
         disk_budget=disk_budget,
+        row_bytes=row_bytes,
         seed=seed,
         token_budget=token_budget,
         dtype=dtype,
@@ -318,7 +332,7 @@ def say_idle(
     """Say of options that were given and change nothing as they were given."""
     if optimizer is not None and geometry != "adam" and damping != "time":
         say(f"note: --optimizer {IDLE} without --geometry adam or --damping time")
-    if store != "auto" and disk_budget != DISK_BUDGET:
+    if store not in (AUTO, FEATURES) and disk_budget != DISK_BUDGET:
         say(f"note: --disk-budget {IDLE} with --store {store}, only with auto")
 
 
@@ -396,6 +410,15 @@ def _prepare_credit(run: Run) -> None:
         say(f"note: how rows share credit could not be prepared ({error})")
 
 
+def _renew_features(run: Run) -> None:
+    """Make the features of a finished run anew where its damping has changed since."""
+    for point in run.points:
+        if point.features(point.operator()) is None:
+            say(f"the rows are kept anew for the damping {run.manifest.damping}")
+            with run.model.at(point.place.theta):
+                write_features(AtPoint(run, point.number, point.place))
+
+
 def _refuse_nameless(curvature: Specification) -> None:
     """A run is opened again by its curvature's name, which must be there, and no other's."""
     name = getattr(curvature, "name", None)
@@ -409,15 +432,29 @@ def _refuse_nameless(curvature: Specification) -> None:
         )
 
 
-def _check_options(geometry: str, store: str, token_budget: int, disk_budget: float) -> None:
+def _check_options(
+    geometry: str,
+    store: str,
+    curvature: Specification,
+    token_budget: int,
+    disk_budget: float,
+    row_bytes: int,
+) -> None:
     if geometry not in GEOMETRIES:
         raise InputError(
             f"geometry {geometry!r} was given; expected one of {', '.join(GEOMETRIES)}"
         )
     if store not in STORE:
-        raise InputError(f"store {store!r} was given; expected auto, always or never")
+        raise InputError(f"store {store!r} was given; expected {', '.join(STORE)}")
+    if store == FEATURES and not curvature.whitens:
+        raise InputError(
+            f"store features was given, which needs a curvature with a root that is known leaf by "
+            f"leaf (ekfac, kfac, identity), and {curvature.name} has none: give another store"
+        )
     if token_budget < 1:
         raise InputError(f"token budget {token_budget} was given; expected at least 1")
+    if row_bytes < 64:
+        raise InputError(f"row bytes {row_bytes} was given; expected at least 64")
     if not disk_budget >= 0:
         raise InputError(f"disk budget {disk_budget} was given; expected 0 or more")
 
@@ -471,48 +508,83 @@ def fit_points(
     """Everything between an empty directory (or an interrupted one) and a complete manifest."""
     n, P = len(run.tokens), run.model.space.size
     point_bytes = n * P * run.model.dtype.itemsize
-    rule, wanted = run.manifest.store, point_bytes * len(places)
-    # without label draws the gradients at the data's labels are the rows that the curvature keeps
-    needed = curvature.reads_rows != NEVER and curvature.draws == 0
-    stored = fits(rule, wanted, disk_budget) or needed
-    left = disk_budget - point_bytes * (len(places) - 1) if stored else disk_budget
-    if stored:
-        _refuse_small_disk(run, wanted)
+    kind, wanted = stored_as(run, len(places), curvature, disk_budget)
+    rule = STORE_BEFORE.get(run.manifest.store, run.manifest.store)
+    left = disk_budget - point_bytes * (len(places) - 1) if kind == FULL else disk_budget
+    _refuse_small_disk(run, kind, wanted)
     for number, place in enumerate(places):
-        if _finished(run, number, stored):
-            continue
-        if len(places) > 1:
+        if len(places) > 1 and not _finished(run, number, kind):
             say(f"point {number + 1} of {len(places)}: {place.label}")
         with run.model.at(place.theta):
             point = AtPoint(run, number, place)
-            PointFit(point, curvature, Storage(stored, rule, left), state).work()
-    run.manifest = replace(run.manifest, gradients_stored=stored, calibration={}, complete=True)
+            if not _fitted(run, number, kind):
+                storage = Storage(kind == FULL, rule, left)
+                PointFit(point, curvature, storage, state).work()
+            if kind == FEATURES:
+                write_features(point)
+    run.manifest = replace(
+        run.manifest,
+        gradients_stored=kind == FULL,
+        features_stored=kind == FEATURES,
+        calibration={},
+        complete=True,
+    )
     write_manifest(run.directory, run.manifest)
     tidy(run.directory, run.manifest, curvature)
 
 
-def _finished(run: Run, number: int, stored: bool) -> bool:
-    """Whether a killed fit had finished a point.
+def stored_as(
+    run: Run, points: int, curvature: Specification, disk_budget: float
+) -> tuple[str, int]:
+    """How the rows are kept, `full`, as `features` or not at all (`none`), and in how many bytes."""
+    n, space, rule = len(run.tokens), run.model.space, run.manifest.store
+    rule = STORE_BEFORE.get(rule, rule)
+    full = n * space.size * run.model.dtype.itemsize * points
+    each = bytes_of_row(space.size, len(space.leaves), run.manifest.row_bytes)
+    few = n * each * points
+    # without label draws the gradients at the data's labels are the rows that the curvature keeps
+    kept = curvature.reads_rows != NEVER and curvature.draws == 0
+    if kept or rule == FULL or (rule == AUTO and full <= disk_budget):
+        return FULL, full
+    if rule == FEATURES or (rule == AUTO and curvature.whitens and few <= disk_budget):
+        return FEATURES, few
+    return NONE, 0
+
+
+def _fitted(run: Run, number: int, kind: str) -> bool:
+    """Whether a killed fit had finished a point's factors, and its gradients where they are kept.
 
     A file of another run is a `MismatchError`.
     """
-    names = ["factors"] + ["gradients"] * stored
+    names = ["factors"] + ["gradients"] * (kind == FULL)
     paths = [run_file(run.directory, name, number) for name in names]
     for path in paths:
         if path.exists():
             with open_file(path, run_digest=point_digest(run.digest, number)):
                 pass
     complete = all(path.exists() for path in paths)
-    return complete and (not stored or bool(open_rows(paths[1], "done").all()))
+    return complete and (kind != FULL or bool(open_rows(paths[1], "done").all()))
 
 
-def _refuse_small_disk(run: Run, needed: int) -> None:
-    """All points' gradients must fit before the first point is begun."""
-    there = sum(path.stat().st_size for path in run.directory.glob("gradients*.h5"))
+def _finished(run: Run, number: int, kind: str) -> bool:
+    """Whether nothing is left to do at a point."""
+    if not _fitted(run, number, kind):
+        return False
+    features = run_file(run.directory, NAME, number)
+    return kind != FEATURES or (features.exists() and bool(open_rows(features, "done").all()))
+
+
+def _refuse_small_disk(run: Run, kind: str, needed: int) -> None:
+    """What is kept of the rows at all points must fit before the first point is begun."""
+    if kind == NONE:
+        return
+    names = "gradients*.h5" if kind == FULL else f"{NAME}*.h5"
+    there = sum(path.stat().st_size for path in run.directory.glob(names))
     free = shutil.disk_usage(run.directory).free
     if needed - there > free:
+        less = "--store features or none" if kind == FULL else "--store none"
         raise StoreError(
-            f"the gradients of all points need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
-            f"free on the disk of {run.directory}: free some space, choose another directory, give "
-            "fewer points, or use --store never"
+            f"what is kept of the rows at all points needs {needed / 1e9:.2f} GB and "
+            f"{free / 1e9:.2f} GB are free on the disk of {run.directory}: free some space, choose "
+            f"another directory, give fewer points, or use {less}"
         )

@@ -62,6 +62,10 @@ class Geometry(Protocol):
         """`T g` for every row of `rows` [K, P]."""
         ...
 
+    def of_leaf(self, leaf: int, gradients: Tensor) -> Tensor:
+        """`T g` of one leaf, for its gradients `[K, d_out, d_in]`."""
+        ...
+
     def adjoint(self, v: Tensor) -> Tensor:
         """`T^T v` for every row of `v` [K, P]."""
         ...
@@ -90,6 +94,10 @@ class Raw:
     def features(self, rows: Tensor) -> Tensor:
         """`rows` [K, P] as they are."""
         return rows
+
+    def of_leaf(self, leaf: int, gradients: Tensor) -> Tensor:
+        """`gradients` as they are."""
+        return gradients
 
     def adjoint(self, v: Tensor) -> Tensor:
         """`v` [K, P] as it is."""
@@ -142,15 +150,17 @@ class FunctionSpace:
     def features(self, rows: Tensor) -> Tensor:
         """`U^T G` and `(I - U U^T) G V` of every site, for gradients `rows` [K, P]."""
         out = torch.empty_like(rows)
-        for number, (given, place) in enumerate(
-            zip(self.space.split(rows), self.space.split(out), strict=True)
-        ):
-            site = number // 2
-            if self.space.leaves[number].is_A:
-                place.copy_(self.left[site].to(rows) @ given)
-            else:
-                place.copy_(self._off(site, given @ self.right[site].to(rows)))
+        parts = zip(self.space.split(rows), self.space.split(out), strict=True)
+        for leaf, (given, place) in enumerate(parts):
+            place.copy_(self.of_leaf(leaf, given))
         return out
+
+    def of_leaf(self, leaf: int, gradients: Tensor) -> Tensor:
+        """`U^T G` of an A, `(I - U U^T) G V` of a B."""
+        site = leaf // 2
+        if self.space.leaves[leaf].is_A:
+            return self.left[site].to(gradients) @ gradients
+        return self._off(site, gradients @ self.right[site].to(gradients))
 
     def adjoint(self, v: Tensor) -> Tensor:
         """The move of (A, B), `[K, P]`, that features `v` [K, P] stand for."""
@@ -325,6 +335,11 @@ class Adam:
     def features(self, rows: Tensor) -> Tensor:
         """`h g` for every row of `rows` [K, P]."""
         return rows * self.scale.to(rows)
+
+    def of_leaf(self, leaf: int, gradients: Tensor) -> Tensor:
+        """`h g` on the leaf's coordinates."""
+        scale = self.scale[self.space.leaves[leaf].slice].to(gradients)
+        return gradients * scale.unflatten(0, gradients.shape[1:])
 
     def adjoint(self, v: Tensor) -> Tensor:
         """`h v`: the map is symmetric."""

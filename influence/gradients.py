@@ -147,6 +147,7 @@ class Tape:
         self.sink: Sink | None = None
         self.valid = torch.empty(0)
         self.counts: list[int] = []
+        self.uses: dict[int, int] = {}  # how often each leaf ran in the last forward
 
     def forward(self, batch: Batch) -> Supervised:
         """Supervised logits of a batch, with the taps in the graph."""
@@ -156,6 +157,7 @@ class Tape:
         # The last of a document is followed by a token of another one.
         self.valid = real[:, :-1] & real[:, 1:] & (batch.position_ids[:, 1:] > 0)
         self.counts = batch.supervised[:, 1:].sum(1).tolist()
+        self.uses.clear()
         with torch.enable_grad(), self.own_batch():
             part = None if self.apart else supervised_logits(self.model, batch)
         self._prove_order()
@@ -213,6 +215,7 @@ class Tape:
         """Note whether a leaf's input `x` tells whose its tokens are."""
         if not self.runs:
             return
+        self.uses[leaf] = self.uses.get(leaf, 0) + 1
         b, T = self.valid.shape
         shapes = [(b, T), (1, sum(self.counts))] if x.dim() == 3 else [(b * T,)]
         known = x.shape[:-1] in shapes or leaf in self.slots

@@ -11,7 +11,6 @@ which is exact where the rows span no more directions than there are landmarks.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -179,9 +178,12 @@ def row_kernel(
     chosen = evenly_spaced(n, landmarks)
     between, diagonal = _columns(point, operator, chosen), np.empty(n)
     weights = point.run.weights
-    for indices, gradients in point.gradient_blocks(label=None):
-        products = inverse_products(operator, gradients).cpu().numpy()
-        diagonal[indices] = products * weights[indices]
+    if (features := point.features(operator)) is not None:
+        diagonal = features.squares * weights
+    else:
+        for indices, gradients in point.gradient_blocks(label=None):
+            products = inverse_products(operator, gradients).cpu().numpy()
+            diagonal[indices] = products * weights[indices]
     small = between[:, chosen]
     small = (small + small.T) / 2
     small[np.diag_indices_from(small)] += JITTER[_dtype(point)] * np.diagonal(small).mean()
@@ -198,6 +200,10 @@ def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
     assert isinstance(operator.curvature, Invertible)
     run, roots = point.run, np.sqrt(point.run.weights)
     found = np.empty((len(rows), len(run.tokens)))
+    if (features := point.features(operator)) is not None:
+        for part in np.array_split(np.arange(len(rows)), -(-len(rows) // features.rows_at_once)):
+            found[part] = features.products(features.of_rows(rows[part]))
+        return found * roots[rows, None] * roots
     # each part reads all rows' gradients once, so that parts are as large as memory allows
     for part in np.array_split(np.arange(len(rows)), -(-len(rows) // queries_at_once(run, COPIES))):
         solved = operator.curvature.solve(point.gradients_of(rows[part]), operator.lam)
@@ -213,15 +219,9 @@ def _dtype(point: AtPoint) -> type[np.floating]:
     return np.float64 if point.model.dtype == torch.float64 else np.float32
 
 
-def _label(operator: Damped) -> str:
-    """What K is told by: the curvature and its lambda, in a few characters."""
-    lam = hashlib.sha256(operator.lam.double().cpu().numpy().tobytes()).hexdigest()[:16]
-    return f"{operator.curvature.name} {lam}"
-
-
 def _own(point: AtPoint, operator: Damped) -> bool:
     """Whether an operator is that of the fit."""
-    return point.number is not None and _label(point.operator()) == _label(operator)
+    return point.number is not None and point.operator().label == operator.label
 
 
 def _kept(point: AtPoint, operator: Damped) -> np.ndarray | None:
@@ -229,7 +229,7 @@ def _kept(point: AtPoint, operator: Damped) -> np.ndarray | None:
     if point.number is None or not point.file("kernel").exists():
         return None
     with open_file(point.file("kernel"), run_digest=point.digest) as file:
-        if file.attrs.get("setting") != _label(operator):
+        if file.attrs.get("setting") != operator.label:
             return None
         return read(file, "kernel").astype(np.float64)
 
@@ -243,7 +243,7 @@ def _keep(point: AtPoint, operator: Damped, values: np.ndarray) -> None:
         return
     attrs = {
         "run_digest": point.digest,
-        "setting": _label(operator),
+        "setting": operator.label,
         "about": "sqrt(w_i w_j) grad l_i^T (C + lambda I)^-1 grad l_j",
     }
     try:

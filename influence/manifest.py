@@ -31,6 +31,10 @@ _KEPT = (ROWS := "rows.jsonl", ADAPTER := "adapter")
 #: What an identity says that lacks these keys: they are in it only where they are something else,
 #: so that digests of runs that were made before they were thought of stay.
 AS_BEFORE = {"supervise": "last"}
+#: Bytes of a row and point that is kept in few bytes, unless told otherwise.
+ROW_BYTES = 131_072
+#: How two of the ways to store rows were called before.
+STORE_BEFORE = {"always": "full", "never": "none"}
 #: Of a field that is written only where it is not its default: files from before it was thought of
 #: mean that.
 LATER: Mapping[str, Any] = {"written_at_default": False}
@@ -196,7 +200,8 @@ class Manifest:
 
     `curvature` has the specification's `name` and its options; `damping` the rule as it is typed;
     `store`, `disk_budget` and `token_budget` (tokens of a batch) are `fit`'s options;
-    `gradients_stored` whether the rows' gradients are on disk; `calibration` the factors by the
+    `gradients_stored` whether the rows' gradients are on disk, `features_stored` whether the rows in
+    few bytes are, `row_bytes` in how many; `calibration` the factors by the
     setting's name; `compute` is `float32` where the base computed in that, wider than its weights'
     `dtype`, else `own`; `precision` the error of 16-bit gradients; `path` the losses along the path.
     `rest` has the keys that this version does not know.
@@ -225,6 +230,8 @@ class Manifest:
     created: str
     loading: LoadingRecord = field(default_factory=LoadingRecord, metadata=LATER)
     gradients_stored: bool = False
+    features_stored: bool = field(default=False, metadata=LATER)
+    row_bytes: int = field(default=ROW_BYTES, metadata=LATER)
     calibration: Mapping[str, CalibrationRecord] = field(default_factory=dict)
     tuned: TunedRecord | None = None
     audit: AuditRecord | None = None
@@ -348,6 +355,8 @@ def differences(
     sentences = []
     for key in [*expected, *(key for key in there if whole and key not in expected)]:
         recorded, value = (each.get(key, AS_BEFORE.get(key)) for each in (there, expected))
+        if key == "store":
+            recorded, value = (STORE_BEFORE.get(each, each) for each in (recorded, value))
         if recorded == value:
             continue
         was, now = short(recorded), short(value)

@@ -231,6 +231,13 @@ class Run:
         return self.manifest.gradients_stored
 
     @property
+    def features_stored(self) -> bool:
+        """Whether the rows are on disk in few bytes (`influence.features`), from which scores of
+        the fit's own setting come without a training pass.
+        """
+        return self.manifest.features_stored
+
+    @property
     def tuned(self) -> Tuned | None:
         """The setting that `analysis tune` chose, if it was run."""
         chosen = self.manifest.tuned

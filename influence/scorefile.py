@@ -25,7 +25,7 @@ from influence.store import open_file, open_rows, read, read_strings, write_file
 from influence.tokenwise import Tokenwise
 
 #: Attributes that a score file has only where they are not the default.
-OFF_DEFAULT = ("explain", "aggregate")
+OFF_DEFAULT = ("explain", "aggregate", "store")
 #: Queries whose scores are combined at a time.
 COMBINED = 64
 #: How per-token scores are named in a score file: values, offsets, token ids.

@@ -42,12 +42,14 @@ from torch import Tensor
 
 from influence.adapter import ParamSpace
 from influence.asked import Asked
-from influence.at_point import AtPoint, free_memory, queries_at_once
+from influence.at_point import AtPoint, queries_at_once
 from influence.credit import Credit, credited
 from influence.curvature import Damped, Invertible
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError
+from influence.features import StoredFeatures
 from influence.measurements import MEASUREMENTS, Contrast, MeanLoss, Measurement, TokenLoss
+from influence.memory import free_memory
 from influence.progress import say
 from influence.rows import Examples, canonical_json
 from influence.run import Run
@@ -63,6 +65,7 @@ from influence.scorefile import (
 from influence.setting import ADDITIVE, Setting
 from influence.solvers import Solver
 from influence.solvers.base import MOST_COPIES
+from influence.solvers.direct import Direct
 from influence.solvers.named import approximates, make_solver, solver_options, with_limits
 from influence.store import only_writer
 from influence.tokens import TokenizedExamples
@@ -214,6 +217,9 @@ def score(
         attributes["aggregate"] = aggregate
     if isinstance(explained, Contrast):
         attributes["contrast_digest"] = explained.against.digest
+    stored = None if per_token else features_of(setting, solvers[0])
+    if stored is not None:
+        attributes["store"] = f"features of {stored[0].kept.size} coordinates"
     target = None if out is None else Path(out)
     found = (
         existing_scores(target, attributes)
@@ -224,7 +230,9 @@ def score(
         parts_file(target).unlink(missing_ok=True)  # a call that was killed after its last step
         return found
     with nullcontext() if target is None else only_writer(target):
-        return _score(setting, shared, asked, solvers, attributes, target, per_token, per_module)
+        return _score(
+            setting, shared, asked, solvers, stored, attributes, target, per_token, per_module
+        )
 
 
 def _score(
@@ -232,6 +240,7 @@ def _score(
     credit: Credit | None,
     asked: Asked,
     solvers: Sequence[Solver],
+    stored: Sequence[StoredFeatures] | None,
     attributes: dict[str, Any],
     target: Path | None,
     per_token: bool,
@@ -242,23 +251,25 @@ def _score(
     Into a file if there is one.
     """
     run, points = setting.run, setting.points
-    modules = module_slices(run.model.space) if per_module else {}
+    modules = module_names(run.model.space) if per_module else []
     _refuse_large_detail(setting, len(asked), len(modules), per_token, target is not None)
     at_once = queries_at_once(run, getattr(solvers[0], "copies", MOST_COPIES))
+    if stored is not None:
+        at_once = min(each.rows_at_once for each in stored)
     work = ScoresInTheMaking.begin(
         target,
         setting,
         asked.ids,
         -(-len(asked) // at_once),
-        list(modules),
+        modules,
         attributes,
         apart=credit is not None or len(points) > 1 or setting.factors[0] != 1,
     )
     passes = work.chunks * len(points)
     if work.chunks > 1:
         what = (
-            "the stored gradients"
-            if run.gradients_stored
+            "the stored rows"
+            if run.gradients_stored or stored is not None
             else "the training rows, forward and backward"
         )
         say(f"{len(asked)} queries do not fit in memory at once: {passes} passes over {what}")
@@ -268,19 +279,26 @@ def _score(
             done = work.done[chunk * len(points) + number]
             if done.all() and tokenwise is None:
                 continue
-            solution = solvers[number].solve(operator, asked.gradients(point, rows))
-            work.note(rows, solution)
-            message = solution.message or message
-            for indices, gradients in point.gradient_blocks(skip=done.astype(bool)):
+            if stored is not None:  # the root of a closed inverse: nothing is left to converge
+                values = asked.features(point, stored[number], rows)
+                own_columns = module_columns(stored[number].kept.slices)
+                blocks = stored[number].blocks(done.astype(bool), "stored rows")
+            else:
+                solution = solvers[number].solve(operator, asked.gradients(point, rows))
+                work.note(rows, solution)
+                message, values = solution.message or message, solution.values
+                own_columns = module_columns([leaf.slice for leaf in run.model.space.leaves])
+                blocks = point.gradient_blocks(skip=done.astype(bool))
+            for indices, gradients in blocks:
                 share = torch.from_numpy(run.weights[indices]).to(gradients)
                 place = np.ix_(rows, indices)
-                work.parts[number][place] = (solution.values @ gradients.T * share).cpu().numpy()
-                for module, columns in enumerate(modules.values()):
-                    own = solution.values[:, columns] @ gradients[:, columns].T * share
-                    work.module_parts[number][:, module][place] = own.cpu().numpy()
+                work.parts[number][place] = (values @ gradients.T * share).float().cpu().numpy()
+                for module, columns in enumerate(own_columns if modules else ()):
+                    own = values[:, columns] @ gradients[:, columns].T * share
+                    work.module_parts[number][:, module][place] = own.float().cpu().numpy()
                 done[indices] = 1
             if tokenwise is not None:
-                values, factors = solution.values, np.full(len(run.train), setting.factors[number])
+                factors = np.full(len(run.train), setting.factors[number])
                 if credit is not None:
                     taken = credit.taken(work.parts[number][rows], number)
                     values = _shared(point, operator, values, taken)
@@ -303,10 +321,15 @@ def raw_parts(setting: Setting, tokens: TokenizedExamples, measurement: Measurem
     """
     run = setting.run
     found = np.zeros((len(setting.points), len(tokens), len(run.train)))
-    at_once = queries_at_once(run, 2)
+    at_once, every = queries_at_once(run, 2), np.arange(len(tokens))
     for number, (point, operator) in enumerate(setting.each()):
         assert isinstance(operator.curvature, Invertible)
-        for rows in np.array_split(np.arange(len(tokens)), -(-len(tokens) // at_once)):
+        if (stored := point.features(operator)) is not None:
+            for rows in np.array_split(every, -(-len(tokens) // stored.rows_at_once)):
+                left = stored.of_measurement(tokens.select(rows), measurement)
+                found[number, rows] = stored.products(left) * run.weights
+            continue
+        for rows in np.array_split(every, -(-len(tokens) // at_once)):
             gradients = point.query_gradients(tokens.select(rows), measurement)
             solved = operator.curvature.solve(gradients, operator.lam)
             found[number, rows] = point.row_products(solved) * run.weights
@@ -343,12 +366,23 @@ def _refuse_large_detail(
         )
 
 
-def module_slices(space: ParamSpace) -> dict[str, slice]:
-    """Coordinates of each adapted module, A and B together, by its name."""
-    return {
-        A.name.removesuffix(".lora_A"): slice(A.start, B.stop)
-        for A, B in zip(space.leaves[::2], space.leaves[1::2], strict=True)
-    }
+def module_names(space: ParamSpace) -> list[str]:
+    """The adapted modules, A and B together."""
+    return [A.name.removesuffix(".lora_A") for A in space.leaves[::2]]
+
+
+def module_columns(leaves: Sequence[slice]) -> list[slice]:
+    """Where each adapted module lies, by where its leaves lie: A and B of one after the other."""
+    return [slice(A.start, B.stop) for A, B in zip(leaves[::2], leaves[1::2], strict=True)]
+
+
+def features_of(setting: Setting, solver: Solver) -> list[StoredFeatures] | None:
+    """The rows in few bytes at every point of a setting; None where they do not answer for it."""
+    if not isinstance(solver, Direct):
+        return None
+    found = [point.features(operator) for point, operator in setting.each()]
+    kept = [each for each in found if each is not None]
+    return kept if len(kept) == len(found) else None
 
 
 def self_influence(

@@ -59,7 +59,7 @@ def write_file(
     if needed > free:
         raise StoreError(
             f"{path} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on its disk: "
-            "free some space, choose another directory, or use --store never"
+            "free some space, choose another directory, or use --store features or none"
         )
     try:
         with h5py.File(partial, "w", libver=("earliest", "v110")) as file:

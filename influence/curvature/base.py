@@ -12,6 +12,7 @@ so that `influence.fit` knows none of them by name. Stacks of vectors are rows: 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,6 +125,8 @@ class Specification(ABC):
     #: Whether nothing but a trace is fitted, and products pass over the training rows: there is no
     #: closed inverse.
     matrix_free: ClassVar[bool] = False
+    #: Whether the fitted curvature is `Whitening`, so that rows can be kept in few bytes.
+    whitens: ClassVar[bool] = False
     #: Where on the path to look unless told otherwise; None: where `influence.path` says.
     default_path: ClassVar[tuple[float, ...] | None] = None
 
@@ -292,6 +295,24 @@ class Diagonal(Protocol):
 
 
 @runtime_checkable
+class Whitening(Protocol):
+    """A curvature that knows, leaf by leaf, a root W of its inverse: `W^T W = (C + lambda I)^-1`.
+
+    `lam` [blocks]; p' are as many coordinates as the root needs, at least the leaf's own.
+    """
+
+    def whiten(self, leaf: int, gradients: Tensor, lam: Tensor) -> Tensor:
+        """`W g` of a leaf's gradients `[K, d_out, d_in]`, flat: `[K, p']`."""
+        ...
+
+    def expected_squares(self, leaf: int, lam: Tensor) -> Tensor:
+        """What the squares of `W g` are expected to be, weighted as in the objective and summed
+        over the training rows: `[p']`.
+        """
+        ...
+
+
+@runtime_checkable
 class Subsampled(Protocol):
     """A curvature `C = sum_i w_i C_i` over training rows that can be multiplied on some of them
     alone.
@@ -323,6 +344,14 @@ class Damped:
     def matvec(self, v: Tensor) -> Tensor:
         """`(C + lambda I) v` for every row of `v` [K, P]."""
         return self.curvature.matvec(v) + v * self.diagonal(v)
+
+    @property
+    def label(self) -> str:
+        """What tells it from others of the same point: the curvature and its lambda, in a few
+        characters.
+        """
+        lam = hashlib.sha256(self.lam.double().cpu().numpy().tobytes()).hexdigest()[:16]
+        return f"{self.curvature.name} {lam}"
 
     def diagonal(self, like: Tensor) -> Tensor:
         """Lambda spread over the coordinates, `[P]`."""

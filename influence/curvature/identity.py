@@ -38,6 +38,7 @@ class Identity(Specification):
 
     name: str = field(default="identity", init=False)
     undamped: ClassVar[bool] = True
+    whitens: ClassVar[bool] = True
     #: Plain products are those of the adapter itself, as in TracIn at the last checkpoint.
     default_path: ClassVar[tuple[float, ...] | None] = (1.0,)
 
@@ -47,23 +48,22 @@ class Identity(Specification):
 
     def load(self, arrays: Arrays, point: AtPoint) -> Curvature:
         """The identity of the adapter's size."""
-        return IdentityCurvature(point.model.space.size)
+        leaves = point.model.space.leaves
+        return IdentityCurvature(tuple(leaf.stop - leaf.start for leaf in leaves))
 
 
 @dataclass(frozen=True)
 class IdentityCurvature(Curvature):
-    """`C = 0` with `lambda = 1`: the damped operator is the identity on `parameters`
-    coordinates.
-    """
+    """`C = 0` with `lambda = 1`: the damped operator is the identity on leaves of these `sizes`."""
 
-    parameters: int
+    sizes: tuple[int, ...]
     name: str = "identity"
     undamped: ClassVar[bool] = True
 
     @property
     def blocks(self) -> tuple[slice, ...]:
         """One block."""
-        return (slice(0, self.parameters),)
+        return (slice(0, sum(self.sizes)),)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Zero: the damped operator adds the identity."""
@@ -72,6 +72,14 @@ class IdentityCurvature(Curvature):
     def solve(self, v: Tensor, lam: Tensor) -> Tensor:
         """`v / lambda`, with lambda = 1."""
         return v / lam.to(v)
+
+    def whiten(self, leaf: int, gradients: Tensor, lam: Tensor) -> Tensor:
+        """The gradients `[K, d_out, d_in]` themselves, flat."""
+        return gradients.flatten(1)
+
+    def expected_squares(self, leaf: int, lam: Tensor) -> Tensor:
+        """One coordinate like another."""
+        return torch.ones(self.sizes[leaf])
 
     def mean_eigenvalues(self) -> Tensor:
         """One, so that every rule has a scale."""

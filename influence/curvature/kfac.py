@@ -74,6 +74,7 @@ class KFAC(Specification):
     rank: int = 256
     memory_share: float = 0.15
     name: str = field(default="kfac", init=False)
+    whitens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.max_width < 1 or self.rank < 1:
@@ -438,6 +439,28 @@ class Kronecker(Curvature):
                 squares = off.square_() / (block.rest + x).to(v)[:, None]
                 total += squares.sum((1, 2), dtype=torch.float64)
         return total
+
+    def whiten(self, leaf: int, gradients: Tensor, lam: Tensor) -> Tensor:
+        """`W g` [K, p'] of a leaf's gradients `[K, d_out, d_in]`, in its eigenbasis; what lies off
+        a wide basis follows, `[r, d]`.
+        """
+        block, x = self.leaf_blocks[leaf], float(lam[leaf])
+        coordinates, off = block.rotate(gradients.flatten(1))
+        inside = (coordinates * (block.eigenvalues + x).rsqrt().to(coordinates)).flatten(1)
+        if off is None:
+            return inside
+        outside = off * (block.rest + x).rsqrt().to(off)[:, None]
+        return torch.cat([inside, outside.flatten(1)], 1)
+
+    def expected_squares(self, leaf: int, lam: Tensor) -> Tensor:
+        """`Lambda / (Lambda + lambda)`, `[p']`."""
+        block, x = self.leaf_blocks[leaf], float(lam[leaf])
+        inside = (block.eigenvalues / (block.eigenvalues + x)).flatten()
+        if block.complete:
+            return inside
+        width, kept = wide_side(block.leaf), block.wide.shape[1]
+        outside = block.rest / (block.rest + x) * (1 - kept / width)
+        return torch.cat([inside, outside.repeat_interleave(width)])
 
     def _apply(self, v: Tensor, spectra: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         out = torch.empty_like(v)

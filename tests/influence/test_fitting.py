@@ -137,7 +137,7 @@ def test_wrong_arguments_leave_no_directory(tmp_path):
         ({"path": (0.5, 1.5)}, "path 0.5,1.5 was given; expected different numbers above 0"),
         ({"path": (0.5, 0.5)}, "path 0.5,0.5 was given"),
         ({"geometry": "flat"}, "geometry 'flat' was given; expected one of raw, function, adam"),
-        ({"store": "maybe"}, "store 'maybe' was given; expected auto, always or never"),
+        ({"store": "maybe"}, "store 'maybe' was given; expected auto, full, features, none"),
         ({"token_budget": 0}, "token budget 0 was given; expected at least 1"),
         ({"damping": "mean:0"}, "lambda must be positive"),
         ({"reduction": "row"}, "reduction 'row' was given"),

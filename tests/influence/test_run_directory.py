@@ -44,7 +44,7 @@ def test_a_finished_fit_does_not_depend_on_batch_size_or_damping(tmp_path):
         ("reduction is token there and example here", {"reduction": "example"}),
         ("max_length is null there and 50 here", {"max_length": 50}),
         ("curvature is .*ekfac.* there and .*kfac.* here", {"curvature": KFAC()}),
-        ("store is always there and never here", {"store": "never"}),
+        ("store is full there and none here", {"store": "none"}),
         ("supervise is last there and all here", {"supervise": "all"}),
         ("data is [0-9a-f]{12} there and [0-9a-f]{12} here", {"train": examples(N_ROWS, seed=1)}),
         ("data is", {"train": examples(N_ROWS + 1)}),

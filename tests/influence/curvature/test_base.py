@@ -40,7 +40,7 @@ def test_scipy_takes_a_curvature_and_a_damped_one():
 
 
 def test_what_a_curvature_can_do_is_seen_by_its_methods():
-    assert isinstance(IdentityCurvature(3), Invertible)
+    assert isinstance(IdentityCurvature((3,)), Invertible)
     assert isinstance(Scaled(spectrum([1.0, 2.0])), Invertible)
     assert not isinstance(Matrix(spectrum([1.0, 2.0])), Invertible)
     assert isinstance(Rows(), Subsampled)

@@ -25,7 +25,7 @@ def test_it_is_damped_into_the_identity_whatever_the_rule(tiny, tmp_path):
 
 
 def test_it_inverts_lambda_and_has_a_scale_for_every_rule():
-    curvature = IdentityCurvature(4)
+    curvature = IdentityCurvature((4,))
     operator = Damped(curvature, torch.tensor([4.0], dtype=F64))
     v = torch.ones(1, 4, dtype=F64)
     assert torch.equal(curvature.solve(operator.matvec(v), operator.lam), v)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from influence.curvature import EKFAC, KFAC, Damped, dense
-from influence.curvature.base import Diagonal, inverse_products
+from influence.curvature.base import Diagonal, Whitening, inverse_products
 from influence.curvature.kfac import DenseMoment, SketchedMoment
 from tests.conftest import build_model, examples, fit_end
 from tests.influence.curvature.helpers import moments_of, random_rows, replace_unit
@@ -142,6 +142,16 @@ def test_inverse_products_are_those_of_the_dense_inverse(options):
     expected = (v * torch.linalg.solve(matrix, v.T).T).sum(1)
     assert isinstance(kfac, Diagonal)
     torch.testing.assert_close(inverse_products(operator, v), expected, rtol=1e-10, atol=0)
+    assert isinstance(kfac, Whitening)  # and the same leaf by leaf, of all pairs of rows
+    roots = [kfac.whiten(number, part, operator.lam) for number, part in enumerate(space.split(v))]
+    found = sum(root @ root.T for root in roots)
+    torch.testing.assert_close(found, v @ torch.linalg.solve(matrix, v.T), rtol=1e-9, atol=1e-12)
+    for number, root in enumerate(roots):
+        squares = kfac.expected_squares(number, operator.lam)
+        assert squares.shape == root.shape[1:]
+        damped = torch.linalg.solve(matrix, dense(kfac))[space.leaves[number].slice].T
+        own = damped[space.leaves[number].slice].diagonal().sum()
+        torch.testing.assert_close(squares.sum(), own, rtol=1e-9, atol=0)
 
 
 def sketched_leaves(**options):

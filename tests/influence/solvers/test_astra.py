@@ -31,7 +31,7 @@ def test_astra_begins_with_the_preconditioners_answer_and_never_ends_worse(runs)
 def test_astra_that_improves_on_nothing_returns_the_preconditioner_s_answer_and_not_zero():
     operator = Damped(Matrix(spectrum([-2.0, 1.0, 3.0])), torch.tensor([0.5], dtype=F64))
     rough = Damped(
-        IdentityCurvature(3), torch.tensor([0.01], dtype=F64)
+        IdentityCurvature((3,)), torch.tensor([0.01], dtype=F64)
     )  # its answer's residual is above 1
     v = torch.eye(3, dtype=F64)
     solution = ASTRA(rough, step=1.0).solve(operator, v)

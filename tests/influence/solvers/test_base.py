@@ -39,7 +39,7 @@ def test_every_solver_on_every_curvature(runs, dense_of, curvature, solver):
 
 def test_zero_columns_are_solved_by_zero():
     operator = Damped(Matrix(spectrum([1.0, 2.0, 3.0])), torch.tensor([0.1], dtype=F64))
-    preconditioner = Damped(IdentityCurvature(3), torch.tensor([1.0], dtype=F64))
+    preconditioner = Damped(IdentityCurvature((3,)), torch.tensor([1.0], dtype=F64))
     for solver in (CG(), Direct(), LiSSA(), SGD(), ASTRA(preconditioner)):
         solution = solver.solve(operator, torch.zeros(2, 3, dtype=F64))
         assert solution.converged.all()
@@ -47,7 +47,7 @@ def test_zero_columns_are_solved_by_zero():
 
 
 def test_nan_right_hand_sides_are_refused():
-    operator = Damped(IdentityCurvature(3), torch.tensor([1.0]))
+    operator = Damped(IdentityCurvature((3,)), torch.tensor([1.0]))
     with pytest.raises(NumericalError, match="not finite"):
         Direct().solve(operator, torch.full((1, 3), torch.nan))
     with pytest.raises(NumericalError, match="not finite"):

@@ -47,7 +47,7 @@ def test_cg_reports_negative_curvature():
 
 
 def test_a_perfect_preconditioner_needs_one_product():
-    model_free = IdentityCurvature(30)
+    model_free = IdentityCurvature((30,))
     operator = Damped(model_free, torch.tensor([4.0], dtype=F64))
     v = torch.randn(2, 30, dtype=F64, generator=torch.Generator().manual_seed(0))
     solution = CG(preconditioner=operator).solve(operator, v)

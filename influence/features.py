@@ -1,0 +1,267 @@
+"""Features: the training rows of a point in few bytes, from which scores come without a pass.
+
+What is kept of a row's gradient, `influence.kept_coordinates` says. Codes, scales and the exact
+`|phi|^2` of every row lie in `features.h5`, made by one pass over the rows after the factors are
+there, leaf by leaf in the backward: no row's whole gradient is ever formed.
+
+Features answer for the curvature and damping that they were whitened by. Another one is a pass over
+the rows for scores, or new features by `influence fit` with that damping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence.batches import collate, plan_batches
+from influence.curvature.base import Damped, Whitening
+from influence.errors import StoreError
+from influence.geometry import Geometry
+from influence.gradients import Tape, output_gradient, tape
+from influence.kept_coordinates import KeptCoordinates
+from influence.leaf_gradients import LeafGradients
+from influence.measurements import Measurement
+from influence.memory import free_memory
+from influence.progress import track
+from influence.store import RowFile, open_file, open_rows, read, write_file
+from influence.tokens import TokenizedExamples
+
+if TYPE_CHECKING:
+    from influence.at_point import AtPoint
+
+#: Bytes of decoded features that are read and multiplied at a time.
+BLOCK_BYTES = 64 << 20
+#: Share of the free memory that the decoded features of queries or landmarks may take.
+MEMORY_SHARE = 0.3
+NAME = "features"
+
+
+def bytes_of_row(parameters: int, leaves: int, row_bytes: int) -> int:
+    """Bytes of a row at one point, at most: codes, scales, the square, and whether it is there."""
+    return min(-(-parameters // 2), row_bytes + leaves) + 4 * leaves + 8 + 1
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """Whitened gradients in the coordinates that are kept, made in the backward."""
+
+    operator: Damped
+    geometry: Geometry
+    kept: KeptCoordinates
+
+    @classmethod
+    def chosen(cls, point: AtPoint, operator: Damped, row_bytes: int) -> FeatureMap:
+        """The map of a point whose curvature is there, and bytes of codes a row."""
+        curvature = operator.curvature
+        assert isinstance(curvature, Whitening)
+        leaves = range(len(point.model.space.leaves))
+        expected = [curvature.expected_squares(leaf, operator.lam) for leaf in leaves]
+        seed = point.run.manifest.seed
+        kept = KeptCoordinates.chosen(expected, row_bytes, seed, point.model.device)
+        return cls(operator, point.geometry, kept)
+
+    def of_batch(
+        self,
+        recorder: Tape,
+        rows: np.ndarray,
+        tokens: TokenizedExamples,
+        measured: Measurement | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Features `[b, K]` and the squares `[b]` float64 of all coordinates, of a batch's rows.
+
+        Of the gradients of m(q), or of the summed losses l_i.
+        """
+        model, curvature = recorder.model, self.operator.curvature
+        assert isinstance(curvature, Whitening)
+        batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
+        part = recorder.forward(batch)
+        _, gradient = output_gradient(part, measured)
+        values = torch.zeros(len(rows), self.kept.size, dtype=model.dtype, device=model.device)
+        squares = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
+
+        def take(leaf: int, gradients: Tensor) -> None:
+            whitened = curvature.whiten(
+                leaf, self.geometry.of_leaf(leaf, gradients), self.operator.lam
+            )
+            squares.add_(whitened.square().sum(1, dtype=torch.float64))
+            values[:, self.kept.slices[leaf]] = self.kept.leaves[leaf].of(whitened)
+
+        sink = LeafGradients(recorder, take)
+        recorder.backward(part.logits, gradient, sink)
+        sink.finish()
+        return values, squares
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFeatures:
+    """The features of a point's training rows, as they lie in a file, and their map."""
+
+    point: AtPoint
+    path: Path
+    map: FeatureMap
+
+    @classmethod
+    def open(cls, point: AtPoint, operator: Damped) -> StoredFeatures | None:
+        """Those of an operator; None where the file is of another one, or there is none.
+
+        Raises `StoreError` where rows are missing.
+        """
+        path = point.file(NAME)
+        if point.number is None or not path.exists():
+            return None
+        with open_file(path, run_digest=point.digest) as file:
+            if file.attrs.get("setting") != operator.label:
+                return None
+        if not open_rows(path, "done").all():
+            raise StoreError(f"{path} lacks some rows: run the same influence fit again")
+        kept = _kept_in(path, point)
+        return cls(point, path, FeatureMap(operator, point.geometry, kept))
+
+    @property
+    def kept(self) -> KeptCoordinates:
+        """Which coordinates these are."""
+        return self.map.kept
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What rows are decoded to: products of numbers of few bits need no more."""
+        return torch.float32 if self.point.model.device.type == "cpu" else torch.bfloat16
+
+    @cached_property
+    def squares(self) -> np.ndarray:
+        """`grad l_i^T (C + lambda I)^-1 grad l_i` of every row, exactly, `[n]` float64."""
+        return np.array(open_rows(self.path, "squares"))
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows whose features may be held at a time, by the free memory."""
+        each = self.kept.size * self.dtype.itemsize
+        return max(1, int(MEMORY_SHARE * free_memory(self.point.model.device) / each))
+
+    def blocks(
+        self, skip: np.ndarray | None = None, label: str | None = None
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """`(indices [b], features [b, K])` of all rows in order.
+
+        A block of which `skip` [n] marks all rows is passed over.
+        """
+        n = len(self.point.run.tokens)
+        step = max(1, BLOCK_BYTES // (4 * self.kept.size))
+        starts = range(0, n, step)
+        with RowFile(self.path, "codes") as codes, RowFile(self.path, "scales") as scales:
+            for start in starts if label is None else track(starts, label):
+                stop = min(start + step, n)
+                if skip is None or not skip[start:stop].all():
+                    read = codes.read(start, stop), scales.read(start, stop)
+                    yield np.arange(start, stop), self.kept.unpacked(*read, self.dtype)
+
+    def of_rows(self, rows: np.ndarray) -> Tensor:
+        """Features `[k, K]` of some training rows, in their order."""
+        out = torch.empty(
+            len(rows), self.kept.size, dtype=self.dtype, device=self.point.model.device
+        )
+        with RowFile(self.path, "codes") as codes, RowFile(self.path, "scales") as scales:
+            for place, row in enumerate(rows.tolist()):
+                read = codes.read(row, row + 1), scales.read(row, row + 1)
+                out[place] = self.kept.unpacked(*read, self.dtype)[0]
+        return out
+
+    def of_measurement(self, tokens: TokenizedExamples, measurement: Measurement) -> Tensor:
+        """Features `[Q, K]` of the gradients of m(q), in query order."""
+        point = self.point
+        out = torch.empty(len(tokens), self.kept.size, dtype=self.dtype, device=point.model.device)
+        with point.model.at(point.place.theta), tape(point.model) as recorder:
+            for rows in plan_batches(tokens, point.run.manifest.token_budget):
+                values, _ = self.map.of_batch(recorder, rows, tokens, measurement)
+                out[torch.from_numpy(rows)] = values.to(out)
+        return out
+
+    def products(self, left: Tensor) -> np.ndarray:
+        """`left` [K', K] with every row, `[K', n]` float64."""
+        found = np.empty((len(left), len(self.point.run.tokens)))
+        for indices, rows in self.blocks():
+            found[:, indices] = (left @ rows.T).double().cpu().numpy()
+        return found
+
+
+def write_features(point: AtPoint) -> None:
+    """Make the features of a point whose factors are there, or what a killed call left of them.
+
+    Features of another damping are replaced. The model is at the point.
+    """
+    run, path, operator = point.run, point.file(NAME), point.operator()
+    if path.exists():
+        with open_file(path, run_digest=point.digest) as file:
+            same = file.attrs.get("setting") == operator.label
+        if not same:
+            path.unlink()
+    if not path.exists():
+        _lay_out(point, FeatureMap.chosen(point, operator, run.manifest.row_bytes).kept, operator)
+    done = np.array(open_rows(path, "done")).astype(bool)
+    if done.all():
+        return
+    made = FeatureMap(operator, point.geometry, _kept_in(path, point))
+    plan = plan_batches(run.tokens, run.manifest.token_budget)
+    left = [rows for rows in plan if not done[rows].all()]
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(RowFile(path, name, write=True))
+            for name in ("codes", "scales", "squares", "done")
+        }
+        recorder = stack.enter_context(tape(point.model))
+        for rows in track(left, "rows to features", total=len(plan), done=len(plan) - len(left)):
+            values, squares = made.of_batch(recorder, rows, run.tokens, None)
+            codes, scales = made.kept.packed(values, squares)
+            files["codes"].write(rows, codes)
+            files["scales"].write(rows, scales)
+            files["squares"].write(rows, squares.cpu().numpy())
+            files["done"].write(rows, np.ones(len(rows), np.uint8))
+        for file in files.values():
+            file.flush()
+
+
+def _lay_out(point: AtPoint, kept: KeptCoordinates, operator: Damped) -> None:
+    """Create the file at full size."""
+    n, leaves = len(point.run.tokens), len(kept.widths)
+    write_file(
+        point.file(NAME),
+        {
+            "widths": np.array(kept.widths, np.int64),
+            "whole": np.packbits(kept.is_whole),
+            "buckets": kept.buckets,
+        },
+        attrs={
+            "run_digest": point.digest,
+            "param_space": point.model.space.digest,
+            "setting": operator.label,
+            "seed": kept.seed,
+            "bits": kept.bits,
+            "about": "grad l_i whitened by (C + lambda I)^-1/2: few bits a kept coordinate, a "
+            "scale for each leaf, and the exact square",
+        },
+        rows={
+            "codes": ((n, kept.code_bytes), np.uint8),
+            "scales": ((n, leaves), np.float32),
+            "squares": ((n,), np.float64),
+            "done": ((n,), np.uint8),
+        },
+        strings={"train_ids": point.run.train.ids},
+    )
+
+
+def _kept_in(path: Path, point: AtPoint) -> KeptCoordinates:
+    """The coordinates that a file keeps."""
+    with open_file(path, run_digest=point.digest) as file:
+        widths = tuple(read(file, "widths").tolist())
+        is_whole = np.unpackbits(read(file, "whole"), count=sum(widths)).astype(bool)
+        bits, seed = (int(np.asarray(file.attrs[name])) for name in ("bits", "seed"))
+        buckets = read(file, "buckets")
+    return KeptCoordinates(widths, is_whole, buckets, bits, seed, point.model.device)
