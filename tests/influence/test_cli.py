@@ -38,7 +38,7 @@ def test_the_base_defaults_to_the_one_the_adapter_records(influence, made):
 def test_an_option_that_changes_nothing_is_said(influence, at):
     for given, said in (
         ({"samples": 3, "curvature": "ggn"}, "--samples changes nothing with --curvature ggn"),
-        ({"disk_budget": 9, "store": "never"}, "--disk-budget changes nothing with --store never"),
+        ({"disk_budget": 9, "store": "none"}, "--disk-budget changes nothing with --store none"),
         ({"samples": 3}, ""),
         ({"disk_budget": 9}, ""),
     ):

@@ -153,8 +153,8 @@ def test_a_disk_that_is_too_small_is_told_before_the_pass(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 100, 100))
         message = (
-            r"gradients of all points need \d+\.\d+ GB and 0.00 GB are free on the disk of "
-            r".*free some space, .*--store never"
+            r"what is kept of the rows at all points needs \d+\.\d+ GB and 0.00 GB are free on "
+            r"the disk of .*free some space, .*--store features or none"
         )
         with pytest.raises(StoreError, match=message):
             fit(tmp_path / "full")
