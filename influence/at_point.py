@@ -14,8 +14,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.adapter import AdaptedModel
-from influence.batches import plan_batches
+from influence.batches import padded_tokens, plan_batches
 from influence.curvature import (
     PLAIN,
     SPECIFICATIONS,
@@ -165,22 +166,25 @@ class AtPoint:
         return self.number is not None and self.run.gradients_stored
 
     def gradient_blocks(
-        self, skip: np.ndarray | None = None, label: str | None = "stored gradients"
+        self,
+        skip: np.ndarray | None = None,
+        label: str | None = "stored gradients",
+        *,
+        shared: bool = False,
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """`(indices [b], gradients of l_i [b, P])` of all training rows, read or computed, in a
         fixed order.
 
         `skip` [n] marks rows that are not needed; a block of which all rows are marked is passed
-        over.
+        over. `shared`: of several processes each gets its share of the rows.
         """
         tokens = self.run.tokens
         skip = np.zeros(len(tokens), dtype=bool) if skip is None else skip
         if self.gradients_stored:
             self._check_gradients()
-            start = 0
-            for block in row_blocks(
-                self.file("gradients"), "gradients", self.digest, self.model.device, label
-            ):
+            start, end = distributed.span(len(tokens)) if shared else (0, len(tokens))
+            file, device = self.file("gradients"), self.model.device
+            for block in row_blocks(file, "gradients", self.digest, device, label, (start, end)):
                 indices = np.arange(start, start + len(block))
                 start += len(block)
                 if not skip[indices].all():
@@ -188,10 +192,14 @@ class AtPoint:
             return
         plan = self._plan()
         left = [rows for rows in plan if not skip[rows].all()]
+        before = len(plan) - len(left)
+        if shared:
+            before //= distributed.world()
+            left = distributed.share(left, padded_tokens(tokens, left))
         with self.model.at(self.place.theta):
             stream = stream_gradients(self.model, tokens, batches=left)
             for indices, gradients, _ in track(
-                stream, "training rows", total=len(plan), done=len(plan) - len(left)
+                stream, "training rows", total=before + len(left), done=before
             ):
                 yield indices, self.geometry.features(gradients)
 
@@ -206,12 +214,15 @@ class AtPoint:
         budget = self.run.manifest.token_budget
         return plan_batches(self.run.tokens, budget, max_rows=max_rows(self.model.space))
 
-    def row_products(self, vectors: Tensor) -> np.ndarray:
-        """Products of `vectors` [K, P] with the gradients of all training rows, `[K, n]` float64."""
-        found = np.empty((len(vectors), len(self.run.tokens)))
-        for indices, gradients in self.gradient_blocks(label=None):
+    def row_products(self, vectors: Tensor, *, shared: bool = False) -> np.ndarray:
+        """Products of `vectors` [K, P] with the gradients of all training rows, `[K, n]` float64.
+
+        `shared`: all processes give the same vectors, and each reads its share of the rows.
+        """
+        found = np.zeros((len(vectors), len(self.run.tokens)))
+        for indices, gradients in self.gradient_blocks(label=None, shared=shared):
             found[:, indices] = (vectors @ gradients.T).double().cpu().numpy()
-        return found
+        return distributed.add_up(torch.from_numpy(found)).numpy() if shared else found
 
     def gradients_of(self, rows: np.ndarray) -> Tensor:
         """Gradients of l_i `[b, P]` of some training rows, in their order."""
@@ -268,14 +279,15 @@ class AtPoint:
             if not isinstance(operator.curvature, Invertible):
                 stands = self.preconditions
                 invert = self.preconditioner(operator) if stands else self.operator(PLAIN)
-            total = 0.0
-            for some in memory_chunks(self.run, len(rows)):
+            total, count, rows = 0.0, len(rows), distributed.shard(rows)
+            for some in memory_chunks(self.run, len(rows)) if len(rows) else []:
                 gradients, part = self.gradients_of(rows[some]), rows[some]
                 products = inverse_products(invert, gradients).cpu().numpy()
                 total += float(
                     (products * self.run.weights[part] / self.run.tokens.counts[part]).sum()
                 )
-            self._scales[key] = total / len(rows)
+            summed = distributed.add_up(torch.tensor(total, dtype=torch.float64))
+            self._scales[key] = float(summed) / count
         return self._scales[key]
 
     def kept_rows(self) -> Iterator[Tensor]:
@@ -345,19 +357,21 @@ def memory_chunks(run: Run, count: int) -> list[np.ndarray]:
 def free_memory(device: torch.device | None = None) -> int:
     """Bytes that can be had: of a GPU where one is given, else of the machine.
 
-    Of the machine with what caches hold and give back: a run's own files fill those.
+    Of the machine with what caches hold and give back: a run's own files fill those. Processes
+    share it.
     """
     if device is not None and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // distributed.on_this_machine()
 
 
 def queries_at_once(run: Run, copies: int) -> int:
     """Queries whose gradients, with the `copies` [K, P] that solving holds beside them, fit into
-    the free memory.
+    the free memory, the same number in every process.
     """
     each = (1 + copies) * run.model.space.size * run.model.dtype.itemsize
-    return max(1, int(QUERY_SHARE * free_memory(run.model.device) / each))
+    free = float(distributed.first(np.array([free_memory(run.model.device)]))[0])
+    return max(1, int(QUERY_SHARE * free / each))
 
 
 def geometry_here(run: Run, name: str) -> Geometry:
@@ -397,16 +411,22 @@ def point_digest(run_digest: str, number: int) -> str:
 
 
 def row_blocks(
-    path: Path, name: str, run_digest: str, device: torch.device, label: str | None = None
+    path: Path,
+    name: str,
+    run_digest: str,
+    device: torch.device,
+    label: str | None = None,
+    span: tuple[int, int] | None = None,
 ) -> Iterator[Tensor]:
     """Blocks `[b, P]` of a stored row dataset, in order, each about `BLOCK_BYTES`.
 
-    With progress if labelled.
+    With progress if labelled. `span`: where the rows begin and end, by default at both ends.
     """
     with open_file(path, run_digest=run_digest):
         pass
     with RowFile(path, name) as rows:
         step = max(BLOCK_ROWS, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
-        starts = range(0, len(rows), step)
+        first, end = span or (0, len(rows))
+        starts = range(first, end, step)
         for start in starts if label is None else track(starts, label):
-            yield torch.from_numpy(rows.read(start, min(start + step, len(rows)))).to(device)
+            yield torch.from_numpy(rows.read(start, min(start + step, end))).to(device)

@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
 from influence.credit import credited
 from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
 from influence.curvature.base import NEVER
 from influence.damping import Damping
-from influence.errors import InputError, StoreError, ToolkitError
+from influence.errors import InputError, NumericalError, StoreError, ToolkitError
 from influence.fitted_point import PointFit, Storage, fits
 from influence.geometry import GEOMETRIES
 from influence.gradient_check import measure_precision, precision_note
@@ -195,13 +196,14 @@ def fit(
         _say_batches(reduction, training, len(train))
         if (losses := check_losses(model, train, rendering, training)) is not None:
             say(f"{'note' if losses.agrees else 'warning'}: {losses}")
-    with only_writer(directory):
-        existing = claim(directory, manifest, curvature, overwrite)
-        begun = begun_manifest(directory)
+    distributed.wait()  # until all have seen what was there
+    with distributed.held_by_first(only_writer(directory)):
+        existing = distributed.at_first(lambda: claim(directory, manifest, curvature, overwrite))
+        begun = distributed.at_first(lambda: begun_manifest(directory))
         refuse_other_tokens(directory, begun, tokens)
         manifest = existing or replace(manifest, created=begun.created)
         run = Run(directory, manifest, model, train, tokens, curvature)
-        _keep(run, training, begun)
+        run.manifest = distributed.at_first(lambda: _kept(run, training, begun))
         if existing is None:
             _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
@@ -303,7 +305,7 @@ def _measure_precision(run: Run) -> None:
     if record is None:
         return
     run.manifest = replace(run.manifest, precision=record)
-    write_manifest(run.directory, run.manifest)
+    distributed.at_first(lambda: write_manifest(run.directory, run.manifest))
     if note := precision_note(record):
         say(note)
 
@@ -364,10 +366,10 @@ def _points_of(output: TrainerOutput) -> tuple[Path, ...]:
     return places
 
 
-def _keep(run: Run, training: Training | None, begun: Manifest) -> None:
+def _kept(run: Run, training: Training | None, begun: Manifest) -> Manifest:
     """Keep rows, adapter and recipe in the directory where no file has them.
 
-    `begun` is the manifest that lies there.
+    `begun` is the manifest that lies there. Returns the one that says where they are.
     """
     manifest = run.manifest
     if manifest.data.path is None and (path := keep_rows(run.directory, run.train)) is not None:
@@ -380,7 +382,7 @@ def _keep(run: Run, training: Training | None, begun: Manifest) -> None:
         keep_recipe(run.directory, training.recipe)
     if manifest != begun:  # of an unfinished fit too: it tells what to replace
         write_manifest(run.directory, manifest)
-    run.manifest = manifest
+    return manifest
 
 
 def _prepare_credit(run: Run) -> None:
@@ -393,6 +395,8 @@ def _prepare_credit(run: Run) -> None:
         credited(run)
         run.kept.clear()  # scores read it again, and others need the memory
     except (ToolkitError, MemoryError, torch.OutOfMemoryError) as error:
+        if distributed.world() > 1 and not isinstance(error, InputError | NumericalError):
+            raise  # this process alone has failed: the others wait for it
         say(f"note: how rows share credit could not be prepared ({error})")
 
 
@@ -477,9 +481,9 @@ def fit_points(
     stored = fits(rule, wanted, disk_budget) or needed
     left = disk_budget - point_bytes * (len(places) - 1) if stored else disk_budget
     if stored:
-        _refuse_small_disk(run, wanted)
+        distributed.at_first(lambda: _refuse_small_disk(run, wanted))
     for number, place in enumerate(places):
-        if _finished(run, number, stored):
+        if distributed.at_first(lambda number=number: _finished(run, number, stored)):
             continue
         if len(places) > 1:
             say(f"point {number + 1} of {len(places)}: {place.label}")
@@ -487,6 +491,11 @@ def fit_points(
             point = AtPoint(run, number, place)
             PointFit(point, curvature, Storage(stored, rule, left), state).work()
     run.manifest = replace(run.manifest, gradients_stored=stored, calibration={}, complete=True)
+    distributed.at_first(lambda: _complete(run, curvature))
+
+
+def _complete(run: Run, curvature: Specification) -> None:
+    """Say on disk that the run is whole."""
     write_manifest(run.directory, run.manifest)
     tidy(run.directory, run.manifest, curvature)
 
