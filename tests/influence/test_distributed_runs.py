@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from pathlib import Path
 
 import h5py
@@ -12,14 +14,19 @@ import torch
 
 import influence
 import influence.at_point as at_point_module
+import influence.fitted_point as fitting
+import influence.kernel as kernel_module
+import influence.scores as scores_module
 from influence import EKFAC, GGN, Fisher, Identity, Run, distributed
 from influence.credit import credited
+from influence.errors import InputError, ProcessError, StoreError
 from influence.measurements import MeanLoss
 from influence.scores import raw_parts
+from influence.store import only_writer
 from tests.conftest import build_model, examples, teach
 from tests.helpers import statuses
 
-N_ROWS, BUDGET = 23, 40
+N_ROWS, BUDGET = 23, 15
 
 #: What is fitted, whether gradients are stored, and the points.
 KINDS = {
@@ -141,3 +148,177 @@ def test_any_number_of_processes_makes_the_run_of_one(tmp_path, kind):
 
 def opened(directory: Path, dtype: torch.dtype = torch.float64) -> Run:
     return Run.open(directory, model=model(dtype), train=examples(N_ROWS))
+
+
+def count_batches(monkeypatch) -> list[int]:
+    """Count the batches of the pass that this process runs from now on."""
+    real, ran = fitting.PointFit.run_batch, []
+
+    def run_batch(self, recorder, rows, files=None):
+        ran.append(len(rows))
+        return real(self, recorder, rows, files)
+
+    monkeypatch.setattr(fitting.PointFit, "run_batch", run_batch)
+    return ran
+
+
+def dies_after(monkeypatch, batches: int) -> None:
+    """Have this process killed when it begins its batch after so many."""
+    real, ran = fitting.PointFit.run_batch, []
+
+    def run_batch(self, recorder, rows, files=None):
+        if len(ran) == batches:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ran.append(rows)
+        return real(self, recorder, rows, files)
+
+    monkeypatch.setattr(fitting.PointFit, "run_batch", run_batch)
+
+
+@pytest.fixture
+def every_batch(monkeypatch):
+    """A checkpoint after every batch."""
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(distributed, "ROUND_SECONDS", 0)
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored", "fisher"])
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
+def test_a_fit_killed_and_resumed_by_another_number_of_processes(
+    tmp_path, monkeypatch, every_batch, kind, before, after
+):
+    """One is killed in the middle of the pass; the others end of it; no batch is done twice but
+    those of the last round.
+    """
+    whole = fit(tmp_path / "one", kind)
+    expected = answers(whole, kind)
+    place = tmp_path / "run"
+
+    def killed(rank: int) -> None:
+        if rank == before - 1:
+            dies_after(monkeypatch, 3)
+        with pytest.raises(ProcessError, match="with any number of processes"):
+            fit(place, kind)
+
+    ended = statuses(killed, tmp_path, before)
+    assert ended == [0] * (before - 1) + [-signal.SIGKILL]
+    with h5py.File(place / fitting.CHECKPOINT) as file:
+        done = int(file[fitting.DONE][()].sum())
+        assert done == 3 * before
+    points, batches = len(KINDS[kind][2]), len(fitting_plan(whole))
+    assert batches > 3 * before + 3
+
+    def resumed(rank: int) -> None:
+        ran = count_batches(monkeypatch)
+        run = fit(place, kind)
+        (tmp_path / f"ran-{rank}").write_text(str(len(ran)))
+        np.savez(tmp_path / f"{rank}.npz", **answers(run, kind))
+
+    assert statuses(resumed, tmp_path, after) == [0] * after
+    ran = sum(int((tmp_path / f"ran-{rank}").read_text()) for rank in range(after))
+    assert ran == points * batches - done
+    for rank in range(after):
+        same(expected, dict(np.load(tmp_path / f"{rank}.npz")), 1e-10)
+
+
+def fitting_plan(run: Run) -> list[np.ndarray]:
+    """The batches of the pass at a point."""
+    point = run.points[0]
+    with run.model.at(point.place.theta):
+        storage = fitting.Storage(run.gradients_stored, "always", 0)
+        return fitting.PointFit(point, run.specification, storage, None).batches
+
+
+def test_a_scoring_killed_and_resumed_by_another_number_of_processes(tmp_path, monkeypatch):
+    """What the first process had gathered is not made again."""
+    monkeypatch.setattr(distributed, "ROUND_SECONDS", 0)
+    run, queries = fit(tmp_path / "run"), examples(5, seed=9)
+    expected, out = run.score(queries).values, tmp_path / "scores.h5"
+    real, ran = scores_module.distributed.gathered, []
+
+    def killed(rank: int) -> None:
+        def gathered(pieces):
+            if len(ran) == 4 and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            ran.append(len(pieces))
+            return real(pieces)
+
+        monkeypatch.setattr(distributed, "gathered", gathered)
+        with pytest.raises(ProcessError):
+            opened(run.directory).score(queries, out=out)
+
+    assert statuses(killed, tmp_path, 2) == [0, -signal.SIGKILL]
+    with h5py.File(f"{out}.partial") as file:
+        done = file["done"][()]
+    assert 0 < done.sum() < done.size
+
+    def resumed(rank: int) -> None:
+        read = []
+
+        def row_scores(point, solved, modules, gone):
+            for piece in whole(point, solved, modules, gone):
+                read.append(len(piece[0]))
+                yield piece
+
+        whole = scores_module._row_scores
+        monkeypatch.setattr(scores_module, "_row_scores", row_scores)
+        found = opened(run.directory).score(queries, out=out).values
+        np.save(tmp_path / f"{rank}.npy", found)
+        (tmp_path / f"read-{rank}").write_text(str(sum(read)))
+
+    assert statuses(resumed, tmp_path, 3) == [0] * 3
+    for rank in range(3):
+        found = np.load(tmp_path / f"{rank}.npy")
+        assert np.abs(found - expected).max() <= 3e-7 * np.abs(expected).max()
+    again = sum(int((tmp_path / f"read-{rank}").read_text()) for rank in range(3))
+    assert done.size - done.sum() <= again < done.size
+    assert not list(tmp_path.glob("scores.h5.*"))
+
+
+def test_what_one_process_finds_wrong_all_raise(tmp_path):
+    """A directory that another call is writing to, and one of another run."""
+    fit(tmp_path / "run")
+
+    def work(rank: int) -> None:
+        with pytest.raises(InputError, match="seed is 0 there and 1 here"):
+            fit(tmp_path / "run", seed=1)
+        with pytest.raises(StoreError, match="another process is writing to"):
+            fit(tmp_path / "locked")
+
+    with only_writer(tmp_path / "locked"):
+        assert statuses(work, tmp_path, 2) == [0, 0]
+
+
+def test_float32_runs_of_several_processes(tmp_path):
+    """Sums in another order, in the last bits of float32."""
+    kind = "ekfac"
+    expected = answers(fit(tmp_path / "one", kind, torch.float32), kind)
+    assert expected.pop("residuals").max() < 1e-5
+
+    def work(rank: int) -> None:
+        np.savez(
+            tmp_path / f"{rank}.npz", **answers(fit(tmp_path / "run", kind, torch.float32), kind)
+        )
+
+    assert statuses(work, tmp_path, 2) == [0, 0]
+    found = dict(np.load(tmp_path / "0.npz"))
+    del found["residuals"]
+    same(expected, found, 1e-5)
+
+
+def test_landmarks_stand_for_the_rows_of_several_processes(tmp_path, monkeypatch):
+    """The similarities of more rows than are held whole."""
+    run = fit(tmp_path / "run")
+    few = {"exact_rows": 10, "landmarks": 7}
+
+    def kernel(run: Run) -> tuple[np.ndarray, np.ndarray]:
+        found = kernel_module.row_kernel(run.points[0], run.points[0].operator(), **few)
+        return found.root, found.diagonal
+
+    expected = kernel(run)
+
+    def work(rank: int) -> None:
+        for one, other in zip(expected, kernel(opened(run.directory)), strict=True):
+            np.testing.assert_allclose(other, one, rtol=0, atol=1e-8 * np.abs(one).max())
+
+    assert statuses(work, tmp_path, 3) == [0] * 3
