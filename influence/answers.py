@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -309,6 +309,9 @@ def without(options: Without) -> None:
     """Predict the loss of every query, and of the removed rows themselves, if some training rows
     go together: no sum of their scores, because rows that teach the same stand in for each other.
     """
+    from influence import distributed
+
+    options = replace(options, device=distributed.join(options.device))
     run, ids, queries = opened(options)
     effect = run.without(
         ids,
@@ -328,14 +331,17 @@ def without(options: Without) -> None:
         "of the size on the models it was measured on (unlearn without: by small trainings; unlearn "
         "retrain: the exact answer).",
     )
+    distributed.leave()
 
 
 def tell(
     effect: Effect, options: WithoutOptions, queries: Examples | None, train: Examples, how: str
 ) -> None:
     """Print an effect, and write it where that is asked for; `how` it was found is said below."""
-    if options.out is not None:
-        _write_csv(options.out, effect)
+    from influence import distributed
+
+    if (out := options.out) is not None:
+        distributed.at_first(lambda: _write_csv(out, effect))
     if options.json:
         console.emit(effect.as_json(), "", True)
         return

@@ -73,6 +73,12 @@ class Asked:
             )
         return cls(tokens, measurement, ids, members, aggregate == "sum", against)
 
+    @classmethod
+    def each(cls, tokens: TokenizedExamples, measurement: Measurement) -> Asked:
+        """One measurement of each row of `tokens`."""
+        every = np.arange(len(tokens))
+        return cls(tokens, measurement, tokens.ids, [every[k : k + 1] for k in every])
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -80,9 +86,9 @@ class Asked:
         """Gradients at a point of what `rows` [K] of the request ask, `[K, P]`."""
         return self._gathered(point.query_gradients, point, rows)
 
-    def features(self, point: AtPoint, stored: StoredFeatures, rows: np.ndarray) -> Tensor:
+    def features(self, stored: StoredFeatures, rows: np.ndarray) -> Tensor:
         """The same in the coordinates that a point's rows are kept in."""
-        return self._gathered(stored.of_measurement, point, rows)
+        return self._gathered(stored.of_measurement, stored.point, rows)
 
     def _gathered(self, made: Made, point: AtPoint, rows: np.ndarray) -> Tensor:
         """What is asked, of gradients as they are `made`."""

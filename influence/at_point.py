@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.adapter import AdaptedModel
-from influence.batches import plan_batches
+from influence.batches import padded_tokens, plan_batches
 from influence.curvature import (
     PLAIN,
     SPECIFICATIONS,
@@ -178,22 +179,25 @@ class AtPoint:
         return self._features[operator.label]
 
     def gradient_blocks(
-        self, skip: np.ndarray | None = None, label: str | None = "stored gradients"
+        self,
+        skip: np.ndarray | None = None,
+        label: str | None = "stored gradients",
+        *,
+        shared: bool = False,
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """`(indices [b], gradients of l_i [b, P])` of all training rows, read or computed, in a
         fixed order.
 
         `skip` [n] marks rows that are not needed; a block of which all rows are marked is passed
-        over.
+        over. `shared`: of several processes each gets its share of the rows.
         """
         tokens = self.run.tokens
         skip = np.zeros(len(tokens), dtype=bool) if skip is None else skip
         if self.gradients_stored:
             self._check_gradients()
-            start = 0
-            for block in row_blocks(
-                self.file("gradients"), "gradients", self.digest, self.model.device, label
-            ):
+            start, end = distributed.span(len(tokens)) if shared else (0, len(tokens))
+            file, device = self.file("gradients"), self.model.device
+            for block in row_blocks(file, "gradients", self.digest, device, label, (start, end)):
                 indices = np.arange(start, start + len(block))
                 start += len(block)
                 if not skip[indices].all():
@@ -201,10 +205,14 @@ class AtPoint:
             return
         plan = self._plan()
         left = [rows for rows in plan if not skip[rows].all()]
+        before = len(plan) - len(left)
+        if shared:
+            before //= distributed.world()
+            left = distributed.share(left, padded_tokens(tokens, left))
         with self.model.at(self.place.theta):
             stream = stream_gradients(self.model, tokens, batches=left)
             for indices, gradients, _ in track(
-                stream, "training rows", total=len(plan), done=len(plan) - len(left)
+                stream, "training rows", total=before + len(left), done=before
             ):
                 yield indices, self.geometry.features(gradients)
 
@@ -219,12 +227,15 @@ class AtPoint:
         budget = self.run.manifest.token_budget
         return plan_batches(self.run.tokens, budget, max_rows=max_rows(self.model.space))
 
-    def row_products(self, vectors: Tensor) -> np.ndarray:
-        """Products of `vectors` [K, P] with the gradients of all training rows, `[K, n]` float64."""
-        found = np.empty((len(vectors), len(self.run.tokens)))
-        for indices, gradients in self.gradient_blocks(label=None):
+    def row_products(self, vectors: Tensor, *, shared: bool = False) -> np.ndarray:
+        """Products of `vectors` [K, P] with the gradients of all training rows, `[K, n]` float64.
+
+        `shared`: all processes give the same vectors, and each reads its share of the rows.
+        """
+        found = np.zeros((len(vectors), len(self.run.tokens)))
+        for indices, gradients in self.gradient_blocks(label=None, shared=shared):
             found[:, indices] = (vectors @ gradients.T).double().cpu().numpy()
-        return found
+        return distributed.add_up(torch.from_numpy(found)).numpy() if shared else found
 
     def gradients_of(self, rows: np.ndarray) -> Tensor:
         """Gradients of l_i `[b, P]` of some training rows, in their order."""
@@ -277,10 +288,12 @@ class AtPoint:
         key = (operator.curvature.name, operator.lam.numpy().tobytes())
         if key not in self._scales:
             rows = evenly_spaced(len(self.run.tokens), SCALE_ROWS)
+            count, rows = len(rows), distributed.shard(rows)
             shares = self.run.weights[rows] / self.run.tokens.counts[rows]
             stored = self.features(operator)
             squares = self._squares(operator, rows) if stored is None else stored.squares[rows]
-            self._scales[key] = float((squares * shares).mean())
+            summed = distributed.add_up(torch.tensor(squares @ shares, dtype=torch.float64))
+            self._scales[key] = float(summed) / count
         return self._scales[key]
 
     def _squares(self, operator: Damped, rows: np.ndarray) -> np.ndarray:
@@ -359,10 +372,11 @@ def memory_chunks(run: Run, count: int) -> list[np.ndarray]:
 
 def queries_at_once(run: Run, copies: int) -> int:
     """Queries whose gradients, with the `copies` [K, P] that solving holds beside them, fit into
-    the free memory.
+    the free memory, the same number in every process.
     """
     each = (1 + copies) * run.model.space.size * run.model.dtype.itemsize
-    return max(1, int(QUERY_SHARE * free_memory(run.model.device) / each))
+    free = float(distributed.first(np.array([free_memory(run.model.device)]))[0])
+    return max(1, int(QUERY_SHARE * free / each))
 
 
 def geometry_here(run: Run, name: str) -> Geometry:
@@ -402,16 +416,22 @@ def point_digest(run_digest: str, number: int) -> str:
 
 
 def row_blocks(
-    path: Path, name: str, run_digest: str, device: torch.device, label: str | None = None
+    path: Path,
+    name: str,
+    run_digest: str,
+    device: torch.device,
+    label: str | None = None,
+    span: tuple[int, int] | None = None,
 ) -> Iterator[Tensor]:
     """Blocks `[b, P]` of a stored row dataset, in order, each about `BLOCK_BYTES`.
 
-    With progress if labelled.
+    With progress if labelled. `span`: where the rows begin and end, by default at both ends.
     """
     with open_file(path, run_digest=run_digest):
         pass
     with RowFile(path, name) as rows:
         step = max(BLOCK_ROWS, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
-        starts = range(0, len(rows), step)
+        first, end = span or (0, len(rows))
+        starts = range(first, end, step)
         for start in starts if label is None else track(starts, label):
-            yield torch.from_numpy(rows.read(start, min(start + step, len(rows)))).to(device)
+            yield torch.from_numpy(rows.read(start, min(start + step, end))).to(device)

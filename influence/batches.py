@@ -75,6 +75,11 @@ def plan_batches(
     return [batch for _, batch in sorted(batches, key=lambda sized: -sized[0])]
 
 
+def padded_tokens(tokens: TokenizedExamples, batches: Sequence[np.ndarray]) -> list[float]:
+    """The tokens of each batch of a plan, padding included: what it costs."""
+    return [float(len(rows) * tokens.lengths[rows].max()) for rows in batches]
+
+
 def collate(
     tokens: TokenizedExamples,
     indices: Sequence[int] | np.ndarray,

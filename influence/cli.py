@@ -124,10 +124,12 @@ def fit(options: Fit) -> None:
     """
     import time
 
+    from influence import distributed
     from influence.damping import Damping
     from influence.fitting import fit as fit_run
     from influence.row_files import read_examples
 
+    options = replace(options, device=distributed.join(options.device))
     if options.damping != "time":
         Damping.parse(options.damping)
     curvature = _curvature(options.curvature, options.samples)
@@ -169,6 +171,7 @@ def fit(options: Fit) -> None:
     )
     result = {"run": str(options.run), "seconds": seconds, "manifest": manifest.as_json()}
     console.emit(result, text, options.json)
+    distributed.leave()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +231,11 @@ def score(options: Score) -> None:
     """
     import time
 
+    from influence import distributed
     from influence.measurements import Contrast
     from influence.row_files import read_examples
 
+    options = replace(options, device=distributed.join(options.device))
     queries = read_examples(options.queries, columns=options.columns)
     measurement: Any = options.measurement
     if (measurement == "contrast") != (options.contrast is not None):
@@ -277,6 +282,7 @@ def score(options: Score) -> None:
         "seconds": seconds,
     }
     console.emit(result, text, options.json)
+    distributed.leave()
     # datainf is an approximation by construction: its residual is a fact, not a failure
     if not_converged and options.solver != "datainf":
         raise SystemExit(1)
@@ -304,6 +310,9 @@ def self_(options: Self) -> None:
     """
     import numpy as np
 
+    from influence import distributed
+
+    options = replace(options, device=distributed.join(options.device))
     console.at_least("-k", options.k, 1)
     run = _open(options)
     out = options.out or options.run / "scores.h5"
@@ -328,6 +337,7 @@ def self_(options: Self) -> None:
     if options.json:
         record = {"out": str(out), "rows": count, "worst_residual": result.worst_residual}
         console.emit({**record, "top": rows}, "", True)
+        distributed.leave()
         return
     shown = table(
         f"{out}: the {len(rows)} rows with the highest self-influence of {count}",
@@ -336,6 +346,7 @@ def self_(options: Self) -> None:
     )
     console.show(shown)
     console.show(f"nats per token; {describe(result.attributes)}. {order(result.attributes)}")
+    distributed.leave()
 
 
 answers.add(app)

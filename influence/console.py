@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -9,16 +10,25 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from influence.errors import InputError, ToolkitError, memory_is_short
 from influence.messages import printable as printable
+from influence.progress import speaks
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+
+#: What is said of a call that was interrupted.
+INTERRUPTED = (
+    "interrupted; what fit, score, train and retrain --subsets had saved is kept: "
+    "the same command goes on from there"
+)
 
 
 def app(help: str) -> typer.Typer:
@@ -49,16 +59,16 @@ def main(application: typer.Typer) -> Callable[[], None]:
         # it speaks of kernels that nobody asked for
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
-            application()
+            with _first_process_alone():
+                application()
         except ToolkitError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-            sys.exit(error.exit_status)
+            _fail(f"error: {printable(str(error))}", error.exit_status)
         except KeyboardInterrupt:
-            _interrupted()
+            _fail(INTERRUPTED)
         except SystemExit as end:
             if end.code != 130:
                 raise
-            _interrupted()  # typer makes this of a KeyboardInterrupt
+            _fail(INTERRUPTED)  # typer makes this of a KeyboardInterrupt
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -72,33 +82,61 @@ def main(application: typer.Typer) -> Callable[[], None]:
             )
             message = f"{type(error).__name__}: {printable(str(error))}"
             where = f"({hint}LORA_INFLUENCE_DEBUG=1 shows where)"
-            print(f"error: {message}\n{where}", file=sys.stderr)
-            sys.exit(1)
+            _fail(f"error: {message}\n{where}")
 
     return run
 
 
-def _interrupted() -> None:
-    print(
-        "interrupted; what fit, score, train and retrain --subsets had saved is kept: "
-        "the same command goes on from there",
-        file=sys.stderr,
-    )
-    sys.exit(1)
+def several() -> bool:
+    """Whether torchrun started this process and others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _first_process_alone() -> AbstractContextManager[object]:
+    """Of several processes the first tells of wrong options, which are wrong in all of them."""
+    if several() and os.environ.get("RANK", "0") != "0":
+        return redirect_stderr(io.StringIO())
+    return nullcontext()
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    """Tell why the call failed, and end.
+
+    Of several processes one tells, and all end with its status, without waiting for each other.
+    """
+    told = True
+    if several():
+        from influence import distributed
+
+        told, status = distributed.tells(status)
+    if told:
+        print(message, file=sys.stderr, flush=True)
+    if several():
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def emit(result: dict[str, Any] | list[dict[str, Any]], text: str, as_json: bool) -> None:
-    """Print a result: JSON for a program, or text for a person."""
+    """Print a result: JSON for a program, or text for a person. Of several processes the first
+    prints it.
+    """
+    if not speaks():
+        return
     if as_json:
         text = json.dumps(finite(result), ensure_ascii=False, default=str, allow_nan=False)
     print(text)
 
 
 def show(part: Table | Text | str, *, wrap: bool = True) -> None:
-    """Print a table, or text as it is, for a person, with `wrap` at the terminal's width."""
+    """Print a table, or text as it is, for a person, with `wrap` at the terminal's width.
+
+    Of several processes the first prints it.
+    """
     from rich.console import Console
 
-    Console().print(part, markup=False, highlight=False, soft_wrap=not wrap)
+    if speaks():
+        Console().print(part, markup=False, highlight=False, soft_wrap=not wrap)
 
 
 def at_least(flag: str, value: float, least: int) -> None:
@@ -130,4 +168,5 @@ def finite(value: Any) -> Any:
 def _one_line_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
     if issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
         return
-    print(f"warning: {printable(str(message))}", file=sys.stderr)
+    if speaks():
+        print(f"warning: {printable(str(message))}", file=sys.stderr)

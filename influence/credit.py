@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from influence import distributed
 from influence.at_point import memory_chunks
 from influence.calibration import calibrate_once
 from influence.curvature.base import Invertible
@@ -165,7 +166,7 @@ def credited(
 
 def shared_credit(setting: Setting) -> Credit | str:
     """The credit that rows share in a setting, or why it cannot be shared."""
-    if (reason := refusal(setting)) is not None:
+    if (reason := distributed.at_first(lambda: refusal(setting))) is not None:
         return reason
     run = setting.run
     if (known := run.kept.get(("credit", setting.name, setting.kappa))) is not None:

@@ -9,7 +9,8 @@
     │   └── MismatchError       a run directory opened with something it was not made from
     └── WorkError               the call was right, the work failed           (exit status 1)
         ├── NumericalError      NaN, divergence, a matrix that cannot be solved
-        └── StoreError          a file that is truncated, damaged or too large for the disk
+        ├── StoreError          a file that is truncated, damaged or too large for the disk
+        └── ProcessError        another process of the same call ended
 
 Every message says what was given, what was expected, and what to do.
 """
@@ -87,6 +88,10 @@ class NumericalError(WorkError):
 
 class StoreError(WorkError):
     """A stored file that is truncated or damaged, or a disk that is too small."""
+
+
+class ProcessError(WorkError):
+    """Another process of the same call ended, so that this one cannot go on."""
 
 
 def refuse(message: str, reasons: Sequence[str]) -> None:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence.batches import collate, plan_batches
+from influence import distributed
+from influence.batches import collate, padded_tokens, plan_batches
 from influence.curvature.base import Damped, Whitening
 from influence.errors import StoreError
 from influence.geometry import Geometry
@@ -143,22 +144,28 @@ class StoredFeatures:
     @property
     def rows_at_once(self) -> int:
         """Rows whose features may be held at a time, by the free memory."""
-        each = self.kept.size * self.dtype.itemsize
-        return max(1, int(MEMORY_SHARE * free_memory(self.point.model.device) / each))
+        free = float(distributed.first(np.array([free_memory(self.point.model.device)]))[0])
+        return max(1, int(MEMORY_SHARE * free / (self.kept.size * self.dtype.itemsize)))
+
+    @property
+    def none(self) -> Tensor:
+        """Features of no row, `[0, K]`."""
+        return torch.empty(0, self.kept.size, dtype=self.dtype, device=self.point.model.device)
 
     def blocks(
-        self, skip: np.ndarray | None = None, label: str | None = None
+        self, skip: np.ndarray | None = None, label: str | None = None, *, shared: bool = False
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """`(indices [b], features [b, K])` of all rows in order.
+        """`(indices [b], features [b, K])` of all rows in order, or of this process's share.
 
         A block of which `skip` [n] marks all rows is passed over.
         """
         n = len(self.point.run.tokens)
+        first, end = distributed.span(n) if shared else (0, n)
         step = max(1, BLOCK_BYTES // (4 * self.kept.size))
-        starts = range(0, n, step)
+        starts = range(first, end, step)
         with RowFile(self.path, "codes") as codes, RowFile(self.path, "scales") as scales:
             for start in starts if label is None else track(starts, label):
-                stop = min(start + step, n)
+                stop = min(start + step, end)
                 if skip is None or not skip[start:stop].all():
                     read = codes.read(start, stop), scales.read(start, stop)
                     yield np.arange(start, stop), self.kept.unpacked(*read, self.dtype)
@@ -184,12 +191,15 @@ class StoredFeatures:
                 out[torch.from_numpy(rows)] = values.to(out)
         return out
 
-    def products(self, left: Tensor) -> np.ndarray:
-        """`left` [K', K] with every row, `[K', n]` float64."""
-        found = np.empty((len(left), len(self.point.run.tokens)))
-        for indices, rows in self.blocks():
+    def products(self, left: Tensor, *, shared: bool = False) -> np.ndarray:
+        """`left` [K', K] with every row, `[K', n]` float64.
+
+        `shared`: all processes give the same `left`, and each reads its share of the rows.
+        """
+        found = np.zeros((len(left), len(self.point.run.tokens)))
+        for indices, rows in self.blocks(shared=shared):
             found[:, indices] = (left @ rows.T).double().cpu().numpy()
-        return found
+        return distributed.add_up(torch.from_numpy(found)).numpy() if shared else found
 
 
 def write_features(point: AtPoint) -> None:
@@ -198,26 +208,34 @@ def write_features(point: AtPoint) -> None:
     Features of another damping are replaced. The model is at the point.
     """
     run, path, operator = point.run, point.file(NAME), point.operator()
-    if path.exists():
-        with open_file(path, run_digest=point.digest) as file:
-            same = file.attrs.get("setting") == operator.label
-        if not same:
-            path.unlink()
-    if not path.exists():
-        _lay_out(point, FeatureMap.chosen(point, operator, run.manifest.row_bytes).kept, operator)
-    done = np.array(open_rows(path, "done")).astype(bool)
+
+    def begin() -> np.ndarray:
+        """Lay the file out, and tell which rows are in it."""
+        if path.exists():
+            with open_file(path, run_digest=point.digest) as file:
+                same = file.attrs.get("setting") == operator.label
+            if not same:
+                path.unlink()
+        if not path.exists():
+            chosen = FeatureMap.chosen(point, operator, run.manifest.row_bytes)
+            _lay_out(point, chosen.kept, operator)
+        return np.array(open_rows(path, "done")).astype(bool)
+
+    done = distributed.at_first(begin)
     if done.all():
         return
     made = FeatureMap(operator, point.geometry, _kept_in(path, point))
     plan = plan_batches(run.tokens, run.manifest.token_budget)
     left = [rows for rows in plan if not done[rows].all()]
+    before = (len(plan) - len(left)) // distributed.world()
+    left = distributed.share(left, padded_tokens(run.tokens, left))
     with ExitStack() as stack:
         files = {
             name: stack.enter_context(RowFile(path, name, write=True))
             for name in ("codes", "scales", "squares", "done")
         }
         recorder = stack.enter_context(tape(point.model))
-        for rows in track(left, "rows to features", total=len(plan), done=len(plan) - len(left)):
+        for rows in track(left, "rows to features", total=before + len(left), done=before):
             values, squares = made.of_batch(recorder, rows, run.tokens, None)
             codes, scales = made.kept.packed(values, squares)
             files["codes"].write(rows, codes)
@@ -226,6 +244,7 @@ def write_features(point: AtPoint) -> None:
             files["done"].write(rows, np.ones(len(rows), np.uint8))
         for file in files.values():
             file.flush()
+    distributed.wait()  # the rows of all processes are in the file
 
 
 def _lay_out(point: AtPoint, kept: KeptCoordinates, operator: Damped) -> None:

@@ -4,6 +4,9 @@ One pass does everything: each batch runs forward once and backward once per set
 model's own for the curvature and the data's for the gradients. Which sums are formed of it, the
 curvature's accumulator knows (`influence.curvature.base`); no curvature is known here by name, and
 nothing is scored.
+
+Several processes (`influence.distributed`) each do some of the batches, and write their rows at the
+rows' own places; their sums are added up where a checkpoint is written, and at the end.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.at_point import AtPoint, geometry_here, row_blocks
-from influence.batches import collate, plan_batches
+from influence.batches import collate, padded_tokens, plan_batches
 from influence.curvature import Accumulator, Specification
 from influence.curvature.base import ALWAYS, ONCE
 from influence.errors import InputError
@@ -43,6 +47,8 @@ from influence.store import RowFile, open_file, read, write_file
 CHECKPOINT_SECONDS = 60.0
 QUICK = 2.0
 CHECKPOINT = "checkpoint.h5"
+#: Which batches are in the sums of a checkpoint, beside these.
+DONE = "batches_done"
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class PointFit:
         shape = (most, self.model.space.size)
         options = {"dtype": self.model.dtype, "device": self.model.device}
         self.buffer = torch.empty(shape, **options) if most else None
-        self.created = False  # whether a row file had to be made, so that nothing in it counts
+        self.created = False  # whether a row file had to be made
 
     def coordinates(self, state: OptimizerState | None) -> Geometry:
         """The geometry at this point.
@@ -140,17 +146,20 @@ class PointFit:
 
     def work(self) -> None:
         """Everything between nothing (or an interrupted pass) and this point's factors."""
-        self.lay_out()
+        self.created = distributed.at_first(self.lay_out)
         if self.store_gradients or self.draws:
             self.main_pass(self.resume())
         self.finish()
-        if self.curvature.reads_rows != ALWAYS:
+        if self.curvature.reads_rows != ALWAYS and distributed.rank() == 0:
             self.point.file("rows").unlink(missing_ok=True)
 
     # ---- the pass
 
-    def lay_out(self) -> None:
-        """Create the row files at full size, unless a killed fit already did."""
+    def lay_out(self) -> bool:
+        """Create the row files at full size, unless a killed fit already did.
+
+        Returns whether one was created, so that nothing in it counts.
+        """
         n, P = len(self.tokens), self.model.space.size
         dtype = np.dtype("float64" if self.model.dtype == torch.float64 else "float32")
         attrs = {"run_digest": self.digest, "param_space": self.model.space.digest}
@@ -158,8 +167,9 @@ class PointFit:
             if self.point.file(name).exists():
                 with open_file(self.point.file(name), run_digest=self.digest):
                     pass
+        created = False
         for name, wanted in (("gradients", self.store_gradients), ("rows", self.store_rows)):
-            self.created |= wanted and not self.point.file(name).exists()
+            created |= wanted and not self.point.file(name).exists()
             if not wanted:
                 self.point.file(name).unlink(missing_ok=True)
         if self.store_gradients and not self.point.file("gradients").exists():
@@ -179,9 +189,10 @@ class PointFit:
                 attrs={**attrs, "about": about},
                 rows={"rows": ((n * self.draws, P), dtype)},
             )
+        return created
 
-    def main_pass(self, first: int) -> None:
-        """The batches from number `first` on, with their row files open.
+    def main_pass(self, done: np.ndarray) -> None:
+        """The batches that are not `done` [batches], with their row files open.
 
         Checkpoints now and then.
         """
@@ -196,22 +207,43 @@ class PointFit:
                 files.done = opened("gradients", "done")
             if self.store_rows:
                 files.sampled = opened("rows", "rows")
-            self.run_batches(first, files)
+            self.run_batches(done, files)
+        distributed.wait()  # the rows of all processes are in their files
 
-    def run_batches(self, first: int, files: RowFiles) -> None:
-        """The batches from number `first` on, into the open row files."""
-        count, last, pause = len(self.batches), time.monotonic(), CHECKPOINT_SECONDS
+    def run_batches(self, done: np.ndarray, files: RowFiles) -> None:
+        """Run the batches that are not `done` [batches], into the open row files.
+
+        Each process runs its share.
+        """
+        begun_with, last, pause = int(done.sum()), time.monotonic(), CHECKPOINT_SECONDS
+        left = np.flatnonzero(~done).tolist()
+        mine = distributed.share(
+            left, padded_tokens(self.tokens, [self.batches[number] for number in left])
+        )
         with tape(self.model) as recorder:
-            for number in track(range(first, count), "training rows", total=count, done=first):
-                self.run_batch(recorder, self.batches[number], files)
-                if (begun := time.monotonic()) - last > pause:
+            for numbers in distributed.rounds(self.each_run(recorder, mine, begun_with, files)):
+                done[numbers] = True
+                begun = time.monotonic()
+                if distributed.first_says(begun - last > pause):
                     files.flush()  # first: the checkpoint says that these rows are written
-                    self.checkpoint(number + 1)
+                    self.checkpoint(done)
                     last = time.monotonic()
                     pause = CHECKPOINT_SECONDS * max(1.0, (last - begun) / QUICK)
         second_pass = self.curvature.reads_rows == ONCE and not self.store_rows
-        if second_pass and first < count:
-            self.checkpoint(count)  # the first pass is not lost where the second is killed
+        if second_pass and left:
+            self.checkpoint(done)  # the first pass is not lost where the second is killed
+
+    def each_run(
+        self, recorder: Tape, mine: list[int], done: int, files: RowFiles
+    ) -> Iterator[int]:
+        """Run batches by number; each number is given once its batch is in the files and sums.
+
+        Progress counts `done` ones of all processes before.
+        """
+        done //= distributed.world()
+        for number in track(mine, "training rows", total=done + len(mine), done=done):
+            self.run_batch(recorder, self.batches[number], files)
+            yield number
 
     def run_batch(self, recorder: Tape, rows: np.ndarray, files: RowFiles | None = None) -> None:
         """One batch into the accumulator and the files.
@@ -276,39 +308,56 @@ class PointFit:
 
     # ---- checkpoints
 
-    def checkpoint(self, following: int) -> None:
-        """Save the running sums and the number of the next batch."""
+    def checkpoint(self, done: np.ndarray) -> None:
+        """Save the running sums of all processes, and which batches are in them.
+
+        `done` [batches] are those that this process knows of. The first process goes on with the
+        total, the others with nothing, so that nothing counts twice.
+        """
+        sums = distributed.add_up(self.accumulator.sums())
+        every = distributed.add_up(torch.from_numpy(done.astype(np.uint8))) > 0
+        if distributed.rank() != 0:
+            for tensor in sums.values():
+                tensor.zero_()
+            return
+        arrays = {name: tensor.cpu().numpy() for name, tensor in sums.items()}
         write_file(
             self.run.directory / CHECKPOINT,
-            {name: tensor.cpu().numpy() for name, tensor in self.accumulator.sums().items()},
-            attrs={
-                "run_digest": self.digest,
-                "next": following,
-                "plan": self.plan_digest,
-                "stored": self.stored,
-            },
+            {**arrays, DONE: every.numpy().astype(np.uint8)},
+            attrs={"run_digest": self.digest, "plan": self.plan_digest, "stored": self.stored},
         )
 
-    def resume(self) -> int:
-        """The batch to go on with: after the last checkpoint of the same plan, else the first."""
-        path = self.run.directory / CHECKPOINT
+    def resume(self) -> np.ndarray:
+        """Which batches `[batches]` are done: those of the last checkpoint of the same plan, else
+        none.
+
+        The first process has their sums.
+        """
+        return distributed.at_first(self.read_checkpoint)
+
+    def read_checkpoint(self) -> np.ndarray:
+        """The batches `[batches]` of the checkpoint, and into the accumulator their sums."""
+        path, done = self.run.directory / CHECKPOINT, np.zeros(len(self.batches), dtype=bool)
         if not path.exists():
-            return 0
+            return done
         with open_file(path) as file:
             if file.attrs.get("run_digest") != self.digest:
-                return 0  # of the point before
+                return done  # of the point before
             same = file.attrs["plan"] == self.plan_digest and file.attrs["stored"] == self.stored
             if not same or self.created:
-                return 0
+                return done
             sums = self.accumulator.sums()
             shapes = {name: getattr(file.get(name), "shape", None) for name in sums}
             if any(shapes[name] != tensor.shape for name, tensor in sums.items()):
-                return 0  # of sums that are not kept, or not at this size, any more
+                return done  # of sums that are not kept, or not at this size, any more
             for name, tensor in sums.items():
                 tensor.copy_(torch.from_numpy(np.asarray(read(file, name))))
-            following = int(np.asarray(file.attrs["next"]))
-        say(f"resuming at batch {following + 1} of {len(self.batches)}")
-        return following
+            if "next" in file.attrs:  # as one process wrote it before
+                done[: int(np.asarray(file.attrs["next"]))] = True
+            else:
+                done[:] = read(file, DONE)
+        say(f"resuming at batch {int(done.sum()) + 1} of {len(self.batches)}")
+        return done
 
     @property
     def stored(self) -> str:
@@ -329,31 +378,40 @@ class PointFit:
         arrays = {f"geometry/{key}": tensor for key, tensor in geometry.state().items()}
         if place.scale is None:
             arrays["theta"] = place.theta
-        accumulator, rows = self.accumulator, self.sampled_rows()
+        accumulator = self.accumulator
+        distributed.add_up(accumulator.sums())
         if (second := accumulator.second_look()) is not None:
+            rows = self.sampled_rows(shared=True)
             start, weights = 0, rows.weights
             for block in rows:
                 second.add_rows(block, weights[start : start + len(block)])
                 start += len(block)
+            distributed.add_up(second.sums())
             accumulator = second
-        arrays |= accumulator.finish(rows)
+        arrays |= accumulator.finish(self.sampled_rows())
+        distributed.at_first(lambda: self.write_factors(arrays))
+
+    def write_factors(self, arrays: dict[str, Tensor]) -> None:
+        """Write `factors.h5`."""
         write_file(
             self.point.file("factors"),
             {name: tensor.cpu().numpy() for name, tensor in arrays.items()},
             attrs={
                 "run_digest": self.digest,
                 "curvature": self.curvature.name,
-                "point": place.label,
+                "point": self.point.place.label,
             },
         )
 
-    def sampled_rows(self) -> StoredRows | ComputedRows:
+    def sampled_rows(self, *, shared: bool = False) -> StoredRows | ComputedRows:
         """Per-row features at the sampled labels (or at the data's), read back or computed again
         with the same labels.
+
+        `shared`: this process's share of them.
         """
         if self.store_rows or (self.draws == 0 and self.store_gradients):
-            return StoredRows(self)
-        return ComputedRows(self)
+            return StoredRows(self, shared)
+        return ComputedRows(self, shared)
 
     def sampled_again(self, recorder: Tape, rows: np.ndarray) -> Iterator[Tensor]:
         """The gradients `[b, P]` of one batch at each draw of sampled labels."""
@@ -363,33 +421,48 @@ class PointFit:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """The rows that the pass stored, in their order."""
+    """The rows that the pass stored, in their order: all, or this process's share."""
 
     fit: PointFit
+    shared: bool = False
+
+    @property
+    def _span(self) -> tuple[int, int]:
+        """Where the rows begin and end, of all rows and draws."""
+        count = len(self.fit.tokens) * max(1, self.fit.draws)
+        return distributed.span(count) if self.shared else (0, count)
 
     @property
     def weights(self) -> Tensor:
         """`w_i / k` of every row and draw, `[m]` float64."""
         draws = max(1, self.fit.draws)
-        weights = torch.from_numpy(np.repeat(self.fit.weights, draws) / draws)
-        return weights.to(self.fit.model.device)
+        weights = np.repeat(self.fit.weights, draws)[slice(*self._span)] / draws
+        return torch.from_numpy(weights).to(self.fit.model.device)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Blocks of features."""
         fit, name = self.fit, "rows" if self.fit.draws else "gradients"
-        blocks = row_blocks(fit.point.file(name), name, fit.digest, fit.model.device)
+        blocks = row_blocks(
+            fit.point.file(name), name, fit.digest, fit.model.device, span=self._span
+        )
         return map(fit.point.geometry.features, blocks)
 
 
 @dataclass(frozen=True)
 class ComputedRows:
-    """The rows computed again, batch by batch and draw by draw: a second pass."""
+    """The rows computed again, batch by batch and draw by draw: a second pass over all of them, or
+    over this process's share.
+    """
 
     fit: PointFit
+    shared: bool = False
 
     @property
     def _plan(self) -> list[np.ndarray]:
-        return self.fit.plan(limited=True)
+        plan = self.fit.plan(limited=True)
+        return (
+            distributed.share(plan, padded_tokens(self.fit.tokens, plan)) if self.shared else plan
+        )
 
     @property
     def weights(self) -> Tensor:

@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
 from influence.credit import credited
 from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
 from influence.curvature.base import NEVER
 from influence.damping import Damping
-from influence.errors import InputError, StoreError, ToolkitError
+from influence.errors import InputError, NumericalError, StoreError, ToolkitError
 from influence.features import NAME, bytes_of_row, write_features
 from influence.fitted_point import PointFit, Storage
 from influence.geometry import GEOMETRIES
@@ -203,13 +204,14 @@ def fit(
         _say_batches(reduction, training, len(train))
         if (losses := check_losses(model, train, rendering, training)) is not None:
             say(f"{'note' if losses.agrees else 'warning'}: {losses}")
-    with only_writer(directory):
-        existing = claim(directory, manifest, curvature, overwrite)
-        begun = begun_manifest(directory)
+    distributed.wait()  # until all have seen what was there
+    with distributed.held_by_first(only_writer(directory)):
+        existing = distributed.at_first(lambda: claim(directory, manifest, curvature, overwrite))
+        begun = distributed.at_first(lambda: begun_manifest(directory))
         refuse_other_tokens(directory, begun, tokens)
         manifest = existing or replace(manifest, created=begun.created)
         run = Run(directory, manifest, model, train, tokens, curvature)
-        _keep(run, training, begun)
+        run.manifest = distributed.at_first(lambda: _kept(run, training, begun))
         if existing is None:
             _measure_precision(run)
             fit_points(run, places, curvature, disk_budget, state)
@@ -317,7 +319,7 @@ def _measure_precision(run: Run) -> None:
     if record is None:
         return
     run.manifest = replace(run.manifest, precision=record)
-    write_manifest(run.directory, run.manifest)
+    distributed.at_first(lambda: write_manifest(run.directory, run.manifest))
     if note := precision_note(record):
         say(note)
 
@@ -378,10 +380,10 @@ def _points_of(output: TrainerOutput) -> tuple[Path, ...]:
     return places
 
 
-def _keep(run: Run, training: Training | None, begun: Manifest) -> None:
+def _kept(run: Run, training: Training | None, begun: Manifest) -> Manifest:
     """Keep rows, adapter and recipe in the directory where no file has them.
 
-    `begun` is the manifest that lies there.
+    `begun` is the manifest that lies there. Returns the one that says where they are.
     """
     manifest = run.manifest
     if manifest.data.path is None and (path := keep_rows(run.directory, run.train)) is not None:
@@ -394,7 +396,7 @@ def _keep(run: Run, training: Training | None, begun: Manifest) -> None:
         keep_recipe(run.directory, training.recipe)
     if manifest != begun:  # of an unfinished fit too: it tells what to replace
         write_manifest(run.directory, manifest)
-    run.manifest = manifest
+    return manifest
 
 
 def _prepare_credit(run: Run) -> None:
@@ -407,6 +409,8 @@ def _prepare_credit(run: Run) -> None:
         credited(run)
         run.kept.clear()  # scores read it again, and others need the memory
     except (ToolkitError, MemoryError, torch.OutOfMemoryError) as error:
+        if distributed.world() > 1 and not isinstance(error, InputError | NumericalError):
+            raise  # this process alone has failed: the others wait for it
         say(f"note: how rows share credit could not be prepared ({error})")
 
 
@@ -511,13 +515,16 @@ def fit_points(
     kind, wanted = stored_as(run, len(places), curvature, disk_budget)
     rule = STORE_BEFORE.get(run.manifest.store, run.manifest.store)
     left = disk_budget - point_bytes * (len(places) - 1) if kind == FULL else disk_budget
-    _refuse_small_disk(run, kind, wanted)
+    distributed.at_first(lambda: _refuse_small_disk(run, kind, wanted))
     for number, place in enumerate(places):
-        if len(places) > 1 and not _finished(run, number, kind):
+        finished = distributed.at_first(lambda number=number: _finished(run, number, kind))
+        if finished:
+            continue
+        if len(places) > 1:
             say(f"point {number + 1} of {len(places)}: {place.label}")
         with run.model.at(place.theta):
             point = AtPoint(run, number, place)
-            if not _fitted(run, number, kind):
+            if not distributed.at_first(lambda number=number: _fitted(run, number, kind)):
                 storage = Storage(kind == FULL, rule, left)
                 PointFit(point, curvature, storage, state).work()
             if kind == FEATURES:
@@ -529,6 +536,11 @@ def fit_points(
         calibration={},
         complete=True,
     )
+    distributed.at_first(lambda: _complete(run, curvature))
+
+
+def _complete(run: Run, curvature: Specification) -> None:
+    """Say on disk that the run is whole."""
     write_manifest(run.directory, run.manifest)
     tidy(run.directory, run.manifest, curvature)
 

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg as sl
 import torch
 
+from influence import distributed
 from influence.at_point import AtPoint, evenly_spaced, queries_at_once
 from influence.curvature.base import Damped, Invertible, inverse_products
 from influence.errors import NumericalError, StoreError
@@ -167,23 +168,27 @@ def row_kernel(
     """
     n = len(point.run.tokens)
     if n <= exact_rows:
-        found = _kept(point, operator)
+        found = None
+        if distributed.at_first(lambda: _is_kept(point, operator)):
+            found = _kept(point)
         if found is None:
             every = np.arange(n)
             found = _columns(point, operator, every)
             # symmetric but for rounding, and the same now as when it is read again
             found = ((found + found.T) / 2).astype(_dtype(point)).astype(np.float64)
-            _keep(point, operator, found)
+            if _own(point, operator):
+                distributed.at_first(lambda: _keep(point, operator, found))
         return WholeKernel(found)
     chosen = evenly_spaced(n, landmarks)
-    between, diagonal = _columns(point, operator, chosen), np.empty(n)
+    between, diagonal = _columns(point, operator, chosen), np.zeros(n)
     weights = point.run.weights
     if (features := point.features(operator)) is not None:
         diagonal = features.squares * weights
     else:
-        for indices, gradients in point.gradient_blocks(label=None):
+        for indices, gradients in point.gradient_blocks(label=None, shared=True):
             products = inverse_products(operator, gradients).cpu().numpy()
             diagonal[indices] = products * weights[indices]
+        diagonal = distributed.add_up(torch.from_numpy(diagonal)).numpy()
     small = between[:, chosen]
     small = (small + small.T) / 2
     small[np.diag_indices_from(small)] += JITTER[_dtype(point)] * np.diagonal(small).mean()
@@ -196,18 +201,29 @@ def row_kernel(
 
 
 def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
-    """K between some rows and all, `[k, n]` float64."""
+    """K between some rows and all, `[k, n]` float64.
+
+    Of several processes each makes some of its rows; where gradients are not stored, and each of
+    them costs a backward, each makes the products with its share of all rows instead.
+    """
     assert isinstance(operator.curvature, Invertible)
     run, roots = point.run, np.sqrt(point.run.weights)
-    found = np.empty((len(rows), len(run.tokens)))
-    if (features := point.features(operator)) is not None:
-        for part in np.array_split(np.arange(len(rows)), -(-len(rows) // features.rows_at_once)):
-            found[part] = features.products(features.of_rows(rows[part]))
-        return found * roots[rows, None] * roots
+    found, features = np.zeros((len(rows), len(run.tokens))), point.features(operator)
+    split = point.gradients_stored or features is not None
+    at_once = queries_at_once(run, COPIES) if features is None else features.rows_at_once
+    first, end = distributed.span(len(rows)) if split else (0, len(rows))
+    places = np.arange(first, end)
     # each part reads all rows' gradients once, so that parts are as large as memory allows
-    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // queries_at_once(run, COPIES))):
-        solved = operator.curvature.solve(point.gradients_of(rows[part]), operator.lam)
-        found[part] = point.row_products(solved)
+    for part in np.array_split(places, max(1, -(-len(places) // at_once))):
+        if not len(part):
+            continue
+        if features is not None:
+            found[part] = features.products(features.of_rows(rows[part]))
+        else:
+            solved = operator.curvature.solve(point.gradients_of(rows[part]), operator.lam)
+            found[part] = point.row_products(solved, shared=not split)
+    if split:
+        found = distributed.add_up(torch.from_numpy(found)).numpy()
     return found * roots[rows, None] * roots
 
 
@@ -224,13 +240,17 @@ def _own(point: AtPoint, operator: Damped) -> bool:
     return point.number is not None and point.operator().label == operator.label
 
 
-def _kept(point: AtPoint, operator: Damped) -> np.ndarray | None:
-    """K as the run keeps it, float64, where it is of this operator."""
+def _is_kept(point: AtPoint, operator: Damped) -> bool:
+    """Whether the run keeps K of this operator."""
     if point.number is None or not point.file("kernel").exists():
-        return None
+        return False
     with open_file(point.file("kernel"), run_digest=point.digest) as file:
-        if file.attrs.get("setting") != operator.label:
-            return None
+        return file.attrs.get("setting") == operator.label
+
+
+def _kept(point: AtPoint) -> np.ndarray:
+    """K as the run keeps it, float64."""
+    with open_file(point.file("kernel"), run_digest=point.digest) as file:
         return read(file, "kernel").astype(np.float64)
 
 
@@ -239,8 +259,6 @@ def _keep(point: AtPoint, operator: Damped, values: np.ndarray) -> None:
 
     A disk that is full or only read costs the time of making it again, no more.
     """
-    if not _own(point, operator):
-        return
     attrs = {
         "run_digest": point.digest,
         "setting": operator.label,

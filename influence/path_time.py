@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.at_point import AtPoint, evenly_spaced
 from influence.batches import collate
 from influence.curvature.base import Damped, Invertible
@@ -126,11 +127,14 @@ def path_record(run: Run) -> PathRecord:
     rows = evenly_spaced(len(run.tokens), LOSS_ROWS)
     sample = run.tokens.select(rows)
     weights = run.weights[rows] * sample.counts
+    own = distributed.shard(np.arange(len(rows)))  # each process runs its share of them
+    mine = sample.select(own)
 
     def loss(theta: Tensor) -> float:
         with run.model.at(theta):
-            losses = mean_losses(run.model, sample, token_budget=run.manifest.token_budget)
-        return float((weights * losses).sum() / weights.sum())
+            losses = mean_losses(run.model, mine, token_budget=run.manifest.token_budget)
+        summed = torch.tensor((weights[own] * losses).sum(), dtype=torch.float64)
+        return float(distributed.add_up(summed)) / float(weights.sum())
 
     base, adapter = loss(scaled(run.model, 0.0)), loss(run.model.snapshot())
     places = [point.place for point in run.points]
@@ -154,8 +158,10 @@ def gauss_newton_ratio(point: AtPoint, operator: Damped | None = None) -> float:
     """
     operator = operator or point.operator()
     assert isinstance(operator.curvature, Invertible)
-    found = []
-    for row in evenly_spaced(len(point.run.tokens), RATIO_ROWS).tolist():
+    rows = evenly_spaced(len(point.run.tokens), RATIO_ROWS)
+    found = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    places = distributed.shard(np.arange(len(rows)))  # each process measures some
+    for place, row in zip(places.tolist(), rows[places].tolist(), strict=True):
         gradient = point.gradients_of(np.array([row]))
         solved = operator.curvature.solve(gradient, operator.lam)
         slope = float((gradient * solved).sum(dtype=torch.float64))
@@ -165,8 +171,10 @@ def gauss_newton_ratio(point: AtPoint, operator: Damped | None = None) -> float:
         size = STEP * float(tokens.counts[0]) / slope
         step = point.geometry.adjoint(solved)[0] * size
         apart = _divergences(point, tokens, step)
-        found.append(apart / (size * slope) ** 2)
-    return float(np.median(found)) if found else 0.0
+        found[place] = apart / (size * slope) ** 2
+    ratios = distributed.assembled(found[places], places, len(rows)).numpy()
+    ratios = ratios[~np.isnan(ratios)]
+    return float(np.median(ratios)) if len(ratios) else 0.0
 
 
 def _divergences(point: AtPoint, tokens: TokenizedExamples, step: Tensor) -> float:

@@ -24,7 +24,7 @@ def track(
     """
     if total is None:
         total = (len(items) if isinstance(items, Sized) else 0) + done
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and speaks():
         yield from _bar(items, label, total, done)
         return
     start, due = time.monotonic(), NowAndThen()
@@ -37,9 +37,21 @@ def track(
             say(f"{label}: {count}/{total}, about {seconds:.0f} s left")
 
 
+def speaks() -> bool:
+    """Whether this process tells what is going on: of several at one piece of work the first."""
+    several = sys.modules.get("torch.distributed")  # not loaded: one process
+    if several is None or not (several.is_available() and several.is_initialized()):
+        return True
+    return several.get_rank() == 0
+
+
 def say(message: str) -> None:
-    """One plain line on standard error. Names in it may be those of files of others."""
-    print(printable(message), file=sys.stderr, flush=True)
+    """One plain line on standard error. Names in it may be those of files of others.
+
+    Of several processes the first one says it.
+    """
+    if speaks():
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 class NowAndThen:

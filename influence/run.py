@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
 from influence.base_files import live_loading
@@ -490,4 +491,4 @@ def update_manifest(run: Run, **changes: Any) -> None:
     """Set some fields of a run's manifest, in memory and on disk, where the others stay what
     they are by now.
     """
-    run.manifest = change_manifest(run.directory, **changes)
+    run.manifest = distributed.at_first(lambda: change_manifest(run.directory, **changes))

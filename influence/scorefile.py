@@ -314,6 +314,24 @@ class ScoresInTheMaking:
             apart,
         )
 
+    def put(
+        self,
+        chunk: int,
+        point: int,
+        queries: np.ndarray,
+        rows: np.ndarray,
+        scores: np.ndarray,
+        by_module: Sequence[np.ndarray],
+    ) -> None:
+        """Keep the scores `[K, b]` of some rows [b] for a chunk's queries [K] at a point, and note
+        that they are done. `by_module` has the same of each module.
+        """
+        place = np.ix_(queries, rows)
+        self.parts[point][place] = scores
+        for module, own in enumerate(by_module):
+            self.module_parts[point][:, module][place] = own
+        self.done[chunk * (len(self.done) // self.chunks) + point, rows] = 1
+
     def note(self, rows: np.ndarray, solution: Solution) -> None:
         """A query's residual is the worst of its points'.
 

@@ -31,8 +31,9 @@ reading of the adapter as the optimum, Bae et al. 2022, arXiv 2209.05364).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.adapter import ParamSpace
 from influence.asked import Asked
 from influence.at_point import AtPoint, queries_at_once
@@ -63,7 +65,7 @@ from influence.scorefile import (
     write_self_influence,
 )
 from influence.setting import ADDITIVE, Setting
-from influence.solvers import Solver
+from influence.solvers import Solution, Solver
 from influence.solvers.base import MOST_COPIES
 from influence.solvers.direct import Direct
 from influence.solvers.named import approximates, make_solver, solver_options, with_limits
@@ -221,15 +223,17 @@ def score(
     if stored is not None:
         attributes["store"] = f"features of {stored[0].kept.size} coordinates"
     target = None if out is None else Path(out)
-    found = (
-        existing_scores(target, attributes)
-        if target is not None and target.exists() and not overwrite
-        else None
-    )
-    if found is not None and target is not None:
-        parts_file(target).unlink(missing_ok=True)  # a call that was killed after its last step
+
+    def before() -> Scores | None:
+        if target is None or overwrite or not target.exists():
+            return None
+        if (found := existing_scores(target, attributes)) is not None:
+            parts_file(target).unlink(missing_ok=True)  # of a call that was killed after its end
         return found
-    with nullcontext() if target is None else only_writer(target):
+
+    if (found := distributed.at_first(before)) is not None:
+        return found
+    with nullcontext() if target is None else distributed.held_by_first(only_writer(target)):
         return _score(
             setting, shared, asked, solvers, stored, attributes, target, per_token, per_module
         )
@@ -248,25 +252,29 @@ def _score(
 ) -> Scores:
     """Solve a chunk of queries, then pass over the training gradients once for it.
 
-    Into a file if there is one.
+    Into a file if there is one. Of several processes each solves for some of the queries and reads
+    some of the gradients; the first holds what is made, and hands the result out.
     """
     run, points = setting.run, setting.points
     modules = module_names(run.model.space) if per_module else []
-    _refuse_large_detail(setting, len(asked), len(modules), per_token, target is not None)
     at_once = queries_at_once(run, getattr(solvers[0], "copies", MOST_COPIES))
     if stored is not None:
         at_once = min(each.rows_at_once for each in stored)
-    work = ScoresInTheMaking.begin(
-        target,
-        setting,
-        asked.ids,
-        -(-len(asked) // at_once),
-        modules,
-        attributes,
-        apart=credit is not None or len(points) > 1 or setting.factors[0] != 1,
-    )
-    passes = work.chunks * len(points)
-    if work.chunks > 1:
+    begun: list[ScoresInTheMaking] = []
+
+    def begin() -> tuple[int, np.ndarray]:
+        _refuse_large_detail(setting, len(asked), len(modules), per_token, target is not None)
+        apart = credit is not None or len(points) > 1 or setting.factors[0] != 1
+        chunks, ids = -(-len(asked) // at_once), asked.ids
+        work = ScoresInTheMaking.begin(
+            target, setting, ids, chunks, modules, attributes, apart=apart
+        )
+        begun.append(work)
+        return work.chunks, np.array(work.done)
+
+    chunks, finished = distributed.at_first(begin)
+    passes = chunks * len(points)
+    if chunks > 1:
         what = (
             "the stored rows"
             if run.gradients_stored or stored is not None
@@ -274,45 +282,100 @@ def _score(
         )
         say(f"{len(asked)} queries do not fit in memory at once: {passes} passes over {what}")
     message, tokenwise = "", Tokenwise.empty(run, len(asked)) if per_token else None
-    for chunk, rows in enumerate(np.array_split(np.arange(len(asked)), work.chunks)):
+    for chunk, rows in enumerate(np.array_split(np.arange(len(asked)), chunks)):
         for number, (point, operator) in enumerate(setting.each()):
-            done = work.done[chunk * len(points) + number]
+            done = finished[chunk * len(points) + number].astype(bool)
             if done.all() and tokenwise is None:
                 continue
             if stored is not None:  # the root of a closed inverse: nothing is left to converge
-                values = asked.features(point, stored[number], rows)
-                own_columns = module_columns(stored[number].kept.slices)
-                blocks = stored[number].blocks(done.astype(bool), "stored rows")
+                values = _features(stored[number], asked, rows)
+                leaves = stored[number].kept.slices
+                blocks = stored[number].blocks(done, "stored rows", shared=True)
             else:
-                solution = solvers[number].solve(operator, asked.gradients(point, rows))
-                work.note(rows, solution)
+                solution = _solved(solvers[number], operator, asked, point, rows)
                 message, values = solution.message or message, solution.values
-                own_columns = module_columns([leaf.slice for leaf in run.model.space.leaves])
-                blocks = point.gradient_blocks(skip=done.astype(bool))
-            for indices, gradients in blocks:
-                share = torch.from_numpy(run.weights[indices]).to(gradients)
-                place = np.ix_(rows, indices)
-                work.parts[number][place] = (values @ gradients.T * share).float().cpu().numpy()
-                for module, columns in enumerate(own_columns if modules else ()):
-                    own = values[:, columns] @ gradients[:, columns].T * share
-                    work.module_parts[number][:, module][place] = own.float().cpu().numpy()
-                done[indices] = 1
+                for work in begun:
+                    work.note(rows, solution)
+                leaves = [leaf.slice for leaf in run.model.space.leaves]
+                blocks = point.gradient_blocks(skip=done, shared=True)
+            columns = module_columns(leaves) if modules else []
+            parts = _row_scores(run.weights, blocks, values, columns)
+            for pieces in distributed.rounds(parts):
+                for work, piece in product(begun, distributed.gathered(pieces)):
+                    work.put(chunk, number, rows, *piece)
             if tokenwise is not None:
                 factors = np.full(len(run.train), setting.factors[number])
                 if credit is not None:
-                    taken = credit.taken(work.parts[number][rows], number)
+                    taken = distributed.at_first(
+                        lambda number=number, rows=rows: credit.taken(
+                            begun[0].parts[number][rows], number
+                        )
+                    )
                     values = _shared(point, operator, values, taken)
                     factors = credit.row_factors[number]
                 tokenwise.add(point, rows, values, factors)
     if message:
         say(f"{'note' if solvers[0].approximate else 'warning'}: {message}")
     combine = setting.combined if credit is None else credit.singles
-    result = work.finish(setting, combine, tokenwise, attributes)
-    if not np.isfinite(result.values).all():
-        raise NumericalError(
-            "scores hold NaN or infinity: raise the damping, or run with --dtype float32 or float64"
-        )
-    return work.seal(result, setting.owner)
+
+    def end() -> Scores:
+        result = begun[0].finish(setting, combine, tokenwise, attributes)
+        if not np.isfinite(result.values).all():
+            raise NumericalError(
+                "scores hold NaN or infinity: raise the damping, or run with --dtype float32 or "
+                "float64"
+            )
+        return begun[0].seal(result, setting.owner)
+
+    return distributed.at_first(end)
+
+
+def _solved(
+    solver: Solver, operator: Damped, asked: Asked, point: AtPoint, rows: np.ndarray
+) -> Solution:
+    """The answers `[K, P]` for `rows` [K] of a request: each process solves for some of them."""
+    first, end = distributed.span(len(rows))
+    if distributed.world() == 1 or not len(rows):
+        return solver.solve(operator, asked.gradients(point, rows))
+    own, model = np.arange(first, end), point.model
+    values = torch.zeros(len(own), model.space.size, dtype=model.dtype, device=model.device)
+    judged, message = torch.zeros(len(own), 3, dtype=torch.float64), ""
+    if len(own):
+        mine = solver.solve(operator, asked.gradients(point, rows[own]))
+        values, message = mine.values, mine.message
+        for column, each in enumerate((mine.residuals, mine.converged, mine.iterations)):
+            judged[:, column] = each.double().cpu()
+    values = distributed.assembled(values, own, len(rows))
+    residuals, converged, iterations = distributed.assembled(judged, own, len(rows)).T
+    messages = distributed.gathered([message] if message else [])
+    return Solution(
+        values, residuals, converged.bool(), iterations.long(), messages[0] if messages else ""
+    )
+
+
+def _features(stored: StoredFeatures, asked: Asked, rows: np.ndarray) -> Tensor:
+    """What `rows` [K] of a request ask, in the coordinates of the stored rows, `[K, P']`: each
+    process makes some of them.
+    """
+    own, count = slice(*distributed.span(len(rows))), len(rows)
+    mine = stored.none if own.start == own.stop else asked.features(stored, rows[own])
+    return distributed.assembled(mine, np.arange(count)[own], count)
+
+
+def _row_scores(
+    weights: np.ndarray,
+    blocks: Iterable[tuple[np.ndarray, Tensor]],
+    left: Tensor,
+    modules: Sequence[slice],
+) -> Iterator[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
+    """`(indices [b], scores [K, b], the same by module)` of blocks of rows `[b, P]`, of the answers
+    `left` [K, P], in the coordinates of either store.
+    """
+    for indices, rows in blocks:
+        shares = torch.from_numpy(weights[indices]).to(rows)
+        whole = (left @ rows.T * shares).double().cpu().numpy()
+        split = [left[:, part] @ rows[:, part].T * shares for part in modules]
+        yield indices, whole, [each.double().cpu().numpy() for each in split]
 
 
 def raw_parts(setting: Setting, tokens: TokenizedExamples, measurement: Measurement) -> np.ndarray:
@@ -326,13 +389,16 @@ def raw_parts(setting: Setting, tokens: TokenizedExamples, measurement: Measurem
         assert isinstance(operator.curvature, Invertible)
         if (stored := point.features(operator)) is not None:
             for rows in np.array_split(every, -(-len(tokens) // stored.rows_at_once)):
-                left = stored.of_measurement(tokens.select(rows), measurement)
-                found[number, rows] = stored.products(left) * run.weights
+                asked = Asked.each(tokens.select(rows), measurement)
+                left = _features(stored, asked, np.arange(len(rows)))
+                found[number, rows] = stored.products(left, shared=True) * run.weights
             continue
         for rows in np.array_split(every, -(-len(tokens) // at_once)):
-            gradients = point.query_gradients(tokens.select(rows), measurement)
+            own = slice(*distributed.span(len(rows)))  # each process solves for some
+            gradients = point.query_gradients(tokens.select(rows[own]), measurement)
             solved = operator.curvature.solve(gradients, operator.lam)
-            found[number, rows] = point.row_products(solved) * run.weights
+            solved = distributed.assembled(solved, np.arange(len(rows))[own], len(rows))
+            found[number, rows] = point.row_products(solved, shared=True) * run.weights
     return found
 
 
@@ -342,9 +408,9 @@ def _shared(point: AtPoint, operator: Damped, solved: Tensor, taken: np.ndarray)
     """
     assert isinstance(operator.curvature, Invertible)
     total = torch.zeros_like(solved)
-    for indices, gradients in point.gradient_blocks():
+    for indices, gradients in point.gradient_blocks(shared=True):
         total += torch.from_numpy(taken[:, indices]).to(gradients) @ gradients
-    return solved - operator.curvature.solve(total, operator.lam)
+    return solved - operator.curvature.solve(distributed.add_up(total), operator.lam)
 
 
 def _refuse_large_detail(
@@ -414,11 +480,13 @@ def self_influence(
         **({} if shared is None else shared.record()),
     }
     target = None if out is None else Path(out)
-    if (
-        target is not None
-        and (found := existing_self_influence(target, setting.owner, attributes, overwrite))
-        is not None
-    ):
+
+    def before() -> SelfInfluence | None:
+        if target is None:
+            return None
+        return existing_self_influence(target, setting.owner, attributes, overwrite)
+
+    if (found := distributed.at_first(before)) is not None:
         return found
     if shared is not None:
         values, worst = shared.self_influence(run.tokens.counts), 0.0
@@ -431,8 +499,8 @@ def self_influence(
         )
     result = SelfInfluence(values.astype(np.float32), run.train.ids, worst, attributes)
     if target is not None:
-        with only_writer(target):
-            write_self_influence(target, setting.owner, result)
+        with distributed.held_by_first(only_writer(target)):
+            distributed.at_first(lambda: write_self_influence(target, setting.owner, result))
     return result
 
 
@@ -445,14 +513,15 @@ def _additive_self_influence(
     for solver, factor, (point, operator) in zip(
         solvers, setting.factors, setting.each(), strict=True
     ):
-        for indices, gradients in point.gradient_blocks():
+        for indices, gradients in point.gradient_blocks(shared=True):
             parts = np.array_split(indices, range(256, len(indices), 256))
             for part, rows in zip(gradients.split(256), parts, strict=True):
                 solution = solver.solve(operator, part)
                 worst = max(worst, float(solution.residuals.max()))
                 products = (part * solution.values).double().sum(1).cpu().numpy()
                 values[rows] += factor * products * run.weights[rows] / run.tokens.counts[rows]
-    return values, worst
+    values = distributed.add_up(torch.from_numpy(values)).numpy()
+    return values, distributed.largest(worst)
 
 
 def _measurement(value: str | Measurement | Contrast) -> Measurement | Contrast:

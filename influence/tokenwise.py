@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.at_point import AtPoint
-from influence.batches import collate, plan_batches
+from influence.batches import collate, padded_tokens, plan_batches
 from influence.errors import AdapterError, InputError
 from influence.gradients import Tape, tape
 from influence.loss import loss_gradient, probabilities
@@ -62,10 +63,14 @@ class Tokenwise:
     ) -> None:
         """Add the scores at one point times each row's factor, `factors` [n], for the `solutions`
         [K, P] of these queries [K].
+
+        Each process runs its share of the rows; all have the sum.
         """
         run, model = point.run, point.model
         columns = model.space.split(point.geometry.adjoint(solutions))
         plan = plan_batches(run.tokens, run.manifest.token_budget)
+        plan = distributed.share(plan, padded_tokens(run.tokens, plan))
+        added = np.zeros((len(queries), self.values.shape[1]), np.float32)
         with model.at(point.place.theta), tape(model) as recorder:
             _refuse_apart(recorder)
             for rows in track(plan, "training rows, token by token"):
@@ -101,9 +106,8 @@ class Tokenwise:
                 for place, row in enumerate(rows.tolist()):
                     start = self.offsets[row]
                     length = int(run.tokens.lengths[row]) - 1
-                    self.values[queries, start : start + length] += scaled[
-                        :, place, :length
-                    ].astype(np.float32)
+                    added[:, start : start + length] = scaled[:, place, :length]
+        self.values[queries] += distributed.add_up(torch.from_numpy(added)).numpy()
 
 
 def _refuse_apart(recorder: Tape) -> None:

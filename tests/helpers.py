@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -84,18 +85,25 @@ def write_rows(path: Path, items) -> Path:
 
 def in_two_processes(work, folder: Path) -> None:
     """Call `work(rank)` in two forked processes that talk by gloo; each one's failure is ours."""
+    assert statuses(work, folder, 2) == [0, 0]
+
+
+def statuses(work, folder: Path, count: int) -> list[int | None]:
+    """Call `work(rank)` in `count` forked processes that talk by gloo; their exit statuses."""
     fork = multiprocessing.get_context("fork")
+    meeting = tempfile.mkdtemp(dir=folder)
 
     def joined(rank: int) -> None:
         torch.distributed.init_process_group(
-            "gloo", f"file://{folder}/meet", rank=rank, world_size=2
+            "gloo", f"file://{meeting}/meet", rank=rank, world_size=count
         )
         work(rank)
         torch.distributed.destroy_process_group()
 
-    children = [fork.Process(target=joined, args=(rank,)) for rank in range(2)]
+    children = [fork.Process(target=joined, args=(rank,)) for rank in range(count)]
     for child in children:
         child.start()
     for child in children:
         child.join(100)
-    assert [child.exitcode for child in children] == [0, 0]
+        child.kill()  # one that waits for the others for ever has no status
+    return [child.exitcode for child in children]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.curvature.base import (
     ALWAYS,
     Accumulator,
@@ -267,11 +268,17 @@ class UpdatedFisher(Curvature):
 
 
 def gram(rows: Rows, scales: Tensor) -> Tensor:
-    """`F F^T` [m, m] in float64, from blocks of rows: each pair of blocks once."""
+    """`F F^T` [m, m] in float64, from blocks of rows: each pair of blocks once.
+
+    Several processes each form a part of it.
+    """
     m = len(scales)
     out = torch.zeros(m, m, dtype=torch.float64, device=scales.device)
     i = 0
-    for left in rows():
+    for number, left in enumerate(rows()):
+        if number % distributed.world() != distributed.rank():
+            i += len(left)
+            continue
         left64, j = left.double(), 0
         for right in rows():
             if j > i:
@@ -281,4 +288,4 @@ def gram(rows: Rows, scales: Tensor) -> Tensor:
             out[j : j + len(right), i : i + len(left)] = product.T
             j += len(right)
         i += len(left)
-    return out * scales[:, None] * scales[None, :]
+    return distributed.add_up(out) * scales[:, None] * scales[None, :]

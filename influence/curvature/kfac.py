@@ -27,7 +27,7 @@ eigenvalue per narrow direction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -154,6 +154,12 @@ class DenseMoment:
         del self.state  # a second use is an error, not a wrong basis
         return place, values.clamp(min=0), 0.0
 
+    def room(self) -> tuple[Tensor, Tensor, float]:
+        """Tensors like those of `eigen`, in the place of the sums, for another process's."""
+        place = self.state
+        del self.state
+        return place, torch.zeros(len(place), dtype=torch.float64, device=place.device), 0.0
+
 
 class SketchedMoment:
     """`sum_n x_n x_n^T` through its product with a random `[d, k]` matrix, and its trace."""
@@ -193,6 +199,11 @@ class SketchedMoment:
         vectors, values, _ = torch.linalg.svd(half, full_matrices=False)
         values = (values.square() - shift).clamp(min=0)
         return vectors, values, max(0.0, (trace - float(values.sum())) / (width - rank))
+
+    def room(self) -> tuple[Tensor, Tensor, float]:
+        """Tensors like those of `eigen`, for another process's."""
+        rank, options = self.test.shape[1], {"dtype": torch.float64, "device": self.test.device}
+        return torch.zeros(self.test.shape, **options), torch.zeros(rank, **options), 0.0
 
 
 class Moments(Accumulator):
@@ -284,6 +295,34 @@ class Moments(Accumulator):
         vectors, values, rest = moment.eigen()
         return vectors.to(self.dtype), values, rest
 
+    def _decomposed(
+        self, moments: Sequence[DenseMoment | SketchedMoment]
+    ) -> list[tuple[Tensor, Tensor, float]]:
+        """Every moment's eigenvectors, eigenvalues and rest: each process does some, and has all.
+
+        Where all compute the same, two machines may turn a vector differently.
+        """
+        owners = distributed.owners(
+            [moment.state.numel() * moment.state.shape[1] for moment in moments]
+        )
+        pairs = zip(moments, owners, strict=True)
+        mine = [moment for moment, owner in pairs if owner == distributed.rank()]
+        # LAPACK runs without the interpreter's lock; CUDA's library is not safe to enter from
+        # several threads
+        workers = torch.get_num_threads() if self.narrow[0].state.device.type == "cpu" else 1
+        with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
+            made = pool.map(self._eigen, mine)
+            if distributed.world() == 1:
+                return list(made)
+            done = list(made)
+        done, found = iter(done), []
+        for moment, owner in zip(moments, owners, strict=True):
+            vectors, values, rest = next(done) if owner == distributed.rank() else moment.room()
+            vectors, left = vectors.to(self.dtype).contiguous(), torch.tensor([rest]).double()
+            distributed.hand_out((vectors, values, left), owner)
+            found.append((vectors, values, float(left)))
+        return found
+
     def sums(self) -> dict[str, Tensor]:
         """Every second moment, and the tokens' weights `mass` [leaves]."""
         tensors = {f"narrow/{i}": moment.state for i, moment in enumerate(self.narrow)}
@@ -322,15 +361,11 @@ class Moments(Accumulator):
         Output moments are means over the label draws. The moments are used up: their memory holds
         the eigenvectors.
         """
-        # LAPACK runs without the interpreter's lock; CUDA's library is not safe to enter from
-        # several threads
-        workers = torch.get_num_threads() if self.narrow[0].state.device.type == "cpu" else 1
-        with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
-            wide = dict(zip(self.wide, pool.map(self._eigen, self.wide.values()), strict=True))
+        wide = dict(zip(self.wide, self._decomposed(list(self.wide.values())), strict=True))
+        narrow = self._decomposed(self.narrow)
         blocks = []
         for number, leaf in enumerate(self.space.leaves):
-            narrow_vectors, narrow_values, _ = self.narrow[number].eigen()
-            narrow_vectors = narrow_vectors.to(self.dtype)
+            narrow_vectors, narrow_values, _ = narrow[number]
             wide_vectors, wide_values, rest = wide[self.wide_of[number]]
             # inputs are normalised by the mass of their tokens, output gradients weighted and
             # averaged over draws

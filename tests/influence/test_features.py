@@ -111,12 +111,19 @@ def test_another_damping_passes_over_the_rows_and_is_exact(runs):
     assert "store" not in found.attributes
 
 
+def squares_of(point) -> np.ndarray:
+    """The stored squares of a point's rows."""
+    stored = point.features(point.operator())
+    assert stored is not None
+    return stored.squares
+
+
 def test_a_new_damping_keeps_the_rows_anew(taught, tmp_path):
     options = {"directory": tmp_path, "path": (0.5,), "store": "features"}
     first = influence.fit(taught, examples(N), **options)
-    before = first.points[0].features(first.points[0].operator()).squares
+    before = squares_of(first.points[0])
     again = influence.fit(taught, examples(N), damping="mean:1", **options)
-    after = again.points[0].features(again.points[0].operator()).squares
+    after = squares_of(again.points[0])
     exact = influence.fit(
         taught, examples(N), directory=tmp_path / "x", path=(0.5,), damping="mean:1"
     )

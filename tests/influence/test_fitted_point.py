@@ -211,9 +211,9 @@ def test_sums_that_take_long_to_write_are_written_more_rarely(tmp_path, monkeypa
         now[0] += 30
         return run_batch(*arguments)
 
-    def slow_checkpoint(_, following: int):
+    def slow_checkpoint(_, done: np.ndarray):
         now[0] += 10
-        written.append(following)
+        written.append(int(done.sum()))
 
     monkeypatch.setattr(fitting, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(fitting.PointFit, "run_batch", slow_batch)
