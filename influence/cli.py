@@ -70,6 +70,9 @@ class Fit(
     samples: int = option(
         "Label draws per row for ekfac, kfac, fisher (fisher: 0 = the data's labels).", default=1
     )
+    curvature_rows: int | None = option(
+        "Form the ekfac or kfac of so many rows, drawn at random. Default: of all.", default=None
+    )
     damping: str = option(
         "mean:X, top:X (times the block's eigenvalue), abs:X, or time (1 / total learning rate, "
         "needs --optimizer).",
@@ -132,7 +135,7 @@ def fit(options: Fit) -> None:
     options = replace(options, device=distributed.join(options.device))
     if options.damping != "time":
         Damping.parse(options.damping)
-    curvature = _curvature(options.curvature, options.samples)
+    curvature = _curvature(options.curvature, options.samples, options.curvature_rows)
     examples = read_examples(options.train, columns=options.columns)
     model = _load(options)
     start = time.perf_counter()
@@ -427,7 +430,7 @@ def _show_labels(options: Check, model: AdaptedModel, examples: Examples) -> Non
         console.show(marked(tokens, model.tokenizer), wrap=False)
 
 
-def _curvature(name: str, samples: int) -> Specification:
+def _curvature(name: str, samples: int, rows: int | None) -> Specification:
     """The curvature that a name stands for, which only the command line asks."""
     from influence.curvature import EKFAC, GGN, KFAC, Fisher, Hessian, Identity
     from influence.progress import say
@@ -435,9 +438,13 @@ def _curvature(name: str, samples: int) -> Specification:
     lowest = 0 if name == "fisher" else 1
     if samples < lowest:
         raise InputError(f"--samples {samples} was given; {name} needs at least {lowest}")
+    if rows is not None and (rows < 1 or name not in ("ekfac", "kfac")):
+        raise InputError(
+            f"--curvature-rows {rows} was given with {name}; expected at least 1, with ekfac or kfac"
+        )
     table = {
-        "ekfac": lambda: EKFAC(samples=samples),
-        "kfac": lambda: KFAC(samples=samples),
+        "ekfac": lambda: EKFAC(samples=samples, rows=rows),
+        "kfac": lambda: KFAC(samples=samples, rows=rows),
         "fisher": lambda: Fisher(samples=samples),
         "ggn": GGN,
         "hessian": Hessian,

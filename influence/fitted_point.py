@@ -36,6 +36,7 @@ from influence.gradients import (
     sampled_gradients,
     tape,
 )
+from influence.leaf_gradients import LeafGradients
 from influence.loss import Supervised, loss_gradient, probabilities
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
@@ -110,14 +111,23 @@ class PointFit:
         self.tokens, self.weights, self.digest = self.run.tokens, self.run.weights, point.digest
         self.curvature, self.draws = curvature, curvature.draws
         self.store_gradients = storage.gradients
+        n = len(self.tokens)
+        self.sample = curvature.sample(n, self.run.manifest.seed)
+        #: what rows of the sample weigh, so that they stand for all
+        self.sample_weights = self.weights * (n / len(self.sample))
+        self.apart = len(self.sample) < n  # then the sample has batches of its own, before others
         row_bytes = len(self.tokens) * self.model.space.size * self.model.dtype.itemsize
         keeps_once = curvature.reads_rows == ONCE and storage.holds(row_bytes * (1 + self.draws))
+        keeps_once = keeps_once and not self.apart
         self.store_rows = self.draws > 0 and (curvature.reads_rows == ALWAYS or keeps_once)
         point.geometry = self.coordinates(state)
         self.accumulator = curvature.begin(point)
         refuse_without_draws(curvature, self.accumulator)
         per_row = self.store_gradients or self.store_rows or self.accumulator.per_row
-        self.batches = self.plan(limited=per_row)
+        self.batches = self.plan(self.sample if self.draws else np.arange(n), limited=per_row)
+        self.sampled_batches = len(self.batches) if self.draws else 0
+        if self.apart and self.draws and self.store_gradients:
+            self.batches += self.plan(np.arange(n), limited=True)
         # one buffer for every batch's gradients: each set is written to its file before the next
         most = max(len(rows) for rows in self.batches) if per_row else 0
         shape = (most, self.model.space.size)
@@ -135,14 +145,15 @@ class PointFit:
             return Adam.of(self.model.space, state.v.to(self.model.device))
         return geometry_here(self.run, name)
 
-    def plan(self, limited: bool) -> list[np.ndarray]:
-        """The batches.
+    def plan(self, rows: np.ndarray, limited: bool) -> list[np.ndarray]:
+        """The batches of some rows.
 
         `limited` in rows too, where every row's gradient is held at once.
         """
         budget = self.run.manifest.token_budget
         most = max_rows(self.model.space) if limited else None
-        return plan_batches(self.tokens, budget, max_rows=most)
+        parts = plan_batches(self.tokens.select(rows), budget, max_rows=most)
+        return [rows[part] for part in parts]
 
     def work(self) -> None:
         """Everything between nothing (or an interrupted pass) and this point's factors."""
@@ -242,20 +253,29 @@ class PointFit:
         """
         done //= distributed.world()
         for number in track(mine, "training rows", total=done + len(mine), done=done):
-            self.run_batch(recorder, self.batches[number], files)
+            sampled = number < self.sampled_batches
+            kept = files if not (self.apart and sampled) else None
+            self.run_batch(recorder, self.batches[number], kept, self.draws if sampled else 0)
             yield number
 
-    def run_batch(self, recorder: Tape, rows: np.ndarray, files: RowFiles | None = None) -> None:
-        """One batch into the accumulator and the files.
+    def run_batch(
+        self,
+        recorder: Tape,
+        rows: np.ndarray,
+        files: RowFiles | None = None,
+        draws: int | None = None,
+    ) -> None:
+        """One batch into the accumulator, at so many `draws` of labels (None: all), and the files.
 
         Its graph is gone when this returns.
         """
         files = files or RowFiles()
+        draws = self.draws if draws is None else draws
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         part = recorder.forward(batch)
         probs = probabilities(part.logits)
-        for draw in range(self.draws):
-            final = files.gradients is None and draw == self.draws - 1
+        for draw in range(draws):
+            final = files.gradients is None and draw == draws - 1
             sampled = self.sampled_backward(recorder, part, probs, rows, draw, final)
             if files.sampled is not None and sampled is not None:
                 files.sampled.write(rows * self.draws + draw, sampled.cpu().numpy())
@@ -296,7 +316,7 @@ class PointFit:
         if sink is None:
             return None
         if accumulator.per_row:
-            weights = torch.from_numpy(self.weights[rows] / self.draws).to(self.model.device)
+            weights = torch.from_numpy(self.sample_weights[rows] / self.draws).to(self.model.device)
             accumulator.add_rows(self.point.geometry.features(sink.rows), weights)
         return sink.rows
 
@@ -381,15 +401,22 @@ class PointFit:
         accumulator = self.accumulator
         distributed.add_up(accumulator.sums())
         if (second := accumulator.second_look()) is not None:
-            rows = self.sampled_rows(shared=True)
-            start, weights = 0, rows.weights
-            for block in rows:
-                second.add_rows(block, weights[start : start + len(block)])
-                start += len(block)
+            self.look_again(second)
             distributed.add_up(second.sums())
             accumulator = second
         arrays |= accumulator.finish(self.sampled_rows())
         distributed.at_first(lambda: self.write_factors(arrays))
+
+    def look_again(self, second: Accumulator) -> None:
+        """Show this process's share of the sampled rows to the accumulator of a second look."""
+        rows = self.sampled_rows(shared=True)
+        if second.by_leaf and isinstance(rows, ComputedRows):
+            rows.show_leaves(second)
+            return
+        start, weights = 0, rows.weights
+        for block in rows:
+            second.add_rows(block, weights[start : start + len(block)])
+            start += len(block)
 
     def write_factors(self, arrays: dict[str, Tensor]) -> None:
         """Write `factors.h5`."""
@@ -450,16 +477,16 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class ComputedRows:
-    """The rows computed again, batch by batch and draw by draw: a second pass over all of them, or
-    over this process's share.
+    """The rows of the sample computed again, batch by batch and draw by draw: a second pass over
+    all of them, or over this process's share.
     """
 
     fit: PointFit
     shared: bool = False
 
-    @property
-    def _plan(self) -> list[np.ndarray]:
-        plan = self.fit.plan(limited=True)
+    def plan(self, *, limited: bool = True) -> list[np.ndarray]:
+        """The batches, `limited` in rows too where whole gradients are formed."""
+        plan = self.fit.plan(self.fit.sample, limited)
         return (
             distributed.share(plan, padded_tokens(self.fit.tokens, plan)) if self.shared else plan
         )
@@ -467,18 +494,45 @@ class ComputedRows:
     @property
     def weights(self) -> Tensor:
         """`w_i / k` of every row and draw, `[m]` float64."""
-        draws, parts = self.fit.draws, self._plan
+        draws, parts = self.fit.draws, self.plan()
         order = [rows for rows in parts for _ in range(draws)]
-        weights = self.fit.weights[np.concatenate(order)] if order else np.zeros(0)
+        weights = self.fit.sample_weights[np.concatenate(order)] if order else np.zeros(0)
         return torch.from_numpy(weights / max(1, draws)).to(self.fit.model.device)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Blocks of features."""
         self.fit.buffer = None  # the pass is over: its memory is the second one's
         with tape(self.fit.model) as recorder:
-            for rows in track(self._plan, "training rows, second pass"):
+            for rows in track(self.plan(), "training rows, second pass"):
                 for gradients in self.fit.sampled_again(recorder, rows):
                     yield self.fit.point.geometry.features(gradients)
+
+    def show_leaves(self, second: Accumulator) -> None:
+        """Show the rows leaf by leaf, as the backward reaches them: batches are limited by their
+        tokens alone.
+        """
+        fit = self.fit
+        fit.buffer = None
+        with tape(fit.model) as recorder:
+            for rows in track(self.plan(limited=False), "training rows, second pass"):
+                self._show_batch(second, recorder, rows)
+
+    def _show_batch(self, second: Accumulator, recorder: Tape, rows: np.ndarray) -> None:
+        """One batch. A function, so that its graph is gone when it returns."""
+        fit, model, geometry = self.fit, self.fit.model, self.fit.point.geometry
+        weights = torch.from_numpy(fit.sample_weights[rows] / fit.draws).to(model.device)
+        batch = collate(fit.tokens, rows, pad_id=model.pad_id, device=model.device)
+        part = recorder.forward(batch)
+        probs = probabilities(part.logits)
+        for draw in range(fit.draws):
+            uniforms = batch_uniforms(fit.tokens, rows, fit.run.manifest.seed, draw)
+            gradient = sampled_gradient(part, probs, uniforms)
+            sink = LeafGradients(
+                recorder,
+                lambda leaf, rows: second.add_leaf(leaf, geometry.of_leaf(leaf, rows), weights),
+            )
+            recorder.backward(part.logits, gradient, sink, last=draw == fit.draws - 1)
+            sink.finish()
 
 
 def refuse_without_draws(curvature: Specification, accumulator: Accumulator) -> None:

@@ -63,6 +63,8 @@ class Accumulator(ABC):
     #: gradient.
     per_leaf: ClassVar[bool] = False
     per_row: ClassVar[bool] = False
+    #: Whether a second look may show it rows leaf by leaf, so that no row's whole gradient is formed.
+    by_leaf: ClassVar[bool] = False
 
     def add(
         self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, relative: Tensor | None, draw: int
@@ -88,10 +90,13 @@ class Accumulator(ABC):
         """The running sums by name, the tensors themselves: others read and write them in place."""
         return {}
 
+    def add_leaf(self, leaf: int, features: Tensor, weights: Tensor) -> None:
+        """The same of one leaf alone, `features` [b, d_out, d_in], where `by_leaf` says so."""
+
     def second_look(self) -> Accumulator | None:
         """What a second look at the rows sums up, made of the complete sums of the first.
 
-        It gets every row by `add_rows`, and finishes in place of this one; its sums, too, are added
+        It gets every row by `add_rows`, or by `add_leaf` leaf after leaf, and finishes in place of this one; its sums, too, are added
         up over processes. None where one look is enough.
         """
         return None
@@ -142,6 +147,13 @@ class Specification(ABC):
         0: none.
         """
         return 0
+
+    def sample(self, rows: int, seed: int) -> np.ndarray:
+        """Which of so many training rows the sums are formed of, in order: all of them.
+
+        A curvature that takes fewer multiplies its sums so that they stand for all.
+        """
+        return np.arange(rows)
 
     def refuse(self, rows: int) -> None:
         """Raise `InputError` where this many training rows cannot be fitted on this machine.

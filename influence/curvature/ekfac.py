@@ -61,6 +61,8 @@ class RefittedMoments(Moments):
 class Eigenvalues(Accumulator):
     """Second moments of per-row gradients in K-FAC's eigenbases: `sum_i w_i (Q_S^T G_i Q_A)^2`."""
 
+    by_leaf = True
+
     def __init__(self, moments: Moments) -> None:
         self.moments, self.kfac = moments, moments.kronecker()
         self.inside = [torch.zeros_like(block.eigenvalues) for block in self.kfac.leaf_blocks]
@@ -68,13 +70,18 @@ class Eigenvalues(Accumulator):
 
     def add_rows(self, features: Tensor, weights: Tensor) -> None:
         """Rotate the rows into the eigenbases and add their squares."""
-        root = weights.to(features).sqrt()[:, None, None]
-        for number, block in enumerate(self.kfac.leaf_blocks):
-            coordinates, off = block.rotate(features[:, block.leaf.slice])
-            self.inside[number] += (coordinates * root).square_().sum(0)
-            if off is not None:
-                left = wide_side(block.leaf) - block.wide.shape[1]
-                self.outside[number] += (off * root).square_().sum((0, 2)) / left
+        for number, leaf in enumerate(self.kfac.space.leaves):
+            part = features[:, leaf.slice].unflatten(1, leaf.shape)
+            self.add_leaf(number, part, weights)
+
+    def add_leaf(self, leaf: int, features: Tensor, weights: Tensor) -> None:
+        """Rotate one leaf of the rows into its eigenbasis and add the squares."""
+        root, block = weights.to(features).sqrt()[:, None, None], self.kfac.leaf_blocks[leaf]
+        coordinates, off = block.rotate(features.flatten(1))
+        self.inside[leaf] += (coordinates * root).square_().sum(0)
+        if off is not None:
+            left = wide_side(block.leaf) - block.wide.shape[1]
+            self.outside[leaf] += (off * root).square_().sum((0, 2)) / left
 
     def sums(self) -> dict[str, Tensor]:
         """`inside` [r, k] and `outside` [r] of every leaf."""

@@ -66,13 +66,14 @@ class KFAC(Specification):
     `samples` label draws per training example. Wide sides up to `max_width` are whole; of wider
     ones a sketch keeps `rank` directions, or more, or they are whole too, while the second moments
     of a point fit into `memory_share` of the device's memory. 0 is for the same factors on every
-    machine.
+    machine. Of `rows` training rows, drawn at random, the curvature is formed; None: of all.
     """
 
     samples: int = 1
     max_width: int = 2048
     rank: int = 256
     memory_share: float = 0.15
+    rows: int | None = None
     name: str = field(default="kfac", init=False)
     whitens: ClassVar[bool] = True
 
@@ -81,13 +82,24 @@ class KFAC(Specification):
             raise InputError(f"{self} was given; samples, max_width and rank must be at least 1")
         if not 0 <= self.memory_share <= 1:
             raise InputError(f"{self} was given; memory_share must be between 0 and 1")
+        if self.rows is not None and self.rows < 1:
+            raise InputError(f"{self} was given; rows must be at least 1, or None for all")
 
     def record(self) -> dict[str, Any]:
-        """As before for the default share, so that runs are told to be the same that were."""
+        """As before for what is the default, so that runs are told to be the same that were."""
         found = super().record()
         if self.memory_share == KFAC.memory_share:
             del found["memory_share"]
+        if self.rows is None:
+            del found["rows"]
         return found
+
+    def sample(self, rows: int, seed: int) -> np.ndarray:
+        """All rows, or as many as were asked for, drawn at random."""
+        if self.rows is None or self.rows >= rows:
+            return np.arange(rows)
+        generator = np.random.Generator(np.random.Philox(key=seed))
+        return np.sort(generator.permutation(rows)[: self.rows])
 
     @property
     def draws(self) -> int:
@@ -254,7 +266,9 @@ class Moments(Accumulator):
         wide_of = shared_inputs(model, run.tokens)
         if not point.geometry.shares_inputs:
             wide_of = list(range(len(wide_of)))
-        seed, unit = run.manifest.seed, float(run.weights.max())
+        n, seed = len(run.tokens), run.manifest.seed
+        # rows that were drawn stand for all
+        unit = float(run.weights.max()) * n / len(options.sample(n, seed))
         return cls(model.space, wide_of, options, seed, unit, model.dtype, model.device)
 
     def add(

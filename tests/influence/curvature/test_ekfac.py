@@ -11,7 +11,7 @@ import torch
 import influence
 from influence.curvature import Damped, dense
 from influence.curvature.ekfac import Eigenvalues
-from tests.conftest import build_model, examples, fit_end
+from tests.conftest import build_model, examples, fit_end, rows
 from tests.influence.curvature.helpers import moments_of, random_rows, replace_unit
 from tests.oracles import sampled_rows
 
@@ -106,6 +106,53 @@ def test_second_pass_gives_the_factors_of_stored_rows(tmp_path, small):
     again = fit_end(small, data, directory=tmp_path / "b", store="never", token_budget=50)
     for one, two in zip(stored.curvature().leaf_blocks, again.curvature().leaf_blocks, strict=True):
         torch.testing.assert_close(one.eigenvalues, two.eigenvalues, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("store", ["full", "features", "none"])
+@pytest.mark.parametrize("reduction", ["token", "example"])
+def test_rows_drawn_at_random_stand_for_all(tmp_path, small, store, reduction):
+    """Four of nine rows: the curvature of these rows alone, times what they stand for."""
+    data = examples(9)
+    curvature = influence.EKFAC(rows=4)
+    run = fit_end(
+        small,
+        data,
+        directory=tmp_path / "drawn",
+        curvature=curvature,
+        store=store,
+        reduction=reduction,
+        token_budget=30,
+    )
+    drawn = curvature.sample(9, 0)
+    assert len(set(drawn.tolist())) == 4
+    own = fit_end(
+        small,
+        influence.examples_from_rows([rows(9)[i] for i in drawn]),
+        directory=tmp_path / "own",
+        reduction=reduction,
+        store="none",
+    )
+    # the rows alone have larger weights: by how many tokens, or rows, all have over theirs
+    weights = run.weights[drawn] / own.weights
+    factor = 9 / 4 * weights[0]
+    np.testing.assert_allclose(weights, weights[0])
+    for name in ("kfac", "ekfac"):
+        torch.testing.assert_close(
+            dense(run.curvature(name)), factor * dense(own.curvature(name)), rtol=1e-8, atol=1e-12
+        )
+    assert run.gradients_stored == (store == "full")
+    if store == "full":  # those of all rows, not of the drawn alone
+        whole = fit_end(small, data, directory=tmp_path / "whole", reduction=reduction)
+        every = np.arange(9)
+        torch.testing.assert_close(
+            run.points[0].gradients_of(every), whole.points[0].gradients_of(every)
+        )
+
+
+def test_as_many_rows_as_there_are_is_all_of_them(tmp_path, small):
+    one = fit_end(small, examples(5), directory=tmp_path / "a", curvature=influence.EKFAC(rows=7))
+    two = fit_end(small, examples(5), directory=tmp_path / "b")
+    torch.testing.assert_close(dense(one.curvature()), dense(two.curvature()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
