@@ -278,3 +278,13 @@ def _digest_tensors(header: str, tensors: Mapping[str, Tensor]) -> str:
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests = list(pool.map(digest_of, sorted(tensors.items())))
     return hashlib.sha256("\n".join([header, *digests]).encode()).hexdigest()
+
+
+def module_names(space: ParamSpace) -> list[str]:
+    """The adapted modules, A and B together."""
+    return [A.name.removesuffix(".lora_A") for A in space.leaves[::2]]
+
+
+def module_columns(leaves: Sequence[slice]) -> list[slice]:
+    """Where each adapted module lies, by where its leaves lie: A and B of one after the other."""
+    return [slice(A.start, B.stop) for A, B in zip(leaves[::2], leaves[1::2], strict=True)]

@@ -35,9 +35,12 @@ if TYPE_CHECKING:  # a command's help does not wait for torch
     from influence.rows import Example, Examples
     from influence.run import Run
     from influence.scorefile import Entry, Scores
+    from influence.strongest import Strongest
     from influence.tokenwise import Tokenwise
     from influence.without import Effect
 
+#: Where `score --top` puts what it keeps, in the run.
+STRONGEST = "strongest.h5"
 #: Said under every table of additive scores.
 ORDER = (
     "Read the order before the size: removing one row of several that teach the same changes far "
@@ -63,7 +66,9 @@ class Top(RunOption, ColumnsOption, JsonOption):
     """The options of `influence top`."""
 
     query: str = option("Query id, or its position in the query file.")
-    scores: Path | None = option("Score file. Default: scores.h5 in the run.", default=None)
+    scores: Path | None = option(
+        "Score file. Default: scores.h5 in the run, else strongest.h5.", default=None
+    )
     k: int = option("Rows of each kind.", default=10, flag="-k")
     by: str = option(
         "What ranks the rows: effect (how much removing one changes the query), text (BM25: which "
@@ -89,12 +94,14 @@ def top(options: Top) -> None:
         raise InputError(f"--by {options.by} was given; expected {', '.join(RANKINGS)}")
     manifest = read_manifest(options.run)
     path = options.scores or options.run / "scores.h5"
+    if options.scores is None and not path.exists() and (options.run / STRONGEST).exists():
+        path = options.run / STRONGEST
     if not path.exists():
         raise InputError(
             f"{path} does not exist: "
             f"make it with influence score --run {options.run} --queries QUERIES"
         )
-    scores = Scores.load(path, detail=False)
+    scores = _scores_in(path)
     if scores.attributes.get("run_digest") != manifest.digest:
         raise MismatchError(
             f"{path} belongs to another run than {options.run}: give the run it was made from"
@@ -102,7 +109,12 @@ def top(options: Top) -> None:
     position = scores.query_index(options.query)
     train = rows_fitted_on(options.run, manifest.data)
     query = _scored_query(options, scores, position)
-    if options.by == "effect":
+    if options.by != "effect" and not isinstance(scores, Scores):
+        raise InputError(
+            f"--by {options.by} ranks all rows, and {path} keeps the strongest alone: score without "
+            "--top"
+        )
+    if options.by == "effect" or not isinstance(scores, Scores):
         proponents, opponents = scores.top(position, options.k)
         found, similar = {"proponents": proponents, "opponents": opponents}, None
     else:
@@ -125,12 +137,23 @@ def top(options: Top) -> None:
     _show_top(options, scores, position, found, train, query, similar, tokens)
 
 
+def _scores_in(path: Path) -> Scores | Strongest:
+    """What a file holds: all scores, or the strongest of each query."""
+    from influence.scorefile import Scores
+    from influence.store import open_file
+    from influence.strongest import Strongest
+
+    with open_file(path) as file:
+        whole = "highest" not in file
+    return Scores.load(path, detail=False) if whole else Strongest.load(path)
+
+
 def _similarity(similar: np.ndarray | None, entry: Entry) -> dict[str, float]:
     """A row's BM25 where that was asked for."""
     return {} if similar is None else {"text": float(similar[entry.index])}
 
 
-def _scored_query(options: Top, scores: Scores, position: int) -> Example | None:
+def _scored_query(options: Top, scores: Scores | Strongest, position: int) -> Example | None:
     """The query's row, read again; None where it is one of several or cannot be found."""
     from influence.row_files import place_of, read_examples
     from influence.scorefile import scored_queries
@@ -167,7 +190,7 @@ def _similarities(options: Top, query: Example | None, train: Examples | None) -
 
 def _show_top(
     options: Top,
-    scores: Scores,
+    scores: Scores | Strongest,
     position: int,
     found: Mapping[str, list[Entry]],
     train: Examples | None,

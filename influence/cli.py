@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from influence import answers, console
-from influence.answers import PREVIEW, describe, order, table
+from influence.answers import PREVIEW, STRONGEST, describe, order, table
 from influence.errors import InputError
 from influence.options import (
     BudgetOption,
@@ -198,7 +199,9 @@ class Score(
     }
 
     queries: str = option("Rows whose loss is explained, in the same formats.")
-    out: Path | None = option("Score file (HDF5). Default: scores.h5 in the run.", default=None)
+    out: Path | None = option(
+        "Score file (HDF5). Default: scores.h5 in the run, strongest.h5 with --top.", default=None
+    )
     solver: str = option(
         "direct, cg, pcg (cg preconditioned by EK-FAC), astra, lissa, sgd or datainf "
         "(approximate).",
@@ -223,6 +226,14 @@ class Score(
     contrast: str | None = option(
         "The same prompts with other completions: what made it say A rather than B?", default=None
     )
+    top: int | None = option(
+        "Keep only so many rows of either end of each query, not the whole matrix.", default=None
+    )
+    rerank: int | None = option(
+        "Compute the first so many rows of either end again with whole gradients, where rows are "
+        "stored as features.",
+        default=None,
+    )
     per_token: bool = option("Also split scores over the rows' tokens.", default=False)
     per_module: bool = option("Also split scores over the adapted layers.", default=False)
 
@@ -237,7 +248,10 @@ def score(options: Score) -> None:
     from influence import distributed
     from influence.measurements import Contrast
     from influence.row_files import read_examples
+    from influence.strongest import strongest
 
+    if options.top is not None:
+        console.at_least("--top", options.top, 1)
     options = replace(options, device=distributed.join(options.device))
     queries = read_examples(options.queries, columns=options.columns)
     measurement: Any = options.measurement
@@ -246,9 +260,10 @@ def score(options: Score) -> None:
     if options.contrast is not None:
         measurement = Contrast(read_examples(options.contrast, columns=options.columns))
     run = _open(options)
-    out = options.out or options.run / "scores.h5"
+    out = options.out or options.run / ("scores.h5" if options.top is None else STRONGEST)
     start = time.perf_counter()
-    scores = run.score(
+    ask: Any = run.score if options.top is None else partial(strongest, run, count=options.top)
+    scores = ask(
         queries,
         out=out,
         solver=options.solver,
@@ -263,6 +278,7 @@ def score(options: Score) -> None:
         credit=options.credit,
         per_token=options.per_token,
         per_module=options.per_module,
+        rerank=options.rerank,
         overwrite=options.overwrite,
     )
     seconds = time.perf_counter() - start
@@ -270,14 +286,17 @@ def score(options: Score) -> None:
     explained, seen = int(tokens.counts.sum()), int(tokens.lengths.sum())
     not_converged = int((~scores.converged).sum())
     worst = float(scores.residuals.max())
+    kept = f"{len(scores.train_ids)} rows"
+    if options.top is not None:
+        kept = f"{options.top} of {kept} at either end"
     text = (
-        f"{out}: scores [{len(scores.query_ids)} queries, {len(scores.train_ids)} rows]; "
+        f"{out}: scores [{len(scores.query_ids)} queries, {kept}]; "
         f"{describe(scores.attributes)}; worst residual {worst:.1e}; {explained} of {seen} query "
         f"tokens explained; {seconds:.1f} s"
     )
     result = {
         "out": str(out),
-        "shape": list(scores.values.shape),
+        "shape": [len(scores.query_ids), options.top or len(scores.train_ids)],
         "explained_tokens": explained,
         "query_tokens": seen,
         "worst_residual": worst,

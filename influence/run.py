@@ -328,6 +328,7 @@ class Run:
         credit: str | None = None,
         per_token: bool = False,
         per_module: bool = False,
+        rerank: int | None = None,
         overwrite: bool = False,
     ) -> Scores:
         """Influence of every training row on every query.
@@ -352,6 +353,7 @@ class Run:
             credit=credit,
             per_token=per_token,
             per_module=per_module,
+            rerank=rerank,
             overwrite=overwrite,
         )
 

@@ -25,7 +25,7 @@ from influence.store import open_file, open_rows, read, read_strings, write_file
 from influence.tokenwise import Tokenwise
 
 #: Attributes that a score file has only where they are not the default.
-OFF_DEFAULT = ("explain", "aggregate", "store")
+OFF_DEFAULT = ("explain", "aggregate", "store", "rerank")
 #: Queries whose scores are combined at a time.
 COMBINED = 64
 #: How per-token scores are named in a score file: values, offsets, token ids.
@@ -66,20 +66,7 @@ class Scores:
 
         An unknown one is an `InputError`.
         """
-        if isinstance(query, str) and query in self.query_ids:
-            return self.query_ids.index(query)
-        try:
-            index = int(query)
-        except ValueError:
-            index = -1
-        if not 0 <= index < len(self.query_ids):
-            shown = ", ".join(self.query_ids[:5]) + (", ..." if len(self.query_ids) > 5 else "")
-            raise InputError(
-                f"query {query!r} was given; there are {len(self.query_ids)} scored queries: give "
-                "a position "
-                f"0..{len(self.query_ids) - 1} or one of the ids {shown}"
-            )
-        return index
+        return position_of(query, self.query_ids)
 
     def top(self, query: int | str, k: int = 10) -> tuple[list[Entry], list[Entry]]:
         """The k strongest proponents and the k strongest opponents, strongest first.
@@ -144,6 +131,27 @@ class SelfInfluence:
     train_ids: list[str]
     worst_residual: float
     attributes: dict[str, Any] = field(default_factory=dict)
+
+
+def position_of(query: int | str, ids: Sequence[str]) -> int:
+    """Position of a query given by position or id among the scored `ids`.
+
+    An unknown one is an `InputError`.
+    """
+    if isinstance(query, str) and query in ids:
+        return ids.index(query)
+    try:
+        index = int(query)
+    except ValueError:
+        index = -1
+    if not 0 <= index < len(ids):
+        shown = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+        raise InputError(
+            f"query {query!r} was given; there are {len(ids)} scored queries: give "
+            "a position "
+            f"0..{len(ids) - 1} or one of the ids {shown}"
+        )
+    return index
 
 
 def tokens_of_query(path: Path, query: int) -> Tokenwise | None:

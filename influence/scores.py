@@ -42,9 +42,9 @@ import torch
 from torch import Tensor
 
 from influence import distributed
-from influence.adapter import ParamSpace
+from influence.adapter import module_columns, module_names
 from influence.asked import Asked
-from influence.at_point import AtPoint, queries_at_once
+from influence.at_point import AtPoint, memory_chunks, queries_at_once
 from influence.credit import Credit, credited
 from influence.curvature import Damped, Invertible
 from influence.damping import Damping
@@ -53,6 +53,7 @@ from influence.features import StoredFeatures
 from influence.measurements import MEASUREMENTS, Contrast, MeanLoss, Measurement, TokenLoss
 from influence.memory import free_memory
 from influence.progress import say
+from influence.reranking import exact_parts, first_rows
 from influence.rows import Examples, canonical_json
 from influence.run import Run
 from influence.scorefile import (
@@ -127,6 +128,7 @@ def score(
     credit: str | None = None,
     per_token: bool = False,
     per_module: bool = False,
+    rerank: int | None = None,
     overwrite: bool = False,
 ) -> Scores:
     """Influence of every training row of a run on every query.
@@ -169,6 +171,9 @@ def score(
         the training rows.
     per_module
         Also split every score over the adapted modules (`Scores.modules` [query, module, train]).
+    rerank
+        Where rows are stored in few bytes: compute the raw scores of the first so many rows of
+        either end of every query again, with whole gradients (`influence.reranking`).
 
     With stored gradients no training row is run again, but for `per_token` and for plain gradient
     products at the end of a path that the run has no point at. Columns that did not converge are
@@ -222,6 +227,17 @@ def score(
     stored = None if per_token else features_of(setting, solvers[0])
     if stored is not None:
         attributes["store"] = f"features of {stored[0].kept.size} coordinates"
+    if rerank is not None:
+        if rerank < 1 or per_module:
+            raise InputError(
+                f"rerank {rerank} was given{' with per_module' * per_module}; expected at least 1, "
+                "of scores that are not split by module"
+            )
+        if stored is None:
+            say("note: rerank changes nothing: these scores are of whole gradients")
+            rerank = None
+        else:
+            attributes["rerank"] = rerank
     target = None if out is None else Path(out)
 
     def before() -> Scores | None:
@@ -235,7 +251,16 @@ def score(
         return found
     with nullcontext() if target is None else distributed.held_by_first(only_writer(target)):
         return _score(
-            setting, shared, asked, solvers, stored, attributes, target, per_token, per_module
+            setting,
+            shared,
+            asked,
+            solvers,
+            stored,
+            attributes,
+            target,
+            per_token,
+            per_module,
+            rerank,
         )
 
 
@@ -249,6 +274,7 @@ def _score(
     target: Path | None,
     per_token: bool,
     per_module: bool,
+    rerank: int | None,
 ) -> Scores:
     """Solve a chunk of queries, then pass over the training gradients once for it.
 
@@ -317,6 +343,11 @@ def _score(
     if message:
         say(f"{'note' if solvers[0].approximate else 'warning'}: {message}")
     combine = setting.combined if credit is None else credit.singles
+    if rerank is not None:
+        again = distributed.at_first(lambda: first_rows(begun[0].parts, combine, rerank))
+        exact = exact_parts(setting, asked, again)
+        for work in begun:
+            work.parts[:, :, again] = exact
 
     def end() -> Scores:
         result = begun[0].finish(setting, combine, tokenwise, attributes)
@@ -336,12 +367,12 @@ def _solved(
     """The answers `[K, P]` for `rows` [K] of a request: each process solves for some of them."""
     first, end = distributed.span(len(rows))
     if distributed.world() == 1 or not len(rows):
-        return solver.solve(operator, asked.gradients(point, rows))
+        return _solved_here(solver, operator, asked, point, rows)
     own, model = np.arange(first, end), point.model
     values = torch.zeros(len(own), model.space.size, dtype=model.dtype, device=model.device)
     judged, message = torch.zeros(len(own), 3, dtype=torch.float64), ""
     if len(own):
-        mine = solver.solve(operator, asked.gradients(point, rows[own]))
+        mine = _solved_here(solver, operator, asked, point, rows[own])
         values, message = mine.values, mine.message
         for column, each in enumerate((mine.residuals, mine.converged, mine.iterations)):
             judged[:, column] = each.double().cpu()
@@ -351,6 +382,26 @@ def _solved(
     return Solution(
         values, residuals, converged.bool(), iterations.long(), messages[0] if messages else ""
     )
+
+
+def _solved_here(
+    solver: Solver, operator: Damped, asked: Asked, point: AtPoint, rows: np.ndarray
+) -> Solution:
+    """The same in this process. Of a closed inverse a few at a time, so that no copies of all
+    queries are held beside the answers.
+    """
+    parts = memory_chunks(point.run, len(rows)) if isinstance(solver, Direct) else []
+    if len(parts) < 2:
+        return solver.solve(operator, asked.gradients(point, rows))
+    model = point.model
+    values = torch.empty(len(rows), model.space.size, dtype=model.dtype, device=model.device)
+    found, message = [], ""
+    for part in parts:
+        solution = solver.solve(operator, asked.gradients(point, rows[part]))
+        values[torch.from_numpy(part)] = solution.values
+        found.append((solution.residuals, solution.converged, solution.iterations))
+        message = solution.message or message
+    return Solution(values, *(torch.cat(each) for each in zip(*found, strict=True)), message)
 
 
 def _features(stored: StoredFeatures, asked: Asked, rows: np.ndarray) -> Tensor:
@@ -430,16 +481,6 @@ def _refuse_large_detail(
             f"{free / 1e9:.1f} GB are free: score fewer queries at a time, each into a file of its "
             "own"
         )
-
-
-def module_names(space: ParamSpace) -> list[str]:
-    """The adapted modules, A and B together."""
-    return [A.name.removesuffix(".lora_A") for A in space.leaves[::2]]
-
-
-def module_columns(leaves: Sequence[slice]) -> list[slice]:
-    """Where each adapted module lies, by where its leaves lie: A and B of one after the other."""
-    return [slice(A.start, B.stop) for A, B in zip(leaves[::2], leaves[1::2], strict=True)]
 
 
 def features_of(setting: Setting, solver: Solver) -> list[StoredFeatures] | None:

@@ -31,8 +31,9 @@ class Direct:
     tolerance: float = 1e-3
     name: str = "direct"
     approximate: ClassVar[bool] = False
-    # the answer, two rotations inside a closed form, and the product that measures the residual
-    copies: ClassVar[int] = 4
+    # beside the answers of all queries those that are being solved, a few at a time
+    # (`influence.scores`), with two rotations and the product that measures the residual
+    copies: ClassVar[int] = 1
 
     def solve(self, operator: Damped, rhs: Tensor) -> Solution:
         """Solve for every row of `rhs` [K, P].
