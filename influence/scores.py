@@ -401,7 +401,8 @@ def _solved_here(
         values[torch.from_numpy(part)] = solution.values
         found.append((solution.residuals, solution.converged, solution.iterations))
         message = solution.message or message
-    return Solution(values, *(torch.cat(each) for each in zip(*found, strict=True)), message)
+    residuals, converged, iterations = (torch.cat(each) for each in zip(*found, strict=True))
+    return Solution(values, residuals, converged, iterations, message)
 
 
 def _features(stored: StoredFeatures, asked: Asked, rows: np.ndarray) -> Tensor:

@@ -210,8 +210,12 @@ def _joined(parts: Sequence[Strongest], queries: Examples, request: dict[str, An
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in NAMES
     }
-    ids = {"query_ids": list(queries.ids), "train_ids": parts[0].train_ids}
-    return Strongest(**arrays, **ids, attributes=attributes)
+    return Strongest(
+        **arrays,
+        query_ids=list(queries.ids),
+        train_ids=parts[0].train_ids,
+        attributes=attributes,
+    )
 
 
 def _write(target: Path, found: Strongest) -> None:
