@@ -28,11 +28,10 @@ from influence.gradients import (
     Tape,
     batch_uniforms,
     max_rows,
-    sampled_gradient,
     sampled_gradients,
     tape,
 )
-from influence.loss import Supervised, loss_gradient, probabilities
+from influence.loss import Supervised, loss_gradient, sampled_loss_gradient
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
 from influence.store import RowFile, open_file, read, write_file
@@ -219,15 +218,14 @@ class PointFit:
         files = files or RowFiles()
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         part = recorder.forward(batch)
-        probs = probabilities(part.logits)
         for draw in range(self.draws):
             final = files.gradients is None and draw == self.draws - 1
-            sampled = self.sampled_backward(recorder, part, probs, rows, draw, final)
+            sampled = self.sampled_backward(recorder, part, rows, draw, final)
             if files.sampled is not None and sampled is not None:
                 files.sampled.write(rows * self.draws + draw, sampled.cpu().numpy())
             del sampled
         if files.gradients is not None and files.done is not None:
-            gradient = loss_gradient(probs, part.targets)
+            gradient = loss_gradient(part.logits, part.targets)
             gradients = recorder.gradients(part, gradient, buffer=self.buffer)
             files.gradients.write(rows, gradients.cpu().numpy())
             files.done.write(rows, np.ones(len(rows), np.uint8))
@@ -236,7 +234,6 @@ class PointFit:
         self,
         recorder: Tape,
         part: Supervised,
-        probs: Tensor,
         rows: np.ndarray,
         draw: int,
         final: bool,
@@ -246,7 +243,7 @@ class PointFit:
         The rows' gradients `[b, P]` where they are wanted.
         """
         uniforms = batch_uniforms(self.tokens, rows, self.run.manifest.seed, draw)
-        gradient = sampled_gradient(part, probs, uniforms)
+        gradient = sampled_loss_gradient(part.logits, uniforms)
         relative, accumulator = self.relative_weights(rows), self.accumulator
         wanted = self.store_rows or accumulator.per_row
         sink = recorder.new_sink(self.buffer) if wanted else None
