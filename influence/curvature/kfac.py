@@ -254,11 +254,13 @@ class Moments(Accumulator):
         Output moments are means over the label draws. The moments are used up: their memory holds
         the eigenvectors.
         """
-        # LAPACK runs without the interpreter's lock; CUDA's library is not safe to enter from
-        # several threads
-        workers = torch.get_num_threads() if self.narrow[0].state.device.type == "cpu" else 1
-        with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
-            wide = dict(zip(self.wide, pool.map(self._eigen, self.wide.values()), strict=True))
+        if self.mass.device.type == "cpu":  # LAPACK runs without the interpreter's lock
+            workers = torch.get_num_threads()
+            with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
+                bases = list(pool.map(self._eigen, self.wide.values()))
+        else:  # CUDA's library is not safe to enter from several threads
+            bases = [self._eigen(moment) for moment in self.wide.values()]
+        wide = dict(zip(self.wide, bases, strict=True))
         blocks, masses = [], self.mass.tolist()
         for number, leaf in enumerate(self.space.leaves):
             narrow_vectors, narrow_values, _ = self.narrow[number].eigen()
