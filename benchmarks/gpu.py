@@ -11,7 +11,8 @@ Steps of a shape: `build`; `gradients` (of two rows, streamed and by a plain loo
 and backward of some batches by transformers alone); `fit few`; `pass` (the same batches as `bare`
 by a fit, and one of them under torch.profiler); `fit`; `score`; `remove` (two rows); `forecast`
 (ten rows). A step that fails is reported with its traceback, and the next one goes on. The file is
-written after every step, and no step begins once the budget is over.
+written after every step, no step begins once the budget is over, and one that takes more than its
+share of what is left is stopped.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,8 @@ from gpu_shapes import (  # pyright: ignore[reportMissingImports]
 #: Rows of the short fit that tells how many rows the long one can have, and share of a shape's
 #: time that the long one may take.
 FEW, FIT_SHARE = 48, 0.35
+#: Share of a shape's time left that one step may take, and the least seconds that it gets.
+STEP_SHARE, LEAST = 0.7, 5.0
 #: Batches that are timed bare and in a pass.
 TIMED = 4
 #: Kernels of the profile that are listed.
@@ -120,13 +125,13 @@ class Bench:
             "bare": self.bare,
             "fit few": self.fit_few,
             "pass": self.one_pass,
-            "fit": lambda: self.fit(end.seconds, end.left),
+            "fit": lambda: self.fit(min(end.left, end.seconds * FIT_SHARE)),
             "score": self.score,
             "remove": self.remove,
             "forecast": self.forecast,
         }
         for name, step in steps.items():
-            self.steps[name] = self.step(step, budget)
+            self.steps[name] = self.step(step, end)
             self.report.write()
         self.model = self.run = None
         gc.collect()
@@ -134,13 +139,14 @@ class Bench:
     def step(self, work: Callable[[], dict[str, Any]], budget: Budget) -> dict[str, Any]:
         """One step's results, seconds and peak memory, or why there are none."""
         if budget.left <= 0:
-            return {"skipped": "the budget is over"}
+            return {"skipped": "no time is left"}
         gc.collect()
         self.device.forget()
         start = time.perf_counter()
         try:
-            found = work()
-            self.device.wait()
+            with at_most(max(LEAST, STEP_SHARE * budget.left)):
+                found = work()
+                self.device.wait()
         except Skipped as reason:
             return {"skipped": str(reason)}
         except Exception as error:  # the next step may well do
@@ -251,7 +257,6 @@ class Bench:
     def one_pass(self) -> dict[str, Any]:
         """The batches of `bare` as a fit runs them, without what is made of the sums."""
         run = self.fitted
-        run.tokens  # noqa: B018  (tokenised once)
         tokens = tokenize(self.rows, self.adapted.tokenizer)
         batches = self.timed(tokens)
         fit = PassOver(run, self.curvature, tokens)
@@ -270,10 +275,10 @@ class Bench:
             "profile": profile,
         }
 
-    def fit(self, whole: float, left: float) -> dict[str, Any]:
+    def fit(self, seconds_left: float) -> dict[str, Any]:
         """The fit on as many rows as there is time for, at the adapter itself."""
         tokens = tokenize(self.rows, self.adapted.tokenizer)
-        count = self.rows_for(tokens, min(left, whole * FIT_SHARE))
+        count = self.rows_for(tokens, seconds_left)
         start = time.perf_counter()
         self.run = self.fit_of(self.rows[:count], "run")
         seconds = time.perf_counter() - start
@@ -336,6 +341,22 @@ class Bench:
         return time.perf_counter() - start
 
 
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` in the block once so many seconds are over."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise TimeoutError(f"stopped after {seconds:.0f} s, its share of the time left")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Skipped(Exception):
     """A step that cannot be, and why."""
 
@@ -371,6 +392,7 @@ def errors(model: AdaptedModel, tokens: TokenizedExamples) -> list[float]:
 
 def profiled(work: Callable[[], Any], device: Device) -> dict[str, Any]:
     """One call under torch.profiler: the kernels that take longest, and how often it stops."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     gpu = device.place.type == "cuda"
@@ -386,7 +408,9 @@ def profiled(work: Callable[[], Any], device: Device) -> dict[str, Any]:
     def calls(names: tuple[str, ...]) -> int:
         return sum(event.count for event in events if event.key.startswith(names))
 
-    longest = sorted(events, key=microseconds, reverse=True)[:LISTED]
+    # on a GPU an operation of the host is told with the kernels that it starts, which are told too
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA] if gpu else events
+    longest = sorted(kernels, key=microseconds, reverse=True)[:LISTED]
     return {
         "stops": calls(STOPS if gpu else FETCHES),
         "copies_to_host": calls(COPIES),

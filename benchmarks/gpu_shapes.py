@@ -27,6 +27,7 @@ LLAMA = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
+        "initializer_range": 0.2,
     },
     "1b": {
         "vocab_size": 128_256,
