@@ -392,7 +392,7 @@ def errors(model: AdaptedModel, tokens: TokenizedExamples) -> list[float]:
 
 def profiled(work: Callable[[], Any], device: Device) -> dict[str, Any]:
     """One call under torch.profiler: the kernels that take longest, and how often it stops."""
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     gpu = device.place.type == "cuda"

@@ -21,8 +21,8 @@ from influence.adapter import AdaptedModel
 LLAMA = {
     "tiny": {
         "vocab_size": 512,
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -121,14 +121,16 @@ def quantise(base: Any) -> None:
 
     One after the other, so that no second model is ever there.
     """
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from transformers import BitsAndBytesConfig
 
-    for name, layer in list(base.named_modules()):
-        if type(layer) is not nn.Linear or layer is base.get_output_embeddings():
+    names = [name for name, layer in base.named_modules() if type(layer) is nn.Linear]
+    for name in names:
+        layer = base.get_submodule(name)
+        if layer is base.get_output_embeddings():
             continue
         place = layer.weight.device
-        small = bnb.nn.Linear4bit(
+        small = Linear4bit(
             layer.in_features,
             layer.out_features,
             bias=False,
@@ -137,7 +139,8 @@ def quantise(base: Any) -> None:
             quant_type="nf4",
             device="meta",
         )
-        small.weight = bnb.nn.Params4bit(
+        make: Any = Params4bit
+        small.weight = make(
             layer.weight.data,
             requires_grad=False,
             compress_statistics=True,
@@ -146,7 +149,6 @@ def quantise(base: Any) -> None:
         )
         parent, _, last = name.rpartition(".")
         setattr(base.get_submodule(parent), last, small.to(place))  # which quantises it
-        del layer
     base.is_loaded_in_4bit = True
     base.config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,

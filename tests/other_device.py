@@ -28,7 +28,7 @@ class Elsewhere(torch.Tensor):
     """A tensor on `PLACE`; `held` has its numbers."""
 
     held: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> Elsewhere:

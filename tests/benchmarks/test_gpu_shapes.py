@@ -57,7 +57,7 @@ def test_a_shape_in_four_bits_has_the_same_sites_and_a_head_that_is_whole():
         x = torch.eye(other.A.in_features, dtype=torch.bfloat16)
         with torch.no_grad():
             got, expected = (s.layer.get_base_layer()(x).float() for s in (site, other))
-        assert 0 < float((got - expected).norm() / expected.norm()) < 0.15  # nf4
+        assert 0 < float((got - expected).norm() / expected.norm()) < 0.12  # nf4: 0.092
 
 
 def test_rows_are_of_mixed_lengths_and_the_same_for_a_seed():
@@ -84,7 +84,7 @@ def test_products_are_those_that_torch_counts():
     by_name = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     forward = sum(count for name, count in by_name.items() if name in ("aten.mm", "aten.addmm"))
     assert gpu_shapes.products(model, 17, 17) == 2 * forward > 0
-    assert gpu_shapes.products(model, 17, 5) == 2 * forward - 12 * 4 * 32 * 512
+    assert gpu_shapes.products(model, 17, 5) == 2 * forward - 12 * 4 * 64 * 512
 
 
 def test_a_device_knows_its_peak(monkeypatch):
