@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,6 +157,30 @@ def delta_weight(wrapper: Any, adapter: str, dtype: torch.dtype) -> Tensor:
     return torch.einsum(f"ore,eri->{shape}", B, A) * wrapper.scaling[adapter]
 
 
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which slots go to which expert.
+
+    `chosen` [S] is each slot's expert; `order` [S] are the slots, expert after expert and in their
+    order; `counts` [E] says how many each expert has.
+    """
+
+    chosen: Tensor
+    order: Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, chosen: Tensor, experts: int) -> Routing:
+        """Sort the slots: once for a layer, whose products then wait for nothing.
+
+        The counts are fetched from the device; every product that did so would stop it.
+        """
+        order = chosen.argsort(stable=True)
+        ends = torch.arange(experts, device=chosen.device)
+        counts = torch.searchsorted(chosen[order].contiguous(), ends, right=True)
+        return cls(chosen, order, counts.diff(prepend=counts.new_zeros(1)).tolist())
+
+
 class SlotForward:
     """The forward of an adapted experts module, slot by slot.
 
@@ -177,20 +202,22 @@ class SlotForward:
         hidden, experts, weights = (*args, *kwargs.values())
         base, k = self.base, experts.shape[-1]
         slots, chosen = hidden.repeat_interleave(k, 0), experts.reshape(-1)
+        routing = Routing.of(chosen, len(stacks(base)[0]))
         first = next(name for name in _FIRST if name in base._parameters)
-        inner = self._projection(first, slots, chosen)
+        inner = self._projection(first, slots, routing)
         inner = base._apply_gate(inner) if first == _FIRST[0] else base.act_fn(inner)
-        out = self._projection(_SECOND, inner, chosen)
+        out = self._projection(_SECOND, inner, routing)
         if getattr(base, "has_post_expert_norm", False):
             out = base.post_expert_norm(out)
         out = out * weights.reshape(-1, 1).to(out.dtype)
         return out.unflatten(0, (-1, k)).sum(1).to(hidden.dtype)
 
-    def _projection(self, name: str, x: Tensor, chosen: Tensor) -> Tensor:
+    def _projection(self, name: str, x: Tensor, routing: Routing) -> Tensor:
         """Outputs `[S, d_out]` of the slots `x` [S, d_in], each with its expert's matrix."""
+        chosen = routing.chosen
         weight, bias = self.base._parameters[name], self.base._parameters.get(f"{name}_bias")
         dtype = weight.dtype if self.dtype is None else self.dtype
-        out = _Routed.apply(x.to(dtype), weight, chosen, bool(self.base.is_transposed))
+        out = _Routed.apply(x.to(dtype), weight, routing, bool(self.base.is_transposed))
         if bias is not None:
             out = out + bias[chosen].to(dtype)
         if name not in self.branches:
@@ -211,26 +238,31 @@ class _Routed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, chosen: Tensor, transposed: bool) -> Tensor:
-        ctx.save_for_backward(weight, chosen)
-        ctx.transposed = transposed
+    def forward(ctx: Any, x: Tensor, weight: Tensor, routing: Routing, transposed: bool) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.routing, ctx.transposed = routing, transposed
         width = weight.shape[2 if transposed else 1]
-        return _by_expert(x, weight, chosen, width, transposed)
+        return _by_expert(x, weight, routing, width, transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        weight, chosen = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
         width = weight.shape[1 if ctx.transposed else 2]
-        return _by_expert(grads[0], weight, chosen, width, not ctx.transposed), None, None, None
+        return (
+            _by_expert(grads[0], weight, ctx.routing, width, not ctx.transposed),
+            None,
+            None,
+            None,
+        )
 
 
-def _by_expert(x: Tensor, weight: Tensor, chosen: Tensor, width: int, plain: bool) -> Tensor:
+def _by_expert(x: Tensor, weight: Tensor, routing: Routing, width: int, plain: bool) -> Tensor:
     """`x_s W_e` (plain) or `x_s W_e^T` of every slot, `[S, width]`, expert after expert."""
     out = x.new_empty(len(x), width)
-    for expert in chosen.unique().tolist():
-        places = (chosen == expert).nonzero().squeeze(1)
-        matrix = weight[expert].to(x.dtype)
-        out[places] = x[places] @ (matrix if plain else matrix.T)
+    for expert, places in enumerate(routing.order.split(routing.counts)):
+        if len(places):
+            matrix = weight[expert].to(x.dtype)
+            out[places] = x[places] @ (matrix if plain else matrix.T)
     return out
 
 

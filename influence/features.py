@@ -26,10 +26,10 @@ from influence.batches import collate, padded_tokens, plan_batches
 from influence.curvature.base import Damped, Whitening
 from influence.errors import StoreError
 from influence.geometry import Geometry
-from influence.gradients import Tape, output_gradient, tape
+from influence.gradients import Tape, tape
 from influence.kept_coordinates import KeptCoordinates
 from influence.leaf_gradients import LeafGradients
-from influence.measurements import Measurement
+from influence.measurements import Measurement, output_gradient
 from influence.memory import free_memory
 from influence.progress import track
 from influence.store import RowFile, open_file, open_rows, read, write_file

@@ -32,12 +32,11 @@ from influence.gradients import (
     Tape,
     batch_uniforms,
     max_rows,
-    sampled_gradient,
     sampled_gradients,
     tape,
 )
 from influence.leaf_gradients import LeafGradients
-from influence.loss import Supervised, loss_gradient, probabilities
+from influence.loss import Supervised, loss_gradient, sampled_loss_gradient
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
 from influence.store import RowFile, open_file, read, write_file
@@ -273,15 +272,14 @@ class PointFit:
         draws = self.draws if draws is None else draws
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         part = recorder.forward(batch)
-        probs = probabilities(part.logits)
         for draw in range(draws):
             final = files.gradients is None and draw == draws - 1
-            sampled = self.sampled_backward(recorder, part, probs, rows, draw, final)
+            sampled = self.sampled_backward(recorder, part, rows, draw, final)
             if files.sampled is not None and sampled is not None:
                 files.sampled.write(rows * self.draws + draw, sampled.cpu().numpy())
             del sampled
         if files.gradients is not None and files.done is not None:
-            gradient = loss_gradient(probs, part.targets)
+            gradient = loss_gradient(part.logits, part.targets)
             gradients = recorder.gradients(part, gradient, buffer=self.buffer)
             files.gradients.write(rows, gradients.cpu().numpy())
             files.done.write(rows, np.ones(len(rows), np.uint8))
@@ -290,7 +288,6 @@ class PointFit:
         self,
         recorder: Tape,
         part: Supervised,
-        probs: Tensor,
         rows: np.ndarray,
         draw: int,
         final: bool,
@@ -300,7 +297,7 @@ class PointFit:
         The rows' gradients `[b, P]` where they are wanted.
         """
         uniforms = batch_uniforms(self.tokens, rows, self.run.manifest.seed, draw)
-        gradient = sampled_gradient(part, probs, uniforms)
+        gradient = sampled_loss_gradient(part.logits, uniforms)
         relative, accumulator = self.relative_weights(rows), self.accumulator
         wanted = self.store_rows or accumulator.per_row
         sink = recorder.new_sink(self.buffer) if wanted else None
@@ -523,10 +520,9 @@ class ComputedRows:
         weights = torch.from_numpy(fit.sample_weights[rows] / fit.draws).to(model.device)
         batch = collate(fit.tokens, rows, pad_id=model.pad_id, device=model.device)
         part = recorder.forward(batch)
-        probs = probabilities(part.logits)
         for draw in range(fit.draws):
             uniforms = batch_uniforms(fit.tokens, rows, fit.run.manifest.seed, draw)
-            gradient = sampled_gradient(part, probs, uniforms)
+            gradient = sampled_loss_gradient(part.logits, uniforms)
             sink = LeafGradients(
                 recorder,
                 lambda leaf, rows: second.add_leaf(leaf, geometry.of_leaf(leaf, rows), weights),

@@ -35,13 +35,13 @@ from influence.errors import AdapterError, NumericalError
 from influence.experts import SlotForward, outermost, tokens_in_order
 from influence.loss import (
     Supervised,
+    all_finite,
     loss_gradient,
-    probabilities,
-    sample_labels,
+    sampled_loss_gradient,
     supervised_logits,
     token_losses,
 )
-from influence.measurements import MeanLoss, Measurement
+from influence.measurements import Measurement, output_gradient
 from influence.precision import computes_in
 from influence.progress import say
 from influence.tokens import TokenizedExamples
@@ -146,6 +146,7 @@ class Tape:
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
         self.sink: Sink | None = None
         self.valid = torch.empty(0)
+        self._slots_of: dict[int, Tensor] = {}
         self.counts: list[int] = []
         self.uses: dict[int, int] = {}  # how often each leaf ran in the last forward
 
@@ -156,6 +157,7 @@ class Tape:
         # batches and cut off in others, and must count in none.
         # The last of a document is followed by a token of another one.
         self.valid = real[:, :-1] & real[:, 1:] & (batch.position_ids[:, 1:] > 0)
+        self._slots_of = {}
         self.counts = batch.supervised[:, 1:].sum(1).tolist()
         self.uses.clear()
         with torch.enable_grad(), self.own_batch():
@@ -164,7 +166,7 @@ class Tape:
         with torch.enable_grad(), self.own_batch():
             if self.apart or part is None:  # a tap may just have found that they must
                 part = self._one_by_one(batch)
-        if not bool(torch.isfinite(part.logits.detach().sum(dtype=torch.float64))):
+        if not all_finite(part.logits):
             raise NumericalError(
                 "the model gives NaN or infinite logits on the training or query rows; load it "
                 "with another --dtype, or check it on the rows' text"
@@ -289,7 +291,7 @@ class Tape:
         # a device map may have put the layer elsewhere
         x, g = x.to(valid.device), g.to(valid.device)
         if leaf in self.slots:
-            valid = valid.repeat_interleave(x.shape[1] // T, 1)
+            valid = self._valid_slots(x.shape[1] // T)
         elif x.dim() == 2 and x.shape[0] == b * T:  # some decoders flatten their tokens
             x, g = x.unflatten(0, (b, T)), g.unflatten(0, (b, T))
         elif x.shape[0] == 1 and x.shape[1] == sum(self.counts) and (b, T) != x.shape[:2]:
@@ -302,6 +304,14 @@ class Tape:
                 "rows cannot be told apart there; adapt other layers"
             )
         self.sink(leaf, x, g, valid)
+
+    def _valid_slots(self, k: int) -> Tensor:
+        """`valid` for k slots a token, `[b, T k]`: one tensor for all leaves of a batch, which what
+        reads it may therefore look at once.
+        """
+        if k not in self._slots_of:
+            self._slots_of[k] = self.valid.repeat_interleave(k, 1)
+        return self._slots_of[k]
 
     def _show_pieces(self) -> None:
         """Hand over what the leaves saw of examples that ran alone."""
@@ -436,31 +446,6 @@ def stream_gradients(
             yield rows, *recorder.run(batch, measurement)
 
 
-def output_gradient(part: Supervised, measurement: Measurement | None) -> tuple[Tensor, Tensor]:
-    """Value `[b]` and gradient by the logits `[N, V]` of a measurement.
-
-    None is the summed loss.
-    """
-    if measurement is None or isinstance(measurement, MeanLoss):  # without a graph
-        sums = part.per_example(token_losses(part.logits.detach(), part.targets))
-        gradient = loss_gradient(probabilities(part.logits), part.targets)
-        if measurement is None:
-            return sums, gradient
-        lengths = torch.tensor(part.counts, device=part.logits.device)
-        share = torch.repeat_interleave(1 / lengths.double(), lengths)
-        return sums / lengths.to(sums), gradient * share.to(gradient)[:, None]
-    logits = part.logits.detach().requires_grad_(True)
-    with torch.enable_grad():
-        values = measurement.values(Supervised(logits, part.targets, part.counts))
-        (gradient,) = torch.autograd.grad(values.sum(), logits)
-    return values.detach(), gradient
-
-
-def sampled_gradient(part: Supervised, probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Gradient by the logits `[N, V]` of the summed loss of labels drawn from the model."""
-    return loss_gradient(probs, sample_labels(probs, uniforms.to(probs.device)))
-
-
 def label_uniforms(seed: int, draw: int, id: str, count: int) -> np.ndarray:
     """The uniforms `[count]` that draw example `id`'s labels.
 
@@ -485,9 +470,9 @@ def sampled_gradients(
     draw. One forward pass serves all draws.
     """
     part = recorder.forward(batch)
-    probs = probabilities(part.logits)
     for draw in range(draws):
-        gradient = sampled_gradient(part, probs, batch_uniforms(tokens, batch.indices, seed, draw))
+        uniforms = batch_uniforms(tokens, batch.indices, seed, draw)
+        gradient = sampled_loss_gradient(part.logits, uniforms)
         yield recorder.gradients(part, gradient, last=draw == draws - 1)
 
 
@@ -573,8 +558,8 @@ def loss_sum_gradient(
     def by_logits(rows: np.ndarray, part: Supervised) -> Tensor:
         sums = part.per_example(token_losses(part.logits, part.targets)).double()
         losses[rows] = sums.cpu().numpy() / tokens.counts[rows]
-        gradient = loss_gradient(probabilities(part.logits), part.targets)
-        return gradient * repeated_over_tokens(weights[rows] / unit, part, gradient)
+        factors = repeated_over_tokens(weights[rows] / unit, part)
+        return loss_gradient(part.logits, part.targets, factors)
 
     gradient = summed_gradient(model, tokens, by_logits, token_budget=token_budget, cost=cost)
     return gradient * unit, losses
@@ -589,7 +574,7 @@ def power_of_two_near(weight: float) -> float:
     return 2.0 ** np.floor(np.log2(weight)) if weight > 0 else 1.0
 
 
-def repeated_over_tokens(values: np.ndarray, part: Supervised, like: Tensor) -> Tensor:
-    """Numbers of the rows `[b]` repeated over their tokens, `[N, 1]`, of the type of `like`."""
+def repeated_over_tokens(values: np.ndarray, part: Supervised) -> Tensor:
+    """Numbers of the rows `[b]` repeated over their tokens, `[N]` float64, where the logits are."""
     repeated = np.repeat(np.asarray(values, dtype=np.float64), part.counts)
-    return torch.from_numpy(repeated).to(like)[:, None]
+    return torch.from_numpy(repeated).to(part.logits.device)

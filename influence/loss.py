@@ -29,6 +29,9 @@ from influence.positions import (
 )
 from influence.tokens import TokenizedExamples
 
+#: Numbers in what is held of a softmax at once: 67 MB in float32, 130 positions of 128,256 tokens.
+CHUNK_NUMBERS = 1 << 24
+
 
 @dataclass(frozen=True)
 class Supervised:
@@ -143,8 +146,16 @@ def _advice(bad: Sequence[BadRow]) -> str:
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each supervised token, `-log softmax(logits)[target]`, `[N]`.
 
-    In nats, at least float32, attached to the graph.
+    In nats, at least float32, attached to the graph. Without a graph no wide copy of all logits is
+    made.
     """
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _cross_entropy(logits, targets)
+    parts = [_cross_entropy(logits[at], targets[at]) for at in position_chunks(logits)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(accurate(logits), targets, reduction="none")
 
 
@@ -153,31 +164,73 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return accurate(logits).log_softmax(-1)
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """`softmax(logits)` detached, `[N, V]`, at least float32."""
-    return accurate(logits.detach()).softmax(-1)
+def position_chunks(logits: Tensor) -> list[slice]:
+    """Chunks of the positions of `logits` [N, V], one after the other, at least one.
+
+    A batch of 4,096 positions of 128,256 tokens takes 2.1 GB in float32 each time that it is
+    copied, so that what is made of logits is made of some positions at a time: `CHUNK_NUMBERS`.
+    """
+    step = max(1, CHUNK_NUMBERS // max(1, logits.shape[-1]))
+    return [slice(start, start + step) for start in range(0, max(1, len(logits)), step)]
 
 
-def loss_gradient(probs: Tensor, targets: Tensor) -> Tensor:
-    """Gradient of the summed cross-entropy by the logits, `p - onehot(target)`, `[N, V]`."""
-    gradient = probs.clone()
-    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return gradient
+def probability_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of positions and `softmax(logits)` there, `[n, V]`, at least float32, detached.
+
+    The probabilities are the caller's to write over.
+    """
+    for at in position_chunks(logits):
+        yield at, accurate(logits.detach()[at]).softmax(-1)
+
+
+def loss_gradient(logits: Tensor, labels: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Gradient of the summed cross-entropy by the logits, `p - onehot(label)`, `[N, V]`.
+
+    It has the logits' type, and is rounded to it at the end: `factors` [N], where given, multiply
+    the positions before that.
+    """
+    out = torch.empty_like(logits)
+    for at, probs in probability_chunks(logits):
+        gradient = less_labels(probs, labels[at])
+        out[at] = gradient if factors is None else gradient.mul_(factors[at, None].to(gradient))
+    return out
+
+
+def sampled_loss_gradient(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """`loss_gradient` of labels that are drawn from the model, `[N, V]` in the logits' type.
+
+    `uniforms` [N] in [0, 1) draw them (`sample_labels`).
+    """
+    out, uniforms = torch.empty_like(logits), uniforms.to(logits.device)
+    for at, probs in probability_chunks(logits):
+        out[at] = less_labels(probs, sample_labels(probs, uniforms[at]))
+    return out
+
+
+def less_labels(probs: Tensor, labels: Tensor) -> Tensor:
+    """`p - onehot(label)` in the place of `probs` [n, V]."""
+    probs[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return probs
 
 
 def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one label per position from the model's own distribution.
 
-    Its cumulative sum is inverted: `probs` [N, V], `uniforms` [N] in [0, 1), label = the first v
-    with cdf[v] > u. Returns `[N]`.
+    Its cumulative sum is inverted: `probs` [n, V], `uniforms` [n] in [0, 1), label = the first v
+    with cdf[v] > u. Returns `[n]`. The sum takes twice the memory of `probs`.
     """
-    out = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
-    # sums in float64, or rare labels of a large vocabulary would be lost; 256 rows bound the memory
-    for start in range(0, len(probs), 256):
-        cdf = probs[start : start + 256].cumsum(-1, dtype=torch.float64)
-        u = uniforms[start : start + 256].to(cdf) * cdf[:, -1]
-        out[start : start + 256] = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).squeeze(-1)
-    return out.clamp_(max=probs.shape[-1] - 1)
+    # in float64, or rare labels of a large vocabulary would be lost
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    u = uniforms.to(cdf) * cdf[:, -1]
+    labels = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).squeeze(-1)
+    return labels.clamp_(max=probs.shape[-1] - 1)
+
+
+def all_finite(logits: Tensor) -> bool:
+    """Whether no logit is NaN or infinite. Of 16-bit logits no wider copy is made."""
+    if not logits.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(logits.detach())).isfinite().all())
 
 
 def mean_losses(

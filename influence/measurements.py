@@ -7,7 +7,7 @@ measurement is one class here and, if it has a name of its own, one line in `MEA
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from influence.errors import InputError
-from influence.loss import Supervised, accurate, log_probabilities, token_losses
+from influence.loss import (
+    Supervised,
+    accurate,
+    log_probabilities,
+    loss_gradient,
+    position_chunks,
+    token_losses,
+)
 from influence.rows import Example, Examples
 from influence.tokens import TokenizedExamples
 
@@ -228,3 +235,47 @@ MEASUREMENTS: dict[str, Measurement] = {
     "sum": SumLoss(),
     "margin": MeanMargin(),
 }
+
+
+# ---- its gradient --------------------------------------------------------------------------------
+
+
+def output_gradient(part: Supervised, measurement: Measurement | None) -> tuple[Tensor, Tensor]:
+    """Value `[b]` and gradient by the logits `[N, V]` of a measurement.
+
+    None is the summed loss.
+    """
+    if measurement is None or isinstance(measurement, MeanLoss):  # without a graph
+        sums = part.per_example(token_losses(part.logits.detach(), part.targets))
+        if measurement is None:
+            return sums, loss_gradient(part.logits, part.targets)
+        lengths = torch.tensor(part.counts, device=part.logits.device)
+        share = torch.repeat_interleave(
+            1 / lengths.double(), lengths, output_size=len(part.targets)
+        )
+        return sums / lengths.to(sums), loss_gradient(part.logits, part.targets, share)
+    values, gradient, done = [], torch.empty_like(part.logits), 0
+    for counts in _examples_at_once(part):
+        at = slice(done, done := done + sum(counts))
+        logits = part.logits.detach()[at].requires_grad_(True)
+        with torch.enable_grad():
+            value = measurement.values(Supervised(logits, part.targets[at], counts))
+            (gradient[at],) = torch.autograd.grad(value.sum(), logits)
+        values.append(value.detach())
+    return torch.cat(values), gradient
+
+
+def _examples_at_once(part: Supervised) -> Iterator[list[int]]:
+    """The counts of the examples of a batch, few at a time.
+
+    A measurement holds several wide copies of its logits, so that it gets those of whole examples
+    that make no more than one chunk of positions, or those of one.
+    """
+    most = position_chunks(part.logits)[0].stop
+    some: list[int] = []
+    for count in part.counts:
+        if some and sum(some) + count > most:
+            yield some
+            some = []
+        some.append(count)
+    yield some

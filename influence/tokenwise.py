@@ -24,7 +24,7 @@ from influence.at_point import AtPoint
 from influence.batches import collate, padded_tokens, plan_batches
 from influence.errors import AdapterError, InputError
 from influence.gradients import Tape, tape
-from influence.loss import loss_gradient, probabilities
+from influence.loss import loss_gradient
 from influence.progress import track
 from influence.run import Run
 
@@ -99,9 +99,7 @@ class Tokenwise:
                     else:  # an adapted LM head sees supervised positions only, in order
                         found[:, reads] += products[:, valid]
 
-                recorder.backward(
-                    part.logits, loss_gradient(probabilities(part.logits), part.targets), show
-                )
+                recorder.backward(part.logits, loss_gradient(part.logits, part.targets), show)
                 scaled = found.double().cpu().numpy() * (factors * run.weights)[rows][:, None]
                 for place, row in enumerate(rows.tolist()):
                     start = self.offsets[row]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from influence.curvature.base import Arrays, Curvature, as_linear_operator
 from influence.curvature.objective import MatrixFree, SecondDerivative, objective_at
-from influence.loss import Supervised, probabilities
+from influence.loss import Supervised, probability_chunks
 
 if TYPE_CHECKING:
     from influence.at_point import AtPoint
@@ -54,9 +54,8 @@ def ggn_products(
     transposed): no forward-mode rule is needed from any layer. Then the softmax's `diag(p) - p
     p^T`, then `J^T`.
     """
-    probs = probabilities(part.logits)
     counts = torch.tensor(part.counts, device=weights.device)
-    token_weights = torch.repeat_interleave(weights, counts).to(probs)[:, None]
+    token_weights = torch.repeat_interleave(weights, counts)[:, None]
     dummy = torch.zeros_like(part.logits, requires_grad=True)
     transposed = torch.autograd.grad(
         part.logits, parameters, dummy, create_graph=True, materialize_grads=True
@@ -66,10 +65,12 @@ def ggn_products(
         (Jv,) = torch.autograd.grad(
             transposed, dummy, [column[k] for column in v], retain_graph=True
         )
-        Jv = Jv.to(probs)
-        HJv = token_weights * probs * (Jv - (probs * Jv).sum(-1, keepdim=True))
+        for at, probs in probability_chunks(part.logits):  # HJv, in the place of Jv
+            rises = Jv[at].to(probs)
+            centred = rises - (probs * rises).sum(-1, keepdim=True)
+            Jv[at] = token_weights[at].to(probs) * probs * centred
         back = torch.autograd.grad(
-            part.logits, parameters, HJv.to(part.logits), retain_graph=True, materialize_grads=True
+            part.logits, parameters, Jv, retain_graph=True, materialize_grads=True
         )
         for total, term in zip(out, back, strict=True):
             total[k] = term

@@ -49,8 +49,9 @@ from influence.curvature.base import (
 )
 from influence.curvature.ggn import GGN
 from influence.curvature.hessian import Hessian
+from influence.curvature.second_moments import BatchTokens, DenseMoment, SketchedMoment
 from influence.curvature.wide_sides import device_memory, directions, note
-from influence.errors import InputError, NumericalError
+from influence.errors import InputError
 from influence.loss import supervised_logits
 from influence.progress import say
 from influence.tokens import TokenizedExamples
@@ -131,93 +132,6 @@ class KFAC(Specification):
 # ---- second moments ------------------------------------------------------------------------------
 
 
-class DenseMoment:
-    """`sum_n x_n x_n^T` as a `[d, d]` matrix, of which the lower triangle counts."""
-
-    # the upper triangle is not computed: 4 strips of rows save 3/8 of the products, and more
-    # strips, where they are wide enough to be fast, up to half
-    STRIPS, WIDEST = 4, 192
-
-    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.state = torch.zeros(width, width, dtype=dtype, device=device)
-
-    def add(self, x: Tensor) -> None:
-        """Add the rows of `x` [N, d]."""
-        step = min(max(32, -(-x.shape[1] // self.STRIPS)), self.WIDEST)
-        for start in range(0, x.shape[1], step):
-            stop = min(start + step, x.shape[1])
-            self.state[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
-
-    def eigen(self) -> tuple[Tensor, Tensor, float]:
-        """Eigenvectors `[d, d]`, eigenvalues `[d]` (clipped at 0), and the mean eigenvalue of
-        the complement, 0.
-
-        Decomposed in float64 (in float32 the large eigenvalues of a real model's inputs, 1e5 times
-        the median, drown the others), kept in the sums' type and in their place, because the bases
-        of a large adapter take as much memory as all sums. The sums are gone.
-        """
-        matrix = self.state.double()
-        if not bool(torch.isfinite(matrix).all()):
-            raise NumericalError(
-                "a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64"
-            )
-        values, vectors = torch.linalg.eigh(matrix, UPLO="L")
-        place = self.state.copy_(vectors)
-        del self.state  # a second use is an error, not a wrong basis
-        return place, values.clamp(min=0), 0.0
-
-    def room(self) -> tuple[Tensor, Tensor, float]:
-        """Tensors like those of `eigen`, in the place of the sums, for another process's."""
-        place = self.state
-        del self.state
-        return place, torch.zeros(len(place), dtype=torch.float64, device=place.device), 0.0
-
-
-class SketchedMoment:
-    """`sum_n x_n x_n^T` through its product with a random `[d, k]` matrix, and its trace."""
-
-    def __init__(
-        self, width: int, rank: int, seed: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        test = torch.randn(width, rank, generator=generator, dtype=torch.float64)
-        self.test = torch.linalg.qr(test).Q.to(device, dtype)
-        # the last row holds the trace, so that the state is one tensor
-        self.state = torch.zeros(width + 1, rank, dtype=dtype, device=device)
-
-    def add(self, x: Tensor) -> None:
-        """Add the rows of `x` [N, d]."""
-        self.state[:-1].addmm_(x.T, x @ self.test)
-        self.state[-1, 0] += x.square().sum()
-
-    def eigen(self) -> tuple[Tensor, Tensor, float]:
-        """Leading eigenvectors `[d, k]`, eigenvalues `[k]`, and the mean eigenvalue of the
-        complement.
-        """
-        sketch, trace = self.state[:-1].double(), float(self.state[-1, 0])
-        width, rank = sketch.shape
-        shift = torch.finfo(self.state.dtype).eps * float(torch.linalg.matrix_norm(sketch))
-        if not shift >= 0:
-            raise NumericalError(
-                "a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64"
-            )
-        test = self.test.double()
-        shifted = sketch + shift * test
-        core = test.T @ shifted
-        core_values, core_vectors = torch.linalg.eigh((core + core.T) / 2)
-        # square-root pseudo-inverse of the core: rounding may leave it slightly indefinite
-        scale = torch.where(core_values > shift / 2, core_values.clamp(min=1e-300).rsqrt(), 0.0)
-        half = shifted @ (core_vectors * scale)
-        vectors, values, _ = torch.linalg.svd(half, full_matrices=False)
-        values = (values.square() - shift).clamp(min=0)
-        return vectors, values, max(0.0, (trace - float(values.sum())) / (width - rank))
-
-    def room(self) -> tuple[Tensor, Tensor, float]:
-        """Tensors like those of `eigen`, for another process's."""
-        rank, options = self.test.shape[1], {"dtype": torch.float64, "device": self.test.device}
-        return torch.zeros(self.test.shape, **options), torch.zeros(rank, **options), 0.0
-
-
 class Moments(Accumulator):
     """Both second moments of every leaf.
 
@@ -254,7 +168,10 @@ class Moments(Accumulator):
                 self.wide[number] = SketchedMoment(
                     width, kept[number], seed + number, dtype, device
                 )
-        self.mass = torch.zeros(len(space.leaves), dtype=torch.float64)
+        # where the batches are: a number that is fetched from a GPU, leaf after leaf, makes it wait
+        # for the host each time
+        self.mass = torch.zeros(len(space.leaves), dtype=torch.float64, device=device)
+        self._batch: BatchTokens | None = None
 
     @classmethod
     def at(cls, point: AtPoint, options: KFAC) -> Self:
@@ -282,18 +199,23 @@ class Moments(Accumulator):
         tokens.
         """
         inputs = draw == 0
-        if inputs and (not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf):
-            rows = x[valid] if not bool(valid.all()) else x.flatten(0, 1)
-            if relative is not None:
-                share = relative.sqrt().to(x)[:, None].expand(valid.shape)[valid]
-                rows = rows * share[:, None]
-            self._input_moment(leaf).add(rows)
+        if inputs:
+            batch = self._batch_tokens(valid, relative)
+            if not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf:
+                self._input_moment(leaf).add(batch.rows(x))
+            self.mass[leaf] += batch.mass
         if relative is not None:
             g = g * relative.sqrt().to(g)[:, None, None]
         self._output_moment(leaf).add(g.flatten(0, 1))
-        if inputs:
-            mass = valid.sum(1).double() * (1 if relative is None else relative.double())
-            self.mass[leaf] += float(mass.sum())
+
+    def _batch_tokens(self, valid: Tensor, relative: Tensor | None) -> BatchTokens:
+        """What all leaves of a batch share, found once for a batch and not once for a leaf.
+
+        The tape shows the same `valid` to every leaf that sees the batch's tokens.
+        """
+        if self._batch is None or not self._batch.found_of(valid, relative):
+            self._batch = BatchTokens.of(valid, relative)
+        return self._batch
 
     def _input_moment(self, leaf: int) -> DenseMoment | SketchedMoment:
         return self.wide[self.wide_of[leaf]] if self.space.leaves[leaf].is_A else self.narrow[leaf]
@@ -321,15 +243,15 @@ class Moments(Accumulator):
         )
         pairs = zip(moments, owners, strict=True)
         mine = [moment for moment, owner in pairs if owner == distributed.rank()]
-        # LAPACK runs without the interpreter's lock; CUDA's library is not safe to enter from
-        # several threads
-        workers = torch.get_num_threads() if self.narrow[0].state.device.type == "cpu" else 1
-        with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
-            made = pool.map(self._eigen, mine)
-            if distributed.world() == 1:
-                return list(made)
-            done = list(made)
-        done, found = iter(done), []
+        if self.mass.device.type == "cpu":  # LAPACK runs without the interpreter's lock
+            workers = torch.get_num_threads()
+            with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
+                made = list(pool.map(self._eigen, mine))
+        else:  # CUDA's library is not safe to enter from several threads
+            made = [self._eigen(moment) for moment in mine]
+        if distributed.world() == 1:
+            return made
+        done, found = iter(made), []
         for moment, owner in zip(moments, owners, strict=True):
             vectors, values, rest = next(done) if owner == distributed.rank() else moment.room()
             vectors, left = vectors.to(self.dtype).contiguous(), torch.tensor([rest]).double()
@@ -377,13 +299,13 @@ class Moments(Accumulator):
         """
         wide = dict(zip(self.wide, self._decomposed(list(self.wide.values())), strict=True))
         narrow = self._decomposed(self.narrow)
-        blocks = []
+        blocks, masses = [], self.mass.tolist()
         for number, leaf in enumerate(self.space.leaves):
             narrow_vectors, narrow_values, _ = narrow[number]
             wide_vectors, wide_values, rest = wide[self.wide_of[number]]
             # inputs are normalised by the mass of their tokens, output gradients weighted and
             # averaged over draws
-            factor = self.unit / self.options.samples / max(float(self.mass[number]), 1.0)
+            factor = self.unit / self.options.samples / max(masses[number], 1.0)
             eigenvalues = factor * narrow_values[:, None] * wide_values[None, :]
             blocks.append(
                 KroneckerBlock(

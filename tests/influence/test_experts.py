@@ -27,6 +27,7 @@ from tests.conftest import (
     tokens_of,
 )
 from tests.oracles import differentiable, plain_log_probs, plain_loss
+from tests.watching import HostReads
 
 FUSED = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -251,6 +252,20 @@ def test_a_backward_through_frozen_fused_experts_is_through_the_adapter_too():
     compute_in(held.model.get_base_model(), torch.float64)
     expected = input_gradient(exact)
     assert (input_gradient(held) - expected).norm() / expected.norm() < 1e-6
+
+
+def test_a_batch_waits_for_the_device_no_oftener_with_more_experts():
+    def reads(experts: int) -> int:
+        model = fused(experts=experts)
+        tokens = tokens_of(model, examples(4))
+        batch = collate(tokens, np.arange(4), pad_id=model.pad_id)
+        with tape(model) as recorder:
+            recorder.run(batch, None)
+            with HostReads() as found:
+                recorder.run(batch, None)
+        return found.count
+
+    assert reads(8) == reads(4) > 0
 
 
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "fisher", "identity"])

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from influence.batches import collate
-from influence.gradients import output_gradient, stream_gradients, tape
+from influence.gradients import stream_gradients, tape
 from influence.leaf_gradients import LeafGradients
+from influence.measurements import output_gradient
 from influence.tokens import tokenize
 from tests.conftest import build_model, examples
 

@@ -16,7 +16,14 @@ from influence.adapter import AdaptedModel
 from influence.cost import Cost
 from influence.errors import NumericalError
 from influence.gradients import power_of_two_near, repeated_over_tokens, summed_gradient
-from influence.loss import Supervised, loss_gradient, probabilities, token_losses
+from influence.loss import (
+    Supervised,
+    less_labels,
+    loss_gradient,
+    position_chunks,
+    probability_chunks,
+    token_losses,
+)
 from influence.tokens import TokenizedExamples
 from unlearn.stopping import NEAR
 from unlearn.unseen_outputs import ExpectedOutputs
@@ -106,12 +113,16 @@ class Goals:
             values[rows] = share[rows] * hinge
             # M falls where a loss that should rise does.
             slope = slope * np.where(rises, -1, 1) * (per_token / unit)
-            probs = probabilities(part.logits)
-            gradient = loss_gradient(probs, part.targets) * repeated_over_tokens(slope, part, probs)
-            if log_q is not None:
-                divergence = _divergence(log_q, part)
-                values[rows] += share[rows] * (divergence / tokens.counts[rows])
-                gradient += (probs - log_q.exp().to(probs)) * (per_token / unit)
+            factors = repeated_over_tokens(slope, part)
+            if log_q is None:
+                return loss_gradient(part.logits, part.targets, factors)
+            divergence = _divergence(log_q, part)
+            values[rows] += share[rows] * (divergence / tokens.counts[rows])
+            gradient = torch.empty_like(part.logits)
+            for at, probs in probability_chunks(part.logits):
+                apart = (probs - log_q[at].exp().to(probs)) * (per_token / unit)
+                hinged = less_labels(probs, part.targets[at]).mul_(factors[at, None].to(probs))
+                gradient[at] = hinged + apart
             return gradient
 
         gradient = summed_gradient(
@@ -145,6 +156,8 @@ def _hinge(x: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _divergence(log_q: Tensor, part: Supervised) -> np.ndarray:
     """`KL(q || p)` summed over each row's tokens, `[b]`."""
-    log_p = torch.log_softmax(part.logits.to(log_q), -1)
-    by_token = (log_q.exp() * (log_q - log_p)).sum(-1)
-    return part.per_example(by_token).double().cpu().numpy()
+    by_token = []
+    for at in position_chunks(part.logits):
+        log_p = torch.log_softmax(part.logits[at].to(log_q), -1)
+        by_token.append((log_q[at].exp() * (log_q[at] - log_p)).sum(-1))
+    return part.per_example(torch.cat(by_token)).double().cpu().numpy()

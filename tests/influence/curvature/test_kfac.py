@@ -7,7 +7,6 @@ import torch
 
 from influence.curvature import EKFAC, KFAC, Damped, dense
 from influence.curvature.base import Diagonal, Whitening, inverse_products
-from influence.curvature.kfac import DenseMoment, SketchedMoment
 from tests.conftest import build_model, examples, fit_end
 from tests.influence.curvature.helpers import moments_of, random_rows, replace_unit
 from tests.oracles import plain_kfac
@@ -91,41 +90,6 @@ def test_shared_inputs_are_found_and_change_nothing(tmp_path):
         ).norm() / block.norm() < 1e-6  # float32 norms inside Llama
 
 
-@pytest.mark.parametrize("width", [5, 40, 300, 900])
-def test_second_moments_are_whole_below_the_diagonal(width):
-    """Strips of all widths: 32, a quarter, and the widest, none of which divides 300 or 900."""
-    moment = DenseMoment(width, F64, torch.device("cpu"))
-    x = random_rows(0, 7, width)
-    for part in x.split(4):
-        moment.add(part)
-    torch.testing.assert_close(moment.state.tril(), (x.T @ x).tril())
-
-
-def test_sketch_is_exact_up_to_its_rank_and_keeps_the_trace():
-    x = random_rows(0, 200, 5) @ random_rows(1, 5, 40)
-    full, sketch = (
-        DenseMoment(40, F64, torch.device("cpu")),
-        SketchedMoment(40, 8, 0, F64, torch.device("cpu")),
-    )
-    for part in x.split(60):
-        full.add(part)
-        sketch.add(part)
-    vectors, values, rest = sketch.eigen()
-    assert vectors.shape == (40, 8)
-    q, e, _ = full.eigen()
-    torch.testing.assert_close((q * e) @ q.T, x.T @ x, rtol=0, atol=1e-9 * float(e[-1]))
-    torch.testing.assert_close(
-        (vectors * values) @ vectors.T, x.T @ x, rtol=0, atol=1e-8 * float(e[-1])
-    )
-    assert rest < 1e-9
-    noisy = SketchedMoment(40, 8, 0, F64, torch.device("cpu"))
-    data = x + 0.1 * random_rows(2, 200, 40)
-    noisy.add(data)
-    vectors, values, rest = noisy.eigen()
-    assert float(values.sum() + 32 * rest) == pytest.approx(float(data.square().sum()), rel=1e-9)
-    torch.testing.assert_close(vectors.T @ vectors, torch.eye(8, dtype=F64), rtol=0, atol=1e-8)
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"max_width": 4, "rank": 3, "memory_share": 0}], ids=["whole", "sketched"]
 )
@@ -202,16 +166,6 @@ def test_a_sketch_of_all_directions_is_the_whole_bit_for_bit():
         for one, other in zip(sketch.leaf_blocks, whole.leaf_blocks, strict=True):
             assert torch.equal(one.wide, other.wide)
             assert torch.equal(one.eigenvalues, other.eigenvalues)
-
-
-def test_a_sketch_never_takes_the_square_of_its_width():
-    """Of which this width has none: 320 GB."""
-    moment = SketchedMoment(200_000, 4, 0, F64, torch.device("cpu"))
-    x = random_rows(0, 3, 200_000)
-    moment.add(x)
-    vectors, values, rest = moment.eigen()
-    torch.testing.assert_close((vectors * values) @ (vectors.T @ x.T), x.T @ (x @ x.T))
-    assert rest < 1e-9
 
 
 def test_memory_decides_what_is_sketched(tmp_path, small, monkeypatch, capsys):

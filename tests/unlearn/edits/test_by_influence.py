@@ -180,7 +180,7 @@ def test_the_model_is_as_before_after_an_exception(run, monkeypatch, broken):
         raise NumericalError("broken on purpose")
 
     if broken == "merit":
-        monkeypatch.setattr(goals, "loss_gradient", fail)
+        monkeypatch.setattr(goals, "token_losses", fail)
     else:
         monkeypatch.setattr(PreparedEdit, broken, fail)
     before = state_of(run.model)

@@ -1,0 +1,136 @@
+"""Second moments against their definition, whole and sketched, and the tokens they are of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from influence.curvature import EKFAC
+from influence.curvature.second_moments import BatchTokens, DenseMoment, SketchedMoment
+from influence.fitted_point import PointFit, Storage
+from influence.gradients import tape
+from tests.conftest import build_model, examples, fit_end
+from tests.influence.curvature.helpers import moments_of, random_rows
+from tests.watching import HostReads
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("width", [5, 40, 300, 900])
+def test_second_moments_are_whole_below_the_diagonal(width):
+    """Strips of all widths: 32, a quarter, and the widest, none of which divides 300 or 900."""
+    moment = DenseMoment(width, F64, torch.device("cpu"))
+    x = random_rows(0, 7, width)
+    for part in x.split(4):
+        moment.add(part)
+    torch.testing.assert_close(moment.state.tril(), (x.T @ x).tril())
+
+
+def test_sketch_is_exact_up_to_its_rank_and_keeps_the_trace():
+    x = random_rows(0, 200, 5) @ random_rows(1, 5, 40)
+    full, sketch = (
+        DenseMoment(40, F64, torch.device("cpu")),
+        SketchedMoment(40, 8, 0, F64, torch.device("cpu")),
+    )
+    for part in x.split(60):
+        full.add(part)
+        sketch.add(part)
+    vectors, values, rest = sketch.eigen()
+    assert vectors.shape == (40, 8)
+    q, e, _ = full.eigen()
+    torch.testing.assert_close((q * e) @ q.T, x.T @ x, rtol=0, atol=1e-9 * float(e[-1]))
+    torch.testing.assert_close(
+        (vectors * values) @ vectors.T, x.T @ x, rtol=0, atol=1e-8 * float(e[-1])
+    )
+    assert rest < 1e-9
+    noisy = SketchedMoment(40, 8, 0, F64, torch.device("cpu"))
+    data = x + 0.1 * random_rows(2, 200, 40)
+    noisy.add(data)
+    vectors, values, rest = noisy.eigen()
+    assert float(values.sum() + 32 * rest) == pytest.approx(float(data.square().sum()), rel=1e-9)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(8, dtype=F64), rtol=0, atol=1e-8)
+
+
+def test_a_sketch_never_takes_the_square_of_its_width():
+    """Of which this width has none: 320 GB."""
+    moment = SketchedMoment(200_000, 4, 0, F64, torch.device("cpu"))
+    x = random_rows(0, 3, 200_000)
+    moment.add(x)
+    vectors, values, rest = moment.eigen()
+    torch.testing.assert_close((vectors * values) @ (vectors.T @ x.T), x.T @ (x @ x.T))
+    assert rest < 1e-9
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_a_sketch_is_the_nystrom_approximation(rank):
+    """`Y (W^T Y)^+ Y^T` with `Y = X^T X W`, by a pseudo-inverse, where the spectrum has no end."""
+    x = random_rows(3, 200, 40) * 0.8 ** torch.arange(40)
+    sketch = SketchedMoment(40, rank, 0, F64, torch.device("cpu"))
+    sketch.add(x)
+    Y, test = (x.T @ x @ sketch.test).numpy(), sketch.test.numpy()
+    expected = Y @ np.linalg.pinv(test.T @ Y) @ Y.T
+    vectors, values, rest = sketch.eigen()
+    np.testing.assert_allclose((vectors * values) @ vectors.T, expected, atol=1e-10 * Y.max())
+    assert (values.diff() <= 0).all()
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(rank, dtype=F64))
+    left = float(x.square().sum()) - np.trace(expected)
+    assert rest == pytest.approx(left / (40 - rank), rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.2, 1.0, 0.5], dtype=F64)], ids=str)
+@pytest.mark.parametrize("lengths", [(4, 2, 3), (4, 4, 4)], ids=str)
+def test_the_sums_are_those_of_the_valid_tokens_one_by_one(lengths, weights):
+    """Inputs of padding are no part of any sum, whatever they are."""
+    valid = torch.arange(4) < torch.tensor(lengths)[:, None]
+    leaves = [("s.lora_A", (2, 6)), ("s.lora_B", (7, 2))]
+    xs = [random_rows(1, 3, 4, 6), random_rows(2, 3, 4, 2)]
+    gs = [random_rows(3, 3, 4, 2), random_rows(4, 3, 4, 7)]
+    for x, g in zip(xs, gs, strict=True):
+        x[~valid] = torch.nan
+        g[~valid] = 0
+    _, moments = moments_of(leaves, [], [])
+    for leaf in (1, 0):
+        moments.add(leaf, xs[leaf], gs[leaf], valid, weights, 0)
+        moments.add(leaf, xs[leaf], gs[leaf], valid, weights, 1)  # another draw: no inputs
+    expected = {"narrow/0": (gs[0], 2), "wide/0": (xs[0], 1), "narrow/1": (xs[1], 1)}
+    for name, (values, times) in (expected | {"wide/1": (gs[1], 2)}).items():
+        total = torch.zeros(values.shape[2], values.shape[2], dtype=F64)
+        for row in range(3):
+            for token in range(lengths[row]):
+                weight = 1.0 if weights is None else float(weights[row])
+                total += times * weight * torch.outer(values[row, token], values[row, token])
+        torch.testing.assert_close(moments.sums()[name].tril(), total.tril())
+    mass = sum(n * (1.0 if weights is None else float(weights[i])) for i, n in enumerate(lengths))
+    torch.testing.assert_close(moments.sums()["mass"], torch.full((2,), mass, dtype=F64))
+
+
+def test_another_batch_of_the_same_shape_is_looked_at_again():
+    valid = torch.tensor([[True, False]])
+    weights = torch.ones(1, dtype=F64)
+    tokens = BatchTokens.of(valid, weights)
+    assert tokens.found_of(valid, weights)
+    assert not tokens.found_of(valid.clone(), weights)
+    assert not tokens.found_of(valid, weights.clone())
+
+
+def reads_of_a_batch(directory, reduction: str, **model) -> int:
+    """How often a batch of a fit waits for the device."""
+    run = fit_end(
+        build_model(**model), examples(8), directory=directory, store="never", reduction=reduction
+    )
+    fit = PointFit(run.points[0], EKFAC(), Storage(False, "never", 0), None)
+    with tape(fit.model) as recorder:
+        fit.run_batch(recorder, np.arange(4))
+        with HostReads() as reads:
+            fit.run_batch(recorder, np.arange(4, 8))
+    return reads.count
+
+
+@pytest.mark.parametrize("reduction", ["token", "example"])
+def test_a_batch_waits_for_the_device_no_oftener_with_more_leaves(reduction, tmp_path):
+    """A number that is fetched from a GPU leaf by leaf stops it as often as there are leaves."""
+    few = reads_of_a_batch(tmp_path / "few", reduction, layers=1, target_modules=["q_proj"])
+    assert few > 0
+    assert reads_of_a_batch(tmp_path / "many", reduction, layers=3) == few
+    assert few <= 8
