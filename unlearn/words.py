@@ -169,14 +169,15 @@ def _screening_lines(forecast: Forecast) -> list[str]:
             )
             continue
         spread: Any = some[f"{name}_high"] - some[f"{name}_low"]
+        form = "{:.2g} nats per token"
         if name == "steps":
-            spread = spread / some["steps"]
-        middle = spread.groupby(some["how"]).median()
-        unit = " of them" if name == "steps" else " nats per token"
-        wide = ", ".join(f"{how} {middle[how]:.3g}" for how in sorted(middle.index))
+            spread, form = spread / some["steps"], "{:.0%} of the steps"
+        medians = spread.groupby(some["how"]).median()
+        wide = {how: form.format(width) for how, width in medians.items()}
         lines.append(
-            f"{name} of screened rows: median width of [ ]{unit}: {wide}; out of fold Spearman "
-            f"{learnt['spearman']:.2f}, median error {learnt['median_relative_error']:.0%}"
+            f"{name} of screened rows: median width of [ ] {wide.get('screened', '-')} (close "
+            f"looks: {wide.get('close', '-')}); out of fold Spearman {learnt['spearman']:.2f}, "
+            f"median error {learnt['median_relative_error']:.0%}"
         )
     return lines
 

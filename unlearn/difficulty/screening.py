@@ -170,7 +170,7 @@ def say_cost(
     if groups is not None:
         units, rows = len(groups), sum(len(group) for group in groups.values())
     close = units if screen == 0 else min(units, screen)
-    look = Cost(gradients=looks, forwards=SCANS).total * rows / units + READ / 3
+    look = Cost(gradients=looks, forwards=SCANS).total * rows / max(units, 1) + READ / 3
     sampled = min(sample_rows, len(run.train))
     losses = Cost(gradients=sampled, forwards=2 * (rows + sampled)).total
     kind = "rows" if groups is None else "groups"

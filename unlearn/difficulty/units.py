@@ -120,9 +120,8 @@ class Units:
         if protocol.lr is not None:
             return protocol
         rule = protocol.rule
-        lengths = [float(_first_move(rule, gradient).norm()) for gradient in self.sample_gradients]
-        # The lower of the two middle ones, as torch's median.
-        length, theta = sorted(lengths)[(len(lengths) - 1) // 2], float(self.start.norm())
+        moves = [_first_move(rule, gradient).norm() for gradient in self.sample_gradients]
+        length, theta = float(torch.stack(moves).median()), float(self.start.norm())
         wanted = (protocol.stride or rule.stride) * theta
         if not 0 < length < float("inf") or wanted == 0:
             raise InputError(
@@ -192,11 +191,18 @@ class Units:
         return int(FREE_SHARE * free_memory(self.start.device))
 
     def chunks(self) -> list[np.ndarray]:
-        """Units in parts of as many as the memory holds the copies of, one at least."""
+        """Units in parts of as many as the memory holds the copies of, one at least.
+
+        One where experts are adapted, whose copies cannot run side by side.
+        """
         room, held = self._budget, len(self.sample) * _vector_bytes(self.run)
         if held <= SAMPLE_SHARE * room:
             room -= held
-        size = min(max(1, room // (COPIES * _vector_bytes(self.run))), CHUNK)
+        size = (
+            1
+            if self.run.model.routed
+            else min(max(1, room // (COPIES * _vector_bytes(self.run))), CHUNK)
+        )
         return np.array_split(np.arange(len(self)), -(-len(self) // size))
 
 
