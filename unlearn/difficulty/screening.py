@@ -1,15 +1,17 @@
 """Screening: forecasts of many rows from a close look at some of them.
 
-A close look takes five gradients and ten forwards a row. Where more rows are asked for than are
-looked at closely, all get their two losses, and a sample of them the close look: one row of each of
-as many equal strata, by the gap between loss and target. What was forecast for these is learnt from
-what is known of all rows (`FEATURES`, `GRADIENT_FEATURES`) by ridge regression, steps on a logarithmic scale and damage
-on that of `arcsinh(damage / s)`, s the median size in the sample, as
-`unlearn.difficulty.calibration` does. The others get what the regression says, with an interval
-from the errors that it makes on rows of the sample that it did not see (cross-validation). Its ends
-are the order statistics of split conformal prediction (Lei et al. 2018, arXiv 1604.04173), which
-hold with probability `LEVEL` or more what a close look would have forecast; they are no interval of
-the ascent itself, from which a close look is off by its own error.
+A close look takes five gradients and at most ten forwards a row. Where more rows are asked for than
+are looked at closely, all get their two losses, and a sample of them the close look: one row of
+each of as many equal strata, by the gap between loss and target. What was forecast for these is
+learnt from what is known of all rows (`FEATURES`, `GRADIENT_FEATURES`) by ridge regression, steps
+on a logarithmic scale and damage on that of `arcsinh(damage / s)`, s the median size in the sample,
+as in `unlearn.difficulty.calibration`.
+
+The others get what the regression says, with an interval from the errors that it makes on rows of
+the sample that it did not see (cross-validation). Its ends are the order statistics of split
+conformal prediction (Lei et al. 2018, arXiv 1604.04173). They should hold what a close look would
+forecast with probability `LEVEL`; the proof is for rows set apart, and folds stand for those here.
+From the ascent itself a close look is off by its own error, which comes to it.
 
 The target of every row is known, so rows that are at theirs need no look: they take no step.
 """
@@ -44,8 +46,8 @@ SCREEN = 400
 FEWEST = 20
 #: What is known of every unit; and where the run has stored its rows' gradients, of these at its
 #: last point: their length; the rise of the loss in a first step, to first order; how much a first
-#: move of length 1 meets the sampled rows, the mean of (g_j^T d)^2 T_j. The self-influence added
-#: nothing to them (benchmarks/README.md, "Many rows").
+#: move of length 1 meets the sampled rows, the mean of (g_j^T d)^2 T_j. Ranks of the steps rose by at
+#: most 0.01 with the self-influence beside them (benchmarks/README.md, "Many rows").
 FEATURES = ("loss", "base_loss", "gap", "tokens", "share")
 GRADIENT_FEATURES = ("gradient_norm", "first_rise", "cross")
 
@@ -207,7 +209,17 @@ def _gradient_features(units: Units, rule: Optimizer) -> dict[str, np.ndarray]:
     values = {name: np.zeros(len(run.tokens)) for name in GRADIENT_FEATURES}
     skip = np.ones(len(run.tokens), dtype=bool)
     skip[np.concatenate(units.members)] = False
-    for rows, gradients in run.points[-1].gradient_blocks(skip):
+    blocks = run.points[-1].gradient_blocks(skip)
+    parts = (
+        (some, part)
+        for rows, block in blocks
+        for some, part in zip(
+            np.split(rows, range(units.at_once, len(rows), units.at_once)),
+            block.split(units.at_once),
+            strict=True,
+        )
+    )
+    for rows, gradients in parts:
         gradients = gradients / torch.from_numpy(run.tokens.counts[rows]).to(gradients)[:, None]
         first = torch.ones(len(rows), 1).to(gradients)
         moves, _ = rule.step(gradients, rule.begin(gradients), first, 1.0)
@@ -250,9 +262,9 @@ class Arcsinh:
     @classmethod
     def of(cls, table: pd.DataFrame) -> Arcsinh:
         """With the median size of a table's damages."""
-        sizes = table["damage"].abs()
+        sizes = np.abs(table["damage"].to_numpy(dtype=float))
         sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
-        return cls(float(sizes.median()) if len(sizes) else 1.0)
+        return cls(float(np.median(sizes)) if len(sizes) else 1.0)
 
     def to(self, values: np.ndarray) -> np.ndarray:
         """Logarithms, about."""
@@ -310,36 +322,42 @@ def _learnt(
     features: pd.DataFrame, known: pd.DataFrame, scale: Logarithm | Arcsinh, seed: int
 ) -> Learnt:
     """Learn the column `scale.name` of the close looks `known` [k] from `features` [n]."""
-    from sklearn.base import clone
-    from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import KFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
-    rows = known[(known["gap"] > 0) & ~known[scale.name].isna()]
-    y = scale.to(rows[scale.name].to_numpy(dtype=float))
+    values = known[scale.name].to_numpy(dtype=float)
+    teaching = (known["gap"].to_numpy(dtype=float) > 0) & ~np.isnan(values)
+    values, y = values[teaching], scale.to(values[teaching])
     finite = np.isfinite(y)
     if finite.sum() < FEWEST:
         return Learnt(scale, taught=int(finite.sum()))
-    x = inputs(features.loc[rows.index], tuple(features))
-    model, told = make_pipeline(StandardScaler(), RidgeCV(PENALTIES)), np.empty(len(y))
+    x = inputs(features.loc[known.index[teaching]], tuple(features))
+    told = np.empty(len(y))
     for rest, fold in KFold(FOLDS, shuffle=True, random_state=seed).split(x):
         rest = rest[finite[rest]]
         seen = np.clip(x[fold], x[rest].min(0), x[rest].max(0))
-        told[fold] = clone(model).fit(x[rest], y[rest]).predict(seen)
+        told[fold] = _regression(x[rest], y[rest]).predict(seen)
     # A row beyond the limit that is told to be there is no error, whatever its distance.
     agreed = ~finite & (told > scale.to(np.array(float(scale.limit))))
     errors = np.where(agreed, 0.0, y - told)
-    values, back = scale.back(y[finite]), scale.back(told[finite])
+    back = pd.Series(scale.back(told[finite]))
     return Learnt(
         scale,
-        fit=model.fit(x[finite], y[finite]),
+        fit=_regression(x[finite], y[finite]),
         range=(x[finite].min(0), x[finite].max(0)),
         ends=conformal_ends(errors),
         taught=int(finite.sum()),
-        spearman=float(pd.Series(back).corr(pd.Series(values), method="spearman")),
-        error=float(np.median(np.abs(back / values - 1))),
+        spearman=float(back.corr(pd.Series(values[finite]), method="spearman")),
+        error=float(np.median(np.abs(back / values[finite] - 1))),
     )
+
+
+def _regression(x: np.ndarray, y: np.ndarray) -> Any:
+    """Ridge regression of y [n] on standardised x [n, k], the penalty by leave-one-out."""
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), RidgeCV(PENALTIES)).fit(x, y)
 
 
 def conformal_ends(errors: np.ndarray) -> tuple[float, float]:

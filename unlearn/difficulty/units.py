@@ -190,20 +190,22 @@ class Units:
             return self.memory
         return int(FREE_SHARE * free_memory(self.start.device))
 
-    def chunks(self) -> list[np.ndarray]:
-        """Units in parts of as many as the memory holds the copies of, one at least.
+    @cached_property
+    def at_once(self) -> int:
+        """How many units run at a time: as many as the memory holds the copies of, one at least.
 
         One where experts are adapted, whose copies cannot run side by side.
         """
         room, held = self._budget, len(self.sample) * _vector_bytes(self.run)
         if held <= SAMPLE_SHARE * room:
             room -= held
-        size = (
-            1
-            if self.run.model.routed
-            else min(max(1, room // (COPIES * _vector_bytes(self.run))), CHUNK)
-        )
-        return np.array_split(np.arange(len(self)), -(-len(self) // size))
+        if self.run.model.routed:
+            return 1
+        return min(max(1, room // (COPIES * _vector_bytes(self.run))), CHUNK)
+
+    def chunks(self) -> list[np.ndarray]:
+        """Units in parts of at most `at_once`."""
+        return np.array_split(np.arange(len(self)), -(-len(self) // self.at_once))
 
 
 def _first_move(rule: Optimizer, gradient: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def test_less_than_one_copy_is_refused_before_any_work(large, vector, monkeypatc
 
 
 def test_without_a_budget_half_of_what_is_free_is_taken(large, vector, monkeypatch):
-    units = find_units(large, None, None, ADAM, None, SAMPLED)
     for free, parts in ((2 * 3 * COPIES * vector + 2 * SAMPLED * vector, 4), (1, 10)):
         monkeypatch.setattr("unlearn.difficulty.units.free_memory", lambda _, free=free: free)
+        units = find_units(large, None, None, ADAM, None, SAMPLED)
         assert len(units.chunks()) == parts
