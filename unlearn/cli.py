@@ -472,7 +472,7 @@ def difficulty(options: Difficulty) -> None:
     from influence.tables import checked_table
     from unlearn.difficulty import Protocol
     from unlearn.difficulty.command import by_group, forecast_of, refuse_calibration
-    from unlearn.difficulty.screening import say_cost
+    from unlearn.difficulty.screening import check_screen, say_cost
     from unlearn.difficulty.units import find_units
     from unlearn.retraining.recipe import recipe_at
 
@@ -484,6 +484,8 @@ def difficulty(options: Difficulty) -> None:
         steps=options.steps,
         recipe=None if options.recipe is None else recipe_at(options.recipe),
     )
+    screen = options.close_looks
+    check_screen(screen)
     out = checked_table(options.out, options.overwrite)
     rows = rows_of(options.run)
     ids = named_ids(options, rows)
@@ -497,7 +499,6 @@ def difficulty(options: Difficulty) -> None:
         count, ids = len(groups), None
     else:
         count = len(run.train if ids is None else ids)
-    screen = options.close_looks
     refuse_calibration(options.calibrate, min(count, screen or count))
     say_cost(run, ids, groups, looks=options.looks, screen=screen)
     memory = None if options.memory is None else int(options.memory * 1e9)
