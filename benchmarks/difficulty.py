@@ -1,7 +1,7 @@
 """Forecasts of difficulty against what ascent then took: rank correlations beside the baselines.
 
     python benchmarks/difficulty.py --world FOLDER [--world FOLDER] --out DIR
-                                    [--optimizer adam] [--rows N] [--edits N] [--lr X]
+                                    [--optimizer adam] [--rows N] [--edits N] [--lr X] [--screen N]
 
 A world is a folder with base/, adapter/, train.jsonl, heldout.jsonl and, maybe, truth.npz
 (`analysis.demo.world`); `demo` makes the demo's, and `demo-SEED` another one. A folder
@@ -14,6 +14,9 @@ damage they do: always ascent, always edit, and what the forecast recommends.
 Baselines: loss, gradient norm, length, self-influence over the run's path, MRD, counterfactual
 memorization (an oracle that retrains), gap, base loss, first-order costs, and the line scan along
 the first step (`looks=1`).
+
+With `--screen N` the same rows are also screened by a close look at N of them, with four seeds, and
+compared with the close looks and the ascents.
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ FEATURES = (
     "first_order_steps",
     "self_influence",
 )
+#: Draws of the rows that are looked at closely with `--screen`.
+SEEDS = 4
 #: Forecasts of steps and of damage, by name.
 Forecasts = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -133,6 +138,48 @@ def compare(
         "share inside the interval": _coverage(forecasts[LOOKS], measured, usable, known_groups),
         "importances": calibrated.calibration.importances,
         "recommended": table["recommended"].value_counts().to_dict(),
+    }
+
+
+def screened(
+    run: Run, ids: Sequence[str], close: Forecast, measured: Measured, count: int
+) -> dict[str, Any]:
+    """Screening by `count` close looks beside the close looks at all rows, mean over `SEEDS` seeds.
+
+    Of the screened rows that are not at their targets, and `held by ascents` of those that reached
+    theirs.
+    """
+    protocol = Protocol(**close.protocol)
+    units = find_units(run, ids, None, protocol, None)
+    results: dict[str, list[float]] = {}
+    for seed in range(SEEDS):
+        told = predict(run, protocol=protocol, units=units, screen=count, seed=seed).table
+        some = ((told["how"] == "screened") & (told["gap"] > 0)).to_numpy()
+        for name, real in (("steps", measured.steps), ("damage", measured.damage)):
+            truth, value, low, high = (
+                table[column].to_numpy()
+                for table, column in (
+                    (close.table, name),
+                    *((told, f"{name}{end}") for end in ("", "_low", "_high")),
+                )
+            )
+            rows = some & np.isfinite(truth) & np.isfinite(value)
+            ended = rows & np.isfinite(real)
+            numbers = {
+                "spearman": spearman(truth[rows], value[rows]),
+                "median error": np.median(np.abs(value[rows] / truth[rows] - 1)),
+                "held": np.mean(((low <= truth) & (truth <= high))[rows]),
+                "held by ascents": np.mean(((low <= real) & (real <= high))[ended]),
+                "width": np.median((high - low)[rows]),
+                "width over steps": np.median((high - low)[rows] / value[rows]),
+            }
+            for key, number in numbers.items():
+                results.setdefault(f"{name}, {key}", []).append(float(number))
+        same = told["recommended"] == close.table["recommended"]
+        results.setdefault("same recommendation", []).append(float(same[some].mean()))
+    return {
+        name: {"mean": float(np.mean(values)), "least": min(values), "most": max(values)}
+        for name, values in results.items()
     }
 
 
@@ -284,6 +331,7 @@ def benchmark(
     lr: float | None,
     edits: int,
     folder: Path,
+    screen: int,
 ) -> dict[str, Any]:
     """Forecast, measure and compare, with tables and measurements kept in `folder`."""
     protocol, holdout = Protocol(optimizer=optimizer, lr=lr), world.rows("heldout")
@@ -301,6 +349,8 @@ def benchmark(
         "three forecasts": forecast_seconds,
         "measured (0 where it was read)": time.monotonic() - clock,
     }
+    if screen:
+        result["screened"] = screened(run, ids, forecasts[LOOKS], measured, screen)
     if edits and optimizer == "adam":
         unseen = find_units(run, ids[:1], None, protocol, holdout).holdout
         assert unseen is not None
@@ -344,6 +394,7 @@ def main() -> None:
     parser.add_argument("--optimizer", action="append", choices=["adam", "sgd"])
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--edits", type=int, default=0)
+    parser.add_argument("--screen", type=int, default=0, help="also screen, by so many close looks")
     parser.add_argument("--lr", type=float, help="learning rate; default: by the stride")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -356,7 +407,9 @@ def main() -> None:
         rows = np.unique(np.linspace(0, len(run.train) - 1, count).round().astype(int))
         ids = [run.train.ids[row] for row in rows]
         for optimizer in options.optimizer or ["adam", "sgd"]:
-            result = benchmark(world, run, ids, optimizer, options.lr, options.edits, folder)
+            result = benchmark(
+                world, run, ids, optimizer, options.lr, options.edits, folder, options.screen
+            )
             record = options.out / f"{world.name}-{optimizer}.json"
             record.write_text(json.dumps(result, indent=1))
             print(show(f"{world.name}, {optimizer}", result), "\n")

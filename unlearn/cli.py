@@ -30,9 +30,6 @@ from unlearn.retraining.options import SUBSET_FRACTION, SUBSET_SEED, Retrain
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     from influence.rows import Examples
-    from influence.run import Run
-    from unlearn.difficulty import Forecast, Protocol
-    from unlearn.difficulty.units import Units
     from unlearn.record.edit_record import EditRecord
     from unlearn.record.save import Edit
     from unlearn.retraining.recipe import Recipe
@@ -473,7 +470,9 @@ def difficulty(options: Difficulty) -> None:
     from influence.row_files import read_examples
     from influence.run import Run
     from influence.tables import checked_table
-    from unlearn.difficulty import Protocol, predict
+    from unlearn.difficulty import Protocol
+    from unlearn.difficulty.command import by_group, forecast_of, refuse_calibration
+    from unlearn.difficulty.screening import check_screen, say_cost
     from unlearn.difficulty.units import find_units
     from unlearn.retraining.recipe import recipe_at
 
@@ -485,6 +484,8 @@ def difficulty(options: Difficulty) -> None:
         steps=options.steps,
         recipe=None if options.recipe is None else recipe_at(options.recipe),
     )
+    screen = options.close_looks
+    check_screen(screen)
     out = checked_table(options.out, options.overwrite)
     rows = rows_of(options.run)
     ids = named_ids(options, rows)
@@ -492,98 +493,22 @@ def difficulty(options: Difficulty) -> None:
         None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
     )
     console.quiet_transformers()
-    run = Run.open(
-        options.run,
-        train=rows,
-        trust_remote_code=options.trust_remote_code,
-        **keywords(DeviceOption, options),
-    )
+    run = Run.open(options.run, train=rows, **keywords(LoadingOptions, options))
     groups = by_group(run, ids) if options.by_group else None
     if groups is not None:
         count, ids = len(groups), None
     else:
         count = len(run.train if ids is None else ids)
-    _refuse_calibration(options.calibrate, count)
-    units = find_units(run, ids, groups, protocol, holdout, seed=options.seed)
-    protocol = units.paced(protocol)  # once: `measure` below takes some of the units
-    forecast = predict(
-        run,
-        protocol=protocol,
-        looks=options.looks,
-        max_damage=options.max_damage,
-        units=units,
-    )
-    if options.measure or options.calibrate is not None:
-        forecast = _measured(forecast, options, protocol, run, units, holdout)
+    refuse_calibration(options.calibrate, min(count, screen or count))
+    say_cost(run, ids, groups, looks=options.looks, screen=screen)
+    memory = None if options.memory is None else int(options.memory * 1e9)
+    units = find_units(run, ids, groups, protocol, holdout, seed=options.seed, memory=memory)
+    forecast = forecast_of(options, protocol, run, units, holdout)
     forecast.write(out, overwrite=options.overwrite)
     counts = forecast.table["recommended"].value_counts()
     record = {"out": str(out), "rows": len(forecast), **forecast.record()}
     record["recommended"] = {method: int(number) for method, number in counts.items()}
     console.emit(record, words.difficulty_text(forecast, out), options.json)
-
-
-def _refuse_calibration(rows: int | None, count: int) -> None:
-    """Refuse to calibrate on too few rows, or on more than were asked for."""
-    from unlearn.difficulty.calibration import FEWEST
-
-    if rows is not None and not FEWEST <= rows <= count:
-        raise InputError(
-            f"--calibrate {rows} was given with {count} rows (or groups) asked for; "
-            f"a calibration takes {FEWEST} of them or more: ask for more rows, "
-            "or leave --calibrate out"
-        )
-
-
-def _measured(
-    forecast: Forecast,
-    options: Difficulty,
-    protocol: Protocol,
-    run: Run,
-    units: Units,
-    holdout: Examples | None,
-) -> Forecast:
-    """The forecast with what all units took, or corrected by what the units of --calibrate took."""
-    import numpy as np
-
-    from unlearn.difficulty import measure
-
-    count, out = len(units), Path(options.out)
-    drawn = np.sort(np.random.default_rng(options.seed).permutation(count)[: options.calibrate])
-    measured = measure(
-        run,
-        protocol=protocol,
-        holdout=holdout,
-        out=out.with_name(out.stem + ".difficulty.h5"),
-        overwrite=options.overwrite,
-        units=units.select(drawn),
-    )
-    steps, damage = np.full((2, count), np.nan)
-    steps[drawn], damage[drawn] = measured.steps, measured.damage
-    if options.calibrate is not None:
-        labels = None
-        if not options.by_group:
-            labels = [run.train[rows[0]].group for rows in units.members]
-        named = [label for label in labels or () if label is not None]
-        groups = named if len(named) == count else None
-        forecast = forecast.calibrated(steps, damage, groups, options.seed)
-    return forecast.with_measured(steps, damage)
-
-
-def by_group(run: Run, ids: list[str] | None) -> dict[str, list[str]]:
-    """All rows of every group that a row of `ids` is in, by the group.
-
-    A row without a group is a unit of its own, by its id.
-    """
-    rows = run.train if ids is None else [run.train[run.train.index(id)] for id in ids]
-    chosen = {row.id for row in rows}
-    groups = {row.group for row in rows if row.group is not None}
-    members: dict[str, list[str]] = {}
-    for row in run.train:
-        if row.group is not None and row.group in groups:
-            members.setdefault(row.group, []).append(row.id)
-        elif row.id in chosen:
-            members.setdefault(row.id, []).append(row.id)
-    return members
 
 
 if __name__ == "__main__":

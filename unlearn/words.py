@@ -89,8 +89,10 @@ def difficulty_text(forecast: Forecast, out: Path) -> str:
     protocol, measured = forecast.protocol, "measured_steps" in table
     head = f"{'steps':>20}  {'damage, nats per token':>26}"
     head += f"  {'measured':>14}" if measured else ""
+    head += f"  {'how':<8}" if forecast.screening else ""
     lines = [f"{head}  do       id"]
-    lines += [_difficulty_line(row, measured) for row in table.head(SHOWN_ROWS).itertuples()]
+    shown = table.head(SHOWN_ROWS).itertuples()
+    lines += [_difficulty_line(row, measured, bool(forecast.screening)) for row in shown]
     if len(table) > SHOWN_ROWS:
         lines.append(f"... and {len(table) - SHOWN_ROWS} more, all in {out}")
     target = "expected of a model that never saw the row"
@@ -108,11 +110,12 @@ def difficulty_text(forecast: Forecast, out: Path) -> str:
     if measured and forecast.calibration is None:
         lines += _error_lines(forecast)
     lines += _calibration_lines(forecast)
+    lines += _screening_lines(forecast)
     lines.append(f"{out}: {_rows(len(table))} and their features")
     return console.printable("\n".join(lines))
 
 
-def _difficulty_line(row: Any, measured: bool) -> str:
+def _difficulty_line(row: Any, measured: bool, screened: bool) -> str:
     """One row of the table of difficulty, from pandas' `itertuples`."""
     from math import isfinite, isnan
 
@@ -125,6 +128,7 @@ def _difficulty_line(row: Any, measured: bool) -> str:
     if measured:
         took = f"{row.measured_steps:.1f} {row.measured_damage:+.3f}"
         line += f"  {'-' if isnan(row.measured_steps) else took:>14}"
+    line += f"  {row.how:<8}" if screened else ""
     return f"{line}  {row.recommended:<8} {row.id}".replace("\n", " ")
 
 
@@ -144,6 +148,38 @@ def _error_lines(forecast: Forecast) -> list[str]:
         f"measured against forecast, {len(both)} rows: median error of steps {error:.0%}; "
         f"Spearman {steps:.2f} (steps), {damage:.2f} (damage)"
     ]
+
+
+def _screening_lines(forecast: Forecast) -> list[str]:
+    """How many rows were looked at closely, and how wide the intervals of the others are."""
+    screening, table = forecast.screening, forecast.table
+    if screening is None:
+        return []
+    lines = [
+        f"{screening['close']} rows were looked at closely, {screening['screened']} screened by "
+        f"them, from {', '.join(screening['features'])}: their [ ] should hold what a close look "
+        "would say of nine rows of ten"
+    ]
+    for name in ("steps", "damage"):
+        learnt, some = screening[name], table[table[name] > 0]
+        if learnt["median_relative_error"] is None:
+            lines.append(
+                f"{name} of screened rows are not told: of {learnt['taught']} close looks that "
+                "reached their target nothing is learnt; look at more (--screen N)"
+            )
+            continue
+        spread: Any = some[f"{name}_high"] - some[f"{name}_low"]
+        form = "{:.2g} nats per token"
+        if name == "steps":
+            spread, form = spread / some["steps"], "{:.0%} of the steps"
+        medians = spread.groupby(some["how"]).median()
+        wide = {how: form.format(width) for how, width in medians.items()}
+        lines.append(
+            f"{name} of screened rows: median width of [ ] {wide.get('screened', '-')} (close "
+            f"looks: {wide.get('close', '-')}); out of fold Spearman {learnt['spearman']:.2f}, "
+            f"median error {learnt['median_relative_error']:.0%}"
+        )
+    return lines
 
 
 def _calibration_lines(forecast: Forecast) -> list[str]:

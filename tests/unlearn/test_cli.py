@@ -19,7 +19,7 @@ import influence
 from influence.row_files import read_examples
 from tests.conftest import rows
 from tests.helpers import save, write_rows
-from unlearn.cli import by_group, main, numbers, rows_of
+from unlearn.cli import main, numbers, rows_of
 from unlearn.retraining.options import epochs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,17 +105,6 @@ def test_rows_are_read_and_ids_checked_before_the_model_is(made):
     assert [row.id for row in rows_of(made / "run", ["r0-1"])] == [f"r0-{i}" for i in range(6)]
     with pytest.raises(influence.errors.DataError, match="the nearest are"):
         rows_of(made / "run", ["r0-1", "r0-11"])
-
-
-def test_groups_are_whole_and_a_row_without_one_is_alone(made):
-    from types import SimpleNamespace
-
-    items = [{"id": str(i), "text": "fox", "group": g} for i, g in enumerate("abba")]
-    items += [{"id": "4", "text": "dog"}, {"id": "5", "text": "cat"}]
-    run = SimpleNamespace(train=influence.examples_from_rows(items))
-    everything = {"a": ["0", "3"], "b": ["1", "2"], "4": ["4"], "5": ["5"]}
-    assert by_group(run, None) == everything
-    assert by_group(run, ["3", "4"]) == {"a": ["0", "3"], "4": ["4"]}
 
 
 # ---- what is typed -------------------------------------------------------------------------------

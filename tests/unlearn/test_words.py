@@ -325,6 +325,37 @@ def test_a_calibration_that_does_harm_is_warned_of():
     ]
 
 
+def test_screened_rows_are_told_apart_and_their_intervals_are_said():
+    how = ["close"] * 4 + ["screened"] * 8
+    learnt = {"taught": 4, "spearman": 0.8, "median_relative_error": 0.125}
+    screening = {"close": 4, "screened": 8, "features": ["loss", "gap"]}
+    made = forecast(how=how)
+    table = made.table
+    for name in ("steps", "damage"):
+        spread = np.where(table["how"] == "close", 0.1, 0.7) * (
+            table["steps"] if name == "steps" else 1
+        )
+        table[f"{name}_low"], table[f"{name}_high"] = table[name] - spread, table[name] + spread
+    made = replace(made, screening=screening | {"steps": learnt, "damage": learnt})
+    lines = difficulty_text(made, Path("out.csv")).splitlines()
+    assert lines[0].split()[-3:] == ["how", "do", "id"]
+    assert {line.split()[-3] for line in lines[2:10]} == {"screened"}  # the hardest first
+    assert lines[-4:-1] == [
+        "4 rows were looked at closely, 8 screened by them, from loss, gap: their [ ] should hold "
+        "what a close look would say of nine rows of ten",
+        "steps of screened rows: median width of [ ] 140% of the steps (close looks: 20% of the "
+        "steps); out of fold Spearman 0.80, median error 12%",
+        "damage of screened rows: median width of [ ] 1.4 nats per token (close looks: 0.2 nats "
+        "per token); out of fold Spearman 0.80, median error 12%",
+    ]
+    unknown = {"taught": 3, "spearman": None, "median_relative_error": None}
+    made = replace(made, screening=screening | {"steps": unknown, "damage": unknown})
+    assert difficulty_text(made, Path("out.csv")).splitlines()[-3] == (
+        "steps of screened rows are not told: of 3 close looks that reached their target nothing "
+        "is learnt; look at more (--screen N)"
+    )
+
+
 # ---- what an edit did not aim at -----------------------------------------------------------------
 
 

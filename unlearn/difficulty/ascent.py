@@ -33,12 +33,17 @@ class Climb:
 
     def step(self, gradient: Tensor, rows: np.ndarray | None = None) -> None:
         """One step of the copies `rows` [c'] (by default all) along `gradient` [c', P]."""
+        every = rows is None or len(rows) == len(self.taken)
         rows = np.arange(len(self.taken)) if rows is None else rows
         places = torch.from_numpy(rows).to(self.theta.device)
         self.taken[rows] += 1
         taken = torch.from_numpy(self.taken[rows]).to(gradient)[:, None]
-        state = tuple(values[places] for values in self._state)
+        state = self._state if every else tuple(values[places] for values in self._state)
         move, after = self.protocol.rule.step(gradient, state, taken, self.protocol.rate)
+        if every:  # without copies of what is large
+            self.theta += move
+            self._state = after
+            return
         self.theta[places] += move
         for values, new in zip(self._state, after, strict=True):
             values[places] = new

@@ -98,8 +98,7 @@ def walk(units: Units, rows: np.ndarray, protocol: Protocol, looks: int) -> Walk
     for scan in range(SCANS):
         ascent.scan(last=scan == SCANS - 1)
     d = ascent.ends - units.start
-    products = (d @ units.sample_gradients.T).double().cpu().numpy()
-    cross = products**2 * units.run.tokens.counts[units.sample] / 2
+    cross = units.sample_gradients.products(d) ** 2 * units.run.tokens.counts[units.sample] / 2
     features["moved"] = d.norm(dim=1).double().cpu().numpy()
     return Walked(
         steps=ascent.steps,
@@ -228,8 +227,9 @@ class CoarseAscent:
             index = _index(walking, self.gradient)
             # Carried forward no further than it was seen to grow: beyond a stride's width it stays.
             share = np.minimum((self.since[walking] + t) / self.width[walking], 1.0)
-            growth = self.growth[index] * torch.from_numpy(share).to(self.gradient)[:, None]
-            self.climb.step(self.gradient[index] + growth, self.live[walking])
+            gradient = self.growth[index].mul_(torch.from_numpy(share).to(self.gradient)[:, None])
+            gradient += self.gradient[index]
+            self.climb.step(gradient, self.live[walking])
         return origin
 
     def _note_crossings(
@@ -308,7 +308,7 @@ def _features(
     run, counts = units.run, units.run.tokens.counts
     squared = (gradient * gradient).sum(1).double().cpu().numpy()
     gap = units.target[rows] - units.loss[rows]
-    common = units.sample_gradients.mean(0)
+    common = units.sample_gradients.mean
     along = (gradient @ common).double().cpu().numpy()
     return {
         "loss": units.loss[rows],
@@ -360,13 +360,13 @@ def combined(walked: Walked, excluded: np.ndarray) -> tuple[np.ndarray, np.ndarr
         fit, _ = nnls(terms[fitted] / scale, walked.rises[fitted])
     told = (terms / scale) @ fit
     return (
-        _mean_of(np.where(read, walked.rises, told), ~excluded),
-        _mean_of(told, ~excluded),
-        _mean_of(walked.rises, read),
+        mean_of(np.where(read, walked.rises, told), ~excluded),
+        mean_of(told, ~excluded),
+        mean_of(walked.rises, read),
     )
 
 
-def _mean_of(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+def mean_of(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Mean [n] of the `counted` ones of `values` [n, m], NaN where there are none."""
     number = np.where(counted.any(1), counted.sum(1), np.nan)
     return np.where(counted, values, 0).sum(1) / number

@@ -19,6 +19,7 @@ from unlearn.difficulty.advice import MAX_DAMAGE, recommended
 from unlearn.difficulty.calibration import Calibration, calibrate
 from unlearn.difficulty.coarse_ascent import LOOKS, Walked, combined, joined, walk
 from unlearn.difficulty.protocol import Protocol
+from unlearn.difficulty.screening import CLOSE, SCREEN, check_screen, say_cost, screening_of
 from unlearn.difficulty.units import SAMPLE_ROWS, Units, find_units
 
 #: Columns that every forecast begins with; one for each feature follows.
@@ -38,8 +39,6 @@ COLUMNS = (
 #: optimizers, and 20 of SmolLM2, where they hold 88 to 100 % (benchmarks/README.md, "Difficulty of
 #: unlearning").
 DAMAGE_SPREAD = (0.55, 0.8, 0.008)
-#: Copies of the parameters that a walking unit takes.
-COPIES = 9
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +58,9 @@ class Forecast:
     max_damage : float
         Share of `retained_loss` beyond which a method is not recommended.
     calibration : Calibration or None
+    screening : dict or None
+        Where not all units were looked at closely: how many were, and how good the forecasts of the
+        others are (`unlearn.difficulty.screening`).
     """
 
     table: pd.DataFrame = field(repr=False)
@@ -67,6 +69,7 @@ class Forecast:
     retained_loss: float
     max_damage: float = MAX_DAMAGE
     calibration: Calibration | None = None
+    screening: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -121,6 +124,7 @@ class Forecast:
             "retained_loss": self.retained_loss,
             "max_damage": self.max_damage,
             "calibration": None if self.calibration is None else self.calibration.record(),
+            "screening": self.screening,
         }
 
     def write(self, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -142,6 +146,8 @@ def predict(
     max_damage: float = MAX_DAMAGE,
     sample_rows: int = SAMPLE_ROWS,
     seed: int = 0,
+    screen: int = SCREEN,
+    memory: int | None = None,
     units: Units | None = None,
 ) -> Forecast:
     """Forecast how hard training rows are to unlearn by gradient ascent, and what to do with each.
@@ -152,12 +158,15 @@ def predict(
 
     Parameters
     ----------
-    ids, groups, protocol, holdout, sample_rows, seed
+    ids, groups, protocol, holdout, sample_rows, seed, memory
         As in `unlearn.difficulty.measured.measure`, whose steps and damage are forecast.
     looks
         Gradients a unit. One: a line scan along the first step's direction.
     max_damage
         Share of the retained rows' mean loss that ascent may cost where it is recommended.
+    screen
+        Units that are looked at closely where more are asked for; the others are screened by them
+        (`unlearn.difficulty.screening`). 0: all are looked at closely.
     units
         What `unlearn.difficulty.units.find_units` found for the same arguments, where it was called
         before.
@@ -181,11 +190,12 @@ def predict(
         curvature, g^T C g / g^T g under the run's; self_influence, nats per token (at the adapter
         itself, first order); alignment, the cosine of the gradient with that of the sampled rows;
         first_order_steps, gap over the first step's rise; moved, the length of the walk's end |d|;
-        closed_damage and read_damage, what the closed form and the rises read off tell alone.
+        closed_damage and read_damage, what the closed form and the rises read off tell alone. Then how:
+    close, or screened, of which only loss, base_loss, gap, tokens and share are known.
 
     The closed form's two weights fit the rises of all units asked for together, so damage depends a
-    little on who else is asked for. Raises `InputError` for `looks` or `max_damage` out of range,
-    and what `find_units` raises.
+    little on who else is asked for. Raises `InputError` for `looks`, `max_damage` or `screen` out of
+    range, and what `find_units` raises.
     """
     if type(looks) is not int or looks < 1:
         raise InputError(f"looks {looks!r} was given; expected a whole number of at least 1")
@@ -193,15 +203,22 @@ def predict(
         raise InputError(
             f"max_damage {max_damage!r} was given; expected 0 or more, as in 0.1 for 10 %"
         )
+    check_screen(screen)
     protocol = protocol or Protocol()
-    units = units or find_units(run, ids, groups, protocol, holdout, sample_rows, seed)
+    if units is None:
+        say_cost(run, ids, groups, looks=looks, screen=screen, sample_rows=sample_rows)
+        units = find_units(run, ids, groups, protocol, holdout, sample_rows, seed, memory)
+    screening = screening_of(units, protocol.rule, screen, seed)
+    if screening is not None:
+        units = screening.close
     protocol = units.paced(protocol)
-    chunks = track(units.chunks(COPIES), "looks")
+    chunks = track(units.chunks(), "looks")
     walked = joined([walk(units, rows, protocol, looks) for rows in chunks])
     retained_loss = float(units.sample_loss.mean())
     table = _table(units, walked, protocol, looks, retained_loss)
     table = recommended(table, retained_loss, max_damage, protocol.steps)
-    return Forecast(table, protocol.record(), looks, retained_loss, max_damage)
+    forecast = Forecast(table, protocol.record(), looks, retained_loss, max_damage)
+    return forecast if screening is None else screening.extended(forecast)
 
 
 def _table(
@@ -235,5 +252,6 @@ def _table(
             **walked.features,
             "closed_damage": closed_damage,
             "read_damage": read_damage,
+            "how": CLOSE,
         }
     )

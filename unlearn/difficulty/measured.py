@@ -44,9 +44,6 @@ from unlearn.difficulty.units import SAMPLE_ROWS, Units, find_units
 #: the target.
 LEVELS = (0.25, 0.5, 0.75, 1.0)
 FORMAT = 1
-#: Copies of the parameters that a climbing unit takes: parameters, two moments, gradient, the step
-#: before, rows that are run, crossings that wait.
-COPIES = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +123,7 @@ def measure(
     out: str | Path | None = None,
     sample_rows: int = SAMPLE_ROWS,
     seed: int = 0,
+    memory: int | None = None,
     overwrite: bool = False,
     units: Units | None = None,
 ) -> Measured:
@@ -149,6 +147,9 @@ def measure(
         a finished one.
     sample_rows, seed
         Size and choice of the sample of training rows whose loss tells the damage.
+    memory
+        Bytes that copies of the adapter's parameters may take. None: half of what is free. It
+        decides how many rows run at a time, and no result.
     overwrite
         Replace what is in `out`, if it is of another request; a file that has no measurements is
         never replaced.
@@ -156,7 +157,8 @@ def measure(
         What `unlearn.difficulty.units.find_units` found for the same arguments, where it was called
         before.
 
-    Raises `InputError` for rows that cannot be asked for, `MismatchError` where `out` is of another
+    Raises `InputError` for rows that cannot be asked for and for `memory` for less than one copy,
+    `MismatchError` where `out` is of another
     request.
     """
     protocol = protocol or Protocol()
@@ -166,11 +168,11 @@ def measure(
             f"{out} was given for measurements; they are written as HDF5: name a file that ends in "
             ".h5"
         )
-    units = units or find_units(run, ids, groups, protocol, holdout, sample_rows, seed)
+    units = units or find_units(run, ids, groups, protocol, holdout, sample_rows, seed, memory)
     protocol = units.paced(protocol)
     if out is None:
         arrays = _empty(units, protocol)
-        for rows in track(units.chunks(COPIES), "ascent"):
+        for rows in track(units.chunks(), "ascent"):
             for name, values in climb_units(units, rows, protocol).items():
                 arrays[name][rows] = values
         return _measured(units, protocol, arrays)
@@ -250,7 +252,7 @@ class Crossings:
                 self._passed[unit] += 1
                 if self._passed[unit] == len(LEVELS):
                     self._arrays["steps"][unit] = 0.0 if number == 0 else number - 1 + share
-        # No more wait than the chunk has units: `COPIES` has room for so many.
+        # No more wait than the chunk has units: the memory has room for so many.
         while len(self._waiting) >= len(self.rows):
             self._measure(self._waiting[: len(self.rows)])
             self._waiting = self._waiting[len(self.rows) :]
@@ -358,7 +360,7 @@ def _fill(out: Path, units: Units, protocol: Protocol) -> None:
     """Measure the units that are not done, and write each part as it is."""
     with open_file(out) as file:
         done = read(file, "done").astype(bool)
-    remaining = [rows[~done[rows]] for rows in units.chunks(COPIES)]
+    remaining = [rows[~done[rows]] for rows in units.chunks()]
     for rows in track([rows for rows in remaining if len(rows)], "ascent"):
         for name, values in climb_units(units, rows, protocol).items():
             if values[0].size:

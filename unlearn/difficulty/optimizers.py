@@ -122,15 +122,13 @@ class Adam(Optimizer):
         self, gradient: Tensor, state: tuple[Tensor, ...], taken: Tensor, rate: float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`lr m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + eps)`, and both moments."""
-        news = (gradient, gradient * gradient)
-        moments = tuple(
-            beta * moment + (1 - beta) * new
-            for moment, beta, new in zip(state, self.betas, news, strict=True)
-        )
-        first, second = (
-            moment / (1 - beta**taken) for moment, beta in zip(moments, self.betas, strict=True)
-        )
-        return rate * first / (second.sqrt() + self.eps), moments
+        # In place wherever a tensor is this step's own: P may be tens of millions.
+        first, second = (moment * beta for moment, beta in zip(state, self.betas, strict=True))
+        first.add_(gradient, alpha=1 - self.betas[0])
+        second.addcmul_(gradient, gradient, value=1 - self.betas[1])
+        size = (second / (1 - self.betas[1] ** taken)).sqrt_().add_(self.eps)
+        move = (first / (1 - self.betas[0] ** taken)).mul_(rate).div_(size)
+        return move, (first, second)
 
     def first_rate(self, gradient: Tensor, rate: float) -> np.ndarray:
         """`lr |g|_1`: the first step is `lr sign(g)`, but for `eps`."""

@@ -11,11 +11,10 @@ from influence.console import at_least
 from influence.errors import InputError
 from influence.options import (
     ColumnsOption,
-    DeviceOption,
+    LoadingOptions,
     OutputOptions,
     RowsOptions,
     RunOption,
-    TrustOption,
     option,
 )
 from unlearn.options import RecipeOption
@@ -23,7 +22,7 @@ from unlearn.options import RecipeOption
 
 @dataclass(frozen=True, kw_only=True)
 class Difficulty(
-    RunOption, RowsOptions, ColumnsOption, DeviceOption, TrustOption, OutputOptions, RecipeOption
+    RunOption, RowsOptions, ColumnsOption, LoadingOptions, OutputOptions, RecipeOption
 ):
     """Which rows are forecast or measured, and how.
 
@@ -66,12 +65,24 @@ class Difficulty(
         default=None,
     )
     steps: int = option("The most steps.", default=200)
+    screen: int | None = option(
+        "Rows (or groups) that are looked at closely where more are asked for; the others are "
+        "forecast by them, with wider intervals. 0: all closely. Default: 400.",
+        default=None,
+    )
+    memory: float | None = option(
+        "GB that copies of the adapter may take: how many rows run at a time, one at least. "
+        "Default: half of what is free.",
+        default=None,
+    )
     looks: int = option("Gradients a row; 1 is a line scan.", default=5)
     max_damage: float = option(
         "Share of the retained loss that ascent may cost where it is recommended.", default=0.01
     )
     holdout: Path | None = option("Rows the adapter never saw; measured too.", default=None)
-    seed: int = option("Draws the retained sample, and the rows of --calibrate.", default=0)
+    seed: int = option(
+        "Draws the retained sample, and the rows of --calibrate and --screen.", default=0
+    )
 
     def __post_init__(self) -> None:
         measuring = self.measure or self.calibrate is not None
@@ -80,6 +91,13 @@ class Difficulty(
                 "--calibrate and --measure were given together: --measure unlearns all rows and "
                 "corrects nothing"
             )
+        if self.screen and self.measure:
+            raise InputError(
+                "--screen and --measure were given together: --measure unlearns all rows; leave "
+                "--screen out, or measure some of the rows (--calibrate N)"
+            )
+        if self.memory is not None and not self.memory > 0:
+            raise InputError(f"--memory {self.memory} was given; expected GB above 0, as in 4")
         at_least("--looks", self.looks, 1)
         at_least("--seed", self.seed, 0)
         at_least("--max-damage", self.max_damage, 0)
@@ -89,3 +107,12 @@ class Difficulty(
             )
         if self.recipe is not None and self.target == "base":
             raise InputError("--recipe was given: it is for --target unseen; leave it out here")
+
+    @property
+    def close_looks(self) -> int:
+        """How many rows are looked at closely where more are asked for; 0: all."""
+        from unlearn.difficulty.screening import SCREEN
+
+        if self.measure:
+            return 0
+        return SCREEN if self.screen is None else self.screen

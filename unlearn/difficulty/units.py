@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence.at_point import evenly_spaced, memory_chunks
+from influence.at_point import evenly_spaced, free_memory
 from influence.cost import Cost
 from influence.errors import InputError
-from influence.gradients import stream_gradients
 from influence.loss import mean_losses
 from influence.path import scaled
 from influence.progress import say
@@ -21,7 +20,9 @@ from influence.rows import Examples
 from influence.run import Run
 from influence.tokens import TokenizedExamples
 from unlearn.difficulty.copies import copy_gradients, copy_losses
+from unlearn.difficulty.optimizers import Optimizer
 from unlearn.difficulty.protocol import Protocol
+from unlearn.difficulty.sample_gradients import SampleGradients
 from unlearn.record.change import plan
 from unlearn.record.sample import drawn, unseen_rows
 from unlearn.record.version import ORIGINAL, version
@@ -33,6 +34,13 @@ from unlearn.unseen import expectation, warn_of_unfaithful
 SAMPLE_ROWS, HOLDOUT_ROWS = 16, 16
 #: Units that run at a time, at most. A choice.
 CHUNK = 32
+#: Vectors of P numbers that a unit on its way takes, at most: where one runs at a time, and where
+#: several do, of which some are chosen and put back. Counted (tests/unlearn/difficulty/
+#: test_memory.py).
+ALONE, COPIES = 14, 21
+#: Share of the free memory that copies may take where no budget is given, and of the budget that
+#: the sampled rows' gradients may take. Choices.
+FREE_SHARE, SAMPLE_SHARE = 0.5, 0.5
 #: Units that one local retraining leaves out, at most, and the least nearest rows of each. Ten
 #: single rows of ten authors on two near rows each: 3.02 expected, 2.99 retrained (LOG.md,
 #: 2026-11-28, "What a model that never saw the rows would say").
@@ -62,6 +70,8 @@ class Units:
         them.
     holdout : TokenizedExamples or None
         Rows that the adapter never saw.
+    memory : int or None
+        Bytes that copies of the adapter's parameters may take; None: half of what is free.
     """
 
     run: Run
@@ -74,13 +84,14 @@ class Units:
     sample_loss: np.ndarray = field(repr=False)
     excluded: np.ndarray = field(repr=False)
     holdout: TokenizedExamples | None = field(repr=False)
+    memory: int | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def select(self, rows: np.ndarray) -> Units:
         """The units at `rows` alone."""
-        return replace(
+        selected = replace(
             self,
             names=tuple(self.names[i] for i in rows),
             members=tuple(self.members[i] for i in rows),
@@ -89,6 +100,9 @@ class Units:
             target=self.target[rows],
             excluded=self.excluded[rows],
         )
+        if (known := vars(self).get("sample_gradients")) is not None:
+            vars(selected)["sample_gradients"] = known
+        return selected
 
     @property
     def start(self) -> Tensor:
@@ -105,10 +119,9 @@ class Units:
         """
         if protocol.lr is not None:
             return protocol
-        rule, gradients = protocol.rule, self.sample_gradients
-        first = torch.ones(len(gradients), 1).to(gradients)
-        moves, _ = rule.step(gradients, rule.begin(gradients), first, 1.0)
-        length, theta = float(moves.norm(dim=1).median()), float(self.start.norm())
+        rule = protocol.rule
+        moves = [_first_move(rule, gradient).norm() for gradient in self.sample_gradients]
+        length, theta = float(torch.stack(moves).median()), float(self.start.norm())
         wanted = (protocol.stride or rule.stride) * theta
         if not 0 < length < float("inf") or wanted == 0:
             raise InputError(
@@ -145,16 +158,15 @@ class Units:
         return copy_losses(self.run.model, thetas, self.run.tokens, members, **self._bounds(thetas))
 
     @cached_property
-    def sample_gradients(self) -> Tensor:
-        """Gradients [m, P] of the sampled training rows' mean losses at the adapter."""
-        tokens, budget = self.run.tokens.select(self.sample), self.run.manifest.token_budget
-        out = torch.zeros(
-            len(tokens), self.run.model.space.size, dtype=self.start.dtype, device=self.start.device
+    def sample_gradients(self) -> SampleGradients:
+        """Gradients of the sampled training rows' mean losses at the adapter."""
+        return SampleGradients(
+            self.run.model,
+            self.run.tokens.select(self.sample),
+            token_budget=self.run.manifest.token_budget,
+            dtype=self.start.dtype,
+            memory=int(SAMPLE_SHARE * self._budget),
         )
-        for rows, gradients, _ in stream_gradients(self.run.model, tokens, token_budget=budget):
-            counts = torch.from_numpy(tokens.counts[rows]).to(gradients)[:, None]
-            out[torch.from_numpy(rows).to(out.device)] = (gradients / counts).to(out)
-        return out
 
     def _losses_of_each(self, thetas: Tensor, tokens: TokenizedExamples) -> np.ndarray:
         columns = [
@@ -173,15 +185,49 @@ class Units:
         return {"token_budget": self.run.manifest.token_budget, "max_rows": len(thetas)}
 
     @property
-    def chunk(self) -> int:
-        """How many copies of the parameters take a bounded amount of memory."""
-        wider = self.start.dtype.itemsize // self.run.model.dtype.itemsize
-        return max(1, len(memory_chunks(self.run, 4096)[0]) // wider)
+    def _budget(self) -> int:
+        if self.memory is not None:
+            return self.memory
+        return int(FREE_SHARE * free_memory(self.start.device))
 
-    def chunks(self, copies: int) -> list[np.ndarray]:
-        """Units in parts that take a bounded amount of memory at `copies` copies each."""
-        size = min(max(1, self.chunk // copies), CHUNK)
-        return np.array_split(np.arange(len(self)), -(-len(self) // size))
+    @cached_property
+    def at_once(self) -> int:
+        """How many units run at a time: as many as the memory holds the copies of, one at least.
+
+        One where experts are adapted, whose copies cannot run side by side.
+        """
+        room, held = self._budget, len(self.sample) * _vector_bytes(self.run)
+        if held <= SAMPLE_SHARE * room:
+            room -= held
+        if self.run.model.routed:
+            return 1
+        return min(max(1, room // (COPIES * _vector_bytes(self.run))), CHUNK)
+
+    def chunks(self) -> list[np.ndarray]:
+        """Units in parts of at most `at_once`."""
+        return np.array_split(np.arange(len(self)), -(-len(self) // self.at_once))
+
+
+def _first_move(rule: Optimizer, gradient: Tensor) -> Tensor:
+    """First move [1, P] along a gradient [P], at a rate of 1."""
+    gradient = gradient[None]
+    return rule.step(gradient, rule.begin(gradient), torch.ones(1, 1).to(gradient), 1.0)[0]
+
+
+def _vector_bytes(run: Run) -> int:
+    """Bytes of P numbers as ascents hold them: in float32 at least."""
+    return run.model.space.size * max(4, run.model.dtype.itemsize)
+
+
+def check_memory(run: Run, memory: int | None) -> None:
+    """Refuse a budget that one copy does not fit into, as an `InputError`."""
+    least = ALONE * _vector_bytes(run)
+    if memory is not None and memory < least:
+        raise InputError(
+            f"memory of {memory / 1e9:.3g} GB was given (--memory); the ascent of one row of this "
+            f"adapter of {run.model.space.size} parameters takes {least / 1e9:.3g} GB: give as "
+            "much, or leave it out for half of what is free"
+        )
 
 
 def find_units(
@@ -192,6 +238,7 @@ def find_units(
     holdout: Examples | None,
     sample_rows: int = SAMPLE_ROWS,
     seed: int = 0,
+    memory: int | None = None,
 ) -> Units:
     """Find the rows (`ids`, by default all) or `groups` (name: ids) with their losses and samples.
 
@@ -199,8 +246,10 @@ def find_units(
     trained (`unlearn.unseen`).
 
     Raises `InputError` for rows and groups given together, none, ids given twice or as one string,
-    an empty sample, held-out rows that are training rows; `DataError` for an unknown id.
+    an empty sample, held-out rows that are training rows, `memory` (bytes) for less than one copy;
+    `DataError` for an unknown id.
     """
+    check_memory(run, memory)
     ids_of = _requested(run, ids, groups)
     members = tuple(np.array([run.train.index(id) for id in unit]) for unit in ids_of.values())
     if sample_rows < 1:
@@ -227,6 +276,7 @@ def find_units(
         sample_loss=losses[sample],
         excluded=_excluded(run, members, sample),
         holdout=holdout_tokens,
+        memory=memory,
     )
 
 

@@ -6,6 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import influence
 from tests.conftest import build_model, rows, tokens_of
@@ -66,12 +69,13 @@ def data(n: int = 9) -> list[dict]:
     return [*plain, plain[2] | {"id": "twin"}]
 
 
-def trained(train, steps: int = 40):
+def trained(train, steps: int = 40, **options):
     """A one-layer GPT-2 (no float32 inside) whose adapter has learnt the rows a little.
 
     Most of them are then below the base's loss.
     """
-    model = build_model("gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"])
+    options = {"layers": 1, "target_modules": ["attn.c_attn", "mlp.c_proj"]} | options
+    model = build_model("gpt2", **options)
     tokens, leaves = tokens_of(model, train), weights_of(model)
     for w in leaves:
         w.requires_grad_(True)
@@ -94,6 +98,28 @@ def in_order(table: pd.DataFrame) -> None:
     assert (table["steps"] <= table["steps_high"]).all()
     assert (table["damage_low"] <= table["damage"])[ok].all()
     assert (table["damage"] <= table["damage_high"])[ok].all()
+
+
+class Allocations(TorchDispatchMode):
+    """Watches tensors of `least` bytes or more: the largest one, and the most that live together."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.largest, self.together = least, 0, 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.nbytes() >= self.least:
+                    self.largest = max(self.largest, storage.nbytes())
+                    reference = StorageWeakRef(storage)
+                    self._live[reference.cdata] = reference, storage.nbytes()
+        self._live = {key: each for key, each in self._live.items() if not each[0].expired()}
+        self.together = max(self.together, sum(size for _, size in self._live.values()))
+        return out
 
 
 class Forwards:

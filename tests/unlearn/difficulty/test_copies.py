@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 import influence
+from influence.errors import AdapterError
+from influence.gradients import stream_gradients
+from influence.loss import mean_losses
 from tests.conftest import add_lora, build_base, build_model, build_tokenizer, examples, tokens_of
+from tests.influence.test_experts import fused
 from tests.unlearn.difficulty.helpers import plain_loss, weights_of
 from unlearn.difficulty.copies import copy_gradients, copy_losses
 
@@ -87,6 +91,75 @@ def test_copies_equal_loops_with_their_parameters_set_one_at_a_time(kind, option
         assert (
             np.abs(copy_losses(model, thetas, tokens, MEMBERS, **options) - losses).max() < 1e-10
         ), (budget, most)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("option", LORA)
+def test_one_copy_alone_equals_the_loop_too(kind, option):
+    model = build_model(kind, tie=option != "head", **targets(kind, option))
+    tokens = tokens_of(model, examples(7))
+    thetas = several(model, len(MEMBERS))
+    losses, gradients = oracle(model, thetas, tokens, MEMBERS)
+    for budget in (1, 30, 1000):  # 30 splits the group of three
+        options = {"token_budget": budget, "max_rows": 1}
+        for i, rows in enumerate(MEMBERS):
+            copied, slope = copy_gradients(model, thetas[i : i + 1], tokens, [rows], **options)
+            assert abs(copied[0] - losses[i]) < 1e-10, (budget, i)
+            assert (slope[0] - gradients[i]).norm() / gradients[i].norm() < 1e-10, (budget, i)
+            alone = copy_losses(model, thetas[i : i + 1], tokens, [rows], **options)
+            assert abs(alone[0] - losses[i]) < 1e-10, (budget, i)
+
+
+@pytest.mark.parametrize("count", [1, len(MEMBERS)])
+def test_checkpointed_layers_run_again_in_the_backward_and_change_nothing(count):
+    model = build_model("llama")
+    tokens = tokens_of(model, examples(7))
+    thetas = several(model, count)
+    losses, gradients = oracle(model, thetas, tokens, MEMBERS[:count])
+    base = model.model.get_base_model()
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+    layer, ran = base.model.layers[1].mlp, []
+    layer.register_forward_pre_hook(lambda *_: ran.append(1))
+    options = {"token_budget": 1000, "max_rows": 9}
+    copied, slopes = copy_gradients(model, thetas, tokens, MEMBERS[:count], **options)
+    assert len(ran) == 2  # one batch, forward and again
+    assert np.abs(copied - losses).max() < 1e-10
+    assert (slopes - gradients).norm() / gradients.norm() < 1e-10
+    copy_losses(model, thetas, tokens, MEMBERS[:count], **options)
+    assert len(ran) == 3
+
+
+def test_one_copy_alone_diverges_to_nan_as_many_do():
+    model = build_model("llama")
+    tokens = tokens_of(model, examples(7))
+    thetas = several(model, 2) * 1e200
+    options = {"token_budget": 1000, "max_rows": 9}
+    many, _ = copy_gradients(model, thetas, tokens, MEMBERS[:2], **options)
+    alone, _ = copy_gradients(model, thetas[:1], tokens, MEMBERS[:1], **options)
+    assert np.isnan(
+        [*many, *alone, *copy_losses(model, thetas[:1], tokens, MEMBERS[:1], **options)]
+    ).all()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_experts_run_one_copy_at_a_time(kind):
+    model = fused(kind)
+    tokens = tokens_of(model, examples(7))
+    thetas = several(model, 2)
+    options = {"token_budget": 1000, "max_rows": 9}
+    for i, rows in enumerate(MEMBERS[:2]):
+        with model.at(thetas[i]):
+            weights = np.full(len(rows), 1 / len(rows))
+            expected = torch.zeros(model.space.size, dtype=F64)
+            for row, weight in zip(rows, weights, strict=True):
+                for _, gradient, _ in stream_gradients(model, tokens.select(np.array([row]))):
+                    expected += weight * gradient[0] / int(tokens.counts[row])
+            wanted = mean_losses(model, tokens.select(rows)).mean()
+        copied, slope = copy_gradients(model, thetas[i : i + 1], tokens, [rows], **options)
+        assert abs(copied[0] - wanted) < 1e-6  # their routers compute in float32
+        assert (slope[0] - expected).norm() / expected.norm() < 1e-6
+    with pytest.raises(AdapterError, match="cannot run side by side, only one at a time"):
+        copy_losses(model, thetas, tokens, MEMBERS[:2], **options)
 
 
 def test_a_group_weighs_its_rows_equally_and_not_its_tokens():

@@ -139,9 +139,47 @@ def test_groups_are_whole_and_rows_without_one_are_units(call, tmp_path):
     np.testing.assert_allclose(table["share"], [10 / 26, 1 / 26])
 
 
+def test_many_rows_are_screened_by_the_close_looks_at_some(call, tmp_path):
+    done = call("--screen", "22", "--calibrate", "20", "--checkpointing", "--memory", "1", "--json")
+    if done.status:  # too few of the drawn rows reached their targets in this tiny world: said
+        assert "a calibration needs at least" in done.err
+        done = call("--screen", "22", "--json", "--overwrite")
+    assert done.status == 0, done.err
+    assert "26 rows: 22 looked at closely, the others screened by them; cost: " in done.err
+    table = pd.read_csv(tmp_path / "t.csv", dtype={"id": str})
+    assert table["id"].tolist() == [row["id"] for row in ROWS]
+    assert table["how"].value_counts().to_dict() == {"close": 22, "screened": 4}
+    record = json.loads(done.out)["screening"]
+    assert (record["close"], record["screened"]) == (22, 4)
+    assert record["features"][:3] == ["loss", "base_loss", "gap"]
+
+
+def test_rows_named_by_id_are_looked_at_closely_unless_they_are_too_many(call, tmp_path):
+    named = ",".join(row["id"] for row in ROWS[:21])
+    for screen, screened in ((21, 0), (20, 1)):
+        done = call("--ids", named, "--screen", screen, "--overwrite")
+        assert done.status == 0, done.err
+        table = pd.read_csv(tmp_path / "t.csv")
+        assert (table["how"] == "screened").sum() == screened
+        assert ("screened by them, from loss" in done.out) == bool(screened)
+
+
+def test_checkpointing_and_memory_change_no_number(call, tmp_path):
+    plain = call("--ids", "r0-3,r0-5")
+    less = call("--ids", "r0-3,r0-5", "--checkpointing", "--memory", "0.001", out="u.csv")
+    assert (plain.status, less.status) == (0, 0), less.err
+    first, second = (pd.read_csv(tmp_path / name) for name in ("t.csv", "u.csv"))
+    numbers = first.select_dtypes("number").columns
+    np.testing.assert_allclose(second[numbers], first[numbers], rtol=1e-2)  # float32
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("--screen", "5"), "screen 5 was given (--screen)"),
+        (("--screen", "30", "--measure"), "--screen and --measure"),
+        (("--memory", "1e-6"), "(--memory); the ascent of one row"),
+        (("--screen", "20", "--calibrate", "21"), "--calibrate 21"),
         (("--ids", "nobody"), "nobody"),
         (("--ids", "r0-1,r0-1"), "more than once"),
         (("--ids", "r0-1", "--ids-file", "x.txt"), "--ids and --ids-file were both given"),

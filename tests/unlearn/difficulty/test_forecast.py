@@ -16,6 +16,7 @@ from tests.unlearn.difficulty.helpers import ADAM, in_order, synthetic, trained,
 from unlearn.difficulty import Protocol, measure, predict
 from unlearn.difficulty.advice import recommended
 from unlearn.difficulty.forecast import COLUMNS, Forecast
+from unlearn.difficulty.units import ALONE
 
 FIRST = [
     "id",
@@ -43,6 +44,7 @@ FEATURES_BEHIND = [
     "moved",
     "closed_damage",
     "read_damage",
+    "how",
 ]
 
 
@@ -83,7 +85,7 @@ def test_any_rate_gives_a_table_without_nonsense(run, optimizer, lr):
 def test_a_row_does_not_depend_on_the_others_but_for_the_closed_forms_weights(run, forecast):
     few = predict(run, ids=["r0-6", "r0-1"], protocol=ADAM, sample_rows=6).table
     both = forecast.table.iloc[[6, 1]].reset_index(drop=True)
-    others = ("closed_damage", "id", "recommended", "reason")
+    others = ("closed_damage", "id", "recommended", "reason", "how")
     names = [name for name in few.columns if name not in others]
     np.testing.assert_allclose(few[names].astype(float), both[names].astype(float), rtol=1e-7)
     many = predict(run, protocol=ADAM, sample_rows=10).table.iloc[[6, 1]].reset_index(drop=True)
@@ -100,9 +102,9 @@ def test_the_same_call_gives_the_same_table(run, forecast):
     pd.testing.assert_frame_equal(again.table, forecast.table, check_exact=True)
 
 
-def test_parts_of_one_row_give_the_same(run, forecast, monkeypatch):
-    monkeypatch.setattr("influence.at_point.PART_BYTES", 1)
-    again = predict(run, protocol=ADAM, sample_rows=6)
+def test_parts_of_one_row_give_the_same(run, forecast):
+    one = ALONE * 8 * run.model.space.size
+    again = predict(run, protocol=ADAM, sample_rows=6, memory=one)
     pd.testing.assert_frame_equal(again.table, forecast.table, rtol=1e-7)
 
 

@@ -20,6 +20,7 @@ from tests.unlearn.difficulty.helpers import (
     trained,
 )
 from unlearn.difficulty import LEVELS, Measured, Protocol, measure
+from unlearn.difficulty.units import ALONE
 from unlearn.retraining.recipe import Recipe
 
 
@@ -122,11 +123,11 @@ def test_area_and_heldout_damage_by_hand():
     assert result.heldout_damage.tolist() == [3]
 
 
-def test_chunks_and_the_other_rows_that_are_asked_change_nothing(run, measured, monkeypatch):
+def test_chunks_and_the_other_rows_that_are_asked_change_nothing(run, measured):
     alone = measure(run, ids=["r0-4", "r0-1"], protocol=SHORT_ADAM, **SMALL)
     same(measured, alone, [4, 1], rtol=1e-8, atol=1e-10)
-    monkeypatch.setattr("influence.at_point.PART_BYTES", 1)  # one copy at a time
-    four = measure(run, ids=run.train.ids[3:7], protocol=SHORT_ADAM, **SMALL)
+    one = ALONE * 8 * run.model.space.size
+    four = measure(run, ids=run.train.ids[3:7], protocol=SHORT_ADAM, memory=one, **SMALL)
     same(measured, four, slice(3, 7), rtol=1e-8, atol=1e-10)
 
 

@@ -24,16 +24,17 @@ from tests.unlearn.difficulty.helpers import (
     same,
 )
 from unlearn.difficulty import Protocol, measure, read_measured
+from unlearn.difficulty.units import COPIES
 from unlearn.retraining.recipe import Recipe
 
 #: Ids that a terminal, a path, a table or HDF5 could trip over.
 ODD = ["a/b", "line\nbreak", 'quo"te,comma', "\u202ertl", "🙂", "x" * 3000, "", "tab\t"]
 
 
-def test_a_killed_measurement_goes_on_and_is_the_same_bit_for_bit(run, tmp_path, monkeypatch):
+def test_a_killed_measurement_goes_on_and_is_the_same_bit_for_bit(run, tmp_path):
     """Six rows, two at a time, killed in the first part, the second, there again, the third."""
-    monkeypatch.setattr("influence.at_point.PART_BYTES", 24 * 8 * run.model.space.size)
     options = {
+        "memory": (2 * COPIES + 2) * 8 * run.model.space.size,
         "ids": run.train.ids[:6],
         "protocol": Protocol("adam", 1e-2, steps=8),
         "sample_rows": 2,

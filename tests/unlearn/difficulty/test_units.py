@@ -337,6 +337,6 @@ def test_predict_and_measure_take_the_rate_of_the_stride(run):
 
 def test_an_adapter_without_a_gradient_has_no_stride(run):
     units = find_units(run, ["r0-3"], None, Protocol(), None, sample_rows=2)
-    units.__dict__["sample_gradients"] = torch.zeros_like(units.sample_gradients)
+    units.__dict__["sample_gradients"] = [torch.zeros(run.model.space.size)] * 2
     with pytest.raises(InputError, match="no rate follows from them; give one"):
         units.paced(Protocol("sgd"))
