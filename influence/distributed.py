@@ -326,7 +326,7 @@ def tells(status: int) -> tuple[bool, int]:
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     key = "/".join(["lora-influence", *(environment.get(name, "") for name in names)])
     try:
-        mailbox = dist.TCPStore(
+        mailbox = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             environment["MASTER_ADDR"],
             int(environment["MASTER_PORT"]),
             is_master=False,
