@@ -124,5 +124,6 @@ def test_wrong_calls_are_told_once(folder):
     for message, options in wrong.items():
         result = call(2, *fit_line(folder, "new"), *options)
         assert [line[: len(message)] for line in told(result.stderr)] == [message]
-        assert set(re.findall(r"exitcode\s*: (-?\d+)", result.stderr)) == {"2"}
+        ended = set(re.findall(r"exitcode\s*: (-?\d+)", result.stderr))
+        assert {"2"} <= ended <= {"2", "-15"}  # -15: torchrun was faster
         assert not (folder / "new").exists()
