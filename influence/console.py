@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
@@ -29,6 +30,10 @@ INTERRUPTED = (
     "interrupted; what fit, score, train and retrain --subsets had saved is kept: "
     "the same command goes on from there"
 )
+
+
+#: Seconds that the first of several processes has to tell of wrong options.
+FIRST_SECONDS = 60.0
 
 
 def app(help: str) -> typer.Typer:
@@ -66,6 +71,8 @@ def main(application: typer.Typer) -> Callable[[], None]:
         except KeyboardInterrupt:
             _fail(INTERRUPTED)
         except SystemExit as end:
+            if end.code == 2 and _another():  # typer's own words, which the first process says
+                time.sleep(FIRST_SECONDS)  # torchrun ends this one as soon as it has
             if end.code != 130:
                 raise
             _fail(INTERRUPTED)  # typer makes this of a KeyboardInterrupt
@@ -92,11 +99,14 @@ def several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def _another() -> bool:
+    """Whether this process is another than the first."""
+    return several() and os.environ.get("RANK", "0") != "0"
+
+
 def _first_process_alone() -> AbstractContextManager[object]:
     """Of several processes the first tells of wrong options, which are wrong in all of them."""
-    if several() and os.environ.get("RANK", "0") != "0":
-        return redirect_stderr(io.StringIO())
-    return nullcontext()
+    return redirect_stderr(io.StringIO()) if _another() else nullcontext()
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import heapq
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from influence.errors import ProcessError, memory_is_short
+from influence.errors import ProcessError, ToolkitError, memory_is_short
 
 T = TypeVar("T")
 
@@ -66,10 +65,18 @@ def leave() -> None:
     if dist.is_initialized():
         wait()
         dist.destroy_process_group()
+        _heed(signal.SIG_DFL)
 
 
 def _stopped(*_: object) -> None:
+    _heed(signal.SIG_IGN)  # once: it must not fall into what is done about it
     raise ProcessError(LOST)
+
+
+def _heed(how: Any) -> None:
+    """What a SIGTERM does from now on, where `join` has a say in it."""
+    if signal.getsignal(signal.SIGTERM) is _stopped:
+        signal.signal(signal.SIGTERM, how)
 
 
 def rank() -> int:
@@ -155,6 +162,7 @@ def _exchange() -> Iterator[None]:
     except RuntimeError as error:
         if memory_is_short(error):
             raise
+        _heed(signal.SIG_IGN)
         raise ProcessError(LOST) from error
 
 
@@ -192,7 +200,7 @@ def first_says(fact: bool) -> bool:
 def at_first(work: Callable[[], T]) -> T:
     """Do something in the first process alone: all get its result, or its error.
 
-    The result goes through pickle.
+    The result must be one that torch sends to the others.
     """
     if world() == 1:
         return work()
@@ -214,12 +222,10 @@ def at_first(work: Callable[[], T]) -> T:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """An error that the other processes can raise."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    """An error as the other processes raise it: one of a library's own class in words."""
+    if error is None or isinstance(error, ToolkitError | OSError | MemoryError):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -313,13 +319,14 @@ def tells(status: int) -> tuple[bool, int]:
     The first that fails tells; the others, which fail of its absence or with the same error, end
     with its status. They leave word in the mailbox that torchrun keeps for them.
     """
+    _heed(signal.SIG_IGN)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True, status
     environment = os.environ
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     key = "/".join(["lora-influence", *(environment.get(name, "") for name in names)])
     try:
-        mailbox = dist.TCPStore(
+        mailbox = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             environment["MASTER_ADDR"],
             int(environment["MASTER_PORT"]),
             is_master=False,

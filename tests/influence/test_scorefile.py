@@ -114,9 +114,9 @@ def test_a_scoring_interrupted_between_blocks_and_resumed_equals_an_uninterrupte
     for blocks in (2, 1, 3, 5, 1, 2):
         left = blocks
 
-        def few(self, skip=None):
+        def few(self, skip=None, **options):
             nonlocal left
-            for item in real(self, skip):
+            for item in real(self, skip, **options):
                 if left == 0:
                     raise Interruption
                 left -= 1
@@ -144,7 +144,7 @@ def test_a_partial_score_file_of_another_request_is_not_continued(tmp_path, monk
     out = tmp_path / "scores.h5"
     with monkeypatch.context() as patch:
         patch.setattr(
-            AtPoint, "gradient_blocks", lambda self, skip=None: (_ for _ in ()).throw(Interruption)
+            AtPoint, "gradient_blocks", lambda *_, **__: (_ for _ in ()).throw(Interruption)
         )
         with pytest.raises(Interruption):
             run.score(examples(3, seed=9), out=out)
