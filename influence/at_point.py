@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
-from influence.batches import plan_batches
+from influence.batches import padded_tokens, plan_batches
 from influence.curvature import (
     PLAIN,
     SPECIFICATIONS,
@@ -188,10 +188,15 @@ class AtPoint:
             return
         plan = self._plan()
         left = [rows for rows in plan if not skip[rows].all()]
+        order = [rows for rows in plan if skip[rows].all()] + left
         with self.model.at(self.place.theta):
             stream = stream_gradients(self.model, tokens, batches=left)
             for indices, gradients, _ in track(
-                stream, "training rows", total=len(plan), done=len(plan) - len(left)
+                stream,
+                "training rows",
+                done=len(plan) - len(left),
+                counts=[len(rows) for rows in order],
+                sizes=padded_tokens(tokens, order),
             ):
                 yield indices, self.geometry.features(gradients)
 
@@ -408,5 +413,6 @@ def row_blocks(
     with RowFile(path, name) as rows:
         step = max(BLOCK_ROWS, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
         starts = range(0, len(rows), step)
-        for start in starts if label is None else track(starts, label):
+        counts = [min(step, len(rows) - start) for start in starts]
+        for start in starts if label is None else track(starts, label, counts=counts):
             yield torch.from_numpy(rows.read(start, min(start + step, len(rows)))).to(device)

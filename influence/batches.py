@@ -75,6 +75,11 @@ def plan_batches(
     return [batch for _, batch in sorted(batches, key=lambda sized: -sized[0])]
 
 
+def padded_tokens(tokens: TokenizedExamples, batches: Sequence[np.ndarray]) -> list[int]:
+    """Tokens of each batch with its padding, `[batches]`: what the time of a batch goes by."""
+    return [len(rows) * max(int(tokens.lengths[rows].max()), 1) for rows in batches]
+
+
 def collate(
     tokens: TokenizedExamples,
     indices: Sequence[int] | np.ndarray,

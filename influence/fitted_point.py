@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from influence.at_point import AtPoint, geometry_here, row_blocks
-from influence.batches import collate, plan_batches
+from influence.batches import collate, padded_tokens, plan_batches
 from influence.curvature import Accumulator, Specification
 from influence.curvature.base import ALWAYS, ONCE
 from influence.errors import InputError
@@ -97,7 +97,11 @@ class PointFit:
         curvature: Specification,
         storage: Storage,
         state: OptimizerState | None,
+        *,
+        to_come: float = 0.0,
     ) -> None:
+        #: passes over the rows that follow this point's first, for the time that is left
+        self.to_come = to_come
         self.point, self.run, self.model = point, point.run, point.model
         self.tokens, self.weights, self.digest = self.run.tokens, self.run.weights, point.digest
         self.curvature, self.draws = curvature, curvature.draws
@@ -200,7 +204,14 @@ class PointFit:
         """The batches from number `first` on, into the open row files."""
         count, last, pause = len(self.batches), time.monotonic(), CHECKPOINT_SECONDS
         with tape(self.model) as recorder:
-            for number in track(range(first, count), "training rows", total=count, done=first):
+            for number in track(
+                range(first, count),
+                "training rows",
+                done=first,
+                counts=[len(rows) for rows in self.batches],
+                sizes=padded_tokens(self.tokens, self.batches),
+                passes=self.to_come,
+            ):
                 self.run_batch(recorder, self.batches[number], files)
                 if (begun := time.monotonic()) - last > pause:
                     files.flush()  # first: the checkpoint says that these rows are written
@@ -401,7 +412,9 @@ class ComputedRows:
         """Blocks of features."""
         self.fit.buffer = None  # the pass is over: its memory is the second one's
         with tape(self.fit.model) as recorder:
-            for rows in track(self._plan, "training rows, second pass"):
+            plan = self._plan
+            counts, sizes = [len(rows) for rows in plan], padded_tokens(self.fit.tokens, plan)
+            for rows in track(plan, "training rows, second pass", counts=counts, sizes=sizes):
                 for gradients in self.fit.sampled_again(recorder, rows):
                     yield self.fit.point.geometry.features(gradients)
 

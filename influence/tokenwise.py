@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from influence.at_point import AtPoint
-from influence.batches import collate, plan_batches
+from influence.batches import collate, padded_tokens, plan_batches
 from influence.errors import AdapterError, InputError
 from influence.gradients import Tape, tape
 from influence.loss import loss_gradient, probabilities
@@ -68,7 +68,9 @@ class Tokenwise:
         plan = plan_batches(run.tokens, run.manifest.token_budget)
         with model.at(point.place.theta), tape(model) as recorder:
             _refuse_apart(recorder)
-            for rows in track(plan, "training rows, token by token"):
+            counts, sizes = [len(rows) for rows in plan], padded_tokens(run.tokens, plan)
+            label = "training rows, token by token"
+            for rows in track(plan, label, counts=counts, sizes=sizes):
                 batch = collate(run.tokens, rows, pad_id=model.pad_id, device=model.device)
                 part = recorder.forward(batch)
                 _refuse_apart(recorder)  # which a forward may have found
