@@ -65,6 +65,15 @@ def fits(rule: str, needed: int, budget: float) -> bool:
     return rule == "always" or (rule == "auto" and needed <= budget)
 
 
+def keeps_sampled(curvature: Specification, storage: Storage, row_bytes: int) -> bool:
+    """Whether the rows' gradients at sampled labels are on disk, at least for a point's second
+    look; `row_bytes` are those of one gradient of every row.
+    """
+    draws = curvature.draws
+    keeps_once = curvature.reads_rows == ONCE and storage.holds(row_bytes * (1 + draws))
+    return draws > 0 and (curvature.reads_rows == ALWAYS or keeps_once)
+
+
 @dataclass
 class RowFiles:
     """The open row files of a pass.
@@ -107,8 +116,7 @@ class PointFit:
         self.curvature, self.draws = curvature, curvature.draws
         self.store_gradients = storage.gradients
         row_bytes = len(self.tokens) * self.model.space.size * self.model.dtype.itemsize
-        keeps_once = curvature.reads_rows == ONCE and storage.holds(row_bytes * (1 + self.draws))
-        self.store_rows = self.draws > 0 and (curvature.reads_rows == ALWAYS or keeps_once)
+        self.store_rows = keeps_sampled(curvature, storage, row_bytes)
         point.geometry = self.coordinates(state)
         self.accumulator = curvature.begin(point)
         refuse_without_draws(curvature, self.accumulator)

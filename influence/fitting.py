@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
 from influence.credit import credited
 from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
-from influence.curvature.base import NEVER
 from influence.damping import Damping
 from influence.errors import InputError, StoreError, ToolkitError
-from influence.fitted_point import PointFit, Storage, fits
+from influence.fit_plan import FitPlan
+from influence.fitted_point import PointFit, Storage
 from influence.geometry import GEOMETRIES
 from influence.gradient_check import measure_precision, precision_note
 from influence.kept import keep_adapter, keep_recipe, keep_rows
@@ -138,6 +138,62 @@ def fit(
     Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory
     was made from something else (naming what differs), `StoreError` where the disk is too small.
     """
+    prepared = prepare(
+        model,
+        train,
+        curvature=curvature,
+        damping=damping,
+        reduction=reduction,
+        path=path,
+        checkpoints=checkpoints,
+        geometry=geometry,
+        optimizer=optimizer,
+        max_length=max_length,
+        supervise=supervise,
+        token_budget=token_budget,
+        store=store,
+        disk_budget=disk_budget,
+        seed=seed,
+        trainer_output=trainer_output,
+    )
+    return _fit_prepared(prepared, Path(directory), overwrite)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fit with every option resolved and checked, of which nothing is computed yet."""
+
+    model: AdaptedModel
+    train: Examples
+    tokens: TokenizedExamples
+    rendering: Rendering
+    curvature: Specification
+    places: tuple[Point, ...]
+    state: OptimizerState | None
+    output: TrainerOutput | None
+    manifest: Manifest
+
+
+def prepare(
+    model: AdaptedModel,
+    train: Examples,
+    *,
+    curvature: Specification | None,
+    damping: str | Damping,
+    reduction: str,
+    path: Sequence[float] | None,
+    checkpoints: Sequence[str | Path],
+    geometry: str,
+    optimizer: str | Path | None,
+    max_length: int | None,
+    supervise: str | None,
+    token_budget: int | None,
+    store: str,
+    disk_budget: float,
+    seed: int,
+    trainer_output: str | Path | None,
+) -> Prepared:
+    """Resolve and check the options of `fit`, with its errors; nothing is written."""
     curvature = DEFAULT if curvature is None else curvature
     if token_budget is None:
         token_budget = 1024 if model.device.type == "cpu" else 4096
@@ -165,7 +221,6 @@ def fit(
     _refuse_nameless(curvature)
     if caution := curvature.caution(model):
         say(caution)
-    directory = Path(directory)
     state = None if optimizer is None else second_moments(optimizer, model)
     damping = _training_time(damping, state)
     places = points(model, scales, checkpoints)
@@ -189,11 +244,19 @@ def fit(
         seed=seed,
     )
     check_rows(model, tokens)
+    return Prepared(model, train, tokens, rendering, curvature, places, state, output, manifest)
+
+
+def _fit_prepared(prepared: Prepared, directory: Path, overwrite: bool) -> Run:
+    """The work of `fit`."""
+    model, train, tokens = prepared.model, prepared.train, prepared.tokens
+    curvature, manifest, output = prepared.curvature, prepared.manifest, prepared.output
+    reduction, disk_budget = manifest.objective.reduction, manifest.disk_budget
     training = model.training if output is None else output.training(len(train))
     if not finished_before(directory, manifest):
         curvature.refuse(len(train))
         _say_batches(reduction, training, len(train))
-        if (losses := check_losses(model, train, rendering, training)) is not None:
+        if (losses := check_losses(model, train, prepared.rendering, training)) is not None:
             say(f"{'note' if losses.agrees else 'warning'}: {losses}")
     with only_writer(directory):
         existing = claim(directory, manifest, curvature, overwrite)
@@ -204,7 +267,7 @@ def fit(
         _keep(run, training, begun)
         if existing is None:
             _measure_precision(run)
-            fit_points(run, places, curvature, disk_budget, state)
+            fit_points(run, prepared.places, curvature, disk_budget, prepared.state)
         if existing is None or run.manifest.path is None:
             _prepare_credit(run)
     return run
@@ -472,9 +535,16 @@ def fit_points(
     n, P = len(run.tokens), run.model.space.size
     point_bytes = n * P * run.model.dtype.itemsize
     rule, wanted = run.manifest.store, point_bytes * len(places)
-    # without label draws the gradients at the data's labels are the rows that the curvature keeps
-    needed = curvature.reads_rows != NEVER and curvature.draws == 0
-    stored = fits(rule, wanted, disk_budget) or needed
+    plan = FitPlan.of(
+        run.model,
+        run.tokens,
+        curvature,
+        points=len(places),
+        store=rule,
+        disk_budget=disk_budget,
+    )
+    say(f"fit: {plan}")
+    stored = plan.stored
     left = disk_budget - point_bytes * (len(places) - 1) if stored else disk_budget
     if stored:
         _refuse_small_disk(run, wanted)
@@ -485,7 +555,9 @@ def fit_points(
             say(f"point {number + 1} of {len(places)}: {place.label}")
         with run.model.at(place.theta):
             point = AtPoint(run, number, place)
-            PointFit(point, curvature, Storage(stored, rule, left), state).work()
+            to_come = plan.to_come if number == 0 else 0.0
+            storage = Storage(stored, rule, left)
+            PointFit(point, curvature, storage, state, to_come=to_come).work()
     run.manifest = replace(run.manifest, gradients_stored=stored, calibration={}, complete=True)
     write_manifest(run.directory, run.manifest)
     tidy(run.directory, run.manifest, curvature)

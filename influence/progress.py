@@ -17,6 +17,8 @@ T = TypeVar("T")
 INTERVAL = 10.0
 #: Share of the first pass's work after which the time that the whole is going to take is told.
 TOLD_AFTER = 0.1
+#: Parts that a bar is drawn in.
+BAR = 100_000
 
 
 def track(
@@ -84,8 +86,9 @@ class Way:
     @classmethod
     def of(cls, counts: Sequence[int], sizes: Sequence[float], done: int) -> Way:
         """Of what each item counts and works."""
-        sums = [list(accumulate(each, initial=0)) for each in (counts, sizes)]
-        return cls(sums[0], sums[1], done, done)
+        return cls(
+            list(accumulate(counts, initial=0)), list(accumulate(sizes, initial=0.0)), done, done
+        )
 
     def step(self) -> None:
         """One item is done; one more than were announced counts as the last."""
@@ -159,10 +162,10 @@ def _bar(items: Iterable[T], label: str, way: Way, passes: float) -> Iterator[T]
     )
     start, told = time.monotonic(), passes == 0
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=1.0, completed=way.share, shown=way.shown)
+        task = progress.add_task(label, total=BAR, completed=int(BAR * way.share), shown=way.shown)
         for item in items:
             yield item
             way.step()
-            progress.update(task, completed=way.share, shown=way.shown)
+            progress.update(task, completed=int(BAR * way.share), shown=way.shown)
             if not told:
                 told = _tell_all(way, start, passes)

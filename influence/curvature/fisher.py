@@ -24,6 +24,7 @@ from torch import Tensor
 from influence.curvature.base import (
     ALWAYS,
     Accumulator,
+    AfterPass,
     Arrays,
     ChangedRows,
     Curvature,
@@ -96,6 +97,15 @@ class Gram(Accumulator):
 
     def __init__(self, parameters: int) -> None:
         self.parameters = parameters
+
+    def after_pass(self, rows: int) -> AfterPass:
+        """The Gram matrix is decomposed; each row is multiplied with half of the others, and each
+        vector that is solved for with all of them, twice.
+        """
+        products = self.parameters * rows
+        return AfterPass(
+            (rows,), 8 * rows * (rows + 2), products // 2, 2 * (products + rows * rows)
+        )
 
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
         """`vectors` and `values` of the Gram matrix, and the rows' `scales` [m], `sqrt(w_i /

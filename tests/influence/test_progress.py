@@ -124,8 +124,14 @@ def test_the_bar_goes_by_work_and_shows_the_count(monkeypatch, capfd):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0.4 s"), (9.96, "10 s"), (99, "99 s"), (150, "2 min"), (7200, "2.0 h")]
-    + [(5 * 86400, "5.0 days")],
+    [
+        (0.4, "0.4 s"),
+        (9.96, "10 s"),
+        (99, "99 s"),
+        (150, "2 min"),
+        (7200, "2.0 h"),
+        (5 * 86400, "5.0 days"),
+    ],
 )
 def test_times_for_people(seconds, text):
     assert progress.duration(seconds) == text
