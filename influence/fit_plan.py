@@ -16,9 +16,11 @@ import numpy as np
 
 from influence.adapter import AdaptedModel, ParamSpace
 from influence.at_point import PART_BYTES
+from influence.batches import plan_batches
 from influence.curvature.base import ALWAYS, NEVER, ONCE, Specification
 from influence.errors import InputError
 from influence.fitted_point import Storage, keeps_sampled
+from influence.gradients import max_rows
 from influence.kernel import EXACT_ROWS, LANDMARKS
 from influence.path_time import LOSS_ROWS
 from influence.tokens import TokenizedExamples
@@ -103,6 +105,8 @@ class FitPlan:
         Whether gradients at sampled labels are needed a second time.
     shares_credit : bool
         Whether the rows' similarities are made.
+    closed : bool
+        Whether the curvature has an inverse of its own.
     """
 
     rows: int
@@ -117,6 +121,7 @@ class FitPlan:
     keeps_rows: bool
     looks_again: bool
     shares_credit: bool
+    closed: bool
 
     @classmethod
     def of(
@@ -153,7 +158,16 @@ class FitPlan:
             keeps_rows=sampled and curvature.reads_rows == ALWAYS,
             looks_again=curvature.reads_rows == ONCE,
             shares_credit=closed and (kind != NONE or n <= at_once),
+            closed=closed,
         )
+
+    def batches(
+        self, model: AdaptedModel, tokens: TokenizedExamples, token_budget: int
+    ) -> list[np.ndarray]:
+        """The batches of the first pass: limited in rows too where their gradients are formed."""
+        limited = self.stored or self.sampled or not self.closed
+        most = max_rows(model.space) if limited else None
+        return plan_batches(tokens, token_budget, max_rows=most)
 
     # ---- passes
 

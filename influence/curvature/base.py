@@ -64,12 +64,15 @@ class AfterPass:
         Multiplications that `second_look` and `finish` make for each row and label draw.
     solve_products : int
         Multiplications of the fitted curvature's closed inverse for each vector; 0: it has none.
+    double : bool
+        Whether these multiplications are in float64, whatever the model computes in.
     """
 
     decomposed: tuple[int, ...] = ()
     kept_bytes: int = 0
     row_products: int = 0
     solve_products: int = 0
+    double: bool = False
 
 
 class Accumulator(ABC):

@@ -104,7 +104,11 @@ class Gram(Accumulator):
         """
         products = self.parameters * rows
         return AfterPass(
-            (rows,), 8 * rows * (rows + 2), products // 2, 2 * (products + rows * rows)
+            decomposed=(rows,),
+            kept_bytes=8 * rows * (rows + 2),
+            row_products=products // 2,
+            solve_products=2 * (products + rows * rows),
+            double=True,
         )
 
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
