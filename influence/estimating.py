@@ -364,13 +364,22 @@ class Work:
         largest = max(s.after.decomposed, default=0)
         workers = torch.get_num_threads()
         # the sums are within what the pass took, and eigenvectors take their place
-        finishing = s.after.kept_bytes + 4 * 8 * largest**2 * workers + 3 * min(block, n * width)
-        stages = [s.pass_memory, finishing]
+        stages = [s.after.kept_bytes + 4 * 8 * largest**2 * workers + 3 * min(block, n * width)]
         if plan.shares_credit:
             columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
             at_once = -(-columns // self.parts(plan, columns))
             stages.append(self.solving_memory(plan, at_once) + 8 * columns * n * (plan.points + 1))
-        return s.memory + max(stages)
+        return s.memory + self.together(max(stages))
+
+    def together(self, later: int) -> int:
+        """The most memory of the pass and of what comes later, beside what was held before.
+
+        A GPU's allocator uses the pass's memory again; on a CPU the process keeps most of it, in
+        pieces too small for what comes later (measured, benchmarks/estimate.py).
+        """
+        passing = self.speeds.pass_memory
+        on_gpu = self.prepared.model.device.type == "cuda"
+        return max(passing, later) if on_gpu else passing + later
 
     def solving_memory(self, plan: FitPlan, rows: int) -> int:
         """Bytes of some rows' gradients, of their answers, of what is rotated of a leaf meanwhile,
@@ -404,7 +413,7 @@ class Work:
             memory += 8 * min(n, EXACT_ROWS) * n * (plan.points + 1)
         return Cost(
             seconds=plan.points * each,
-            memory_bytes=s.memory + max(s.pass_memory, memory),
+            memory_bytes=s.memory + self.together(memory),
             disk_bytes=kept + (4 * plan.points * Q * n if apart else 0),
             kept_bytes=kept,
             passes=0 if plan.stored else float(chunks * plan.points),
