@@ -31,6 +31,7 @@ from influence.cost_advice import Situation, advice
 from influence.curvature import Specification
 from influence.damping import Damping
 from influence.fit_plan import FILE_BYTES, FULL, FitPlan, size, string_bytes
+from influence.fitted_point import CHECKPOINT_SECONDS
 from influence.fitting import DISK_BUDGET, Prepared, prepare
 from influence.gradients import max_rows
 from influence.kernel import COPIES, EXACT_ROWS, LANDMARKS
@@ -191,7 +192,7 @@ def estimate(
         memory_bytes=fit.memory_bytes,
         memory_free=free_memory(model.device) + speeds.memory,
         token_budget=prepared.manifest.token_budget,
-        rows_retrained=_rows_retrained(prepared),
+        rows_retrained=rows_retrained(prepared),
         devices=torch.cuda.device_count() if model.device.type == "cuda" else 1,
         seconds_of=lambda changed: work.fit(changed).seconds,
         seconds_with_budget=lambda budget: work.with_budget(budget).fit(plan).seconds,
@@ -219,7 +220,7 @@ def _query_tokens(prepared: Prepared, queries: Examples | None) -> TokenizedExam
     return prepared.tokens.select([int(order[len(order) // 2])])
 
 
-def _rows_retrained(prepared: Prepared) -> int | None:
+def rows_retrained(prepared: Prepared) -> int | None:
     """Rows that a retraining reads, None where no recipe is known."""
     rows, model = len(prepared.train), prepared.model
     training = model.training if prepared.output is None else prepared.output.training(rows)
@@ -282,9 +283,20 @@ class Work:
         return Cost(
             seconds=self.fit_seconds(plan),
             memory_bytes=self.fit_memory(plan),
-            disk_bytes=kept + plan.passing_bytes,
+            disk_bytes=kept + plan.passing_bytes + self.checkpoint_bytes(plan),
             kept_bytes=kept,
             passes=plan.passes,
+        )
+
+    def checkpoint_bytes(self, plan: FitPlan) -> int:
+        """Bytes of the checkpoint that a killed fit goes on with, deleted at the end: of a pass that
+        is long, or followed by another one.
+        """
+        long = self.pass_seconds(plan) > CHECKPOINT_SECONDS
+        return (
+            self.speeds.sums_bytes + FILE_BYTES
+            if plan.runs_first and (long or plan.runs_again)
+            else 0
         )
 
     def kept_bytes(self, plan: FitPlan) -> int:
@@ -316,6 +328,7 @@ class Work:
         if plan.looks_again or plan.keeps_rows:
             each += rows * s.row
             each += s.again * first if plan.runs_again else self._read_rows(plan, rows)
+        each += self.checkpoint_bytes(plan) / s.write
         return self.preparing + plan.points * each + self.credit_seconds(plan)
 
     def _read_rows(self, plan: FitPlan, rows: int) -> float:

@@ -208,6 +208,8 @@ class Speeds:
         Bytes a second, of a file that is in memory and of one that must reach the disk.
     memory, pass_memory : int
         Bytes held before the fit, and what its first pass takes beside them.
+    sums_bytes : int
+        Size of the running sums, which a checkpoint of the pass takes.
     after : AfterPass
         What follows the pass.
     """
@@ -227,6 +229,7 @@ class Speeds:
     write: float
     memory: int
     pass_memory: int
+    sums_bytes: int
     after: AfterPass
 
 
@@ -254,6 +257,7 @@ def measure(prepared: Prepared, plan: FitPlan, folder: Path) -> Speeds:
         kept = fit.records[1:] if len(fit.records) > LEAST_BATCHES else fit.records
         batch = BatchTime.of(features(fit.tokens, [rows for rows, _ in kept]), _seconds(kept))
         ratios, block = _other_passes(fit, plan, kept)
+        sums = sum(tensor.nbytes for tensor in fit.accumulator.sums().values())
         after = fit.accumulator.after_pass(plan.rows * max(1, plan.draws))
         multiply = product_speed(model, double=after.double)
         finish, row, load, solve = _after_pass(fit, after, block, multiply, write)
@@ -273,6 +277,7 @@ def measure(prepared: Prepared, plan: FitPlan, folder: Path) -> Speeds:
         write=write,
         memory=held,
         pass_memory=grown,
+        sums_bytes=sums,
         after=after,
     )
 
