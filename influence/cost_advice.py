@@ -71,12 +71,14 @@ def _worth(before: float, after: float) -> bool:
 
 def _too_little(at: Situation) -> Iterator[str]:
     if at.disk_bytes > at.disk_free:
-        without = replace(at.plan, store=NONE, sampled=at.plan.keeps_rows)
-        yield (
+        words = (
             f"The disk is too small: {size(at.disk_bytes)} are needed and {size(at.disk_free)} are "
-            f"free. --store never leaves the rows' gradients out and takes "
-            f"{duration(at.seconds_of(without))}; or give another --run."
+            "free. Give another --run"
         )
+        if at.plan.store == FULL and not at.plan.keeps_rows:
+            without = duration(at.seconds_of(replace(at.plan, store=NONE, sampled=False)))
+            words += f", or --store never, which leaves the rows' gradients out: {without}"
+        yield f"{words}."
     if at.memory_bytes > at.memory_free:
         yield (
             f"The memory is too small: {size(at.memory_bytes)} are needed and "

@@ -127,7 +127,8 @@ def test_memory_is_more_than_what_is_held_and_grows_with_rows(tmp_path, model):
         for n in (20, 60)
     )
     assert held / 2 < few.memory_bytes < 4 * held
-    assert many.disk_bytes > 2 * few.disk_bytes
+    assert many.memory_bytes > few.memory_bytes
+    assert 3 * few.kept_bytes > many.kept_bytes > 1.5 * few.kept_bytes
 
 
 def test_a_wrong_option_is_the_fits_error_before_anything_runs(tmp_path, model, monkeypatch):
@@ -184,7 +185,7 @@ def test_retraining_is_told_where_the_recipe_is_known(tmp_path, model, monkeypat
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "recipe.json").write_text(json.dumps({"epochs": 3, "batch_size": 4}))
-    monkeypatch.setattr(model, "adapter", str(adapter))
+    monkeypatch.setitem(vars(model), "adapter", str(adapter))
     names = ("curvature", "path", "optimizer", "max_length", "supervise", "token_budget")
     prepared = prepare(
         model,

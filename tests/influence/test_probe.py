@@ -107,6 +107,8 @@ def test_the_first_pass_is_as_long_as_its_tokens(tmp_path, monkeypatch):
 
 def test_a_slow_model_runs_few_batches(tmp_path, monkeypatch):
     prepared, plan = prepared_fit()
+    for name in ("quick", "slow"):
+        (tmp_path / name).mkdir()
     quick = Clock(monkeypatch, prepared.model, 1e-6)
     measure(prepared, plan, tmp_path / "quick")
     slow = Clock(monkeypatch, prepared.model, 10.0)
