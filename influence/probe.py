@@ -120,7 +120,7 @@ class BatchTime:
     each: np.ndarray
 
     @classmethod
-    def of(cls, inputs: np.ndarray, seconds: Sequence[float]) -> BatchTime:
+    def of(cls, inputs: np.ndarray, seconds: Sequence[float] | np.ndarray) -> BatchTime:
         """The best in relative error, by non-negative least squares, of measured batches."""
         taken = np.maximum(np.array(seconds), 1e-9)
         scale = np.maximum(inputs.max(0), 1e-9)
@@ -132,11 +132,11 @@ class BatchTime:
         return float((features(tokens, batches) @ self.each).sum()) if len(batches) else 0.0
 
 
-def tried(plan: Sequence[np.ndarray]) -> list[int]:
-    """Numbers of the batches that are tried, in order: the largest and the one of the shortest rows
+def tried(count: int) -> list[int]:
+    """Numbers of the batches that are tried of so many, in order: the largest and the one of the shortest rows
     first, then those between; the largest once more, because the first of all is slower.
     """
-    last = len(plan) - 1
+    last = count - 1
     places = [0, last, 0, last // 2, last // 4, 3 * last // 4, last // 8, 7 * last // 8]
     return places[:3] + [p for p in dict.fromkeys(places[3:]) if p not in (0, last)]
 
@@ -304,7 +304,7 @@ def _begun(prepared: Prepared, plan: FitPlan, folder: Path) -> tuple[ProbeFit, f
         return ProbeFit(point, prepared.curvature, storage, prepared.state)
 
     batches = plan.batches(model, prepared.tokens, prepared.manifest.token_budget)
-    chosen = [batches[number] for number in tried(batches)]
+    chosen = [batches[number] for number in tried(len(batches))]
     halves = [rows[: len(rows) // 2] for rows in chosen[:2] if len(rows) > 1]
     rows, places = np.unique(np.concatenate(chosen), return_inverse=True)
     start = now(model.device)
