@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_the_store_is_chosen_by_what_fits():
     full, features = (store_bytes(kind, n, P, 2) for kind in ("full", "features"))
     assert full == 4 * n * P
     assert features == n * (131_072 + 8 + 4)
-    both = {"offered": ("full", "features", "none")}
+    both: dict[str, Any] = {"offered": ("full", "features", "none")}
 
     def chosen(budget, points=1, rule="auto", **options):
         return chosen_store(rule, n, space, points, budget, **options)
