@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from influence.adapter import AdaptedModel, ParamSpace
     from influence.curvature import EKFAC, GGN, KFAC, Fisher, Hessian, Identity
     from influence.damping import Damping
+    from influence.estimating import Estimate, estimate
     from influence.fitting import fit
     from influence.gradient_check import check_gradients
     from influence.gradients import stream_gradients
@@ -39,6 +40,7 @@ _HOMES = {
     "rows": ("Example", "Examples", "examples_from_rows"),
     "gradient_check": ("check_gradients",),
     "gradients": ("stream_gradients",),
+    "estimating": ("Estimate", "estimate"),
     "fitting": ("fit",),
     "measurements": ("Contrast", "Custom"),
     "run": ("Run",),
@@ -59,6 +61,7 @@ __all__ = [
     "DataInf",
     "Direct",
     "EKFAC",
+    "Estimate",
     "Example",
     "Examples",
     "Fisher",
@@ -75,6 +78,7 @@ __all__ = [
     "Solution",
     "TrainingRecord",
     "check_gradients",
+    "estimate",
     "examples_from_rows",
     "fit",
     "from_peft",

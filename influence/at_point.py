@@ -205,14 +205,19 @@ class AtPoint:
             return
         plan = self._plan()
         left = [rows for rows in plan if not skip[rows].all()]
-        before = len(plan) - len(left)
+        done = [rows for rows in plan if skip[rows].all()]
         if shared:
-            before //= distributed.world()
+            done = done[: len(done) // distributed.world()]
             left = distributed.share(left, padded_tokens(tokens, left))
+        order = done + left
         with self.model.at(self.place.theta):
             stream = stream_gradients(self.model, tokens, batches=left)
             for indices, gradients, _ in track(
-                stream, "training rows", total=before + len(left), done=before
+                stream,
+                "training rows",
+                done=len(done),
+                counts=[len(rows) for rows in order],
+                sizes=padded_tokens(tokens, order),
             ):
                 yield indices, self.geometry.features(gradients)
 
@@ -433,5 +438,6 @@ def row_blocks(
         step = max(BLOCK_ROWS, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
         first, end = span or (0, len(rows))
         starts = range(first, end, step)
-        for start in starts if label is None else track(starts, label):
+        counts = [min(step, end - start) for start in starts]
+        for start in starts if label is None else track(starts, label, counts=counts):
             yield torch.from_numpy(rows.read(start, min(start + step, end))).to(device)

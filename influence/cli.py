@@ -1,4 +1,4 @@
-"""The `influence` command: fit, score, self, check; top and without are in `influence.answers`."""
+"""The `influence` command: fit, estimate, score, self, check; top and without are in `influence.answers`."""
 
 from __future__ import annotations
 
@@ -44,18 +44,17 @@ main = console.main(app)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit(
+class FitSettings(
     TrainedOptions,
     ColumnsOption,
     RenderingOptions,
     BudgetOption,
     TypedLoadingOptions,
-    OutputOptions,
 ):
-    """The options of `influence fit`."""
+    """What is fitted to what."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
-        "model": "run",
+        "model": "train",
         "columns": "train",
         "store": "attn_implementation",
         "disk_budget": "store",
@@ -66,7 +65,6 @@ class Fit(
     train: str = option(
         "The rows it was trained on: .jsonl, .json, .csv, .parquet, a folder, or org/name:split."
     )
-    run: Path = option("Directory to make.", also=["--run-dir"])
     curvature: str = option("ekfac, kfac, fisher, ggn, hessian or identity.", default="ekfac")
     samples: int = option(
         "Label draws per row for ekfac, kfac, fisher (fisher: 0 = the data's labels).", default=1
@@ -113,12 +111,38 @@ class Fit(
         default="auto",
     )
     disk_budget: float = option(
-        "Most gigabytes of gradients or features that --store auto keeps.", default=50.0
+        "Most gigabytes of gradients or features that --store auto keeps.",
+        default=50.0,
+        also=["--disk"],
     )
     row_bytes: int = option(
         "Bytes of a row and point as features: more are more exact.", default=131_072
     )
     seed: int = option("Keys the labels sampled from the model.", default=0)
+
+    def asked(self) -> dict[str, Any]:
+        """The keywords of `influence.fit` and `influence.estimate` that both have, checked."""
+        from influence.damping import Damping
+
+        if self.damping != "time":
+            Damping.parse(self.damping)
+        same = ("damping", "reduction", "path", "checkpoints", "geometry", "optimizer")
+        same += ("max_length", "supervise", "token_budget", "store", "row_bytes", "seed")
+        same += ("trainer_output",)
+        return {
+            "curvature": _curvature(self.curvature, self.samples, self.curvature_rows),
+            "disk_budget": self.disk_budget * 1e9,
+            **{name: getattr(self, name) for name in same},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(FitSettings, OutputOptions):
+    """The options of `influence fit`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"run": "columns"}
+
+    run: Path = option("Directory to make.", also=["--run-dir"])
 
 
 @command(app, Fit)
@@ -129,38 +153,15 @@ def fit(options: Fit) -> None:
     import time
 
     from influence import distributed
-    from influence.damping import Damping
     from influence.fitting import fit as fit_run
     from influence.row_files import read_examples
 
     options = replace(options, device=distributed.join(options.device))
-    if options.damping != "time":
-        Damping.parse(options.damping)
-    curvature = _curvature(options.curvature, options.samples, options.curvature_rows)
+    asked = options.asked()
     examples = read_examples(options.train, columns=options.columns)
     model = _load(options)
     start = time.perf_counter()
-    run = fit_run(
-        model,
-        examples,
-        directory=options.run,
-        curvature=curvature,
-        damping=options.damping,
-        reduction=options.reduction,
-        path=options.path,
-        checkpoints=options.checkpoints,
-        geometry=options.geometry,
-        optimizer=options.optimizer,
-        max_length=options.max_length,
-        supervise=options.supervise,
-        token_budget=options.token_budget,
-        store=options.store,
-        disk_budget=options.disk_budget * 1e9,
-        row_bytes=options.row_bytes,
-        seed=options.seed,
-        trainer_output=options.trainer_output,
-        overwrite=options.overwrite,
-    )
+    run = fit_run(model, examples, directory=options.run, overwrite=options.overwrite, **asked)
     manifest, seconds = run.manifest, time.perf_counter() - start
     labels = ", ".join(point.label for point in manifest.points)
     stored = "stored" if run.gradients_stored else "not stored (scores will pass over the rows)"
@@ -176,6 +177,40 @@ def fit(options: Fit) -> None:
     result = {"run": str(options.run), "seconds": seconds, "manifest": manifest.as_json()}
     console.emit(result, text, options.json)
     distributed.leave()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(FitSettings, JsonOption):
+    """The options of `influence estimate`."""
+
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"run": "columns", "queries": "run"}
+
+    run: Path = option(
+        "Directory that the fit would make: its disk is measured. Default: here.",
+        default=Path(),
+        also=["--run-dir"],
+    )
+    queries: str | None = option(
+        "Rows that would be explained. Default: one that is like a training row.", default=None
+    )
+
+
+@command(app, Estimate)
+def estimate(options: Estimate) -> None:
+    """What `influence fit` with the same options and scores after it would take: time, memory, disk
+    and passes over the rows, measured on a few rows in a few seconds.
+    """
+    from influence.estimating import estimate as estimate_fit
+    from influence.row_files import read_examples
+
+    asked = options.asked()
+    examples = read_examples(options.train, columns=options.columns)
+    queries = None
+    if options.queries is not None:
+        queries = read_examples(options.queries, columns=options.columns)
+    model = _load(options)
+    told = estimate_fit(model, examples, queries, directory=options.run, **asked)
+    console.emit(told.as_json(), str(told), options.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -491,7 +526,7 @@ def _as_trained(options: Trained, examples: Examples) -> Trained:
     return replace(options, max_length=length, supervise=supervise)
 
 
-def _load(options: Fit | Check) -> AdaptedModel:
+def _load(options: Fit | Estimate | Check) -> AdaptedModel:
     """The base with the adapter in it, the last one of the trainer's output unless one is named."""
     from influence.loading import load
     from influence.progress import say

@@ -163,8 +163,9 @@ class StoredFeatures:
         first, end = distributed.span(n) if shared else (0, n)
         step = max(1, BLOCK_BYTES // (4 * self.kept.size))
         starts = range(first, end, step)
+        counts = [min(step, end - start) for start in starts]
         with RowFile(self.path, "codes") as codes, RowFile(self.path, "scales") as scales:
-            for start in starts if label is None else track(starts, label):
+            for start in starts if label is None else track(starts, label, counts=counts):
                 stop = min(start + step, end)
                 if skip is None or not skip[start:stop].all():
                     read = codes.read(start, stop), scales.read(start, stop)
@@ -227,15 +228,22 @@ def write_features(point: AtPoint) -> None:
     made = FeatureMap(operator, point.geometry, _kept_in(path, point))
     plan = plan_batches(run.tokens, run.manifest.token_budget)
     left = [rows for rows in plan if not done[rows].all()]
-    before = (len(plan) - len(left)) // distributed.world()
+    there = [rows for rows in plan if done[rows].all()]
     left = distributed.share(left, padded_tokens(run.tokens, left))
+    order = there[: len(there) // distributed.world()] + left
     with ExitStack() as stack:
         files = {
             name: stack.enter_context(RowFile(path, name, write=True))
             for name in ("codes", "scales", "squares", "done")
         }
         recorder = stack.enter_context(tape(point.model))
-        for rows in track(left, "rows to features", total=before + len(left), done=before):
+        for rows in track(
+            left,
+            "training rows to features",
+            done=len(order) - len(left),
+            counts=[len(rows) for rows in order],
+            sizes=padded_tokens(run.tokens, order),
+        ):
             values, squares = made.of_batch(recorder, rows, run.tokens, None)
             codes, scales = made.kept.packed(values, squares)
             files["codes"].write(rows, codes)

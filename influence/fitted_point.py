@@ -73,6 +73,15 @@ def fits(rule: str, needed: int, budget: float) -> bool:
     return rule == "full" or (rule != "none" and needed <= budget)
 
 
+def keeps_sampled(curvature: Specification, storage: Storage, row_bytes: int) -> bool:
+    """Whether the rows' gradients at sampled labels are on disk, at least for a point's second
+    look; `row_bytes` are those of one gradient of every row.
+    """
+    draws = curvature.draws
+    keeps_once = curvature.reads_rows == ONCE and storage.holds(row_bytes * (1 + draws))
+    return draws > 0 and (curvature.reads_rows == ALWAYS or keeps_once)
+
+
 @dataclass
 class RowFiles:
     """The open row files of a pass.
@@ -105,7 +114,11 @@ class PointFit:
         curvature: Specification,
         storage: Storage,
         state: OptimizerState | None,
+        *,
+        to_come: float = 0.0,
     ) -> None:
+        #: passes over the rows that follow this point's first, for the time that is left
+        self.to_come = to_come
         self.point, self.run, self.model = point, point.run, point.model
         self.tokens, self.weights, self.digest = self.run.tokens, self.run.weights, point.digest
         self.curvature, self.draws = curvature, curvature.draws
@@ -116,9 +129,7 @@ class PointFit:
         self.sample_weights = self.weights * (n / len(self.sample))
         self.apart = len(self.sample) < n  # then the sample has batches of its own, before others
         row_bytes = len(self.tokens) * self.model.space.size * self.model.dtype.itemsize
-        keeps_once = curvature.reads_rows == ONCE and storage.holds(row_bytes * (1 + self.draws))
-        keeps_once = keeps_once and not self.apart
-        self.store_rows = self.draws > 0 and (curvature.reads_rows == ALWAYS or keeps_once)
+        self.store_rows = keeps_sampled(curvature, storage, row_bytes) and not self.apart
         point.geometry = self.coordinates(state)
         self.accumulator = curvature.begin(point)
         refuse_without_draws(curvature, self.accumulator)
@@ -225,13 +236,13 @@ class PointFit:
 
         Each process runs its share.
         """
-        begun_with, last, pause = int(done.sum()), time.monotonic(), CHECKPOINT_SECONDS
+        last, pause = time.monotonic(), CHECKPOINT_SECONDS
         left = np.flatnonzero(~done).tolist()
         mine = distributed.share(
             left, padded_tokens(self.tokens, [self.batches[number] for number in left])
         )
         with tape(self.model) as recorder:
-            for numbers in distributed.rounds(self.each_run(recorder, mine, begun_with, files)):
+            for numbers in distributed.rounds(self.each_run(recorder, mine, done.copy(), files)):
                 done[numbers] = True
                 begun = time.monotonic()
                 if distributed.first_says(begun - last > pause):
@@ -244,14 +255,23 @@ class PointFit:
             self.checkpoint(done)  # the first pass is not lost where the second is killed
 
     def each_run(
-        self, recorder: Tape, mine: list[int], done: int, files: RowFiles
+        self, recorder: Tape, mine: list[int], done: np.ndarray, files: RowFiles
     ) -> Iterator[int]:
         """Run batches by number; each number is given once its batch is in the files and sums.
 
-        Progress counts `done` ones of all processes before.
+        Progress counts what was `done` [batches] before by all processes as if shared alike.
         """
-        done //= distributed.world()
-        for number in track(mine, "training rows", total=done + len(mine), done=done):
+        before = np.flatnonzero(done).tolist()
+        before = before[: len(before) // distributed.world()]
+        order = [self.batches[number] for number in before + mine]
+        for number in track(
+            mine,
+            "training rows",
+            done=len(before),
+            counts=[len(rows) for rows in order],
+            sizes=padded_tokens(self.tokens, order),
+            passes=self.to_come,
+        ):
             sampled = number < self.sampled_batches
             kept = files if not (self.apart and sampled) else None
             self.run_batch(recorder, self.batches[number], kept, self.draws if sampled else 0)
@@ -500,7 +520,9 @@ class ComputedRows:
         """Blocks of features."""
         self.fit.buffer = None  # the pass is over: its memory is the second one's
         with tape(self.fit.model) as recorder:
-            for rows in track(self.plan(), "training rows, second pass"):
+            plan = self.plan()
+            counts, sizes = [len(rows) for rows in plan], padded_tokens(self.fit.tokens, plan)
+            for rows in track(plan, "training rows, second pass", counts=counts, sizes=sizes):
                 for gradients in self.fit.sampled_again(recorder, rows):
                     yield self.fit.point.geometry.features(gradients)
 
@@ -511,7 +533,9 @@ class ComputedRows:
         fit = self.fit
         fit.buffer = None
         with tape(fit.model) as recorder:
-            for rows in track(self.plan(limited=False), "training rows, second pass"):
+            plan = self.plan(limited=False)
+            counts, sizes = [len(rows) for rows in plan], padded_tokens(fit.tokens, plan)
+            for rows in track(plan, "training rows, second pass", counts=counts, sizes=sizes):
                 self._show_batch(second, recorder, rows)
 
     def _show_batch(self, second: Accumulator, recorder: Tape, rows: np.ndarray) -> None:

@@ -7,64 +7,42 @@ that it was at.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
 from influence.credit import credited
-from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
-from influence.curvature.base import NEVER
+from influence.curvature import Specification
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError, StoreError, ToolkitError
-from influence.features import NAME, bytes_of_row, write_features
+from influence.features import NAME, write_features
+from influence.fit_plan import FEATURES, FULL, NONE, FitPlan
 from influence.fitted_point import PointFit, Storage
-from influence.geometry import GEOMETRIES
 from influence.gradient_check import measure_precision, precision_note
 from influence.kept import keep_adapter, keep_recipe, keep_rows
 from influence.logged_loss import check_losses
-from influence.loss import check_rows
 from influence.manifest import (
-    AS_BEFORE,
-    FORMAT,
     ROW_BYTES,
     STORE_BEFORE,
-    AdapterSource,
-    DataSource,
     Manifest,
-    ObjectiveRecord,
-    Source,
-    TokenizerSource,
     begun_manifest,
-    digest_of,
     write_manifest,
 )
-from influence.optimizer_state import OptimizerState, second_moments
-from influence.path import DEFAULT_PATH, Point, check_path, points
-from influence.precision import compute_record
+from influence.optimizer_state import OptimizerState
+from influence.path import Point
+from influence.prepared import DISK_BUDGET, Prepared, prepare
 from influence.progress import say
-from influence.row_weights import batch_size
 from influence.rows import Examples
 from influence.run import Run, refuse_other_tokens
 from influence.run_directory import claim, finished_before, tidy
 from influence.store import only_writer, open_file, open_rows
-from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
-from influence.trainer_output import TrainerOutput, Training
-
-AUTO, FULL, FEATURES, NONE = STORE = ("auto", "full", "features", "none")
-#: Bytes of gradients that `store="auto"` keeps unless told otherwise.
-DISK_BUDGET = 50e9
-#: What is said of an option that changes nothing.
-IDLE = "changes nothing"
+from influence.trainer_output import Training
 
 
 def fit(
@@ -145,64 +123,38 @@ def fit(
     Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory
     was made from something else (naming what differs), `StoreError` where the disk is too small.
     """
-    curvature = DEFAULT if curvature is None else curvature
-    if token_budget is None:
-        token_budget = 1024 if model.device.type == "cpu" else 4096
-    store = STORE_BEFORE.get(store, store)
-    output = None if trainer_output is None else TrainerOutput.find(trainer_output)
-    say_idle(geometry, damping, optimizer, store, disk_budget)
-    if output is not None:
-        if max_length is None and supervise is None:
-            max_length, supervise = output.rendering(train)
-        if optimizer is None and (geometry == "adam" or damping == "time"):
-            optimizer = _optimizer_of(output)
-        if path is None and not checkpoints:
-            checkpoints = _points_of(output)
-    if path is None:
-        path = () if checkpoints else curvature.default_path or DEFAULT_PATH
-    scales = check_path(path)
-    _check_options(geometry, store, curvature, token_budget, disk_budget, row_bytes)
-    batch_size(reduction)  # refuses an unknown reduction before any work
-    if geometry == "function" and any(site.parameter for site in model.sites):
-        raise InputError(
-            "geometry function was given, and this adapter has fused experts, each with an A and B "
-            "of its own in one matrix: give raw or adam"
-        )
-    if len(train) == 0:
-        raise InputError("no training rows were given; give the rows the adapter was trained on")
-    _refuse_nameless(curvature)
-    if caution := curvature.caution(model):
-        say(caution)
-    directory = Path(directory)
-    state = None if optimizer is None else second_moments(optimizer, model)
-    damping = _training_time(damping, state)
-    places = points(model, scales, checkpoints)
-    rendering = Rendering.of_trainer(train, max_length, supervise)
-    tokens = rendering.tokenize(train, model.tokenizer)
-    manifest = _manifest(
+    prepared = prepare(
         model,
         train,
-        tokens,
-        curvature,
-        damping=str(damping),
+        curvature=curvature,
+        damping=damping,
         reduction=reduction,
-        places=places,
+        path=path,
+        checkpoints=checkpoints,
         geometry=geometry,
         optimizer=optimizer,
-        state=state,
-        rendering=rendering,
+        max_length=max_length,
+        supervise=supervise,
         token_budget=token_budget,
         store=store,
         disk_budget=disk_budget,
         row_bytes=row_bytes,
         seed=seed,
+        trainer_output=trainer_output,
     )
-    check_rows(model, tokens)
+    return _fit_prepared(prepared, Path(directory), overwrite)
+
+
+def _fit_prepared(prepared: Prepared, directory: Path, overwrite: bool) -> Run:
+    """The work of `fit`."""
+    model, train, tokens = prepared.model, prepared.train, prepared.tokens
+    curvature, manifest, output = prepared.curvature, prepared.manifest, prepared.output
+    reduction, disk_budget = manifest.objective.reduction, manifest.disk_budget
     training = model.training if output is None else output.training(len(train))
     if not finished_before(directory, manifest):
         curvature.refuse(len(train))
         _say_batches(reduction, training, len(train))
-        if (losses := check_losses(model, train, rendering, training)) is not None:
+        if (losses := check_losses(model, train, prepared.rendering, training)) is not None:
             say(f"{'note' if losses.agrees else 'warning'}: {losses}")
     distributed.wait()  # until all have seen what was there
     with distributed.held_by_first(only_writer(directory)):
@@ -214,96 +166,12 @@ def fit(
         run.manifest = distributed.at_first(lambda: _kept(run, training, begun))
         if existing is None:
             _measure_precision(run)
-            fit_points(run, places, curvature, disk_budget, state)
+            fit_points(run, prepared.places, curvature, disk_budget, prepared.state)
         elif run.features_stored:
             _renew_features(run)
         if existing is None or run.manifest.path is None:
             _prepare_credit(run)
     return run
-
-
-def _manifest(
-    model: AdaptedModel,
-    train: Examples,
-    tokens: TokenizedExamples,
-    curvature: Specification,
-    *,
-    damping: str,
-    reduction: str,
-    places: Sequence[Point],
-    geometry: str,
-    optimizer: str | Path | None,
-    state: OptimizerState | None,
-    rendering: Rendering,
-    token_budget: int,
-    store: str,
-    disk_budget: float,
-    row_bytes: int,
-    seed: int,
-) -> Manifest:
-    """What the run is made from, before anything is computed."""
-    records = tuple(place.record() for place in places)
-    specification = curvature.record()
-    dtype = str(next(model.model.parameters()).dtype).removeprefix("torch.")
-    tokenizer, adapter = tokenizer_digest(model.tokenizer), model.adapter_digest
-    supervised = int(tokens.counts.sum())
-    identity = {
-        "base": model.base_digest,
-        "adapter": adapter,
-        "data": train.digest,
-        "tokenizer": tokenizer,
-        "reduction": reduction,
-        "max_length": rendering.max_length,
-        "curvature": specification,
-        "seed": seed,
-        "points": [asdict(record) for record in records],
-        "geometry": geometry,
-        "optimizer": None if state is None or geometry != "adam" else _digest(state.v),
-        "dtype": dtype,
-        "store": store,
-    }
-    if rendering.supervise != AS_BEFORE["supervise"]:
-        identity["supervise"] = rendering.supervise
-    if model.loading.attn_implementation is not None:  # the bits are in the base's digest
-        identity["attn_implementation"] = model.loading.attn_implementation
-    if (computed := compute_record(model)) != "own":
-        identity["compute"] = computed
-    if row_bytes != ROW_BYTES:
-        identity["row_bytes"] = row_bytes
-    return Manifest(
-        format=FORMAT,
-        digest=digest_of(identity),
-        complete=False,
-        identity=identity,
-        base=Source(model.base, model.base_digest),
-        adapter=AdapterSource(model.adapter or None, adapter, model.space.size),
-        data=DataSource(
-            train.source,
-            train.digest,
-            len(train),
-            int(tokens.lengths.sum()),
-            supervised,
-            train.columns,
-            tokens.digest,
-        ),
-        tokenizer=TokenizerSource(tokenizer),
-        objective=ObjectiveRecord(reduction, rendering.max_length, supervised, rendering.supervise),
-        curvature=specification,
-        damping=damping,
-        points=records,
-        geometry=geometry,
-        optimizer=None if optimizer is None else str(Path(optimizer).resolve()),
-        store=store,
-        disk_budget=disk_budget,
-        row_bytes=row_bytes,
-        seed=seed,
-        token_budget=token_budget,
-        dtype=dtype,
-        loading=model.loading,
-        compute=computed,
-        versions=versions(),
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    )
 
 
 def _measure_precision(run: Run) -> None:
@@ -324,20 +192,6 @@ def _measure_precision(run: Run) -> None:
         say(note)
 
 
-def say_idle(
-    geometry: str,
-    damping: str | Damping,
-    optimizer: str | Path | None,
-    store: str,
-    disk_budget: float,
-) -> None:
-    """Say of options that were given and change nothing as they were given."""
-    if optimizer is not None and geometry != "adam" and damping != "time":
-        say(f"note: --optimizer {IDLE} without --geometry adam or --damping time")
-    if store not in (AUTO, FEATURES) and disk_budget != DISK_BUDGET:
-        say(f"note: --disk-budget {IDLE} with --store {store}, only with auto")
-
-
 def _say_batches(reduction: str, training: Training | None, rows: int) -> None:
     """Say where a trainer's batches weighed rows otherwise than the reduction does."""
     if reduction != "token" or training is None or training.recipe is None:
@@ -348,36 +202,6 @@ def _say_batches(reduction: str, training: Training | None, rows: int) -> None:
             f"note: the trainer's steps had {size} rows, in which short rows weigh more than long "
             f"ones: --reduction batch:{size} weights rows as it did"
         )
-
-
-def _optimizer_of(output: TrainerOutput) -> Path:
-    """The optimiser's state in a trainer's output."""
-    if output.optimizer is None:
-        raise InputError(
-            f"{output.folder} has no optimizer.pt in a checkpoint (save_only_model was set, or no "
-            "checkpoint was saved), which --geometry adam and --damping time need: give another "
-            "geometry or damping, or --optimizer CHECKPOINT"
-        )
-    say(f"note: Adam's state is that of {output.optimizer}")
-    return output.optimizer
-
-
-def _points_of(output: TrainerOutput) -> tuple[Path, ...]:
-    """The checkpoints of a trainer's output that are looked at, said."""
-    places = output.points()
-    if not places:
-        say(
-            f"note: {output.folder} has no checkpoint from before the end with a learning rate: "
-            "the points are between base and adapter (--path)"
-        )
-        return ()
-    names = ", ".join(place.name for place in places)
-    say(
-        f"note: points are {names} of {output.folder} ({len(places)} of "
-        f"{len(output.checkpoints)} checkpoints, the early ones count most; each is a pass over "
-        "the rows): --checkpoints or --path choose others"
-    )
-    return places
 
 
 def _kept(run: Run, training: Training | None, begun: Manifest) -> Manifest:
@@ -423,82 +247,6 @@ def _renew_features(run: Run) -> None:
                 write_features(AtPoint(run, point.number, point.place))
 
 
-def _refuse_nameless(curvature: Specification) -> None:
-    """A run is opened again by its curvature's name, which must be there, and no other's."""
-    name = getattr(curvature, "name", None)
-    if not isinstance(name, str) or not name:
-        raise InputError(f"the curvature {curvature!r} has no name: give its class a field `name`")
-    known = SPECIFICATIONS.get(name)
-    if known is not None and type(curvature) is not known:
-        raise InputError(
-            f"the curvature {curvature!r} is called {name!r}, as {known.__name__} is: give it "
-            "a name of its own"
-        )
-
-
-def _check_options(
-    geometry: str,
-    store: str,
-    curvature: Specification,
-    token_budget: int,
-    disk_budget: float,
-    row_bytes: int,
-) -> None:
-    if geometry not in GEOMETRIES:
-        raise InputError(
-            f"geometry {geometry!r} was given; expected one of {', '.join(GEOMETRIES)}"
-        )
-    if store not in STORE:
-        raise InputError(f"store {store!r} was given; expected {', '.join(STORE)}")
-    if store == FEATURES and not curvature.whitens:
-        raise InputError(
-            f"store features was given, which needs a curvature with a root that is known leaf by "
-            f"leaf (ekfac, kfac, identity), and {curvature.name} has none: give another store"
-        )
-    if token_budget < 1:
-        raise InputError(f"token budget {token_budget} was given; expected at least 1")
-    if row_bytes < 64:
-        raise InputError(f"row bytes {row_bytes} was given; expected at least 64")
-    if not disk_budget >= 0:
-        raise InputError(f"disk budget {disk_budget} was given; expected 0 or more")
-
-
-def _training_time(damping: str | Damping, state: OptimizerState | None) -> Damping:
-    """The damping rule.
-
-    `time` alone becomes `time:T` with the optimiser's total learning rate T.
-    """
-    if damping != "time":
-        return Damping.parse(damping)
-    if state is None or state.sum_lr is None:
-        raise InputError(
-            "damping time was given, lambda = 1 / (sum of the learning rates), and no trainer "
-            "checkpoint that records them: "
-            "give --optimizer CHECKPOINT with a trainer_state.json, or time:T with T from your "
-            "training"
-        )
-    return Damping("time", state.sum_lr)
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """The versions of this package, of what it computes with, and of trl, whose templates render
-    rows, where it is installed.
-    """
-    out = {}
-    for package in ("lora-influence", "torch", "transformers", "peft", "numpy", "h5py", "trl"):
-        try:
-            out[package] = version(package)
-        except PackageNotFoundError:
-            out[package] = "unknown"
-    if out["trl"] == "unknown":
-        del out["trl"]
-    return out
-
-
 # ---- the points ---------------------------------------------------------------------------------
 
 
@@ -512,8 +260,19 @@ def fit_points(
     """Everything between an empty directory (or an interrupted one) and a complete manifest."""
     n, P = len(run.tokens), run.model.space.size
     point_bytes = n * P * run.model.dtype.itemsize
-    kind, wanted = stored_as(run, len(places), curvature, disk_budget)
     rule = STORE_BEFORE.get(run.manifest.store, run.manifest.store)
+    plan = FitPlan.of(
+        run.model,
+        run.tokens,
+        curvature,
+        points=len(places),
+        store=rule,
+        disk_budget=disk_budget,
+        row_bytes=run.manifest.row_bytes,
+        seed=run.manifest.seed,
+    )
+    say(f"fit: {plan}")
+    kind, wanted = plan.store, plan.gradient_bytes
     left = disk_budget - point_bytes * (len(places) - 1) if kind == FULL else disk_budget
     distributed.at_first(lambda: _refuse_small_disk(run, kind, wanted))
     for number, place in enumerate(places):
@@ -525,8 +284,9 @@ def fit_points(
         with run.model.at(place.theta):
             point = AtPoint(run, number, place)
             if not distributed.at_first(lambda number=number: _fitted(run, number, kind)):
+                to_come = plan.to_come if number == 0 else 0.0
                 storage = Storage(kind == FULL, rule, left)
-                PointFit(point, curvature, storage, state).work()
+                PointFit(point, curvature, storage, state, to_come=to_come).work()
             if kind == FEATURES:
                 write_features(point)
     run.manifest = replace(
@@ -543,24 +303,6 @@ def _complete(run: Run, curvature: Specification) -> None:
     """Say on disk that the run is whole."""
     write_manifest(run.directory, run.manifest)
     tidy(run.directory, run.manifest, curvature)
-
-
-def stored_as(
-    run: Run, points: int, curvature: Specification, disk_budget: float
-) -> tuple[str, int]:
-    """How the rows are kept, `full`, as `features` or not at all (`none`), and in how many bytes."""
-    n, space, rule = len(run.tokens), run.model.space, run.manifest.store
-    rule = STORE_BEFORE.get(rule, rule)
-    full = n * space.size * run.model.dtype.itemsize * points
-    each = bytes_of_row(space.size, len(space.leaves), run.manifest.row_bytes)
-    few = n * each * points
-    # without label draws the gradients at the data's labels are the rows that the curvature keeps
-    kept = curvature.reads_rows != NEVER and curvature.draws == 0
-    if kept or rule == FULL or (rule == AUTO and full <= disk_budget):
-        return FULL, full
-    if rule == FEATURES or (rule == AUTO and curvature.whitens and few <= disk_budget):
-        return FEATURES, few
-    return NONE, 0
 
 
 def _fitted(run: Run, number: int, kind: str) -> bool:

@@ -73,7 +73,9 @@ class Tokenwise:
         added = np.zeros((len(queries), self.values.shape[1]), np.float32)
         with model.at(point.place.theta), tape(model) as recorder:
             _refuse_apart(recorder)
-            for rows in track(plan, "training rows, token by token"):
+            counts, sizes = [len(rows) for rows in plan], padded_tokens(run.tokens, plan)
+            label = "training rows, token by token"
+            for rows in track(plan, label, counts=counts, sizes=sizes):
                 batch = collate(run.tokens, rows, pad_id=model.pad_id, device=model.device)
                 part = recorder.forward(batch)
                 _refuse_apart(recorder)  # which a forward may have found

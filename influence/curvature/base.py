@@ -51,6 +51,31 @@ class SampledRows(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class AfterPass:
+    """What follows the pass over the rows at one point, so that its cost is known before it.
+
+    Attributes
+    ----------
+    decomposed : tuple of int
+        Orders of the symmetric matrices whose eigenvectors are computed.
+    kept_bytes : int
+        Size of what `Accumulator.finish` gives.
+    row_products : int
+        Multiplications that `second_look` and `finish` make for each row and label draw.
+    solve_products : int
+        Multiplications of the fitted curvature's closed inverse for each vector; 0: it has none.
+    double : bool
+        Whether these multiplications are in float64, whatever the model computes in.
+    """
+
+    decomposed: tuple[int, ...] = ()
+    kept_bytes: int = 0
+    row_products: int = 0
+    solve_products: int = 0
+    double: bool = False
+
+
 class Accumulator(ABC):
     """Running sums over the training rows, at one point.
 
@@ -100,6 +125,13 @@ class Accumulator(ABC):
         up over processes. None where one look is enough.
         """
         return None
+
+    def after_pass(self, rows: int) -> AfterPass:
+        """What follows a pass over so many rows and label draws, for `influence.estimate`.
+
+        Of a curvature that does not say it, nothing is counted.
+        """
+        return AfterPass()
 
     @abstractmethod
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from influence import distributed
 from influence.curvature.base import (
     ALWAYS,
     Accumulator,
+    AfterPass,
     Arrays,
     ChangedRows,
     Curvature,
@@ -97,6 +98,19 @@ class Gram(Accumulator):
 
     def __init__(self, parameters: int) -> None:
         self.parameters = parameters
+
+    def after_pass(self, rows: int) -> AfterPass:
+        """The Gram matrix is decomposed; each row is multiplied with half of the others, and each
+        vector that is solved for with all of them, twice.
+        """
+        products = self.parameters * rows
+        return AfterPass(
+            decomposed=(rows,),
+            kept_bytes=8 * rows * (rows + 2),
+            row_products=products // 2,
+            solve_products=2 * (products + rows * rows),
+            double=True,
+        )
 
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
         """`vectors` and `values` of the Gram matrix, and the rows' `scales` [m], `sqrt(w_i /

@@ -41,6 +41,7 @@ from influence.adapter import AdaptedModel, Leaf, ParamSpace
 from influence.batches import collate
 from influence.curvature.base import (
     Accumulator,
+    AfterPass,
     Arrays,
     ChangedRows,
     Curvature,
@@ -264,6 +265,21 @@ class Moments(Accumulator):
         tensors = {f"narrow/{i}": moment.state for i, moment in enumerate(self.narrow)}
         tensors |= {f"wide/{i}": moment.state for i, moment in self.wide.items()}
         return {**tensors, "mass": self.mass}
+
+    def after_pass(self, rows: int) -> AfterPass:
+        """Every second moment is decomposed; rows are rotated into the bases, and solved for by
+        rotating twice.
+        """
+        decomposed = [moment.order for moment in self.narrow]
+        decomposed += [moment.order for moment in self.wide.values()]
+        kept, products, width = 8 * len(self.wide_of), 0, self.dtype.itemsize
+        for number, leaf in enumerate(self.space.leaves):
+            r, d = min(leaf.shape), wide_side(leaf)
+            k = self.wide[self.wide_of[number]].directions
+            kept += width * r * r + 8 * 2 * (r * k + r)  # both eigenvalues, K-FAC's and the fitted
+            kept += width * d * k if self.wide_of[number] == number else 0
+            products += r * r * d + r * d * k * (1 if k == d else 2)
+        return AfterPass(tuple(decomposed), kept, products, 2 * products)
 
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
         """K-FAC's eigenbases and eigenvalues."""

@@ -20,6 +20,7 @@ from influence.adapter import AdaptedModel
 from influence.batches import Batch, collate, plan_batches
 from influence.curvature.base import (
     Accumulator,
+    AfterPass,
     ChangedRows,
     Curvature,
     SampledRows,
@@ -178,6 +179,10 @@ class Traces(Accumulator):
     def sums(self) -> dict[str, Tensor]:
         """`squares` [leaves]."""
         return {"squares": self.squares}
+
+    def after_pass(self, rows: int) -> AfterPass:
+        """A number a leaf is kept."""
+        return AfterPass(kept_bytes=8 * len(self.leaves))
 
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
         """`trace` [leaves]."""

@@ -62,6 +62,8 @@ class DenseMoment:
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.state = torch.zeros(width, width, dtype=dtype, device=device)
+        #: eigenvectors that it gives, and the order of a matrix that takes as long to decompose
+        self.directions = self.order = width
 
     def add(self, x: Tensor) -> None:
         """Add the rows of `x` [N, d]."""
@@ -109,6 +111,9 @@ class SketchedMoment:
         self.test = torch.linalg.qr(test.to(device)).Q.to(dtype)
         # the last row holds the trace, so that the state is one tensor
         self.state = torch.zeros(width + 1, rank, dtype=dtype, device=device)
+        self.directions = rank
+        # a QR of [d, k] takes about as long as eigenvectors of d k^2 = order^3
+        self.order = round((width * rank**2) ** (1 / 3))
 
     def add(self, x: Tensor) -> None:
         """Add the rows of `x` [N, d]."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from influence.batches import collate, plan_batches
+from influence.batches import collate, padded_tokens, plan_batches
 from influence.errors import DataError
 from influence.tokens import TokenizedExamples, Tokens
 from tests.influence.toy_tokenizers import random_tokens
@@ -106,3 +106,10 @@ def test_collate_refuses_nonsense():
         collate(random_tokens(0), [])
     with pytest.raises(DataError, match="padding is 'middle'"):
         collate(random_tokens(0), [0], padding="middle")
+
+
+def test_padded_tokens_are_rows_times_the_longest():
+    tokens = random_tokens(0)
+    plan = plan_batches(tokens, 900)
+    expected = [collate(tokens, rows).input_ids.numel() for rows in plan]
+    assert padded_tokens(tokens, plan) == expected

@@ -220,3 +220,22 @@ def test_sums_that_take_long_to_write_are_written_more_rarely(tmp_path, monkeypa
     monkeypatch.setattr(fitting.PointFit, "checkpoint", slow_checkpoint)
     fit(tmp_path / "run", token_budget=1)  # a row a batch
     assert written == [3, 14]
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "kfac, nothing stored"])
+def test_progress_counts_rows_in_every_pass(tmp_path, monkeypatch, capfd, kind):
+    """Of the fit and of the scores, read or computed: the last line of a pass has all rows."""
+    monkeypatch.setattr("influence.progress.INTERVAL", -1.0)
+    run = fit(tmp_path / "run", kind)
+    run.score(examples(2, seed=9), credit="additive", per_token=True)
+    counted: dict[str, list[str]] = {}
+    for line in capfd.readouterr().err.splitlines():
+        label, shown = line.split(", about ")[0].rsplit(": ", 1) if "/" in line else ("", "")
+        counted.setdefault(label, []).append(shown)
+    labels = {"training rows", "training rows, token by token"}
+    if kind == "ekfac":
+        labels.add("stored gradients")
+    assert labels <= set(counted)
+    for label in labels:
+        assert counted[label][-1] == f"{N_ROWS}/{N_ROWS}"
+        assert len(counted[label]) > 1 or label == "stored gradients"
