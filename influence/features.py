@@ -133,8 +133,9 @@ class StoredFeatures:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What rows are decoded to: products of numbers of few bits need no more."""
-        return torch.float32 if self.point.model.device.type == "cpu" else torch.bfloat16
+        """What rows are decoded to: on a GPU products of numbers of few bits need no more than 16."""
+        model = self.point.model
+        return model.dtype if model.device.type == "cpu" else torch.bfloat16
 
     @cached_property
     def squares(self) -> np.ndarray:

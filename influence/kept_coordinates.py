@@ -27,6 +27,9 @@ from torch import Tensor
 #: Steps between the levels that are tried, by the bits of a number, over the root mean square of a
 #: row's leaf: 0.335 and 0.996 are best for a normal distribution (Max 1960), others for other tails.
 STEPS = {4: (0.335, 0.5, 0.75, 1.1), 2: (0.8, 0.996, 1.3)}
+#: The largest level by the bits of a number, in steps. Four bits have a level 0: coordinates in which
+#: no row has anything stay so, and their last digits, which hang on the order of sums, do not count.
+LARGEST = {4: 7.0, 2: 1.5}
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +181,7 @@ class KeptCoordinates:
         last = 2**self.bits - 1
         for place in range(each):
             levels[:, :, place] = (bytes_ >> (place * self.bits)) & last
-        rows = levels.flatten(1)[:, : self.size].sub_(last / 2)
+        rows = levels.flatten(1)[:, : self.size].sub_(LARGEST[self.bits])
         sizes = torch.from_numpy(scales).to(self.device, dtype)
         for number, columns in enumerate(self.slices):
             rows[:, columns] *= sizes[:, number : number + 1]
@@ -196,16 +199,17 @@ def _quantised(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     best = torch.full_like(length, -torch.inf)
     chosen = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     scales = torch.zeros_like(length)
-    lowest = -(2 ** (bits - 1))
+    largest = LARGEST[bits]
     for step in STEPS[bits]:
-        levels = (values / (unit * step).to(values)[:, None]).floor_().clamp_(lowest, -lowest - 1)
-        middles = levels + 0.5
-        size = middles.square().sum(1, dtype=torch.float64).sqrt()
+        levels = (values / (unit * step).to(values)[:, None]).add_(largest + 0.5).floor_()
+        levels = levels.clamp_(0, 2 * largest)
+        middles = levels - largest
+        size = middles.square().sum(1, dtype=torch.float64).sqrt().clamp(min=1e-300)
         along = (middles * values).sum(1, dtype=torch.float64) / size
         better = along > best
         best = torch.where(better, along, best)
         scales = torch.where(better, length / size, scales)
-        chosen = torch.where(better[:, None], (levels - lowest).to(torch.uint8), chosen)
+        chosen = torch.where(better[:, None], levels.to(torch.uint8), chosen)
     return chosen, torch.where(length > 0, scales, 0.0)
 
 

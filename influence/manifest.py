@@ -35,6 +35,8 @@ AS_BEFORE = {"supervise": "last"}
 ROW_BYTES = 131_072
 #: How two of the ways to store rows were called before.
 STORE_BEFORE = {"always": "full", "never": "none"}
+#: And the other way round: identities say it as they always did, so that digests stay.
+STORE_NOW_BEFORE = {now: before for before, now in STORE_BEFORE.items()}
 #: Of a field that is written only where it is not its default: files from before it was thought of
 #: mean that.
 LATER: Mapping[str, Any] = {"written_at_default": False}

@@ -23,6 +23,7 @@ from influence.manifest import (
     FORMAT,
     ROW_BYTES,
     STORE_BEFORE,
+    STORE_NOW_BEFORE,
     AdapterSource,
     DataSource,
     Manifest,
@@ -175,7 +176,7 @@ def _manifest(
         "geometry": geometry,
         "optimizer": None if state is None or geometry != "adam" else _digest(state.v),
         "dtype": dtype,
-        "store": store,
+        "store": STORE_NOW_BEFORE.get(store, store),  # by which runs were always told
     }
     if rendering.supervise != AS_BEFORE["supervise"]:
         identity["supervise"] = rendering.supervise

@@ -33,6 +33,8 @@ KINDS = {
     "ekfac": (EKFAC(), "always", (0.5, 0.9)),
     "ekfac, nothing stored": (EKFAC(samples=2), "never", (0.7,)),
     "ekfac, sketched": (EKFAC(max_width=4, rank=3, memory_share=0), "always", (0.7,)),
+    "ekfac, features": (EKFAC(), "features", (0.5, 0.9)),
+    "ekfac, features of drawn rows": (EKFAC(rows=11), "features", (0.7,)),
     "fisher": (Fisher(), "always", (0.7,)),
     "ggn": (GGN(), "always", (0.5, 0.9)),
     "identity": (Identity(), "always", (1.0,)),
@@ -136,7 +138,15 @@ def test_any_number_of_processes_makes_the_run_of_one(tmp_path, kind):
         assert statuses(work, tmp_path, count) == [0] * count
         for rank in range(count):  # all have all answers
             same(expected, dict(np.load(f"{place}-{rank}.npz")), 1e-10)
-        same_rows(tmp_path / "one", place, "gradients.h5", "rows.h5", "kernel.h5", "scores.h5")
+        same_rows(
+            tmp_path / "one",
+            place,
+            "gradients.h5",
+            "rows.h5",
+            "features.h5",
+            "kernel.h5",
+            "scores.h5",
+        )
         for here, there in zip(whole.points, opened(place).points, strict=True):
             v = torch.randn(3, whole.model.space.size, dtype=torch.float64)
             a, b = here.curvature().matvec(v), there.curvature().matvec(v)
@@ -154,9 +164,9 @@ def count_batches(monkeypatch) -> list[int]:
     """Count the batches of the pass that this process runs from now on."""
     real, ran = fitting.PointFit.run_batch, []
 
-    def run_batch(self, recorder, rows, files=None):
+    def run_batch(self, recorder, rows, *others):
         ran.append(len(rows))
-        return real(self, recorder, rows, files)
+        return real(self, recorder, rows, *others)
 
     monkeypatch.setattr(fitting.PointFit, "run_batch", run_batch)
     return ran
@@ -166,11 +176,11 @@ def dies_after(monkeypatch, batches: int) -> None:
     """Have this process killed when it begins its batch after so many."""
     real, ran = fitting.PointFit.run_batch, []
 
-    def run_batch(self, recorder, rows, files=None):
+    def run_batch(self, recorder, rows, *others):
         if len(ran) == batches:
             os.kill(os.getpid(), signal.SIGKILL)
         ran.append(rows)
-        return real(self, recorder, rows, files)
+        return real(self, recorder, rows, *others)
 
     monkeypatch.setattr(fitting.PointFit, "run_batch", run_batch)
 

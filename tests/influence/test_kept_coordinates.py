@@ -75,8 +75,9 @@ def test_variance_is_less_than_of_buckets_alone_where_squares_fall_off():
     assert error(steep) < 0.5 * error([torch.ones(size) for size in SIZES])
 
 
-@pytest.mark.parametrize(("row_bytes", "least"), [(200, 0.99), (90, 0.93)])
-def test_codes_keep_lengths_exactly_and_directions_nearly(row_bytes, least):
+@pytest.mark.parametrize(("row_bytes", "mean"), [(200, 0.992), (90, 0.935)])
+def test_codes_keep_lengths_exactly_and_directions_nearly(row_bytes, mean):
+    """Of a normal number four bits hold 0.994 of the direction, two 0.940 (Max 1960)."""
     kept = KeptCoordinates.chosen(expected(), row_bytes, 0, CPU)
     generator = torch.Generator().manual_seed(4)
     values = torch.randn(20, kept.size, generator=generator)
@@ -91,7 +92,9 @@ def test_codes_keep_lengths_exactly_and_directions_nearly(row_bytes, least):
     assert not found[3].any()
     assert not found[4, kept.slices[0]].any()
     cosines = torch.nn.functional.cosine_similarity(found, values.double())
-    assert cosines[[k for k in range(20) if k != 3]].min() > least
+    kept_rows = cosines[[k for k in range(20) if k != 3]]
+    assert kept_rows.mean() > mean
+    assert kept_rows.min() > mean - 0.02
 
 
 def test_the_choice_is_made_again_from_what_is_stored():
