@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from influence.kept_coordinates import KeptCoordinates
+from tests.watching import HeldBytes
 
 CPU = torch.device("cpu")
 SIZES = (40, 7, 300)
@@ -108,3 +109,41 @@ def test_the_choice_is_made_again_from_what_is_stored():
 
 
 ORDER, SIGNS = [32, 38, 39, 26, 28], [1, 1, 1, 1, -1]
+
+
+def shapes_of_8b(r: int = 16) -> list[tuple[int, int]]:
+    """The LoRA leaves of an 8B Llama on all linear layers: A `[r, d_in]` and B `[d_out, r]`."""
+    sides = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096))
+    sides += ((4096, 14_336), (4096, 14_336), (14_336, 4096))
+    layer = [shape for d_in, d_out in sides for shape in ((r, d_in), (d_out, r))]
+    return 32 * layer
+
+
+@pytest.mark.slow
+def test_an_8b_adapter_is_kept_in_few_bytes_without_anything_large():
+    """448 leaves, 42 M parameters, the default bytes: rows of one batch pass leaf by leaf.
+
+    What is held is counted beside what lies there for good: which coordinate goes where.
+    """
+    widths = [rows * columns for rows, columns in shapes_of_8b()]
+    assert (len(widths), sum(widths)) == (448, 41_943_040)
+    generator = torch.Generator().manual_seed(0)
+    expected = [torch.rand(width, generator=generator) for width in widths]
+    kept = KeptCoordinates.chosen(expected, 131_072, 0, CPU)
+    assert kept.size <= 4 * 131_072
+    assert len(kept.leaves) == 448
+    batch = 8
+    values = torch.zeros(batch, kept.size)
+    squares = torch.zeros(batch, dtype=torch.float64)
+    with HeldBytes(1 << 16) as held:
+        for number, width in enumerate(widths):
+            gradients = torch.randn(batch, width, generator=generator)
+            squares += gradients.double().square().sum(1)
+            values[:, kept.slices[number]] = kept.leaves[number].of(gradients)
+        codes, scales = kept.packed(values, squares)
+    # four copies of a leaf's gradients, or of the rows' numbers; all of P would be 1.3 GB
+    largest = batch * max(*widths, kept.size) * 8
+    assert held.most < 5 * largest < 0.2 * batch * sum(widths) * 4
+    assert codes.nbytes + scales.nbytes <= batch * (131_072 + 448 * 4)
+    found = kept.unpacked(codes, scales, torch.float32)
+    np.testing.assert_allclose(found.square().sum(1), squares, rtol=1e-4)
