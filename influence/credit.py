@@ -32,7 +32,14 @@ from influence.calibration import calibrate_once
 from influence.curvature.base import Invertible
 from influence.damping import Damping
 from influence.errors import InputError
-from influence.kernel import EXACT_ROWS, LandmarkKernel, RowInverse, WholeKernel, row_kernel
+from influence.kernel import (
+    EXACT_ROWS,
+    LANDMARKS,
+    LandmarkKernel,
+    RowInverse,
+    WholeKernel,
+    row_kernel,
+)
 from influence.memory import free_memory
 from influence.path_time import PathTime, path_record, path_time
 from influence.progress import say
@@ -41,6 +48,8 @@ from influence.setting import ADDITIVE, CREDITS, SHARED, Setting
 
 #: Share of the free memory that the rows' similarities may take.
 MEMORY_SHARE = 0.8
+#: With fewer landmarks than this credit is additive.
+LEAST_LANDMARKS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +182,11 @@ def shared_credit(setting: Setting) -> Credit | str:
         return known
     run.kept.clear()  # one setting's at a time: these are large
     record = path_record(run).of([point.number or 0 for point in setting.points])
-    every = [row_kernel(point, operator) for point, operator in setting.each()]
+    landmarks = LANDMARKS
+    if len(run.tokens) > EXACT_ROWS:
+        landmarks = landmarks_within(len(run.tokens), len(setting.points))
+        say(f"{landmarks} of {len(run.tokens)} rows stand for all in shared credit")
+    every = [row_kernel(p, operator, landmarks=landmarks) for p, operator in setting.each()]
     slopes = [kernel.slope(run.weights) for kernel in every]
     path = path_time(record, slopes, [point.place.scale for point in setting.points])
     if path is None:
@@ -195,7 +208,10 @@ def refusal(setting: Setting) -> str | None:
         return f"{operator.curvature.name} has no closed inverse"
     stored = run.gradients_stored or all(point.features(each) for point, each in setting.each())
     if not stored and len(memory_chunks(run, len(run.tokens))) > 1:
-        return "the rows' gradients are not stored (--store), nor in few bytes for this damping, and too many to compute again"
+        return (
+            "the rows are not stored (--store), nor in few bytes for this damping, and are too many "
+            "to compute again"
+        )
     n, points = len(run.tokens), len(setting.points)
     if n <= EXACT_ROWS:
         needed = 8 * n**2 * (points + 1)
@@ -205,4 +221,14 @@ def refusal(setting: Setting) -> str | None:
                 f"the similarities of {n} rows at {points} points need {needed / 1e9:.1f} GB of "
                 f"memory and {free / 1e9:.1f} GB are free"
             )
+    elif landmarks_within(n, points) < LEAST_LANDMARKS:
+        return f"{LEAST_LANDMARKS} landmarks of {n} rows at {points} points do not fit into memory"
     return None
+
+
+def landmarks_within(n: int, points: int) -> int:
+    """Landmarks that stand for n rows: `LANDMARKS`, or as many as fit into the free memory with
+    those of all points and what is made of one of them.
+    """
+    free = float(distributed.first(np.array([free_memory()]))[0])
+    return min(LANDMARKS, int(MEMORY_SHARE * free / (8 * n * (points + 2))))
