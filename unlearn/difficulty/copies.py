@@ -33,7 +33,6 @@ from influence.gradients import (
 )
 from influence.loss import (
     loss_gradient,
-    probabilities,
     supervised_logits,
     token_losses,
 )
@@ -187,9 +186,9 @@ def _gradient_here(
             with torch.no_grad():
                 logits = part.logits.detach()
                 sums = part.per_example(token_losses(logits, part.targets)).double()
-                slope = loss_gradient(probabilities(logits), part.targets)
                 weights = 1 / rows.counts[some] / len(rows)
-                slope = slope * repeated_over_tokens(weights, part, slope)
+                factors = repeated_over_tokens(weights, part)
+                slope = loss_gradient(logits, part.targets, factors)
             total += float((sums.cpu().numpy() / rows.counts[some]).sum())
             recorder.backward(part.logits, slope, add)
     return total / len(rows)

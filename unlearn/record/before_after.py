@@ -19,9 +19,9 @@ from torch import Tensor
 from influence import distributed
 from influence.at_point import evenly_spaced
 from influence.cost import Cost
-from influence.fitting import versions
 from influence.gradients import loss_sum_gradient
 from influence.loss import mean_losses
+from influence.prepared import versions
 from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
