@@ -307,7 +307,7 @@ def _score(
             else "the training rows, forward and backward"
         )
         say(f"{len(asked)} queries do not fit in memory at once: {passes} passes over {what}")
-    elif not run.gradients_stored:
+    elif not run.gradients_stored and stored is None:
         say(f"score: {passes} pass{'es' * (passes > 1)} over {len(run.train):,} training rows")
     message, tokenwise = "", Tokenwise.empty(run, len(asked)) if per_token else None
     for chunk, rows in enumerate(np.array_split(np.arange(len(asked)), chunks)):

@@ -164,7 +164,7 @@ def test_damping_zero(influence, at, damping, sentence):
             "identity",
         ),
         ({"reduction": "row"}, "reduction 'row' was given; expected"),
-        ({"store": "maybe"}, "store 'maybe' was given; expected auto, always or never"),
+        ({"store": "maybe"}, "store 'maybe' was given; expected auto, full, features, none"),
         ({"path": "0,1"}, "path 0,1 was given; expected different numbers above 0"),
         ({"path": "here"}, "--path 'here' was given; expected numbers separated by commas"),
         (

@@ -132,7 +132,7 @@ def test_work_is_counted_in_forwards_and_backwards():
 
 def test_work_of_a_curvature_of_some_rows_and_of_features():
     some = plan_of("ekfac, some rows")
-    share = 7 / N_ROWS
+    share = 14 / N_ROWS
     assert (some.runs_again, some.passes) == (True, pytest.approx(1 + 2 * share))
     assert (some.first_work, some.again_work) == (pytest.approx(1 + share), pytest.approx(share))
     assert some.passing_bytes == 0
