@@ -65,6 +65,7 @@ def begin(case: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
     options = {
         "path": PATHS[case["points"]],
         "store": case["store"],
+        "row_bytes": case["row_bytes"],
         "curvature": getattr(influence, case["curvature"])(**rows),
     }
     return model, influence.read_examples(file), queries, options
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--points", default="1,2")
     parser.add_argument("--curvatures", default="EKFAC")
     parser.add_argument("--curvature-rows", default="0,40", help="0: of all rows")
+    parser.add_argument("--row-bytes", type=int, default=131_072)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", choices=["estimated", "happened"], help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -179,6 +181,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             case: dict[str, Any] = {"curvature": curvature, "n": n, "points": points}
             case |= {"store": store, "sample": sample, "folder": folder}
+            case |= {"row_bytes": args.row_bytes}
             case |= {"testbed": str(args.testbed.resolve())}
             told, took = worker("estimated", case), worker("happened", case)
         found = ratios(told, took)

@@ -5,6 +5,7 @@ lie on the disk.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from influence.errors import InputError
 from influence.gradients import Tape
 from tests.conftest import build_model, examples, rows, teach
 from tests.helpers import untouched, write_rows
+from tests.influence.test_probe import prepared_fit
 from tests.influence.toy_runs import BUDGET
 
 N = 60
@@ -116,6 +118,23 @@ def test_scores_take_what_was_told(tmp_path, monkeypatch, model, store):
     size = out.stat().st_size
     assert told.score.kept_bytes == pytest.approx(size, rel=0.15, abs=12_000)
     assert told.score.disk_bytes == told.score.kept_bytes + 4 * 2 * 9 * N
+
+
+def test_rows_in_few_bytes_are_made_once_and_decoded_twice_for_their_similarities(tmp_path):
+    """And once for each scoring; seconds of a row that are set, beside none."""
+    prepared, plan = prepared_fit(store="features")
+    speeds = probe.measure(prepared, plan, tmp_path)
+    queries = prepared.tokens.select([0, 1, 2])
+
+    def seconds(**each) -> tuple[float, float]:
+        few = probe.FewBytes(coordinates=10, **each)
+        work = estimating.Work(prepared, replace(speeds, features=few), 0.0)
+        return work.fit(plan).seconds, work.score(plan, queries).seconds
+
+    (fit, score), rows = seconds(), plan.points * plan.rows
+    assert plan.points == 2
+    assert seconds(keep=3.0) == pytest.approx((fit + 3 * rows, score + 3 * 3 * 2))
+    assert seconds(decode=5.0) == pytest.approx((fit + 5 * 2 * rows, score + 5 * rows))
 
 
 def test_without_queries_one_is_taken_that_is_like_a_training_row(tmp_path, model):
