@@ -61,10 +61,12 @@ def begin(case: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
     queries = influence.examples_from_rows(
         [{**row, "id": f"q{row['id']}"} for row in rows_of(testbed, QUERIES)]
     )
+    rows = {"rows": case["sample"]} if case["sample"] else {}
     options = {
         "path": PATHS[case["points"]],
         "store": case["store"],
-        "curvature": getattr(influence, case["curvature"])(),
+        "row_bytes": case["row_bytes"],
+        "curvature": getattr(influence, case["curvature"])(**rows),
     }
     return model, influence.read_examples(file), queries, options
 
@@ -151,9 +153,11 @@ def main() -> None:
     )
     parser.add_argument("--testbed", type=Path)
     parser.add_argument("--rows", default="50,100,200,400")
-    parser.add_argument("--stores", default="always,never")
+    parser.add_argument("--stores", default="full,features,none")
     parser.add_argument("--points", default="1,2")
     parser.add_argument("--curvatures", default="EKFAC")
+    parser.add_argument("--curvature-rows", default="0,40", help="0: of all rows")
+    parser.add_argument("--row-bytes", type=int, default=131_072)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", choices=["estimated", "happened"], help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -169,18 +173,21 @@ def main() -> None:
         map(int, args.rows.split(",")),
         map(int, args.points.split(",")),
         args.stores.split(","),
+        map(int, args.curvature_rows.split(",")),
     )
     results = []
-    print("curvature   n  points  store    probe     fit    time  memory  disk  kept   score")
-    for curvature, n, points, store in grid:
+    print("curvature   n  points  store     of   probe     fit    time  memory  disk  kept   score")
+    for curvature, n, points, store, sample in grid:
         with tempfile.TemporaryDirectory() as folder:
             case: dict[str, Any] = {"curvature": curvature, "n": n, "points": points}
-            case |= {"store": store, "testbed": str(args.testbed.resolve()), "folder": folder}
+            case |= {"store": store, "sample": sample, "folder": folder}
+            case |= {"row_bytes": args.row_bytes}
+            case |= {"testbed": str(args.testbed.resolve())}
             told, took = worker("estimated", case), worker("happened", case)
         found = ratios(told, took)
         results.append({**case, "told": told, "took": took, "ratios": found})
         print(
-            f"{curvature:9} {n:4} {points:5}   {store:6} {told['took']:6.2f}s "
+            f"{curvature:9} {n:4} {points:5}   {store:8} {sample or n:4} {told['took']:6.2f}s "
             f"{took['fit']['seconds']:6.2f}s  {found['seconds']:5.2f}  {found['memory']:6.2f} "
             f"{found['disk']:5.2f} {found['kept']:5.2f}  {found['score']:6.2f}",
             flush=True,

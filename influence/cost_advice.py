@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from influence.fit_plan import FEATURES, FULL, NONE, FitPlan, size, store_bytes
+from influence.fit_plan import FEATURES, FULL, NONE, FitPlan, size
 from influence.progress import duration
 
 #: What advice must save to be worth a sentence.
 LEAST_SHARE, LEAST_SECONDS = 0.15, 20.0
+#: Rows of which a curvature is formed where there are more of them.
+ENOUGH_ROWS = 4_096
 #: Share of the free memory that a larger token budget may fill.
 MEMORY_SHARE = 0.7
 
@@ -34,6 +36,10 @@ class Situation:
         Rows that training again reads by the adapter's recipe, None where none is known.
     devices : int
         GPUs of the machine, or 1.
+    takes_rows : bool
+        Whether the curvature can be formed of some of the rows.
+    plan_of : callable
+        What the fit does with another store.
     seconds_of, score_seconds_of : callable
         Seconds of the fit, and of the scores after it, with another plan.
     seconds_with_budget : callable
@@ -49,6 +55,8 @@ class Situation:
     token_budget: int
     rows_retrained: int | None
     devices: int
+    takes_rows: bool
+    plan_of: Callable[[str], FitPlan]
     seconds_of: Callable[[FitPlan], float]
     score_seconds_of: Callable[[FitPlan], float]
     seconds_with_budget: Callable[[int], float]
@@ -59,6 +67,7 @@ def advice(situation: Situation) -> Iterator[str]:
     yield from _too_little(situation)
     yield from _fewer_points(situation)
     yield from _fewer_draws(situation)
+    yield from _fewer_rows(situation)
     yield from _store(situation)
     yield from _larger_batches(situation)
     yield from _processes(situation)
@@ -76,7 +85,7 @@ def _too_little(at: Situation) -> Iterator[str]:
             "free. Give another --run"
         )
         if at.plan.store == FULL and not at.plan.keeps_rows:
-            without = duration(at.seconds_of(replace(at.plan, store=NONE, sampled=False)))
+            without = duration(at.seconds_of(at.plan_of(NONE)))
             words += f", or --store none, which leaves the rows' gradients out: {without}"
         yield f"{words}."
     if at.memory_bytes > at.memory_free:
@@ -113,22 +122,33 @@ def _fewer_draws(at: Situation) -> Iterator[str]:
         )
 
 
+def _fewer_rows(at: Situation) -> Iterator[str]:
+    plan = at.plan
+    if not at.takes_rows or plan.sample <= ENOUGH_ROWS:
+        return
+    less = at.seconds_of(replace(plan, sample=ENOUGH_ROWS, sampled=False))
+    if _worth(at.seconds, less):
+        yield (
+            f"A curvature of {ENOUGH_ROWS:,} rows drawn from the {plan.rows:,} "
+            f"(--curvature-rows {ENOUGH_ROWS}) takes {duration(less)} instead of "
+            f"{duration(at.seconds)}; all rows are scored as before."
+        )
+
+
 def _store(at: Situation) -> Iterator[str]:
     plan = at.plan
     if plan.stored:
         return
     for kind in (FULL, FEATURES):
-        needed = plan.points * store_bytes(
-            kind, plan.rows, plan.parameters, plan.leaves, itemsize=max(4, plan.itemsize)
-        )
-        if needed > at.disk_free:
+        if kind == FEATURES and not plan.whitens:
             continue
-        stored = replace(plan, store=kind)
+        stored = at.plan_of(kind)
+        if stored.kept_bytes + stored.passing_bytes > at.disk_free:
+            continue
         before, after = at.score_seconds_of(plan), at.score_seconds_of(stored)
         if _worth(before, after):
-            name = kind
             yield (
-                f"--store {name} keeps {size(needed)}, and every scoring then takes "
+                f"--store {kind} keeps {size(stored.gradient_bytes)}, and every scoring then takes "
                 f"{duration(after)} instead of {duration(before)}: it passes over no training row."
             )
         return

@@ -29,7 +29,9 @@ from influence.batches import plan_batches
 from influence.cost_advice import Situation, advice
 from influence.curvature import Specification
 from influence.damping import Damping
-from influence.fit_plan import FILE_BYTES, FULL, FitPlan, size, string_bytes
+from influence.features import BLOCK_BYTES as DECODED_BYTES
+from influence.features import MEMORY_SHARE
+from influence.fit_plan import FEATURES, FILE_BYTES, FULL, FitPlan, size, string_bytes
 from influence.fitted_point import CHECKPOINT_SECONDS
 from influence.gradients import max_rows
 from influence.kernel import COPIES, EXACT_ROWS, LANDMARKS
@@ -37,7 +39,7 @@ from influence.manifest import ROW_BYTES
 from influence.memory import free_memory
 from influence.path_time import LOSS_ROWS, RATIO_ROWS
 from influence.prepared import DISK_BUDGET, Prepared, prepare
-from influence.probe import Speeds, measure, now
+from influence.probe import Speeds, drawn_rows, measure, now
 from influence.progress import duration
 from influence.rows import Examples
 from influence.solvers.direct import Direct
@@ -172,16 +174,20 @@ def estimate(
         trainer_output=trainer_output,
     )
     preparing = now(model.device) - start
-    plan = FitPlan.of(
-        model,
-        prepared.tokens,
-        prepared.curvature,
-        points=len(prepared.places),
-        store=store,
-        disk_budget=disk_budget,
-        row_bytes=row_bytes,
-        seed=seed,
-    )
+
+    def plan_of(kind: str) -> FitPlan:
+        return FitPlan.of(
+            model,
+            prepared.tokens,
+            prepared.curvature,
+            points=len(prepared.places),
+            store=kind,
+            disk_budget=disk_budget,
+            row_bytes=row_bytes,
+            seed=seed,
+        )
+
+    plan = plan_of(store)
     prepared.curvature.refuse(len(train))
     place = _disk_of(Path(directory))
     with tempfile.TemporaryDirectory(prefix=".estimate-", dir=place) as folder:
@@ -199,6 +205,8 @@ def estimate(
         token_budget=prepared.manifest.token_budget,
         rows_retrained=rows_retrained(prepared),
         devices=torch.cuda.device_count() if model.device.type == "cuda" else 1,
+        takes_rows=hasattr(prepared.curvature, "rows"),
+        plan_of=plan_of,
         seconds_of=lambda changed: work.fit(changed).seconds,
         seconds_with_budget=lambda budget: work.with_budget(budget).fit(plan).seconds,
         score_seconds_of=lambda changed: work.score(changed, query_tokens).seconds,
@@ -259,22 +267,48 @@ class Work:
     # ---- passes
 
     def pass_seconds(self, plan: FitPlan) -> float:
-        """Seconds of the first pass."""
-        tokens = self.prepared.tokens
+        """Seconds of the first pass: one over all rows, or over those that the curvature is formed
+        of and then, where gradients are stored, over all.
+        """
+        tokens, ratios = self.drawn_tokens(plan), self.speeds.ratios
         batches = plan.batches(self.prepared.model, tokens, self.token_budget)
-        return self.speeds.batch.seconds(tokens, batches)
+        seconds = self.speeds.batch.seconds(tokens, batches)
+        if not plan.apart or not plan.draws:
+            return seconds
+        stored = self.whole_seconds(self.prepared.tokens) if plan.store == FULL else 0.0
+        return ratios.drawn * seconds + ratios.stores * stored
+
+    def drawn_tokens(self, plan: FitPlan) -> TokenizedExamples:
+        """The rows that labels are drawn of."""
+        if not plan.apart:
+            return self.prepared.tokens
+        return self.prepared.tokens.select(drawn_rows(self.prepared, plan))
+
+    def whole_seconds(self, tokens: TokenizedExamples) -> float:
+        """Seconds of the first pass's work on some rows, in batches of which whole gradients are
+        formed.
+        """
+        most = max_rows(self.prepared.model.space)
+        return self.speeds.batch.seconds(
+            tokens, plan_batches(tokens, self.token_budget, max_rows=most)
+        )
+
+    def leafwise_seconds(self, tokens: TokenizedExamples) -> float:
+        """The same in batches that are limited by their tokens alone."""
+        return self.speeds.batch.seconds(tokens, plan_batches(tokens, self.token_budget))
 
     def gradient_seconds(self, tokens: TokenizedExamples) -> float:
         """Seconds of a pass with one backward over some rows."""
-        batches = plan_batches(
-            tokens, self.token_budget, max_rows=max_rows(self.prepared.model.space)
-        )
-        return self.speeds.gradients * self.speeds.batch.seconds(tokens, batches)
+        return self.speeds.ratios.gradients * self.whole_seconds(tokens)
+
+    def features_seconds(self, tokens: TokenizedExamples) -> float:
+        """Seconds of a pass that makes few bytes of some rows."""
+        passing = self.speeds.ratios.leaves * self.leafwise_seconds(tokens)
+        return passing + len(tokens) * self.speeds.features.keep
 
     def forward_seconds(self, tokens: TokenizedExamples) -> float:
         """Seconds of a pass without backward over some rows."""
-        batches = plan_batches(tokens, self.token_budget)
-        return self.speeds.forward * self.speeds.batch.seconds(tokens, batches)
+        return self.speeds.ratios.forward * self.leafwise_seconds(tokens)
 
     def reading(self, count: float) -> float:
         """Seconds of reading so many bytes."""
@@ -307,8 +341,10 @@ class Work:
     def kept_bytes(self, plan: FitPlan) -> int:
         """Bytes of the run directory."""
         train, after = self.prepared.train, self.speeds.after
-        ids = string_bytes(train.ids) + len(train)
-        each = ids * (plan.store == FULL) + after.kept_bytes + 3 * FILE_BYTES
+        each = after.kept_bytes + 3 * FILE_BYTES + string_bytes(train.ids) * plan.stored
+        each += len(train) * (plan.store == FULL)  # whether each row is there
+        if plan.store == FEATURES:  # which coordinates are kept
+            each += 16 * plan.leaves + -(-plan.parameters // 8)
         geometry = self.prepared.manifest.geometry
         if geometry == "adam":
             each += plan.parameters * plan.itemsize
@@ -322,8 +358,8 @@ class Work:
 
     def fit_seconds(self, plan: FitPlan) -> float:
         """Seconds of the fit."""
-        s, tokens, n = self.speeds, self.prepared.tokens, plan.rows
-        rows = n * max(1, plan.draws)
+        s, tokens = self.speeds, self.prepared.tokens
+        rows = plan.sample * max(1, plan.draws)
         first = self.pass_seconds(plan)
         each = s.begin + s.finish
         if self.prepared.manifest.geometry == "adam" and self.prepared.state is None:
@@ -332,7 +368,11 @@ class Work:
             each += first
         if plan.looks_again or plan.keeps_rows:
             each += rows * s.row
-            each += s.again * first if plan.runs_again else self._read_rows(plan, rows)
+            again = s.ratios.again * self.leafwise_seconds(self.drawn_tokens(plan))
+            each += again if plan.runs_again else self._read_rows(plan, rows)
+        if plan.store == FEATURES:
+            each += s.load + self.features_seconds(tokens)
+            each += plan.gradient_bytes / plan.points / s.write
         each += self.checkpoint_bytes(plan) / s.write
         return self.preparing + plan.points * each + self.credit_seconds(plan)
 
@@ -345,34 +385,57 @@ class Work:
         """
         s, tokens, n = self.speeds, self.prepared.tokens, plan.rows
         if not plan.shares_credit:
-            scales = self.gradient_seconds(_evenly(tokens, SCALE_ROWS))
-            return plan.points * scales if plan.closed and plan.points > 1 else 0.0
+            if not plan.closed or plan.points < 2 or plan.store == FEATURES:
+                return 0.0
+            return plan.points * self.gradient_seconds(_evenly(tokens, SCALE_ROWS))
         columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
-        each = s.load + columns * s.solve + columns * n * plan.parameters / s.multiply
-        each += self.rows_seconds(plan) * (columns / n + self.parts(plan, columns))
+        rows, few = self.rows_seconds(plan), plan.store == FEATURES
+        each = s.load + rows * (columns / n + self.parts(plan, columns))
+        each += columns * n * self.width(plan) / s.multiply
+        each += 0.0 if few else columns * s.solve
         if n > EXACT_ROWS:
-            each += self.rows_seconds(plan) + n * s.solve / 2 + columns**2 * n / s.multiply
+            # the diagonal is another look at the rows; of few bytes it is in the file
+            each += columns**2 * n / s.multiply + (0.0 if few else rows + n * s.solve / 2)
         else:
             each += KERNEL_TOUCHES * 8 * n**2 / s.read
             each += plan.kernel_bytes / plan.points / s.write
         one = _evenly(tokens, RATIO_ROWS)
         single = [np.array([row]) for row in range(len(one))]
         alone = s.batch.seconds(one, single)
-        each += (s.gradients + 3 * s.forward) * alone + RATIO_ROWS * s.solve
+        each += (s.ratios.gradients + 3 * s.ratios.forward) * alone + RATIO_ROWS * s.solve
         losses = self.forward_seconds(_evenly(tokens, LOSS_ROWS))
         return plan.points * (each + losses) + 2 * losses
 
     def rows_seconds(self, plan: FitPlan) -> float:
-        """Seconds of having every row's gradient once: read, or computed."""
+        """Seconds of having every row once: read, read and decoded, or computed."""
+        if plan.store == FEATURES:
+            read = self.reading(plan.gradient_bytes / plan.points)
+            return read + plan.rows * self.speeds.features.decode
         if plan.stored:
             return self._read_rows(plan, plan.rows)
         return self.gradient_seconds(self.prepared.tokens)
 
     def parts(self, plan: FitPlan, columns: int) -> int:
         """How many parts the rows are solved for in, each of which reads all rows."""
-        each = (1 + COPIES) * plan.parameters * plan.itemsize
-        free = QUERY_SHARE * free_memory(self.prepared.model.device)
-        return -(-columns // max(1, int(free / each)))
+        return -(-columns // self.at_once(plan, COPIES))
+
+    def at_once(self, plan: FitPlan, copies: int) -> int:
+        """Rows, or queries, that are held at a time, with so many copies of a gradient beside it."""
+        free = free_memory(self.prepared.model.device)
+        if plan.store == FEATURES:
+            return max(1, int(MEMORY_SHARE * free / self.decoded_bytes))
+        each = (1 + copies) * plan.parameters * plan.itemsize
+        return max(1, int(QUERY_SHARE * free / each))
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of a row that was kept in few of them, as it is multiplied."""
+        each = 4 if self.prepared.model.device.type == "cpu" else 2
+        return self.speeds.features.coordinates * each
+
+    def width(self, plan: FitPlan) -> int:
+        """Numbers of a row that products are made of."""
+        return self.speeds.features.coordinates if plan.store == FEATURES else plan.parameters
 
     def fit_memory(self, plan: FitPlan) -> int:
         """The most memory of the fit."""
@@ -401,8 +464,11 @@ class Work:
 
     def solving_memory(self, plan: FitPlan, rows: int) -> int:
         """Bytes of some rows' gradients, of their answers, of what is rotated of a leaf meanwhile,
-        and of a block of the rows that they are multiplied with.
+        and of a block of the rows that they are multiplied with; decoded, of rows in few bytes.
         """
+        if plan.store == FEATURES:
+            block = min(DECODED_BYTES, plan.rows * self.decoded_bytes)
+            return rows * self.decoded_bytes + 3 * block // 2 + self.speeds.after.kept_bytes
         leaves = self.prepared.model.space.leaves
         leaf = max(leaf.stop - leaf.start for leaf in leaves)
         width = plan.parameters * plan.itemsize
@@ -415,10 +481,12 @@ class Work:
         """The cost of scoring the queries, all points, in the default setting."""
         s, n, Q = self.speeds, plan.rows, len(queries)
         width = plan.parameters * plan.itemsize
-        free = QUERY_SHARE * free_memory(self.prepared.model.device)
-        chunks = -(-Q // max(1, int(free / ((1 + Direct.copies) * width))))
-        each = s.load + self.gradient_seconds(queries) + 2 * Q * s.solve
-        each += chunks * self.rows_seconds(plan) + Q * n * plan.parameters / s.multiply
+        chunks = -(-Q // self.at_once(plan, Direct.copies))
+        if plan.store == FEATURES:
+            each = s.load + self.features_seconds(queries)
+        else:
+            each = s.load + self.gradient_seconds(queries) + 2 * Q * s.solve
+        each += chunks * self.rows_seconds(plan) + Q * n * self.width(plan) / s.multiply
         apart = plan.shares_credit or plan.points > 1
         if plan.shares_credit and n <= EXACT_ROWS:
             each += plan.kernel_bytes / plan.points / s.read + KERNEL_TOUCHES * 8 * n**2 / s.read
@@ -426,7 +494,7 @@ class Work:
         ids = string_bytes(self.prepared.train.ids) + string_bytes(queries.ids)
         kept = 4 * Q * n + ids + chunks * plan.points * n + 12 * Q + 2 * FILE_BYTES
         at_once = -(-Q // chunks)
-        memory = self.solving_memory(plan, at_once) + at_once * width
+        memory = self.solving_memory(plan, at_once) + at_once * width * (plan.store != FEATURES)
         if plan.shares_credit:
             memory += 8 * min(n, EXACT_ROWS) * n * (plan.points + 1)
         return Cost(

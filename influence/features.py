@@ -46,8 +46,13 @@ NAME = "features"
 
 
 def bytes_of_row(parameters: int, leaves: int, row_bytes: int) -> int:
-    """Bytes of a row at one point, at most: codes, scales, the square, and whether it is there."""
-    return min(-(-parameters // 2), row_bytes + leaves) + 4 * leaves + 8 + 1
+    """Bytes of a row at one point, at most: codes, scales, the square, and whether it is there.
+
+    They are exact where all coordinates are kept, in four bits or two.
+    """
+    whole = [size for size in (-(-parameters // 2), -(-parameters // 4)) if size <= row_bytes]
+    codes = whole[0] if whole else max(row_bytes, -(-(leaves + 1) // 4))
+    return codes + 4 * leaves + 8 + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +85,7 @@ class FeatureMap:
 
         Of the gradients of m(q), or of the summed losses l_i.
         """
-        model, curvature = recorder.model, self.operator.curvature
-        assert isinstance(curvature, Whitening)
+        model = recorder.model
         batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
         part = recorder.forward(batch)
         _, gradient = output_gradient(part, measured)
@@ -89,16 +93,22 @@ class FeatureMap:
         squares = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
 
         def take(leaf: int, gradients: Tensor) -> None:
-            whitened = curvature.whiten(
-                leaf, self.geometry.of_leaf(leaf, gradients), self.operator.lam
-            )
-            squares.add_(whitened.square().sum(1, dtype=torch.float64))
-            values[:, self.kept.slices[leaf]] = self.kept.leaves[leaf].of(whitened)
+            self.take(leaf, self.geometry.of_leaf(leaf, gradients), values, squares)
 
         sink = LeafGradients(recorder, take)
         recorder.backward(part.logits, gradient, sink)
         sink.finish()
         return values, squares
+
+    def take(self, leaf: int, gradients: Tensor, values: Tensor, squares: Tensor) -> None:
+        """Put what is kept of a leaf's gradients `[b, d_out, d_in]`, in the geometry's coordinates,
+        into `values` [b, K], and add up their `squares` [b] once whitened.
+        """
+        curvature = self.operator.curvature
+        assert isinstance(curvature, Whitening)
+        whitened = curvature.whiten(leaf, gradients, self.operator.lam)
+        squares.add_(whitened.square().sum(1, dtype=torch.float64))
+        values[:, self.kept.slices[leaf]] = self.kept.leaves[leaf].of(whitened)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 A *pass* is a forward with its backwards over all training rows. What is stored decides how many
 there are: a fit whose rows' gradients are not stored computes them again for EK-FAC's second look,
-and twice for the rows' similarities.
+and twice for the rows' similarities; rows in few bytes are made in a pass of their own. A curvature
+of some of the rows runs these in batches of their own, before all rows are stored.
 
 n rows, P LoRA parameters.
 """
@@ -108,6 +109,8 @@ class FitPlan:
         Whether the rows' similarities are made.
     closed : bool
         Whether the curvature has an inverse of its own.
+    whitens : bool
+        Whether rows can be kept in few bytes.
     sample : int
         Rows that the curvature is formed of.
     row_bytes : int
@@ -127,6 +130,7 @@ class FitPlan:
     looks_again: bool
     shares_credit: bool
     closed: bool
+    whitens: bool
     sample: int
     row_bytes: int = ROW_BYTES
 
@@ -179,6 +183,7 @@ class FitPlan:
             looks_again=curvature.reads_rows == ONCE,
             shares_credit=closed and (kind != NONE or n <= at_once),
             closed=closed,
+            whitens=curvature.whitens,
             sample=sample,
             row_bytes=row_bytes,
         )
@@ -186,7 +191,9 @@ class FitPlan:
     def batches(
         self, model: AdaptedModel, tokens: TokenizedExamples, token_budget: int
     ) -> list[np.ndarray]:
-        """The batches of the first pass: limited in rows too where their gradients are formed."""
+        """The batches in which labels are drawn, of the rows `tokens` that they are drawn of, or in
+        which gradients are stored where none are: limited in rows too where gradients are formed.
+        """
         limited = self.store == FULL or self.sampled or not self.closed
         most = max_rows(model.space) if limited else None
         return plan_batches(tokens, token_budget, max_rows=most)

@@ -22,16 +22,20 @@ import torch
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
-from influence.at_point import BLOCK_BYTES, BLOCK_ROWS, AtPoint
+from influence.at_point import BLOCK_BYTES, BLOCK_ROWS, AtPoint, evenly_spaced
 from influence.batches import collate
-from influence.curvature.base import AfterPass, Invertible
+from influence.curvature.base import AfterPass, Damped, Invertible, Whitening
+from influence.features import FeatureMap
 from influence.fit_plan import FULL, NONE, FitPlan
 from influence.fitted_point import PointFit, RowFiles, Storage
-from influence.gradients import Tape, tape
+from influence.gradients import Tape, batch_uniforms, tape
+from influence.kept_coordinates import KeptCoordinates
 from influence.kernel import WholeKernel
-from influence.loss import mean_losses
+from influence.leaf_gradients import LeafGradients
+from influence.loss import mean_losses, sampled_loss_gradient
 from influence.prepared import Prepared
 from influence.run import Run
+from influence.store import RowFile
 from influence.tokens import TokenizedExamples
 
 #: What times are read from; a benchmark on a shared machine reads the processor's time instead.
@@ -191,6 +195,43 @@ class OneBlock:
 
 
 @dataclass(frozen=True)
+class Ratios:
+    """Times of batches of other passes, relative to the first pass's.
+
+    Attributes
+    ----------
+    drawn : float
+        At sampled labels alone, without gradients at the data's labels.
+    stores : float
+        At the data's labels alone, the gradients written; 0 where they are not stored.
+    again : float
+        Of a second look's pass, leaf by leaf; 0 where there is none.
+    leaves : float
+        With one backward, leaf by leaf.
+    gradients, forward : float
+        With one backward that forms whole gradients, and without a backward.
+    """
+
+    drawn: float
+    stores: float
+    again: float
+    leaves: float
+    gradients: float
+    forward: float
+
+
+@dataclass(frozen=True)
+class FewBytes:
+    """Rows in few bytes: seconds of whitening and packing a row, of decoding one, and the numbers
+    that are kept of it; all 0 of a curvature that does not whiten.
+    """
+
+    keep: float = 0.0
+    decode: float = 0.0
+    coordinates: int = 0
+
+
+@dataclass(frozen=True)
 class Speeds:
     """What a machine takes for the parts of a fit and of scores, in seconds and bytes.
 
@@ -198,8 +239,10 @@ class Speeds:
     ----------
     batch : BatchTime
         A batch of the first pass.
-    again, gradients, forward : float
-        Batches of a second look, with one backward, and without, relative to the first pass's.
+    ratios : Ratios
+        Batches of other passes.
+    features : FewBytes
+        Rows in few bytes.
     begin, finish : float
         Of each point, before the pass, and after it beside the rows of the second look.
     row : float
@@ -221,9 +264,8 @@ class Speeds:
     """
 
     batch: BatchTime
-    again: float
-    gradients: float
-    forward: float
+    ratios: Ratios
+    features: FewBytes
     begin: float
     finish: float
     row: float
@@ -260,18 +302,19 @@ def measure(prepared: Prepared, plan: FitPlan, folder: Path) -> Speeds:
         fit.lay_out()
         fit.main_pass(np.zeros(len(fit.batches), dtype=bool))
         grown = max(0, memory.most() - held)
-        kept = fit.records[1:] if len(fit.records) > LEAST_BATCHES else fit.records
-        batch = BatchTime.of(features(fit.tokens, [rows for rows, _ in kept]), _seconds(kept))
-        ratios, block = _other_passes(fit, plan, kept)
+        records = fit.records[1:] if len(fit.records) > LEAST_BATCHES else fit.records
+        inputs = features(fit.tokens, [rows for rows, _ in records])
+        batch = BatchTime.of(inputs, _seconds(records))
+        ratios, block = _other_passes(fit, plan, records)
         sums = sum(tensor.nbytes for tensor in fit.accumulator.sums().values())
         after = fit.accumulator.after_pass(plan.rows * max(1, plan.draws))
         multiply = product_speed(model, double=after.double)
-        finish, row, load, solve = _after_pass(fit, after, block, multiply, write)
+        finish, row, load, solve, operator = _after_pass(fit, after, block, multiply, write)
+        kept = _few_bytes(fit, plan, block, operator, solve)
     return Speeds(
         batch=batch,
-        again=ratios[0],
-        gradients=ratios[1],
-        forward=ratios[2],
+        ratios=ratios,
+        features=kept,
         begin=begin,
         finish=finish,
         row=row,
@@ -309,7 +352,9 @@ def _begun(prepared: Prepared, plan: FitPlan, folder: Path) -> tuple[ProbeFit, f
         point = AtPoint(run, 0, prepared.places[0])
         return ProbeFit(point, prepared.curvature, storage, prepared.state)
 
-    batches = plan.batches(model, prepared.tokens, prepared.manifest.token_budget)
+    sample = drawn_rows(prepared, plan)
+    parts = plan.batches(model, prepared.tokens.select(sample), prepared.manifest.token_budget)
+    batches = [sample[part] for part in parts]
     chosen = [batches[number] for number in tried(len(batches))]
     halves = [rows[: len(rows) // 2] for rows in chosen[:2] if len(rows) > 1]
     rows, places = np.unique(np.concatenate(chosen), return_inverse=True)
@@ -320,6 +365,9 @@ def _begun(prepared: Prepared, plan: FitPlan, folder: Path) -> tuple[ProbeFit, f
     fit.batches = np.split(places, ends)
     fit.batches += [np.searchsorted(rows, half) for half in halves]
     fit.sampled_batches = len(fit.batches) if fit.draws else 0
+    # labels are drawn of all rows that are tried, apart from the data's as in the fit
+    fit.sample, fit.sample_weights = np.arange(len(rows)), fit.weights
+    fit.apart = plan.apart and fit.draws > 0
     if fit.buffer is not None:
         most = max(len(each) for each in fit.batches)
         shape = (most, model.space.size)
@@ -327,12 +375,20 @@ def _begun(prepared: Prepared, plan: FitPlan, folder: Path) -> tuple[ProbeFit, f
     return fit, seconds
 
 
+def drawn_rows(prepared: Prepared, plan: FitPlan) -> np.ndarray:
+    """Rows that labels are drawn of: those that the curvature is formed of, or as many of a plan
+    that forms it of others. All rows of a curvature without label draws.
+    """
+    rows = prepared.curvature.sample(plan.rows, prepared.manifest.seed)
+    if not plan.draws:
+        return np.arange(plan.rows)
+    return rows if len(rows) == plan.sample else evenly_spaced(plan.rows, plan.sample)
+
+
 def _other_passes(
     fit: ProbeFit, plan: FitPlan, records: Sequence[tuple[np.ndarray, float]]
-) -> tuple[tuple[float, float, float], Tensor]:
-    """Times of other passes relative to the first one's: again, with one backward, and forward
-    only; and features of some rows, `[b, P]`.
-    """
+) -> tuple[Ratios, Tensor]:
+    """Times of other passes relative to the first one's, and features of some rows, `[b, P]`."""
     model, device = fit.model, fit.model.device
     rows, seconds = records[-1] if len(records) < 4 else records[2]
     several = {"most": min(0.5, PASS_SECONDS / 4)}
@@ -340,25 +396,66 @@ def _other_passes(
         batch = collate(fit.tokens, rows, pad_id=model.pad_id, device=device)
         gradients = recorder.run(batch, None)[0]
         one = seconds_of(lambda: recorder.run(batch, None), device, **several)
-        again = 0.0
-        if plan.runs_again:
-            # each draw's gradients are dropped before the next
-            work = lambda: [None for _ in fit.sampled_again(recorder, rows)]  # noqa: E731
+        work = lambda: _leaf_by_leaf(fit, recorder, rows, 1)  # noqa: E731
+        leaves = seconds_of(work, device, **several)
+        again = 0.0 if not plan.looks_again else leaves
+        if plan.looks_again and plan.draws > 1:
+            work = lambda: _leaf_by_leaf(fit, recorder, rows, plan.draws)  # noqa: E731
             again = seconds_of(work, device, **several)
+        drawn, stores = seconds, 0.0
+        if plan.store == FULL:
+            stores, drawn = _either_labels(fit, plan, recorder, rows, several)
     alone, budget = fit.tokens.select(rows), fit.run.manifest.token_budget
     forward = seconds_of(lambda: mean_losses(model, alone, token_budget=budget), device, **several)
     size = max(BLOCK_ROWS, BLOCK_BYTES // (gradients.shape[1] * gradients.element_size()))
     size = min(size, plan.rows)
     block = gradients.repeat(-(-size // len(gradients)), 1)[:size]
-    ratios = again / seconds, one / seconds, forward / seconds
+    ratios = Ratios(*(each / seconds for each in (drawn, stores, again, leaves, one, forward)))
     return ratios, fit.point.geometry.features(block)
+
+
+def _leaf_by_leaf(fit: ProbeFit, recorder: Tape, rows: np.ndarray, draws: int) -> None:
+    """One batch at sampled labels, of which every leaf's gradients are formed and dropped."""
+    model, geometry = fit.model, fit.point.geometry
+
+    def formed(leaf: int, gradients: Tensor) -> None:
+        geometry.of_leaf(leaf, gradients)
+
+    batch = collate(fit.tokens, rows, pad_id=model.pad_id, device=model.device)
+    part = recorder.forward(batch)
+    for draw in range(draws):
+        uniforms = batch_uniforms(fit.tokens, rows, fit.run.manifest.seed, draw)
+        sink = LeafGradients(recorder, formed)
+        gradient = sampled_loss_gradient(part.logits, uniforms)
+        recorder.backward(part.logits, gradient, sink, last=draw == draws - 1)
+        sink.finish()
+
+
+def _either_labels(
+    fit: ProbeFit, plan: FitPlan, recorder: Tape, rows: np.ndarray, several: dict[str, float]
+) -> tuple[float, float]:
+    """Seconds of a batch whose gradients at the data's labels are written, and of one at sampled
+    labels: the two parts of a first pass that stores gradients.
+    """
+    device, path, drawn = fit.model.device, fit.point.file("gradients"), 0.0
+    run = PointFit.run_batch
+    with (
+        RowFile(path, "gradients", write=True) as gradients,
+        RowFile(path, "done", write=True) as d,
+    ):
+        files = RowFiles(gradients, d)
+        stores = seconds_of(lambda: run(fit, recorder, rows, files, 0), device, **several)
+    if plan.draws:
+        files = RowFiles()
+        drawn = seconds_of(lambda: run(fit, recorder, rows, files, plan.draws), device, **several)
+    return stores, drawn
 
 
 def _after_pass(
     fit: ProbeFit, after: AfterPass, block: Tensor, multiply: float, write: float
-) -> tuple[float, float, float, float]:
+) -> tuple[float, float, float, float, Damped | None]:
     """Seconds of finishing a point, of a row of its second look, of opening it, and of a vector
-    that it is solved for.
+    that it is solved for; and the point's operator, where it was quick to make.
     """
     device = fit.model.device
     decompositions = _decompositions(after, device)
@@ -366,7 +463,7 @@ def _after_pass(
     if not alike or decompositions > FINISH_SECONDS:
         finish = decompositions + after.kept_bytes / write
         row, solve = after.row_products / multiply, after.solve_products / multiply
-        return finish, row, after.kept_bytes / write, solve
+        return finish, row, after.kept_bytes / write, solve, None
     rows = OneBlock(block)
     fit.sampled_rows = lambda **_: rows  # pyright: ignore[reportAttributeAccessIssue]
     start = now(device)
@@ -378,7 +475,49 @@ def _after_pass(
     if after.solve_products and isinstance(curvature, Invertible):
         work = lambda: curvature.solve(block, operator.lam)  # noqa: E731
         solve = seconds_of(work, device) / len(block)
-    return finish, rows.seconds / len(block), load, solve
+    return finish, rows.seconds / len(block), load, solve, operator
+
+
+def _few_bytes(
+    fit: ProbeFit, plan: FitPlan, block: Tensor, operator: Damped | None, solve: float
+) -> FewBytes:
+    """Times of rows in few bytes, of some features `block` [b, P].
+
+    Without an `operator` whitening is told as half of what a vector's solution takes.
+    """
+    if not plan.whitens:
+        return FewBytes()
+    model, leaves = fit.model, fit.model.space.leaves
+    # as many rows at a time as a batch has
+    some = block[: max(1, max(len(rows) for rows, _ in fit.records))]
+    squares = torch.zeros(len(some), dtype=torch.float64, device=model.device)
+    whitening = 0.0
+    if operator is not None and isinstance(operator.curvature, Whitening):
+        made = FeatureMap.chosen(fit.point, operator, plan.row_bytes)
+        kept = made.kept
+    else:
+        alike = [torch.ones(leaf.stop - leaf.start) for leaf in leaves]
+        seed = fit.run.manifest.seed
+        made, kept = None, KeptCoordinates.chosen(alike, plan.row_bytes, seed, model.device)
+        whitening = solve / 2
+    values = torch.zeros(len(some), kept.size, dtype=model.dtype, device=model.device)
+    places = kept.slices  # made once for all batches: not timed
+
+    def work() -> tuple[np.ndarray, np.ndarray]:
+        for number, leaf in enumerate(leaves):
+            part = some[:, leaf.slice]
+            if made is None:
+                values[:, places[number]] = kept.leaves[number].of(part)
+                squares.add_(part.square().sum(1, dtype=torch.float64))
+            else:
+                made.take(number, part.unflatten(1, leaf.shape), values, squares)
+        return kept.packed(values, squares)
+
+    keep = whitening + seconds_of(work, model.device) / len(some)
+    codes, scales = (np.tile(each, (-(-len(block) // len(some)), 1)) for each in work())
+    dtype = torch.float32 if model.device.type == "cpu" else torch.bfloat16
+    decode = seconds_of(lambda: kept.unpacked(codes, scales, dtype), model.device)
+    return FewBytes(keep, decode / len(codes), kept.size)
 
 
 def _decompositions(after: AfterPass, device: torch.device) -> float:

@@ -43,9 +43,9 @@ from analysis.evaluation.sets import SETS, PreparedSet, parted, prepared
 from influence.adapter import AdaptedModel
 from influence.adapter_files import adapter_folder
 from influence.errors import AdapterError
-from influence.fitting import versions
 from influence.loss import mean_losses
 from influence.path import read_parameters, scaled
+from influence.prepared import versions
 from influence.progress import track
 from influence.rows import Examples
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from influence import cost_advice
 from influence.cost_advice import Situation, advice
 from influence.fit_plan import FitPlan
 
@@ -24,6 +23,8 @@ PLAN = FitPlan(
     looks_again=True,
     shares_credit=True,
     closed=True,
+    whitens=True,
+    sample=1000,
 )
 GB = 10**9
 
@@ -44,6 +45,8 @@ def situation(plan: FitPlan = PLAN, **changes) -> Situation:
         "token_budget": 1024,
         "rows_retrained": None,
         "devices": 1,
+        "takes_rows": True,
+        "plan_of": lambda kind: replace(plan, store=kind, sampled=kind == "full"),
         "seconds_of": seconds_of,
         "seconds_with_budget": lambda budget: seconds_of(plan),
         "score_seconds_of": lambda changed: 1.0 if changed.stored else 100.0,
@@ -84,18 +87,30 @@ def test_a_store_is_advised_where_scores_gain_and_the_disk_has_room():
     never = replace(ONE, store="none", sampled=False)
     text = said(situation(never))
     assert text == (
-        "--store always keeps 40 MB, and every scoring then takes 1.0 s instead of 2 min: it "
+        "--store full keeps 40 MB, and every scoring then takes 1.0 s instead of 2 min: it "
         "passes over no training row."
     )
-    assert said(situation(never, disk_free=39e6, disk_bytes=10**6)) == ""
+    # 40 MB of gradients, as many at sampled labels for a while, 4 MB of similarities; features 5
+    features = said(situation(never, disk_free=83e6, disk_bytes=10**6))
+    assert features.startswith("--store features keeps 5.0 MB, and every scoring then takes 1.0 s")
+    assert said(situation(never, disk_free=84e6, disk_bytes=10**6)) == text
+    assert said(situation(never, disk_free=8e6, disk_bytes=10**6)) == ""
+    plain = replace(never, whitens=False)
+    assert said(situation(plain, disk_free=83e6, disk_bytes=10**6)) == ""
     assert said(situation(never, score_seconds_of=lambda plan: 100.0)) == ""
 
 
-def test_features_are_advised_where_the_fit_can_write_them(monkeypatch):
-    monkeypatch.setattr(cost_advice, "OFFERED", ("full", "features", "none"))
-    never = replace(ONE, store="none", sampled=False)
-    text = said(situation(never, disk_free=6e6, disk_bytes=10**6))
-    assert text.startswith("--store features keeps 5.0 MB")
+def test_a_curvature_of_some_rows_where_there_are_many_and_it_saves():
+    many = replace(ONE, rows=100_000, sample=100_000, store="features", sampled=False)
+    less, all_rows = (replace(many, sample=rows).work * 10_000 for rows in (4_096, 100_000))
+    assert said(situation(many)) == (
+        "A curvature of 4,096 rows drawn from the 100,000 (--curvature-rows 4096) takes "
+        f"{less / 3600:.1f} h instead of {all_rows / 3600:.1f} h; all rows are scored as before."
+    )
+    assert said(situation(many, takes_rows=False)) == ""
+    for few in (replace(many, sample=4_096), replace(many, rows=4_000, sample=4_000)):
+        assert said(situation(few, seconds_of=lambda plan: 0.0, seconds=1e4)) == ""
+    assert said(situation(many, seconds_of=lambda plan: all_rows)) == ""
 
 
 def test_larger_batches_where_they_help_and_memory_has_room():
@@ -125,7 +140,7 @@ def test_retraining_where_it_reads_fewer_rows(rows, cheaper):
 def test_what_would_fail_is_told_first():
     text = said(situation(disk_free=10**8, memory_free=10**9)).splitlines()
     assert text[0].startswith("The disk is too small: 1.0 GB are needed and 100 MB are free. Give")
-    assert "--store never, which leaves the rows' gradients out: " in text[0]
+    assert "--store none, which leaves the rows' gradients out: " in text[0]
     assert text[1].startswith("The memory is too small: 8.0 GB are needed and 1.0 GB are there.")
 
 

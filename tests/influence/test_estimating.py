@@ -5,6 +5,7 @@ lie on the disk.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from influence.errors import InputError
 from influence.gradients import Tape
 from tests.conftest import build_model, examples, rows, teach
 from tests.helpers import untouched, write_rows
+from tests.influence.test_probe import prepared_fit
 from tests.influence.toy_runs import BUDGET
 
 N = 60
@@ -66,6 +68,11 @@ CASES = [
     (Identity(), "always", (1.0,), "raw"),
     (EKFAC(), "always", (0.6,), "function"),
     (EKFAC(), "always", (0.6,), "adam"),
+    (EKFAC(), "features", (0.4, 0.8), "raw"),
+    (EKFAC(), "features", (0.6,), "function"),
+    (EKFAC(rows=20), "full", (0.6,), "raw"),
+    (EKFAC(rows=20, samples=2), "none", (0.6,), "raw"),
+    (KFAC(rows=20), "features", (0.6,), "raw"),
 ]
 
 
@@ -97,7 +104,7 @@ def test_time_and_disk_are_those_of_the_fit(
     assert (beside > 0) == told.plan.runs_again  # a checkpoint
 
 
-@pytest.mark.parametrize("store", ["always", "never"])
+@pytest.mark.parametrize("store", ["always", "features", "never"])
 def test_scores_take_what_was_told(tmp_path, monkeypatch, model, store):
     clock, queries = Clock(monkeypatch, model), examples(9, seed=9)
     options = {"store": store, "path": (0.4, 0.8), "token_budget": BUDGET}
@@ -107,10 +114,27 @@ def test_scores_take_what_was_told(tmp_path, monkeypatch, model, store):
     seconds = clock.during(lambda: run.score(queries, out=out))
     assert told.queries == 9
     assert told.score.seconds == pytest.approx(seconds, rel=0.25)
-    assert told.score.passes == (0 if store == "always" else 2)
+    assert told.score.passes == (2 if store == "never" else 0)
     size = out.stat().st_size
     assert told.score.kept_bytes == pytest.approx(size, rel=0.15, abs=12_000)
     assert told.score.disk_bytes == told.score.kept_bytes + 4 * 2 * 9 * N
+
+
+def test_rows_in_few_bytes_are_made_once_and_decoded_twice_for_their_similarities(tmp_path):
+    """And once for each scoring; seconds of a row that are set, beside none."""
+    prepared, plan = prepared_fit(store="features")
+    speeds = probe.measure(prepared, plan, tmp_path)
+    queries = prepared.tokens.select([0, 1, 2])
+
+    def seconds(**each) -> tuple[float, float]:
+        few = probe.FewBytes(coordinates=10, **each)
+        work = estimating.Work(prepared, replace(speeds, features=few), 0.0)
+        return work.fit(plan).seconds, work.score(plan, queries).seconds
+
+    (fit, score), rows = seconds(), plan.points * plan.rows
+    assert plan.points == 2
+    assert seconds(keep=3.0) == pytest.approx((fit + 3 * rows, score + 3 * 3 * 2))
+    assert seconds(decode=5.0) == pytest.approx((fit + 5 * 2 * rows, score + 5 * rows))
 
 
 def test_without_queries_one_is_taken_that_is_like_a_training_row(tmp_path, model):
@@ -134,7 +158,7 @@ def test_memory_is_more_than_what_is_held_and_grows_with_rows(tmp_path, model):
 def test_a_wrong_option_is_the_fits_error_before_anything_runs(tmp_path, model, monkeypatch):
     monkeypatch.setattr(Tape, "forward", None)
     for options, words in [
-        ({"store": "some"}, "expected auto, always or never"),
+        ({"store": "some"}, "expected auto, full, features, none"),
         ({"path": (2.0,)}, "expected different numbers above 0"),
         ({"geometry": "flat"}, "expected one of raw, function, adam"),
         ({"damping": "mean"}, "expected mean:X"),
@@ -180,7 +204,7 @@ def test_the_command_measures_and_leaves_nothing(made, influence):
 
 def test_retraining_is_told_where_the_recipe_is_known(tmp_path, model, monkeypatch):
     """The rows that it reads: those of the recipe beside the adapter."""
-    from influence.fitting import prepare
+    from influence.prepared import prepare
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -197,6 +221,7 @@ def test_retraining_is_told_where_the_recipe_is_known(tmp_path, model, monkeypat
         geometry="raw",
         store="auto",
         disk_budget=1e9,
+        row_bytes=100,
         seed=0,
     )
     assert estimating.rows_retrained(prepared) == 60

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -26,8 +25,16 @@ def plan_of(kind: str, **changes) -> FitPlan:
     return FitPlan.of(model, tokens, curvature, **options)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_passes_and_bytes_are_those_of_the_fit(tmp_path, monkeypatch, kind):
+BUDGETS = [
+    ("ekfac, features", {"disk_budget": 0}),  # the second look computes rows again
+    ("ekfac, features", {"row_bytes": 64}),  # not every coordinate is kept
+    ("kfac, some rows, features", {"row_bytes": 150}),  # two bits each
+    ("ekfac, some rows", {"disk_budget": 0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), [*((kind, {}) for kind in KINDS), *BUDGETS])
+def test_passes_and_bytes_are_those_of_the_fit(tmp_path, monkeypatch, kind, options):
     """Rows that run forward with a graph are counted, and files measured, whatever is stored."""
     ran, sizes = [0], {}
     forward, unlink = Tape.forward, AtPoint.file
@@ -44,12 +51,14 @@ def test_passes_and_bytes_are_those_of_the_fit(tmp_path, monkeypatch, kind):
 
     monkeypatch.setattr(Tape, "forward", counted)
     monkeypatch.setattr(AtPoint, "file", measured)
-    run = fit(tmp_path / "run", kind)
-    plan = plan_of(kind)
+    run = fit(tmp_path / "run", kind, **options)
+    plan = plan_of(kind, **options)
     points = len(run.points)
-    ratio = 8 * points if plan.shares_credit and not plan.stored else 0  # path_time.RATIO_ROWS
-    assert ran[0] == plan.passes * N_ROWS + ratio
-    assert plan.stored == run.gradients_stored
+    computed = plan.shares_credit and plan.store != "full"
+    ratio = 8 * points if computed else 0  # path_time.RATIO_ROWS
+    assert ran[0] == pytest.approx(plan.passes * N_ROWS + ratio)
+    assert (plan.store == "full") == run.gradients_stored
+    assert (plan.store == "features") == run.features_stored
     kept = sum(
         path.stat().st_size
         for path in run.directory.glob("*.h5")
@@ -78,6 +87,7 @@ def test_what_follows_the_pass_is_what_finish_did(tmp_path, kind, monkeypatch):
     run = fit(tmp_path / "run", kind)
     point = run.points[0]
     rows = N_ROWS * max(1, run.specification.draws)
+    assert plan_of(kind).sample == len(run.specification.sample(N_ROWS, run.manifest.seed))
     with run.model.at(point.place.theta):
         after = run.specification.begin(point).after_pass(rows)
     arrays = [key for key in stored(point) if not key.startswith(("geometry", "theta"))]
@@ -120,25 +130,41 @@ def test_work_is_counted_in_forwards_and_backwards():
     assert two.to_come == pytest.approx((2 * 5 / 3 + 4 / 3) / (5 / 3) - 1)
 
 
+def test_work_of_a_curvature_of_some_rows_and_of_features():
+    some = plan_of("ekfac, some rows")
+    share = 14 / N_ROWS
+    assert (some.runs_again, some.passes) == (True, pytest.approx(1 + 2 * share))
+    assert (some.first_work, some.again_work) == (pytest.approx(1 + share), pytest.approx(share))
+    assert some.passing_bytes == 0
+    features = plan_of("ekfac, features")
+    assert (features.passes, features.first_work, features.runs_again) == (2, 1, False)
+    assert features.work == pytest.approx(2 + 3 / 3)
+    both = plan_of("kfac, some rows, features")
+    assert both.passes == pytest.approx(1 + share)
+    assert both.to_come == pytest.approx((share + 1 + 3 / 3) / share - 1)
+
+
 def test_the_store_is_chosen_by_what_fits():
     space = ParamSpace.of([("x.lora_A", (2, 500_000)), ("x.lora_B", (1000, 2))])
     n, P = 1000, space.size
     full, features = (store_bytes(kind, n, P, 2) for kind in ("full", "features"))
     assert full == 4 * n * P
-    assert features == n * (131_072 + 8 + 4)
-    both: dict[str, Any] = {"offered": ("full", "features", "none")}
+    assert features == n * (131_072 + 8 + 9)
 
     def chosen(budget, points=1, rule="auto", **options):
         return chosen_store(rule, n, space, points, budget, **options)
 
     assert chosen(full) == "full"
-    assert chosen(2 * full - 1, points=2) == "none"
-    assert chosen(2 * full - 1, points=2, **both) == "features"
-    assert chosen(features - 1, **both) == "none"
-    assert chosen(full, itemsize=8, **both) == "features"
+    assert chosen(2 * full - 1, points=2, whitens=False) == "none"
+    assert chosen(2 * full - 1, points=2) == "features"
+    assert chosen(features - 1) == "none"
+    assert chosen(full, itemsize=8) == "features"
+    assert chosen(full - 1, row_bytes=1000) == "features"
     assert chosen(0, rule="always") == "full"
     assert chosen(1e15, rule="never") == "none"
-    assert store_bytes("features", 3, 101, 4) == 3 * (51 + 16 + 4)
+    assert store_bytes("features", 3, 101, 4) == 3 * (51 + 16 + 9)
+    assert store_bytes("features", 3, 1000, 4, row_bytes=300) == 3 * (250 + 16 + 9)
+    assert store_bytes("features", 3, 1000, 4, row_bytes=249) == 3 * (249 + 16 + 9)
     with pytest.raises(InputError, match="expected full, features or none"):
         store_bytes("some", 1, 1, 1)
 

@@ -61,7 +61,8 @@ def test_a_fit_interrupted_between_batches_and_resumed_equals_an_uninterrupted_o
         run = fit(directory, kind)
         works = kind != "identity" or KINDS[kind][1] == "always"
         assert interruptions >= (2 if works else 0)
-        same_files(tmp_path / "whole", directory, "factors.h5", "gradients.h5", "rows.h5")
+        names = ("factors", "gradients", "rows", "features")
+        same_files(tmp_path / "whole", directory, *(f"{name}.h5" for name in names))
         scores = run.score(queries, solver=solver_of(kind)).values
         assert np.array_equal(scores, expected)
         assert sorted(contents(directory)) == sorted(

@@ -131,22 +131,6 @@ def test_what_is_supervised_is_kept_in_the_run_and_only_where_it_is_not_the_last
         fit(tmp_path / "all")
 
 
-def test_wrong_arguments_leave_no_directory(tmp_path):
-    directory = tmp_path / "run"
-    for options, message in [
-        ({"path": (0.5, 1.5)}, "path 0.5,1.5 was given; expected different numbers above 0"),
-        ({"path": (0.5, 0.5)}, "path 0.5,0.5 was given"),
-        ({"geometry": "flat"}, "geometry 'flat' was given; expected one of raw, function, adam"),
-        ({"store": "maybe"}, "store 'maybe' was given; expected auto, full, features, none"),
-        ({"token_budget": 0}, "token budget 0 was given; expected at least 1"),
-        ({"damping": "mean:0"}, "lambda must be positive"),
-        ({"reduction": "row"}, "reduction 'row' was given"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            fit(directory, **options)
-    assert not directory.exists()
-
-
 def test_a_disk_that_is_too_small_is_told_before_the_pass(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     run = fit(tmp_path / "run")

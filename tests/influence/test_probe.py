@@ -11,7 +11,8 @@ import torch
 from influence import EKFAC, Fisher, probe
 from influence.batches import plan_batches
 from influence.fit_plan import FitPlan
-from influence.fitting import DISK_BUDGET, prepare
+from influence.manifest import ROW_BYTES
+from influence.prepared import DISK_BUDGET, prepare
 from influence.probe import BatchTime, Memory, OneBlock, features, measure, tried
 from tests.conftest import examples, tokens_of
 from tests.influence.toy_runs import BUDGET, N_ROWS, small_model
@@ -32,6 +33,7 @@ def prepared_fit(curvature=None, **changes):
         "token_budget": BUDGET,
         "store": "always",
         "disk_budget": DISK_BUDGET,
+        "row_bytes": ROW_BYTES,
         "seed": 0,
     }
     prepared = prepare(small_model(), examples(N_ROWS), **(options | changes))
@@ -102,8 +104,8 @@ def test_the_first_pass_is_as_long_as_its_tokens(tmp_path, monkeypatch):
     seconds = speeds.batch.seconds(prepared.tokens, batches)
     inputs = sum(len(rows) * (int(prepared.tokens.lengths[rows].max()) - 1) for rows in batches)
     assert seconds == pytest.approx(1e-3 * inputs, rel=0.1)
-    assert speeds.gradients == pytest.approx(1)
-    assert speeds.forward == pytest.approx(1)
+    for name in ("gradients", "forward", "drawn", "stores", "again", "leaves"):
+        assert getattr(speeds.ratios, name) == pytest.approx(1), name
     assert clock.tokens > 0
 
 
@@ -128,10 +130,15 @@ def test_the_adapter_is_where_it_was_and_every_speed_is_positive(tmp_path, curva
     before = prepared.model.snapshot()
     speeds = measure(prepared, plan, tmp_path)
     assert torch.equal(prepared.model.snapshot(), before)
-    positive = ("gradients", "forward", "finish", "row", "solve", "multiply", "invert")
-    for name in (*positive, "read", "write", "memory"):
+    positive = ("finish", "row", "solve", "multiply", "invert", "read", "write", "memory")
+    for name in positive:
         assert getattr(speeds, name) > 0, name
-    assert (speeds.again > 0) == plan.runs_again
+    for name in ("gradients", "forward", "leaves", "drawn"):
+        assert getattr(speeds.ratios, name) > 0, name
+    assert (speeds.ratios.again > 0) == plan.looks_again
+    assert (speeds.ratios.stores > 0) == (plan.store == "full")
+    few = speeds.features
+    assert (few.keep > 0, few.decode > 0, few.coordinates > 0) == (plan.whitens,) * 3
 
 
 def test_what_is_large_is_told_from_a_piece(tmp_path, monkeypatch):

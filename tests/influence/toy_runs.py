@@ -29,6 +29,10 @@ KINDS = {
     "ggn": (GGN(), "always"),
     "ggn, nothing stored": (GGN(), "never"),
     "identity": (Identity(), "always"),
+    "ekfac, features": (EKFAC(), "features"),
+    "ekfac, some rows": (EKFAC(rows=14), "full"),
+    "ekfac, some rows, nothing stored": (EKFAC(rows=14, samples=2), "none"),
+    "kfac, some rows, features": (KFAC(rows=14), "features"),
     "ekfac, two points": (EKFAC(), "always"),
     "fisher, two points": (Fisher(), "always"),
 }
