@@ -34,8 +34,8 @@ JITTER = {np.float64: 1e-12, np.float32: 1e-6}
 #: Copies of some rows' gradients that are counted beside them: what solving holds, and as much again
 #: left to K itself.
 COPIES = 5
-#: Rows of a matrix that are mirrored at a time.
-MIRRORED = 1_024
+#: Rows of a matrix that are mirrored at a time, and of the landmarks' columns that are solved for.
+MIRRORED, ROWS_AT_ONCE = 1_024, 4_096
 INDEFINITE = (
     "the similarities of the training rows are not finite or not positive: fit with --dtype float32 "
     "or float64, raise the damping, or use --credit additive"
@@ -120,7 +120,7 @@ class LandmarkKernel:
     @property
     def rest(self) -> np.ndarray:
         """What the landmarks do not say of each row's own entry, `[n]`, 0 or more."""
-        return np.maximum(self.diagonal - (self.root**2).sum(1), 0)
+        return np.maximum(self.diagonal - np.einsum("im,im->i", self.root, self.root), 0)
 
     def slope(self, weights: np.ndarray) -> float:
         """`v^T K v` for `v = sqrt(weights)`."""
@@ -129,12 +129,17 @@ class LandmarkKernel:
     def inverse(self, strength: float) -> LandmarkInverse:
         """`(I + s K)^-1` by Woodbury, `A^-1 - A^-1 U S U^T A^-1` with `A = I + s diag(rest)`."""
         scale = 1 / (1 + strength * self.rest)
-        inner = self.root.T @ (self.root * scale[:, None]) * strength
-        inner[np.diag_indices_from(inner)] += 1
+        parts = row_parts(len(self.root))
+        inner = np.eye(self.root.shape[1])
+        for part in parts:
+            inner += strength * self.root[part].T @ (self.root[part] * scale[part, None])
         lower = np.linalg.cholesky(inner)
         # half[i] = sqrt(s) A^-1 U L^-T: P = A^-1 - half half^T
-        half = sl.solve_triangular(lower, (self.root * scale[:, None]).T, lower=True).T
-        return LandmarkInverse(scale, half * np.sqrt(strength))
+        half = np.empty(self.root.shape)
+        for part in parts:
+            scaled = (self.root[part] * scale[part, None]).T
+            half[part] = np.sqrt(strength) * sl.solve_triangular(lower, scaled, lower=True).T
+        return LandmarkInverse(scale, half)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +152,7 @@ class LandmarkInverse:
     @property
     def diagonal(self) -> np.ndarray:
         """P's diagonal, `[n]`."""
-        return self.scale - (self.half**2).sum(1)
+        return self.scale - np.einsum("im,im->i", self.half, self.half)
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """`values @ P`."""
@@ -196,8 +201,14 @@ def row_kernel(
         lower = np.linalg.cholesky(small)
     except np.linalg.LinAlgError:
         raise NumericalError(INDEFINITE) from None
-    root = sl.solve_triangular(lower, between, lower=True).T
-    return LandmarkKernel(root, diagonal)
+    for part in row_parts(n):  # in its place: a second one would take as much memory
+        between[:, part] = sl.solve_triangular(lower, between[:, part], lower=True)
+    return LandmarkKernel(between.T, diagonal)
+
+
+def row_parts(n: int) -> list[slice]:
+    """Rows 0 ... n - 1, `ROWS_AT_ONCE` at a time."""
+    return [slice(start, start + ROWS_AT_ONCE) for start in range(0, n, ROWS_AT_ONCE)]
 
 
 def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
