@@ -407,7 +407,7 @@ def _write_csv(path: Path, effect: Effect) -> None:
 def add(app: typer.Typer) -> None:
     """Register the commands."""
     command(app, Top)(top)
-    command(app, Without)(without)
+    command(app, Without, shared=True)(without)
 
 
 def order(attributes: Mapping[str, Any]) -> str:

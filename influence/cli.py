@@ -145,7 +145,7 @@ class Fit(FitSettings, OutputOptions):
     run: Path = option("Directory to make.", also=["--run-dir"])
 
 
-@command(app, Fit)
+@command(app, Fit, shared=True)
 def fit(options: Fit) -> None:
     """Fit a curvature to an adapter on its training rows; a killed fit resumes, a finished one
     exits at once.
@@ -273,7 +273,7 @@ class Score(
     per_module: bool = option("Also split scores over the adapted layers.", default=False)
 
 
-@command(app, Score)
+@command(app, Score, shared=True)
 def score(options: Score) -> None:
     """Score every training row for every query: the predicted change of the query's loss if the row
     is removed.
@@ -321,9 +321,10 @@ def score(options: Score) -> None:
     explained, seen = int(tokens.counts.sum()), int(tokens.lengths.sum())
     not_converged = int((~scores.converged).sum())
     worst = float(scores.residuals.max())
-    kept = f"{len(scores.train_ids)} rows"
+    count = len(scores.train_ids)
+    kept = f"{count} rows"
     if options.top is not None:
-        kept = f"{options.top} of {kept} at either end"
+        kept = f"{min(options.top, count)} of {kept} at either end"
     text = (
         f"{out}: scores [{len(scores.query_ids)} queries, {kept}]; "
         f"{describe(scores.attributes)}; worst residual {worst:.1e}; {explained} of {seen} query "
@@ -331,7 +332,7 @@ def score(options: Score) -> None:
     )
     result = {
         "out": str(out),
-        "shape": [len(scores.query_ids), options.top or len(scores.train_ids)],
+        "shape": [len(scores.query_ids), min(options.top or count, count)],
         "explained_tokens": explained,
         "query_tokens": seen,
         "worst_residual": worst,
@@ -360,7 +361,7 @@ class Self(
     out: Path | None = option("HDF5 file. Default: added to scores.h5 in the run.", default=None)
 
 
-@command(app, Self, name="self")
+@command(app, Self, name="self", shared=True)
 def self_(options: Self) -> None:
     """Self-influence: the predicted rise of each training row's own loss if it is removed
     (memorised rows are high).

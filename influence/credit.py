@@ -48,8 +48,6 @@ from influence.setting import ADDITIVE, CREDITS, SHARED, Setting
 
 #: Share of the free memory that the rows' similarities may take.
 MEMORY_SHARE = 0.8
-#: With fewer landmarks than this credit is additive.
-LEAST_LANDMARKS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,11 +180,7 @@ def shared_credit(setting: Setting) -> Credit | str:
         return known
     run.kept.clear()  # one setting's at a time: these are large
     record = path_record(run).of([point.number or 0 for point in setting.points])
-    landmarks = LANDMARKS
-    if len(run.tokens) > EXACT_ROWS:
-        landmarks = landmarks_within(len(run.tokens), len(setting.points))
-        say(f"{landmarks} of {len(run.tokens)} rows stand for all in shared credit")
-    every = [row_kernel(p, operator, landmarks=landmarks) for p, operator in setting.each()]
+    every = [row_kernel(point, operator) for point, operator in setting.each()]
     slopes = [kernel.slope(run.weights) for kernel in every]
     path = path_time(record, slopes, [point.place.scale for point in setting.points])
     if path is None:
@@ -221,14 +215,11 @@ def refusal(setting: Setting) -> str | None:
                 f"the similarities of {n} rows at {points} points need {needed / 1e9:.1f} GB of "
                 f"memory and {free / 1e9:.1f} GB are free"
             )
-    elif landmarks_within(n, points) < LEAST_LANDMARKS:
-        return f"{LEAST_LANDMARKS} landmarks of {n} rows at {points} points do not fit into memory"
+    else:  # landmarks' columns of all points, and what is made of one of them meanwhile
+        needed = 8 * n * LANDMARKS * (points + 2)
+        if needed > MEMORY_SHARE * (free := free_memory()):
+            return (
+                f"{LANDMARKS} landmarks of {n} rows at {points} points need {needed / 1e9:.1f} GB of "
+                f"memory and {free / 1e9:.1f} GB are free"
+            )
     return None
-
-
-def landmarks_within(n: int, points: int) -> int:
-    """Landmarks that stand for n rows: `LANDMARKS`, or as many as fit into the free memory with
-    those of all points and what is made of one of them.
-    """
-    free = float(distributed.first(np.array([free_memory()]))[0])
-    return min(LANDMARKS, int(MEMORY_SHARE * free / (8 * n * (points + 2))))

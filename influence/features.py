@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 64 << 20
 #: Share of the free memory that the decoded features of queries or landmarks may take.
 MEMORY_SHARE = 0.3
+#: Bytes that the features of one batch may take before they are coded.
+BATCH_BYTES = 256 << 20
 NAME = "features"
 
 
@@ -73,6 +75,11 @@ class FeatureMap:
         seed = point.run.manifest.seed
         kept = KeptCoordinates.chosen(expected, row_bytes, seed, point.model.device)
         return cls(operator, point.geometry, kept)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a batch, so that what is kept of them takes at most `BATCH_BYTES`."""
+        return max(1, BATCH_BYTES // (8 * self.kept.size))
 
     def of_batch(
         self,
@@ -198,7 +205,8 @@ class StoredFeatures:
         point = self.point
         out = torch.empty(len(tokens), self.kept.size, dtype=self.dtype, device=point.model.device)
         with point.model.at(point.place.theta), tape(point.model) as recorder:
-            for rows in plan_batches(tokens, point.run.manifest.token_budget):
+            budget, most = point.run.manifest.token_budget, self.map.most_rows
+            for rows in plan_batches(tokens, budget, max_rows=most):
                 values, _ = self.map.of_batch(recorder, rows, tokens, measurement)
                 out[torch.from_numpy(rows)] = values.to(out)
         return out
@@ -237,7 +245,7 @@ def write_features(point: AtPoint) -> None:
     if done.all():
         return
     made = FeatureMap(operator, point.geometry, _kept_in(path, point))
-    plan = plan_batches(run.tokens, run.manifest.token_budget)
+    plan = plan_batches(run.tokens, run.manifest.token_budget, max_rows=made.most_rows)
     left = [rows for rows in plan if not done[rows].all()]
     there = [rows for rows in plan if done[rows].all()]
     left = distributed.share(left, padded_tokens(run.tokens, left))

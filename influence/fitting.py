@@ -179,10 +179,13 @@ def _measure_precision(run: Run) -> None:
 
     It is largest at the end of the path, where the rows are learnt best and the model is now.
     """
+    record, short = None, ""
     try:
         record = measure_precision(run.model, run.tokens, token_budget=run.manifest.token_budget)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        say(f"note: the error of 16-bit gradients could not be measured ({error})")
+        short = str(error) or type(error).__name__
+    if distributed.largest(float(bool(short))):  # all go on alike
+        say(f"note: the error of 16-bit gradients could not be measured ({short})")
         return
     if record is None:
         return
@@ -239,12 +242,12 @@ def _prepare_credit(run: Run) -> None:
 
 
 def _renew_features(run: Run) -> None:
-    """Make the features of a finished run anew where its damping has changed since."""
+    """Make the features of a finished run anew where its damping has changed since, or what a killed
+    call left of that.
+    """
     for point in run.points:
-        if point.features(point.operator()) is None:
-            say(f"the rows are kept anew for the damping {run.manifest.damping}")
-            with run.model.at(point.place.theta):
-                write_features(AtPoint(run, point.number, point.place))
+        with run.model.at(point.place.theta):
+            write_features(AtPoint(run, point.number, point.place))
 
 
 # ---- the points ---------------------------------------------------------------------------------
@@ -276,14 +279,14 @@ def fit_points(
     left = disk_budget - point_bytes * (len(places) - 1) if kind == FULL else disk_budget
     distributed.at_first(lambda: _refuse_small_disk(run, kind, wanted))
     for number, place in enumerate(places):
-        finished = distributed.at_first(lambda number=number: _finished(run, number, kind))
-        if finished:
+        fitted = distributed.at_first(lambda number=number: _fitted(run, number, kind))
+        if fitted and kind != FEATURES:
             continue
         if len(places) > 1:
             say(f"point {number + 1} of {len(places)}: {place.label}")
         with run.model.at(place.theta):
             point = AtPoint(run, number, place)
-            if not distributed.at_first(lambda number=number: _fitted(run, number, kind)):
+            if not fitted:
                 to_come = plan.to_come if number == 0 else 0.0
                 storage = Storage(kind == FULL, rule, left)
                 PointFit(point, curvature, storage, state, to_come=to_come).work()
@@ -318,14 +321,6 @@ def _fitted(run: Run, number: int, kind: str) -> bool:
                 pass
     complete = all(path.exists() for path in paths)
     return complete and (kind != FULL or bool(open_rows(paths[1], "done").all()))
-
-
-def _finished(run: Run, number: int, kind: str) -> bool:
-    """Whether nothing is left to do at a point."""
-    if not _fitted(run, number, kind):
-        return False
-    features = run_file(run.directory, NAME, number)
-    return kind != FEATURES or (features.exists() and bool(open_rows(features, "done").all()))
 
 
 def _refuse_small_disk(run: Run, kind: str, needed: int) -> None:

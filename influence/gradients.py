@@ -149,6 +149,7 @@ class Tape:
         self._slots_of: dict[int, Tensor] = {}
         self.counts: list[int] = []
         self.uses: dict[int, int] = {}  # how often each leaf ran in the last forward
+        self.counting = False
 
     def forward(self, batch: Batch) -> Supervised:
         """Supervised logits of a batch, with the taps in the graph."""
@@ -160,12 +161,14 @@ class Tape:
         self._slots_of = {}
         self.counts = batch.supervised[:, 1:].sum(1).tolist()
         self.uses.clear()
+        self.counting = True
         with torch.enable_grad(), self.own_batch():
             part = None if self.apart else supervised_logits(self.model, batch)
         self._prove_order()
         with torch.enable_grad(), self.own_batch():
             if self.apart or part is None:  # a tap may just have found that they must
                 part = self._one_by_one(batch)
+        self.counting = False
         if not all_finite(part.logits):
             raise NumericalError(
                 "the model gives NaN or infinite logits on the training or query rows; load it "
@@ -217,7 +220,8 @@ class Tape:
         """Note whether a leaf's input `x` tells whose its tokens are."""
         if not self.runs:
             return
-        self.uses[leaf] = self.uses.get(leaf, 0) + 1
+        if self.counting:  # not where a layer is recomputed in the backward
+            self.uses[leaf] = self.uses.get(leaf, 0) + 1
         b, T = self.valid.shape
         shapes = [(b, T), (1, sum(self.counts))] if x.dim() == 3 else [(b * T,)]
         known = x.shape[:-1] in shapes or leaf in self.slots

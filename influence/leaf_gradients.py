@@ -38,7 +38,12 @@ class LeafGradients:
         else:
             self.take(leaf, gradients)
 
+    @property
+    def waiting(self) -> list[int]:
+        """Leaves of which a use is still to come."""
+        return sorted(self._sums)
+
     def finish(self) -> None:
         """Hand over leaves of which the backward did not reach every use."""
-        for leaf in sorted(self._sums):
+        for leaf in self.waiting:
             self.take(leaf, self._sums.pop(leaf))

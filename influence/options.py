@@ -11,6 +11,7 @@ and `read` translate for a field that takes more there than can be typed.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_type_hi
 
 import typer
 from typer.core import TyperCommand
+
+from influence.errors import InputError
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     from influence.damping import Damping
@@ -116,9 +119,12 @@ class Command(TyperCommand):
 
 
 def command(
-    app: typer.Typer, options: type[T], *, name: str | None = None
+    app: typer.Typer, options: type[T], *, name: str | None = None, shared: bool = False
 ) -> Callable[[Callable[[T], None]], Callable[[T], None]]:
-    """Register a function of `options` as a command of `app`, its docstring the help."""
+    """Register a function of `options` as a command of `app`, its docstring the help.
+
+    `shared`: processes that torchrun started do its work together; any other one runs alone.
+    """
     declared = options_of(options)
     special = {
         "options": options,
@@ -129,6 +135,11 @@ def command(
 
     def register(function: Callable[[T], None]) -> Callable[[T], None]:
         def call(**typed: Any) -> None:
+            if not shared and (several := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+                raise InputError(
+                    f"torchrun started {several} processes, and this command is one process's work: "
+                    "call it without torchrun"
+                )
             given = {key: value for key, value in typed.items() if value is not None}
             function(options(**{key: declared[key].read(value) for key, value in given.items()}))
 

@@ -137,6 +137,11 @@ def _own_files(directory: Path) -> list[Path]:
 def tidy(directory: Path, manifest: Manifest, curvature: Specification) -> None:
     """Remove what only an unfinished fit needs (also where it was killed before it could)."""
     (directory / CHECKPOINT).unlink(missing_ok=True)
-    if curvature.reads_rows != ALWAYS:
+    kept = {
+        "rows": curvature.reads_rows == ALWAYS,
+        "gradients": manifest.gradients_stored,
+        "features": manifest.features_stored,
+    }
+    for name in (name for name, wanted in kept.items() if not wanted):
         for number in range(len(manifest.points)):
-            run_file(directory, "rows", number).unlink(missing_ok=True)
+            run_file(directory, name, number).unlink(missing_ok=True)

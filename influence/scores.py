@@ -290,7 +290,8 @@ def _score(
 
     def begin() -> tuple[int, np.ndarray]:
         _refuse_large_detail(setting, len(asked), len(modules), per_token, target is not None)
-        apart = credit is not None or len(points) > 1 or setting.factors[0] != 1
+        one = credit is None and len(points) == 1 and setting.factors[0] == 1
+        apart = not one or rerank is not None
         chunks, ids = -(-len(asked) // at_once), asked.ids
         work = ScoresInTheMaking.begin(
             target, setting, ids, chunks, modules, attributes, apart=apart
@@ -348,7 +349,8 @@ def _score(
     if rerank is not None:
         again = distributed.at_first(lambda: first_rows(begun[0].parts, combine, rerank))
         exact = exact_parts(setting, asked, again)
-        for work in begun:
+        for work in begun:  # in memory: a killed call finds the parts as they were
+            work.parts = np.array(work.parts)
             work.parts[:, :, again] = exact
 
     def end() -> Scores:
@@ -557,6 +559,11 @@ def _additive_self_influence(
     for solver, factor, (point, operator) in zip(
         solvers, setting.factors, setting.each(), strict=True
     ):
+        if (stored := point.features(operator)) is not None:
+            own = stored.squares * run.weights / run.tokens.counts
+            first, end = distributed.span(len(own))
+            values[first:end] += factor * own[first:end]
+            continue
         for indices, gradients in point.gradient_blocks(shared=True):
             parts = np.array_split(indices, range(256, len(indices), 256))
             for part, rows in zip(gradients.split(256), parts, strict=True):

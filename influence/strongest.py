@@ -7,7 +7,9 @@ numbers instead of Q n, in memory and on disk.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from influence.measurements import Contrast
 from influence.memory import free_memory
 from influence.rows import Examples, canonical_json
 from influence.run import Run
-from influence.scorefile import Entry, Scores, position_of
+from influence.scorefile import Entry, Scores, different_attributes, position_of
 from influence.scores import score
 from influence.store import only_writer, open_file, read, read_strings, write_file
 
@@ -145,43 +147,54 @@ def strongest(
             "other"
         )
     n, target = len(run.train), None if out is None else Path(out)
-    count = min(count, n)
-    request = {
-        "top": count,
-        "asked": _in_words(options),
-        "run_digest": run.digest,
-        "query_digest": queries.digest,
-    }
-    kept = distributed.at_first(lambda: _existing(target, request, overwrite))
-    if kept is not None:
-        return kept
-    free = float(distributed.first(np.array([free_memory()]))[0])
-    step = max(1, int(MEMORY_SHARE * free / (4 * n * (len(run.points) + 4))))
-    parts = []
-    for start in range(0, len(queries), step):
-        some = slice(start, start + step)
-        measurement = options.get("measurement", "loss")
-        if isinstance(measurement, Contrast):  # of the same queries
-            measurement = replace(measurement, against=measurement.against[some])
-        scores = score(run, queries[some], **{**options, "measurement": measurement})
-        parts.append(Strongest.of(scores, count))
-    found = _joined(parts, queries, request)
-    if target is not None:
-        distributed.at_first(lambda: _write(target, found))
+    count, slices = min(count, n), _slices(run, len(queries))
+    with nullcontext() if target is None else distributed.held_by_first(only_writer(target)):
+
+        def scored(some: slice) -> Strongest:
+            return Strongest.of(score(run, queries[some], **_of_slice(options, some)), count)
+
+        parts = [scored(slices[0])]  # its attributes tell what is asked
+        asked = _attributes(parts[0], queries, count, options)
+        kept = distributed.at_first(partial(_existing, target, asked, overwrite))
+        if kept is not None:
+            return kept
+        parts += [scored(some) for some in slices[1:]]
+        found = _joined(parts, queries, asked)
+        if target is not None:
+            distributed.at_first(partial(_write, target, found))
     return found
 
 
-def _in_words(options: dict[str, Any]) -> str:
-    """What was asked beside the queries, so that a file is told from another one."""
-    words = []
-    for name, value in sorted(options.items()):
-        if isinstance(value, Contrast):
-            value = f"contrast {value.against.digest}"
-        words.append(f"{name}={value if isinstance(value, str | int | float) else type(value)}")
-    return ", ".join(words)
+def _slices(run: Run, queries: int) -> list[slice]:
+    """The queries in slices whose scores take a share of the free memory."""
+    free = float(distributed.first(np.array([free_memory()]))[0])
+    each = 4 * len(run.train) * (len(run.points) + 4)
+    step = max(1, int(MEMORY_SHARE * free / each))
+    return [slice(start, start + step) for start in range(0, queries, step)]
 
 
-def _existing(target: Path | None, request: dict[str, Any], overwrite: bool) -> Strongest | None:
+def _of_slice(options: dict[str, Any], some: slice) -> dict[str, Any]:
+    """The options for some of the queries: a contrast is of the same ones."""
+    measurement = options.get("measurement", "loss")
+    if isinstance(measurement, Contrast):
+        measurement = replace(measurement, against=measurement.against[some])
+    return {**options, "measurement": measurement}
+
+
+def _attributes(
+    first: Strongest, queries: Examples, count: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What the file says: what the first slice says, of all queries."""
+    found = {**first.attributes, "query_digest": queries.digest, "top": count}
+    found["queries"] = queries.source or ""
+    if queries.columns:
+        found["query_columns"] = canonical_json(queries.columns)
+    if isinstance(contrast := options.get("measurement"), Contrast):
+        found["contrast_digest"] = contrast.against.digest
+    return found
+
+
+def _existing(target: Path | None, asked: dict[str, Any], overwrite: bool) -> Strongest | None:
     """What a file holds of the very same request.
 
     None where there is none; anything else is refused.
@@ -189,24 +202,19 @@ def _existing(target: Path | None, request: dict[str, Any], overwrite: bool) -> 
     if target is None or overwrite or not target.exists():
         return None
     with open_file(target) as file:
-        different = [key for key, value in request.items() if file.attrs.get(key) != value]
+        different = different_attributes(file.attrs, asked)
     if different:
         raise MismatchError(
-            f"{target} holds something else (another {', another '.join(different)}): give another "
-            "--out, or --overwrite to replace it"
+            f"{target} holds something else ({'; '.join(different)}): give another --out, or "
+            "--overwrite to replace it"
         )
     return Strongest.load(target)
 
 
-def _joined(parts: Sequence[Strongest], queries: Examples, request: dict[str, Any]) -> Strongest:
+def _joined(parts: Sequence[Strongest], queries: Examples, attributes: dict[str, Any]) -> Strongest:
     """The slices one after the other."""
-    attributes = {
-        **parts[0].attributes,
-        **request,
-        "residuals": max(float(np.asarray(part.attributes["residuals"])) for part in parts),
-        "queries": queries.source or "",
-        **({"query_columns": canonical_json(queries.columns)} if queries.columns else {}),
-    }
+    worst = max(float(np.asarray(part.attributes["residuals"])) for part in parts)
+    attributes = {**attributes, "residuals": worst}
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in NAMES
     }
@@ -220,10 +228,9 @@ def _joined(parts: Sequence[Strongest], queries: Examples, request: dict[str, An
 
 def _write(target: Path, found: Strongest) -> None:
     """Write the file."""
-    with only_writer(target):
-        write_file(
-            target,
-            {name: np.asarray(getattr(found, name)) for name in NAMES},
-            attrs=found.attributes,
-            strings={"query_ids": found.query_ids, "train_ids": found.train_ids},
-        )
+    write_file(
+        target,
+        {name: np.asarray(getattr(found, name)) for name in NAMES},
+        attrs=found.attributes,
+        strings={"query_ids": found.query_ids, "train_ids": found.train_ids},
+    )

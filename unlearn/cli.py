@@ -377,7 +377,7 @@ class Train(
     )
 
 
-@command(app, Train)
+@command(app, Train, shared=True)
 def train(options: Train) -> None:
     """Unlearn training rows by gradient steps: ascent, NPO, NGDiff and others (unlearn methods
     lists them).

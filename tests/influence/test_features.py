@@ -9,9 +9,10 @@ import torch
 import influence
 from influence import features
 from influence.errors import InputError
+from influence.measurements import MeanLoss
 from influence.store import open_rows
 from tests.conftest import build_model, examples, teach
-from tests.influence.toy_runs import Interruption
+from tests.influence.toy_runs import Interruption, interrupt_after
 
 N = 14
 PATH = (0.4, 0.8)
@@ -78,9 +79,10 @@ def test_everything_is_answered_without_a_training_row(runs, monkeypatch, credit
     own = whole.self_influence(credit=credit).values
     ids = whole.train.ids[2:4]
     effect = whole.without(ids, queries)
-    run.self_influence(credit=credit)  # the size of additive scores is measured once
-    if credit == "shared":
-        no_rows(monkeypatch)
+    if credit == "additive":
+        run.score(queries[:1], credit=credit)  # the size of additive scores is measured once
+        whole.score(queries[:1], credit=credit)
+    no_rows(monkeypatch)
     found = run.score(queries, credit=credit, per_module=True)
     alike(found.values, exact.values)
     alike(found.modules, exact.modules)
@@ -111,11 +113,16 @@ def test_another_damping_passes_over_the_rows_and_is_exact(runs):
     assert "store" not in found.attributes
 
 
-def squares_of(point) -> np.ndarray:
-    """The stored squares of a point's rows."""
+def stored_of(point) -> features.StoredFeatures:
+    """The features of a point's rows."""
     stored = point.features(point.operator())
     assert stored is not None
-    return stored.squares
+    return stored
+
+
+def squares_of(point) -> np.ndarray:
+    """The stored squares of a point's rows."""
+    return stored_of(point).squares
 
 
 def test_a_new_damping_keeps_the_rows_anew(taught, tmp_path):
@@ -136,17 +143,9 @@ def test_a_new_damping_keeps_the_rows_anew(taught, tmp_path):
 def test_a_killed_pass_goes_on(taught, tmp_path, monkeypatch):
     options = {"path": (0.5,), "store": "features", "token_budget": 20}
     whole = influence.fit(taught, examples(N), directory=tmp_path / "whole", **options)
-    real, left = features.collate, 3
-
-    def collate(*arguments, **keywords):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Interruption
-        return real(*arguments, **keywords)
-
+    real = features.collate
     with monkeypatch.context() as patch:
-        patch.setattr(features, "collate", collate)
+        cut_short(patch, 3)
         with pytest.raises(Interruption):
             influence.fit(taught, examples(N), directory=tmp_path / "run", **options)
     path = tmp_path / "run" / "features.h5"
@@ -166,11 +165,69 @@ class Counted:
     """A `collate` that notes the rows it was given."""
 
     def __init__(self, real) -> None:
-        self.real, self.rows = real, []
+        self.real, self.rows, self.sizes = real, [], []
 
     def __call__(self, tokens, rows, **keywords):
         self.rows += rows.tolist()
+        self.sizes.append(len(rows))
         return self.real(tokens, rows, **keywords)
+
+
+def cut_short(monkeypatch, after: int):
+    """Let the pass over rows to features end after so many batches."""
+    real, left = features.collate, [after]
+
+    def collate(*arguments, **keywords):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interruption
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(features, "collate", collate)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_new_damping_that_was_killed_on_the_way_goes_on(taught, tmp_path, monkeypatch, finished):
+    """Features of a point are of one damping, whenever the call before was killed."""
+    options = {"directory": tmp_path / "run", "path": PATH, "store": "features", "token_budget": 20}
+    data = examples(N)
+    if finished:
+        influence.fit(taught, data, **options)
+    with monkeypatch.context() as patch:
+        cut_short(patch, 3 if finished else 9)  # in the first point, or in the second
+        with pytest.raises(Interruption):
+            influence.fit(taught, data, damping="mean:1" if finished else "mean:0.1", **options)
+    run = influence.fit(taught, data, damping="mean:1", **options)
+    whole = influence.fit(
+        taught, data, damping="mean:1", **{**options, "directory": tmp_path / "x"}
+    )
+    for point, other in zip(run.points, whole.points, strict=True):
+        np.testing.assert_array_equal(squares_of(point), squares_of(other))
+    assert run.score(examples(2, seed=9)).attributes["store"].startswith("features of")
+
+
+def test_what_was_stored_otherwise_before_a_kill_is_removed(taught, tmp_path, monkeypatch):
+    """A fit that kept whole gradients, killed, and gone on with less disk."""
+    size = N * taught.space.size * 8 * 2
+    options = {"directory": tmp_path, "path": PATH, "token_budget": 20}
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9)
+        with pytest.raises(Interruption):
+            influence.fit(taught, examples(N), disk_budget=size, **options)
+    assert (tmp_path / "gradients.h5").exists()
+    run = influence.fit(taught, examples(N), disk_budget=size - 1, **options)
+    assert run.features_stored
+    assert not list(tmp_path.glob("gradients*"))
+
+
+def test_a_batch_holds_no_more_than_is_said(taught, tmp_path, monkeypatch):
+    run = influence.fit(taught, examples(N), directory=tmp_path, path=(0.5,), store="features")
+    stored = stored_of(run.points[0])
+    monkeypatch.setattr(features, "BATCH_BYTES", 2 * 8 * stored.kept.size)
+    assert stored.map.most_rows == 2
+    monkeypatch.setattr(features, "collate", counted := Counted(features.collate))
+    stored.of_measurement(run.query_tokens(examples(5, seed=9)), MeanLoss())
+    assert max(counted.sizes) == 2
 
 
 def test_auto_takes_the_first_that_fits(taught, tmp_path):

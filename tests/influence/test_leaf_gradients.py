@@ -52,5 +52,20 @@ def test_leaves_handed_over_once_are_the_rows_gradients(change):
         ((_, gradient, _),) = stream_gradients(model, tokens, batches=[np.array([row])])
         expected[row] = gradient[0]
     found, taken = by_leaf(model, tokens, np.arange(5))
+    assert taken != sorted(taken)  # while the backward goes on, not all of them at its end
     assert sorted(taken) == list(range(len(model.space.leaves)))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_second_backward_of_recomputed_layers_waits_for_nothing():
+    """Layers that are run again in a first backward are no further uses for a second one."""
+    model = build_model("llama")
+    model.model.get_base_model().gradient_checkpointing_enable()
+    tokens = tokenize(examples(3), model.tokenizer)
+    with tape(model) as recorder:
+        part = recorder.forward(collate(tokens, np.arange(3), pad_id=model.pad_id))
+        _, gradient = output_gradient(part, None)
+        for last in (False, True):
+            sink = LeafGradients(recorder, lambda leaf, gradients: None)
+            recorder.backward(part.logits, gradient, sink, last=last)
+            assert not sink.waiting

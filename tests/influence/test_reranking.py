@@ -13,6 +13,7 @@ from influence.reranking import exact_parts, first_rows
 from influence.scores import raw_parts
 from influence.setting import Setting
 from tests.conftest import build_model, examples, teach
+from tests.influence.toy_runs import Interruption
 
 N = 12
 
@@ -71,3 +72,22 @@ def test_a_rerank_that_cannot_be_is_told(runs, capsys):
     found = runs["full"].score(examples(1, seed=9), rerank=2)
     assert "rerank" not in found.attributes
     assert "rerank changes nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("credit", ["additive", "shared"])
+def test_a_call_killed_after_the_rows_were_computed_again_gives_the_same(
+    runs, credit, tmp_path, monkeypatch
+):
+    queries, run = examples(3, seed=9), runs["features"]
+    whole = run.score(queries, credit=credit, rerank=2)
+    out = tmp_path / "scores.h5"
+
+    def killed(*_: object) -> None:
+        raise Interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr("influence.scorefile.ScoresInTheMaking.seal", killed)
+        with pytest.raises(Interruption):
+            run.score(queries, credit=credit, rerank=2, out=out)
+    found = run.score(queries, credit=credit, rerank=2, out=out)
+    np.testing.assert_array_equal(found.values, whole.values)

@@ -7,8 +7,9 @@ import pytest
 
 import influence
 from influence import strongest as module
+from influence.damping import Damping
 from influence.errors import InputError, MismatchError
-from influence.measurements import Contrast
+from influence.measurements import Contrast, TokenLoss
 from influence.strongest import Strongest, strongest
 from tests.conftest import build_model, examples, teach
 from tests.helpers import untouched
@@ -67,12 +68,29 @@ def test_the_file_is_read_again_and_nothing_else_is_overwritten(run, tmp_path):
             strongest(run, queries(), 2, out=path)
         with pytest.raises(MismatchError, match="another query_digest"):
             strongest(run, queries(4), K, out=path)
-        with pytest.raises(MismatchError, match="another asked"):
+        with pytest.raises(MismatchError, match=r"damping mean:0\.1 there, mean:1 now"):
             strongest(run, queries(), K, out=path, damping="mean:1")
     for found in (again, read):
         assert found.top(1, K) == first.top(1, K)
         np.testing.assert_array_equal(found.lowest_scores, first.lowest_scores)
     assert strongest(run, queries(), 2, out=path, overwrite=True).highest.shape == (5, 2)
+
+
+def test_objects_and_a_new_damping_of_the_run_are_told_apart(run, tmp_path):
+    """Requests are compared by what scores are made with, not by the words of the options."""
+    path = tmp_path / "strongest.h5"
+    strongest(run, queries(), K, out=path, measurement=TokenLoss(0))
+    with pytest.raises(MismatchError, match="measurement"):
+        strongest(run, queries(), K, out=path, measurement=TokenLoss(-1))
+    strongest(run, queries(), K, out=path, overwrite=True, damping=Damping("mean", 0.1))
+    with pytest.raises(MismatchError, match=r"damping mean:0\.1 there, mean:10 now"):
+        strongest(run, queries(), K, out=path, damping=Damping("mean", 10.0))
+    strongest(run, queries(), K, out=path, overwrite=True)
+    options = {"path": (0.5,), "damping": "mean:10"}
+    again = influence.fit(run.model, examples(N), directory=run.directory, **options)
+    with pytest.raises(MismatchError, match=r"damping mean:0\.1 there"):
+        strongest(again, queries(), K, out=path)
+    influence.fit(run.model, examples(N), directory=run.directory, path=(0.5,))
 
 
 def test_what_cannot_be_is_refused(run):
