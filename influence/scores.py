@@ -391,9 +391,7 @@ def _solved(
 def _solved_here(
     solver: Solver, operator: Damped, asked: Asked, point: AtPoint, rows: np.ndarray
 ) -> Solution:
-    """The same in this process. Of a closed inverse a few at a time, so that no copies of all
-    queries are held beside the answers.
-    """
+    """The same in this process; by a closed inverse a few at a time, without copies of all."""
     parts = memory_chunks(point.run, len(rows)) if isinstance(solver, Direct) else []
     if len(parts) < 2:
         return solver.solve(operator, asked.gradients(point, rows))

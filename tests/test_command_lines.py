@@ -48,7 +48,6 @@ SAME_WORDS = {
 NEARLY_SAME_WORDS = {
     "-k": "rows, or settings",
     "--ids": "all rows are forecast where none are named",
-    "--out": "scores are written to a file, or added to one",
 }
 #: Share of the words of two texts that they have in common, above which they say the same.
 NEAR = 0.6
@@ -80,7 +79,7 @@ def alike(text: str, other: str) -> float:
 
 
 def test_there_is_something_to_look_at():
-    assert len(COMMANDS) == 24
+    assert len(COMMANDS) == 25
     assert len(DECLARED) > 80
 
 
@@ -138,10 +137,12 @@ def test_a_default_is_said_by_the_field():
         for each in table.values()
         if re.search(r"Default:? [\d.]+\.$", each.help)
     ]
-    # None tells that these, which go with --subsets or --run only, were not given
+    # None tells that these, which go with --subsets or --run only, or not with --measure, were not
+    # given
     assert sorted(text.split(":")[0] for text in said) == [
-        *("--fraction", "--subset-seed", "--subset-seed", "--subsets"),
+        *("--fraction", "--screen", "--subset-seed", "--subset-seed", "--subsets"),
     ]
+    assert f"Default: {unlearn.difficulty.screening.SCREEN}." in "".join(said)
     halves = inspect.signature(unlearn.random_halves).parameters
     assert (halves["fraction"].default, halves["seed"].default) == (SUBSET_FRACTION, SUBSET_SEED)
     truth = inspect.signature(analysis.truth.retrained_truth).parameters
@@ -192,6 +193,7 @@ def test_the_keywords_are_the_options(options, function, others):
 
 #: Options whose defaults a function does not share, and why.
 DIFFERENT = {
+    "predict": {"screen": "None tells that it was not given, beside --measure"},
     "fit": {
         "curvature": "a name stands for an object",
         "disk_budget": "gigabytes are typed, bytes are given",

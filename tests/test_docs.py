@@ -413,7 +413,7 @@ def test_every_key_is_documented(made):
     manifest = json.loads((made / "run" / "manifest.json").read_text())
     assert first_cells(section(page, "### `manifest.json`")) == {
         *manifest,
-        *("tuned", "loading", "compute", "precision"),
+        *("tuned", "loading", "compute", "precision", "features_stored", "row_bytes"),
     }
     line = json.loads((made / "run" / "audit.jsonl").read_text().splitlines()[0])
     assert first_cells(section(page, "### `audit.jsonl`")) == set(line)

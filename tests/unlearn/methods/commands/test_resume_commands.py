@@ -149,7 +149,7 @@ def test_a_killed_command_goes_on_bit_for_bit(run, tmp_path, how):
     assert first == second
 
 
-@pytest.mark.parametrize("place", ["help", "methods.md", "choosing.md"])
+@pytest.mark.parametrize("place", ["help", "methods.md"])
 def test_the_torchrun_command_that_is_told_can_be_called(run_main, place, capfd):
     """torchrun's own parser, on the line as it stands, with options that every training has."""
     from torch.distributed.run import parse_args
