@@ -423,9 +423,12 @@ def describe(attributes: Mapping[str, Any]) -> str:
     credit = attributes.get("credit", "additive")
     if credit == "shared" and calibration == "none":
         size = "from the losses along the path"
+    rows = ", rows in few bytes" if "store" in attributes else ""
+    if "rerank" in attributes:
+        rows += f" and the first {attributes['rerank']} of either end by whole gradients"
     return (
         f"{attributes['geometry']} {attributes['curvature']}, damping {attributes['damping']}, "
-        f"points {labels}, credit {credit}, size {size}"
+        f"points {labels}, credit {credit}, size {size}{rows}"
     )
 
 

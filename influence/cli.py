@@ -166,9 +166,11 @@ def fit(options: Fit) -> None:
     labels = ", ".join(point.label for point in manifest.points)
     stored = "stored" if run.gradients_stored else "not stored (scores will pass over the rows)"
     if run.features_stored:
-        stored = "stored in few bytes"
+        stored = f"stored in few bytes (at most {manifest.row_bytes:,} a row and point)"
+    drawn = manifest.curvature.get("rows")
+    name = options.curvature if drawn is None else f"{options.curvature} of {drawn} drawn rows,"
     text = (
-        f"{options.run}: {options.curvature} on {manifest.data.rows} rows "
+        f"{options.run}: {name} on {manifest.data.rows} rows "
         f"({manifest.data.supervised_tokens} supervised tokens, reduction "
         f"{manifest.objective.reduction}), "
         f"{manifest.adapter.parameters} LoRA parameters, damping {manifest.damping}; "

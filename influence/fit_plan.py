@@ -322,10 +322,10 @@ class FitPlan:
         """The plan in one line."""
         passes = f"{self.passes:.3g} pass" + ("es" if self.passes != 1 else "")
         where = f" at {self.points} points" if self.points > 1 else ""
-        disk = self.kept_bytes + self.passing_bytes
+        passing = f", {size(self.passing_bytes)} more meanwhile" if self.passing_bytes else ""
         return (
             f"{passes}{where} over {self.rows:,} rows ({self.tokens:,} tokens), "
-            f"{size(disk)} of disk for what is kept of the rows"
+            f"{size(self.kept_bytes)} of disk for what is kept of the rows{passing}"
         )
 
 

@@ -191,6 +191,8 @@ def different_attributes(stored: Mapping[str, Any], attributes: dict[str, Any]) 
     different += [key for key in OFF_DEFAULT if key in stored and key not in attributes]
 
     def sentence(key: str) -> str:
+        if key == "query_digest":
+            return "of other queries"
         value = attributes.get(key, "the default")
         if isinstance(value, str) and len(value) < 40 and key in stored:
             return f"{key} {stored[key]!s} there, {value} now"

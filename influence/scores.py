@@ -230,8 +230,8 @@ def score(
     if rerank is not None:
         if rerank < 1 or per_module:
             raise InputError(
-                f"rerank {rerank} was given{' with per_module' * per_module}; expected at least 1, "
-                "of scores that are not split by module"
+                f"rerank {rerank} was given{' with per_module' * per_module}; expected at least 1"
+                f"{', of scores that are not split by module' * per_module}"
             )
         if stored is None:
             say("note: rerank changes nothing: these scores are of whole gradients")
@@ -309,7 +309,8 @@ def _score(
         )
         say(f"{len(asked)} queries do not fit in memory at once: {passes} passes over {what}")
     elif stored is None and not run.gradients_stored:
-        say(f"score: {passes} pass{'es' * (passes > 1)} over {len(run.train):,} training rows")
+        why = f": rows in few bytes answer for {run.manifest.damping}" * run.features_stored
+        say(f"score: {passes} pass{'es' * (passes > 1)} over {len(run.train):,} training rows{why}")
     message, tokenwise = "", Tokenwise.empty(run, len(asked)) if per_token else None
     for chunk, rows in enumerate(np.array_split(np.arange(len(asked)), chunks)):
         for number, (point, operator) in enumerate(setting.each()):

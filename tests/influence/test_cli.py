@@ -107,7 +107,7 @@ def test_scores_of_other_queries_are_replaced_with_overwrite_only(influence, at)
         result = influence("score", "--run", at / "run", "--queries", other)
     assert result.status == 2
     assert (
-        "holds other scores (another query_digest): give another --out, or --overwrite"
+        "holds other scores (of other queries): give another --out, or --overwrite"
         in result.err
     )
     assert influence("score", "--run", at / "run", "--queries", other, "--overwrite").status == 0

@@ -265,7 +265,7 @@ def test_scores_of_another_run_or_request_are_not_replaced(tmp_path):
         ]:
             with pytest.raises(MismatchError, match=rf"holds other scores \({named}\)"):
                 theirs.score(queries, out=out, **options)
-        with pytest.raises(MismatchError, match=r"holds other scores \(another query_digest\)"):
+        with pytest.raises(MismatchError, match=r"holds other scores \(of other queries\)"):
             theirs.score(examples(2, seed=8), out=out)
         with pytest.raises(
             MismatchError,

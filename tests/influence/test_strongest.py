@@ -66,7 +66,7 @@ def test_the_file_is_read_again_and_nothing_else_is_overwritten(run, tmp_path):
         read = Strongest.load(path)
         with pytest.raises(MismatchError, match="another top"):
             strongest(run, queries(), 2, out=path)
-        with pytest.raises(MismatchError, match="another query_digest"):
+        with pytest.raises(MismatchError, match="of other queries"):
             strongest(run, queries(4), K, out=path)
         with pytest.raises(MismatchError, match=r"damping mean:0\.1 there, mean:1 now"):
             strongest(run, queries(), K, out=path, damping="mean:1")
