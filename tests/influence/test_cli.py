@@ -106,10 +106,7 @@ def test_scores_of_other_queries_are_replaced_with_overwrite_only(influence, at)
     with untouched(at):
         result = influence("score", "--run", at / "run", "--queries", other)
     assert result.status == 2
-    assert (
-        "holds other scores (of other queries): give another --out, or --overwrite"
-        in result.err
-    )
+    assert "holds other scores (of other queries): give another --out, or --overwrite" in result.err
     assert influence("score", "--run", at / "run", "--queries", other, "--overwrite").status == 0
     with h5py.File(at / "run" / "scores.h5") as file:
         assert file["scores"].shape == (2, 20)

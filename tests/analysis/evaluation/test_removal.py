@@ -232,9 +232,7 @@ def test_losses_of_another_request_are_not_gone_on_with(run, asked, monkeypatch)
             analysis.removal(run, QUERIES, **asked)
     with pytest.raises(MismatchError, match=r"r.losses.npz holds other subsets: .*lr is 0.02, now"):
         analysis.removal(run, QUERIES, **asked | {"recipe": replace(RECIPE, lr=0.01)})
-    with pytest.raises(
-        MismatchError, match=r"r.scores.h5 holds other scores .of other queries"
-    ):
+    with pytest.raises(MismatchError, match=r"r.scores.h5 holds other scores .of other queries"):
         analysis.removal(run, QUERIES[::-1], **asked | {"scores": []})
 
 
