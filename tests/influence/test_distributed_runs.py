@@ -338,3 +338,19 @@ def test_landmarks_stand_for_the_rows_of_several_processes(tmp_path, monkeypatch
             np.testing.assert_allclose(other, one, rtol=0, atol=1e-8 * np.abs(one).max())
 
     assert statuses(work, tmp_path, 3) == [0] * 3
+
+
+def test_many_rows_share_credit_in_several_processes(tmp_path, monkeypatch):
+    """Whether landmarks fit is the first process's to say, and nothing is exchanged meanwhile."""
+    run, queries = fit(tmp_path / "run"), examples(3, seed=9)
+    few = functools.partial(kernel_module.row_kernel, exact_rows=10, landmarks=7)
+    monkeypatch.setattr("influence.credit.EXACT_ROWS", 10)
+    monkeypatch.setattr("influence.credit.row_kernel", few)
+    run.kept.clear()
+    expected = run.score(queries, credit="shared").values
+
+    def work(rank: int) -> None:
+        found = opened(run.directory).score(queries, credit="shared").values
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+    assert statuses(work, tmp_path, 2) == [0, 0]
