@@ -307,9 +307,10 @@ class AtPoint:
         if not isinstance(operator.curvature, Invertible):
             stands = self.preconditions
             invert = self.preconditioner(operator) if stands else self.operator(PLAIN)
-        parts = [rows[some] for some in memory_chunks(self.run, len(rows))]
-        found = [inverse_products(invert, self.gradients_of(part)) for part in parts]
-        return torch.cat(found).cpu().numpy()
+        found = np.zeros(len(rows))
+        for some in memory_chunks(self.run, len(rows)) if len(rows) else []:  # of several processes
+            found[some] = inverse_products(invert, self.gradients_of(rows[some])).cpu().numpy()
+        return found
 
     def kept_rows(self) -> Iterator[Tensor]:
         """Features `[b, P]` of the rows that the curvature keeps, in order: at sampled labels,

@@ -94,9 +94,14 @@ def main(application: typer.Typer) -> Callable[[], None]:
     return run
 
 
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def several() -> bool:
     """Whether torchrun started this process and others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return processes() > 1
 
 
 def _another() -> bool:

@@ -191,14 +191,12 @@ class StoredFeatures:
 
     def of_rows(self, rows: np.ndarray) -> Tensor:
         """Features `[k, K]` of some training rows, in their order."""
-        out = torch.empty(
-            len(rows), self.kept.size, dtype=self.dtype, device=self.point.model.device
-        )
-        with RowFile(self.path, "codes") as codes, RowFile(self.path, "scales") as scales:
-            for place, row in enumerate(rows.tolist()):
-                read = codes.read(row, row + 1), scales.read(row, row + 1)
-                out[place] = self.kept.unpacked(*read, self.dtype)[0]
-        return out
+        places = rows.tolist()
+        with RowFile(self.path, "codes") as file:
+            codes = np.concatenate([file.read(row, row + 1) for row in places])
+        with RowFile(self.path, "scales") as file:
+            scales = np.concatenate([file.read(row, row + 1) for row in places])
+        return self.kept.unpacked(codes, scales, self.dtype)
 
     def of_measurement(self, tokens: TokenizedExamples, measurement: Measurement) -> Tensor:
         """Features `[Q, K]` of the gradients of m(q), in query order."""

@@ -62,15 +62,10 @@ class Storage:
     bytes_left: float
 
     def holds(self, needed: int) -> bool:
-        """Whether so many bytes may be taken."""
-        return fits(self.rule, needed, self.bytes_left)
-
-
-def fits(rule: str, needed: int, budget: float) -> bool:
-    """Whether the rule (`full`, `none`, or `auto` and `features`: within the budget) allows so many
-    bytes of gradients that are needed for a while.
-    """
-    return rule == "full" or (rule != "none" and needed <= budget)
+        """Whether so many bytes of gradients may be taken for a while: by the rule `full`, and but
+        by `none` within the budget.
+        """
+        return self.rule == "full" or (self.rule != "none" and needed <= self.bytes_left)
 
 
 def keeps_sampled(curvature: Specification, storage: Storage, row_bytes: int) -> bool:

@@ -11,7 +11,6 @@ and `read` translate for a field that takes more there than can be typed.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_type_hi
 import typer
 from typer.core import TyperCommand
 
+from influence import console
 from influence.errors import InputError
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
@@ -135,9 +135,9 @@ def command(
 
     def register(function: Callable[[T], None]) -> Callable[[T], None]:
         def call(**typed: Any) -> None:
-            if not shared and (several := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            if not shared and console.several():
                 raise InputError(
-                    f"torchrun started {several} processes, and this command is one process's work: "
+                    f"torchrun started {console.processes()} processes, and this command is one process's work: "
                     "call it without torchrun"
                 )
             given = {key: value for key, value in typed.items() if value is not None}
@@ -303,8 +303,6 @@ class CreditOption:
 
 def points(text: str) -> tuple[float, ...]:
     """Points of a path as they are typed: numbers separated by commas, else `InputError`."""
-    from influence.errors import InputError
-
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -315,8 +313,6 @@ def points(text: str) -> tuple[float, ...]:
 
 def column_map(text: str) -> dict[str, str]:
     """A column map as it is typed, `KEY=COLUMN,KEY=COLUMN`, else `InputError`."""
-    from influence.errors import InputError
-
     pairs = [part.partition("=") for part in text.split(",")]
     columns = {key.strip(): column.strip() for key, _, column in pairs}
     if not all(columns.values()) or len(columns) < len(pairs):

@@ -17,10 +17,8 @@ from influence.asked import Asked
 from influence.at_point import memory_chunks, queries_at_once
 from influence.curvature.base import Invertible
 from influence.progress import say
+from influence.scorefile import COMBINED
 from influence.setting import Setting
-
-#: Queries whose scores are combined at a time, to find the rows that come first.
-COMBINED = 64
 
 
 def first_rows(

@@ -283,8 +283,9 @@ def _score(
     """
     run, points = setting.run, setting.points
     modules = module_names(run.model.space) if per_module else []
-    at_once = queries_at_once(run, getattr(solvers[0], "copies", MOST_COPIES))
-    if stored is not None:
+    if stored is None:
+        at_once = queries_at_once(run, getattr(solvers[0], "copies", MOST_COPIES))
+    else:
         at_once = min(each.rows_at_once for each in stored)
     begun: list[ScoresInTheMaking] = []
 
@@ -409,9 +410,7 @@ def _solved_here(
 
 
 def _features(stored: StoredFeatures, asked: Asked, rows: np.ndarray) -> Tensor:
-    """What `rows` [K] of a request ask, in the coordinates of the stored rows, `[K, P']`: each
-    process makes some of them.
-    """
+    """What `rows` [K] of a request ask as features `[K, P']`: each process makes some of them."""
     own, count = slice(*distributed.span(len(rows))), len(rows)
     mine = stored.none if own.start == own.stop else asked.features(stored, rows[own])
     return distributed.assembled(mine, np.arange(count)[own], count)

@@ -52,7 +52,7 @@ def fit(directory: Path, kind: str = "ekfac", dtype: torch.dtype = torch.float64
     options = {"token_budget": BUDGET, "reduction": "example"} | options
     return influence.fit(
         model(dtype),
-        examples(N_ROWS),
+        options.pop("train", examples(N_ROWS)),
         directory=directory,
         curvature=curvature,
         store=store,
@@ -354,3 +354,19 @@ def test_many_rows_share_credit_in_several_processes(tmp_path, monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
     assert statuses(work, tmp_path, 2) == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "ekfac, features"])
+def test_fewer_rows_than_processes(tmp_path, kind):
+    """A process without rows of its own takes part all the same."""
+    rows = examples(2)
+    run = fit(tmp_path / "run", kind, train=rows)
+    expected = run.score(rows, credit="additive").values
+
+    def work(rank: int) -> None:
+        # codes are of an eigenbasis, which two rows leave undetermined: those of one fit are asked
+        place = "run" if "features" in kind else "other"
+        found = fit(tmp_path / place, kind, train=rows).score(rows, credit="additive").values
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+    assert statuses(work, tmp_path, 3) == [0] * 3

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence.at_point import evenly_spaced, free_memory
+from influence.at_point import evenly_spaced
 from influence.cost import Cost
 from influence.errors import InputError
 from influence.loss import mean_losses
+from influence.memory import free_memory
 from influence.path import scaled
 from influence.progress import say
 from influence.rows import Examples
