@@ -10,7 +10,8 @@ the rows for scores, or new features by `influence fit` with that damping.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,8 @@ BLOCK_BYTES = 64 << 20
 MEMORY_SHARE = 0.3
 #: Bytes that the features of one batch may take before they are coded.
 BATCH_BYTES = 256 << 20
+#: Seconds of a pass after which its rows are put on the disk, and are not made again after a kill.
+VOUCH_SECONDS = 20.0
 NAME = "features"
 
 
@@ -254,6 +257,7 @@ def write_features(point: AtPoint) -> None:
             for name in ("codes", "scales", "squares", "done")
         }
         recorder = stack.enter_context(tape(point.model))
+        vouched = stack.enter_context(_Vouched(files))
         for rows in track(
             left,
             "training rows to features",
@@ -263,13 +267,45 @@ def write_features(point: AtPoint) -> None:
         ):
             values, squares = made.of_batch(recorder, rows, run.tokens, None)
             codes, scales = made.kept.packed(values, squares)
-            files["codes"].write(rows, codes)
-            files["scales"].write(rows, scales)
-            files["squares"].write(rows, squares.cpu().numpy())
-            files["done"].write(rows, np.ones(len(rows), np.uint8))
-        for file in files.values():
-            file.flush()
+            vouched.write(rows, codes=codes, scales=scales, squares=squares.cpu().numpy())
     distributed.wait()  # the rows of all processes are in the file
+
+
+class _Vouched:
+    """Rows written to a feature file, of which `done` is told only once they are on the disk.
+
+    Else a machine that loses its power could leave a row that is told done and was never written.
+    """
+
+    def __init__(self, files: Mapping[str, RowFile]) -> None:
+        self.files = files
+        self.waiting: list[np.ndarray] = []
+        self.last = time.monotonic()
+
+    def __enter__(self) -> _Vouched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Vouch for what was written, also where the pass ends in an error."""
+        self.vouch()
+
+    def write(self, rows: np.ndarray, **values: np.ndarray) -> None:
+        """Write a batch's `values` [b, ...] by the names of their datasets."""
+        for name, each in values.items():
+            self.files[name].write(rows, each)
+        self.waiting.append(rows)
+        if time.monotonic() - self.last > VOUCH_SECONDS:
+            self.vouch()
+
+    def vouch(self) -> None:
+        """Wait until the rows are on the disk, then tell that they are done, and wait for that."""
+        for name, file in self.files.items():
+            if name != "done":
+                file.flush()
+        for rows in self.waiting:
+            self.files["done"].write(rows, np.ones(len(rows), np.uint8))
+        self.files["done"].flush()
+        self.waiting, self.last = [], time.monotonic()
 
 
 def _lay_out(point: AtPoint, kept: KeptCoordinates, operator: Damped) -> None:
