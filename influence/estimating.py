@@ -35,8 +35,8 @@ from influence.fit_plan import FEATURES, FILE_BYTES, FULL, FitPlan, size, string
 from influence.fitted_point import CHECKPOINT_SECONDS
 from influence.gradients import max_rows
 from influence.kernel import COPIES, EXACT_ROWS, LANDMARKS, ROWS_AT_ONCE, WHOLE_ROWS
-from influence.matrix_file import PANEL_BYTES, TILE
 from influence.manifest import ROW_BYTES
+from influence.matrix_file import PANEL_BYTES, TILE
 from influence.memory import free_memory
 from influence.path_time import LOSS_ROWS, RATIO_ROWS
 from influence.prepared import DISK_BUDGET, Prepared, prepare

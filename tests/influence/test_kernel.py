@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import influence
-from influence.curvature.base import Damped, dense
 from influence import kernel as kernel_module
+from influence.curvature.base import Damped, dense
 from influence.errors import NumericalError
 from influence.kernel import LandmarkKernel, WholeKernel, row_kernel
 from influence.matrix_file import MatrixFile
