@@ -35,4 +35,4 @@ clean:
 	rm -rf $(VENV) demo build site *.egg-info
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -40,9 +40,7 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, place, content=relinked(text, source)))
     files.append(File.generated(config, "reference/commands.md", content=commands()))
     for package in PACKAGES:
-        files.append(
-            File.generated(config, f"reference/{package}.md", content=reference(package))
-        )
+        files.append(File.generated(config, f"reference/{package}.md", content=reference(package)))
     return files
 
 
@@ -64,7 +62,9 @@ def relinked(text: str, source: str) -> str:
         file = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if file.endswith(NO_PAGE) or (ROOT / file).is_dir():
             return words
-        return f"[{words}]({posixpath.relpath(place(file), posixpath.dirname(here) or '.')}{anchor})"
+        return (
+            f"[{words}]({posixpath.relpath(place(file), posixpath.dirname(here) or '.')}{anchor})"
+        )
 
     pieces = re.split(r"(^```.*?^```\n)", text, flags=re.MULTILINE | re.DOTALL)
     pattern = r"\[(?P<words>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)"
