@@ -89,7 +89,9 @@ class Credit:
         """Scores `[K, n]` of raw ones `[points, K, n]`."""
         found = np.zeros(parts.shape[1:])
         for point, factors in enumerate(self.row_factors):
-            found += factors * self._roots * self.pulls(parts[point], point)
+            pulls = self.pulls(parts[point], point)
+            pulls *= factors * self._roots
+            found += pulls
         return found
 
     @property

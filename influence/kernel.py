@@ -553,16 +553,19 @@ class Files:
         try:
             fill(path)
             distributed.wait()  # all have written what is theirs
-            return distributed.at_first(lambda: self._sealed(name, path))
+            return distributed.at_first(lambda: self._sealed(name, path, layout))
         except BaseException:
             if distributed.rank() == 0:
                 path.unlink(missing_ok=True)
             raise
 
-    def _sealed(self, name: str, path: Path) -> Path:
-        """Where a filled file lies for good."""
+    def _sealed(self, name: str, path: Path, layout: Mapping[str, Any]) -> Path:
+        """Where a filled file lies for good.
+
+        The inverse that a run keeps is that of its first strength, the fit's: of all its points.
+        """
         kept = self.point.file(name)
-        if self.own and path.parent == kept.parent:
+        if self.own and path.parent == kept.parent and not self.kept(name, layout):
             os.replace(path, kept)
             return kept
         return path
