@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from influence.at_point import AtPoint
 
 #: Bytes of decoded features that are read and multiplied at a time.
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 8 << 20
 #: Share of the free memory that the decoded features of queries or landmarks may take.
 MEMORY_SHARE = 0.3
 #: Bytes that the features of one batch may take before they are coded.

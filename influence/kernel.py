@@ -47,7 +47,7 @@ EXACT_ROWS = 20_000
 #: Columns that stand for K beyond that.
 LANDMARKS = 4_096
 #: Rows that are multiplied with all others at a time, at most.
-ROWS_AT_ONCE = 1_024
+ROWS_AT_ONCE = 512
 #: Added to the diagonal of K_mm, relative to its mean, by the type of the gradients: landmarks may
 #: be copies of each other, and rounding must not make K_mm indefinite.
 JITTER = {np.float64: 1e-12, np.float32: 1e-6}
@@ -141,9 +141,9 @@ class TiledKernel:
         """`v^T K v` for `v = sqrt(weights)`."""
         roots, found = np.sqrt(weights), 0.0
         for rows, part in self.values.panels():
-            below = np.tril(part[:, : rows.stop], rows.start - 1).astype(np.float64)
-            found += 2 * float(roots[rows] @ (below @ roots[: rows.stop]))
-            found += float(np.diagonal(part, rows.start).astype(np.float64) @ weights[rows])
+            for row, values in zip(range(rows.start, rows.stop), part, strict=True):
+                found += 2 * float(roots[row] * (values[:row].astype(np.float64) @ roots[:row]))
+                found += float(values[row] * weights[row])
         return found
 
     def inverse(self, strength: float) -> TiledInverse:
@@ -390,8 +390,11 @@ def _fill(
             left = operator.curvature.solve(point.gradients_of(rows), operator.lam)
             blocks = point.gradient_blocks(skip, None, shared=not split)
         for indices, block in blocks:
-            products = (block @ left.T).double().cpu().numpy()
-            file.put(indices, part[0], products * roots[indices, None] * roots[rows])
+            exact = torch.float64 if file.dtype == np.float64 else torch.float32
+            products = (block @ left.T).to(exact).cpu().numpy()
+            products *= roots[indices, None]
+            products *= roots[rows]
+            file.put(indices, part[0], products)
     distributed.wait()
 
 

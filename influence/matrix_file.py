@@ -20,10 +20,10 @@ import scipy.linalg as sl
 from influence.errors import NumericalError, StoreError
 from influence.store import RowFile, write_file
 
-#: Rows and columns of a tile, of which a few are held at a time: 8 MB each in float64.
-TILE = 1_024
+#: Rows and columns of a tile, of which a few are held at a time: 2 MB each in float64.
+TILE = 512
 #: Bytes of whole rows that are held at a time.
-PANEL_BYTES = 16 << 20
+PANEL_BYTES = 8 << 20
 
 
 class MatrixFile(RowFile):
@@ -85,7 +85,6 @@ def invert_in_tiles(
         for j, columns in enumerate(every[: i + 1]):
             part = factor * source.block(rows, columns).astype(np.float64)
             if i == j:
-                part = np.tril(part) + np.tril(part, -1).T
                 part[np.diag_indices_from(part)] += ridge
             for before in every[:j]:
                 left, right = target.block(rows, before), target.block(columns, before)
