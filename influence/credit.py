@@ -176,7 +176,7 @@ def shared_credit(setting: Setting) -> Credit | str:
         return known
     run.kept.clear()  # one setting's at a time: these are large
     record = path_record(run).of([point.number or 0 for point in setting.points])
-    every = [row_kernel(point, operator) for point, operator in setting.each()]
+    every: list[Any] = [row_kernel(point, operator) for point, operator in setting.each()]
     slopes = [kernel.slope(run.weights) for kernel in every]
     path = path_time(record, slopes, [point.place.scale for point in setting.points])
     if path is None:

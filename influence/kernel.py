@@ -412,7 +412,7 @@ def _fill_root(point: AtPoint, operator: Damped, path: Path, chosen: np.ndarray)
                 for number, row in enumerate(chosen.tolist()):
                     values = root.read(row, row + 1)
                     mean += float(values[0, number]) / m
-                    small.put([number], 0, values)
+                    small.put(range(number, number + 1), 0, values)
                 jitter = JITTER[kind] * mean
                 try:
                     invert_in_tiles(small, small, factor=1.0, ridge=jitter, refusal=INDEFINITE)
@@ -574,7 +574,11 @@ class Files:
         return path
 
     def used_by(self, owner: object, name: str, path: Path) -> None:
-        """Delete a file that is not kept, once its owner is no more used."""
+        """Delete a file that is not kept, once its owner is no more used.
+
+        All processes have opened it by then.
+        """
+        distributed.wait()
         if path != self.point.file(name) and distributed.rank() == 0:
             delete_with(owner, path)
 
