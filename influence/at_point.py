@@ -211,14 +211,14 @@ class AtPoint:
             left = distributed.share(left, padded_tokens(tokens, left))
         order = done + left
         with self.model.at(self.place.theta):
-            stream = stream_gradients(self.model, tokens, batches=left)
-            for indices, gradients, _ in track(
-                stream,
+            batches = track(
+                left,
                 "training rows",
                 done=len(done),
                 counts=[len(rows) for rows in order],
                 sizes=padded_tokens(tokens, order),
-            ):
+            )
+            for indices, gradients, _ in stream_gradients(self.model, tokens, batches=batches):
                 yield indices, self.geometry.features(gradients)
 
     @property

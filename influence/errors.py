@@ -103,6 +103,10 @@ def refuse(message: str, reasons: Sequence[str]) -> None:
         raise AdapterError("\n".join([f"{message}:", *shown]))
 
 
+#: What torch says of memory that is too small in errors of no class of their own.
+SHORT = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+
+
 @contextmanager
 def libraries_named(message: str, advice: str) -> Iterator[None]:
     """Make an `AdapterError` of whatever transformers, PEFT or bitsandbytes raise in the block.
@@ -129,5 +133,5 @@ def memory_is_short(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or "OutOfMemory" in type(error).__name__
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in SHORT))
     )

@@ -27,6 +27,7 @@ from influence.curvature.base import Damped, Whitening
 from influence.errors import StoreError
 from influence.geometry import Geometry
 from influence.gradients import Tape, tape
+from influence.halving import Steps, in_parts
 from influence.kept_coordinates import KeptCoordinates
 from influence.leaf_gradients import LeafGradients
 from influence.measurements import Measurement, output_gradient
@@ -87,11 +88,27 @@ class FeatureMap:
         rows: np.ndarray,
         tokens: TokenizedExamples,
         measured: Measurement | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Features `[b, K]` and the squares `[b]` float64 of all coordinates, of a batch's rows.
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Rows `[b]`, their features `[b, K]` and the squares `[b]` float64 of all coordinates, of a
+        batch, or of its parts where memory is too small for it.
 
         Of the gradients of m(q), or of the summed losses l_i.
         """
+
+        def run(rows: np.ndarray, _: Steps) -> tuple[Tensor, Tensor]:
+            return self._of_rows(recorder, rows, tokens, measured)
+
+        for part, found in in_parts(recorder.model, tokens, rows, run):
+            yield part, *found
+
+    def _of_rows(
+        self,
+        recorder: Tape,
+        rows: np.ndarray,
+        tokens: TokenizedExamples,
+        measured: Measurement | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Features and squares of rows that run at once."""
         model = recorder.model
         batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
         part = recorder.forward(batch)
@@ -204,9 +221,9 @@ class StoredFeatures:
         out = torch.empty(len(tokens), self.kept.size, dtype=self.dtype, device=point.model.device)
         with point.model.at(point.place.theta), tape(point.model) as recorder:
             budget, most = point.run.manifest.token_budget, self.map.most_rows
-            for rows in plan_batches(tokens, budget, max_rows=most):
-                values, _ = self.map.of_batch(recorder, rows, tokens, measurement)
-                out[torch.from_numpy(rows)] = values.to(out)
+            for batch in plan_batches(tokens, budget, max_rows=most):
+                for rows, values, _ in self.map.of_batch(recorder, batch, tokens, measurement):
+                    out[torch.from_numpy(rows)] = values.to(out)
         return out
 
     def products(self, left: Tensor, *, shared: bool = False) -> np.ndarray:
@@ -254,19 +271,19 @@ def write_features(point: AtPoint) -> None:
             for name in ("codes", "scales", "squares", "done")
         }
         recorder = stack.enter_context(tape(point.model))
-        for rows in track(
+        for batch in track(
             left,
             "training rows to features",
             done=len(order) - len(left),
             counts=[len(rows) for rows in order],
             sizes=padded_tokens(run.tokens, order),
         ):
-            values, squares = made.of_batch(recorder, rows, run.tokens, None)
-            codes, scales = made.kept.packed(values, squares)
-            files["codes"].write(rows, codes)
-            files["scales"].write(rows, scales)
-            files["squares"].write(rows, squares.cpu().numpy())
-            files["done"].write(rows, np.ones(len(rows), np.uint8))
+            for rows, values, squares in made.of_batch(recorder, batch, run.tokens, None):
+                codes, scales = made.kept.packed(values, squares)
+                files["codes"].write(rows, codes)
+                files["scales"].write(rows, scales)
+                files["squares"].write(rows, squares.cpu().numpy())
+                files["done"].write(rows, np.ones(len(rows), np.uint8))
         for file in files.values():
             file.flush()
     distributed.wait()  # the rows of all processes are in the file

@@ -199,15 +199,17 @@ class Moments(Accumulator):
         Output gradients vanish where nothing is predicted; inputs do not, and are cut to the valid
         tokens.
         """
-        inputs = draw == 0
-        if inputs:
-            batch = self._batch_tokens(valid, relative)
-            if not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf:
-                self._input_moment(leaf).add(batch.rows(x))
-            self.mass[leaf] += batch.mass
         if relative is not None:
             g = g * relative.sqrt().to(g)[:, None, None]
-        self._output_moment(leaf).add(g.flatten(0, 1))
+        outputs = self._output_moment(leaf)
+        made = outputs.made(g.flatten(0, 1))  # first what takes memory, and then the sums
+        if draw == 0:
+            batch = self._batch_tokens(valid, relative)
+            if not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf:
+                inputs = self._input_moment(leaf)
+                inputs.put(*inputs.made(batch.rows(x)))
+            self.mass[leaf] += batch.mass
+        outputs.put(*made)
 
     def _batch_tokens(self, valid: Tensor, relative: Tensor | None) -> BatchTokens:
         """What all leaves of a batch share, found once for a batch and not once for a leaf.
