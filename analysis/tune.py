@@ -269,7 +269,7 @@ def _fitted_below(
             reduction=manifest.objective.reduction,
             max_length=manifest.objective.max_length,
             supervise=manifest.objective.supervise,
-            token_budget=manifest.token_budget,
+            token_budget=run.token_budget,
             store=manifest.store,
             disk_budget=manifest.disk_budget,
             seed=manifest.seed,

@@ -30,7 +30,7 @@ from influence.features import StoredFeatures
 from influence.geometry import Adam, Geometry, Raw, function_space, load_geometry
 from influence.gradients import max_rows, stream_gradients
 from influence.measurements import Measurement
-from influence.memory import free_memory
+from influence.memory import block_bytes, free_memory
 from influence.path import Point
 from influence.progress import track
 from influence.store import (
@@ -229,7 +229,7 @@ class AtPoint:
         return torch.from_numpy(self.run.weights[np.concatenate(self._plan())])
 
     def _plan(self) -> list[np.ndarray]:
-        budget = self.run.manifest.token_budget
+        budget = self.run.token_budget
         return plan_batches(self.run.tokens, budget, max_rows=max_rows(self.model.space))
 
     def row_products(self, vectors: Tensor, *, shared: bool = False) -> np.ndarray:
@@ -265,7 +265,7 @@ class AtPoint:
     def _stream(
         self, tokens: TokenizedExamples, measurement: Measurement | None, out: Tensor
     ) -> Tensor:
-        budget = self.run.manifest.token_budget
+        budget = self.run.token_budget
         options: dict[str, Any] = {} if measurement is None else {"measurement": measurement}
         with self.model.at(self.place.theta):
             for rows, gradients, _ in stream_gradients(
@@ -372,7 +372,7 @@ def memory_chunks(run: Run, count: int) -> list[np.ndarray]:
     """Positions 0 ... count - 1 in parts whose gradients, and some copies of them, take a
     bounded amount of memory.
     """
-    size = max(1, PART_BYTES // (run.model.space.size * run.model.dtype.itemsize))
+    size = max(1, block_bytes(PART_BYTES) // (run.model.space.size * run.model.dtype.itemsize))
     return np.array_split(np.arange(count), -(-count // size))
 
 
@@ -396,7 +396,7 @@ def geometry_here(run: Run, name: str) -> Geometry:
         return Raw()
     n = len(run.tokens)
     rows = evenly_spaced(n, RMS_ROWS)
-    budget, order, blocks = run.manifest.token_budget, [], []
+    budget, order, blocks = run.token_budget, [], []
     for indices, gradients, _ in stream_gradients(
         run.model, run.tokens.select(rows), token_budget=budget
     ):
@@ -436,7 +436,7 @@ def row_blocks(
     with open_file(path, run_digest=run_digest):
         pass
     with RowFile(path, name) as rows:
-        step = max(BLOCK_ROWS, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
+        step = max(BLOCK_ROWS, block_bytes(BLOCK_BYTES) // (rows.shape[1] * rows.dtype.itemsize))
         first, end = span or (0, len(rows))
         starts = range(first, end, step)
         counts = [min(step, end - start) for start in starts]

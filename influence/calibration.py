@@ -83,7 +83,7 @@ def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Ed
     run, model = setting.run, setting.run.model
     probes = np.concatenate([rows, np.setdiff1d(probes, rows)])
     deltas, predicted, sizes = small_edits(setting, rows, probes)
-    tokens, budget = run.tokens.select(probes), run.manifest.token_budget
+    tokens, budget = run.tokens.select(probes), run.token_budget
     before = mean_losses(model, tokens, token_budget=budget)
     measured = np.empty_like(predicted)
     for number, delta in enumerate(deltas):
@@ -132,7 +132,7 @@ def measured_factor(setting: Setting, rows: np.ndarray) -> float:
     """`Edits.factor` of `rows`: after each edit the edited row alone runs forward."""
     run, model = setting.run, setting.run.model
     deltas, predicted, _ = small_edits(setting, rows, rows)
-    before = mean_losses(model, run.tokens.select(rows), token_budget=run.manifest.token_budget)
+    before = mean_losses(model, run.tokens.select(rows), token_budget=run.token_budget)
     measured = np.empty(len(rows))
     for number, delta in enumerate(deltas):
         with model.moved(delta):

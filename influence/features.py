@@ -31,7 +31,7 @@ from influence.halving import Steps, in_parts
 from influence.kept_coordinates import KeptCoordinates
 from influence.leaf_gradients import LeafGradients
 from influence.measurements import Measurement, output_gradient
-from influence.memory import free_memory
+from influence.memory import block_bytes, free_memory
 from influence.progress import track
 from influence.store import RowFile, open_file, open_rows, read, write_file
 from influence.tokens import TokenizedExamples
@@ -80,7 +80,7 @@ class FeatureMap:
     @property
     def most_rows(self) -> int:
         """Rows of a batch, so that what is kept of them takes at most `BATCH_BYTES`."""
-        return max(1, BATCH_BYTES // (8 * self.kept.size))
+        return max(1, block_bytes(BATCH_BYTES) // (8 * self.kept.size))
 
     def of_batch(
         self,
@@ -196,7 +196,7 @@ class StoredFeatures:
         """
         n = len(self.point.run.tokens)
         first, end = distributed.span(n) if shared else (0, n)
-        step = max(1, BLOCK_BYTES // (4 * self.kept.size))
+        step = max(1, block_bytes(BLOCK_BYTES) // (4 * self.kept.size))
         starts = range(first, end, step)
         counts = [min(step, end - start) for start in starts]
         with RowFile(self.path, "codes") as codes, RowFile(self.path, "scales") as scales:
@@ -220,7 +220,7 @@ class StoredFeatures:
         point = self.point
         out = torch.empty(len(tokens), self.kept.size, dtype=self.dtype, device=point.model.device)
         with point.model.at(point.place.theta), tape(point.model) as recorder:
-            budget, most = point.run.manifest.token_budget, self.map.most_rows
+            budget, most = point.run.token_budget, self.map.most_rows
             for batch in plan_batches(tokens, budget, max_rows=most):
                 for rows, values, _ in self.map.of_batch(recorder, batch, tokens, measurement):
                     out[torch.from_numpy(rows)] = values.to(out)
@@ -260,7 +260,7 @@ def write_features(point: AtPoint) -> None:
     if done.all():
         return
     made = FeatureMap(operator, point.geometry, _kept_in(path, point))
-    plan = plan_batches(run.tokens, run.manifest.token_budget, max_rows=made.most_rows)
+    plan = plan_batches(run.tokens, run.token_budget, max_rows=made.most_rows)
     left = [rows for rows in plan if not done[rows].all()]
     there = [rows for rows in plan if done[rows].all()]
     left = distributed.share(left, padded_tokens(run.tokens, left))

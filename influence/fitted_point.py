@@ -157,7 +157,7 @@ class PointFit:
 
         `limited` in rows too, where every row's gradient is held at once.
         """
-        budget = self.run.manifest.token_budget
+        budget = self.run.token_budget
         most = max_rows(self.model.space) if limited else None
         parts = plan_batches(self.tokens.select(rows), budget, max_rows=most)
         return [rows[part] for part in parts]

@@ -43,6 +43,7 @@ from influence.loss import (
     token_losses,
 )
 from influence.measurements import Measurement, output_gradient
+from influence.memory import block_bytes
 from influence.precision import computes_in
 from influence.progress import say
 from influence.tokens import TokenizedExamples
@@ -422,7 +423,7 @@ def _recomputed(forward: Callable[..., Any], recorder: Tape) -> Callable[..., An
 
 def max_rows(space: ParamSpace) -> int:
     """Rows per batch such that their gradients take at most `GRADIENT_BYTES`."""
-    return max(1, GRADIENT_BYTES // (4 * space.size))
+    return max(1, block_bytes(GRADIENT_BYTES) // (4 * space.size))
 
 
 def stream_gradients(

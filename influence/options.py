@@ -141,7 +141,14 @@ def command(
                     "call it without torchrun"
                 )
             given = {key: value for key, value in typed.items() if value is not None}
-            function(options(**{key: declared[key].read(value) for key, value in given.items()}))
+            chosen = options(**{key: declared[key].read(value) for key, value in given.items()})
+            bounds = {key: given[key] for key in ("memory", "token_budget") if key in given}
+            if not bounds:
+                return function(chosen)
+            from influence.memory import bounded
+
+            with bounded(**bounds):
+                return function(chosen)
 
         call.__name__, call.__doc__ = function.__name__, function.__doc__
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -238,9 +245,26 @@ class BudgetOption:
     """How much runs at a time."""
 
     token_budget: int | None = option(
-        "Tokens per batch, padding included: the memory knob. Default 1024 on a CPU, else 4096.",
+        "Tokens per batch, padding included: the memory knob. Default: the fit's, at most what "
+        "--memory holds; a fit's 1024 on a CPU, else 4096.",
         default=None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOption:
+    """How much memory a command plans with."""
+
+    memory: float | None = option(
+        "Most gigabytes that a process is to take, the base included: bounds batches, blocks of "
+        "queries and factors. Default: what is free.",
+        default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(BudgetOption, MemoryOption):
+    """How much runs and is held at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ class Tokenwise:
         """
         run, model = point.run, point.model
         columns = model.space.split(point.geometry.adjoint(solutions))
-        plan = plan_batches(run.tokens, run.manifest.token_budget)
+        plan = plan_batches(run.tokens, run.token_budget)
         plan = distributed.share(plan, padded_tokens(run.tokens, plan))
         added = np.zeros((len(queries), self.values.shape[1]), np.float32)
         with model.at(point.place.theta), tape(model) as recorder:

@@ -30,6 +30,7 @@ from influence.batches import collate, plan_batches
 from influence.cost import Cost
 from influence.halving import Steps, in_parts
 from influence.loss import supervised_logits
+from influence.memory import block_bytes
 from influence.tokens import TokenizedExamples
 from unlearn.record.version import Version
 from unlearn.retraining.local import LocalRetraining
@@ -99,7 +100,9 @@ class ExpectedOutputs:
 
         Processes of one machine share its memory.
         """
-        return self.bytes + more > CACHE_BYTES // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return self.bytes + more > block_bytes(CACHE_BYTES) // int(
+            os.environ.get("LOCAL_WORLD_SIZE", "1")
+        )
 
     @cached_property
     def exponent(self) -> float:
@@ -116,7 +119,7 @@ class ExpectedOutputs:
                 found[place] = float(losses.double().cpu().numpy() @ share)
             return found
 
-        for rows in plan_batches(self.tokens, self.version.run.manifest.token_budget):
+        for rows in plan_batches(self.tokens, self.version.run.token_budget):
             for _, found in in_parts(self.version.model, self.tokens, rows, run):
                 sums += found
         distance = np.abs(sums / len(self.tokens) - self.losses.mean())

@@ -77,7 +77,7 @@ def agreement(
         "retained": made.tokens.select(sample),
         "heldout": None if holdout is None else run.tokenized(holdout),
     }
-    budget = run.manifest.token_budget
+    budget = run.token_budget
     losses: dict[str, float | None] = dict.fromkeys(sets)
     kl: dict[str, float | None] = dict.fromkeys(sets)
     for name, tokens in sets.items():

@@ -51,9 +51,10 @@ from influence.curvature.base import (
 from influence.curvature.ggn import GGN
 from influence.curvature.hessian import Hessian
 from influence.curvature.second_moments import BatchTokens, DenseMoment, SketchedMoment
-from influence.curvature.wide_sides import device_memory, directions, note
+from influence.curvature.wide_sides import directions, note
 from influence.errors import InputError
 from influence.loss import supervised_logits
+from influence.memory import device_memory
 from influence.progress import say
 from influence.tokens import TokenizedExamples
 

@@ -246,7 +246,7 @@ def objective_at(point: AtPoint, trace: Tensor) -> Objective:
         point.run.tokens,
         point.run.weights,
         trace.cpu(),
-        point.run.manifest.token_budget,
+        point.run.token_budget,
         point.place.theta,
         point.geometry,
     )

@@ -116,7 +116,7 @@ def sampled_rows(
     if len(tokens) == 0:
         return
     run, model = point.run, point.model
-    budget, seed = run.manifest.token_budget, run.manifest.seed
+    budget, seed = run.token_budget, run.manifest.seed
     cost.gradients += len(tokens) * max(1, draws)
     if draws == 0:
         with model.at(point.place.theta):

@@ -31,6 +31,7 @@ from influence.errors import InputError, NumericalError
 from influence.halving import Steps, in_parts
 from influence.loading import from_peft
 from influence.loss import supervised_logits, token_losses
+from influence.memory import bounds
 from influence.progress import track
 from influence.rows import Examples
 from influence.run import Run
@@ -322,10 +323,11 @@ def _backward(model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray) 
 
 
 def _micro_batches(tokens: TokenizedExamples, rows: np.ndarray) -> list[np.ndarray]:
-    """A batch in parts of at most `MICRO_TOKENS` tokens, padding included."""
-    if len(rows) * int(tokens.lengths[rows].max()) <= MICRO_TOKENS:
+    """A batch in parts of at most `MICRO_TOKENS` tokens, or of what is bounded, padding included."""
+    most = min(MICRO_TOKENS, bounds().token_budget or MICRO_TOKENS)
+    if len(rows) * int(tokens.lengths[rows].max()) <= most:
         return [rows]
-    return [rows[part] for part in plan_batches(tokens.select(rows), MICRO_TOKENS)]
+    return [rows[part] for part in plan_batches(tokens.select(rows), most)]
 
 
 def _last_epoch(recipe: Recipe, rows: int, stop_after: int | None) -> int:
