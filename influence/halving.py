@@ -133,6 +133,6 @@ def _too_small(model: AdaptedModel, tokens: TokenizedExamples, row: int) -> Work
     return WorkError(
         f"memory is too small for a single row: row {row + 1} (id {tokens.ids[row]!r}), "
         f"{int(tokens.lengths[row]):,} tokens, on {model.device}. Give --checkpointing, load the "
-        "base with --dtype bfloat16 or --load-in-4bit, cut rows with --max-length (in a new fit, "
+        "base in fewer bits (--dtype bfloat16, --load-in-4bit), cut rows with --max-length (in a new fit, "
         "trained alike), or end what else fills this memory"
     )

@@ -375,7 +375,7 @@ class TypeOption:
 
     dtype: str = option(
         "The base's type: float32, bfloat16, float16, float64, or auto: as it is saved.",
-        default="float32",
+        default="auto",
     )
     load_in_4bit: bool = option(
         "Quantise the base to 4 bits while it is loaded, as QLoRA does.", default=False
@@ -387,7 +387,7 @@ class TypeOption:
     )
     compute: str = option(
         "What a 16-bit base computes in: float32 (memory of 16 bits, gradients of float32), own, "
-        "or auto (float32 on a CPU).",
+        "or auto (float32 with --dtype auto, and on a CPU).",
         default="auto",
     )
 
