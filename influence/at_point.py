@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from influence.curvature import (
     Damped,
     Invertible,
 )
-from influence.curvature.base import inverse_products
+from influence.curvature.several import all_inverse_products
 from influence.damping import Damping
 from influence.errors import InputError, StoreError
 from influence.features import StoredFeatures
@@ -290,26 +290,39 @@ class AtPoint:
         run's EK-FAC with the same lambda, or by plain gradient products where there is none: what
         matters is how the points compare.
         """
-        key = (operator.curvature.name, operator.lam.numpy().tobytes())
-        if key not in self._scales:
+        return self.scales([operator])[0]
+
+    def scales(self, operators: Sequence[Damped]) -> list[float]:
+        """The scales under several operators, for one reading of the rows; each is kept."""
+        keys = [(each.curvature.name, each.lam.numpy().tobytes()) for each in operators]
+        new = {key: each for key, each in zip(keys, operators, strict=True)}
+        new = {key: each for key, each in new.items() if key not in self._scales}
+        if new:
             rows = evenly_spaced(len(self.run.tokens), SCALE_ROWS)
             count, rows = len(rows), distributed.shard(rows)
             shares = self.run.weights[rows] / self.run.tokens.counts[rows]
-            stored = self.features(operator)
-            squares = self._squares(operator, rows) if stored is None else stored.squares[rows]
-            summed = distributed.add_up(torch.tensor(squares @ shares, dtype=torch.float64))
-            self._scales[key] = float(summed) / count
-        return self._scales[key]
+            summed = distributed.add_up(
+                torch.from_numpy(self._squares([*new.values()], rows) @ shares)
+            )
+            self._scales |= dict(zip(new, (summed / count).tolist(), strict=True))
+        return [self._scales[key] for key in keys]
 
-    def _squares(self, operator: Damped, rows: np.ndarray) -> np.ndarray:
-        """`grad l_i^T (C + lambda I)^-1 grad l_i` of some rows `[b]`, computed."""
-        invert = operator
-        if not isinstance(operator.curvature, Invertible):
-            stands = self.preconditions
-            invert = self.preconditioner(operator) if stands else self.operator(PLAIN)
-        found = np.zeros(len(rows))
-        for some in memory_chunks(self.run, len(rows)) if len(rows) else []:  # of several processes
-            found[some] = inverse_products(invert, self.gradients_of(rows[some])).cpu().numpy()
+    def _squares(self, operators: Sequence[Damped], rows: np.ndarray) -> np.ndarray:
+        """`grad l_i^T (C + lambda I)^-1 grad l_i` of some rows, `[operators, b]`."""
+        found, computed, inverts = np.zeros((len(operators), len(rows))), [], []
+        for number, operator in enumerate(operators):
+            if (stored := self.features(operator)) is not None:
+                found[number] = stored.squares[rows]
+                continue
+            computed.append(number)
+            inverts.append(operator)
+            if not isinstance(operator.curvature, Invertible):
+                stands = self.preconditions
+                inverts[-1] = self.preconditioner(operator) if stands else self.operator(PLAIN)
+        chunks = memory_chunks(self.run, len(rows)) if computed and len(rows) else []
+        for some in chunks:  # of several processes one may have no rows
+            squares = all_inverse_products(inverts, self.gradients_of(rows[some]))
+            found[np.ix_(computed, some)] = squares.cpu().numpy()
         return found
 
     def kept_rows(self) -> Iterator[Tensor]:
