@@ -143,7 +143,7 @@ def load(
 
 def _folder_of(request: BaseRequest) -> Path:
     """Where the files of a base are: its folder, or that of the hub's cache once it is there."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     if Path(request.place).exists():
         return Path(request.place)

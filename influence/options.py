@@ -142,7 +142,9 @@ def command(
                 )
             given = {key: value for key, value in typed.items() if value is not None}
             chosen = options(**{key: declared[key].read(value) for key, value in given.items()})
-            bounds = {key: given[key] for key in ("memory", "token_budget") if key in given}
+            bounded_by = fields(MemoryOption) if issubclass(options, MemoryOption) else ()
+            names = [*(each.name for each in bounded_by), "token_budget"]
+            bounds = {name: given[name] for name in names if name in given}
             if not bounds:
                 return function(chosen)
             from influence.memory import bounded

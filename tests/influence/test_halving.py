@@ -108,7 +108,7 @@ def test_what_is_asked_of_a_run_does_not_depend_on_memory(tmp_path, scarce, plac
 
     def answers() -> list[np.ndarray]:
         run.kept.clear()
-        per_token = run.score(queries, per_token=True, credit="additive").tokenwise
+        per_token = run.score(queries, per_token=True, credit="additive").tokens
         effect = run.without(ids, queries)
         return [
             per_token.values,

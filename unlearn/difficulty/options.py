@@ -10,7 +10,7 @@ from typing import ClassVar
 from influence.console import at_least
 from influence.errors import InputError
 from influence.options import (
-    BudgetOptions,
+    BudgetOption,
     ColumnsOption,
     LoadingOptions,
     OutputOptions,
@@ -26,7 +26,7 @@ class Difficulty(
     RunOption,
     RowsOptions,
     ColumnsOption,
-    BudgetOptions,
+    BudgetOption,
     LoadingOptions,
     OutputOptions,
     RecipeOption,
