@@ -10,6 +10,7 @@
     └── WorkError               the call was right, the work failed           (exit status 1)
         ├── NumericalError      NaN, divergence, a matrix that cannot be solved
         ├── StoreError          a file that is truncated, damaged or too large for the disk
+        ├── ShortOfMemory       not even one row fits
         └── ProcessError        another process of the same call ended
 
 Every message says what was given, what was expected, and what to do.
@@ -88,6 +89,10 @@ class NumericalError(WorkError):
 
 class StoreError(WorkError):
     """A stored file that is truncated or damaged, or a disk that is too small."""
+
+
+class ShortOfMemory(WorkError, MemoryError):
+    """Memory in which not even one row fits."""
 
 
 class ProcessError(WorkError):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from influence.adapter import AdaptedModel
-from influence.errors import WorkError, memory_is_short
+from influence.errors import ShortOfMemory, ToolkitError, memory_is_short
 from influence.progress import say
 from influence.tokens import TokenizedExamples
 
@@ -69,7 +69,7 @@ def in_parts(
         Runs the model on some of the rows. What it adds to anything that outlives the call, it adds
         by `steps.once`; what it only returns is simply made again.
 
-    Errors: WorkError where memory is too small for a single row.
+    Errors: ShortOfMemory where memory is too small for a single row.
     """
     yield from _in_parts(model, tokens, rows, work, Steps())
 
@@ -85,7 +85,7 @@ def _in_parts(
         try:
             result = work(rows, steps)
         except Exception as error:
-            if not memory_is_short(error):
+            if isinstance(error, ToolkitError) or not memory_is_short(error):
                 raise
             if len(rows) == 1:
                 raise _too_small(model, tokens, int(rows[0])) from error
@@ -129,10 +129,10 @@ def _size(tokens: TokenizedExamples, rows: np.ndarray) -> int:
     return len(rows) * int(tokens.lengths[rows].max())
 
 
-def _too_small(model: AdaptedModel, tokens: TokenizedExamples, row: int) -> WorkError:
-    return WorkError(
+def _too_small(model: AdaptedModel, tokens: TokenizedExamples, row: int) -> ShortOfMemory:
+    return ShortOfMemory(
         f"memory is too small for a single row: row {row + 1} (id {tokens.ids[row]!r}), "
         f"{int(tokens.lengths[row]):,} tokens, on {model.device}. Give --checkpointing, load the "
-        "base in fewer bits (--dtype bfloat16, --load-in-4bit), cut rows with --max-length (in a new fit, "
-        "trained alike), or end what else fills this memory"
+        "base in fewer bits (--dtype bfloat16, --load-in-4bit), give more --memory, cut rows with "
+        "--max-length (in a new fit, trained alike), or end what else fills this memory"
     )

@@ -11,7 +11,7 @@ import torch
 import influence
 from influence import halving
 from influence.curvature import second_moments
-from influence.errors import WorkError, memory_is_short
+from influence.errors import ShortOfMemory, memory_is_short
 from influence.generation import continued
 from influence.gradients import Tape, loss_sum_gradient, stream_gradients
 from influence.halving import Steps, in_parts
@@ -162,7 +162,7 @@ def test_a_row_that_does_not_fit_alone_is_named(monkeypatch):
         if longest in rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    with pytest.raises(WorkError, match=f"single row: row {longest + 1} ") as caught:
+    with pytest.raises(ShortOfMemory, match=f"single row: row {longest + 1} ") as caught:
         list(in_parts(model(), tokens, np.arange(5), run))
     halving.forget(model())
     message = str(caught.value)

@@ -318,7 +318,7 @@ def _backward(model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray) 
             loss += mean
             for parameter, slope in zip(model.parameters, slopes, strict=True):
                 if slope is not None:
-                    parameter.grad = slope if parameter.grad is None else parameter.grad + slope
+                    parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
     return loss
 
 
