@@ -251,7 +251,7 @@ def test_a_base_saved_in_16_bits_stays_so_and_gives_the_numbers_of_float32(folde
     run = influence.fit(model, train, directory=data.parent / "run", curvature=influence.Identity())
     assert run.manifest.dtype == "bfloat16"
     assert influence.Run.open(data.parent / "run", device="cpu").digest == run.digest
-    with pytest.raises(influence.InputError, match="float32"):  # other bits are another base
+    with pytest.raises(InputError, match="float32"):  # other bits are another base
         influence.fit(wide, train, directory=data.parent / "run", curvature=influence.Identity())
 
 
