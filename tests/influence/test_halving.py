@@ -110,7 +110,7 @@ def test_a_fit_and_its_answers_do_not_depend_on_memory(tmp_path, scarce, capfd, 
     if place == "forward" or KINDS[kind][0].draws or KINDS[kind][1] == "always":
         assert told.count("note: out of memory at a batch of") >= 1
         assert told.count("out of memory") <= 3  # later batches begin with what fits
-    queries = examples(5, seed=9)
+    queries = examples(2, seed=9)
     solver = solver_of(kind)
     one, other = (run.score(queries, solver=solver).values for run in (found, expected))
     close(one, other)
