@@ -16,6 +16,7 @@ from influence.gradients import Tape, loss_sum_gradient, stream_gradients
 from influence.halving import Steps, in_parts
 from influence.loss import mean_losses
 from tests.conftest import build_model, examples, teach, tokens_of
+from tests.helpers import in_two_processes
 from tests.influence.toy_runs import KINDS, N_ROWS, fit, solver_of
 
 #: Tokens that fit; batches of the toy runs have up to 30.
@@ -139,6 +140,23 @@ def test_what_is_asked_of_a_run_does_not_depend_on_memory(tmp_path, scarce, plac
     scarce(place)
     for one, other in zip(answers(), expected, strict=True):
         close(one, other)
+
+
+def test_of_two_processes_one_may_be_short_of_memory(tmp_path, scarce):
+    """It halves its own batches; the other waits for it, and both have what one process has."""
+    options = {"model": model(), "token_budget": 30}
+    kind, queries = "ekfac, nothing stored", examples(2, seed=9)
+    expected = fit(tmp_path / "alone", kind, **options).score(queries, credit="additive").values
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            scarce("backward")
+        run = fit(tmp_path / "shared", kind, **options)
+        found = run.score(queries, credit="additive").values
+        assert (model().model in halving._MOST) == (rank == 1)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+    in_two_processes(work, tmp_path)
 
 
 @pytest.mark.parametrize("place", PLACES[:2])
