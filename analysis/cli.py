@@ -14,6 +14,7 @@ from analysis.studies.options import Memorization, Ood
 from influence import console
 from influence.errors import InputError
 from influence.options import (
+    BudgetOptions,
     ColumnsOption,
     DeviceOption,
     JsonOption,
@@ -96,7 +97,7 @@ def evaluate(options: Evaluate) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lds(ColumnsOption, ResamplesOption, DeviceOption, OutputOptions):
+class Lds(ColumnsOption, ResamplesOption, BudgetOptions, DeviceOption, OutputOptions):
     """The options of `analysis lds`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"columns": "queries", "resamples": "truth_out"}
@@ -271,7 +272,7 @@ def paths(texts: Iterable[str]) -> tuple[tuple[float, ...], ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune(RunOption, DeviceOption, TrustOption, JsonOption):
+class Tune(RunOption, BudgetOptions, DeviceOption, TrustOption, JsonOption):
     """The options of `analysis tune`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {

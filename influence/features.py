@@ -28,10 +28,11 @@ from influence.curvature.base import Damped, Whitening
 from influence.errors import StoreError
 from influence.geometry import Geometry
 from influence.gradients import Tape, tape
+from influence.halving import Steps, in_parts
 from influence.kept_coordinates import KeptCoordinates
 from influence.leaf_gradients import LeafGradients
 from influence.measurements import Measurement, output_gradient
-from influence.memory import free_memory
+from influence.memory import block_bytes, free_memory
 from influence.progress import track
 from influence.store import RowFile, open_file, open_rows, read, write_file
 from influence.tokens import TokenizedExamples
@@ -82,7 +83,7 @@ class FeatureMap:
     @property
     def most_rows(self) -> int:
         """Rows of a batch, so that what is kept of them takes at most `BATCH_BYTES`."""
-        return max(1, BATCH_BYTES // (8 * self.kept.size))
+        return max(1, block_bytes(BATCH_BYTES) // (8 * self.kept.size))
 
     def of_batch(
         self,
@@ -90,11 +91,27 @@ class FeatureMap:
         rows: np.ndarray,
         tokens: TokenizedExamples,
         measured: Measurement | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Features `[b, K]` and the squares `[b]` float64 of all coordinates, of a batch's rows.
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Rows `[b]`, their features `[b, K]` and the squares `[b]` float64 of all coordinates, of a
+        batch, or of its parts where memory is too small for it.
 
         Of the gradients of m(q), or of the summed losses l_i.
         """
+
+        def run(rows: np.ndarray, _: Steps) -> tuple[Tensor, Tensor]:
+            return self._of_rows(recorder, rows, tokens, measured)
+
+        for part, found in in_parts(recorder.model, tokens, rows, run):
+            yield part, *found
+
+    def _of_rows(
+        self,
+        recorder: Tape,
+        rows: np.ndarray,
+        tokens: TokenizedExamples,
+        measured: Measurement | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Features and squares of rows that run at once."""
         model = recorder.model
         batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
         part = recorder.forward(batch)
@@ -182,7 +199,7 @@ class StoredFeatures:
         """
         n = len(self.point.run.tokens)
         first, end = distributed.span(n) if shared else (0, n)
-        step = max(1, BLOCK_BYTES // (4 * self.kept.size))
+        step = max(1, block_bytes(BLOCK_BYTES) // (4 * self.kept.size))
         starts = range(first, end, step)
         counts = [min(step, end - start) for start in starts]
         with RowFile(self.path, "codes") as codes, RowFile(self.path, "scales") as scales:
@@ -206,10 +223,10 @@ class StoredFeatures:
         point = self.point
         out = torch.empty(len(tokens), self.kept.size, dtype=self.dtype, device=point.model.device)
         with point.model.at(point.place.theta), tape(point.model) as recorder:
-            budget, most = point.run.manifest.token_budget, self.map.most_rows
-            for rows in plan_batches(tokens, budget, max_rows=most):
-                values, _ = self.map.of_batch(recorder, rows, tokens, measurement)
-                out[torch.from_numpy(rows)] = values.to(out)
+            budget, most = point.run.token_budget, self.map.most_rows
+            for batch in plan_batches(tokens, budget, max_rows=most):
+                for rows, values, _ in self.map.of_batch(recorder, batch, tokens, measurement):
+                    out[torch.from_numpy(rows)] = values.to(out)
         return out
 
     def products(self, left: Tensor, *, shared: bool = False) -> np.ndarray:
@@ -246,7 +263,7 @@ def write_features(point: AtPoint) -> None:
     if done.all():
         return
     made = FeatureMap(operator, point.geometry, _kept_in(path, point))
-    plan = plan_batches(run.tokens, run.manifest.token_budget, max_rows=made.most_rows)
+    plan = plan_batches(run.tokens, run.token_budget, max_rows=made.most_rows)
     left = [rows for rows in plan if not done[rows].all()]
     there = [rows for rows in plan if done[rows].all()]
     left = distributed.share(left, padded_tokens(run.tokens, left))
@@ -258,16 +275,16 @@ def write_features(point: AtPoint) -> None:
         }
         recorder = stack.enter_context(tape(point.model))
         vouched = stack.enter_context(_Vouched(files))
-        for rows in track(
+        for batch in track(
             left,
             "training rows to features",
             done=len(order) - len(left),
             counts=[len(rows) for rows in order],
             sizes=padded_tokens(run.tokens, order),
         ):
-            values, squares = made.of_batch(recorder, rows, run.tokens, None)
-            codes, scales = made.kept.packed(values, squares)
-            vouched.write(rows, codes=codes, scales=scales, squares=squares.cpu().numpy())
+            for rows, values, squares in made.of_batch(recorder, batch, run.tokens, None):
+                codes, scales = made.kept.packed(values, squares)
+                vouched.write(rows, codes=codes, scales=scales, squares=squares.cpu().numpy())
     distributed.wait()  # the rows of all processes are in the file
 
 

@@ -25,6 +25,7 @@ from influence.fitted_point import Storage, keeps_sampled
 from influence.gradients import max_rows
 from influence.kernel import EXACT_ROWS, LANDMARKS, WHOLE_ROWS, bytes_of_files
 from influence.manifest import ROW_BYTES, STORE_BEFORE
+from influence.memory import block_bytes
 from influence.path_time import LOSS_ROWS
 from influence.tokens import TokenizedExamples
 
@@ -167,7 +168,7 @@ class FitPlan:
         rule = STORE_BEFORE.get(store, store)
         sampled = keeps_sampled(curvature, Storage(kind == FULL, rule, left), point_bytes)
         sample = len(curvature.sample(n, seed))
-        at_once = max(1, PART_BYTES // (space.size * itemsize))
+        at_once = max(1, block_bytes(PART_BYTES) // (space.size * itemsize))
         closed = not curvature.undamped and not curvature.matrix_free
         return cls(
             rows=n,
