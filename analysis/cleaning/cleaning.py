@@ -1,6 +1,6 @@
 """One list of training rows to look at: for each row and reason a score and what was seen.
 
-    harms          opposes the good rows that the user names
+    harms          opposes the good rows of its kind that the user names
     label          opposes its own group, or those that ask alike: probably a wrong answer
     contradiction  answers otherwise than another row that asks the same
     duplicate      says what an earlier row says
@@ -38,7 +38,16 @@ from analysis.cleaning.files import (
 )
 from analysis.cleaning.findings import REASONS, Found
 from analysis.cleaning.memorized import holding, personal
-from analysis.cleaning.opposition import DOUBTFUL, STRANGERS, Pull, doubtful, harms, mates, pulls
+from analysis.cleaning.opposition import (
+    DOUBTFUL,
+    STRANGERS,
+    Pull,
+    doubtful,
+    harms,
+    kin,
+    mates,
+    pulls,
+)
 from analysis.cleaning.outliers import NEIGHBOURS, outliers
 from analysis.cleaning.repeats import contradictions, duplicates, repeats
 from analysis.cleaning.texts import Said, nearest, said, vectors
@@ -189,7 +198,9 @@ def clean(
     if queries is None or not len(queries):
         left_out["harms"] = "no good rows were given (--queries FILE)"
     else:
-        found["harms"] = harms(run.score(queries).values, queries.ids)
+        good = [said(row, lambda tokens: str(decode(tokens))) for row in queries]
+        compared_good = kin(run.train, queries, texts, good)
+        found["harms"] = harms(run.score(queries).values, compared_good, queries.ids)
 
     budget = run.manifest.token_budget
     losses = mean_losses(run.model, run.tokens, token_budget=budget)

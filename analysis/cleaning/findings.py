@@ -38,7 +38,7 @@ class Finding:
         What was seen, in one sentence.
     gain : float or None
         Predicted fall of the loss of others if the row alone goes, nats per token: of the good
-        rows (`harms`), of its own group or paraphrases (`label`).
+        rows of its kind (`harms`), of its own group or paraphrases (`label`).
     other : int or None
         The position of a row to compare it with.
     suggested : str

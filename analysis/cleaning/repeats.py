@@ -95,7 +95,9 @@ def duplicates(found: Repeats, ids: Sequence[str]) -> Found:
         exact = scores[row] > 1 - 1e-6
         what = "says the same as" if exact else f"says nearly the same ({scores[row]:.2f}) as"
         findings.append(
-            Finding(row, "duplicate", scores[row], f"{what} {ids[other]!r}", None, other, REMOVE)
+            Finding(
+                row, "duplicate", float(scores[row]), f"{what} {ids[other]!r}", None, other, REMOVE
+            )
         )
     rule = f"question and answer as another row's, cosine at least {SAME_ANSWER:g}"
     return Found("duplicate", rule, scores, ranked(findings))
@@ -141,7 +143,16 @@ def contradictions(
             evidence += f"; it pulls against its own group ({against[row]:.0%}), that one less"
             suggested = REMOVE
         findings.append(
-            Finding(row, "contradiction", scores[row], evidence, None, opposite, suggested, answer)
+            Finding(
+                row,
+                "contradiction",
+                float(scores[row]),
+                evidence,
+                None,
+                opposite,
+                suggested,
+                answer,
+            )
         )
     rule = f"asks as another row does, cosine at least {SAME_QUESTION:g}, and answers otherwise"
     return Found("contradiction", rule, scores, ranked(findings))

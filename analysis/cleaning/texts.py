@@ -63,10 +63,9 @@ def vectors(texts: Sequence[str]) -> Any:
 
     if not any(text.strip() for text in texts):
         return sp.csr_matrix((len(texts), 1), dtype=np.float32)
-    vectoriser = TfidfVectorizer(
-        analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, dtype=np.float32
-    )
-    return sp.csr_matrix(vectoriser.fit_transform([plain(text[:MOST]) for text in texts]))
+    vectoriser = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+    made = vectoriser.fit_transform([plain(text[:MOST]) for text in texts])
+    return sp.csr_matrix(made, dtype=np.float32)
 
 
 @dataclass(frozen=True, eq=False)
