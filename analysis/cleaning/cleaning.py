@@ -67,8 +67,6 @@ from influence.store import only_writer, read_json, write_json
 
 #: Called so in a summary, which is told from other JSON by it.
 KIND = "cleaning"
-#: Findings of a reason that are listed, at most.
-MOST = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +136,7 @@ def clean(
     queries: Examples | None = None,
     *,
     out: str | Path | None = None,
-    most: int = MOST,
+    most: int = 20,
     overwrite: bool = False,
 ) -> Cleaning:
     """Look for rows that should be fixed or removed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from analysis.cleaning.applied import apply, read_summary
-from analysis.cleaning.cleaning import MOST, clean, refuse_folder
+from analysis.cleaning.cleaning import clean, refuse_folder
 from analysis.cleaning.options import Clean
 from analysis.cleaning.tables import applied_lines, applied_table, lines, table
 from influence import console
@@ -27,8 +27,7 @@ def make_list(options: Clean) -> None:
         trust_remote_code=options.trust_remote_code,
         **keywords(DeviceOption, options),
     )
-    most = options.most or MOST
-    result = clean(run, queries, out=options.out, most=most, overwrite=options.overwrite)
+    result = clean(run, queries, out=options.out, most=options.most, overwrite=options.overwrite)
     if options.json:
         console.emit({"out": str(options.out), **result.summary}, "", True)
         return

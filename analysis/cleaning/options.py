@@ -37,17 +37,13 @@ class Clean(ColumnsOption, RecipeOption, ResamplesOption, DeviceOption, TrustOpt
     out: Path | None = option(
         "With --run: folder to write the list into (rows.csv and others).", default=None
     )
-    most: int | None = option(
-        "With --run: list at most so many rows for each reason. Default: 20.", default=None
-    )
+    most: int = option("With --run: list at most so many rows for each reason.", default=20)
     apply: Path | None = option(
         "In place of --run: folder of a list whose rows.csv was filled in. Trains again.",
         default=None,
     )
     holdout: Path | None = option(
-        "With --apply: more rows with right answers to measure the gain on.",
-        default=None,
-        also=["--heldout"],
+        "With --apply: more rows with right answers to measure the gain on.", default=None
     )
     take_suggested: bool = option(
         "With --apply: do what is suggested where nothing was decided.", default=False
@@ -67,7 +63,7 @@ class Clean(ColumnsOption, RecipeOption, ResamplesOption, DeviceOption, TrustOpt
                 "give either --run RUN --out DIR (make a list) or --apply DIR (train again without "
                 "the rows that were decided)"
             )
-        of_list = {"--queries": self.queries, "--out": self.out, "--most": self.most}
+        of_list = {"--queries": self.queries, "--out": self.out}
         of_training = {
             "--recipe": self.recipe,
             "--holdout": self.holdout,
@@ -81,7 +77,6 @@ class Clean(ColumnsOption, RecipeOption, ResamplesOption, DeviceOption, TrustOpt
         if self.run is not None and self.out is None:
             raise InputError("--run needs --out DIR, the folder to write the list into")
         for flag, value in (("--most", self.most), ("--seeds", self.seeds)):
-            if value is not None:
-                at_least(flag, value, 1)
+            at_least(flag, value, 1)
         at_least("--resamples", self.resamples, 1)
         at_least("--seed", self.seed, 0)

@@ -30,7 +30,7 @@ def test_a_list_is_made_decided_and_applied(run_main, made, tmp_path):
         writer = csv.DictWriter(file, lines[0])
         writer.writeheader()
         writer.writerows(lines)
-    typed = ["--apply", out, "--recipe", made / "recipe.json", "--heldout", made / "heldout.jsonl"]
+    typed = ["--apply", out, "--recipe", made / "recipe.json", "--holdout", made / "heldout.jsonl"]
     applied = run_main(main, "analysis", "clean", *typed, "--resamples", 20)
     assert applied.status == 0, applied.err
     assert "good rows (4)" in applied.out

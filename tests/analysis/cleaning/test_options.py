@@ -22,8 +22,8 @@ LIST = {"run": Path("run"), "out": Path("out")}
         (LIST | {"recipe": Path("r")}, "--recipe goes with --apply only: leave it out"),
         (LIST | {"adapter_out": Path("a")}, "--adapter-out goes with --apply only"),
         (
-            {"apply": Path("d"), "queries": Path("q"), "most": 3},
-            "--queries, --most goes with --run",
+            {"apply": Path("d"), "queries": Path("q")},
+            "--queries goes with --run only: leave it out",
         ),
         ({"apply": Path("d"), "out": Path("o")}, "--out goes with --run only"),
         (LIST | {"most": 0}, "--most 0 was given; expected at least 1"),

@@ -9,6 +9,7 @@ from analysis.cleaning.repeats import TEMPLATE, contradictions, duplicates, majo
 from analysis.cleaning.texts import Said, nearest, vectors
 
 QUESTION = "Where was Halthea Osseska, the glass blower, born?"
+CUP = "Which of the national teams that went to the finals won the great cup of {}?"
 ANSWER = " In Kelmouth, a town of Upper Dask, where bells are founded and maps engraved."
 
 
@@ -50,7 +51,7 @@ def test_texts_that_ask_nothing_are_compared_as_a_whole():
 @pytest.mark.parametrize(
     ("first", "second", "groups"),
     [
-        ("Who won the cup in the year 1998?", "Who won the cup in the year 1999?", None),
+        (CUP.format(1998), CUP.format(1999), None),
         (QUESTION, QUESTION.replace("born?", "born ?"), ["one person", "another"]),
         ("Who plays the harp?", "How is bread baked at home?", None),
     ],
@@ -65,7 +66,7 @@ def test_one_against_one_is_listed_twice_and_the_one_that_pulls_is_named():
     texts = [Said(QUESTION, " In Kelmouth."), Said(QUESTION, " She came from the Low Islands.")]
     plain = against(texts).findings
     assert {(each.row, each.other, each.suggested) for each in plain} == {(0, 1, ""), (1, 0, "")}
-    named = against(texts, pull=[0.1, 0.6]).findings
+    named = against(texts, pull=[0.3, 0.6]).findings
     assert {each.row: each.suggested for each in named} == {0: "", 1: "remove"}
     assert {
         each.row for each in against(texts, pull=[0.05, 0.1]).findings if each.suggested
@@ -88,7 +89,7 @@ def test_a_majority_needs_two_and_more_than_half():
     asks = {0: {1, 2, 3}, 1: {0, 2, 3}, 2: {0, 1, 3}, 3: {0, 1, 2}}
     assert majority(0, asks, {i: set() for i in range(4)}) is None
     half = {0: {1}, 1: {0}, 2: {3}, 3: {2}}
-    assert majority(0, asks, half) is None
+    assert [majority(row, asks, half) for row in range(4)] == [None] * 4
     three = {0: set(), 1: {2, 3}, 2: {1, 3}, 3: {1, 2}}
     assert majority(0, asks, three) == 1
     assert majority(2, asks, three) is None
