@@ -1,4 +1,4 @@
-"""The `analysis` command: evaluate, lds, removal, tune, memorization, ood, report, demo."""
+"""The `analysis` command: evaluate, lds, removal, tune, clean, memorization, ood, report, demo."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from analysis.cleaning.options import Clean
 from analysis.evaluation.options import Evaluate, Removal, RemovalOptions
 from analysis.evaluation.options import Options as EvaluationOptions
 from analysis.options import ResamplesOption
@@ -384,6 +385,19 @@ def tune(options: Tune) -> None:
         place = "shown only"
     console.show(tuning_table(rows, len(result.judged)))
     console.show(tuning_text(result, place, options.columns), wrap=False)
+
+
+# ---- cleaning --------------------------------------------------------------------------------
+
+
+@command(app, Clean)
+def clean(options: Clean) -> None:
+    """Which training rows to fix or remove: a list with reasons and evidence; and, once decided,
+    what that changed, measured by training again.
+    """
+    from analysis.cleaning.command import make_list, train_again
+
+    (make_list if options.apply is None else train_again)(options)
 
 
 # ---- studies ---------------------------------------------------------------------------------
