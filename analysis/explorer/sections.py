@@ -170,7 +170,11 @@ def rows_map(explored: Explored) -> list[Block]:
             )
         )
     if unreached:
-        found.append(text(f"{unreached:,} rows are not drawn: no ascent of 200 steps is enough."))
+        found.append(
+            text(
+                f"{unreached:,} row{'s' * (unreached > 1)} not drawn: no ascent of 200 steps is enough."
+            )
+        )
     if not len(shown):
         return [*found, text("No row of this run has such a number.", "warn")]
     return [*found, scatter, _group_table(explored, own, steps)]
