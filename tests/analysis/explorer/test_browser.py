@@ -195,7 +195,10 @@ def test_the_cleaning_list_by_reason(browser, small):
         page.click("text=Tick these")
         assert page.inner_text("#export") == "Export 2 ids"
         assert page.locator("#cleaning-list [aria-checked=true]").count() == 2
+        page.click("#untick")
         page.select_option("#reason", "")
+        page.click("text=Tick those to remove")
+        assert page.inner_text("#export") == "Export 1 id"
         page.click("text=Tick these")  # a row that the run does not have takes no tick
         assert page.inner_text("#export") == "Export 2 ids"
 
