@@ -41,18 +41,19 @@ document.addEventListener("securitypolicyviolation", (e) =>
   window.broken.push(`${e.violatedDirective} ${e.blockedURI}`));
 """
 #: Hovers over every point of every figure, and says what stood there; an error where it is a link.
-HOVER = """() => {
+HOVER = """async () => {
   const said = [];
   for (const node of document.querySelectorAll(".plot")) {
-    node.data.forEach((trace, curveNumber) => {
+    for (const [curveNumber, trace] of node.data.entries()) {
       const count = trace.z ? trace.z.length : trace.x.length;
       for (let k = 0; k < count; k++) {
         const pointNumber = trace.z ? [k, k % trace.z[0].length] : k;
         Plotly.Fx.hover(node, [{ curveNumber, pointNumber }]);
+        await new Promise((resolve) => setTimeout(resolve, 60)); // plotly shows no more than that
         if (node.querySelector("a")) throw new Error("a link");
         said.push(node.querySelector(".hoverlayer").textContent);
       }
-    });
+    }
   }
   return said;
 }"""
