@@ -74,14 +74,24 @@ $("untick").addEventListener("click", () => {
 
 // ---- printing ------------------------------------------------------------------------------------
 
+let printedFrom = "system";
+
 $("print").addEventListener("click", async () => {
   await Promise.all([...document.querySelectorAll(".blocks")].map(fillSection));
   await drawAll();
   await Promise.all(lists.map((list) => list.draw(true)));
   window.print();
 });
-addEventListener("beforeprint", () => lists.forEach((list) => list.draw(true)));
-addEventListener("afterprint", () => lists.forEach((list) => list.draw()));
+addEventListener("beforeprint", () => {
+  printedFrom = document.documentElement.dataset.theme ?? "system";
+  document.documentElement.dataset.theme = "light"; // what figures take their colours from
+  drawAgain();
+  lists.forEach((list) => list.draw(true));
+});
+addEventListener("afterprint", () => {
+  setTheme(printedFrom);
+  lists.forEach((list) => list.draw());
+});
 
 // ---- keys ----------------------------------------------------------------------------------------
 
