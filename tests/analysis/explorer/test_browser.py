@@ -432,12 +432,12 @@ def test_print_shows_sections_without_controls(full, tmp_path):
     assert tops == sorted(set(tops))
     assert full.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     middle = "document.querySelector('#heatmap .plot').data[0].colorscale[1][1]"
-    until(full, f"{middle} === '#ffffff'")
+    until(full, f"{middle} === '#fff'")
     full.pdf(path=tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").stat().st_size > 10_000
     full.emulate_media(media="screen")
     full.evaluate("dispatchEvent(new Event('afterprint'))")
-    until(full, f"{middle} !== '#ffffff'")
+    until(full, f"{middle} !== '#fff'")
 
 
 @pytest.mark.parametrize("rows", [1, 3])
