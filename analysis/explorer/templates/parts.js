@@ -101,13 +101,14 @@ function changedTicks() {
 
 // ---- bars ----------------------------------------------------------------------------------------
 
-// Bars to either side of nothing: `[name, value]`, with their unit.
+// Bars of `[name, value]` with their unit: to either side of nothing, or to one where that is all.
 function bars(values, unit, label) {
   const largest = Math.max(...values.map((each) => Math.abs(each[1])), 1e-300);
-  const list = el("ul", { class: "bars", "aria-label": label });
+  const oneSided = values.every((each) => each[1] >= 0) || values.every((each) => each[1] <= 0);
+  const list = el("ul", { class: oneSided ? "bars one" : "bars", "aria-label": label });
   for (const [name, value] of values) {
     const bar = el("span", { class: "fill " + (value < 0 ? "neg" : "pos") });
-    bar.style.width = (50 * Math.abs(value)) / largest + "%";
+    bar.style.width = ((oneSided ? 100 : 50) * Math.abs(value)) / largest + "%";
     list.append(
       el(
         "li",
