@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -483,3 +484,42 @@ def test_ten_thousand_rows_and_five_hundred_queries(browser, tmp_path):
         shown = page.locator("#right .score").inner_text()
         assert shown.startswith("≈")
         draw_everything(page)
+
+
+def test_tokens_and_layers_of_a_pair(browser, tmp_path):
+    """Each token's part is the span's colour, sign and hover text; a row that is weak has none."""
+    n = 5
+    write_run(tmp_path / "run", rows_of(n))
+    values = np.array([[4.0, 1, 0.5, -0.5, -3]])
+    tokens = np.zeros((1, 3 * n), np.float32)
+    tokens[0, :3] = [5, -1, 0]
+    layers = np.stack([1.5 * values, -0.5 * values], 1)
+    write_scores(
+        tmp_path / "run",
+        values,
+        rows_of(1, "query"),
+        tokens=tokens,
+        token_ids=np.tile(np.arange(3, dtype=np.int32), n),
+        offsets=np.arange(0, 3 * n + 1, 3),
+        modules=layers,
+    )
+    words = (" <b>one</b>", "two", " مرحبا")
+    explored = replace(gather(tmp_path / "run"), tokens=lambda id: words[id])
+    write(explored, tmp_path / "page.html", detail=1)
+    with opened(browser, tmp_path / "page.html") as page:
+        spans = page.locator(".tokens span")
+        shown = spans.evaluate_all("nodes => nodes.map((n) => [n.textContent, n.className])")
+        assert shown == [[words[0], "pos-token"], [words[1], "neg-token"], [words[2], ""]]
+        tips = spans.evaluate_all("nodes => nodes.map((n) => n.dataset.tip)")
+        assert tips[0].startswith("+5 nats per token")
+        shares = spans.evaluate_all(
+            "nodes => nodes.map((n) => n.style.getPropertyValue('--share'))"
+        )
+        assert shares == ["1.00", "0.20", "0.00"]
+        bars = page.locator(".bars li")
+        assert bars.all_inner_texts() == ["layers.0.q_proj\n+6", "layers.1.q_proj\n−2"]
+        widths = bars.locator(".fill").evaluate_all("nodes => nodes.map((n) => n.style.width)")
+        assert [float(each.rstrip("%")) for each in widths] == pytest.approx([50, 50 / 3], rel=2e-3)
+        page.locator("#right .line").nth(1).click()
+        until(page, "document.querySelectorAll('#pair .note').length === 1")
+        assert page.locator(".tokens").count() == page.locator(".bars").count() == 0

@@ -133,3 +133,22 @@ def test_the_command_writes_the_page(world, tmp_path, run_main):
     assert wrong.status == 2
     assert "influence score" in wrong.err
     assert not (tmp_path / "b.html").exists()
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of a colour #rrggbb (WCAG 2.2)."""
+    channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", [0, 1, 2])
+def test_texts_can_be_read_on_what_is_behind_them(theme):
+    """At least 4.5 to 1 (WCAG 2.2, 1.4.3), light, dark by choice, and dark by the system."""
+    css = (page.TEMPLATES / "explorer.css").read_text(encoding="utf-8")
+    blocks_ = re.findall(r"--page: #\w{6};.*?}", css, re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks_[theme]))
+    for front in ("ink", "muted", "pos", "neg", "good", "warn"):
+        for behind in ("page", "card", "chosen"):
+            high, low = sorted(luminance(colours[each]) for each in (front, behind))[::-1]
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (front, behind)
