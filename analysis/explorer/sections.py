@@ -172,7 +172,7 @@ def rows_map(explored: Explored) -> list[Block]:
     if unreached:
         found.append(
             text(
-                f"{unreached:,} row{'s' * (unreached > 1)} not drawn: no ascent of 200 steps is enough."
+                f"{unreached:,} row{'s' * (unreached > 1)} not drawn: no ascent that the table allows is enough."
             )
         )
     if not len(shown):

@@ -183,12 +183,12 @@ function drawAnswers(block) {
   );
 }
 
-// A card with a text by role.
+// A card with a text by role. The title is a text, or several children.
 function textCard(title, parts, ...more) {
   return el(
     "article",
     { class: "card" },
-    el("h4", {}, visible(title)),
+    el("h4", {}, ...(Array.isArray(title) ? title : [visible(title)])),
     ...parts.map(([role, text]) =>
       el("div", { class: "part" }, role ? el("span", { class: "role" }, visible(role)) : null, el("p", { class: "said", dir: "auto" }, visible(text))),
     ),

@@ -31,7 +31,7 @@ async function showPair(q, i) {
   tickers.clear();
   const unit = state.meta.unit;
   const cards = [];
-  if (query) cards.push(textCard(`Query ${query.id}`, query.parts, ...notKnown(query)));
+  if (query) cards.push(textCard(["Query ", foreign(query.id)], query.parts, ...notKnown(query)));
   if (row) {
     const button = el("button", { type: "button", class: "ticker", onclick: () => tick(i) });
     const label = () => {
@@ -41,13 +41,14 @@ async function showPair(q, i) {
     label();
     tickers.set(button, label);
     cards.push(
-      textCard(`Training row ${row.id}`, row.parts, ...notKnown(row), row.facts.length ? factList(row.facts) : null, button),
+      textCard(["Training row ", foreign(row.id)], row.parts, ...notKnown(row), row.facts.length ? factList(row.facts) : null, button),
     );
   }
   const parts = [el("div", { class: "sides" }, ...cards)];
   if (query && row) {
     const place = query.rows.indexOf(i);
     parts.unshift(scoreLine(query, place));
+    say(`${visible(query.id)}, ${visible(row.id)}: ${place < 0 ? "no score" : signed(query.scores[place]) + " " + unit}`);
     if (split.tokens) {
       parts.push(
         el("h4", {}, "Which tokens of the row"),
