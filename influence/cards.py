@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Characters of a row, and queries, that a card shows.
 PREVIEW, QUERIES = 60, 3
 #: Characters of any other text.
-LONGEST = 80
+LONGEST = 160
 
 _LINE = "1px solid rgba(128,128,128,.35)"
 _CARD = f"display:inline-block;max-width:100%;overflow-x:auto;border:{_LINE};border-radius:6px;padding:.5em .8em"
@@ -61,9 +61,13 @@ def _table(lines: str) -> str:
 
 def _cell(value: object, faint: bool = False) -> str:
     """A cell of a table; numbers to the right, text in its own direction."""
-    number = isinstance(value, _Number)
+    numeric = isinstance(value, _Number)
     style = _CELL + (";opacity:.7" if faint else "")
-    style += ";text-align:right;font-variant-numeric:tabular-nums" if number else ";text-align:left"
+    style += (
+        ";text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums"
+        if numeric
+        else ";text-align:left"
+    )
     return f"<td style='{style}'>{_text(value)}</td>"
 
 
@@ -74,6 +78,8 @@ def _text(value: object) -> str:
 
 class _Number(str):
     """A number as text."""
+
+    __slots__ = ()
 
 
 def number(value: float | None, form: str = ".3g") -> str:

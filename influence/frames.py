@@ -76,7 +76,7 @@ def to_xarray(scores: Scores) -> xarray.Dataset:
 
     Variables: `scores` [query, train]; `residual` and `converged` [query]; and where they were
     asked for `by_module` [query, module, train], and `by_token` [query, position] with `token_row`
-    and `token_id` [position]. Attributes are those of the score file.
+    (the training row's position) and `token_id` [position]. Attributes are those of the score file.
 
     Errors: InputError where xarray is not installed.
     """
@@ -98,7 +98,7 @@ def to_xarray(scores: Scores) -> xarray.Dataset:
     if (tokens := scores.tokens) is not None:
         rows = np.repeat(np.arange(len(scores.train_ids)), np.diff(tokens.offsets))
         variables["by_token"] = (("query", "position"), tokens.values)
-        coordinates["token_row"] = ("position", np.array(scores.train_ids)[rows])
+        coordinates["token_row"] = ("position", rows)
         coordinates["token_id"] = ("position", tokens.token_ids)
     return xarray.Dataset(variables, coordinates, scores.attributes)
 

@@ -48,8 +48,10 @@ def edit_card(record: EditRecord) -> str:
     facts = {
         "how": record.method.name,
         "stopped": record.stopped,
-        "loss to reach": number(losses.edited.target) if losses.edited.target is not None else "",
-        "damage": "" if guard.damage is None else f"{guard.damage:.1%} of the loss{allowed}",
+        "loss to reach": str(number(losses.edited.target)) if losses.edited.target else "",
+        "rise of the retained loss": ""
+        if guard.damage is None
+        else f"{guard.damage:.1%}{allowed}",
     }
     return card(
         f"Edit: {record.kind} {_rows(len(record.requests))}",
@@ -68,7 +70,7 @@ def forecast_line(forecast: Forecast) -> str:
         "Forecast",
         f"{len(forecast):,} units",
         f"median {middle} steps of {forecast.protocol.get('optimizer', '?')}",
-        _advice(forecast),
+        f"recommended {_advice(forecast)}" if len(steps) else "",
         "calibrated" if forecast.calibration is not None else "",
     )
 
@@ -106,7 +108,7 @@ def forecast_card(forecast: Forecast) -> str:
 def _advice(forecast: Forecast) -> str:
     """How many units each way of unlearning is recommended for."""
     counts = forecast.table["recommended"].value_counts()
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+    return ", ".join(f"{name} for {count:,}" for name, count in counts.items())
 
 
 def _rows(count: int) -> str:
