@@ -72,7 +72,7 @@ def search(explored: Explored, kind: str, text: str, limit: int | None = None) -
 
     `total` says how many there are, `found` has the first `limit`. No text: all.
     """
-    texts, words = _texts(explored, kind), text.casefold().split()
+    texts, words = _texts(explored, kind), text.lower().split()
     if words:
         every = (texts.text(k) for k in range(len(texts)))
         found = [k for k, said in enumerate(every) if all(word in said for word in words)]

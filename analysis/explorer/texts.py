@@ -47,7 +47,7 @@ class Texts:
     def text(self, index: int) -> str:
         """What is searched of a row: its id, its group and all that it says, in lower case."""
         said = [text for _, text in self.parts(index)]
-        return "\n".join([self.ids[index], self.groups[index], *said]).casefold()
+        return "\n".join([self.ids[index], self.groups[index], *said]).lower()
 
 
 def parts_of(example: Example) -> list[list[str]]:
