@@ -42,7 +42,9 @@ def card(
     """A card: a title, facts by name, and a table. All of it is plain text and is escaped here."""
     parts = [f"<div style='font-weight:600'>{_text(title)}</div>"]
     listed = "".join(
-        f"<tr>{_cell(name, faint=True)}{_cell(value)}</tr>" for name, value in facts.items() if value
+        f"<tr>{_cell(name, faint=True)}{_cell(value)}</tr>"
+        for name, value in facts.items()
+        if value
     )
     if listed:
         parts.append(_table(listed))

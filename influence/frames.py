@@ -162,7 +162,9 @@ def _texts(kind: str, rows: Examples, places: np.ndarray) -> dict[str, Any]:
 def _column(values: Iterable[str | None], places: np.ndarray) -> pd.Categorical:
     """A column of categories: value `places[k]` at line k, and a missing one for None."""
     values = list(values)
-    codes = {value: code for code, value in enumerate(dict.fromkeys(v for v in values if v is not None))}
+    codes = {
+        value: code for code, value in enumerate(dict.fromkeys(v for v in values if v is not None))
+    }
     own = np.array([-1 if value is None else codes[value] for value in values], dtype=np.int64)
     taken = own[places] if len(own) else np.zeros(0, np.int64)
     return pd.Categorical.from_codes(taken, categories=list(codes))

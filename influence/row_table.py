@@ -71,7 +71,9 @@ class RowTable:
         yield Text(self.title, style="italic", overflow="fold")
         yield Text(", ".join([*self.numbers, *self.texts[:-1]]), style="bold", overflow="fold")
         for values, texts in self.lines:
-            yield Text("  ", overflow="fold").join([*map(Text, values), *(t for t in texts[:-1] if t)])
+            yield Text("  ", overflow="fold").join(
+                [*map(Text, values), *(t for t in texts[:-1] if t)]
+            )
             if texts[-1]:
                 yield Padding(texts[-1], (0, 0, 0, 2))
         yield ""

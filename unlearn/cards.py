@@ -49,16 +49,16 @@ def edit_card(record: EditRecord) -> str:
         "how": record.method.name,
         "stopped": record.stopped,
         "loss to reach": str(number(losses.edited.target)) if losses.edited.target else "",
-        "rise of the retained loss": ""
-        if guard.damage is None
-        else f"{guard.damage:.1%}{allowed}",
+        "rise of the retained loss": "" if guard.damage is None else f"{guard.damage:.1%}{allowed}",
     }
     return card(
         f"Edit: {record.kind} {_rows(len(record.requests))}",
         facts,
         ("nats per token", "rows", "before", "after"),
         table,
-        "The retained rows lost too much: .save() refuses without force." if _failed(record) else "",
+        "The retained rows lost too much: .save() refuses without force."
+        if _failed(record)
+        else "",
     )
 
 
