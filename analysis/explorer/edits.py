@@ -76,7 +76,8 @@ def blocks(directory: Path, manifest: Manifest) -> list[Block]:
     entries = [(entry, record_of(Path(entry["edit"]))) for _, entry in chain.lines]
     rows = [_line(entry, record, verified.problems) for entry, record in entries]
     found.append(table("Edits and trainings", _OVERVIEW, rows))
-    if len(trade := [point for pair in entries if (point := _trade(*pair)) is not None]) > 0:
+    trade = [point for pair in entries if (point := _trade(*pair)) is not None]
+    if len(trade) > 1:
         found.append(_trade_off(trade))
     for entry, record in entries[-EDITS:]:
         if record is not None:

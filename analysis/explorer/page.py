@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ PACKED, FILE_SOURCE = "packed.js", "file_source.js"
 SCRIPTS = ("parts.js", "lists.js", "plots.js", "blocks.js", "pairs.js", "explorer.js", "main.js")
 #: Bytes of a file above which it is said that it is large.
 LARGE = 30_000_000
-#: What plotly writes into style attributes and elements of its own: nothing, and one constant.
-PLOTLY_STYLES = ("",)
+#: What style attributes and elements may hold beside the page's own style: nothing. plotly makes an
+#: empty element, and adds its rules by script.
+EMPTY = ""
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,14 @@ def html(
     parts = [_template_text(PACKED), source, *map(_template_text, SCRIPTS), *scripts]
     script = '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
     style = _template_text("explorer.css")
-    library, library_hash = _plotly()
+    library, library_hash, styled = _plotly()
     if "</script" in script.lower():
         raise InputError("a script of the page holds </script, which would end it: write it apart")
     policy = "; ".join(
         [
             "default-src 'none'",
             f"script-src '{_hash(script)}' '{library_hash}'",
-            f"style-src '{_hash(style)}' 'unsafe-hashes' "
-            + " ".join(f"'{_hash(each)}'" for each in PLOTLY_STYLES),
+            f"style-src '{_hash(style)}' 'unsafe-hashes' '{_hash(EMPTY)}'",
             "img-src data: blob:",
             f"connect-src {connect}",
             "base-uri 'none'",
@@ -148,6 +149,7 @@ def html(
         script=script,
         embedded=embedded_json(meta),
         data={**data, "plotly": library},
+        styled=styled,
     )
 
 
@@ -158,12 +160,16 @@ def _hash(text: str) -> str:
 
 
 @cache
-def _plotly() -> tuple[str, str]:
-    """plotly.js, packed, with the hash that lets it run."""
+def _plotly() -> tuple[str, str, tuple[str, ...]]:
+    """plotly.js, packed, the hash that lets it run, and the ids of style elements that it would add.
+
+    These are of maps, which the page has none of; it adds none where the id is taken.
+    """
     from plotly.offline import get_plotlyjs
 
     text = get_plotlyjs().replace("\r\n", "\n")
-    return packed(text.encode("utf-8")), _hash(text)
+    styled = re.findall(r'getElementById\("([0-9a-f]{40,})"\)', text)
+    return packed(text.encode("utf-8")), _hash(text), tuple(dict.fromkeys(styled))
 
 
 def _template_text(name: str) -> str:

@@ -129,7 +129,7 @@ def rows_map(explored: Explored) -> list[Block]:
         scatter |= {
             "title": "How much a row is remembered, and how hard it is to unlearn",
             "x": axis("steps to unlearn it", "forecast steps of ascent", log=True),
-            "y": axis("self-influence", NATS),
+            "y": axis("self-influence", NATS, log=_wide(y)),
         }
     elif own is not None:
         y = np.asarray(own, np.float64)
@@ -137,7 +137,7 @@ def rows_map(explored: Explored) -> list[Block]:
         scatter |= {
             "title": "How much each row is remembered",
             "x": axis("rank of the row", "1: highest"),
-            "y": axis("self-influence", NATS),
+            "y": axis("self-influence", NATS, log=_wide(y)),
         }
     else:
         x, y = steps, np.full(n, np.nan)
@@ -167,6 +167,11 @@ def rows_map(explored: Explored) -> list[Block]:
     if not len(shown):
         return [*found, text("No row of this run has such a number.", "warn")]
     return [*found, scatter, _group_table(explored, own, steps)]
+
+
+def _wide(values: np.ndarray) -> bool:
+    """Whether values are all positive, and the largest more than 30 times the median."""
+    return bool(len(values) and values.min() > 0 and values.max() > 30 * np.median(values))
 
 
 def _sampled(places: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -58,7 +58,8 @@ function drawTable(block) {
             const column = block.columns[k];
             const text = formatted(value, column.type);
             const tip = numeric(column) && text ? cellTip(value, column) : null;
-            return el("td", { class: numeric(column) ? "n" : "t", "data-tip": tip }, numeric(column) ? text : foreign(text));
+            const kind = numeric(column) ? "n" : text.length > 30 ? "t long" : "t";
+            return el("td", { class: kind, "data-tip": tip }, numeric(column) ? text : foreign(text));
           }),
         ),
       ),

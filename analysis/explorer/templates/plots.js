@@ -36,10 +36,11 @@ function layoutOf(block) {
   const part = (axis) => ({
     title: { text: axisTitle(axis), font: { size: 12 } },
     type: axis.log ? "log" : undefined,
+    dtick: axis.log ? 1 : undefined,
     gridcolor: grid,
     zerolinecolor: colour("--muted"),
     automargin: true,
-    exponentformat: "power",
+    exponentformat: "e",
   });
   return {
     font: { family: "system-ui, sans-serif", size: 11, color: ink },
@@ -134,8 +135,9 @@ function heatmapOf(block, layout) {
         [1, colour("--pos-strong")],
       ],
       colorbar: { thickness: 10, title: { text: plain(block.unit, 24), side: "right" }, outlinewidth: 0 },
-      xgap: few ? 1 : 0,
-      ygap: few ? 1 : 0,
+      // never 0: without gaps plotly writes a style attribute, which the policy forbids
+      xgap: few ? 1 : 0.05,
+      ygap: few ? 1 : 0.05,
     },
   ];
 }
