@@ -34,7 +34,7 @@ def serve(options: Serve) -> None:
     Open the printed address; it holds a token, without which nothing is answered. Ctrl-C ends it.
     """
     from analysis.explorer.data import gather
-    from analysis.serving.server import serve as answer
+    from analysis.serving.server import prepared
 
     console.quiet_transformers()
     explored = gather(options.run, **keywords(ExploredOptions, options))
@@ -44,14 +44,13 @@ def serve(options: Serve) -> None:
 
         return Run.open(options.run, **keywords(LoadingOptions, options))
 
-    def tell(address: str) -> None:
-        text = f"{address}\nOpen this address in a browser on this machine; Ctrl-C ends it."
-        console.emit({"address": address}, text, options.json)
-        sys.stdout.flush()
-
-    desk = answer(explored, open_run, port=options.port, tell=tell)
+    serving = prepared(explored, open_run, port=options.port)
+    text = f"{serving.address}\nOpen this address in a browser on this machine; Ctrl-C ends it."
+    console.emit({"address": serving.address}, text, options.json)
+    sys.stdout.flush()
+    serving.run()
     print("stopped", file=sys.stderr, flush=True)
-    if desk.busy:  # its thread cannot be stopped, and nobody waits for it
+    if serving.desk.busy:  # its thread cannot be stopped, and nobody waits for it
         os._exit(0)
 
 

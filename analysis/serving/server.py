@@ -6,12 +6,17 @@ import errno
 import secrets
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from analysis.explorer.data import Explored
 from analysis.serving.app import application
 from analysis.serving.desk import Desk
 from influence.errors import InputError
 from influence.run import Run
+
+if TYPE_CHECKING:
+    import uvicorn
 
 #: The only address that is listened on: nothing outside this machine reaches it.
 HOST = "127.0.0.1"
@@ -21,14 +26,27 @@ TOKEN_BYTES = 32
 GRACE = 2
 
 
-def serve(
-    explored: Explored,
-    open_run: Callable[[], Run],
-    *,
-    port: int = 0,
-    tell: Callable[[str], None],
-) -> Desk:
-    """Serve the explorer of a run until it is interrupted.
+@dataclass(frozen=True)
+class Prepared:
+    """A server whose port is open: its `address` with the token, and the desk of its questions."""
+
+    server: uvicorn.Server
+    listening: socket.socket
+    address: str
+    desk: Desk
+
+    def run(self) -> None:
+        """Answer until it is interrupted, or `server.should_exit` is set."""
+        try:
+            self.server.run(sockets=[self.listening])
+        except KeyboardInterrupt:  # which uvicorn hands on when it has closed everything
+            pass
+        finally:
+            self.listening.close()
+
+
+def prepared(explored: Explored, open_run: Callable[[], Run], *, port: int = 0) -> Prepared:
+    """A server of the explorer of a run.
 
     Parameters
     ----------
@@ -38,10 +56,8 @@ def serve(
         Opens the run with its model, when the first question is asked.
     port
         0 chooses a free one.
-    tell
-        Is told the address once the port is open.
 
-    Returns the desk, which may still be at work. Raises `InputError` where the port is not free.
+    Raises `InputError` where the port is not free.
     """
     import uvicorn
 
@@ -49,9 +65,8 @@ def serve(
     number = listening.getsockname()[1]
     token = secrets.token_urlsafe(TOKEN_BYTES)
     desk = Desk(open_run)
-    app = application(explored, desk, token=token, port=number)
     config = uvicorn.Config(
-        app,
+        application(explored, desk, token=token, port=number),
         access_log=False,  # addresses hold the token, and searches what is in the rows
         log_level="error",
         lifespan="off",
@@ -62,14 +77,7 @@ def serve(
         proxy_headers=False,
         timeout_graceful_shutdown=GRACE,
     )
-    tell(f"http://{HOST}:{number}/{token}/")
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:  # which uvicorn hands on when it has closed everything
-        pass
-    finally:
-        listening.close()
-    return desk
+    return Prepared(uvicorn.Server(config), listening, f"http://{HOST}:{number}/{token}/", desk)
 
 
 def bound(port: int) -> socket.socket:

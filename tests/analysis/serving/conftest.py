@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import influence
 from analysis.explorer.data import gather
 from analysis.serving.app import application
 from analysis.serving.desk import Desk
+from analysis.serving.server import prepared
 from tests.influence.toy_commands import make_folder
 
 TOKEN, PORT = "a-token-of-the-tests", 8765
@@ -44,6 +46,20 @@ def client(served, opened):
     found = TestClient(app, base_url=f"http://{HOST}/{TOKEN}", raise_server_exceptions=False)
     found.headers["origin"] = f"http://{HOST}"
     return found
+
+
+@pytest.fixture
+def running(served):
+    serving = prepared(served.explored, lambda: served.run)
+    thread = threading.Thread(target=serving.run, daemon=True)
+    thread.start()
+    end = time.monotonic() + 20
+    while not serving.server.started and time.monotonic() < end:
+        time.sleep(0.01)
+    yield serving
+    serving.server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def wait(client) -> dict:
