@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from influence.cards import card, line, number
 
 if TYPE_CHECKING:
@@ -64,8 +66,8 @@ def edit_card(record: EditRecord) -> str:
 
 def forecast_line(forecast: Forecast) -> str:
     """A forecast on one line."""
-    steps = forecast.table["steps"]
-    middle = number(float(steps.median()), ".3g") if len(steps) else "–"
+    steps = forecast.table["steps"].to_numpy(float)
+    middle = number(float(np.median(steps))) if len(steps) else "–"
     return line(
         "Forecast",
         f"{len(forecast):,} units",
@@ -93,7 +95,7 @@ def forecast_card(forecast: Forecast) -> str:
             number(row["damage"], "+.2e"),
             row["recommended"],
         )
-        for _, row in forecast.table.head(LINES).iterrows()
+        for row in forecast.table.head(LINES).to_dict("records")
     ]
     more = len(forecast) - LINES
     return card(

@@ -33,6 +33,7 @@ from analysis.explorer.sections import SECTIONS
 from analysis.serving.desk import Busy, Desk
 from analysis.serving.guard import Guard, refused
 from analysis.serving.questions import (
+    FORMS,
     MOST_CHARACTERS,
     MOST_TOKENS,
     Question,
@@ -41,7 +42,6 @@ from analysis.serving.questions import (
 from influence.console import finite
 from influence.errors import InputError, ToolkitError, WorkError
 from influence.progress import say
-from influence.rows import Examples
 
 TEMPLATES = Path(__file__).parent / "templates"
 #: Bytes of what is posted, at most.
@@ -75,7 +75,7 @@ def application(explored: Explored, desk: Desk, *, token: str, port: int) -> ASG
             explored, r.path_params["q"], r.path_params["i"]
         ),
         "/api/section/{name}": lambda r: contract.section(explored, r.path_params["name"]),
-        "/api/asking": lambda r: asking(explored.rows.examples),
+        "/api/asking": lambda r: asking(explored),
         "/api/asked": lambda r: desk.status(),
     }
     posted: dict[str, Callable[[dict[str, Any]], int]] = {
@@ -87,24 +87,26 @@ def application(explored: Explored, desk: Desk, *, token: str, port: int) -> ASG
         *(Route(path, _answered(answer), methods=["GET"]) for path, answer in answers.items()),
         *(Route(path, _begun(begin), methods=["POST"]) for path, begin in posted.items()),
     ]
-    app = Starlette(
-        routes=routes, exception_handlers={HTTPException: _no_such, Exception: _internal}
-    )
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such})
     return Guard(app, token, port)
 
 
-def asking(train: Examples | None) -> dict[str, Any]:
-    """How questions are put to the adapter: the `form`, whether the other one can be chosen, a
-    question as an `example`, and the limits.
+def asking(explored: Explored) -> dict[str, Any]:
+    """How questions are put to the adapter: the `form`, a question as an `example`, the limits, and
+    a `note` on which adapter answers, mostly empty.
     """
-    found = {"form": "plain", "example": "", "characters": MOST_CHARACTERS, "tokens": MOST_TOKENS}
+    train, edited = explored.rows.examples, explored.manifest.now
+    note = (
+        ""
+        if edited is None
+        else ("The adapter that this run was fitted on answers, as it was before the edits since.")
+    )
+    found = {"characters": MOST_CHARACTERS, "tokens": MOST_TOKENS, "note": note}
     if train is None or not len(train):
-        return found
+        return {**found, "form": FORMS[0], "example": ""}
     first = train[0]
-    example = first.prompt or ""
-    for turn in first.messages or ():
-        if turn.get("role") == "user":
-            example = str(turn.get("content") or "")
+    asked = [turn.get("content") for turn in first.messages or () if turn.get("role") == "user"]
+    example = str(asked[-1] or "") if asked else first.prompt or ""
     return {**found, "form": form_of(train), "example": example[:EXAMPLE]}
 
 
@@ -133,6 +135,8 @@ def _answered(answer: Callable[[Request], Any]) -> Callable[[Request], Response]
             return _json(answer(request))
         except ToolkitError as error:
             return refused(str(error), 400)
+        except Exception as error:  # none goes further: a traceback could hold a row's text
+            return _internal(error)
 
     return endpoint
 
@@ -152,6 +156,8 @@ def _begun(begin: Callable[[dict[str, Any]], int]) -> Callable[[Request], Any]:
             return refused(str(error), 410)
         except ToolkitError as error:
             return refused(str(error), 400)
+        except Exception as error:
+            return _internal(error)
 
     return endpoint
 
@@ -213,7 +219,7 @@ def _no_such(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": words.get(status, "this cannot be answered")}, status)
 
 
-def _internal(request: Request, error: Exception) -> Response:
+def _internal(error: Exception) -> Response:
     """What should not happen. The terminal is told the kind alone: texts are private."""
     say(f"note: a request failed ({type(error).__name__})")
     return JSONResponse({"error": f"this failed ({type(error).__name__})"}, 500)

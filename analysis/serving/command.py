@@ -42,7 +42,8 @@ def serve(options: Serve) -> None:
     def open_run() -> Run:
         from influence.run import Run
 
-        return Run.open(options.run, **keywords(LoadingOptions, options))
+        train = explored.rows.examples  # which are in memory already
+        return Run.open(options.run, train=train, **keywords(LoadingOptions, options))
 
     serving = prepared(explored, open_run, port=options.port)
     text = f"{serving.address}\nOpen this address in a browser on this machine; Ctrl-C ends it."

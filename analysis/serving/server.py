@@ -68,7 +68,7 @@ def prepared(explored: Explored, open_run: Callable[[], Run], *, port: int = 0) 
     config = uvicorn.Config(
         application(explored, desk, token=token, port=number),
         access_log=False,  # addresses hold the token, and searches what is in the rows
-        log_level="error",
+        log_level="critical",  # a traceback could hold a row's text
         lifespan="off",
         ws="none",
         http="h11",

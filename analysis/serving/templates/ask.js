@@ -42,6 +42,9 @@
   $("main").prepend(section);
   document.querySelector("nav ul").prepend(el("li", {}, el("a", { href: "#ask" }, "Ask the adapter")));
 
+  document.querySelector("footer p").firstChild.textContent =
+    "This page is served from this machine by analysis serve. plotly.js is by Plotly, Inc., under the MIT licence. Keys: ";
+
   const sleep = (time) => new Promise((resolve) => setTimeout(resolve, time));
 
   // Ask for work, and wait until it is done.
@@ -229,5 +232,6 @@
     chat.checked = found.form === "chat";
     prompt.maxLength = answer.maxLength = found.characters;
     prompt.placeholder = visible(found.example);
+    if (found.note) form.before(el("p", { class: "note" }, found.note));
   });
 })();

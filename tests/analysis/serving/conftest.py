@@ -43,7 +43,7 @@ def client(served, opened):
         return served.run
 
     app = application(served.explored, Desk(open_run), token=TOKEN, port=PORT)
-    found = TestClient(app, base_url=f"http://{HOST}/{TOKEN}", raise_server_exceptions=False)
+    found = TestClient(app, base_url=f"http://{HOST}/{TOKEN}")
     found.headers["origin"] = f"http://{HOST}"
     return found
 

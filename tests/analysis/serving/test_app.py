@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from analysis.explorer import contract
+from analysis.explorer.texts import Texts
 from analysis.serving.app import MOST_BYTES, MOST_LINES, asking
 from influence.console import finite
 from influence.rows import examples_from_rows
@@ -151,7 +153,7 @@ def test_what_fails_is_told_to_the_page_alone(client, served, monkeypatch, capfd
     assert "question 1 failed (RuntimeError)" in told
 
 
-def test_questions_are_put_as_the_rows_are():
+def test_questions_are_put_as_the_rows_are(served):
     chat = {
         "messages": [
             {"role": "system", "content": "S"},
@@ -159,11 +161,14 @@ def test_questions_are_put_as_the_rows_are():
             {"role": "assistant", "content": "A"},
         ]
     }
+    explored = served.explored
     for row, form, example in (
         (chat, "chat", "Q?"),
         ({"prompt": "P" * 300, "completion": "c"}, "plain", "P" * 200),
         ({"text": "t"}, "plain", ""),
     ):
-        found = asking(examples_from_rows([row]))
-        assert (found["form"], found["example"]) == (form, example)
-    assert asking(None)["form"] == "plain"
+        found = asking(replace(explored, rows=Texts.of(examples_from_rows([row]))))
+        assert (found["form"], found["example"], found["note"]) == (form, example, "")
+    assert asking(replace(explored, rows=Texts.named(["a"])))["form"] == "plain"
+    edited = replace(explored.manifest, now=object())
+    assert "before the edits" in asking(replace(explored, manifest=edited))["note"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import influence
-from influence.generation import generate
 from analysis.serving.server import prepared
+from influence.generation import generate
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None
