@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from analysis.evaluation.options import Evaluate, Removal, RemovalOptions
 from analysis.evaluation.options import Options as EvaluationOptions
+from analysis.explorer.options import ExploredOptions, Report
 from analysis.options import ResamplesOption
 from analysis.studies.options import Memorization, Ood
 from influence import console
@@ -496,31 +497,18 @@ def ood(options: Ood) -> None:
 # ---- report and demo -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report(DeviceOption, OutputOptions):
-    """The options of `analysis report`."""
-
-    edit: Path = option("Adapter folder made by unlearn remove, relabel, correct or train.")
-    out: Path = option("Page to write (.html).")
-    retrained: Path | None = option(
-        "Adapter made by unlearn retrain --edit: how near is the edit to it? Loads the model.",
-        default=None,
-    )
-    holdout: Path | None = option("With --retrained: rows that neither adapter saw.", default=None)
-
-    def __post_init__(self) -> None:
-        if self.holdout is not None and self.retrained is None:
-            raise InputError("--holdout goes with --retrained DIR: leave it out")
-
-
 @command(app, Report)
 def report(options: Report) -> None:
-    """One page on one edit, from its edit.json: is it forgotten, what else changed, how exact, how
-    to check it.
+    """One page, for people: on one edit, from its edit.json (--edit), or on a whole run, to search
+    its queries and rows, tick rows, and see every edit (--run).
     """
     from analysis.report.page import report as write_report
     from analysis.report.reading import read_record
 
+    if options.run is not None:
+        _explore(options, options.run)
+        return
+    assert options.edit is not None
     compared = None
     if options.retrained is not None:
         from analysis.report.agreement import agreement
@@ -545,6 +533,20 @@ def report(options: Report) -> None:
         "headlines": page.headlines,
     }
     text = "\n".join([f"{page.path}: {page.title}", *page.headlines])
+    console.emit(result, text, options.json)
+
+
+def _explore(options: Report, run: Path) -> None:
+    """Write the page on a run."""
+    from analysis.explorer.data import gather
+    from analysis.explorer.page import checked_out, write
+
+    checked_out(options.out, options.overwrite)
+    console.quiet_transformers()
+    explored = gather(run, **keywords(ExploredOptions, options))
+    page = write(explored, options.out, detail=options.detail, overwrite=options.overwrite)
+    result = {"out": str(page.path), "bytes": page.size, "sections": list(page.sections)}
+    text = f"{page.path}: {page.size / 1e6:.1f} MB; {', '.join(page.sections)}"
     console.emit(result, text, options.json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,14 +14,11 @@ import numpy as np
 from analysis.explorer.inputs import CleaningRow, read_cleaning, read_difficulty, read_record
 from analysis.explorer.score_tables import ScoreTable, open_scores, self_influences
 from analysis.explorer.texts import Texts
-from influence.adapter_files import read_adapter
 from influence.answers import STRONGEST, rows_fitted_on
 from influence.errors import DataError, MismatchError, ToolkitError
 from influence.manifest import Manifest, read_manifest
 from influence.progress import say
-from influence.row_files import place_of, read_examples
-from influence.scorefile import scored_queries
-from influence.tokenizer_files import load_tokenizer
+from influence.row_files import place_of, read_again, read_examples
 
 #: What an evaluation and a linear datamodeling score must have.
 _EVALUATION, _LDS = ("sets", "rows"), ("lds", "low", "high", "per_query")
@@ -212,11 +210,13 @@ def _scored(table: ScoreTable, queries: str | None) -> Texts:
         kept = str(table.attributes.get("queries") or "")
         place, rows = place_of(kept) if kept else None, None
         if place is not None and place.exists():  # a hub is not asked for
+            columns = table.attributes.get("query_columns")
             try:
-                rows = scored_queries(table.attributes)
+                rows = read_again(kept, json.loads(str(columns)) if columns else None)
             except DataError as error:
                 say(f"note: the queries' texts are not shown: {error}")
-    if rows is None or "aggregate" in table.attributes or rows.ids != table.query_ids:
+    same = rows is not None and rows.digest == digest and rows.ids == table.query_ids
+    if rows is None or not same or "aggregate" in table.attributes:
         return Texts.named(table.query_ids)
     return Texts.of(rows)
 
@@ -225,6 +225,9 @@ def _token_texts(manifest: Manifest) -> Callable[[int], str] | None:
     """The text of a token by its id, of the run's tokenizer; None where that is not there."""
     if manifest.adapter.path is None or manifest.base.path is None:
         return None
+    from influence.adapter_files import read_adapter
+    from influence.tokenizer_files import load_tokenizer
+
     try:
         folder = read_adapter(manifest.adapter.path).folder
         tokenizer = load_tokenizer(folder, manifest.base.path)

@@ -9,10 +9,8 @@ from typing import Any
 from analysis.explorer.blocks import Block, axis, column, finite, table, text
 from influence.errors import StoreError
 from influence.manifest import Manifest
-from unlearn.record.chain import read_chain
 from unlearn.record.edit_record import RECORD, EditRecord
 from unlearn.record.plain import parse_object, read_plain
-from unlearn.record.verify import verify
 
 NATS = "nats per token"
 #: Rows of an edit that are shown one by one, and edits whose rows are.
@@ -63,6 +61,9 @@ _ROWS = (
 
 def blocks(directory: Path, manifest: Manifest) -> list[Block]:
     """What the run's record of edits says; no blocks where there is none."""
+    from unlearn.record.chain import read_chain
+    from unlearn.record.verify import verify
+
     chain = read_chain(directory, manifest)
     if not chain.lines and not chain.problems:
         return []

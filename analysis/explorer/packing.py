@@ -16,6 +16,7 @@ import numpy as np
 from analysis.explorer import contract
 from analysis.explorer.blocks import rounded
 from analysis.explorer.data import Explored
+from analysis.explorer.options import DETAIL
 from analysis.explorer.sections import present
 from analysis.explorer.texts import Texts
 
@@ -23,8 +24,6 @@ from analysis.explorer.texts import Texts
 EXACT, BYTES = 1_000_000, 12_000_000
 #: Rows of either end of each query whose scores are exact where the others are bytes.
 STRONGEST = 50
-#: Rows of either end of each query whose scores are split over tokens and modules.
-DETAIL = 20
 #: Steps of a byte: score = sign * largest * (step / STEPS)^POWER.
 STEPS, POWER = 127, 3
 

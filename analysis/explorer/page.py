@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from analysis.explorer.data import Explored
-from analysis.explorer.packing import DETAIL, blocks, embedded_json, packed
+from analysis.explorer.options import DETAIL
+from analysis.explorer.packing import blocks, embedded_json, packed
 from analysis.explorer.sections import SECTIONS
 from influence.errors import InputError, StoreError
 from influence.progress import say

@@ -10,16 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import h5py
 import numpy as np
 
 from influence.errors import InputError, MismatchError, StoreError
-from influence.scorefile import TOKEN_NAMES
 from influence.store import open_file, read, read_strings
-from influence.strongest import Strongest
 
+if TYPE_CHECKING:  # a page on scores alone does not wait for torch
+    from influence.strongest import Strongest
+
+#: How a score file names its scores by token, and what they are of (`influence.scorefile`).
+TOKEN_NAMES = ("per_token", "token_offsets", "token_ids")
 #: Numbers of a matrix that are read at a time.
 AT_ONCE = 4_000_000
 
@@ -205,11 +208,15 @@ def open_scores(path: Path, run_digest: str, train_ids: Sequence[str] | None) ->
     if attributes.get("run_digest") != run_digest or other:
         raise MismatchError(f"{path} belongs to another run: give a file that this run made")
     splits = {"tokens": TOKEN_NAMES[0] in names, "modules": "per_module" in names}
-    common = (path, *ids, attributes, frozenset(name for name in splits if splits[name]))
+    known = frozenset(name for name in splits if splits[name])
     if "highest" not in names:
-        return ScoreTable(*common)
+        return ScoreTable(path, ids[0], ids[1], attributes, known)
+    from influence.strongest import Strongest
+
     found = Strongest.load(path)
-    return StrongestTable(*common, kept=found.highest.shape[1], strongest=found)
+    return StrongestTable(
+        path, ids[0], ids[1], attributes, known, kept=found.highest.shape[1], strongest=found
+    )
 
 
 def self_influences(path: Path, run_digest: str) -> tuple[np.ndarray, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,8 @@ def heatmap(explored: Explored) -> list[Block]:
     place[keep] = np.arange(len(keep))
     sums = table_.group_sums(place[members], len(keep))
     strongest = np.argsort(-np.abs(sums).max(0, initial=0), kind="stable")[:GROUPS]
-    strongest = np.sort(strongest)
-    order = sorted(range(len(explored.queries)), key=lambda q: explored.queries.groups[q])
+    strongest = np.array(sorted(strongest, key=lambda g: in_order(str(names[keep[g]]))), int)
+    order = sorted(range(len(explored.queries)), key=lambda q: in_order(explored.queries.groups[q]))
     shown = order[:HEAT_QUERIES]
     said = []
     if len(strongest) < len(keep):
@@ -69,6 +70,12 @@ def heatmap(explored: Explored) -> list[Block]:
         "values": [rounded(sums[q, strongest], 3) for q in shown],
     }
     return [*note, plot]
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names with numbers in them by these: 2 before 10."""
+    parts = re.split(r"(\d+)", str(name))
+    return [(int(part) if part.isascii() and part.isdigit() else -1, part) for part in parts]
 
 
 def cleaning(explored: Explored) -> list[Block]:
@@ -159,7 +166,7 @@ def rows_map(explored: Explored) -> list[Block]:
         found.append(
             text(
                 f"{len(shown):,} of {len(places):,} rows are drawn: the {POINTS // 2:,} highest, "
-                "and every so-many-th of the others."
+                "and others evenly spaced by rank."
             )
         )
     if unreached:

@@ -117,7 +117,10 @@ def write_scores(
         found = Strongest.of(whole, kept)
         names = ("highest", "highest_scores", "lowest", "lowest_scores", "residuals", "converged")
         write_file(
-            path, {each: np.asarray(getattr(found, each)) for each in names}, attrs=told, strings=strings
+            path,
+            {each: np.asarray(getattr(found, each)) for each in names},
+            attrs=told,
+            strings=strings,
         )
         return path
     arrays = {"scores": values.astype(np.float32)}
