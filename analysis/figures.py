@@ -26,7 +26,7 @@ from influence.errors import InputError
 from influence.messages import one_line
 
 if TYPE_CHECKING:
-    from influence.rows import Examples
+    from influence.rows import Example, Examples
     from influence.scorefile import Scores, SelfInfluence
     from unlearn.difficulty.forecast import Forecast
     from unlearn.record.edit_record import EditRecord
@@ -42,7 +42,7 @@ GROUPS = (
     ("#8a7a00", "X"),
 )
 #: Characters of a label, and lines of a heat map, at most.
-LABEL, LINES = 48, 60
+LABEL, LINES = 56, 60
 
 
 def top_plot(
@@ -79,7 +79,7 @@ def top_plot(
         raise InputError(f"query {query!r} has no score but 0: there is nothing to draw")
     rows = scores.train_rows
     names = [
-        _label(each.id if rows is None else f"{each.id}: {rows[each.index].preview(LABEL)}")
+        _label(each.id if rows is None else f"{each.id}: {_said(rows[each.index])}")
         for each in entries
     ]
     values = np.array([each.score for each in entries])
@@ -247,6 +247,8 @@ def difficulty_plot(
                 label=_label(name, 24),
             )  # fmt: skip
         axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            _round_ticks(axis)
         axes.set_xlabel("forecast steps of ascent until the row is unlearned")
         axes.set_ylabel("self-influence, nats per token")
         if largest:
@@ -325,16 +327,26 @@ def _label(text: str, width: int = LABEL) -> str:
 
 
 def _title(axes: Any, title: str, note: str = "") -> None:
-    """A title, and what should be known below it."""
-    axes.set_title(
-        title, loc="left", fontweight="bold", fontsize=12, pad=20 if note else 8, color=INK,
-        parse_math=False,
-    )  # fmt: skip
+    """A title from the left edge of the figure, and what should be known above the axes."""
+    axes.figure.suptitle(
+        title, x=0.01, ha="left", fontweight="bold", fontsize=12, color=INK, parse_math=False
+    )
     if note:
-        axes.annotate(
-            note, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points",
-            color=MUTED, size=9, parse_math=False,
-        )  # fmt: skip
+        axes.set_title(note, loc="left", fontsize=9, color=MUTED, parse_math=False)
+
+
+def _round_ticks(axis: Any) -> None:
+    """Numbers as they are said on a logarithmic axis: 1, 2, 5, 10."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _said(row: Example) -> str:
+    """What tells a row from others in few letters: its answer, where it has one."""
+    return row.preview(LABEL) if row.answer is None else row.answer
 
 
 def _bars(

@@ -21,6 +21,7 @@ from influence.row_content import is_unicode
 from influence.rows import Example, Examples, examples_from_rows
 from influence.run import Run
 from influence.scorefile import Scores
+from influence.tokens import Tokens
 
 #: Characters of a question or of an answer, at most, and tokens of the adapter's answer.
 MOST_CHARACTERS, MOST_TOKENS = 8000, 128
@@ -82,13 +83,14 @@ class Answered:
     own : bool
         Whether the adapter says so itself.
     ended : bool
-        Whether its answer ended, rather than being cut.
+        Whether the answer ended, rather than being cut.
     input_ids, places : int array
         The row's tokens [T], and the positions [K] of those of the answer, its end among them.
     texts : list of str
         The text of each of these K.
-    note : str
-        What should be known of them; mostly empty.
+    said : int
+        How many of these K the answer is: all, or those before an end that the adapter did not come
+        to.
     """
 
     row: Example
@@ -98,7 +100,7 @@ class Answered:
     input_ids: np.ndarray = field(repr=False)
     places: np.ndarray = field(repr=False)
     texts: list[str] = field(repr=False)
-    note: str = ""
+    said: int
 
     def record(self) -> dict[str, Any]:
         """The answer as the page shows it."""
@@ -107,7 +109,7 @@ class Answered:
             "own": self.own,
             "ended": self.ended,
             "tokens": self.texts,
-            "note": self.note,
+            "said": self.said,
         }
 
 
@@ -120,21 +122,30 @@ def answered(run: Run, question: Question) -> Answered:
     """The adapter's own answer to a question, by greedy decoding, or the one that was typed."""
     if question.answer is not None:
         row = _row(run.train, question, question.answer)
-        return _with_tokens(run, row, question.answer, None)
-    asked = Examples([_row(run.train, question, " ?")])  # the answer there is not read
-    (new,) = generated_tokens(run.model, asked, max_new_tokens=MOST_TOKENS)
+        tokens = _tokens(run, row)
+        return _answered(run, row, question.answer, tokens, None)
+    asked = _row(run.train, question, " ?")  # the answer there is not read
+    (new,) = generated_tokens(run.model, Examples([asked]), max_new_tokens=MOST_TOKENS)
     text = run.model.tokenizer.decode(new, skip_special_tokens=True)
     if not text.strip():
         raise InputError(
             "the adapter ends at once and answers nothing: put the question as its training rows "
             "do, or type an answer to explain"
         )
-    found = None
-    for said in (text, " " + text):  # some tokenizers leave out a blank that a text begins with
-        found = _with_tokens(run, _row(run.train, question, said), said, new)
-        if not found.note:
-            return found
-    return _with_tokens(run, _row(run.train, question, text), text, new)
+    for answer in (text, " " + text):  # some tokenizers leave out a blank that a text begins with
+        row = _row(run.train, question, answer)
+        tokens = _tokens(run, row)
+        targets = tokens.input_ids[tokens.supervised]
+        if targets[: len(new)].tolist() == new:
+            return _answered(run, row, answer, tokens, new)
+    # the text is read as other tokens: those that were said are explained all the same
+    prompt = _tokens(run, asked)
+    before = prompt.input_ids[: int(prompt.supervised.argmax())]
+    end = run.model.tokenizer.eos_token_id
+    ends = [end] if len(new) < MOST_TOKENS and end is not None else []
+    ids = np.concatenate([before, new, ends]).astype(prompt.input_ids.dtype)
+    said = Tokens(ids, np.arange(len(ids)) >= len(before))
+    return _answered(run, _row(run.train, question, text), text, said, new)
 
 
 def explained(run: Run, found: Answered, chosen: Sequence[int]) -> Scores:
@@ -204,19 +215,28 @@ def _system_of(train: Examples) -> list[dict[str, Any]]:
     return [found[0]]
 
 
-def _with_tokens(run: Run, row: Example, answer: str, new: Sequence[int] | None) -> Answered:
-    """The answer's tokens as training would have them; `new` are those that the adapter said."""
+def _tokens(run: Run, row: Example) -> Tokens:
+    """A row as training has it, with its answer's tokens as the targets."""
     (tokens,) = run.query_tokens(Examples([row]))
+    return tokens
+
+
+def _answered(
+    run: Run, row: Example, answer: str, tokens: Tokens, new: Sequence[int] | None
+) -> Answered:
+    """The answer with its tokens, of which the adapter itself said `new`."""
     places = np.flatnonzero(tokens.supervised)
-    ids, note = tokens.input_ids[places], ""
-    if new is not None and ids[: len(new)].tolist() != list(new):
-        note = (
-            "The tokens below are those of the answer's text, which are not quite those that the "
-            "adapter said."
-        )
     ended = new is None or len(new) < MOST_TOKENS
-    texts = _texts(run.model.tokenizer, tokens.input_ids, places)
-    return Answered(row, answer, new is not None, ended, tokens.input_ids, places, texts, note)
+    return Answered(
+        row,
+        answer,
+        new is not None,
+        ended,
+        tokens.input_ids,
+        places,
+        _texts(run.model.tokenizer, tokens.input_ids, places),
+        len(places) if ended or new is None else min(len(new), len(places)),
+    )
 
 
 def _texts(tokenizer: Any, ids: np.ndarray, places: np.ndarray) -> list[str]:

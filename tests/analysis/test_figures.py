@@ -51,7 +51,7 @@ def test_proponents_above_opponents(scores, tmp_path):
     found = texts(plots.top_plot(scores, 0, tmp_path / "top.svg"))
     rows = [text.split(":")[0] for text in found if re.match(r"t\d: ", text)]
     assert rows == ["t0", "t5", "t2", "t1", "t4"]
-    assert "t0: p0 → c" in found
+    assert "t0: c" in found
     assert f"Rows behind {ODD}" in found
     assert "score, nats per token" in found
     assert {"+3", "-2"} <= {text.replace("\u2212", "-") for text in found}

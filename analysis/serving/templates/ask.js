@@ -3,7 +3,7 @@
 
 (() => {
   const WAIT = 400; // milliseconds between two looks at how far a question is
-  const asked = { job: 0, tokens: [], on: [], found: null, list: null };
+  const asked = { job: 0, tokens: [], on: [], list: null };
 
   const status = el("p", { class: "muted", id: "ask-status", role: "status", "aria-live": "polite" });
   const prompt = textBox("ask-prompt", "Your question");
@@ -20,6 +20,11 @@
     });
     box.dir = "auto";
     return box;
+  }
+
+  function spaced(node) {
+    node.style.marginTop = "1rem";
+    return node;
   }
 
   const form = el(
@@ -90,8 +95,7 @@
     if (answer.value.trim()) posted.answer = answer.value;
     status.textContent = "asking …";
     const { job, seconds, result } = await done("ask", posted);
-    Object.assign(asked, { job, tokens: result.tokens, on: result.tokens.map(() => true), found: null });
-    if (!result.ended) asked.on[asked.on.length - 1] = false; // the adapter did not end there
+    Object.assign(asked, { job, tokens: result.tokens, on: result.tokens.map((_, k) => k < result.said) });
     status.textContent = `answered in ${seconds.toFixed(1)} s`;
     showAnswer(result);
   }
@@ -139,10 +143,9 @@
         { class: "card" },
         el("h3", {}, result.own ? "The adapter answers" : "The answer to explain"),
         el("p", { class: "said", id: "ask-said", dir: "auto" }, visible(result.answer)),
-        el("h4", {}, "Which of its tokens should be explained?"),
+        spaced(el("h4", {}, "Which of its tokens should be explained?")),
         box,
         result.ended ? null : el("p", { class: "note" }, "The answer was cut here: it is longer."),
-        result.note ? el("p", { class: "note" }, result.note) : null,
         el(
           "div",
           { class: "bar" },
@@ -215,15 +218,16 @@
       places = [...places].reverse();
       list.show(places.length);
     });
-    $("ask-rows").replaceChildren(
-      el("h3", {}, "Rows behind ", foreign(what)),
+    const parts = [
+      spaced(el("h3", {}, "Rows behind ", foreign(what))),
       el("div", { class: "bar small" }, el("label", {}, "Order ", order)),
       result.converged ? null : el("p", { class: "note warn" }, "The solver did not converge: read these scores with care."),
       result.left_out ? el("p", { class: "note" }, `${result.left_out.toLocaleString("en")} rows in the middle are left out.`) : null,
       el("p", { class: "muted small" }, `Scores in ${result.unit}: ${result.how}.`),
       node,
       detail,
-    );
+    ];
+    $("ask-rows").replaceChildren(...parts.filter((part) => part !== null));
     list.show(places.length, places.length ? 0 : -1);
     if (places.length) showRow(places[0]);
   }

@@ -49,7 +49,7 @@ def test_every_answer_is_that_of_the_contract(client, served):
         ("search?kind=rows&limit=many", 400, "limit 'many' was given"),
         ("section/..%2Fsecret", 404, "nothing at this address"),
         ("section/nothing", 400, "section 'nothing' was asked for"),
-        ("../../etc/passwd", 404, "nothing at this address"),
+        ("../../etc/passwd", 403, "lacks the token"),
     ],
 )
 def test_what_is_not_there_is_said(client, path, status, words):

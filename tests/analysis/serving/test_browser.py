@@ -44,7 +44,12 @@ def page(browser, running):
     context = browser.new_context(viewport={"width": 1100, "height": 900})
     found, trouble, asked = context.new_page(), [], []
     found.on("pageerror", lambda error: trouble.append(str(error)))
-    found.on("console", lambda told: told.type == "error" and trouble.append(told.text))
+    found.on(
+        "console",
+        lambda told: (
+            told.type == "error" and "status of 4" not in told.text and trouble.append(told.text)
+        ),
+    )
     found.on("request", lambda request: asked.append(request.url))
     found.goto(running.address)
     found.wait_for_selector("html[data-ready=yes]")
@@ -54,48 +59,61 @@ def page(browser, running):
     context.close()
 
 
-def test_a_typed_question_its_answer_and_the_rows_behind_some_of_its_tokens(page, served):
-    page.fill("#ask-prompt", "the red fox runs")
+def ask(page, question: str, answer: str = "") -> None:
+    page.fill("#ask-prompt", question)
+    if answer:
+        page.click("#ask details summary")
+        page.fill("#ask-answer", answer)
     page.click("#ask-go")
     page.wait_for_selector("#ask-tokens [data-k]")
+
+
+def test_a_typed_question_is_answered_by_the_adapter(page, served):
+    ask(page, "the red fox runs")
     row = influence.examples_from_rows([{"prompt": "the red fox runs", "completion": " x"}])
-    (answer,) = generate(served.run.model, row)
-    assert page.text_content("#ask-said") == answer
+    assert page.text_content("#ask-said") == generate(served.run.model, row)[0]
+    assert page.text_content("#ask h3") == "The adapter answers"
+    page.click("#ask-explain")
+    page.wait_for_selector("#ask-row .score-line")
+    assert (
+        page.locator("#ask-list").get_attribute("aria-label") == "Training rows behind the answer"
+    )
+
+
+def test_ticked_tokens_alone_are_explained(page, served):
+    ask(page, "the red fox runs", " sleep in warm sun")
     tokens = page.locator("#ask-tokens [data-k]")
-    count = tokens.count()
+    assert tokens.count() == 5
     page.click("#ask-none")
     assert page.locator("#ask-explain").is_disabled()
     tokens.nth(0).click()
-    tokens.nth(count - 1).focus()
+    tokens.nth(3).focus()
     page.keyboard.press("Space")
-    ticked = page.locator("#ask-tokens [aria-checked=true]")
-    assert ticked.count() == 2
+    assert page.locator("#ask-tokens [aria-checked=true]").count() == 2
     assert page.text_content("#ask-explain") == "Explain 2 tokens"
     page.click("#ask-explain")
-    page.wait_for_selector("#ask-list [role=option]")
+    page.wait_for_selector("#ask-row .score-line")
 
     def mean_loss(log_probs, targets):
-        losses = -log_probs[range(len(targets)), targets]
-        return (losses[0] + losses[-1]) / 2
+        return -(log_probs[0, targets[0]] + log_probs[3, targets[3]]) / 2
 
-    asked = influence.examples_from_rows([{"prompt": "the red fox runs", "completion": answer}])
-    scores = served.run.score(asked, measurement=influence.Custom(mean_loss, "two"))
-    best = int(np.argmax(scores.values[0]))
+    row = {"prompt": "the red fox runs", "completion": " sleep in warm sun"}
+    asked = influence.examples_from_rows([row])
+    scores = served.run.score(asked, measurement=influence.Custom(mean_loss, "two")).values[0]
+    best = int(np.argmax(scores))
     first = page.locator("#ask-list [role=option]").first
     assert served.run.train.ids[best] in first.inner_text()
-    page.wait_for_selector("#ask-row .score-line")
+    told = first.locator(".score").get_attribute("data-tip").split(" ")[0]
+    assert float(told) == pytest.approx(float(scores[best]), rel=1e-3)
     assert "a proponent" in page.text_content("#ask-row")
+    assert "null" not in page.text_content("#ask")
     first.locator(".tick").click()
     assert page.text_content("#export") == "Export 1 id"
 
 
 def test_hostile_text_is_inert_and_shown(page):
     title = page.title()
-    page.fill("#ask-prompt", HOSTILE)
-    page.click("details summary")
-    page.fill("#ask-answer", HOSTILE)
-    page.click("#ask-go")
-    page.wait_for_selector("#ask-tokens [data-k]")
+    ask(page, HOSTILE, HOSTILE)
     assert page.text_content("#ask-said") == HOSTILE
     assert page.title() == title
     assert page.locator("#ask img").count() == 0
@@ -109,7 +127,7 @@ def test_a_question_that_is_refused_says_why(page):
     page.evaluate("document.getElementById('ask-prompt').removeAttribute('maxlength')")
     page.fill("#ask-prompt", "a" * 8001)
     page.click("#ask-go")
-    page.wait_for_function("document.getElementById('ask-status').textContent.includes('8,001')")
+    page.locator("#ask-status", has_text="8,001 characters").wait_for()
 
 
 def test_the_explorer_reads_from_the_server(page, served):
@@ -117,7 +135,7 @@ def test_the_explorer_reads_from_the_server(page, served):
     assert served.explored.queries.ids[0] in first.inner_text()
     page.wait_for_selector("#right [role=option]")
     page.fill("#search", "zzz nothing")
-    page.wait_for_function("document.getElementById('left-count').textContent.startsWith('0 ')")
+    page.locator("#left-count", has_text="0 queries").wait_for()
 
 
 @pytest.fixture
