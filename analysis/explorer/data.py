@@ -70,9 +70,9 @@ class Explored:
     def how_to_split(self) -> str:
         """How scores by token and module come onto the page."""
         return (
-            "This score is not split here. influence score --per-token --per-module splits scores "
-            "over the tokens of the row and the layers of the adapter; the page keeps that of the "
-            "strongest rows of each query (--detail)."
+            "Scores made with influence score --per-token --per-module are also split over the tokens "
+            "of the row and the layers of the adapter; a page keeps that of the strongest rows of "
+            "each query (--detail)."
         )
 
     @cached_property
@@ -97,7 +97,9 @@ class Explored:
             known = self.difficulty[id]
             steps, damage = known.get("steps"), known.get("damage")
             if steps is not None:
-                shown = "out of reach" if np.isinf(steps) else f"{steps:.3g} steps"
+                shown = (
+                    "out of reach" if np.isinf(steps) else f"{steps:.3g} step{'s' * (steps != 1)}"
+                )
                 found.append(("to unlearn it", shown, STEPS_HELP))
             if damage is not None:
                 found.append(("damage by then", f"{damage:+.3g} nats per token", DAMAGE_HELP))

@@ -109,7 +109,7 @@ def faithfulness(
         values = record.get("per_query")
         if isinstance(values, list) and values:
             ids = record.get("query_ids") or [str(k) for k in range(len(values))]
-            pairs = sorted(zip(ids, map(finite, values), strict=False), key=lambda p: -(p[1] or -2))
+            pairs = sorted(zip(ids, map(finite, values), strict=False), key=_highest_first)
             found.append(
                 {
                     "kind": "plot",
@@ -143,6 +143,10 @@ def faithfulness(
             )
         )
     return found
+
+
+def _highest_first(pair: tuple[Any, float | None]) -> float:
+    return 2.0 if pair[1] is None else -pair[1]
 
 
 def _object(value: Any) -> Mapping[str, Any]:

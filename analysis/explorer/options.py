@@ -19,7 +19,7 @@ class ExploredOptions:
     """What a page on a run shows beside what the run's directory holds."""
 
     scores: Path | None = option(
-        "With --run: the score file to show. Default: RUN/scores.h5, else RUN/strongest.h5.",
+        "With --run: which scores to show. Default: scores.h5 in RUN, or else strongest.h5 there.",
         default=None,
     )
     queries: str | None = option(

@@ -170,7 +170,11 @@ def rows_map(explored: Explored) -> list[Block]:
             )
         )
     if unreached:
-        found.append(text(f"{unreached:,} rows are not drawn: no ascent of 200 steps is enough."))
+        found.append(
+            text(
+                f"{unreached:,} row{'s' * (unreached > 1)} not drawn: no ascent of 200 steps is enough."
+            )
+        )
     if not len(shown):
         return [*found, text("No row of this run has such a number.", "warn")]
     return [*found, scatter, _group_table(explored, own, steps)]
@@ -261,13 +265,13 @@ def _none(explored: Explored) -> list[Block]:
 SECTIONS: Mapping[str, Section] = {
     "about": Section("What this run is", lambda e: True, about.blocks),
     "queries": Section(
-        "Queries and the rows behind them",
+        "Queries and rows",
         lambda e: e.table is not None,
         _none,
         "No scores yet. Make them with: influence score --run RUN --queries QUERIES",
     ),
     "heatmap": Section(
-        "Which groups move which queries",
+        "Groups and queries",
         lambda e: e.table is not None and any(e.rows.groups),
         heatmap,
     ),
@@ -278,7 +282,7 @@ SECTIONS: Mapping[str, Section] = {
         "No cleaning list. Make one with: analysis clean --run RUN --out DIR; then --cleaning DIR",
     ),
     "map": Section(
-        "Remembered rows, and hard ones",
+        "Remembered and hard rows",
         lambda e: len(e.rows) > 0 and (e.self_influence is not None or e.difficulty is not None),
         rows_map,
         "No self-influence yet. Make it with: influence self --run RUN; forecasts of difficulty "
@@ -295,7 +299,7 @@ SECTIONS: Mapping[str, Section] = {
         lambda e: evaluations.blocks(e.evaluations),
     ),
     "faithfulness": Section(
-        "Can the scores be trusted?",
+        "Faithfulness",
         lambda e: bool(e.lds or e.manifest.tuned or e.manifest.calibration),
         lambda e: evaluations.faithfulness(e.manifest, e.lds),
         "Not checked yet. analysis lds --run RUN --scores F --queries Q --json > F.json compares "

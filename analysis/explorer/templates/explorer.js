@@ -63,7 +63,8 @@ async function search() {
   const found = await source.search(kind, text);
   if (kind !== state.from || text !== $("search").value) return;
   state.left = found.found;
-  const noun = kind === "queries" ? "queries" : "training rows";
+  const one = found.total === 1;
+  const noun = kind === "queries" ? (one ? "query" : "queries") : one ? "training row" : "training rows";
   const shown = found.found.length < found.total ? `, the first ${whole(found.found.length)} shown` : "";
   $("left-count").textContent = `${whole(found.total)} ${noun}${shown}`;
   const current = state.from === "queries" ? state.q : state.i;

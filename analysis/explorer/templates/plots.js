@@ -106,7 +106,7 @@ function barsOf(block, layout) {
 function heatmapOf(block, layout) {
   const lines = block.lines.length;
   const few = lines <= 60;
-  layout.height = Math.min(820, Math.max(220, 120 + lines * (few ? 14 : 2)));
+  layout.height = Math.min(820, Math.max(220, 130 + lines * (lines <= 12 ? 24 : few ? 14 : 2)));
   for (const [axis, names, all] of [
     [layout.xaxis, block.columns, block.columns.length <= 40],
     [layout.yaxis, block.lines, few],

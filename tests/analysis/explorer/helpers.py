@@ -133,3 +133,33 @@ def write_scores(
         arrays |= {"per_token": tokens, "token_offsets": offsets, "token_ids": token_ids}
     write_file(path, arrays, attrs=told, strings=strings)
     return path
+
+
+#: Texts that would do something if they were taken for markup or script, and hard ones.
+HOSTILE = (
+    "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">",
+    '</script><script>document.title="owned"</script>',
+    "<a href='https://evil.example/'>click</a><b>bold</b><br><!--",
+    "${document.title='owned'} {{ 7 * 7 }} %{x} $\\frac{1}{2}$",
+    "‮txet desrever ​hidden\u0000\u0007\u001b[31m red  line ends",
+    "مرحبا بالعالم، هذا نص عربي طويل مع 123 أرقام",
+    "שלום עולם (עם סוגריים) and some English",
+    "👩‍👩‍👧‍👦 漢字かな交じり文 ẅ̈́ide " + "verylongwordwithoutanybreak" * 12,
+)
+
+
+def hostile_rows(count: int = len(HOSTILE), kind: str = "row") -> list[dict]:
+    """Rows whose ids, groups and texts are all hostile or hard. NUL is no part of an id or group."""
+    rows = []
+    for k in range(count):
+        text = HOSTILE[k % len(HOSTILE)]
+        label = text.replace("\u0000", "")
+        rows.append(
+            {
+                "id": f"{kind} {k} {label}"[:300],
+                "prompt": text,
+                "completion": f" {text}\n{text}",
+                "group": label[:120],
+            }
+        )
+    return rows
