@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 from analysis.explorer import contract
+from analysis.explorer.data import gather
 from analysis.explorer.texts import Texts
-from analysis.serving.app import MOST_BYTES, MOST_LINES, asking
+from analysis.serving.app import MOST_BYTES, MOST_LINES, application, asking
+from analysis.serving.desk import Desk
 from influence.console import finite
 from influence.rows import examples_from_rows
-from tests.analysis.serving.conftest import ask, wait
+from tests.analysis.explorer.helpers import rows_of, write_run, write_scores
+from tests.analysis.serving.conftest import HOST, PORT, TOKEN, ask, wait
 from tests.helpers import untouched
 
 
@@ -172,3 +178,22 @@ def test_questions_are_put_as_the_rows_are(served):
     assert asking(replace(explored, rows=Texts.named(["a"])))["form"] == "plain"
     edited = replace(explored.manifest, now=object())
     assert "before the edits" in asking(replace(explored, manifest=edited))["note"]
+
+
+def test_scores_are_read_as_they_are_asked_for(tmp_path):
+    """Never the whole matrix: what is held at most is far less than it."""
+    count, queries = 4000, 500
+    write_run(tmp_path / "run", rows_of(count))
+    values = np.random.default_rng(0).normal(size=(queries, count)).astype(np.float32)
+    write_scores(tmp_path / "run", values, rows_of(queries, "query"))
+    app = application(gather(tmp_path / "run"), Desk(lambda: None), token=TOKEN, port=PORT)  # type: ignore[arg-type]
+    client = TestClient(app, base_url=f"http://{HOST}/{TOKEN}")
+    client.get("/api/query/0")
+    tracemalloc.start()
+    for path in ("query/499", "row/3999", "lines?kind=rows&indices=5,6", "pair/1/2"):
+        assert client.get("/api/" + path).status_code == 200
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < values.nbytes / 2
+    found = client.get("/api/query/7").json()
+    np.testing.assert_allclose(found["scores"], np.sort(values[7])[::-1], rtol=1e-4)

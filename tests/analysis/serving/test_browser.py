@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import influence
+from analysis.explorer.data import gather
 from analysis.serving.server import prepared
 from influence.generation import generate
+from tests.analysis.explorer.helpers import HOSTILE as TEXTS
+from tests.analysis.explorer.helpers import write_run, write_scores
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None
@@ -138,23 +141,50 @@ def test_the_explorer_reads_from_the_server(page, served):
     page.locator("#left-count", has_text="0 queries").wait_for()
 
 
-@pytest.fixture
-def stopped(browser, served):
-    """A page whose server has ended."""
-    serving = prepared(served.explored, lambda: served.run)
+def started(explored, open_run):
+    """A server of its own, in a thread."""
+    serving = prepared(explored, open_run)
     thread = threading.Thread(target=serving.run, daemon=True)
     thread.start()
+    return serving, thread
+
+
+def ended(serving, thread) -> None:
+    serving.server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_hostile_rows_and_queries_are_inert(browser, tmp_path):
+    """Their text is read over HTTP, and shown as text."""
+    rows = [
+        {"id": f"{text} {k}", "prompt": text, "completion": text, "group": text}
+        for k, text in enumerate(TEXTS)
+    ]
+    write_run(tmp_path / "run", rows)
+    write_scores(tmp_path / "run", np.ones((len(rows), len(rows))), rows)
+    serving, thread = started(gather(tmp_path / "run"), lambda: None)
+    found, asked = browser.new_page(), []
+    found.on("request", lambda request: asked.append(request.url))
+    found.goto(serving.address)
+    found.wait_for_selector("html[data-ready=yes]")
+    found.locator("#pair .card").first.wait_for()
+    assert "owned" not in found.title()
+    assert found.locator("main img, main iframe, main script").count() == 0
+    assert "<script>" in found.locator("#left").inner_text()
+    assert [url for url in asked if not url.startswith(serving.address)] == []
+    found.close()
+    ended(serving, thread)
+
+
+def test_a_page_whose_server_has_ended_says_so(browser, served):
+    serving, thread = started(served.explored, lambda: served.run)
     found = browser.new_page()
     found.goto(serving.address)
     found.wait_for_selector("html[data-ready=yes]")
-    serving.server.should_exit = True
-    thread.join(10)
-    yield found
+    ended(serving, thread)
+    found.fill("#ask-prompt", "the red fox")
+    found.click("#ask-go")
+    found.wait_for_selector("#ask-status.bad")
+    assert "is analysis serve still running?" in found.text_content("#ask-status")
     found.close()
-
-
-def test_a_page_whose_server_has_ended_says_so(stopped):
-    stopped.fill("#ask-prompt", "the red fox")
-    stopped.click("#ask-go")
-    stopped.wait_for_selector("#ask-status.bad")
-    assert "is analysis serve still running?" in stopped.text_content("#ask-status")
