@@ -12,8 +12,7 @@ import influence
 from analysis.explorer.data import gather
 from analysis.serving.server import prepared
 from influence.generation import generate
-from tests.analysis.explorer.helpers import HOSTILE as TEXTS
-from tests.analysis.explorer.helpers import write_run, write_scores
+from tests.analysis.explorer.helpers import hostile_rows, write_run, write_scores
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None
@@ -157,10 +156,7 @@ def ended(serving, thread) -> None:
 
 def test_hostile_rows_and_queries_are_inert(browser, tmp_path):
     """Their text is read over HTTP, and shown as text."""
-    rows = [
-        {"id": f"{text} {k}", "prompt": text, "completion": text, "group": text}
-        for k, text in enumerate(TEXTS)
-    ]
+    rows = hostile_rows()
     write_run(tmp_path / "run", rows)
     write_scores(tmp_path / "run", np.ones((len(rows), len(rows))), rows)
     serving, thread = started(gather(tmp_path / "run"), lambda: None)
