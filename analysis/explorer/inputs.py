@@ -16,6 +16,8 @@ from influence.store import read_json
 
 #: The table in the folder of a cleaning list, and the columns that it must have.
 CLEANING, CLEANING_COLUMNS = "rows.csv", ("id", "reason", "score", "evidence")
+#: Columns of the list that are not shown: the order in the file says the one, the rows the other.
+NOT_SHOWN = ("rank", "text")
 #: The columns of a table of difficulty that are read as numbers.
 DIFFICULTY_NUMBERS = (
     *("steps", "steps_low", "steps_high", "damage", "damage_low", "damage_high"),
@@ -25,17 +27,22 @@ DIFFICULTY_NUMBERS = (
 
 @dataclass(frozen=True)
 class CleaningRow:
-    """A row of a cleaning list: why it should be looked at, how much speaks for it, and what."""
+    """A row of a cleaning list: why it should be looked at, how much speaks for it, and what.
+
+    `gain` is the predicted fall of the loss of others if it goes, nats per token; `others` has the
+    other columns in which something stands.
+    """
 
     id: str
     reason: str
     score: float | None
     evidence: str
+    gain: float | None = None
     others: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_cleaning(folder: Path) -> list[CleaningRow]:
-    """The list that `analysis clean --out` made, in its order."""
+    """The list that `analysis clean --out` made, in its order, as it was or as it was filled in."""
     path = folder if folder.suffix == ".csv" else folder / CLEANING
     columns, rows = read_table(path, "analysis clean --out")
     if missing := [name for name in CLEANING_COLUMNS if name not in columns]:
@@ -43,14 +50,15 @@ def read_cleaning(folder: Path) -> list[CleaningRow]:
             f"{path} lacks the columns {', '.join(missing)}; expected the list that analysis clean "
             "wrote"
         )
-    others = [name for name in columns if name not in CLEANING_COLUMNS]
+    others = [name for name in columns if name not in (*CLEANING_COLUMNS, *NOT_SHOWN, "gain")]
     return [
         CleaningRow(
-            row["id"],
-            row["reason"],
+            unescaped(row["id"]),
+            unescaped(row["reason"]),
             number(row["score"]),
-            row["evidence"],
-            {name: row[name] for name in others if row[name]},
+            unescaped(row["evidence"]),
+            number(row.get("gain", "")),
+            {name: unescaped(row[name]) for name in others if row[name]},
         )
         for row in rows
     ]
@@ -99,11 +107,19 @@ def read_table(path: Path, maker: str) -> tuple[list[str], list[dict[str, str]]]
     csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
+            head = file.readline()  # a spreadsheet may have saved it with another delimiter
+            file.seek(0)
+            delimiter = max(",;\t", key=head.count)
+            reader = csv.DictReader(file, restval="", delimiter=delimiter)
             rows = [{key: value for key, value in row.items() if key} for row in reader]
             return list(reader.fieldnames or ()), rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}") from error
+
+
+def unescaped(cell: str) -> str:
+    """A cell of a cleaning list without the apostrophe that keeps a spreadsheet from running it."""
+    return cell[1:] if cell.startswith("'") else cell
 
 
 def number(text: str, *, infinite: bool = False) -> float | None:

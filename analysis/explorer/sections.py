@@ -87,7 +87,6 @@ def cleaning(explored: Explored) -> list[Block]:
     if not listed:
         return [text("No row needs a look: the list of analysis clean is empty.", "good")]
     others = list(dict.fromkeys(name for each in listed for name in each.others))
-    known = {"decision": "What was decided about the row."}
     columns = [
         column("id", "id", "", "The training row."),
         column("reason", "text", "", "Why it should be looked at."),
@@ -98,10 +97,11 @@ def cleaning(explored: Explored) -> list[Block]:
             "How much speaks for it; higher is more. Its unit depends on the reason.",
         ),
         column("evidence", "text", "", "What speaks for it."),
-        *(column(name, "text", "", known.get(name, "A column of the list.")) for name in others),
+        column("gain", "number", NATS, "Predicted fall of the loss of others if the row goes."),
+        *(column(name, "text", "", "A column of the list.") for name in others),
     ]
     values = [
-        [each.id, each.reason, each.score, each.evidence]
+        [each.id, each.reason, each.score, each.evidence, each.gain]
         + [each.others.get(name, "") for name in others]
         for each in listed
     ]

@@ -88,7 +88,7 @@ function drawTable(block) {
 // The cleaning list: rows that can be ticked, of one reason or of all.
 function drawRows(block) {
   const at = Object.fromEntries(block.columns.map((column, k) => [column.label, k]));
-  const rest = block.columns.map((column, k) => [column, k]).filter(([column]) => !["id", "reason", "score", "evidence"].includes(column.label));
+  const rest = block.columns.map((column, k) => [column, k]).filter(([column]) => !["id", "reason", "score", "evidence", "gain"].includes(column.label));
   const cell = (row, name) => (name in at ? row[at[name]] : null);
   let places = block.rows.map((_, k) => k);
   const node = el("div", { class: "list tall", id: "cleaning-list" });
@@ -115,6 +115,7 @@ function drawRows(block) {
         const index = block.index[places[place]];
         const line = lines.get(index) ?? { id: cell(row, "id"), group: "", preview: "(not a row of this run)" };
         const score = cell(row, "score");
+        const gain = cell(row, "gain");
         const also = rest.map(([column, k]) => (row[k] ? `${column.label}: ${row[k]}` : "")).filter(Boolean).join("; ");
         return {
           index,
@@ -123,7 +124,8 @@ function drawRows(block) {
           nodes: [
             el("span", { class: "what" }, 
               el("span", { class: "first" }, foreign(line.id, { class: "id" }), foreign(cell(row, "reason") ?? "", { class: "chip" }),
-                score === null ? null : el("span", { class: "n", "data-tip": cellTip(score, block.columns[at.score]) }, short(score))),
+                score === null ? null : el("span", { class: "n", "data-tip": cellTip(score, block.columns[at.score]) }, short(score)),
+                gain === null ? null : el("span", { class: "n muted", "data-tip": cellTip(gain, block.columns[at.gain]) }, `gain ${short(gain)}`)),
               foreign([cell(row, "evidence"), also].filter(Boolean).join(" · "), { class: "evidence", "data-tip": visible(cell(row, "evidence") ?? "") }),
               foreign(line.preview || "(text not known)", { class: "preview" })),
           ],
@@ -143,6 +145,10 @@ function drawRows(block) {
     for (const index of indices()) wanted ? ticked.add(index) : ticked.delete(index);
     changedTicks();
   };
+  const suggested = () => {
+    for (const k of places) if (cell(block.rows[k], "suggested") === "remove" && block.index[k] >= 0) ticked.add(block.index[k]);
+    changedTicks();
+  };
   return el(
     "div",
     {},
@@ -152,6 +158,9 @@ function drawRows(block) {
       el("label", {}, "Reason ", reason),
       el("button", { type: "button", onclick: () => all(true), "data-tip": "Tick every row of this reason" }, "Tick these"),
       el("button", { type: "button", onclick: () => all(false) }, "Untick these"),
+      "suggested" in at
+        ? el("button", { type: "button", onclick: suggested, "data-tip": "Tick the rows that analysis clean suggests to remove" }, "Tick those to remove")
+        : null,
     ),
     count,
     node,

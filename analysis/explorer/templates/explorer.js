@@ -71,8 +71,8 @@ async function search() {
   await leftList.show(state.left.length, state.left.indexOf(current));
 }
 
-// Choose on the left: what is on the right follows.
-async function choose(index) {
+// Choose on the left: what is on the right follows, and its first line is chosen, or `kept`.
+async function choose(index, kept = null) {
   const from = state.from;
   if (from === "queries") state.q = index;
   else state.i = index;
@@ -83,7 +83,6 @@ async function choose(index) {
   const title = $("right-title");
   title.replaceChildren(from === "queries" ? "Rows behind " : "Queries moved by ", foreign(found.id));
   await arrange();
-  const kept = from === "queries" ? state.i : state.q;
   const there = state.right.findIndex((each) => each.index === kept);
   if (there >= 0) {
     rightList.show(state.right.length, there);
@@ -140,13 +139,11 @@ function address() {
 async function go({ q = null, i = null }, scroll = true) {
   if ((i !== null && i < 0) || !state.meta.scored) return;
   const from = q === null ? "rows" : "queries";
-  if (i !== null) state.i = i;
-  if (q !== null) state.q = q;
-  await startFrom(from, q === null ? i : q);
+  await startFrom(from, q === null ? i : q, q === null ? null : i);
   if (scroll) $("queries").scrollIntoView({ block: "start" });
 }
 
-async function startFrom(from, index = null) {
+async function startFrom(from, index = null, kept = null) {
   if (state.from !== from) {
     state.from = from;
     document.querySelector(`input[name=from][value=${from}]`).checked = true;
@@ -163,7 +160,7 @@ async function startFrom(from, index = null) {
   if (from === "queries") state.q = place;
   else state.i = place;
   await search();
-  if (count > 0) await choose(place);
+  if (count > 0) await choose(place, kept);
 }
 
 function startExplorer() {
@@ -190,7 +187,7 @@ function startExplorer() {
     const value = Number.parseInt(asked.get(name) ?? "", 10);
     return value >= 0 && value < count ? value : null;
   };
-  state.q = number("q", state.meta.queries);
-  state.i = number("r", state.meta.rows);
-  return startFrom(state.q === null && state.i !== null ? "rows" : "queries");
+  const q = number("q", state.meta.queries);
+  const i = number("r", state.meta.rows);
+  return q === null && i !== null ? startFrom("rows", i) : startFrom("queries", q, i);
 }

@@ -90,7 +90,6 @@ const ticked = new Set(); // positions of training rows
 const ticksChanged = []; // called after a change
 
 function tick(index, wanted = !ticked.has(index)) {
-  if (index < 0) return;
   if (wanted) ticked.add(index);
   else ticked.delete(index);
   changedTicks();

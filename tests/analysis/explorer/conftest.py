@@ -37,12 +37,12 @@ def world(tmp_path_factory):
     (root / "clean").mkdir()
     write_csv(
         root / "clean" / "rows.csv",
-        ["id", "reason", "score", "evidence", "decision"],
+        ["id", "reason", "rank", "score", "gain", "evidence", "suggested", "decision", "text"],
         [
-            ["row-3", "duplicate", "0.97", "the same as row-4", ""],
-            ["row-3", "outlier", "0.5", "far from all", "keep"],
-            ["row-9", "duplicate", "nan", "of row-3, with another answer", ""],
-            ["gone", "outlier", "0.1", "no row of this run", ""],
+            ["row-3", "duplicate", 1, "0.97", "0.02", "the same as row-4", "remove", "", "t"],
+            ["row-3", "outlier", 2, "0.5", "", "far from all", "", "keep", "t"],
+            ["'row-9", "duplicate", 3, "nan", "", "'=of row-3, another answer", "", "", "t"],
+            ["gone", "outlier", 4, "0.1", "", "no row of this run", "remove", "", "t"],
         ],
     )
     write_csv(

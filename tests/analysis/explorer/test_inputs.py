@@ -19,7 +19,12 @@ def test_the_cleaning_list(world):
     listed = read_cleaning(world.root / "clean")
     assert [each.id for each in listed] == ["row-3", "row-3", "row-9", "gone"]
     assert (listed[0].score, listed[2].score) == (0.97, None)
-    assert (dict(listed[0].others), dict(listed[1].others)) == ({}, {"decision": "keep"})
+    assert dict(listed[0].others) == {"suggested": "remove"}
+    assert dict(listed[1].others) == {"decision": "keep"}
+    assert ([each.gain for each in listed], listed[2].evidence[0]) == (
+        [0.02, None, None, None],
+        "=",
+    )
     assert read_cleaning(world.root / "clean" / "rows.csv") == listed
 
 
@@ -31,6 +36,15 @@ def test_cells_with_line_breaks_quotes_and_long_texts(tmp_path):
     )
     (row,) = read_cleaning(tmp_path)
     assert (row.id, row.evidence) == (" =1+1", evidence)
+
+
+def test_ids_come_back_as_they_were(tmp_path):
+    """An apostrophe before an id keeps a spreadsheet from running it; exactly one goes."""
+    ids = ["'=1+1", "''quoted", "plain", "'"]
+    lines = "".join(f"{id};r;1;e\r\n" for id in ids)
+    text = "\ufeffid;reason;score;evidence\r\n" + lines  # as a spreadsheet saves it
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8", newline="")
+    assert [each.id for each in read_cleaning(tmp_path)] == ["=1+1", "'quoted", "plain", ""]
 
 
 def test_the_table_of_difficulty(world):

@@ -111,3 +111,25 @@ def test_the_same_run_gives_the_same_bytes(world, tmp_path):
     for name in ("one.html", "two.html"):
         page.write(world.explored, tmp_path / name)
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_the_command_writes_the_page(world, tmp_path, run_main):
+    from analysis.cli import main
+
+    out = tmp_path / "page.html"
+    line = ["analysis", "report", "--run", world.directory, "--out", out, "--json"]
+    line += ["--cleaning", world.root / "clean", "--lds", world.root / "lds.json"]
+    done = run_main(main, *line)
+    assert done.status == 0, done.err
+    assert done.json()["sections"] == [
+        *("about", "queries", "heatmap", "cleaning", "map", "faithfulness"),
+    ]
+    assert done.json()["bytes"] == out.stat().st_size
+    again = run_main(main, *line)
+    assert (again.status, "--overwrite" in again.err) == (2, True)
+    wrong = run_main(
+        main, *line[:4], "--out", tmp_path / "b.html", "--scores", tmp_path / "none.h5"
+    )
+    assert wrong.status == 2
+    assert "influence score" in wrong.err
+    assert not (tmp_path / "b.html").exists()

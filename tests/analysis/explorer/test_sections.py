@@ -57,9 +57,9 @@ def test_the_cleaning_list_can_be_ticked(world):
     assert found["kind"] == "rows"
     assert found["index"] == [3, 3, 9, -1]
     assert [each["label"] for each in found["columns"]] == [
-        *("id", "reason", "score", "evidence", "decision"),
+        *("id", "reason", "score", "evidence", "gain", "suggested", "decision"),
     ]
-    assert found["rows"][1] == ["row-3", "outlier", 0.5, "far from all", "keep"]
+    assert found["rows"][1] == ["row-3", "outlier", 0.5, "far from all", None, "", "keep"]
     assert found["reasons"] == {"duplicate": 2, "outlier": 2}
     (empty,) = sections.cleaning(replace(world.explored, cleaning=[]))
     assert "empty" in empty["text"]
@@ -67,7 +67,7 @@ def test_the_cleaning_list_can_be_ticked(world):
 
 def test_the_map_of_rows(world):
     unreached, plot, table = sections.rows_map(world.explored)
-    assert unreached["text"].endswith("enough: 1.")
+    assert unreached["text"].startswith("1 row not drawn")
     points = {
         index: (x, y)
         for series in plot["series"]
