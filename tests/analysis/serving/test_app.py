@@ -64,6 +64,16 @@ def test_what_is_not_there_is_said(client, path, status, words):
     assert words in found.json()["error"]
 
 
+@pytest.mark.parametrize("path", ["/", "/api/meta", "/api/nothing", "/api/query/999"])
+def test_every_answer_has_a_security_policy(client, path):
+    found = client.get(path)
+    policy = found.headers["content-security-policy"]
+    assert "default-src 'self'" in policy or "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe-inline" not in policy
+    assert found.headers["cache-control"] == "no-store"
+
+
 def test_a_get_changes_nothing(client, served, opened):
     """Neither a file nor the desk, whatever is asked and in whatever way."""
     with untouched(served.folder):
