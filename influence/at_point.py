@@ -221,6 +221,24 @@ class AtPoint:
             ):
                 yield indices, self.geometry.features(gradients)
 
+    def leaf_blocks(self, leaves: range) -> Iterator[tuple[int, Tensor]]:
+        """`(leaf, gradients of l_i [n, d_out, d_in])` of all training rows, read leaf by leaf."""
+        self._check_gradients()
+        n, every = len(self.run.tokens), self.model.space.leaves
+        most = max(1, BLOCK_BYTES // (n * self.model.dtype.itemsize))
+        with RowFile(self.file("gradients"), "gradients") as file:
+            while leaves:
+                begin, count = every[leaves[0]].start, 1
+                while count < len(leaves) and every[leaves[count]].stop - begin <= most:
+                    count += 1
+                end = every[leaves[count - 1]].stop
+                block = torch.from_numpy(file.read_columns(slice(begin, end)))
+                for number in leaves[:count]:
+                    leaf = every[number]
+                    part = block[:, leaf.start - begin : leaf.stop - begin].to(self.model.device)
+                    yield number, self.geometry.of_leaf(number, part.unflatten(1, leaf.shape))
+                leaves = leaves[count:]
+
     @property
     def stream_weights(self) -> Tensor:
         """The weights `w_i` [n] in the order in which `gradient_blocks` gives the rows."""

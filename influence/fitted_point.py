@@ -36,7 +36,7 @@ from influence.gradients import (
     tape,
 )
 from influence.leaf_gradients import LeafGradients
-from influence.loss import Supervised, loss_gradient, sampled_loss_gradient
+from influence.loss import Supervised, loss_gradient, row_losses, sampled_loss_gradient
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
 from influence.store import RowFile, open_file, read, write_file
@@ -49,6 +49,8 @@ QUICK = 2.0
 CHECKPOINT = "checkpoint.h5"
 #: Which batches are in the sums of a checkpoint, beside these.
 DONE = "batches_done"
+#: The rows' losses at the data's labels, which the forwards of the pass give.
+LOSSES = "pass/losses"
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class PointFit:
         shape = (most, self.model.space.size)
         options = {"dtype": self.model.dtype, "device": self.model.device}
         self.buffer = torch.empty(shape, **options) if most else None
+        #: `l_i` of the rows whose gradients, or whose sampled labels, the pass has run
+        self.losses = torch.zeros(n, dtype=torch.float64)
         self.created = False  # whether a row file had to be made
 
     def coordinates(self, state: OptimizerState | None) -> Geometry:
@@ -287,6 +291,8 @@ class PointFit:
         draws = self.draws if draws is None else draws
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         part = recorder.forward(batch)
+        if files.gradients is not None or not self.store_gradients:
+            self.losses[rows] = row_losses(part).cpu()
         for draw in range(draws):
             final = files.gradients is None and draw == draws - 1
             sampled = self.sampled_backward(recorder, part, rows, draw, final)
@@ -340,13 +346,17 @@ class PointFit:
 
     # ---- checkpoints
 
+    def sums(self) -> dict[str, Tensor]:
+        """All that the pass sums up: the accumulator's, and the rows' losses."""
+        return self.accumulator.sums() | {LOSSES: self.losses}
+
     def checkpoint(self, done: np.ndarray) -> None:
         """Save the running sums of all processes, and which batches are in them.
 
         `done` [batches] are those that this process knows of. The first process goes on with the
         total, the others with nothing, so that nothing counts twice.
         """
-        sums = distributed.add_up(self.accumulator.sums())
+        sums = distributed.add_up(self.sums())
         every = distributed.add_up(torch.from_numpy(done.astype(np.uint8))) > 0
         if distributed.rank() != 0:
             for tensor in sums.values():
@@ -378,7 +388,7 @@ class PointFit:
             same = file.attrs["plan"] == self.plan_digest and file.attrs["stored"] == self.stored
             if not same or self.created:
                 return done
-            sums = self.accumulator.sums()
+            sums = self.sums()
             shapes = {name: getattr(file.get(name), "shape", None) for name in sums}
             if any(shapes[name] != tensor.shape for name, tensor in sums.items()):
                 return done  # of sums that are not kept, or not at this size, any more
@@ -411,7 +421,9 @@ class PointFit:
         if place.scale is None:
             arrays["theta"] = place.theta
         accumulator = self.accumulator
-        distributed.add_up(accumulator.sums())
+        distributed.add_up(self.sums())
+        if self.store_gradients or (self.draws and not self.apart):
+            arrays[LOSSES] = self.losses
         if (second := accumulator.second_look()) is not None:
             self.look_again(second)
             distributed.add_up(second.sums())

@@ -44,6 +44,7 @@ from influence.loss import (
 from influence.measurements import Measurement, output_gradient
 from influence.precision import computes_in
 from influence.progress import say
+from influence.site_taps import is_plain, site_forward
 from influence.tokens import TokenizedExamples
 
 #: What a tap hands over: leaf number, inputs [b, T, d_in], output gradients [b, T, d_out], valid
@@ -348,7 +349,14 @@ def tape(model: AdaptedModel) -> Iterator[Tape]:
     """
     recorder = Tape(model)
     leaves = [leaf for site in model.sites for leaf in (site.A, site.B)]
-    forwards = {leaf: _tapped_forward(leaf, recorder, number) for number, leaf in enumerate(leaves)}
+    forwards: dict[nn.Module, Callable[..., Any]] = {
+        leaf: _tapped_forward(leaf, recorder, number) for number, leaf in enumerate(leaves)
+    }
+    forwards |= {
+        site.layer: site_forward(site, recorder, 2 * number)
+        for number, site in enumerate(model.sites)
+        if is_plain(site)
+    }
     forwards |= {
         layer: _recomputed(layer.forward, recorder) for layer in checkpointed_layers(model)
     }

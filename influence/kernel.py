@@ -20,7 +20,7 @@ import torch
 
 from influence import distributed
 from influence.at_point import AtPoint, evenly_spaced, queries_at_once
-from influence.curvature.base import Damped, Invertible, inverse_products
+from influence.curvature.base import Damped, Invertible, Whitening, inverse_products
 from influence.errors import NumericalError, StoreError
 from influence.store import open_file, read, write_file
 
@@ -214,11 +214,14 @@ def row_parts(n: int) -> list[slice]:
 def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
     """K between some rows and all, `[k, n]` float64.
 
-    Of several processes each makes some of its rows; where gradients are not stored, and each of
-    them costs a backward, each makes the products with its share of all rows instead.
+    Stored rows are multiplied leaf by leaf where the inverse's root is known so. Else, of several
+    processes each makes some of its rows; where gradients are not stored, and each of them costs a
+    backward, each makes the products with its share of all rows instead.
     """
     assert isinstance(operator.curvature, Invertible)
     run, roots = point.run, np.sqrt(point.run.weights)
+    if point.gradients_stored and isinstance(operator.curvature, Whitening):
+        return _whitened_products(point, operator, rows) * roots[rows, None] * roots
     found, features = np.zeros((len(rows), len(run.tokens))), point.features(operator)
     split = point.gradients_stored or features is not None
     at_once = queries_at_once(run, COPIES) if features is None else features.rows_at_once
@@ -236,6 +239,20 @@ def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
     if split:
         found = distributed.add_up(torch.from_numpy(found)).numpy()
     return found * roots[rows, None] * roots
+
+
+def _whitened_products(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
+    """Products under the inverse of some rows' gradients with all rows', `[k, n]` float64: those of
+    `W g` with `W^T W` the inverse, leaf after leaf of the stored rows, each process some leaves.
+    """
+    curvature, found = operator.curvature, np.zeros((len(rows), len(point.run.tokens)))
+    assert isinstance(curvature, Whitening)
+    leaves = range(*distributed.span(len(point.model.space.leaves)))
+    for number, gradients in point.leaf_blocks(leaves):
+        white = curvature.whiten(number, gradients, operator.lam)
+        left = white if len(rows) == len(white) else white[torch.from_numpy(rows)]
+        found += (left @ white.T).double().cpu().numpy()
+    return distributed.add_up(torch.from_numpy(found)).numpy()
 
 
 # ---- the kept one ---------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import influence
+from influence.loss import mean_losses
 from influence.manifest import PathRecord
-from influence.path_time import gauss_newton_ratio, path_record, path_time
+from influence.path import scaled
+from influence.path_time import gauss_newton_ratio, path_record, path_time, without_adapter
 from tests.conftest import build_model, examples, fit_end, rows, teach, tokens_of
 from tests.oracles import b_times, dense_objective, plain_gradients, plain_log_probs, plain_loss
 
@@ -126,6 +128,40 @@ def test_the_ratio_is_that_of_a_dense_gauss_newton_matrix(taught, tmp_path, monk
     assert gauss_newton_ratio(point) == pytest.approx(np.median(expected), rel=0.1)
     monkeypatch.setattr("influence.path_time.STEP", 1e-3)
     assert gauss_newton_ratio(point) == pytest.approx(np.median(expected), rel=1e-5)
+
+
+def test_losses_at_the_points_are_those_of_the_pass(taught, tmp_path, monkeypatch):
+    """Only the base is run again where a point is the adapter itself, and all are where a run kept
+    no losses.
+    """
+    seen = []
+
+    def counted(model, tokens, **options):
+        seen.append(model.snapshot())
+        return mean_losses(model, tokens, **options)
+
+    monkeypatch.setattr("influence.path_time.mean_losses", counted)
+    run = influence.fit(taught, examples(8), directory=tmp_path / "run", path=(0.5, 1.0))
+    assert len(seen) == 1
+    assert not seen[0][taught.space.leaves[1].slice].any()
+    known, run.manifest = run.manifest.path, replace(run.manifest, path=None)
+    monkeypatch.setattr("influence.path_time._losses_of_pass", lambda _: None)
+    again = path_record(run)
+    assert len(seen) == 4  # the base, the adapter, and the point at 0.5
+    assert again.losses == pytest.approx(known.losses, rel=1e-12)
+    assert (again.base, again.adapter) == pytest.approx((known.base, known.adapter), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_base_alone_is_the_adapter_with_b_zero(kind):
+    model = build_model(kind)
+    tokens = tokens_of(model, examples(4))
+    with model.at(scaled(model, 0.0)):
+        expected = mean_losses(model, tokens)
+        model.sites[0].A.forward = None  # not run
+        with without_adapter(model):
+            np.testing.assert_array_equal(mean_losses(model, tokens), expected)
+        del model.sites[0].A.forward
 
 
 def test_the_path_is_measured_once_and_by_runs_that_lack_it(run, monkeypatch):
