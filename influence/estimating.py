@@ -390,9 +390,12 @@ class Work:
             return plan.points * self.gradient_seconds(_evenly(tokens, SCALE_ROWS))
         columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
         rows, few = self.rows_seconds(plan), plan.store == FEATURES
-        each = s.load + rows * (columns / n + self.parts(plan, columns))
+        # stored rows are read once, and turned once where a solution turns them twice
+        turned = plan.store == FULL and self.prepared.curvature.whitens
+        looks = 1.0 if turned else columns / n + self.parts(plan, columns)
+        each = s.load + rows * looks
         each += columns * n * self.width(plan) / s.multiply
-        each += 0.0 if few else columns * s.solve
+        each += 0.0 if few else (n / 2 if turned else columns) * s.solve
         if n > EXACT_ROWS:
             # the diagonal is another look at the rows; of few bytes it is in the file
             each += columns**2 * n / s.multiply + (0.0 if few else rows + n * s.solve / 2)
@@ -402,9 +405,11 @@ class Work:
         one = _evenly(tokens, RATIO_ROWS)
         single = [np.array([row]) for row in range(len(one))]
         alone = s.batch.seconds(one, single)
-        each += (s.ratios.gradients + 3 * s.ratios.forward) * alone + RATIO_ROWS * s.solve
+        each += (s.ratios.gradients + 2 * s.ratios.forward) * alone + RATIO_ROWS * s.solve
         losses = self.forward_seconds(_evenly(tokens, LOSS_ROWS))
-        return plan.points * (each + losses) + 2 * losses
+        # the pass itself gives the losses at a point, where it runs all rows
+        apart = plan.apart and plan.store != FULL
+        return plan.points * (each + losses * apart) + 2 * losses
 
     def rows_seconds(self, plan: FitPlan) -> float:
         """Seconds of having every row once: read, read and decoded, or computed."""

@@ -56,7 +56,7 @@ LOSS_ROWS = 32
 RATIO_ROWS = 8
 #: How far a row's logits are moved to measure its curvature, in nats a token of its own loss, to
 #: first order: small beside a loss, large beside the rounding of 16-bit logits.
-STEP = 0.1
+STEP = 0.05
 
 
 @dataclass(frozen=True)

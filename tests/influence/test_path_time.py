@@ -188,8 +188,10 @@ def test_a_run_that_can_only_be_read_answers_all_the_same(run, monkeypatch, caps
 
 def test_rows_without_a_gradient_say_nothing_of_the_ratio(run, monkeypatch):
     point = run.points[0]
-    zero = torch.zeros(1, run.model.space.size, dtype=torch.float64)
-    monkeypatch.setattr(type(point), "gradients_of", lambda self, rows: zero)
+    size = run.model.space.size
+    monkeypatch.setattr(
+        type(point), "gradients_of", lambda self, rows: torch.zeros(len(rows), size).double()
+    )
     assert gauss_newton_ratio(point) == 0
 
 
