@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 #: Bytes of gradients read and multiplied at a time, and the fewest rows.
 BLOCK_BYTES = 32 << 20
 BLOCK_ROWS = 8
+#: The most bytes of one leaf of all rows that are looked at together.
+LEAF_BYTES = 1 << 30
 #: Bytes of gradients that are solved for at a time where only a few numbers of each are wanted.
 PART_BYTES = 256 << 20
 #: Share of the free memory that the gradients of one chunk of queries, with all that solving holds
@@ -221,22 +223,30 @@ class AtPoint:
             ):
                 yield indices, self.geometry.features(gradients)
 
-    def leaf_blocks(self, leaves: range) -> Iterator[tuple[int, Tensor]]:
-        """`(leaf, gradients of l_i [n, d_out, d_in])` of all training rows, read leaf by leaf."""
-        self._check_gradients()
-        n, every = len(self.run.tokens), self.model.space.leaves
-        most = max(1, BLOCK_BYTES // (n * self.model.dtype.itemsize))
-        with RowFile(self.file("gradients"), "gradients") as file:
+    def by_leaf(self, rows: int) -> bool:
+        """Whether one leaf of so many rows takes little memory."""
+        largest = max(leaf.stop - leaf.start for leaf in self.model.space.leaves)
+        return rows * largest * self.model.dtype.itemsize <= LEAF_BYTES
+
+    def leaf_blocks(self, leaves: range, name: str = "gradients") -> Iterator[tuple[int, Tensor]]:
+        """`(leaf, features [n, d_out, d_in])` of all stored rows, read leaf by leaf: of the data's
+        gradients, or of the `rows` at sampled labels.
+        """
+        if name == "gradients":
+            self._check_gradients()
+        every, width = self.model.space.leaves, self.model.dtype.itemsize
+        with RowFile(self.file(name), name) as file:
+            most = BLOCK_BYTES // (len(file) * width)
             while leaves:
                 begin, count = every[leaves[0]].start, 1
                 while count < len(leaves) and every[leaves[count]].stop - begin <= most:
                     count += 1
-                end = every[leaves[count - 1]].stop
-                block = torch.from_numpy(file.read_columns(slice(begin, end)))
+                block = file.read_columns(slice(begin, every[leaves[count - 1]].stop))
                 for number in leaves[:count]:
                     leaf = every[number]
-                    part = block[:, leaf.start - begin : leaf.stop - begin].to(self.model.device)
-                    yield number, self.geometry.of_leaf(number, part.unflatten(1, leaf.shape))
+                    part = torch.from_numpy(block[:, leaf.start - begin : leaf.stop - begin])
+                    part = part.to(self.model.device).unflatten(1, leaf.shape)
+                    yield number, self.geometry.of_leaf(number, part)
                 leaves = leaves[count:]
 
     @property

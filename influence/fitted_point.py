@@ -437,6 +437,9 @@ class PointFit:
         if second.by_leaf and isinstance(rows, ComputedRows):
             rows.show_leaves(second)
             return
+        if second.by_leaf and isinstance(rows, StoredRows) and self.point.by_leaf(rows.count):
+            rows.show_leaves(second)
+            return
         start, weights = 0, rows.weights
         for block in rows:
             second.add_rows(block, weights[start : start + len(block)])
@@ -478,10 +481,23 @@ class StoredRows:
     shared: bool = False
 
     @property
+    def count(self) -> int:
+        """All rows and draws."""
+        return len(self.fit.tokens) * max(1, self.fit.draws)
+
+    @property
     def _span(self) -> tuple[int, int]:
         """Where the rows begin and end, of all rows and draws."""
-        count = len(self.fit.tokens) * max(1, self.fit.draws)
-        return distributed.span(count) if self.shared else (0, count)
+        return distributed.span(self.count) if self.shared else (0, self.count)
+
+    def show_leaves(self, second: Accumulator) -> None:
+        """Show all rows leaf by leaf: of several processes each shows some leaves, not some rows."""
+        fit, every = self.fit, StoredRows(self.fit)
+        name, weights = "rows" if fit.draws else "gradients", every.weights
+        for number, leaf in fit.point.leaf_blocks(
+            range(*distributed.span(len(fit.model.space.leaves))), name
+        ):
+            second.add_leaf(number, leaf, weights)
 
     @property
     def weights(self) -> Tensor:

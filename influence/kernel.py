@@ -220,7 +220,8 @@ def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
     """
     assert isinstance(operator.curvature, Invertible)
     run, roots = point.run, np.sqrt(point.run.weights)
-    if point.gradients_stored and isinstance(operator.curvature, Whitening):
+    whitens = isinstance(operator.curvature, Whitening) and point.by_leaf(len(roots))
+    if point.gradients_stored and whitens:
         return _whitened_products(point, operator, rows) * roots[rows, None] * roots
     found, features = np.zeros((len(rows), len(run.tokens))), point.features(operator)
     split = point.gradients_stored or features is not None

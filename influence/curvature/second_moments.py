@@ -54,45 +54,48 @@ class BatchTokens:
 
 #: Directions of a large matrix that are told apart in float64, and a width from which that pays.
 LARGE_DIRECTIONS, WIDE = 64, 384
-#: Rounds of subspace iteration that find them: what is left of a direction with half their
-#: eigenvalue is 2^-5 of it, and of one with a tenth 10^-5.
-ROUNDS = 5
+#: Rounds of subspace iteration that find them, and the largest product of one of them with a
+#: direction outside that is taken for rounding.
+ROUNDS, APART = 4, 1e-4
 
 
 def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues `[d]` float64, ascending, and eigenvectors `[d, d]` of a symmetric positive
-    matrix, of which the lower triangle counts.
+    """Eigenvalues `[d]` in float64 and eigenvectors `[d, d]` of a symmetric positive matrix, of
+    which the lower triangle counts.
 
     In float32 the largest eigenvalues of a real model's inputs, 1e5 times the median, would drown
-    the others: an error is a share of the largest. In float64 decompositions of wide sides take as
-    long as the model. So the span of the largest `LARGE_DIRECTIONS` is found first, and what lies
-    in it is decomposed in float64; what lies outside is decomposed in float32, where its own largest
-    eigenvalue is the measure. A float64 matrix, and a narrow one, is decomposed in float64 whole.
+    the others: an error is a share of the largest. In float64 the wide sides of a small model take
+    as long as the model itself. So the span of the largest `LARGE_DIRECTIONS` is found first, and
+    what lies in it is decomposed in float64; what lies outside is decomposed in float32, where its
+    own largest eigenvalue is the measure. A float64 matrix, and a narrow one, is decomposed in
+    float64 whole.
     """
     width = len(matrix)
     if matrix.dtype == torch.float64 or width < WIDE:
         return torch.linalg.eigh(matrix.double(), UPLO="L")
-    whole = matrix.double().tril_()
-    whole += whole.tril(-1).mT
+    whole = matrix.tril()
+    whole += matrix.tril(-1).mT
     size = min(LARGE_DIRECTIONS, width // 4)
     # the columns with the largest diagonals, which is where large directions lie
-    start = whole.diagonal().topk(size).indices
-    span = torch.linalg.qr(whole[:, start]).Q
+    span = torch.linalg.qr(whole[:, whole.diagonal().topk(size).indices]).Q
     for _ in range(ROUNDS):
         span = torch.linalg.qr(whole @ span).Q
-    image = whole @ span
+    exact = whole.double()
+    span = torch.linalg.qr(exact @ span.double()).Q
+    image = exact @ span
     inside = span.mT @ image
-    # (I - V V^T) M (I - V V^T), and V V^T so large that it stays apart from what is outside
-    lift = whole.diagonal().sum() - inside.diagonal().sum()  # no eigenvalue outside is larger
-    half = image - span @ (inside + lift * torch.eye(size).to(inside)) / 2
-    whole.addmm_(half, span.mT, alpha=-1).addmm_(span, half.mT, alpha=-1)
-    outside, vectors = torch.linalg.eigh(whole.to(matrix.dtype))
-    values, turned = torch.linalg.eigh((inside + inside.mT) / 2)
-    large = span @ turned
-    rest = vectors[:, : width - size].double()
-    values = torch.cat([outside[: width - size].double(), values])
-    order = values.argsort()
-    return values[order], torch.cat([rest, large], 1)[:, order]
+    largest, turned = torch.linalg.eigh((inside + inside.mT) / 2)
+    # (I - V V^T) M (I - V V^T) + lift V V^T, where V comes out above all that is outside of it
+    lift = max(4 * float(largest[0]), 1e-6 * float(largest[-1]), 1e-30)
+    inside.diagonal().add_(lift)
+    half = image - span @ inside / 2
+    exact.addmm_(half, span.mT, alpha=-1).addmm_(span, half.mT, alpha=-1)
+    outside, vectors = torch.linalg.eigh(exact.to(matrix.dtype))
+    span = (span @ turned).to(matrix.dtype)
+    if float((vectors[:, : width - size].mT @ span).abs().max()) > APART:
+        return torch.linalg.eigh(matrix.double(), UPLO="L")
+    vectors[:, width - size :] = span
+    return torch.cat([outside[: width - size].double(), largest]), vectors
 
 
 class DenseMoment:

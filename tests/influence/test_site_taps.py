@@ -16,13 +16,14 @@ def shown(model, tokens, monkeypatch, *, plain: bool) -> dict[int, list[torch.Te
     """What the taps show of a batch, leaf by leaf, with plain sites as one step or by PEFT."""
     monkeypatch.setattr("influence.gradients.is_plain", is_plain if plain else lambda _: False)
     found: dict[int, list[torch.Tensor]] = {}
+
+    def sink(leaf: int, x: torch.Tensor, g: torch.Tensor, _: torch.Tensor) -> None:
+        found[leaf] = [x.detach(), g]
+
     with tape(model) as recorder:
         part = recorder.forward(collate(tokens, range(len(tokens)), pad_id=model.pad_id))
-        recorder.backward(
-            part.logits,
-            torch.linspace(-1, 1, part.logits.numel()).view_as(part.logits),
-            lambda leaf, x, g, _: found.setdefault(leaf, [x.detach(), g]),
-        )
+        weights = torch.linspace(-1, 1, part.logits.numel())
+        recorder.backward(part.logits, weights.view_as(part.logits), sink)
     return found | {-1: [part.logits.detach()]}
 
 
