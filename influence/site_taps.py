@@ -74,34 +74,31 @@ def is_plain(site: Site) -> bool:
     layer, base = site.layer, getattr(site.layer, "base_layer", None)
     if site.parameter or type(layer) is not Linear or type(base) is not nn.Linear:
         return False
-    types = {base.weight.dtype, site.A.weight.dtype, site.B.weight.dtype}
-    places = {base.weight.device, site.A.weight.device, site.B.weight.device}
-    parts = (layer, base, site.A, site.B)
-    hooked = any(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or "forward" in vars(part)
-        for part in parts
-    )
+    weights = (base.weight, site.A.weight, site.B.weight)
+    alike = len({(weight.dtype, weight.device) for weight in weights}) == 1
+    own = any("forward" in vars(part) for part in (layer, base, site.A, site.B))
     usual = not (
         layer.merged or layer.disable_adapters or layer.lora_variant or layer.fan_in_fan_out
     )
     one = len(layer.active_adapters) == 1 and site.A.bias is None and site.B.bias is None
-    return usual and one and not hooked and len(types) == len(places) == 1
+    return usual and one and alike and not own and not _hooked(site)
+
+
+def _hooked(site: Site) -> bool:
+    """Whether something watches the modules that are passed over."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
+        for part in (site.layer.base_layer, site.A, site.B)
+    )
 
 
 def site_forward(site: Site, recorder: Recorder, leaf: int) -> Callable[..., Tensor]:
-    """The forward of a plain site, tapped; another type or call than usual goes PEFT's way."""
+    """The forward of a plain site, tapped; PEFT's own where the call is another than usual."""
     usual = site.layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (
-            args
-            or kwargs
-            or x.dtype != site.A.weight.dtype
-            or torch.is_autocast_enabled(x.device.type)
-        ):
+        other = x.dtype != site.A.weight.dtype or torch.is_autocast_enabled(x.device.type)
+        if args or kwargs or other or _hooked(site):
             return usual(x, *args, **kwargs)
         recorder.look(leaf, x)
         return _SiteTap.apply(x, site, recorder.anchor, recorder, leaf)  # type: ignore[no-any-return]

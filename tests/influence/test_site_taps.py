@@ -53,6 +53,12 @@ def test_what_is_not_the_usual_layer_runs_as_peft_has_it():
     assert not is_plain(site)
     handle.remove()
     assert is_plain(site)
+    with tape(model) as recorder:  # a watch that begins meanwhile
+        seen = []
+        handle = site.A.register_forward_pre_hook(lambda *_: seen.append(True))
+        recorder.forward(collate(tokens_of(model, examples(2)), range(2), pad_id=model.pad_id))
+        handle.remove()
+    assert seen == [True]
     site.layer.base_layer.to(torch.bfloat16)
     assert not is_plain(site)
     compute_in(model.model.get_base_model(), torch.float64)
