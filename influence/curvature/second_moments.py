@@ -52,11 +52,13 @@ class BatchTokens:
         return rows if self.roots is None else rows * self.roots.to(x)[:, None]
 
 
-#: Directions of a large matrix that are told apart in float64, and a width from which that pays.
-LARGE_DIRECTIONS, WIDE = 64, 384
-#: Rounds of subspace iteration that find them, and the largest product of one of them with a
-#: direction outside that is taken for rounding.
-ROUNDS, APART = 4, 1e-4
+#: Directions of a wide matrix among which outliers are looked for, the width from which it is wide,
+#: and how many times the least of these directions an outlier has at least.
+DIRECTIONS, WIDE, OUTLIER = 64, 384, 20
+#: Rounds of subspace iteration, after which an outlier's error is `OUTLIER ** -ROUNDS`.
+ROUNDS = 5
+#: The largest product of an outlier with a direction outside that is taken for rounding.
+APART = 1e-4
 
 
 def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,37 +67,42 @@ def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     In float32 the largest eigenvalues of a real model's inputs, 1e5 times the median, would drown
     the others: an error is a share of the largest. In float64 the wide sides of a small model take
-    as long as the model itself. So the span of the largest `LARGE_DIRECTIONS` is found first, and
-    what lies in it is decomposed in float64; what lies outside is decomposed in float32, where its
-    own largest eigenvalue is the measure. A float64 matrix, and a narrow one, is decomposed in
-    float64 whole.
+    as long as the model itself. So the outliers are found first, in float64, and what is left is
+    decomposed in float32, where its own largest eigenvalue is the measure. A float64 matrix, and a
+    narrow one, is decomposed in float64 whole.
     """
     width = len(matrix)
     if matrix.dtype == torch.float64 or width < WIDE:
         return torch.linalg.eigh(matrix.double(), UPLO="L")
     whole = matrix.tril()
     whole += matrix.tril(-1).mT
-    size = min(LARGE_DIRECTIONS, width // 4)
-    # the columns with the largest diagonals, which is where large directions lie
-    span = torch.linalg.qr(whole[:, whole.diagonal().topk(size).indices]).Q
-    for _ in range(ROUNDS):
+    # the columns with the largest diagonals, which is where outliers lie
+    span = torch.linalg.qr(whole[:, whole.diagonal().topk(DIRECTIONS).indices]).Q
+    for _ in range(ROUNDS - 1):
         span = torch.linalg.qr(whole @ span).Q
     exact = whole.double()
     span = torch.linalg.qr(exact @ span.double()).Q
+    inside = span.mT @ (exact @ span)
+    found, turned = torch.linalg.eigh((inside + inside.mT) / 2)
+    least = max(OUTLIER * float(found[0]), 1e-9 * float(found[-1]))
+    outliers = found > least
+    count = int(outliers.sum())
+    if not count:
+        values, vectors = torch.linalg.eigh(whole)
+        return values.double(), vectors
+    span, found = span @ turned[:, outliers], found[outliers]
+    # (I - V V^T) M (I - V V^T) + lift V V^T, where V comes out above all that is outside of it
     image = exact @ span
     inside = span.mT @ image
-    largest, turned = torch.linalg.eigh((inside + inside.mT) / 2)
-    # (I - V V^T) M (I - V V^T) + lift V V^T, where V comes out above all that is outside of it
-    lift = max(4 * float(largest[0]), 1e-6 * float(largest[-1]), 1e-30)
-    inside.diagonal().add_(lift)
+    inside.diagonal().add_(4 * least)
     half = image - span @ inside / 2
     exact.addmm_(half, span.mT, alpha=-1).addmm_(span, half.mT, alpha=-1)
-    outside, vectors = torch.linalg.eigh(exact.to(matrix.dtype))
-    span = (span @ turned).to(matrix.dtype)
-    if float((vectors[:, : width - size].mT @ span).abs().max()) > APART:
+    values, vectors = torch.linalg.eigh(exact.to(matrix.dtype))
+    rest, span = vectors[:, : width - count], span.to(matrix.dtype)
+    if float((rest.mT @ span).abs().max()) > APART:  # not as it should be: the slow way
         return torch.linalg.eigh(matrix.double(), UPLO="L")
-    vectors[:, width - size :] = span
-    return torch.cat([outside[: width - size].double(), largest]), vectors
+    vectors[:, width - count :] = span
+    return torch.cat([values[: width - count].double(), found]), vectors
 
 
 class DenseMoment:
