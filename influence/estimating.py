@@ -391,7 +391,7 @@ class Work:
         columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
         rows, few = self.rows_seconds(plan), plan.store == FEATURES
         # stored rows are read once, and turned once where a solution turns them twice
-        turned = plan.store == FULL and self.prepared.curvature.whitens
+        turned = self.turned(plan)
         looks = 1.0 if turned else columns / n + self.parts(plan, columns)
         each = s.load + rows * looks
         each += columns * n * self.width(plan) / s.multiply
@@ -410,6 +410,10 @@ class Work:
         # the pass itself gives the losses at a point, where it runs all rows
         apart = plan.apart and plan.store != FULL
         return plan.points * (each + losses * apart) + 2 * losses
+
+    def turned(self, plan: FitPlan) -> bool:
+        """Whether the similarities are those of stored rows, looked at leaf by leaf."""
+        return plan.store == FULL and self.prepared.curvature.whitens
 
     def rows_seconds(self, plan: FitPlan) -> float:
         """Seconds of having every row once: read, read and decoded, or computed."""
@@ -454,6 +458,7 @@ class Work:
         if plan.shares_credit:
             columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
             at_once = -(-columns // self.parts(plan, columns))
+            at_once = min(at_once, RATIO_ROWS) if self.turned(plan) else at_once
             stages.append(self.solving_memory(plan, at_once) + 8 * columns * n * (plan.points + 1))
         return s.memory + self.together(max(stages))
 

@@ -90,7 +90,7 @@ def test_what_follows_the_pass_is_what_finish_did(tmp_path, kind, monkeypatch):
     assert plan_of(kind).sample == len(run.specification.sample(N_ROWS, run.manifest.seed))
     with run.model.at(point.place.theta):
         after = run.specification.begin(point).after_pass(rows)
-    arrays = [key for key in stored(point) if not key.startswith(("geometry", "theta", "pass"))]
+    arrays = [key for key in stored(point) if not key.startswith(("geometry", "theta"))]
     assert after.kept_bytes == sum(stored(point)[key] for key in arrays)
     assert sorted(orders) == sorted(after.decomposed * len(run.points))
     closed = not run.specification.matrix_free and not run.specification.undamped
@@ -106,7 +106,8 @@ def stored(point) -> dict[str, int]:
         file.visititems(
             lambda name, item: found.update({name: item.nbytes} if hasattr(item, "nbytes") else {})
         )
-    return found
+    # the losses of the pass are 8 bytes a row, and no curvature's
+    return {name: size for name, size in found.items() if not name.startswith("pass")}
 
 
 def test_sketched_sides_are_counted_too(tmp_path, monkeypatch):
