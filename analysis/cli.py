@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -324,7 +324,7 @@ class Tune(RunOption, DeviceOption, TrustOption, JsonOption):
             )
 
 
-@command(app, Tune)
+@command(app, Tune, shared=True)
 def tune(options: Tune) -> None:
     """Which curvature, damping, geometry and points: a table, and the best kept in the run for
     later scores.
@@ -334,11 +334,13 @@ def tune(options: Tune) -> None:
     from analysis.tune import forget as drop
     from analysis.tune import tune as choose
     from analysis.words import tuning_table, tuning_text
+    from influence import distributed
     from influence.row_files import read_examples
     from influence.run import Run
 
     truth = None if options.truth is None else read_truth(options.truth)
     console.quiet_transformers()
+    options = replace(options, device=distributed.join(options.device))
     run = Run.open(
         options.run,
         trust_remote_code=options.trust_remote_code,
@@ -348,6 +350,7 @@ def tune(options: Tune) -> None:
         drop(run)
         text = f"{options.run}: scores use what it was fitted with"
         console.emit({"chosen": None}, text, options.json)
+        distributed.leave()
         return
     queries = None
     if truth is not None:
@@ -377,12 +380,14 @@ def tune(options: Tune) -> None:
             "table": rows,
         }
         console.emit(record, "", True)
+        distributed.leave()
         return
     place = f"kept in {options.run}/manifest.json: later scores use it unless told otherwise"
     if options.dry_run:
         place = "shown only"
     console.show(tuning_table(rows, len(result.judged)))
     console.show(tuning_text(result, place, options.columns), wrap=False)
+    distributed.leave()
 
 
 # ---- studies ---------------------------------------------------------------------------------

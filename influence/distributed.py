@@ -265,6 +265,14 @@ def gathered(pieces: list[T]) -> list[T]:
     return [piece for box in boxes or [] for piece in box]
 
 
+def told_by_all(known: dict[int, T]) -> dict[int, T]:
+    """What each process found of some numbered things, in all processes, in the things' order."""
+    if world() == 1:
+        return known
+    pieces = gathered([known])
+    return at_first(lambda: dict(sorted(pair for piece in pieces for pair in piece.items())))
+
+
 def assembled(values: Tensor, places: np.ndarray, count: int) -> Tensor:
     """`[count, ...]` in all processes, of which each has made `values` [k, ...] at its `places`."""
     if world() == 1:
