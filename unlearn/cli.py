@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -198,7 +198,7 @@ class Several(RowsOptions, ChangesOption, Edited):
     """The options of `unlearn edit`."""
 
 
-@command(app, Remove)
+@command(app, Remove, shared=True)
 def remove(options: Remove) -> None:
     """Take training rows out of the adapter, without retraining."""
     _refuse_nameless(options, "remove")
@@ -206,19 +206,19 @@ def remove(options: Remove) -> None:
     _edit(options, {"remove": named_ids(options, rows), "relabel": {}, "correct": {}}, rows)
 
 
-@command(app, Relabel)
+@command(app, Relabel, shared=True)
 def relabel(options: Relabel) -> None:
     """Give training rows another completion, without retraining."""
     _edit(options, _changes(options, "relabel"), _rows_to_edit(options))
 
 
-@command(app, Relabel)
+@command(app, Relabel, shared=True)
 def correct(options: Relabel) -> None:
     """Give training rows another prompt, completion or both, without retraining."""
     _edit(options, _changes(options, "correct"), _rows_to_edit(options))
 
 
-@command(app, Several)
+@command(app, Several, shared=True)
 def edit(options: Several) -> None:
     """Several kinds of change in one edit: removals, relabellings, corrections."""
     changes: dict[str, Any] = {"remove": [], "relabel": {}, "correct": {}}
@@ -261,7 +261,11 @@ def _rows_to_edit(options: Edited) -> Examples | None:
 
 
 def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) -> None:
-    """Make an edit of `changes` (ids or new contents by kind) or forecast it, save and show it."""
+    """Make an edit of `changes` (ids or new contents by kind) or forecast it, save and show it.
+
+    Processes that torchrun started share the rows out; the first saves and shows.
+    """
+    from influence import distributed
     from influence.row_files import read_examples
     from influence.run import Run
     from unlearn import edits
@@ -274,6 +278,7 @@ def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) ->
     )
     _refuse_unknown(rows, [id for requests in changes.values() for id in requests])
     console.quiet_transformers()
+    options = replace(options, device=distributed.join(options.device))
     run = Run.open(
         options.run,
         train=rows,
@@ -283,11 +288,13 @@ def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) ->
     if out is None:
         ahead = edits.forecast(run, **changes, holdout=holdout, probes=probes, **how)
         console.emit(ahead, words.dry_run_text(ahead), options.json)
+        distributed.leave()
         return
     refuse_out(run, out, options.overwrite)
     made = edits.edit(run, **changes, holdout=holdout, probes=probes, **how)
-    record = _saved(made, options, out, "edit")
+    record = distributed.at_first(lambda: _saved(made, options, out, "edit"))
     _emit(record, out, words.after_edit_text(out, run.directory), options)
+    distributed.leave()
 
 
 def rows_of(run: Path, ids: Iterable[str] = ()) -> Examples | None:

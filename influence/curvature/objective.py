@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from influence import distributed
 from influence.adapter import AdaptedModel
-from influence.batches import Batch, collate, plan_batches
+from influence.batches import Batch, collate, padded_tokens, plan_batches
 from influence.curvature.base import (
     Accumulator,
     AfterPass,
@@ -47,7 +48,8 @@ class Objective:
 
     `trace` [leaves] is the trace of the GGN on each leaf, estimated from sampled labels in `fit`'s
     pass. Products run with the LoRA parameters at `theta` [P] (None: where the model is), in the
-    coordinates of `geometry`. `ran` is told how many rows every product runs.
+    coordinates of `geometry`. `ran` is told how many rows every product runs. Where products are
+    `shared`, several processes form each together: each runs some of the rows.
     """
 
     model: AdaptedModel
@@ -58,6 +60,7 @@ class Objective:
     theta: Tensor | None = None
     geometry: Geometry = field(default_factory=Raw)
     ran: Callable[[int], None] | None = None
+    shared: bool = False
 
     @property
     def size(self) -> int:
@@ -82,7 +85,10 @@ class Objective:
         tokens, weights = self.tokens, self.weights
         if only is not None:
             tokens, weights = tokens.select(only), weights[only] * (len(tokens) / len(only))
-        for rows in plan_batches(tokens, self.token_budget):
+        plan = plan_batches(tokens, self.token_budget)
+        if self.shared:
+            plan = distributed.share(plan, padded_tokens(tokens, plan))
+        for rows in plan:
             batch = collate(tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
             yield batch, torch.from_numpy(weights[rows]).to(self.model.device)
 
@@ -106,6 +112,8 @@ class Objective:
             for batch, weights in self.batches(only):
                 part = supervised_logits(self.model, batch)
                 out += space.flatten(products(part, weights, parameters, columns)).to(v)
+        if self.shared:
+            distributed.add_up(out)
         if not bool(torch.isfinite(out).all()):
             raise NumericalError(
                 "a curvature product is NaN or infinite: load the model in float32 or float64"
@@ -137,7 +145,7 @@ class SecondDerivative(Curvature):
 
     def updated(self, gone: ChangedRows, come: ChangedRows) -> Self:
         """Products over the rows after the change: exact. Every product is counted by
-        `come.ran`.
+        `come.ran`, and formed by all processes together.
         """
         objective = self.objective
         stay = np.setdiff1d(np.arange(objective.count), gone.positions)
@@ -148,6 +156,7 @@ class SecondDerivative(Curvature):
             tokens=TokenizedExamples(rows, ids),
             weights=np.concatenate([objective.weights[stay], come.weights]),
             ran=come.ran,
+            shared=True,
         )
         return replace(self, objective=after)
 

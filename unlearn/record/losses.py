@@ -12,6 +12,7 @@ from influence.batches import collate, plan_batches
 from influence.cost import Cost
 from influence.errors import NumericalError
 from influence.loss import supervised_logits, token_losses
+from influence.shared_rows import by_row
 from influence.tokens import TokenizedExamples
 from unlearn.record.numbers import mean_of_lowest
 
@@ -44,15 +45,28 @@ def measure(
     token_budget: int = 4096,
     cost: Cost | None = None,
 ) -> Measured:
-    """Run rows forward once, where the model is now.
+    """Run rows forward once, where the model is now; several processes share them out.
 
     Greedy decoding is read off the right text's own logits.
     """
-    loss, extraction, min_k = np.zeros((3, len(tokens)))
     if cost is not None:
         cost.forwards += len(tokens)
+    if len(tokens) == 0:
+        return Measured(*np.zeros((3, 0)))
+    measured = by_row(len(tokens), lambda rows: _measured(model, tokens.select(rows), token_budget))
+    loss, extraction, min_k = measured
+    if not np.isfinite(loss).all():
+        raise NumericalError(
+            f"the loss of {int((~np.isfinite(loss)).sum())} rows is NaN or infinite"
+        )
+    return Measured(loss, extraction, min_k)
+
+
+def _measured(model: AdaptedModel, tokens: TokenizedExamples, token_budget: int) -> np.ndarray:
+    """Loss, extraction strength and Min-K % of rows, `[3, n]`."""
+    loss, extraction, min_k = found = np.zeros((3, len(tokens)))
     with model.evaluating(), torch.no_grad():
-        for rows in plan_batches(tokens, token_budget) if len(tokens) else []:
+        for rows in plan_batches(tokens, token_budget):
             part = supervised_logits(
                 model, collate(tokens, rows, pad_id=model.pad_id, device=model.device)
             )
@@ -63,11 +77,7 @@ def measure(
             ]
             right = (part.logits.argmax(-1) == part.targets).split(part.counts)
             extraction[rows] = [strength(tokens_right.cpu().numpy()) for tokens_right in right]
-    if not np.isfinite(loss).all():
-        raise NumericalError(
-            f"the loss of {int((~np.isfinite(loss)).sum())} rows is NaN or infinite"
-        )
-    return Measured(loss, extraction, min_k)
+    return found
 
 
 def strength(right: np.ndarray) -> float:
