@@ -155,16 +155,17 @@ class Lds(ColumnsOption, ResamplesOption, DeviceOption, OutputOptions):
             )
 
 
-@command(app, Lds)
+@command(app, Lds, shared=True)
 def lds(options: Lds) -> None:
     """Linear datamodeling score: do the scores order retrained adapters as their measured losses
     do?
 
     With --truth from losses that are there; with --run by retraining first (killed, the same
-    command goes on).
+    command goes on; processes that torchrun started deal the trainings out).
     """
     from analysis.metrics.lds import lds as linear_datamodeling_score
     from analysis.words import lds_text
+    from influence import distributed
     from influence.scorefile import Scores
 
     scores = Scores.load(options.scores, detail=False)
@@ -174,6 +175,7 @@ def lds(options: Lds) -> None:
             f"{options.scores} explains the measurement {measurement!r}, and the truth holds "
             "losses: score again with --measurement loss"
         )
+    options = replace(options, device=distributed.join(options.device))
     truth = _truth(options, scores)
     result = linear_datamodeling_score(
         scores.values,
@@ -185,7 +187,7 @@ def lds(options: Lds) -> None:
     if options.plot is not None:
         from analysis.plots import lds_plot
 
-        lds_plot(result, options.plot, overwrite=options.overwrite)
+        distributed.at_first(lambda: lds_plot(result, options.plot, overwrite=options.overwrite))
     record = {
         "lds": result.mean,
         "low": result.interval.low,
@@ -200,6 +202,7 @@ def lds(options: Lds) -> None:
     }
     text = lds_text(result, options.seed, scores.query_ids if options.per_query else None)
     console.emit(record, text, options.json)
+    distributed.leave()
 
 
 def _truth(options: Lds, scores: Scores) -> Truth:

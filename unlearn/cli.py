@@ -46,15 +46,20 @@ def _group() -> None:
 # ---- training again --------------------------------------------------------------------------
 
 
-@command(app, Retrain)
+@command(app, Retrain, shared=True)
 def retrain(options: Retrain) -> None:
     """Train the adapter again without some rows: the exact answer that scores and edits predict.
 
     Or, with --subsets, on many random subsets, for analysis lds --truth; killed, the same command
-    goes on.
+    goes on. Processes that torchrun started deal the subsets out.
     """
     from unlearn.retraining.recipe import Recipe
 
+    if options.subsets is None and console.several():
+        raise InputError(
+            "one training is one process's work: leave torchrun out, or give --subsets N, which "
+            "processes deal out"
+        )
     recipe = None if options.recipe is None else Recipe.read(options.recipe)
     if options.subsets is None:
         _retrain_once(options, recipe)
@@ -91,6 +96,7 @@ def _retrain_once(options: Retrain, recipe: Recipe | None) -> None:
 
 
 def _retrain_on_subsets(options: Retrain, subsets: int, recipe: Recipe | None) -> None:
+    from influence import distributed
     from influence.row_files import read_examples
     from influence.run import Run
     from unlearn.retraining.subsets import random_halves, retrain_subsets
@@ -98,6 +104,7 @@ def _retrain_on_subsets(options: Retrain, subsets: int, recipe: Recipe | None) -
     assert options.queries is not None
     queries = read_examples(options.queries, columns=options.columns)
     console.quiet_transformers()
+    options = replace(options, device=distributed.join(options.device))
     run = Run.open(options.run, **keywords(DeviceOption, options))
     fraction = SUBSET_FRACTION if options.fraction is None else options.fraction
     seed = SUBSET_SEED if options.subset_seed is None else options.subset_seed
@@ -112,6 +119,7 @@ def _retrain_on_subsets(options: Retrain, subsets: int, recipe: Recipe | None) -
     )
     result = {"out": str(retrained.path), "subsets": subsets, "queries": len(queries), "rows": rows}
     console.emit(result, text, options.json)
+    distributed.leave()
 
 
 command(app, answers.Without)(answers.without)
@@ -465,15 +473,16 @@ def methods(options: Methods) -> None:
 # ---- difficulty ------------------------------------------------------------------------------
 
 
-@command(app, Difficulty)
+@command(app, Difficulty, shared=True)
 def difficulty(options: Difficulty) -> None:
     """Forecast how many steps of gradient ascent each training row takes, what that costs the
     others, and what to do instead.
 
     Nothing is unlearned and no adapter is written. With --measure or --calibrate rows are unlearned
     in memory, one by one; their measurements are kept beside the table (.difficulty.h5), so that a
-    killed command goes on.
+    killed command goes on. Processes that torchrun started deal the rows out.
     """
+    from influence import distributed
     from influence.row_files import read_examples
     from influence.run import Run
     from influence.tables import checked_table
@@ -500,6 +509,7 @@ def difficulty(options: Difficulty) -> None:
         None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
     )
     console.quiet_transformers()
+    options = replace(options, device=distributed.join(options.device))
     run = Run.open(options.run, train=rows, **keywords(LoadingOptions, options))
     groups = by_group(run, ids) if options.by_group else None
     if groups is not None:
@@ -516,6 +526,7 @@ def difficulty(options: Difficulty) -> None:
     record = {"out": str(out), "rows": len(forecast), **forecast.record()}
     record["recommended"] = {method: int(number) for method, number in counts.items()}
     console.emit(record, words.difficulty_text(forecast, out), options.json)
+    distributed.leave()
 
 
 if __name__ == "__main__":

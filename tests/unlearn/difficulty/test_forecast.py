@@ -12,7 +12,8 @@ import pytest
 import influence
 from influence.errors import DataError, InputError
 from tests.conftest import examples, rows
-from tests.unlearn.difficulty.helpers import ADAM, in_order, synthetic, trained, truth_of
+from tests.helpers import statuses
+from tests.unlearn.difficulty.helpers import ADAM, Forwards, in_order, synthetic, trained, truth_of
 from unlearn.difficulty import Protocol, measure, predict
 from unlearn.difficulty.advice import recommended
 from unlearn.difficulty.forecast import COLUMNS, Forecast
@@ -283,3 +284,32 @@ def test_a_real_forecast_can_be_calibrated(tmp_path):
     errors = errors[corrected.calibration.rows]
     assert corrected.calibration.error < 2 * float(np.median(errors))
     assert not corrected.table["reason"].str.contains("nan").any()
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_any_number_of_processes_forecasts_the_same(run, tmp_path, processes):
+    """Units are dealt out, also where there are fewer than processes; the first writes."""
+    # a stride, so that the processes must agree on the rate
+    options = {"protocol": Protocol("adam", stride=0.01, steps=40), "sample_rows": 6, "looks": 3}
+    expected = predict(run, **options)
+
+    def work(rank: int) -> None:
+        with Forwards(run) as forwards:
+            found = predict(run, **options)
+        (tmp_path / f"forwards-{rank}").write_text(str(forwards.count))
+        assert found.record() == expected.record()
+        for name in expected.table:
+            one, other = expected.table[name], found.table[name]
+            if one.dtype.kind == "f":
+                np.testing.assert_allclose(other, one, rtol=1e-8, atol=1e-10, err_msg=name)
+            elif name != "reason":  # in which numbers are rounded
+                assert other.tolist() == one.tolist()
+        assert found.write(tmp_path / "table.csv") == tmp_path / "table.csv"  # by one of them
+
+    assert statuses(work, tmp_path, processes) == [0] * processes
+    assert pd.read_csv(tmp_path / "table.csv")["id"].tolist() == run.train.ids
+    if processes == 2:
+        with Forwards(run) as alone:
+            predict(run, **options)
+        each = [int((tmp_path / f"forwards-{rank}").read_text()) for rank in range(2)]
+        assert max(each) < alone.count
