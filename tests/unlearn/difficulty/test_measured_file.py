@@ -291,7 +291,7 @@ def test_a_measurement_killed_and_resumed_by_another_number_of_processes(
     assert statuses(killed, tmp_path, before) == [0] * (before - 1) + [-signal.SIGKILL]
     with h5py.File(out) as file:
         done = int(file["done"][()].sum())
-    assert done == {2: 4, 3: 5}[before]
+    assert 0 < done < 6
 
     def resumed(rank: int) -> None:
         def count(units, places, protocol):
