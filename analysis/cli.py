@@ -184,10 +184,10 @@ def lds(options: Lds) -> None:
         resamples=options.resamples,
         seed=options.seed,
     )
-    if options.plot is not None:
+    if (plot := options.plot) is not None:
         from analysis.plots import lds_plot
 
-        distributed.at_first(lambda: lds_plot(result, options.plot, overwrite=options.overwrite))
+        distributed.at_first(lambda: lds_plot(result, plot, overwrite=options.overwrite))
     record = {
         "lds": result.mean,
         "low": result.interval.low,
