@@ -470,7 +470,8 @@ def _by_checks(
         distributed.shard(np.arange(len(judged))).tolist(), "settings, edits made and measured"
     ):
         try:
-            edits = measured_edits(settings[number], rows, probes)
+            with distributed.alone():
+                edits = measured_edits(settings[number], rows, probes)
         except NumericalError as error:
             measured[number] = str(error)
         else:
