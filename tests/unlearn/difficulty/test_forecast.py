@@ -304,7 +304,8 @@ def test_any_number_of_processes_forecasts_the_same(run, tmp_path, processes):
         forecast_module.walk = walk
         found = predict(run, **options)
         (tmp_path / f"walked-{rank}").write_text(json.dumps(walked))
-        assert found.record() == expected.record()
+        assert found.protocol == expected.protocol
+        assert found.retained_loss == pytest.approx(expected.retained_loss, rel=1e-12)
         for name in expected.table:
             one, other = expected.table[name], found.table[name]
             if one.dtype.kind == "f":
