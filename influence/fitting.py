@@ -69,6 +69,12 @@ def fit(
 ) -> Run:
     """Fit a curvature to an adapter on its training rows, and store the rows' gradients.
 
+    Rows that came from no file and an adapter that came from no folder are kept in the directory
+    (`influence.kept`).
+
+    Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory
+    was made from something else (naming what differs), `StoreError` where the disk is too small.
+
     Parameters
     ----------
     model, train
@@ -116,12 +122,6 @@ def fit(
         early checkpoints are points where neither `path` nor `checkpoints` is given, the optimiser
         is the newest there, the recipe is kept in the run (`run/recipe.json`), and the objective
         is compared with the logged losses (`influence.logged_loss`).
-
-    Rows that came from no file and an adapter that came from no folder are kept in the directory
-    (`influence.kept`).
-
-    Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory
-    was made from something else (naming what differs), `StoreError` where the disk is too small.
     """
     prepared = prepare(
         model,
