@@ -39,8 +39,8 @@ ROUND_SECONDS = 5.0
 #: Seconds that an error waits for torchrun's mailbox before it is told anyway.
 MAILBOX_SECONDS = 10
 LOST = (
-    "another process of this call ended, or this one was told to stop; what fit and score had "
-    "saved is kept: the same command goes on from there, with any number of processes"
+    "another process of this call ended, or this one was told to stop; what had been saved is kept: "
+    "the same command goes on from there, with any number of processes"
 )
 
 
