@@ -108,11 +108,11 @@ class Version:
     ) -> np.ndarray:
         """Mean losses of rows with the adapter at `theta` [P], nats per completion token, `[n]`.
 
-        Several processes share the rows out. `cost` counts their forwards. At most `token_budget` tokens run at a time, by default as many
-        as in the fit.
+        Several processes share the rows out. `cost` counts their forwards. At most `token_budget`
+        tokens run at a time, by default as many as in the fit.
         """
         cost.forwards += len(tokens)
-        budget = token_budget or self.run.manifest.token_budget
+        budget = token_budget or self.run.token_budget
         with self.model.at(theta):
             return shared_losses(self.model, tokens, token_budget=budget)
 
