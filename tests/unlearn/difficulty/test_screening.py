@@ -285,7 +285,7 @@ def test_conformal_ends_are_the_order_statistics_of_the_paper():
 @pytest.mark.parametrize("screen", [-1, 1, FEWEST - 1, 2.5, True])
 def test_numbers_that_teach_nothing_are_refused_before_any_work(many, monkeypatch, screen):
     monkeypatch.setattr(
-        "unlearn.difficulty.units.mean_losses", lambda *_, **__: pytest.fail("a forward ran")
+        "unlearn.difficulty.units.shared_losses", lambda *_, **__: pytest.fail("a forward ran")
     )
     with pytest.raises(InputError, match=r"\(--screen\); expected how many rows .* at least 20"):
         predict(many, protocol=ADAM, screen=screen)

@@ -151,7 +151,7 @@ def test_wrong_requests_are_refused_before_any_work(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "unlearn.difficulty.units.mean_losses", lambda *_, **__: pytest.fail("a forward ran")
+        "unlearn.difficulty.units.shared_losses", lambda *_, **__: pytest.fail("a forward ran")
     )
     with pytest.raises(error, match=sentence):
         ask(run, protocol=SHORT_ADAM, **given)
