@@ -1,4 +1,4 @@
-"""The `analysis` command: evaluate, lds, removal, tune, memorization, ood, report, demo."""
+"""The `analysis` command: evaluate, lds, removal, tune, clean, memorization, ood, report, demo."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from analysis.cleaning.options import Clean
 from analysis.evaluation.options import Evaluate, Removal, RemovalOptions
 from analysis.evaluation.options import Options as EvaluationOptions
 from analysis.explorer.options import ExploredOptions, Report
@@ -15,6 +16,7 @@ from analysis.studies.options import Memorization, Ood
 from influence import console
 from influence.errors import InputError
 from influence.options import (
+    BudgetOptions,
     ColumnsOption,
     DeviceOption,
     JsonOption,
@@ -97,7 +99,7 @@ def evaluate(options: Evaluate) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lds(ColumnsOption, ResamplesOption, DeviceOption, OutputOptions):
+class Lds(ColumnsOption, ResamplesOption, BudgetOptions, DeviceOption, OutputOptions):
     """The options of `analysis lds`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"columns": "queries", "resamples": "truth_out"}
@@ -272,7 +274,7 @@ def paths(texts: Iterable[str]) -> tuple[tuple[float, ...], ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune(RunOption, DeviceOption, TrustOption, JsonOption):
+class Tune(RunOption, BudgetOptions, DeviceOption, TrustOption, JsonOption):
     """The options of `analysis tune`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
@@ -384,6 +386,19 @@ def tune(options: Tune) -> None:
         place = "shown only"
     console.show(tuning_table(rows, len(result.judged)))
     console.show(tuning_text(result, place, options.columns), wrap=False)
+
+
+# ---- cleaning --------------------------------------------------------------------------------
+
+
+@command(app, Clean)
+def clean(options: Clean) -> None:
+    """Which training rows to fix or remove: a list with reasons and evidence; and, once decided,
+    what that changed, measured by training again.
+    """
+    from analysis.cleaning.command import make_list, train_again
+
+    (make_list if options.apply is None else train_again)(options)
 
 
 # ---- studies ---------------------------------------------------------------------------------

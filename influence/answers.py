@@ -12,6 +12,7 @@ import typer
 from influence import console
 from influence.errors import AdapterError, DataError, InputError, MismatchError
 from influence.options import (
+    BudgetOptions,
     ColumnsOption,
     CurvatureOptions,
     ExplainOption,
@@ -281,7 +282,7 @@ def rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
 @dataclass(frozen=True, kw_only=True)
 class WithoutOptions(
-    RunOption, RowsOptions, ColumnsOption, ExplainOption, LoadingOptions, JsonOption
+    RunOption, RowsOptions, ColumnsOption, ExplainOption, BudgetOptions, LoadingOptions, JsonOption
 ):
     """Which rows go, and what is asked of the model without them.
 

@@ -83,7 +83,7 @@ def main(application: typer.Typer) -> Callable[[], None]:
             if os.environ.get("LORA_INFLUENCE_DEBUG"):
                 raise
             hint = (
-                "lower --token-budget, or load the base with --dtype bfloat16; "
+                "lower --token-budget or --memory, or load the base with --dtype bfloat16; "
                 if memory_is_short(error)
                 else ""
             )

@@ -19,6 +19,7 @@ import torch
 from influence.adapter import AdaptedModel
 from influence.batches import Batch, collate, plan_batches
 from influence.errors import BadRow, DataError, InputError
+from influence.halving import Steps, in_parts
 from influence.positions import most_positions
 from influence.rows import Example, Examples
 from influence.tokens import TokenizedExamples, Tokens, tokenize
@@ -161,11 +162,16 @@ def _new_tokens(
     found: list[list[int]] = [[]] * len(prompts)
     # what stays of a token are its keys and values, a fraction of what a forward holds
     most = max(1, 4 * token_budget // (int(prompts.lengths.max()) + limit))
+
+    def run(rows: np.ndarray, _: Steps) -> list[list[int]]:
+        batch = collate(prompts, rows, pad_id=model.pad_id, padding="left", device=model.device)
+        return _continuations(base, batch)
+
     with model.evaluating(), torch.no_grad(), _plain_greedy(model, limit) as base:
         for rows in plan_batches(prompts, token_budget, max_rows=most):
-            batch = collate(prompts, rows, pad_id=model.pad_id, padding="left", device=model.device)
-            for row, new in zip(rows, _continuations(base, batch), strict=True):
-                found[row] = new
+            for part, continuations in in_parts(model, prompts, rows, run):
+                for row, new in zip(part, continuations, strict=True):
+                    found[row] = new
     return found
 
 

@@ -132,7 +132,7 @@ def path_record(run: Run) -> PathRecord:
 
     def loss(theta: Tensor) -> float:
         with run.model.at(theta):
-            losses = mean_losses(run.model, mine, token_budget=run.manifest.token_budget)
+            losses = mean_losses(run.model, mine, token_budget=run.token_budget)
         summed = torch.tensor((weights[own] * losses).sum(), dtype=torch.float64)
         return float(distributed.add_up(summed)) / float(weights.sum())
 

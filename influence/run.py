@@ -52,6 +52,7 @@ from influence.store import (
     open_file,
     read,
 )
+from influence.token_budget import bounded_budget
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Run:
     tokens: TokenizedExamples = field(repr=False)
     own_curvature: Specification | None = field(default=None, repr=False)
     kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    bounded_budget: int | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(
@@ -143,7 +145,15 @@ class Run:
             )
         tokens = manifest.objective.rendering.tokenize(train, model.tokenizer)
         refuse_other_tokens(directory, manifest, tokens)
-        return cls(directory, manifest, model, train, tokens, curvature)
+        budget = bounded_budget(model, tokens, manifest.token_budget)
+        return cls(directory, manifest, model, train, tokens, curvature, bounded_budget=budget)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a batch, padding included: the fit's, or what `influence.bounded` allowed when
+        the run was opened.
+        """
+        return self.bounded_budget or self.manifest.token_budget
 
     @property
     def digest(self) -> str:
