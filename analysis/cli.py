@@ -1,4 +1,4 @@
-"""The `analysis` command: evaluate, lds, removal, tune, clean, memorization, ood, report, demo."""
+"""The `analysis` command: measure, retrain and compare, clean, study, report, serve, demo."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from analysis.evaluation.options import Evaluate, Removal, RemovalOptions
 from analysis.evaluation.options import Options as EvaluationOptions
 from analysis.explorer.options import ExploredOptions, Report
 from analysis.options import ResamplesOption
+from analysis.serving import command as serving
 from analysis.studies.options import Memorization, Ood
 from influence import console
 from influence.errors import InputError
@@ -563,6 +564,9 @@ def _explore(options: Report, run: Path) -> None:
     result = {"out": str(page.path), "bytes": page.size, "sections": list(page.sections)}
     text = f"{page.path}: {page.size / 1e6:.1f} MB; {', '.join(page.sections)}"
     console.emit(result, text, options.json)
+
+
+serving.add(app)
 
 
 @dataclass(frozen=True, kw_only=True)

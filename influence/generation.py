@@ -83,6 +83,16 @@ def generate(
     Raises `InputError` for `max_new_tokens` below 1; `DataError` that lists the rows which cannot
     be continued (`continuable`).
     """
+    found = generated_tokens(
+        model, examples, max_new_tokens=max_new_tokens, token_budget=token_budget
+    )
+    return [model.tokenizer.decode(new, skip_special_tokens=True) for new in found]
+
+
+def generated_tokens(
+    model: AdaptedModel, examples: Examples, *, max_new_tokens: int = 128, token_budget: int = 4096
+) -> list[list[int]]:
+    """The tokens of `generate`, without the end token. Errors as there."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens} was given; expected at least 1")
     able = continuable(model, examples)
@@ -93,7 +103,7 @@ def generate(
             f"{len(bad)} of {len(examples)} rows cannot be continued; leave them out:", bad
         )
     limits = np.full(len(examples), max_new_tokens)
-    return continued(model, _prompts(model, examples), limits, token_budget=token_budget)
+    return _continued(model, _prompts(model, examples), limits, token_budget)
 
 
 def continuable(model: AdaptedModel, examples: Examples) -> np.ndarray:
@@ -114,14 +124,22 @@ def continued(
     limit is cut: greedy decoding says the same tokens first, however many follow. Only the model's
     positions, which a prompt must not pass, part prompts.
     """
+    found = _continued(model, prompts, limits, token_budget)
+    return [model.tokenizer.decode(new, skip_special_tokens=True) for new in found]
+
+
+def _continued(
+    model: AdaptedModel, prompts: TokenizedExamples, limits: np.ndarray, token_budget: int
+) -> list[list[int]]:
+    """The tokens of `continued`."""
     most = np.minimum(int(limits.max(initial=0)), _room(model, prompts))
-    texts = [""] * len(prompts)
+    tokens: list[list[int]] = [[]] * len(prompts)
     for longest in np.unique(most).tolist():
         rows = np.flatnonzero(most == longest)
         found = _new_tokens(model, prompts.select(rows), longest, token_budget)
         for row, new in zip(rows, found, strict=True):
-            texts[row] = model.tokenizer.decode(new[: limits[row]], skip_special_tokens=True)
-    return texts
+            tokens[row] = new[: limits[row]]
+    return tokens
 
 
 def _has_prompt(example: Example) -> bool:

@@ -17,7 +17,7 @@ map is applied when they are read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence import distributed
+from influence import cards, distributed
 from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
 from influence.base_files import live_loading
@@ -79,6 +79,12 @@ class Run:
     own_curvature: Specification | None = field(default=None, repr=False)
     kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     bounded_budget: int | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return cards.run_line(self)
+
+    def _repr_html_(self) -> str:
+        return cards.run_card(self)
 
     @classmethod
     def open(
@@ -347,7 +353,7 @@ class Run:
         """
         from influence.scores import score
 
-        return score(
+        found = score(
             self,
             queries,
             out=out,
@@ -366,6 +372,7 @@ class Run:
             rerank=rerank,
             overwrite=overwrite,
         )
+        return replace(found, train_rows=self.train, query_rows=queries)
 
     def self_influence(
         self,

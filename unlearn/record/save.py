@@ -21,6 +21,7 @@ from influence.errors import MismatchError, WorkError
 from influence.manifest import read_manifest
 from influence.run import Run
 from influence.store import only_writer
+from unlearn import cards
 from unlearn.record.chain import append
 from unlearn.record.change import Change
 from unlearn.record.change_files import write_rows
@@ -69,6 +70,12 @@ class Edit:
     delta: Tensor = field(repr=False)
     record: EditRecord = field(repr=False)
     log: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+
+    def __repr__(self) -> str:
+        return cards.edit_line(self.record)
+
+    def _repr_html_(self) -> str:
+        return cards.edit_card(self.record)
 
     @cached_property
     def report(self) -> dict[str, Any]:
