@@ -49,9 +49,7 @@ def test_harms_is_what_the_scores_say(result, run, good):
     texts, asked = ([said(row, str) for row in part] for part in (run.train, good))
     own = kin(run.train, good, texts, asked)
     for row, each in enumerate(own):
-        effects = scores[each, row]
-        share = -effects[effects < 0].sum() / np.abs(effects).sum()
-        assert result.found["harms"].scores[row] == pytest.approx(share)
+        assert result.found["harms"].scores[row] == pytest.approx(-scores[each, row].mean())
     for finding in result.found["harms"].findings:
         assert finding.gain == pytest.approx(-scores[own[finding.row], finding.row].mean())
 

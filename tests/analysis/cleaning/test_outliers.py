@@ -34,7 +34,7 @@ def test_the_score_is_the_distance_to_the_nearest():
 
 
 def test_cosines_that_reach_down_to_zero():
-    """By the cosines themselves row 0 is 2.7 spreads away, by their logarithms 6."""
+    """By the cosines themselves row 0 lies within the bulk, by their logarithms far outside."""
     cosines = np.tile(np.array([0.01, *np.linspace(0.18, 0.5, 20)])[:, None], (1, 5))
     assert modified_z(-cosines[:, 0])[0] < 3
     found = outliers(Nearest(np.zeros((21, 5), int), cosines))
