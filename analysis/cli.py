@@ -1,20 +1,23 @@
-"""The `analysis` command: evaluate, lds, removal, tune, clean, memorization, ood, report, demo."""
+"""The `analysis` command: measure, retrain and compare, clean, study, report, serve, demo."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from analysis.cleaning.options import Clean
 from analysis.evaluation.options import Evaluate, Removal, RemovalOptions
 from analysis.evaluation.options import Options as EvaluationOptions
+from analysis.explorer.options import ExploredOptions, Report
 from analysis.options import ResamplesOption
+from analysis.serving import command as serving
 from analysis.studies.options import Memorization, Ood
 from influence import console
 from influence.errors import InputError
 from influence.options import (
+    BudgetOptions,
     ColumnsOption,
     DeviceOption,
     JsonOption,
@@ -97,7 +100,7 @@ def evaluate(options: Evaluate) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lds(ColumnsOption, ResamplesOption, DeviceOption, OutputOptions):
+class Lds(ColumnsOption, ResamplesOption, BudgetOptions, DeviceOption, OutputOptions):
     """The options of `analysis lds`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"columns": "queries", "resamples": "truth_out"}
@@ -156,16 +159,17 @@ class Lds(ColumnsOption, ResamplesOption, DeviceOption, OutputOptions):
             )
 
 
-@command(app, Lds)
+@command(app, Lds, shared=True)
 def lds(options: Lds) -> None:
     """Linear datamodeling score: do the scores order retrained adapters as their measured losses
     do?
 
     With --truth from losses that are there; with --run by retraining first (killed, the same
-    command goes on).
+    command goes on; processes that torchrun started deal the trainings out).
     """
     from analysis.metrics.lds import lds as linear_datamodeling_score
     from analysis.words import lds_text
+    from influence import distributed
     from influence.scorefile import Scores
 
     scores = Scores.load(options.scores, detail=False)
@@ -175,6 +179,7 @@ def lds(options: Lds) -> None:
             f"{options.scores} explains the measurement {measurement!r}, and the truth holds "
             "losses: score again with --measurement loss"
         )
+    options = replace(options, device=distributed.join(options.device))
     truth = _truth(options, scores)
     result = linear_datamodeling_score(
         scores.values,
@@ -183,10 +188,10 @@ def lds(options: Lds) -> None:
         resamples=options.resamples,
         seed=options.seed,
     )
-    if options.plot is not None:
+    if (plot := options.plot) is not None:
         from analysis.plots import lds_plot
 
-        lds_plot(result, options.plot, overwrite=options.overwrite)
+        distributed.at_first(lambda: lds_plot(result, plot, overwrite=options.overwrite))
     record = {
         "lds": result.mean,
         "low": result.interval.low,
@@ -201,6 +206,7 @@ def lds(options: Lds) -> None:
     }
     text = lds_text(result, options.seed, scores.query_ids if options.per_query else None)
     console.emit(record, text, options.json)
+    distributed.leave()
 
 
 def _truth(options: Lds, scores: Scores) -> Truth:
@@ -272,7 +278,7 @@ def paths(texts: Iterable[str]) -> tuple[tuple[float, ...], ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune(RunOption, DeviceOption, TrustOption, JsonOption):
+class Tune(RunOption, BudgetOptions, DeviceOption, TrustOption, JsonOption):
     """The options of `analysis tune`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
@@ -325,7 +331,7 @@ class Tune(RunOption, DeviceOption, TrustOption, JsonOption):
             )
 
 
-@command(app, Tune)
+@command(app, Tune, shared=True)
 def tune(options: Tune) -> None:
     """Which curvature, damping, geometry and points: a table, and the best kept in the run for
     later scores.
@@ -334,12 +340,14 @@ def tune(options: Tune) -> None:
     from analysis.tune import default_queries, table_rows
     from analysis.tune import forget as drop
     from analysis.tune import tune as choose
-    from analysis.words import tuning_table, tuning_text
+    from analysis.words import tuning_record, tuning_table, tuning_text
+    from influence import distributed
     from influence.row_files import read_examples
     from influence.run import Run
 
     truth = None if options.truth is None else read_truth(options.truth)
     console.quiet_transformers()
+    options = replace(options, device=distributed.join(options.device))
     run = Run.open(
         options.run,
         trust_remote_code=options.trust_remote_code,
@@ -349,6 +357,7 @@ def tune(options: Tune) -> None:
         drop(run)
         text = f"{options.run}: scores use what it was fitted with"
         console.emit({"chosen": None}, text, options.json)
+        distributed.leave()
         return
     queries = None
     if truth is not None:
@@ -366,24 +375,13 @@ def tune(options: Tune) -> None:
     )
     rows = list(table_rows(result, options.k))
     if options.json:
-        held_out = None
-        if result.held_out is not None:
-            interval = result.held_out.interval
-            held_out = {"lds": result.held_out.mean, "low": interval.low, "high": interval.high}
-        record = {
-            "chosen": next(iter(table_rows(result, 1))),
-            "by": result.by,
-            "held_out": held_out,
-            "exact": result.exact,
-            "table": rows,
-        }
-        console.emit(record, "", True)
-        return
-    place = f"kept in {options.run}/manifest.json: later scores use it unless told otherwise"
-    if options.dry_run:
-        place = "shown only"
-    console.show(tuning_table(rows, len(result.judged)))
-    console.show(tuning_text(result, place, options.columns), wrap=False)
+        console.emit(tuning_record(result, rows), "", True)
+    else:
+        place = f"kept in {options.run}/manifest.json: later scores use it unless told otherwise"
+        place = "shown only" if options.dry_run else place
+        console.show(tuning_table(rows, len(result.judged)))
+        console.show(tuning_text(result, place, options.columns), wrap=False)
+    distributed.leave()
 
 
 # ---- cleaning --------------------------------------------------------------------------------
@@ -510,31 +508,18 @@ def ood(options: Ood) -> None:
 # ---- report and demo -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report(DeviceOption, OutputOptions):
-    """The options of `analysis report`."""
-
-    edit: Path = option("Adapter folder made by unlearn remove, relabel, correct or train.")
-    out: Path = option("Page to write (.html).")
-    retrained: Path | None = option(
-        "Adapter made by unlearn retrain --edit: how near is the edit to it? Loads the model.",
-        default=None,
-    )
-    holdout: Path | None = option("With --retrained: rows that neither adapter saw.", default=None)
-
-    def __post_init__(self) -> None:
-        if self.holdout is not None and self.retrained is None:
-            raise InputError("--holdout goes with --retrained DIR: leave it out")
-
-
 @command(app, Report)
 def report(options: Report) -> None:
-    """One page on one edit, from its edit.json: is it forgotten, what else changed, how exact, how
-    to check it.
+    """One page, for people: on one edit, from its edit.json (--edit), or on a whole run, to search
+    its queries and rows, tick rows, and see every edit (--run).
     """
     from analysis.report.page import report as write_report
     from analysis.report.reading import read_record
 
+    if options.run is not None:
+        _explore(options, options.run)
+        return
+    assert options.edit is not None
     compared = None
     if options.retrained is not None:
         from analysis.report.agreement import agreement
@@ -560,6 +545,23 @@ def report(options: Report) -> None:
     }
     text = "\n".join([f"{page.path}: {page.title}", *page.headlines])
     console.emit(result, text, options.json)
+
+
+def _explore(options: Report, run: Path) -> None:
+    """Write the page on a run."""
+    from analysis.explorer.data import gather
+    from analysis.explorer.page import checked_out, write
+
+    checked_out(options.out, options.overwrite)
+    console.quiet_transformers()
+    explored = gather(run, **keywords(ExploredOptions, options))
+    page = write(explored, options.out, detail=options.detail, overwrite=options.overwrite)
+    result = {"out": str(page.path), "bytes": page.size, "sections": list(page.sections)}
+    text = f"{page.path}: {page.size / 1e6:.1f} MB; {', '.join(page.sections)}"
+    console.emit(result, text, options.json)
+
+
+serving.add(app)
 
 
 @dataclass(frozen=True, kw_only=True)

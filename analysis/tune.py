@@ -19,8 +19,12 @@ sum of both ranks is chosen, a rule found on two models and tried on a third
 Settings are compared with additive credit; what retraining says of the size is kept for both, and
 the score that is reported is that of shared credit where the setting has it.
 
-One set of stored gradients serves every curvature, damping and point of a run. Another geometry or
+One set of stored gradients serves every curvature, damping and point of a run, and a curvature's
+dampings share what does not depend on lambda (`influence.curvature.several`). Another geometry or
 path needs factors of its own: those are fitted below the run, in `tune/`, and said so.
+
+Several processes (`influence.distributed`) share the rows of the sweep, and deal out the settings
+whose edits are measured. All of them have the same answers.
 """
 
 from __future__ import annotations
@@ -30,15 +34,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import rankdata, spearmanr
 
 from analysis.metrics.lds import LDS, Truth, lds
 from analysis.stats import spearman
 from analysis.truth import check_belongs
+from influence import distributed
 from influence.at_point import AtPoint
-from influence.calibration import EDITED_ROWS, Edits, measured_edits, record, some_rows
+from influence.calibration import (
+    EDITED_ROWS,
+    Edits,
+    losses_of_probes,
+    measured_edits,
+    record,
+    some_rows,
+)
 from influence.credit import Credit, shared_credit
 from influence.curvature import EXACT, Damped, Invertible
+from influence.curvature.several import solve_all
 from influence.errors import InputError, MismatchError, NumericalError
 from influence.fitting import fit
 from influence.geometry import GEOMETRIES
@@ -215,23 +229,31 @@ def exact_agreement(run: Run, row: Judged, rows: np.ndarray) -> tuple[float, flo
     run's EK-FAC.
     """
     setting = _setting(run, row)
-    tokens, worst = run.tokens.select(rows), 0.0
+    places, own = np.arange(len(rows)), slice(*distributed.span(len(rows)))
+    tokens, worst = run.tokens.select(rows[own]), 0.0  # each process solves for some
     ours, exact = (np.zeros((len(rows), len(run.train))) for _ in range(2))
     for factor, (point, operator) in zip(setting.factors, setting.each(), strict=True):
         query_gradients = point.query_gradients(tokens, MeanLoss())
         curvature = operator.curvature
         assert isinstance(curvature, Invertible)
-        ggn = Damped(point.curvature(EXACT), operator.lam)
-        solution = CG(tolerance=EXACT_TOLERANCE, preconditioner=operator, name="pcg").solve(
-            ggn, query_gradients
-        )
-        worst = max(worst, float(solution.residuals.max()))
-        both = ((ours, curvature.solve(query_gradients, operator.lam)), (exact, solution.values))
-        for indices, gradients in point.gradient_blocks():
+        ggn, answers = Damped(point.curvature(EXACT), operator.lam), query_gradients
+        if len(query_gradients):
+            solution = CG(tolerance=EXACT_TOLERANCE, preconditioner=operator, name="pcg").solve(
+                ggn, query_gradients
+            )
+            worst, answers = max(worst, float(solution.residuals.max())), solution.values
+        ours_solved = curvature.solve(query_gradients, operator.lam)
+        both = [
+            (values, distributed.assembled(solved, places[own], len(rows)))
+            for values, solved in ((ours, ours_solved), (exact, answers))
+        ]
+        for indices, gradients in point.gradient_blocks(shared=True):
             for values, solved in both:
                 products = (solved @ gradients.T).double().cpu().numpy()
                 values[:, indices] += factor * products * run.weights[indices]
-    return float(np.mean(spearman(ours, exact))), worst
+    for values in (ours, exact):
+        distributed.add_up(torch.from_numpy(values))
+    return float(np.mean(spearman(ours, exact))), distributed.largest(worst)
 
 
 def _fitted_below(
@@ -269,7 +291,7 @@ def _fitted_below(
             reduction=manifest.objective.reduction,
             max_length=manifest.objective.max_length,
             supervise=manifest.objective.supervise,
-            token_budget=manifest.token_budget,
+            token_budget=run.token_budget,
             store=manifest.store,
             disk_budget=manifest.disk_budget,
             seed=manifest.seed,
@@ -300,6 +322,8 @@ def _sweep(
         None if queries is None else _scores(point, grid, queries) for point in run.points
     ]
     labels = [point.place.label for point in run.points]
+    for point in run.points if len(labels) > 1 else []:
+        point.scales([point.operator(*key) for key in grid])  # all at once, and kept
     judged = []
     for name, damping in grid:
         for at in ("all", *labels) if len(labels) > 1 else labels:
@@ -341,21 +365,28 @@ def _scores(
     chunks, a pass for each.
     """
     run, curvatures = point.run, {key: point.operator(*key) for key in grid}
-    scores = {key: np.empty((len(tokens), len(run.train))) for key in grid}
+    for (name, _), operator in curvatures.items():
+        if not isinstance(operator.curvature, Invertible):
+            raise InputError(
+                f"tune sweeps closed-form curvatures; {name} has no closed-form inverse: leave it out"
+            )
+    scores = {key: np.zeros((len(tokens), len(run.train))) for key in grid}
     chunks = -(-len(tokens) // queries_at_once(run, Direct.copies + len(grid)))
     for rows in np.array_split(np.arange(len(tokens)), chunks):
-        query_gradients, solved = point.query_gradients(tokens.select(rows), MeanLoss()), {}
-        for key, operator in curvatures.items():
-            if not isinstance(operator.curvature, Invertible):
-                raise InputError(
-                    f"tune sweeps closed-form curvatures; {key[0]} has no closed-form inverse: "
-                    "leave it out"
-                )
-            solved[key] = operator.curvature.solve(query_gradients, operator.lam)
-        for indices, gradients in point.gradient_blocks():
+        places, own = np.arange(len(rows)), slice(*distributed.span(len(rows)))
+        # each process solves for some
+        query_gradients = point.query_gradients(tokens.select(rows[own]), MeanLoss())
+        answers = solve_all(list(curvatures.values()), query_gradients)
+        solved = {
+            key: distributed.assembled(mine, places[own], len(rows))
+            for key, mine in zip(curvatures, answers, strict=True)
+        }
+        for indices, gradients in point.gradient_blocks(shared=True):
             for key, v in solved.items():
                 products = (v @ gradients.T).double().cpu().numpy()
                 scores[key][np.ix_(rows, indices)] = products * run.weights[indices]
+    for values in scores.values():
+        distributed.add_up(torch.from_numpy(values))
     return scores
 
 
@@ -445,18 +476,27 @@ def _by_checks(
 ) -> Tuning:
     """Choose without retraining."""
     rows = some_rows(run, EDITED_ROWS, seed)
-    table = []
-    for row in track(judged, "settings, edits made and measured"):
+    before = losses_of_probes(run, rows, probes)  # every setting starts at the same adapter
+    # whose points may be compared by all processes together; then each measures some
+    settings = [_setting(runs[row.run], row) for row in judged]
+    measured: dict[int, tuple[float, float, float] | str] = {}
+    for number in track(
+        distributed.shard(np.arange(len(judged))).tolist(), "settings, edits made and measured"
+    ):
         try:
-            edits = measured_edits(_setting(runs[row.run], row), rows, probes)
+            with distributed.alone():
+                edits = measured_edits(settings[number], rows, probes, before)
         except NumericalError as error:
-            say(f"note: {row.name} is left out, its edits could not be measured: {error}")
+            measured[number] = str(error)
+        else:
+            measured[number] = agreement(edits), edits.selectivity, edits.factor
+    measured = distributed.told_by_all(measured)
+    table = []
+    for number, row in enumerate(judged):
+        if isinstance(found := measured[number], str):
+            say(f"note: {row.name} is left out, its edits could not be measured: {found}")
             continue
-        table.append(
-            replace(
-                row, agreement=agreement(edits), selectivity=edits.selectivity, factor=edits.factor
-            )
-        )
+        table.append(replace(row, agreement=found[0], selectivity=found[1], factor=found[2]))
     if not table:
         raise NumericalError(
             "no setting's edits could be measured: run with --dtype float32 or float64"

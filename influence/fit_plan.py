@@ -23,8 +23,9 @@ from influence.errors import InputError
 from influence.features import bytes_of_row
 from influence.fitted_point import Storage, keeps_sampled
 from influence.gradients import max_rows
-from influence.kernel import EXACT_ROWS, LANDMARKS
+from influence.kernel import EXACT_ROWS, LANDMARKS, WHOLE_ROWS, bytes_of_files
 from influence.manifest import ROW_BYTES, STORE_BEFORE
+from influence.memory import block_bytes
 from influence.path_time import LOSS_ROWS
 from influence.tokens import TokenizedExamples
 
@@ -167,7 +168,7 @@ class FitPlan:
         rule = STORE_BEFORE.get(store, store)
         sampled = keeps_sampled(curvature, Storage(kind == FULL, rule, left), point_bytes)
         sample = len(curvature.sample(n, seed))
-        at_once = max(1, PART_BYTES // (space.size * itemsize))
+        at_once = max(1, block_bytes(PART_BYTES) // (space.size * itemsize))
         closed = not curvature.undamped and not curvature.matrix_free
         return cls(
             rows=n,
@@ -266,7 +267,9 @@ class FitPlan:
         each = self.first_work * self.runs_first + self.again_work * self.runs_again
         each += self.credit_passes + (self.store == FEATURES)
         losses = FORWARD * min(1.0, LOSS_ROWS / self.rows) if self.shares_credit else 0.0
-        return self.points * (each + losses) + 2 * losses
+        # the pass itself gives the losses at a point, where it runs all rows
+        apart = self.apart and self.store != FULL
+        return self.points * (each + losses * apart) + 2 * losses
 
     @property
     def to_come(self) -> float:
@@ -297,10 +300,12 @@ class FitPlan:
 
     @property
     def kernel_bytes(self) -> int:
-        """Bytes of the rows' similarities at all points."""
-        if not self.shares_credit or self.rows > EXACT_ROWS:
+        """Bytes of the rows' similarities at all points, and of their inverses where these are kept."""
+        if not self.shares_credit:
             return 0
-        return self.points * self.rows**2 * self._stored_itemsize
+        if self.rows <= WHOLE_ROWS:
+            return self.points * self.rows**2 * self._stored_itemsize
+        return self.points * bytes_of_files(self.rows, self._stored_itemsize)
 
     @property
     def kept_bytes(self) -> int:

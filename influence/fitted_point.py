@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,14 +33,16 @@ from influence.gradients import (
     Tape,
     batch_uniforms,
     max_rows,
-    sampled_gradients,
     tape,
 )
+from influence.halving import Steps, in_parts
 from influence.leaf_gradients import LeafGradients
-from influence.loss import Supervised, loss_gradient, sampled_loss_gradient
+from influence.loss import Supervised, loss_gradient, row_losses, sampled_loss_gradient
+from influence.memory import room
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
-from influence.store import RowFile, open_file, read, write_file
+from influence.sampled_gradients import sampled_gradients
+from influence.store import RowFile, RowFiles, open_file, read, write_file
 
 #: Seconds between checkpoints of a pass: a killed fit loses no more than that, or than 30 times
 #: what writing one takes, where sums are so large (1.1 GB for a model of 135 M) that this takes
@@ -49,6 +52,8 @@ QUICK = 2.0
 CHECKPOINT = "checkpoint.h5"
 #: Which batches are in the sums of a checkpoint, beside these.
 DONE = "batches_done"
+#: The rows' losses at the data's labels.
+LOSSES = "pass/losses"
 
 
 @dataclass(frozen=True)
@@ -75,27 +80,6 @@ def keeps_sampled(curvature: Specification, storage: Storage, row_bytes: int) ->
     draws = curvature.draws
     keeps_once = curvature.reads_rows == ONCE and storage.holds(row_bytes * (1 + draws))
     return draws > 0 and (curvature.reads_rows == ALWAYS or keeps_once)
-
-
-@dataclass
-class RowFiles:
-    """The open row files of a pass.
-
-    None where nothing is written.
-    """
-
-    gradients: RowFile | None = None
-    done: RowFile | None = None
-    sampled: RowFile | None = None
-
-    def flush(self) -> None:
-        """Wait until the rows are on disk.
-
-        `done` last, which vouches for them.
-        """
-        for file in (self.gradients, self.sampled, self.done):
-            if file is not None:
-                file.flush()
 
 
 class PointFit:
@@ -136,8 +120,8 @@ class PointFit:
         # one buffer for every batch's gradients: each set is written to its file before the next
         most = max(len(rows) for rows in self.batches) if per_row else 0
         shape = (most, self.model.space.size)
-        options = {"dtype": self.model.dtype, "device": self.model.device}
-        self.buffer = torch.empty(shape, **options) if most else None
+        self.buffer = room(shape, self.model.dtype, self.model.device) if most else None
+        self.losses = torch.zeros(n, dtype=torch.float64)
         self.created = False  # whether a row file had to be made
 
     def coordinates(self, state: OptimizerState | None) -> Geometry:
@@ -155,7 +139,7 @@ class PointFit:
 
         `limited` in rows too, where every row's gradient is held at once.
         """
-        budget = self.run.manifest.token_budget
+        budget = self.run.token_budget
         most = max_rows(self.model.space) if limited else None
         parts = plan_batches(self.tokens.select(rows), budget, max_rows=most)
         return [rows[part] for part in parts]
@@ -281,18 +265,33 @@ class PointFit:
     ) -> None:
         """One batch into the accumulator, at so many `draws` of labels (None: all), and the files.
 
-        Its graph is gone when this returns.
+        In parts where memory is too small for it.
         """
-        files = files or RowFiles()
-        draws = self.draws if draws is None else draws
+
+        def run(rows: np.ndarray, steps: Steps) -> None:
+            many = self.draws if draws is None else draws
+            self.run_rows(recorder, rows, files or RowFiles(), many, steps)
+
+        for _ in in_parts(self.model, self.tokens, rows, run):
+            pass
+
+    def run_rows(
+        self, recorder: Tape, rows: np.ndarray, files: RowFiles, draws: int, steps: Steps
+    ) -> None:
+        """Rows at once, after which their graph is gone; what is added up is added by `steps`."""
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         part = recorder.forward(batch)
+        if files.gradients is not None or not self.store_gradients:
+            self.losses[rows] = row_losses(part).cpu()
         for draw in range(draws):
             final = files.gradients is None and draw == draws - 1
-            sampled = self.sampled_backward(recorder, part, rows, draw, final)
-            if files.sampled is not None and sampled is not None:
-                files.sampled.write(rows * self.draws + draw, sampled.cpu().numpy())
-            del sampled
+
+            def look(draw: int = draw, final: bool = final) -> None:
+                sampled = self.sampled_backward(recorder, part, rows, draw, final, steps)
+                if files.sampled is not None and sampled is not None:
+                    files.sampled.write(rows * self.draws + draw, sampled.cpu().numpy())
+
+            steps.once(draw, look)
         if files.gradients is not None and files.done is not None:
             gradient = loss_gradient(part.logits, part.targets)
             gradients = recorder.gradients(part, gradient, buffer=self.buffer)
@@ -306,6 +305,7 @@ class PointFit:
         rows: np.ndarray,
         draw: int,
         final: bool,
+        steps: Steps,
     ) -> Tensor | None:
         """One backward at sampled labels, shown to the accumulator.
 
@@ -322,14 +322,18 @@ class PointFit:
                 sink(leaf, x, g, valid)
             if accumulator.per_leaf:
                 inputs, outputs = self.point.geometry.factor(leaf, x, g)
-                accumulator.add(leaf, inputs, outputs, valid, relative, draw)
+                steps.once(
+                    (draw, leaf),
+                    lambda: accumulator.add(leaf, inputs, outputs, valid, relative, draw),
+                )
 
         recorder.backward(part.logits, gradient, show, last=final)
         if sink is None:
             return None
         if accumulator.per_row:
             weights = torch.from_numpy(self.sample_weights[rows] / self.draws).to(self.model.device)
-            accumulator.add_rows(self.point.geometry.features(sink.rows), weights)
+            features = self.point.geometry.features(sink.rows)
+            steps.once((draw, "rows"), lambda: accumulator.add_rows(features, weights))
         return sink.rows
 
     def relative_weights(self, rows: np.ndarray) -> Tensor | None:
@@ -340,13 +344,17 @@ class PointFit:
 
     # ---- checkpoints
 
+    def sums(self) -> dict[str, Tensor]:
+        """All that the pass sums up: the accumulator's, and the rows' losses."""
+        return self.accumulator.sums() | {LOSSES: self.losses}
+
     def checkpoint(self, done: np.ndarray) -> None:
         """Save the running sums of all processes, and which batches are in them.
 
         `done` [batches] are those that this process knows of. The first process goes on with the
         total, the others with nothing, so that nothing counts twice.
         """
-        sums = distributed.add_up(self.accumulator.sums())
+        sums = distributed.add_up(self.sums())
         every = distributed.add_up(torch.from_numpy(done.astype(np.uint8))) > 0
         if distributed.rank() != 0:
             for tensor in sums.values():
@@ -378,7 +386,7 @@ class PointFit:
             same = file.attrs["plan"] == self.plan_digest and file.attrs["stored"] == self.stored
             if not same or self.created:
                 return done
-            sums = self.accumulator.sums()
+            sums = self.sums()
             shapes = {name: getattr(file.get(name), "shape", None) for name in sums}
             if any(shapes[name] != tensor.shape for name, tensor in sums.items()):
                 return done  # of sums that are not kept, or not at this size, any more
@@ -411,7 +419,9 @@ class PointFit:
         if place.scale is None:
             arrays["theta"] = place.theta
         accumulator = self.accumulator
-        distributed.add_up(accumulator.sums())
+        distributed.add_up(self.sums())
+        if self.store_gradients or (self.draws and not self.apart):
+            arrays[LOSSES] = self.losses
         if (second := accumulator.second_look()) is not None:
             self.look_again(second)
             distributed.add_up(second.sums())
@@ -422,9 +432,9 @@ class PointFit:
     def look_again(self, second: Accumulator) -> None:
         """Show this process's share of the sampled rows to the accumulator of a second look."""
         rows = self.sampled_rows(shared=True)
-        if second.by_leaf and isinstance(rows, ComputedRows):
-            rows.show_leaves(second)
-            return
+        small = isinstance(rows, ComputedRows) or self.point.by_leaf(rows.count)
+        if second.by_leaf and small:
+            return rows.show_leaves(second)
         start, weights = 0, rows.weights
         for block in rows:
             second.add_rows(block, weights[start : start + len(block)])
@@ -454,8 +464,9 @@ class PointFit:
 
     def sampled_again(self, recorder: Tape, rows: np.ndarray) -> Iterator[Tensor]:
         """The gradients `[b, P]` of one batch at each draw of sampled labels."""
-        batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
-        return sampled_gradients(recorder, batch, self.tokens, self.run.manifest.seed, self.draws)
+        seed = self.run.manifest.seed
+        found = sampled_gradients(recorder, self.tokens, rows, seed, self.draws)
+        return (gradients for _, gradients in found)
 
 
 @dataclass(frozen=True)
@@ -466,10 +477,23 @@ class StoredRows:
     shared: bool = False
 
     @property
+    def count(self) -> int:
+        """All rows and draws."""
+        return len(self.fit.tokens) * max(1, self.fit.draws)
+
+    @property
     def _span(self) -> tuple[int, int]:
         """Where the rows begin and end, of all rows and draws."""
-        count = len(self.fit.tokens) * max(1, self.fit.draws)
-        return distributed.span(count) if self.shared else (0, count)
+        return distributed.span(self.count) if self.shared else (0, self.count)
+
+    def show_leaves(self, second: Accumulator) -> None:
+        """Show all rows leaf by leaf: of several processes each shows some leaves, not some rows."""
+        fit, weights = self.fit, StoredRows(self.fit).weights
+        name = "rows" if fit.draws else "gradients"
+        for number, leaf in fit.point.leaf_blocks(
+            range(*distributed.span(len(fit.model.space.leaves))), name
+        ):
+            second.add_leaf(number, leaf, weights)
 
     @property
     def weights(self) -> Tensor:
@@ -531,9 +555,13 @@ class ComputedRows:
             plan = self.plan(limited=False)
             counts, sizes = [len(rows) for rows in plan], padded_tokens(fit.tokens, plan)
             for rows in track(plan, "training rows, second pass", counts=counts, sizes=sizes):
-                self._show_batch(second, recorder, rows)
+                work = partial(self._show_batch, second, recorder)
+                for _ in in_parts(fit.model, fit.tokens, rows, work):
+                    pass
 
-    def _show_batch(self, second: Accumulator, recorder: Tape, rows: np.ndarray) -> None:
+    def _show_batch(
+        self, second: Accumulator, recorder: Tape, rows: np.ndarray, steps: Steps
+    ) -> None:
         """One batch. A function, so that its graph is gone when it returns."""
         fit, model, geometry = self.fit, self.fit.model, self.fit.point.geometry
         weights = torch.from_numpy(fit.sample_weights[rows] / fit.draws).to(model.device)
@@ -542,10 +570,12 @@ class ComputedRows:
         for draw in range(fit.draws):
             uniforms = batch_uniforms(fit.tokens, rows, fit.run.manifest.seed, draw)
             gradient = sampled_loss_gradient(part.logits, uniforms)
-            sink = LeafGradients(
-                recorder,
-                lambda leaf, rows: second.add_leaf(leaf, geometry.of_leaf(leaf, rows), weights),
-            )
+
+            def take(leaf: int, rows: Tensor, draw: int = draw) -> None:
+                features = geometry.of_leaf(leaf, rows)
+                steps.once((draw, leaf), lambda: second.add_leaf(leaf, features, weights))
+
+            sink = LeafGradients(recorder, take)
             recorder.backward(part.logits, gradient, sink, last=draw == fit.draws - 1)
             sink.finish()
 

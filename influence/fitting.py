@@ -34,6 +34,7 @@ from influence.manifest import (
     begun_manifest,
     write_manifest,
 )
+from influence.memory import bounded
 from influence.optimizer_state import OptimizerState
 from influence.path import Point
 from influence.prepared import DISK_BUDGET, Prepared, prepare
@@ -60,6 +61,7 @@ def fit(
     max_length: int | None = None,
     supervise: str | None = None,
     token_budget: int | None = None,
+    memory: float | None = None,
     store: str = "auto",
     disk_budget: float = DISK_BUDGET,
     row_bytes: int = ROW_BYTES,
@@ -110,6 +112,9 @@ def fit(
     token_budget
         Tokens per batch, padding included: the memory knob (default 1,024 on a CPU, 4,096
         elsewhere). Results do not depend on it.
+    memory
+        GB that this fit is to take, base and adapter included (`influence.bounded`, which is for
+        later calls too). Default: what is free.
     store, disk_budget, row_bytes
         Store the rows' gradients: `full` (n x P floats a point); as `features`, at most
         `row_bytes` a row and point (`influence.features`), from which scores of the fit's own setting come without a
@@ -123,26 +128,27 @@ def fit(
         is the newest there, the recipe is kept in the run (`run/recipe.json`), and the objective
         is compared with the logged losses (`influence.logged_loss`).
     """
-    prepared = prepare(
-        model,
-        train,
-        curvature=curvature,
-        damping=damping,
-        reduction=reduction,
-        path=path,
-        checkpoints=checkpoints,
-        geometry=geometry,
-        optimizer=optimizer,
-        max_length=max_length,
-        supervise=supervise,
-        token_budget=token_budget,
-        store=store,
-        disk_budget=disk_budget,
-        row_bytes=row_bytes,
-        seed=seed,
-        trainer_output=trainer_output,
-    )
-    return _fit_prepared(prepared, Path(directory), overwrite)
+    with bounded(memory):
+        prepared = prepare(
+            model,
+            train,
+            curvature=curvature,
+            damping=damping,
+            reduction=reduction,
+            path=path,
+            checkpoints=checkpoints,
+            geometry=geometry,
+            optimizer=optimizer,
+            max_length=max_length,
+            supervise=supervise,
+            token_budget=token_budget,
+            store=store,
+            disk_budget=disk_budget,
+            row_bytes=row_bytes,
+            seed=seed,
+            trainer_output=trainer_output,
+        )
+        return _fit_prepared(prepared, Path(directory), overwrite)
 
 
 def _fit_prepared(prepared: Prepared, directory: Path, overwrite: bool) -> Run:
@@ -181,7 +187,7 @@ def _measure_precision(run: Run) -> None:
     """
     record, short = None, ""
     try:
-        record = measure_precision(run.model, run.tokens, token_budget=run.manifest.token_budget)
+        record = measure_precision(run.model, run.tokens, token_budget=run.token_budget)
     except (MemoryError, torch.OutOfMemoryError) as error:
         short = str(error) or type(error).__name__
     if distributed.largest(float(bool(short))):  # all go on alike

@@ -23,8 +23,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import h5py
 import numpy as np
@@ -157,7 +158,7 @@ class RowFile:
         self._file = os.open(path, os.O_RDWR if write else os.O_RDONLY)
         self._width = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
-    def __enter__(self) -> RowFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -190,9 +191,42 @@ class RowFile:
             data, place = data[count:], place + count
         return out
 
+    def read_columns(self, columns: slice) -> np.ndarray:
+        """Columns `[n, end - start]` of all rows of a dataset `[n, P]`, copied."""
+        out = np.empty((len(self), columns.stop - columns.start), self.dtype)
+        first = self._offset + columns.start * self.dtype.itemsize
+        for number, row in enumerate(out):
+            data = memoryview(row.data).cast("B")
+            if os.preadv(self._file, [data], first + number * self._width) != len(data):
+                raise StoreError(
+                    "a row file ends before its last row: it is truncated; fit the run again"
+                )
+        return out
+
     def flush(self) -> None:
         """Wait until what was written is on the disk."""
         os.fsync(self._file)
+
+
+@dataclass
+class RowFiles:
+    """The open row files of a pass.
+
+    None where nothing is written.
+    """
+
+    gradients: RowFile | None = None
+    done: RowFile | None = None
+    sampled: RowFile | None = None
+
+    def flush(self) -> None:
+        """Wait until the rows are on disk.
+
+        `done` last, which vouches for them.
+        """
+        for file in (self.gradients, self.sampled, self.done):
+            if file is not None:
+                file.flush()
 
 
 def open_rows(path: Path, name: str, *, write: bool = False) -> np.ndarray:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 
+import numpy as np
 import pytest
 
 import influence
+from influence.at_point import AtPoint
 from influence.errors import MismatchError, StoreError
 from tests.conftest import build_model, examples, fit_end
 from tests.helpers import untouched
@@ -30,6 +32,28 @@ def run(model, tmp_path_factory):
     return influence.fit(
         model, examples(N), path=PATH, directory=tmp_path_factory.mktemp("path") / "run"
     )
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 20])
+@pytest.mark.parametrize("geometry", ["raw", "adam"])
+def test_leaves_of_stored_rows_are_their_features(tmp_path, monkeypatch, geometry, at_once):
+    """Leaf by leaf, or several read together; of the last leaves alone too."""
+    monkeypatch.setattr("influence.at_point.BLOCK_BYTES", at_once)
+    model = build_model(layers=1, target_modules=["q_proj", "v_proj"])
+    run = fit_end(model, examples(5), directory=tmp_path / "run", geometry=geometry)
+    point, leaves = run.points[0], model.space.leaves
+    whole = point.gradients_of(np.arange(5))
+    found = dict(point.leaf_blocks(range(len(leaves))))
+    assert list(found) == list(range(len(leaves)))
+    last = dict(point.leaf_blocks(range(2, len(leaves))))
+    assert list(last) == list(range(2, len(leaves)))
+    for number, leaf in enumerate(leaves):
+        close(found[number], whole[:, leaf.slice].unflatten(1, leaf.shape), 1e-12)
+        if number in last:
+            close(last[number], found[number], 1e-12)
+    assert point.by_leaf(5)
+    monkeypatch.setattr("influence.at_point.LEAF_BYTES", 100)
+    assert not point.by_leaf(5)
 
 
 @pytest.mark.parametrize("geometry", ["function", "adam"])
@@ -125,3 +149,27 @@ def test_factors_that_stay_in_their_file_give_the_same_scores(model, run, monkey
     if os.path.exists("/proc/self/maps"):  # where this process's memory comes from
         with open("/proc/self/maps") as maps:
             assert str(run.points[-1].file("factors").resolve()) in maps.read()
+
+
+def test_scales_of_several_dampings_are_each_its_own_and_read_the_rows_once(run, monkeypatch):
+    grid = [(name, rule) for name in ("ekfac", "kfac", "ggn") for rule in ("mean:1", "abs:0.01")]
+    grid.append(("identity", None))
+    point, reads = AtPoint(run, 0, run.points[0].place), []
+    gradients_of = AtPoint.gradients_of
+
+    def counted(at, rows):
+        reads.extend(rows.tolist())
+        return gradients_of(at, rows)
+
+    monkeypatch.setattr(AtPoint, "gradients_of", counted)
+    found = point.scales([point.operator(*key) for key in grid])
+    assert sorted(reads) == list(range(N))
+    for key, scale in zip(grid, found, strict=True):
+        alone = AtPoint(run, 0, run.points[0].place)
+        assert alone.scale(alone.operator(*key)) == pytest.approx(scale, rel=1e-10)
+    rows = gradients_of(point, np.arange(N)).double()  # by the definition, of plain products
+    own = rows.square().sum(1).numpy() * run.weights / run.tokens.counts
+    assert found[-1] == pytest.approx(own.mean(), rel=1e-5)
+    reads.clear()
+    assert point.scales([point.operator("kfac", "mean:1")]) == [found[2]]
+    assert reads == []  # they are kept
