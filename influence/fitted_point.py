@@ -37,12 +37,12 @@ from influence.gradients import (
 )
 from influence.halving import Steps, in_parts
 from influence.leaf_gradients import LeafGradients
-from influence.loss import Supervised, loss_gradient, sampled_loss_gradient
+from influence.loss import Supervised, loss_gradient, row_losses, sampled_loss_gradient
 from influence.memory import room
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
 from influence.sampled_gradients import sampled_gradients
-from influence.store import RowFile, open_file, read, write_file
+from influence.store import RowFile, RowFiles, open_file, read, write_file
 
 #: Seconds between checkpoints of a pass: a killed fit loses no more than that, or than 30 times
 #: what writing one takes, where sums are so large (1.1 GB for a model of 135 M) that this takes
@@ -52,6 +52,8 @@ QUICK = 2.0
 CHECKPOINT = "checkpoint.h5"
 #: Which batches are in the sums of a checkpoint, beside these.
 DONE = "batches_done"
+#: The rows' losses at the data's labels.
+LOSSES = "pass/losses"
 
 
 @dataclass(frozen=True)
@@ -78,27 +80,6 @@ def keeps_sampled(curvature: Specification, storage: Storage, row_bytes: int) ->
     draws = curvature.draws
     keeps_once = curvature.reads_rows == ONCE and storage.holds(row_bytes * (1 + draws))
     return draws > 0 and (curvature.reads_rows == ALWAYS or keeps_once)
-
-
-@dataclass
-class RowFiles:
-    """The open row files of a pass.
-
-    None where nothing is written.
-    """
-
-    gradients: RowFile | None = None
-    done: RowFile | None = None
-    sampled: RowFile | None = None
-
-    def flush(self) -> None:
-        """Wait until the rows are on disk.
-
-        `done` last, which vouches for them.
-        """
-        for file in (self.gradients, self.sampled, self.done):
-            if file is not None:
-                file.flush()
 
 
 class PointFit:
@@ -140,6 +121,7 @@ class PointFit:
         most = max(len(rows) for rows in self.batches) if per_row else 0
         shape = (most, self.model.space.size)
         self.buffer = room(shape, self.model.dtype, self.model.device) if most else None
+        self.losses = torch.zeros(n, dtype=torch.float64)
         self.created = False  # whether a row file had to be made
 
     def coordinates(self, state: OptimizerState | None) -> Geometry:
@@ -299,6 +281,8 @@ class PointFit:
         """Rows at once, after which their graph is gone; what is added up is added by `steps`."""
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         part = recorder.forward(batch)
+        if files.gradients is not None or not self.store_gradients:
+            self.losses[rows] = row_losses(part).cpu()
         for draw in range(draws):
             final = files.gradients is None and draw == draws - 1
 
@@ -360,13 +344,17 @@ class PointFit:
 
     # ---- checkpoints
 
+    def sums(self) -> dict[str, Tensor]:
+        """All that the pass sums up: the accumulator's, and the rows' losses."""
+        return self.accumulator.sums() | {LOSSES: self.losses}
+
     def checkpoint(self, done: np.ndarray) -> None:
         """Save the running sums of all processes, and which batches are in them.
 
         `done` [batches] are those that this process knows of. The first process goes on with the
         total, the others with nothing, so that nothing counts twice.
         """
-        sums = distributed.add_up(self.accumulator.sums())
+        sums = distributed.add_up(self.sums())
         every = distributed.add_up(torch.from_numpy(done.astype(np.uint8))) > 0
         if distributed.rank() != 0:
             for tensor in sums.values():
@@ -398,7 +386,7 @@ class PointFit:
             same = file.attrs["plan"] == self.plan_digest and file.attrs["stored"] == self.stored
             if not same or self.created:
                 return done
-            sums = self.accumulator.sums()
+            sums = self.sums()
             shapes = {name: getattr(file.get(name), "shape", None) for name in sums}
             if any(shapes[name] != tensor.shape for name, tensor in sums.items()):
                 return done  # of sums that are not kept, or not at this size, any more
@@ -431,7 +419,9 @@ class PointFit:
         if place.scale is None:
             arrays["theta"] = place.theta
         accumulator = self.accumulator
-        distributed.add_up(accumulator.sums())
+        distributed.add_up(self.sums())
+        if self.store_gradients or (self.draws and not self.apart):
+            arrays[LOSSES] = self.losses
         if (second := accumulator.second_look()) is not None:
             self.look_again(second)
             distributed.add_up(second.sums())
@@ -442,9 +432,9 @@ class PointFit:
     def look_again(self, second: Accumulator) -> None:
         """Show this process's share of the sampled rows to the accumulator of a second look."""
         rows = self.sampled_rows(shared=True)
-        if second.by_leaf and isinstance(rows, ComputedRows):
-            rows.show_leaves(second)
-            return
+        small = isinstance(rows, ComputedRows) or self.point.by_leaf(rows.count)
+        if second.by_leaf and small:
+            return rows.show_leaves(second)
         start, weights = 0, rows.weights
         for block in rows:
             second.add_rows(block, weights[start : start + len(block)])
@@ -487,10 +477,23 @@ class StoredRows:
     shared: bool = False
 
     @property
+    def count(self) -> int:
+        """All rows and draws."""
+        return len(self.fit.tokens) * max(1, self.fit.draws)
+
+    @property
     def _span(self) -> tuple[int, int]:
         """Where the rows begin and end, of all rows and draws."""
-        count = len(self.fit.tokens) * max(1, self.fit.draws)
-        return distributed.span(count) if self.shared else (0, count)
+        return distributed.span(self.count) if self.shared else (0, self.count)
+
+    def show_leaves(self, second: Accumulator) -> None:
+        """Show all rows leaf by leaf: of several processes each shows some leaves, not some rows."""
+        fit, weights = self.fit, StoredRows(self.fit).weights
+        name = "rows" if fit.draws else "gradients"
+        for number, leaf in fit.point.leaf_blocks(
+            range(*distributed.span(len(fit.model.space.leaves))), name
+        ):
+            second.add_leaf(number, leaf, weights)
 
     @property
     def weights(self) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from influence.errors import MismatchError, StoreError
-from influence.store import open_file, open_rows, read_mapped, write_file
+from influence.store import RowFile, open_file, open_rows, read_mapped, write_file
 from tests.helpers import contents
 
 
@@ -33,6 +33,19 @@ def test_row_files_are_valid_hdf5_at_every_moment(tmp_path):
         open_file(path, run_digest="y"),
     ):
         pass
+
+
+def test_columns_of_all_rows_are_read_and_a_cut_file_is_named(tmp_path):
+    path, values = tmp_path / "rows.h5", np.arange(60.0).reshape(5, 12)
+    write_file(path, attrs={"run_digest": "d"}, rows={"rows": ((5, 12), np.float64)})
+    with RowFile(path, "rows", write=True) as file:
+        file.write(np.arange(5), values)
+        np.testing.assert_array_equal(file.read_columns(slice(3, 8)), values[:, 3:8])
+        end = path.read_bytes().index(values[4].tobytes()) + values[4].nbytes
+        os.truncate(path, end - 8)
+        np.testing.assert_array_equal(file.read_columns(slice(3, 8)), values[:, 3:8])
+        with pytest.raises(StoreError, match="truncated"):
+            file.read_columns(slice(3, 12))
 
 
 def test_a_chunked_dataset_is_not_mapped(tmp_path):
