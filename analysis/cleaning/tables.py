@@ -15,6 +15,8 @@ from analysis.cleaning.cleaning import Cleaning
 from analysis.cleaning.files import RELABELLED, REMOVED, ROWS
 from influence.messages import one_line
 
+#: What stands beside every prediction; why is in docs/cleaning.md, "Measured".
+FORECAST = "not to be relied on: measured gains were several times as large, or of the other sign"
 #: Rows of a reason that are shown on a terminal, and characters of a row's id.
 SHOWN, ID = 3, 28
 
@@ -56,6 +58,8 @@ def lines(result: Cleaning, out: Path) -> list[str]:
                 f"{part['gain']:.4f} [{part['low']:.4f}, {part['high']:.4f}] from "
                 f"{part['before']:.4f} nats per token"
             )
+    if any(part["gain"] is not None for part in summary["predicted"].values()):
+        said.append(f"a prediction is {FORECAST}; --apply measures")
     said.append(
         f"{out / ROWS}: write remove, keep or relabel into the column decision, then "
         "analysis clean --apply"
@@ -102,6 +106,8 @@ def applied_lines(record: Mapping[str, Any]) -> list[str]:
         f"{removed} rows removed, {relabelled} relabelled, {record['rows']} trained on; "
         f"{seeds} seed{'s' * (seeds > 1)} of both trainings"
     ]
+    if any(part["predicted"] is not None for part in record["sets"].values()):
+        said.append(f"predicted is {FORECAST}; gain is what was measured")
     if relabelled:
         said.append("predicted is what influence says if the relabelled rows went too")
     said.append(f"{record['adapter']}: the cleaned {ADAPTER}")
