@@ -282,6 +282,13 @@ def relabelling(result: Cleaning, faults: Faults) -> tuple[int, int, int]:
     return len(result.relabel), sum(ids[row] in false for row in result.relabel), right
 
 
+def sides(result: Cleaning, faults: Faults) -> tuple[int, int]:
+    """How many rows of contradictions are suggested to go or change, and how many of them are false."""
+    ids, false = result.run.train.ids, {pair[0] for pair in faults.contradictions}
+    named = [each.row for each in result.found["contradiction"].findings if each.suggested]
+    return len(named), sum(ids[row] in false for row in named)
+
+
 # ---- what it changes -----------------------------------------------------------------------------
 
 
@@ -389,6 +396,7 @@ def main() -> None:
         "rows": len(run.train),
         "found": judged(result, faults, asked_of(args.world, run, args.folder, good)),
         "relabelling": relabelling(result, faults),
+        "sides": sides(result, faults),
         "predicted": result.summary["predicted"],
     }
     print(f"{args.world}: {len(run.train)} rows, {len(good)} good ones")
@@ -401,6 +409,8 @@ def main() -> None:
         )
     suggested, false, right = record["relabelling"]
     print(f"better answers: {suggested}, of false rows {false}, known to be right {right}")
+    named, right = record["sides"]
+    print(f"of contradictions {named} rows are suggested to go or change, {right} of them planted")
     if args.apply:
         sets = sets_of(result, faults)
         record["applied"] = trainings(result, sets, folder, good, heldout, args.seeds)
