@@ -33,6 +33,8 @@ from influence import distributed
 from influence.at_point import AtPoint, evenly_spaced
 from influence.batches import collate
 from influence.curvature.base import Damped, Invertible
+from influence.errors import StoreError
+from influence.kept_losses import keep_losses, kept_losses
 from influence.loss import log_probabilities, mean_losses, supervised_logits
 from influence.manifest import PathRecord
 from influence.path import scaled
@@ -125,25 +127,49 @@ def path_record(run: Run) -> PathRecord:
     if known is not None:
         return known
     rows = evenly_spaced(len(run.tokens), LOSS_ROWS)
-    sample = run.tokens.select(rows)
-    weights = run.weights[rows] * sample.counts
-    own = distributed.shard(np.arange(len(rows)))  # each process runs its share of them
-    mine = sample.select(own)
-
-    def loss(theta: Tensor) -> float:
-        with run.model.at(theta):
-            losses = mean_losses(run.model, mine, token_budget=run.manifest.token_budget)
-        summed = torch.tensor((weights[own] * losses).sum(), dtype=torch.float64)
-        return float(distributed.add_up(summed)) / float(weights.sum())
-
-    base, adapter = loss(scaled(run.model, 0.0)), loss(run.model.snapshot())
-    places = [point.place for point in run.points]
-    losses = tuple(adapter if place.scale == 1 else loss(place.theta) for place in places)
+    weights = run.weights[rows] * run.tokens.counts[rows]
+    means = losses_along(run, rows) @ weights / weights.sum()
+    base, adapter, *losses = means.tolist()
+    losses = tuple(losses)
     ratios = tuple(gauss_newton_ratio(point) for point in run.points)
     found = PathRecord(base, adapter, losses, ratios)
     try:
         update_manifest(run, path=found)
     except OSError as error:  # a run that is only read answers all the same
+        say(f"note: the losses along the path could not be kept in {run.directory} ({error})")
+    return found
+
+
+def losses_along(run: Run, rows: np.ndarray) -> np.ndarray:
+    """Mean losses of some training rows along the path, nats a token, `[2 + points, rows]`: under
+    the base, under the adapter, and at each point.
+
+    Those that the run keeps (`influence.kept_losses`) are not run again, and all are kept.
+    """
+    ids, places = [run.tokens.ids[row] for row in rows], [point.place for point in run.points]
+    known = distributed.at_first(lambda: kept_losses(run.directory, run.digest, 2 + len(places)))
+    found = np.zeros((2 + len(places), len(rows)))
+    for place, id in enumerate(ids):
+        if id in known:
+            found[:, place] = known[id]
+    missing = np.array([place for place, id in enumerate(ids) if id not in known], dtype=int)
+    if not len(missing):
+        return found
+    own = distributed.shard(np.arange(len(missing)))  # each process runs its share of them
+    mine = run.tokens.select(rows[missing[own]])
+
+    def losses(theta: Tensor) -> np.ndarray:
+        with run.model.at(theta):
+            values = mean_losses(run.model, mine, token_budget=run.manifest.token_budget)
+        return distributed.assembled(torch.from_numpy(values), own, len(missing)).numpy()
+
+    adapter = losses(run.model.snapshot())
+    found[0, missing], found[1, missing] = losses(scaled(run.model, 0.0)), adapter
+    for number, place in enumerate(places):
+        found[2 + number, missing] = adapter if place.scale == 1 else losses(place.theta)
+    try:
+        distributed.at_first(lambda: keep_losses(run.directory, run.digest, ids, found))
+    except (OSError, StoreError) as error:  # a run that is only read answers all the same
         say(f"note: the losses along the path could not be kept in {run.directory} ({error})")
     return found
 

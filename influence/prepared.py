@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
@@ -36,7 +37,7 @@ from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, Point, check_path, points
 from influence.precision import compute_record
 from influence.progress import say
-from influence.row_weights import batch_size
+from influence.row_weights import RowWeights, batch_size
 from influence.rows import Examples
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
 from influence.trainer_output import TrainerOutput
@@ -61,6 +62,11 @@ class Prepared:
     output: TrainerOutput | None
     manifest: Manifest
 
+    @property
+    def weights(self) -> np.ndarray:
+        """The objective's weights `w_i`, `[n]` float64."""
+        return RowWeights(self.manifest.objective.reduction, self.tokens.counts).fitted()
+
 
 def prepare(
     model: AdaptedModel,
@@ -81,6 +87,7 @@ def prepare(
     row_bytes: int,
     seed: int,
     trainer_output: str | Path | None,
+    growable: bool = False,
 ) -> Prepared:
     """Resolve and check the options of `fit`, with its errors; nothing is written."""
     curvature = DEFAULT if curvature is None else curvature
@@ -133,6 +140,7 @@ def prepare(
         disk_budget=disk_budget,
         row_bytes=row_bytes,
         seed=seed,
+        growable=growable,
     )
     check_rows(model, tokens)
     return Prepared(model, train, tokens, rendering, curvature, places, state, output, manifest)
@@ -156,6 +164,7 @@ def _manifest(
     disk_budget: float,
     row_bytes: int,
     seed: int,
+    growable: bool,
 ) -> Manifest:
     """What the run is made from, before anything is computed."""
     records = tuple(place.record() for place in places)
@@ -186,6 +195,8 @@ def _manifest(
         identity["compute"] = computed
     if row_bytes != ROW_BYTES:
         identity["row_bytes"] = row_bytes
+    if growable:
+        identity["growable"] = True
     return Manifest(
         format=FORMAT,
         digest=digest_of(identity),
@@ -217,6 +228,7 @@ def _manifest(
         dtype=dtype,
         loading=model.loading,
         compute=computed,
+        growable=growable,
         versions=versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
