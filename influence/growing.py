@@ -115,6 +115,11 @@ class Growth:
         drawn = any(len(run.specification.sample(m, run.manifest.seed)) < m for m in rows)
         return drawn or self.store == FEATURES
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether sums over rows are taken over and added to."""
+        return self.before.specification.sums_rows and not self.keeps_curvature
+
     @cached_property
     def rows_stored(self) -> bool:
         """Whether the gradients at sampled labels of all rows are on disk."""
@@ -157,7 +162,7 @@ class Growth:
             otherwise += [each for each in before.grown.otherwise if each not in otherwise]
         if before.geometry == "adam" and before.optimizer is None:
             otherwise.append("Adam's second moments are those estimated from the rows before")
-        if self.spread > 1e-9:
+        if self.adds_up and self.spread > 1e-9:
             otherwise.append(
                 f"row weights in sums are right to {100 * self.spread:.2g} % (reduction "
                 f"{before.objective.reduction})"
@@ -318,7 +323,7 @@ def _refuse(growth: Growth, record: GrownRecord, prepared: Prepared) -> None:
             f"of {len(tokens)} rows {record.curvature_rows} are among those that the curvature of "
             f"{before.directory} was formed of, fewer than half: {scratch}"
         )
-    if growth.spread > MOST_SPREAD:
+    if growth.adds_up and growth.spread > MOST_SPREAD:
         raise InputError(
             f"the weights of the rows that stay change unevenly, by up to {growth.spread:.0%} from "
             f"their mean (reduction {before.manifest.objective.reduction}): {scratch}"

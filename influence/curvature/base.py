@@ -178,6 +178,8 @@ class Specification(ABC):
     matrix_free: ClassVar[bool] = False
     #: Whether the fitted curvature is `Whitening`, so that rows can be kept in few bytes.
     whitens: ClassVar[bool] = False
+    #: Whether sums over weighted rows are fitted, which weights that change unevenly would spoil.
+    sums_rows: ClassVar[bool] = True
     #: Where on the path to look unless told otherwise; None: where `influence.path` says.
     default_path: ClassVar[tuple[float, ...] | None] = None
 

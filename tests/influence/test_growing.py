@@ -59,7 +59,7 @@ def test_a_grown_run_is_opened_and_found_again_like_any_other(model, before, tmp
     assert (again.score(queries).values == made.score(queries).values).all()
     monkeypatch.setattr("influence.fitting.fit_points", None)
     assert grow(model, before, ALL, tmp_path / "run").manifest == made.manifest
-    with pytest.raises(MismatchError, match="grown_from is .* there and null here"):
+    with pytest.raises(MismatchError, match=r"grown_from is .* there and null here"):
         influence.fit(model, Examples(ALL), directory=tmp_path / "run", **OPTIONS)
 
 
