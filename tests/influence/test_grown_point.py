@@ -15,7 +15,7 @@ from influence import CG, EKFAC, GGN, KFAC, Fisher, Identity
 from influence.rows import Examples
 from influence.store import open_rows
 from tests.conftest import build_model, examples, teach, tokens_of
-from tests.helpers import contents, untouched
+from tests.helpers import contents, statuses, untouched
 from tests.influence.toy_runs import Interruption, interrupt_after, same_files
 
 ALL = list(examples(14))
@@ -321,3 +321,28 @@ def test_killed_features_go_on(fit, model, monkeypatch, tmp_path):
             influence.fit(model, Examples(ALL), directory=tmp_path / "run", **options)
     influence.fit(model, Examples(ALL), directory=tmp_path / "run", **options)
     same_files(whole.directory, tmp_path / "run", "features.h5", "features-2.h5", "kernel.h5")
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "ekfac, features"])
+def test_two_processes_grow_the_same_run(fit, model, tmp_path, kind):
+    options = {"store": "features"} if kind not in EXACT else {}
+    before, change = fit(kind, None, **options), "all three, in another order"
+    one, queries = fit(kind, change, grown_from=before, **options), examples(3, seed=9)
+    given = {"path": (0.5, 1.0), "token_budget": 12} | EXACT.get(kind, {}) | options
+
+    def work(rank: int) -> None:
+        run = influence.fit(
+            model,
+            Examples(CHANGES[change]),
+            directory=tmp_path / "run",
+            grown_from=before.directory,
+            **given,
+        )
+        np.save(tmp_path / f"{rank}.npy", run.score(queries).values)
+
+    assert statuses(work, tmp_path, 2) == [0, 0]
+    for rank in range(2):
+        assert apart(np.load(tmp_path / f"{rank}.npy"), one.score(queries).values) < 1e-6
