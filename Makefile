@@ -7,7 +7,7 @@ DEMO ?= demo
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test lint types slow clean
+.PHONY: demo test lint types slow docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,4 +32,7 @@ types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build site *.egg-info
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -143,6 +143,8 @@ def estimate(
 ) -> Estimate:
     """Measure for a few seconds what a fit with these options takes, and scores after it.
 
+    The other options are those of `influence.fit`, with its errors.
+
     Parameters
     ----------
     model, train
@@ -151,8 +153,6 @@ def estimate(
         The rows that are to be explained; None: one that is like a training row.
     directory
         The run directory that the fit would make: its disk is measured, and nothing stays there.
-
-    The other options are those of `influence.fit`, with its errors.
     """
     start = now(model.device)
     prepared = prepare(

@@ -74,6 +74,12 @@ def fit(
 ) -> Run:
     """Fit a curvature to an adapter on its training rows, and store the rows' gradients.
 
+    Rows that came from no file and an adapter that came from no folder are kept in the directory
+    (`influence.kept`).
+
+    Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory
+    was made from something else (naming what differs), `StoreError` where the disk is too small.
+
     Parameters
     ----------
     model, train
@@ -121,19 +127,12 @@ def fit(
         early checkpoints are points where neither `path` nor `checkpoints` is given, the optimiser
         is the newest there, the recipe is kept in the run (`run/recipe.json`), and the objective
         is compared with the logged losses (`influence.logged_loss`).
-
     growable
         Keep the rows' gradients at sampled labels beside the full store, which take as much again
         for each draw: a run that is grown from this one is then exact for `ekfac` too.
     grown_from
         A finished run of the same adapter and options, on other rows: those that both have are not
         run again (`influence.growing`). It is not touched.
-
-    Rows that came from no file and an adapter that came from no folder are kept in the directory
-    (`influence.kept`).
-
-    Raises `InputError` before any work for a wrong argument, `MismatchError` where the directory
-    was made from something else (naming what differs), `StoreError` where the disk is too small.
     """
     prepared = prepare(
         model,

@@ -69,6 +69,10 @@ def read_examples(
     that says how. A row without an id gets its content hash as id, the second of equal rows the
     hash with `#2`, the third `#3`.
 
+    Errors: DataError for a missing, empty or unreadable source and for an unknown format; one
+    DataError that lists every unusable row (its line number in JSON lines and CSV, else its row
+    number) with the reason.
+
     Parameters
     ----------
     source
@@ -77,10 +81,6 @@ def read_examples(
     columns
         The columns of other names, by key: `{"prompt": "question", "completion": "answer"}`. Where
         it names content, other content of a row is left out.
-
-    Errors: DataError for a missing, empty or unreadable source and for an unknown format; one
-    DataError that lists every unusable row (its line number in JSON lines and CSV, else its row
-    number) with the reason.
     """
     return _read(source, columns, again=False)
 

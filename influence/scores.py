@@ -133,6 +133,10 @@ def score(
 ) -> Scores:
     """Influence of every training row of a run on every query.
 
+    With stored gradients no training row is run again, but for `per_token` and for plain gradient
+    products at the end of a path that the run has no point at. Columns that did not converge are
+    flagged in `converged` and said on standard error.
+
     Parameters
     ----------
     run, queries
@@ -174,10 +178,6 @@ def score(
     rerank
         Where rows are stored in few bytes: compute the raw scores of the first so many rows of
         either end of every query again, with whole gradients (`influence.reranking`).
-
-    With stored gradients no training row is run again, but for `per_token` and for plain gradient
-    products at the end of a path that the run has no point at. Columns that did not converge are
-    flagged in `converged` and said on standard error.
     """
     if len(queries) == 0:
         raise InputError("no queries were given; give at least one row")

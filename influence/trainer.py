@@ -40,15 +40,6 @@ REPEATED = 4
 def from_trainer(trainer: Any, *, tokenizer: Any = None) -> tuple[AdaptedModel, Examples]:
     """The model of a transformers `Trainer` or a TRL `SFTTrainer`, and the rows as it batches them.
 
-    Parameters
-    ----------
-    trainer
-        Before or after `train()`; its model is a `PeftModel`. It is put in evaluation mode, its
-        LoRA parameters in float32 (`influence.from_peft`); `train()` sets it back.
-    tokenizer
-        The tokenizer, where the trainer has none (`processing_class`). Rows come with token ids: it
-        reads queries, and rows of other runs.
-
     Rows have the data set's `id` and `group` where these columns survive and ids are texts or whole
     numbers that differ, else their position in `trainer.train_dataset` ("0", "1", ...). A row that
     no token of is supervised is left out, with a note: no loss reaches it. A packed row is one row.
@@ -60,6 +51,15 @@ def from_trainer(trainer: Any, *, tokenizer: Any = None) -> tuple[AdaptedModel, 
     be had: no PEFT model, no training rows or a stream of them, another loss than the labels'
     cross-entropy (label smoothing, a loss function of its own, NEFTune, DPO, rewards ...), a
     collator that draws at random.
+
+    Parameters
+    ----------
+    trainer
+        Before or after `train()`; its model is a `PeftModel`. It is put in evaluation mode, its
+        LoRA parameters in float32 (`influence.from_peft`); `train()` sets it back.
+    tokenizer
+        The tokenizer, where the trainer has none (`processing_class`). Rows come with token ids: it
+        reads queries, and rows of other runs.
     """
     refuse("this trainer cannot be attributed", refusals(trainer))
     live = _unwrapped(trainer)

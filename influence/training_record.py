@@ -43,18 +43,18 @@ BEGUN, ENDED = ("recipe.json", "training_args.json"), (STATE, "order.json")
 class TrainingRecord(TrainerCallback):
     """Keep adapters of some epochs, rates, losses, the rows of every step, and the recipe.
 
+    What cannot be known is written as null with the reason: the rows of a step where several
+    processes share them or the sampler draws from the global generator; the recipe where the
+    arguments ask for what no recipe expresses. What an earlier training left there is moved into
+    `earlier-1`, `earlier-2` ..., which nothing reads. Under FSDP or DeepSpeed no adapter is kept,
+    because no process has all of it. Raises `InputError` for epochs that are not above 0.
+
     Parameters
     ----------
     epochs
         When to keep the adapter, in epochs from the start, as in (0.5, 1, 2); None: after every
         epoch. At the first step that reaches one, with Adam's second moments. The adapter at the
         end is kept always.
-
-    What cannot be known is written as null with the reason: the rows of a step where several
-    processes share them or the sampler draws from the global generator; the recipe where the
-    arguments ask for what no recipe expresses. What an earlier training left there is moved into
-    `earlier-1`, `earlier-2` ..., which nothing reads. Under FSDP or DeepSpeed no adapter is kept,
-    because no process has all of it. Raises `InputError` for epochs that are not above 0.
     """
 
     def __init__(self, epochs: Sequence[float] | None = None) -> None:

@@ -29,7 +29,7 @@ import pytest
 from influence.errors import ToolkitError
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = [
     *PAGES,
     *(ROOT / name for name in ("CONTRIBUTING.md", "LOG.md", "CHANGELOG.md")),

@@ -21,6 +21,9 @@ def verify(
 ) -> Verification:
     """Check a run's chain and every adapter it records, or one adapter directory, wherever it lies.
 
+    Damage of whatever kind is told in `problems`, never raised. The adapters' digests are compared
+    as they stand: computing them takes the base, whose order of sites they follow.
+
     Parameters
     ----------
     run_directory
@@ -32,9 +35,6 @@ def verify(
     apply
         Also read the weights: old adapter + `delta.safetensors`, added in the delta's type, must be
         the new adapter bit for bit.
-
-    Damage of whatever kind is told in `problems`, never raised. The adapters' digests are compared
-    as they stand: computing them takes the base, whose order of sites they follow.
 
     Raises
     ------

@@ -61,6 +61,8 @@ def retrain(
 ) -> Path:
     """Train a fresh adapter of the run's configuration on its rows, without those in `remove`.
 
+    Returns the directory.
+
     Parameters
     ----------
     run
@@ -82,8 +84,6 @@ def retrain(
     edit
         Train on the rows as they are after this edit (its folder): what a removal, relabelling or
         correction stands in for. `remove` may be empty then.
-
-    Returns the directory.
     """
     out = Path(out)
     start = None if edit is None else version(run, edit)
