@@ -14,9 +14,10 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel
 from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
+from influence.curvature.base import ONCE
 from influence.damping import Damping
 from influence.errors import InputError
-from influence.fit_plan import AUTO, FEATURES, STORE
+from influence.fit_plan import AUTO, FEATURES, FULL, STORE
 from influence.geometry import GEOMETRIES
 from influence.loss import check_rows
 from influence.manifest import (
@@ -116,6 +117,8 @@ def prepare(
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
     _refuse_nameless(curvature)
+    if growable and (curvature.reads_rows != ONCE or store not in (AUTO, FULL)):
+        say(f"note: --growable {IDLE} but for ekfac whose rows are stored in full")
     if caution := curvature.caution(model):
         say(caution)
     state = None if optimizer is None else second_moments(optimizer, model)
