@@ -1,4 +1,4 @@
-"""The `analysis` command: evaluate, lds, removal, tune, memorization, ood, report, demo."""
+"""The `analysis` command: measure, retrain and compare, clean, study, report, serve, demo."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from analysis.cleaning.options import Clean
 from analysis.evaluation.options import Evaluate, Removal, RemovalOptions
 from analysis.evaluation.options import Options as EvaluationOptions
+from analysis.explorer.options import ExploredOptions, Report
 from analysis.options import ResamplesOption
+from analysis.serving import command as serving
 from analysis.studies.options import Memorization, Ood
 from influence import console
 from influence.errors import InputError
 from influence.options import (
+    BudgetOptions,
     ColumnsOption,
     DeviceOption,
     JsonOption,
@@ -96,7 +100,7 @@ def evaluate(options: Evaluate) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lds(ColumnsOption, ResamplesOption, DeviceOption, OutputOptions):
+class Lds(ColumnsOption, ResamplesOption, BudgetOptions, DeviceOption, OutputOptions):
     """The options of `analysis lds`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"columns": "queries", "resamples": "truth_out"}
@@ -271,7 +275,7 @@ def paths(texts: Iterable[str]) -> tuple[tuple[float, ...], ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune(RunOption, DeviceOption, TrustOption, JsonOption):
+class Tune(RunOption, BudgetOptions, DeviceOption, TrustOption, JsonOption):
     """The options of `analysis tune`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
@@ -385,6 +389,19 @@ def tune(options: Tune) -> None:
     console.show(tuning_text(result, place, options.columns), wrap=False)
 
 
+# ---- cleaning --------------------------------------------------------------------------------
+
+
+@command(app, Clean)
+def clean(options: Clean) -> None:
+    """Which training rows to fix or remove: a list with reasons and evidence; and, once decided,
+    what that changed, measured by training again.
+    """
+    from analysis.cleaning.command import make_list, train_again
+
+    (make_list if options.apply is None else train_again)(options)
+
+
 # ---- studies ---------------------------------------------------------------------------------
 
 
@@ -496,31 +513,18 @@ def ood(options: Ood) -> None:
 # ---- report and demo -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report(DeviceOption, OutputOptions):
-    """The options of `analysis report`."""
-
-    edit: Path = option("Adapter folder made by unlearn remove, relabel, correct or train.")
-    out: Path = option("Page to write (.html).")
-    retrained: Path | None = option(
-        "Adapter made by unlearn retrain --edit: how near is the edit to it? Loads the model.",
-        default=None,
-    )
-    holdout: Path | None = option("With --retrained: rows that neither adapter saw.", default=None)
-
-    def __post_init__(self) -> None:
-        if self.holdout is not None and self.retrained is None:
-            raise InputError("--holdout goes with --retrained DIR: leave it out")
-
-
 @command(app, Report)
 def report(options: Report) -> None:
-    """One page on one edit, from its edit.json: is it forgotten, what else changed, how exact, how
-    to check it.
+    """One page, for people: on one edit, from its edit.json (--edit), or on a whole run, to search
+    its queries and rows, tick rows, and see every edit (--run).
     """
     from analysis.report.page import report as write_report
     from analysis.report.reading import read_record
 
+    if options.run is not None:
+        _explore(options, options.run)
+        return
+    assert options.edit is not None
     compared = None
     if options.retrained is not None:
         from analysis.report.agreement import agreement
@@ -546,6 +550,23 @@ def report(options: Report) -> None:
     }
     text = "\n".join([f"{page.path}: {page.title}", *page.headlines])
     console.emit(result, text, options.json)
+
+
+def _explore(options: Report, run: Path) -> None:
+    """Write the page on a run."""
+    from analysis.explorer.data import gather
+    from analysis.explorer.page import checked_out, write
+
+    checked_out(options.out, options.overwrite)
+    console.quiet_transformers()
+    explored = gather(run, **keywords(ExploredOptions, options))
+    page = write(explored, options.out, detail=options.detail, overwrite=options.overwrite)
+    result = {"out": str(page.path), "bytes": page.size, "sections": list(page.sections)}
+    text = f"{page.path}: {page.size / 1e6:.1f} MB; {', '.join(page.sections)}"
+    console.emit(result, text, options.json)
+
+
+serving.add(app)
 
 
 @dataclass(frozen=True, kw_only=True)

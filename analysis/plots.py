@@ -1,7 +1,7 @@
 """Pictures of results: each function takes one result and writes one PNG or SVG file.
 
-matplotlib is imported when a picture is drawn, and only its `Figure` is used, never pyplot: no
-window, no display, and no state that outlives the call.
+Figures of scores, rows and edits are in `analysis.figures`, and handed on here. All are drawn as
+`analysis.drawing` says.
 """
 
 from __future__ import annotations
@@ -12,26 +12,33 @@ from typing import Any
 
 import numpy as np
 
+from analysis.drawing import (
+    GRID,
+    INK,
+    MUTED,
+    NEGATIVE,
+    POSITIVE,
+    checked_target,
+    drawn,
+)
+from analysis.figures import (
+    difficulty_plot,
+    groups_plot,
+    modules_plot,
+    top_plot,
+    trade_off_plot,
+)
 from analysis.metrics.lds import LDS
 from influence.errors import InputError
 
-#: Colours of text and axes, of what matters less, and of grids.
-INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#e3e7ec"
-#: Colours of values above and below zero, which the colour-blind can tell apart.
-POSITIVE, NEGATIVE = "#0b6e99", "#c8553d"
-#: Settings of matplotlib under which every picture is drawn.
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",  # text stays text: searchable, and the same bytes on every machine
-    "svg.hashsalt": "lora-influence",
-}
+__all__ = [
+    "difficulty_plot",
+    "groups_plot",
+    "lds_plot",
+    "modules_plot",
+    "top_plot",
+    "trade_off_plot",
+]
 
 
 def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -57,7 +64,7 @@ def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = Fal
         If the suffix is another, the file exists, no query has a defined correlation, or matplotlib
         is missing.
     """
-    path = _target(path, overwrite)
+    target = checked_target(path, overwrite)
     rho = np.sort(result.per_query[~np.isnan(result.per_query)])[::-1]
     if not rho.size:
         raise InputError(
@@ -65,23 +72,14 @@ def lds_plot(result: LDS, path: str | os.PathLike[str], *, overwrite: bool = Fal
             "to draw; expected losses and predictions that differ between subsets: check scores "
             "and truth file."
         )
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports]
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-        from matplotlib.ticker import MaxNLocator  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise InputError(
-            "A picture was asked for and matplotlib, which draws it, is not installed: pip install "
-            "matplotlib, or work with the numbers."
-        ) from error
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-        axes = figure.add_subplot()
+    def draw(axes: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         _draw(axes, result, rho)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _save(figure, path)
-    return path
+
+    return drawn(draw, target, height=4.2, width=7.2)
 
 
 def _draw(axes: Any, result: LDS, rho: np.ndarray) -> None:
@@ -126,23 +124,3 @@ def _draw(axes: Any, result: LDS, rho: np.ndarray) -> None:
         color=MUTED,
     )
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
-
-
-def _target(path: str | os.PathLike[str], overwrite: bool) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise InputError(
-            f"A picture was asked for as {path}; expected a name that ends in .png or .svg: rename "
-            "it."
-        )
-    if path.exists() and not overwrite:
-        raise InputError(
-            f"{path} exists and would be replaced: choose another name, or pass overwrite."
-        )
-    return path
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Write the figure without a date in it, so that the same result gives the same file."""
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-    figure.savefig(path, dpi=160, metadata=metadata)

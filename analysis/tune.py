@@ -19,7 +19,8 @@ sum of both ranks is chosen, a rule found on two models and tried on a third
 Settings are compared with additive credit; what retraining says of the size is kept for both, and
 the score that is reported is that of shared credit where the setting has it.
 
-One set of stored gradients serves every curvature, damping and point of a run. Another geometry or
+One set of stored gradients serves every curvature, damping and point of a run, and a curvature's
+dampings share what does not depend on lambda (`influence.curvature.several`). Another geometry or
 path needs factors of its own: those are fitted below the run, in `tune/`, and said so.
 """
 
@@ -36,9 +37,17 @@ from analysis.metrics.lds import LDS, Truth, lds
 from analysis.stats import spearman
 from analysis.truth import check_belongs
 from influence.at_point import AtPoint
-from influence.calibration import EDITED_ROWS, Edits, measured_edits, record, some_rows
+from influence.calibration import (
+    EDITED_ROWS,
+    Edits,
+    losses_of_probes,
+    measured_edits,
+    record,
+    some_rows,
+)
 from influence.credit import Credit, shared_credit
 from influence.curvature import EXACT, Damped, Invertible
+from influence.curvature.several import solve_all
 from influence.errors import InputError, MismatchError, NumericalError
 from influence.fitting import fit
 from influence.geometry import GEOMETRIES
@@ -269,7 +278,7 @@ def _fitted_below(
             reduction=manifest.objective.reduction,
             max_length=manifest.objective.max_length,
             supervise=manifest.objective.supervise,
-            token_budget=manifest.token_budget,
+            token_budget=run.token_budget,
             store=manifest.store,
             disk_budget=manifest.disk_budget,
             seed=manifest.seed,
@@ -300,6 +309,8 @@ def _sweep(
         None if queries is None else _scores(point, grid, queries) for point in run.points
     ]
     labels = [point.place.label for point in run.points]
+    for point in run.points if len(labels) > 1 else []:
+        point.scales([point.operator(*key) for key in grid])  # all at once, and kept
     judged = []
     for name, damping in grid:
         for at in ("all", *labels) if len(labels) > 1 else labels:
@@ -341,17 +352,17 @@ def _scores(
     chunks, a pass for each.
     """
     run, curvatures = point.run, {key: point.operator(*key) for key in grid}
+    for (name, _), operator in curvatures.items():
+        if not isinstance(operator.curvature, Invertible):
+            raise InputError(
+                f"tune sweeps closed-form curvatures; {name} has no closed-form inverse: leave it out"
+            )
     scores = {key: np.empty((len(tokens), len(run.train))) for key in grid}
     chunks = -(-len(tokens) // queries_at_once(run, Direct.copies + len(grid)))
     for rows in np.array_split(np.arange(len(tokens)), chunks):
-        query_gradients, solved = point.query_gradients(tokens.select(rows), MeanLoss()), {}
-        for key, operator in curvatures.items():
-            if not isinstance(operator.curvature, Invertible):
-                raise InputError(
-                    f"tune sweeps closed-form curvatures; {key[0]} has no closed-form inverse: "
-                    "leave it out"
-                )
-            solved[key] = operator.curvature.solve(query_gradients, operator.lam)
+        query_gradients = point.query_gradients(tokens.select(rows), MeanLoss())
+        answers = solve_all(list(curvatures.values()), query_gradients)
+        solved = dict(zip(curvatures, answers, strict=True))
         for indices, gradients in point.gradient_blocks():
             for key, v in solved.items():
                 products = (v @ gradients.T).double().cpu().numpy()
@@ -445,10 +456,11 @@ def _by_checks(
 ) -> Tuning:
     """Choose without retraining."""
     rows = some_rows(run, EDITED_ROWS, seed)
+    before = losses_of_probes(run, rows, probes)  # every setting starts at the same adapter
     table = []
     for row in track(judged, "settings, edits made and measured"):
         try:
-            edits = measured_edits(_setting(runs[row.run], row), rows, probes)
+            edits = measured_edits(_setting(runs[row.run], row), rows, probes, before)
         except NumericalError as error:
             say(f"note: {row.name} is left out, its edits could not be measured: {error}")
             continue

@@ -87,7 +87,7 @@ def _token_losses(run: Run) -> list[np.ndarray]:
     """Losses [T_i] of every training row's completion tokens."""
     token_losses_of: list[np.ndarray] = [np.zeros(0)] * len(run.tokens)
     with run.model.evaluating(), torch.no_grad():
-        for rows in plan_batches(run.tokens, run.manifest.token_budget):
+        for rows in plan_batches(run.tokens, run.token_budget):
             batch = collate(run.tokens, rows, pad_id=run.model.pad_id, device=run.model.device)
             part = supervised_logits(run.model, batch)
             losses = token_losses(part.logits, part.targets).double().split(part.counts)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from influence.gradients import stream_gradients
     from influence.loading import from_peft, load
     from influence.measurements import Contrast, Custom
+    from influence.memory import bounded
     from influence.row_files import read_examples
     from influence.rows import Example, Examples, examples_from_rows
     from influence.run import Run
@@ -43,6 +44,7 @@ _HOMES = {
     "estimating": ("Estimate", "estimate"),
     "fitting": ("fit",),
     "measurements": ("Contrast", "Custom"),
+    "memory": ("bounded",),
     "run": ("Run",),
     "scorefile": ("Scores", "SelfInfluence"),
     "scores": ("score", "self_influence"),
@@ -77,6 +79,7 @@ __all__ = [
     "SelfInfluence",
     "Solution",
     "TrainingRecord",
+    "bounded",
     "check_gradients",
     "estimate",
     "examples_from_rows",

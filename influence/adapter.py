@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from influence.errors import InputError
+from influence.known_digests import BaseFiles
 from influence.manifest import LoadingRecord
 
 if TYPE_CHECKING:
@@ -135,6 +136,9 @@ class AdaptedModel:
     training: Training | None = field(default=None, compare=False, repr=False)
     #: leaves that see a batch's tokens flat, and whether in its order (`experts.tokens_in_order`)
     in_order: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
+    #: where the base came from, and how often its weights had been written by then
+    files: BaseFiles | None = field(default=None, compare=False, repr=False)
+    written: int = field(default=0, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -245,14 +249,29 @@ class AdaptedModel:
 
     @cached_property
     def base_digest(self) -> str:
-        """SHA-256 over the base's weights and buffers in their loaded type."""
+        """SHA-256 over the base's weights and buffers in their loaded type.
+
+        Remembered for files that have not changed since (`influence.known_digests`).
+        """
+        if self.files is None:
+            return self.hashed_base()
+        return self.files.digest(self.writes() == self.written, self.hashed_base)
+
+    def hashed_base(self) -> str:
+        """`base_digest` of what is in memory now, whatever is remembered."""
+        return _digest_tensors(type(self.model.get_base_model()).__name__, self._base_tensors())
+
+    def writes(self) -> int:
+        """How often the base's tensors have been written in place, as torch counts it."""
+        return sum(tensor._version for tensor in self._base_tensors().values())
+
+    def _base_tensors(self) -> dict[str, Tensor]:
         adapted = {id(parameter) for parameter in self.parameters}
-        tensors = {
+        return {
             name.removeprefix(PREFIX): tensor
             for name, tensor in self.model.state_dict(keep_vars=True).items()
             if isinstance(tensor, Tensor) and id(tensor) not in adapted and ".lora_" not in name
         }
-        return _digest_tensors(type(self.model.get_base_model()).__name__, tensors)
 
 
 def weight_key(leaf: Leaf) -> str:

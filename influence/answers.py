@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +12,7 @@ import typer
 from influence import console
 from influence.errors import AdapterError, DataError, InputError, MismatchError
 from influence.options import (
+    BudgetOptions,
     ColumnsOption,
     CurvatureOptions,
     ExplainOption,
@@ -28,10 +29,10 @@ from influence.progress import say
 
 if TYPE_CHECKING:  # a command's help does not wait for torch
     import numpy as np
-    from rich.table import Table
     from rich.text import Text
 
     from influence.manifest import DataSource
+    from influence.row_table import RowTable
     from influence.rows import Example, Examples
     from influence.run import Run
     from influence.scorefile import Entry, Scores
@@ -199,10 +200,14 @@ def _show_top(
     tokens: Tokenwise | None,
 ) -> None:
     """Show the tables of a ranking, and what the scores were made with."""
+    from rich.text import Text
+
     attributes = scores.attributes
+    shared = _shared_words(query, train)
     name = console.printable(scores.query_ids[position])
     if query is not None:
-        console.show(f"{name}: {query.preview(PREVIEW)}")
+        width = WHOLE if options.whole else PREVIEW
+        console.show(Text.assemble(f"{name}: ", cell(query.preview(width), shared)))
     effects = ("raise", "lower") if attributes.get("rises", True) else ("lower", "raise")
     measurement = attributes.get("measurement", "loss")
     titles = {
@@ -226,9 +231,18 @@ def _show_top(
                 text += _strongest_tokens(tokenizer, *tokens.row(0, each.index))
             rows.append((numbers, each.id, [*group, text]))
         texts = ["id", *(["group"] if grouped else []), "row"]
-        console.show(wide_table(titles[kind], columns, texts, rows))
+        console.show(wide_table(titles[kind], columns, texts, rows, shared))
     if "points" in attributes:
         console.show(f"{describe(attributes)}. {order(attributes)}")
+
+
+def _shared_words(query: Example | None, train: Examples | None) -> set[str]:
+    """The query's words by which rows are marked, none where texts are not known."""
+    from influence.text_search import shared_words, text_of
+
+    if query is None or train is None:
+        return set()
+    return shared_words(text_of(query), [text_of(row) for row in train])
 
 
 def _strongest_tokens(tokenizer: Any, ids: np.ndarray, values: np.ndarray) -> str:
@@ -281,7 +295,7 @@ def rows_fitted_on(run: Path, data: DataSource) -> Examples | None:
 
 @dataclass(frozen=True, kw_only=True)
 class WithoutOptions(
-    RunOption, RowsOptions, ColumnsOption, ExplainOption, LoadingOptions, JsonOption
+    RunOption, RowsOptions, ColumnsOption, ExplainOption, BudgetOptions, LoadingOptions, JsonOption
 ):
     """Which rows go, and what is asked of the model without them.
 
@@ -379,7 +393,7 @@ def tell(
     console.show(f"nats per token; {how}")
 
 
-def _predictions(title: str, found: Iterable[Any], rows: Examples | None) -> Table:
+def _predictions(title: str, found: Iterable[Any], rows: Examples | None) -> RowTable:
     """A table of predicted losses."""
     shown = []
     for each in found:
@@ -432,7 +446,7 @@ def describe(attributes: Mapping[str, Any]) -> str:
     )
 
 
-def table(title: str, first: str, rows: Iterable[tuple[str, str, str]]) -> Table:
+def table(title: str, first: str, rows: Iterable[tuple[str, str, str]]) -> RowTable:
     """A table of training rows: a number, the id, and how the row begins."""
     cells = (([number], id, [text]) for number, id, text in rows)
     return wide_table(title, [first], ["id", "row"], cells)
@@ -443,23 +457,23 @@ def wide_table(
     numbers: Sequence[str],
     texts: Sequence[str],
     rows: Iterable[tuple[Sequence[str], str, Sequence[str]]],
-) -> Table:
-    """A table of rows: some numbers, the id, and texts. The columns are named."""
-    from rich.table import Table
-    from rich.text import Text
+    shared: Container[str] = (),
+) -> RowTable:
+    """A table of rows: some numbers, the id, and texts. The columns are named.
 
-    shown = Table(title=Text(title), title_justify="left")
-    for name in numbers:
-        shown.add_column(name, justify="right", no_wrap=True)
-    for name in texts:
-        shown.add_column(name, max_width=None if name == "row" else 24, overflow="fold")
-    for values, id, others in rows:
-        shown.add_row(*values, cell(id), *map(cell, others))
-    return shown
+    Words of the last text that are in `shared` are marked.
+    """
+    from influence.row_table import RowTable
+
+    lines = [
+        (values, [cell(id), *map(cell, others[:-1]), cell(others[-1], shared)])
+        for values, id, others in rows
+    ]
+    return RowTable(title, numbers, texts, lines)
 
 
-def cell(text: str) -> Text:
-    """Row text as plain text: no markup is read from it."""
-    from rich.text import Text
+def cell(text: str, shared: Container[str] = ()) -> Text:
+    """Row text as plain text: no markup is read from it. Words in `shared` are marked."""
+    from influence.row_table import marked
 
-    return Text(console.printable(text))
+    return marked(console.printable(text), shared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +23,14 @@ from influence.curvature import (
     Damped,
     Invertible,
 )
-from influence.curvature.base import inverse_products
+from influence.curvature.several import all_inverse_products
 from influence.damping import Damping
 from influence.errors import InputError, StoreError
 from influence.features import StoredFeatures
 from influence.geometry import Adam, Geometry, Raw, function_space, load_geometry
 from influence.gradients import max_rows, stream_gradients
 from influence.measurements import Measurement
-from influence.memory import free_memory
+from influence.memory import block_bytes, free_memory
 from influence.path import Point
 from influence.progress import track
 from influence.store import (
@@ -211,14 +211,14 @@ class AtPoint:
             left = distributed.share(left, padded_tokens(tokens, left))
         order = done + left
         with self.model.at(self.place.theta):
-            stream = stream_gradients(self.model, tokens, batches=left)
-            for indices, gradients, _ in track(
-                stream,
+            batches = track(
+                left,
                 "training rows",
                 done=len(done),
                 counts=[len(rows) for rows in order],
                 sizes=padded_tokens(tokens, order),
-            ):
+            )
+            for indices, gradients, _ in stream_gradients(self.model, tokens, batches=batches):
                 yield indices, self.geometry.features(gradients)
 
     @property
@@ -229,7 +229,7 @@ class AtPoint:
         return torch.from_numpy(self.run.weights[np.concatenate(self._plan())])
 
     def _plan(self) -> list[np.ndarray]:
-        budget = self.run.manifest.token_budget
+        budget = self.run.token_budget
         return plan_batches(self.run.tokens, budget, max_rows=max_rows(self.model.space))
 
     def row_products(self, vectors: Tensor, *, shared: bool = False) -> np.ndarray:
@@ -265,7 +265,7 @@ class AtPoint:
     def _stream(
         self, tokens: TokenizedExamples, measurement: Measurement | None, out: Tensor
     ) -> Tensor:
-        budget = self.run.manifest.token_budget
+        budget = self.run.token_budget
         options: dict[str, Any] = {} if measurement is None else {"measurement": measurement}
         with self.model.at(self.place.theta):
             for rows, gradients, _ in stream_gradients(
@@ -290,26 +290,39 @@ class AtPoint:
         run's EK-FAC with the same lambda, or by plain gradient products where there is none: what
         matters is how the points compare.
         """
-        key = (operator.curvature.name, operator.lam.numpy().tobytes())
-        if key not in self._scales:
+        return self.scales([operator])[0]
+
+    def scales(self, operators: Sequence[Damped]) -> list[float]:
+        """The scales under several operators, for one reading of the rows; each is kept."""
+        keys = [(each.curvature.name, each.lam.numpy().tobytes()) for each in operators]
+        new = {key: each for key, each in zip(keys, operators, strict=True)}
+        new = {key: each for key, each in new.items() if key not in self._scales}
+        if new:
             rows = evenly_spaced(len(self.run.tokens), SCALE_ROWS)
             count, rows = len(rows), distributed.shard(rows)
             shares = self.run.weights[rows] / self.run.tokens.counts[rows]
-            stored = self.features(operator)
-            squares = self._squares(operator, rows) if stored is None else stored.squares[rows]
-            summed = distributed.add_up(torch.tensor(squares @ shares, dtype=torch.float64))
-            self._scales[key] = float(summed) / count
-        return self._scales[key]
+            summed = distributed.add_up(
+                torch.from_numpy(self._squares([*new.values()], rows) @ shares)
+            )
+            self._scales |= dict(zip(new, (summed / count).tolist(), strict=True))
+        return [self._scales[key] for key in keys]
 
-    def _squares(self, operator: Damped, rows: np.ndarray) -> np.ndarray:
-        """`grad l_i^T (C + lambda I)^-1 grad l_i` of some rows `[b]`, computed."""
-        invert = operator
-        if not isinstance(operator.curvature, Invertible):
-            stands = self.preconditions
-            invert = self.preconditioner(operator) if stands else self.operator(PLAIN)
-        found = np.zeros(len(rows))
-        for some in memory_chunks(self.run, len(rows)) if len(rows) else []:  # of several processes
-            found[some] = inverse_products(invert, self.gradients_of(rows[some])).cpu().numpy()
+    def _squares(self, operators: Sequence[Damped], rows: np.ndarray) -> np.ndarray:
+        """`grad l_i^T (C + lambda I)^-1 grad l_i` of some rows, `[operators, b]`."""
+        found, computed, inverts = np.zeros((len(operators), len(rows))), [], []
+        for number, operator in enumerate(operators):
+            if (stored := self.features(operator)) is not None:
+                found[number] = stored.squares[rows]
+                continue
+            computed.append(number)
+            inverts.append(operator)
+            if not isinstance(operator.curvature, Invertible):
+                stands = self.preconditions
+                inverts[-1] = self.preconditioner(operator) if stands else self.operator(PLAIN)
+        chunks = memory_chunks(self.run, len(rows)) if computed and len(rows) else []
+        for some in chunks:  # of several processes one may have no rows
+            squares = all_inverse_products(inverts, self.gradients_of(rows[some]))
+            found[np.ix_(computed, some)] = squares.cpu().numpy()
         return found
 
     def kept_rows(self) -> Iterator[Tensor]:
@@ -372,7 +385,7 @@ def memory_chunks(run: Run, count: int) -> list[np.ndarray]:
     """Positions 0 ... count - 1 in parts whose gradients, and some copies of them, take a
     bounded amount of memory.
     """
-    size = max(1, PART_BYTES // (run.model.space.size * run.model.dtype.itemsize))
+    size = max(1, block_bytes(PART_BYTES) // (run.model.space.size * run.model.dtype.itemsize))
     return np.array_split(np.arange(count), -(-count // size))
 
 
@@ -396,7 +409,7 @@ def geometry_here(run: Run, name: str) -> Geometry:
         return Raw()
     n = len(run.tokens)
     rows = evenly_spaced(n, RMS_ROWS)
-    budget, order, blocks = run.manifest.token_budget, [], []
+    budget, order, blocks = run.token_budget, [], []
     for indices, gradients, _ in stream_gradients(
         run.model, run.tokens.select(rows), token_budget=budget
     ):
@@ -436,7 +449,7 @@ def row_blocks(
     with open_file(path, run_digest=run_digest):
         pass
     with RowFile(path, name) as rows:
-        step = max(BLOCK_ROWS, BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize))
+        step = max(BLOCK_ROWS, block_bytes(BLOCK_BYTES) // (rows.shape[1] * rows.dtype.itemsize))
         first, end = span or (0, len(rows))
         starts = range(first, end, step)
         counts = [min(step, end - start) for start in starts]

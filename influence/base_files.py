@@ -477,8 +477,8 @@ def _note_saved_type(request: BaseRequest, config: Any, saved_quantised: bool) -
         )
     elif not saved_quantised and saved in ("bfloat16", "float16") and request.dtype == "float32":
         say(
-            f"note: the base is saved as {saved} and loaded as float32; --dtype {saved} takes "
-            "half the memory"
+            f"note: the base is saved as {saved} and loaded as float32; --dtype auto takes half "
+            "the memory, and its numbers are the same"
         )
     elif not saved_quantised and saved == "float32" and request.dtype in ("bfloat16", "float16"):
         say(

@@ -73,18 +73,27 @@ def some_rows(run: Run, count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(n)[:count]
 
 
-def measured_edits(setting: Setting, rows: np.ndarray, probes: np.ndarray) -> Edits:
+def losses_of_probes(run: Run, rows: np.ndarray, probes: np.ndarray) -> np.ndarray:
+    """Mean losses of `rows` and then of the other `probes` before any edit, `[k]`, nats."""
+    measured = np.concatenate([rows, np.setdiff1d(probes, rows)])
+    return mean_losses(run.model, run.tokens.select(measured), token_budget=run.token_budget)
+
+
+def measured_edits(
+    setting: Setting, rows: np.ndarray, probes: np.ndarray, before: np.ndarray | None = None
+) -> Edits:
     """Edit the adapter by a setting's own direction for each of `rows`, and measure `probes` (other
     rows) too.
 
-    Runs the probes forward once for each edited row. Raises `InputError` where the curvature has no
+    Runs the probes forward once for each edited row, and once before where `before`
+    (`losses_of_probes`) is not given. Raises `InputError` where the curvature has no
     closed-form inverse.
     """
     run, model = setting.run, setting.run.model
+    before = losses_of_probes(run, rows, probes) if before is None else before
     probes = np.concatenate([rows, np.setdiff1d(probes, rows)])
     deltas, predicted, sizes = small_edits(setting, rows, probes)
-    tokens, budget = run.tokens.select(probes), run.manifest.token_budget
-    before = mean_losses(model, tokens, token_budget=budget)
+    tokens, budget = run.tokens.select(probes), run.token_budget
     measured = np.empty_like(predicted)
     for number, delta in enumerate(deltas):
         with model.moved(delta):
@@ -132,7 +141,7 @@ def measured_factor(setting: Setting, rows: np.ndarray) -> float:
     """`Edits.factor` of `rows`: after each edit the edited row alone runs forward."""
     run, model = setting.run, setting.run.model
     deltas, predicted, _ = small_edits(setting, rows, rows)
-    before = mean_losses(model, run.tokens.select(rows), token_budget=run.manifest.token_budget)
+    before = mean_losses(model, run.tokens.select(rows), token_budget=run.token_budget)
     measured = np.empty(len(rows))
     for number, delta in enumerate(deltas):
         with model.moved(delta):

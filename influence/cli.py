@@ -12,7 +12,7 @@ from influence import answers, console
 from influence.answers import PREVIEW, STRONGEST, describe, order, table
 from influence.errors import InputError
 from influence.options import (
-    BudgetOption,
+    BudgetOptions,
     ColumnsOption,
     CountOption,
     CreditOption,
@@ -48,7 +48,7 @@ class FitSettings(
     TrainedOptions,
     ColumnsOption,
     RenderingOptions,
-    BudgetOption,
+    BudgetOptions,
     TypedLoadingOptions,
 ):
     """What is fitted to what."""
@@ -235,6 +235,7 @@ class Score(
     CurvatureOptions,
     PointOption,
     CreditOption,
+    BudgetOptions,
     LoadingOptions,
     OutputOptions,
 ):
@@ -367,6 +368,7 @@ class Self(
     CurvatureOptions,
     PointOption,
     CreditOption,
+    BudgetOptions,
     LoadingOptions,
     OutputOptions,
 ):
@@ -425,7 +427,9 @@ answers.add(app)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(TrainedOptions, ColumnsOption, RenderingOptions, TypedLoadingOptions, JsonOption):
+class Check(
+    TrainedOptions, ColumnsOption, RenderingOptions, BudgetOptions, TypedLoadingOptions, JsonOption
+):
     """The options of `influence check`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"model": "train", "columns": "train"}

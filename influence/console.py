@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from influence.row_table import RowTable
 
 #: What is said of a call that was interrupted.
 INTERRUPTED = (
@@ -83,7 +84,7 @@ def main(application: typer.Typer) -> Callable[[], None]:
             if os.environ.get("LORA_INFLUENCE_DEBUG"):
                 raise
             hint = (
-                "lower --token-budget, or load the base with --dtype bfloat16; "
+                "lower --token-budget or --memory, or load the base with --dtype bfloat16; "
                 if memory_is_short(error)
                 else ""
             )
@@ -143,7 +144,7 @@ def emit(result: dict[str, Any] | list[dict[str, Any]], text: str, as_json: bool
     print(text)
 
 
-def show(part: Table | Text | str, *, wrap: bool = True) -> None:
+def show(part: Table | RowTable | Text | str, *, wrap: bool = True) -> None:
     """Print a table, or text as it is, for a person, with `wrap` at the terminal's width.
 
     Of several processes the first prints it.

@@ -32,41 +32,35 @@ from influence.calibration import calibrate_once
 from influence.curvature.base import Invertible
 from influence.damping import Damping
 from influence.errors import InputError
-from influence.kernel import (
-    EXACT_ROWS,
-    LANDMARKS,
-    LandmarkKernel,
-    RowInverse,
-    WholeKernel,
-    row_kernel,
-)
-from influence.memory import free_memory
+from influence.kernel import RowInverse, WholeKernel, missing_bytes, row_kernel
+from influence.matrix_file import directory_for
 from influence.path_time import PathTime, path_record, path_time
 from influence.progress import say
 from influence.run import Run
 from influence.setting import ADDITIVE, CREDITS, SHARED, Setting
-
-#: Share of the free memory that the rows' similarities may take.
-MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True, eq=False)
 class Credit:
     """How raw scores `w_i grad m(q)^T M grad l_i` at each point become shared ones.
 
-    `weights` [n] are the rows' w and `kernels` K at each point; `factor` multiplies everything (a
-    calibration by retraining, else 1).
+    `weights` [n] are the rows' w and `kernels` K at each point, or P where that is there; `factor`
+    multiplies everything (a calibration by retraining, else 1).
     """
 
     path: PathTime
     weights: np.ndarray = field(repr=False)
-    kernels: list[WholeKernel | LandmarkKernel] = field(repr=False)
+    kernels: list[WholeKernel | RowInverse] = field(repr=False)
     factor: float = 1.0
 
     @cached_property
     def inverses(self) -> list[RowInverse]:
-        """P at each point, formed when it is first asked for: each K gives way to its P."""
-        return [self.kernels.pop(0).inverse(self.path.strength) for _ in self.path.shares]
+        """P at each point. A K in memory gives way to its P when that is first asked for."""
+        every = [self.kernels.pop(0) for _ in self.path.shares]
+        return [
+            each.inverse(self.path.strength) if isinstance(each, WholeKernel) else each
+            for each in every
+        ]
 
     @property
     def factors(self) -> np.ndarray:
@@ -95,7 +89,9 @@ class Credit:
         """Scores `[K, n]` of raw ones `[points, K, n]`."""
         found = np.zeros(parts.shape[1:])
         for point, factors in enumerate(self.row_factors):
-            found += factors * self._roots * self.pulls(parts[point], point)
+            pulls = self.pulls(parts[point], point)
+            pulls *= factors * self._roots
+            found += pulls
         return found
 
     @property
@@ -180,7 +176,7 @@ def shared_credit(setting: Setting) -> Credit | str:
         return known
     run.kept.clear()  # one setting's at a time: these are large
     record = path_record(run).of([point.number or 0 for point in setting.points])
-    every = [row_kernel(point, operator) for point, operator in setting.each()]
+    every: list[Any] = [row_kernel(point, operator) for point, operator in setting.each()]
     slopes = [kernel.slope(run.weights) for kernel in every]
     path = path_time(record, slopes, [point.place.scale for point in setting.points])
     if path is None:
@@ -188,6 +184,9 @@ def shared_credit(setting: Setting) -> Credit | str:
             f"the loss on the rows is {record.adapter:.3g} under the adapter and {record.base:.3g} "
             "nats a token under the base, which does not tell how far training went"
         )
+    for number, kernel in enumerate(every):
+        if not isinstance(kernel, WholeKernel):  # by all processes, where they still go together
+            every[number] = kernel.inverse(path.strength)
     found = Credit(path, run.weights, every, setting.kappa)
     run.kept["credit", setting.name, setting.kappa] = found
     return found
@@ -206,20 +205,11 @@ def refusal(setting: Setting) -> str | None:
             "the rows are not stored (--store), nor in few bytes for this damping, and are too many "
             "to compute again"
         )
-    n, points = len(run.tokens), len(setting.points)
-    if n <= EXACT_ROWS:
-        needed = 8 * n**2 * (points + 1)
-        free = free_memory()
-        if needed > MEMORY_SHARE * free:
-            return (
-                f"the similarities of {n} rows at {points} points need {needed / 1e9:.1f} GB of "
-                f"memory and {free / 1e9:.1f} GB are free"
-            )
-    else:  # landmarks' columns of all points, and what is made of one of them meanwhile
-        needed = 8 * n * LANDMARKS * (points + 2)
-        if needed > MEMORY_SHARE * (free := free_memory()):
-            return (
-                f"{LANDMARKS} landmarks of {n} rows at {points} points need {needed / 1e9:.1f} GB of "
-                f"memory and {free / 1e9:.1f} GB are free"
-            )
+    needed = sum(missing_bytes(point, operator) for point, operator in setting.each())
+    if needed and directory_for(run.directory, needed) is None:
+        return (
+            f"the similarities of {len(run.tokens)} rows at {len(setting.points)} points need "
+            f"{needed / 1e9:.1f} GB of disk, which are free neither in {run.directory} nor for "
+            "temporary files"
+        )
     return None

@@ -10,6 +10,7 @@
     └── WorkError               the call was right, the work failed           (exit status 1)
         ├── NumericalError      NaN, divergence, a matrix that cannot be solved
         ├── StoreError          a file that is truncated, damaged or too large for the disk
+        ├── ShortOfMemory       not even one row fits
         └── ProcessError        another process of the same call ended
 
 Every message says what was given, what was expected, and what to do.
@@ -90,6 +91,10 @@ class StoreError(WorkError):
     """A stored file that is truncated or damaged, or a disk that is too small."""
 
 
+class ShortOfMemory(WorkError, MemoryError):
+    """Memory in which not even one row fits."""
+
+
 class ProcessError(WorkError):
     """Another process of the same call ended, so that this one cannot go on."""
 
@@ -101,6 +106,10 @@ def refuse(message: str, reasons: Sequence[str]) -> None:
         if len(reasons) > 10:
             shown.append(f"  - ... and {len(reasons) - 10} more")
         raise AdapterError("\n".join([f"{message}:", *shown]))
+
+
+#: What torch says of memory that is too small in errors of no class of their own.
+SHORT = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
 
 @contextmanager
@@ -129,5 +138,5 @@ def memory_is_short(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or "OutOfMemory" in type(error).__name__
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in SHORT))
     )

@@ -34,8 +34,9 @@ from influence.features import MEMORY_SHARE
 from influence.fit_plan import FEATURES, FILE_BYTES, FULL, FitPlan, size, string_bytes
 from influence.fitted_point import CHECKPOINT_SECONDS
 from influence.gradients import max_rows
-from influence.kernel import COPIES, EXACT_ROWS, LANDMARKS
+from influence.kernel import COPIES, EXACT_ROWS, LANDMARKS, ROWS_AT_ONCE, WHOLE_ROWS
 from influence.manifest import ROW_BYTES
+from influence.matrix_file import PANEL_BYTES, TILE
 from influence.memory import free_memory
 from influence.path_time import LOSS_ROWS, RATIO_ROWS
 from influence.prepared import DISK_BUDGET, Prepared, prepare
@@ -48,6 +49,8 @@ from influence.trainer_output import recipe_near
 
 #: Passes over n x n numbers, 8 bytes each, that making the rows' similarities takes beside products.
 KERNEL_TOUCHES = 10
+#: Bytes that are held of similarities in files: tiles of float64, and rows of them.
+KERNEL_HELD = 6 * 8 * TILE**2 + 4 * PANEL_BYTES
 
 
 @dataclass(frozen=True)
@@ -394,14 +397,19 @@ class Work:
         columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
         rows, few = self.rows_seconds(plan), plan.store == FEATURES
         each = s.load + rows * (columns / n + self.parts(plan, columns))
-        each += columns * n * self.width(plan) / s.multiply
+        triangle = 0.5 if WHOLE_ROWS < n <= EXACT_ROWS else 1.0
+        each += triangle * columns * n * self.width(plan) / s.multiply
         each += 0.0 if few else columns * s.solve
+        each += plan.kernel_bytes / plan.points / s.write
         if n > EXACT_ROWS:
-            # the diagonal is another look at the rows; of few bytes it is in the file
-            each += columns**2 * n / s.multiply + (0.0 if few else rows + n * s.solve / 2)
+            # U, U^T A U and the diagonal of the inverse, each of them half a product
+            each += 1.5 * columns**2 * n / s.multiply + s.invert * 2 * (columns / 1000) ** 3
+            # K's diagonal is another look at the rows; of few bytes it is in the file
+            each += 0.0 if few else rows + n * s.solve / 2
+        elif n > WHOLE_ROWS:
+            each += s.invert * (n / 1000) ** 3
         else:
             each += KERNEL_TOUCHES * 8 * n**2 / s.read
-            each += plan.kernel_bytes / plan.points / s.write
         one = _evenly(tokens, RATIO_ROWS)
         single = [np.array([row]) for row in range(len(one))]
         alone = s.batch.seconds(one, single)
@@ -420,7 +428,10 @@ class Work:
 
     def parts(self, plan: FitPlan, columns: int) -> int:
         """How many parts the rows are solved for in, each of which reads all rows."""
-        return -(-columns // self.at_once(plan, COPIES))
+        at_once = self.at_once(plan, COPIES)
+        if plan.rows > WHOLE_ROWS:
+            at_once = min(at_once, ROWS_AT_ONCE)
+        return -(-columns // at_once)
 
     def at_once(self, plan: FitPlan, copies: int) -> int:
         """Rows, or queries, that are held at a time, with so many copies of a gradient beside it."""
@@ -452,7 +463,8 @@ class Work:
         if plan.shares_credit:
             columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
             at_once = -(-columns // self.parts(plan, columns))
-            stages.append(self.solving_memory(plan, at_once) + 8 * columns * n * (plan.points + 1))
+            held = 8 * columns * n * (plan.points + 1) if n <= WHOLE_ROWS else KERNEL_HELD
+            stages.append(self.solving_memory(plan, at_once) + held)
         return s.memory + self.together(max(stages))
 
     def together(self, later: int) -> int:
@@ -491,15 +503,17 @@ class Work:
             each = s.load + self.gradient_seconds(queries) + 2 * Q * s.solve
         each += chunks * self.rows_seconds(plan) + Q * n * self.width(plan) / s.multiply
         apart = plan.shares_credit or plan.points > 1
-        if plan.shares_credit and n <= EXACT_ROWS:
-            each += plan.kernel_bytes / plan.points / s.read + KERNEL_TOUCHES * 8 * n**2 / s.read
-            each += s.invert * (n / 1000) ** 3 + Q * n**2 / s.multiply
+        if plan.shares_credit:
+            each += plan.kernel_bytes / plan.points / s.read
+            each += Q * n * (n if n <= EXACT_ROWS else 2 * LANDMARKS) / s.multiply
+        if plan.shares_credit and n <= WHOLE_ROWS:
+            each += KERNEL_TOUCHES * 8 * n**2 / s.read + s.invert * (n / 1000) ** 3
         ids = string_bytes(self.prepared.train.ids) + string_bytes(queries.ids)
         kept = 4 * Q * n + ids + chunks * plan.points * n + 12 * Q + 2 * FILE_BYTES
         at_once = -(-Q // chunks)
         memory = self.solving_memory(plan, at_once) + at_once * width * (plan.store != FEATURES)
         if plan.shares_credit:
-            memory += 8 * min(n, EXACT_ROWS) * n * (plan.points + 1)
+            memory += 8 * n * n * (plan.points + 1) if n <= WHOLE_ROWS else KERNEL_HELD
         return Cost(
             seconds=plan.points * each,
             memory_bytes=s.memory + self.together(memory),

@@ -10,7 +10,8 @@ the rows for scores, or new features by `influence fit` with that damping.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,10 +28,11 @@ from influence.curvature.base import Damped, Whitening
 from influence.errors import StoreError
 from influence.geometry import Geometry
 from influence.gradients import Tape, tape
+from influence.halving import Steps, in_parts
 from influence.kept_coordinates import KeptCoordinates
 from influence.leaf_gradients import LeafGradients
 from influence.measurements import Measurement, output_gradient
-from influence.memory import free_memory
+from influence.memory import block_bytes, free_memory
 from influence.progress import track
 from influence.store import RowFile, copy_rows, open_file, open_rows, read, write_file
 from influence.tokens import TokenizedExamples
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
     from influence.at_point import AtPoint
 
 #: Bytes of decoded features that are read and multiplied at a time.
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 8 << 20
 #: Share of the free memory that the decoded features of queries or landmarks may take.
 MEMORY_SHARE = 0.3
 #: Bytes that the features of one batch may take before they are coded.
 BATCH_BYTES = 256 << 20
+#: Seconds of a pass after which its rows are put on the disk, and are not made again after a kill.
+VOUCH_SECONDS = 20.0
 NAME = "features"
 
 
@@ -79,7 +83,7 @@ class FeatureMap:
     @property
     def most_rows(self) -> int:
         """Rows of a batch, so that what is kept of them takes at most `BATCH_BYTES`."""
-        return max(1, BATCH_BYTES // (8 * self.kept.size))
+        return max(1, block_bytes(BATCH_BYTES) // (8 * self.kept.size))
 
     def of_batch(
         self,
@@ -87,11 +91,27 @@ class FeatureMap:
         rows: np.ndarray,
         tokens: TokenizedExamples,
         measured: Measurement | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Features `[b, K]` and the squares `[b]` float64 of all coordinates, of a batch's rows.
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Rows `[b]`, their features `[b, K]` and the squares `[b]` float64 of all coordinates, of a
+        batch, or of its parts where memory is too small for it.
 
         Of the gradients of m(q), or of the summed losses l_i.
         """
+
+        def run(rows: np.ndarray, _: Steps) -> tuple[Tensor, Tensor]:
+            return self._of_rows(recorder, rows, tokens, measured)
+
+        for part, found in in_parts(recorder.model, tokens, rows, run):
+            yield part, *found
+
+    def _of_rows(
+        self,
+        recorder: Tape,
+        rows: np.ndarray,
+        tokens: TokenizedExamples,
+        measured: Measurement | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Features and squares of rows that run at once."""
         model = recorder.model
         batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
         part = recorder.forward(batch)
@@ -179,7 +199,7 @@ class StoredFeatures:
         """
         n = len(self.point.run.tokens)
         first, end = distributed.span(n) if shared else (0, n)
-        step = max(1, BLOCK_BYTES // (4 * self.kept.size))
+        step = max(1, block_bytes(BLOCK_BYTES) // (4 * self.kept.size))
         starts = range(first, end, step)
         counts = [min(step, end - start) for start in starts]
         with RowFile(self.path, "codes") as codes, RowFile(self.path, "scales") as scales:
@@ -203,10 +223,10 @@ class StoredFeatures:
         point = self.point
         out = torch.empty(len(tokens), self.kept.size, dtype=self.dtype, device=point.model.device)
         with point.model.at(point.place.theta), tape(point.model) as recorder:
-            budget, most = point.run.manifest.token_budget, self.map.most_rows
-            for rows in plan_batches(tokens, budget, max_rows=most):
-                values, _ = self.map.of_batch(recorder, rows, tokens, measurement)
-                out[torch.from_numpy(rows)] = values.to(out)
+            budget, most = point.run.token_budget, self.map.most_rows
+            for batch in plan_batches(tokens, budget, max_rows=most):
+                for rows, values, _ in self.map.of_batch(recorder, batch, tokens, measurement):
+                    out[torch.from_numpy(rows)] = values.to(out)
         return out
 
     def products(self, left: Tensor, *, shared: bool = False) -> np.ndarray:
@@ -245,9 +265,7 @@ def write_features(point: AtPoint, rows: np.ndarray | None = None) -> None:
         return
     made = FeatureMap(operator, point.geometry, _kept_in(path, point))
     rows = np.arange(len(run.tokens)) if rows is None else rows
-    parts = plan_batches(
-        run.tokens.select(rows), run.manifest.token_budget, max_rows=made.most_rows
-    )
+    parts = plan_batches(run.tokens.select(rows), run.token_budget, max_rows=made.most_rows)
     plan = [rows[part] for part in parts]
     left = [rows for rows in plan if not done[rows].all()]
     there = [rows for rows in plan if done[rows].all()]
@@ -259,21 +277,17 @@ def write_features(point: AtPoint, rows: np.ndarray | None = None) -> None:
             for name in ("codes", "scales", "squares", "done")
         }
         recorder = stack.enter_context(tape(point.model))
-        for rows in track(
+        vouched = stack.enter_context(_Vouched(files))
+        for batch in track(
             left,
             "training rows to features",
             done=len(order) - len(left),
             counts=[len(rows) for rows in order],
             sizes=padded_tokens(run.tokens, order),
         ):
-            values, squares = made.of_batch(recorder, rows, run.tokens, None)
-            codes, scales = made.kept.packed(values, squares)
-            files["codes"].write(rows, codes)
-            files["scales"].write(rows, scales)
-            files["squares"].write(rows, squares.cpu().numpy())
-            files["done"].write(rows, np.ones(len(rows), np.uint8))
-        for file in files.values():
-            file.flush()
+            for rows, values, squares in made.of_batch(recorder, batch, run.tokens, None):
+                codes, scales = made.kept.packed(values, squares)
+                vouched.write(rows, codes=codes, scales=scales, squares=squares.cpu().numpy())
     distributed.wait()  # the rows of all processes are in the file
 
 
@@ -299,6 +313,43 @@ def copy_features(before: AtPoint, point: AtPoint, rows: np.ndarray, places: np.
         _lay_out(point, stored.kept, operator)
     for name in ("codes", "scales", "squares", "done"):  # done last, which vouches for the others
         copy_rows(stored.path, path, name, rows, places)
+
+
+class _Vouched:
+    """Rows written to a feature file, of which `done` is told only once they are on the disk.
+
+    Else a machine that loses its power could leave a row that is told done and was never written.
+    """
+
+    def __init__(self, files: Mapping[str, RowFile]) -> None:
+        self.files = files
+        self.waiting: list[np.ndarray] = []
+        self.last = time.monotonic()
+
+    def __enter__(self) -> _Vouched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Vouch for what was written, also where the pass ends in an error."""
+        self.vouch()
+
+    def write(self, rows: np.ndarray, **values: np.ndarray) -> None:
+        """Write a batch's `values` [b, ...] by the names of their datasets."""
+        for name, each in values.items():
+            self.files[name].write(rows, each)
+        self.waiting.append(rows)
+        if time.monotonic() - self.last > VOUCH_SECONDS:
+            self.vouch()
+
+    def vouch(self) -> None:
+        """Wait until the rows are on the disk, then tell that they are done, and wait for that."""
+        for name, file in self.files.items():
+            if name != "done":
+                file.flush()
+        for rows in self.waiting:
+            self.files["done"].write(rows, np.ones(len(rows), np.uint8))
+        self.files["done"].flush()
+        self.waiting, self.last = [], time.monotonic()
 
 
 def _lay_out(point: AtPoint, kept: KeptCoordinates, operator: Damped) -> None:

@@ -22,8 +22,9 @@ from influence.curvature.base import NEVER, ONCE, Specification
 from influence.errors import InputError
 from influence.features import bytes_of_row
 from influence.gradients import max_rows
-from influence.kernel import EXACT_ROWS, LANDMARKS
+from influence.kernel import EXACT_ROWS, LANDMARKS, WHOLE_ROWS, bytes_of_files
 from influence.manifest import ROW_BYTES, STORE_BEFORE
+from influence.memory import block_bytes
 from influence.path_time import LOSS_ROWS
 from influence.row_storage import Storage, keeps_for_good, keeps_sampled
 from influence.tokens import TokenizedExamples
@@ -169,7 +170,7 @@ class FitPlan:
         storage = Storage(kind == FULL, rule, left, growable)
         sampled = keeps_sampled(curvature, storage, point_bytes)
         sample = len(curvature.sample(n, seed))
-        at_once = max(1, PART_BYTES // (space.size * itemsize))
+        at_once = max(1, block_bytes(PART_BYTES) // (space.size * itemsize))
         closed = not curvature.undamped and not curvature.matrix_free
         return cls(
             rows=n,
@@ -299,10 +300,12 @@ class FitPlan:
 
     @property
     def kernel_bytes(self) -> int:
-        """Bytes of the rows' similarities at all points."""
-        if not self.shares_credit or self.rows > EXACT_ROWS:
+        """Bytes of the rows' similarities at all points, and of their inverses where these are kept."""
+        if not self.shares_credit:
             return 0
-        return self.points * self.rows**2 * self._stored_itemsize
+        if self.rows <= WHOLE_ROWS:
+            return self.points * self.rows**2 * self._stored_itemsize
+        return self.points * bytes_of_files(self.rows, self._stored_itemsize)
 
     @property
     def kept_bytes(self) -> int:

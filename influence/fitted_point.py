@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,18 +29,15 @@ from influence.curvature import Accumulator, Specification
 from influence.curvature.base import ONCE
 from influence.errors import InputError
 from influence.geometry import Adam, Geometry
-from influence.gradients import (
-    Tape,
-    batch_uniforms,
-    max_rows,
-    sampled_gradients,
-    tape,
-)
+from influence.gradients import Tape, batch_uniforms, max_rows, tape
+from influence.halving import Steps, in_parts
 from influence.leaf_gradients import LeafGradients
 from influence.loss import Supervised, loss_gradient, sampled_loss_gradient
+from influence.memory import room
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
 from influence.row_storage import Storage, keeps_for_good, keeps_sampled
+from influence.sampled_gradients import sampled_gradients
 from influence.store import RowFile, open_file, read, write_file
 from influence.tokens import TokenizedExamples
 
@@ -109,8 +107,7 @@ class PointFit:
         # one buffer for every batch's gradients: each set is written to its file before the next
         most = max((len(rows) for rows in self.batches), default=0) if per_row else 0
         shape = (most, self.model.space.size)
-        options = {"dtype": self.model.dtype, "device": self.model.device}
-        self.buffer = torch.empty(shape, **options) if most else None
+        self.buffer = room(shape, self.model.dtype, self.model.device) if most else None
         self.created = False  # whether a row file had to be made
 
     def rows(self) -> tuple[TokenizedExamples, np.ndarray]:
@@ -162,7 +159,7 @@ class PointFit:
 
         `limited` in rows too, where every row's gradient is held at once.
         """
-        budget = self.run.manifest.token_budget
+        budget = self.run.token_budget
         most = max_rows(self.model.space) if limited else None
         parts = plan_batches(self.tokens.select(rows), budget, max_rows=most)
         return [rows[part] for part in parts]
@@ -288,18 +285,31 @@ class PointFit:
     ) -> None:
         """One batch into the accumulator, at so many `draws` of labels (None: all), and the files.
 
-        Its graph is gone when this returns.
+        In parts where memory is too small for it.
         """
-        files = files or RowFiles()
-        draws = self.draws if draws is None else draws
+
+        def run(rows: np.ndarray, steps: Steps) -> None:
+            many = self.draws if draws is None else draws
+            self.run_rows(recorder, rows, files or RowFiles(), many, steps)
+
+        for _ in in_parts(self.model, self.tokens, rows, run):
+            pass
+
+    def run_rows(
+        self, recorder: Tape, rows: np.ndarray, files: RowFiles, draws: int, steps: Steps
+    ) -> None:
+        """Rows at once, after which their graph is gone; what is added up is added by `steps`."""
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         part = recorder.forward(batch)
         for draw in range(draws):
             final = files.gradients is None and draw == draws - 1
-            sampled = self.sampled_backward(recorder, part, rows, draw, final)
-            if files.sampled is not None and sampled is not None:
-                files.sampled.write(rows * self.draws + draw, sampled.cpu().numpy())
-            del sampled
+
+            def look(draw: int = draw, final: bool = final) -> None:
+                sampled = self.sampled_backward(recorder, part, rows, draw, final, steps)
+                if files.sampled is not None and sampled is not None:
+                    files.sampled.write(rows * self.draws + draw, sampled.cpu().numpy())
+
+            steps.once(draw, look)
         if files.gradients is not None and files.done is not None:
             gradient = loss_gradient(part.logits, part.targets)
             gradients = recorder.gradients(part, gradient, buffer=self.buffer)
@@ -313,6 +323,7 @@ class PointFit:
         rows: np.ndarray,
         draw: int,
         final: bool,
+        steps: Steps,
     ) -> Tensor | None:
         """One backward at sampled labels, shown to the accumulator.
 
@@ -329,14 +340,18 @@ class PointFit:
                 sink(leaf, x, g, valid)
             if accumulator.per_leaf:
                 inputs, outputs = self.point.geometry.factor(leaf, x, g)
-                accumulator.add(leaf, inputs, outputs, valid, relative, draw)
+                steps.once(
+                    (draw, leaf),
+                    lambda: accumulator.add(leaf, inputs, outputs, valid, relative, draw),
+                )
 
         recorder.backward(part.logits, gradient, show, last=final)
         if sink is None:
             return None
         if accumulator.per_row:
             weights = torch.from_numpy(self.sample_weights[rows] / self.draws).to(self.model.device)
-            accumulator.add_rows(self.point.geometry.features(sink.rows), weights)
+            features = self.point.geometry.features(sink.rows)
+            steps.once((draw, "rows"), lambda: accumulator.add_rows(features, weights))
         return sink.rows
 
     def relative_weights(self, rows: np.ndarray) -> Tensor | None:
@@ -460,8 +475,9 @@ class PointFit:
 
     def sampled_again(self, recorder: Tape, rows: np.ndarray) -> Iterator[Tensor]:
         """The gradients `[b, P]` of one batch at each draw of sampled labels."""
-        batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
-        return sampled_gradients(recorder, batch, self.tokens, self.run.manifest.seed, self.draws)
+        seed = self.run.manifest.seed
+        found = sampled_gradients(recorder, self.tokens, rows, seed, self.draws)
+        return (gradients for _, gradients in found)
 
 
 @dataclass(frozen=True)
@@ -537,9 +553,13 @@ class ComputedRows:
             plan = self.plan(limited=False)
             counts, sizes = [len(rows) for rows in plan], padded_tokens(fit.tokens, plan)
             for rows in track(plan, "training rows, second pass", counts=counts, sizes=sizes):
-                self._show_batch(second, recorder, rows)
+                work = partial(self._show_batch, second, recorder)
+                for _ in in_parts(fit.model, fit.tokens, rows, work):
+                    pass
 
-    def _show_batch(self, second: Accumulator, recorder: Tape, rows: np.ndarray) -> None:
+    def _show_batch(
+        self, second: Accumulator, recorder: Tape, rows: np.ndarray, steps: Steps
+    ) -> None:
         """One batch. A function, so that its graph is gone when it returns."""
         fit, model, geometry = self.fit, self.fit.model, self.fit.point.geometry
         weights = torch.from_numpy(fit.sample_weights[rows] / fit.draws).to(model.device)
@@ -548,10 +568,12 @@ class ComputedRows:
         for draw in range(fit.draws):
             uniforms = batch_uniforms(fit.tokens, rows, fit.run.manifest.seed, draw)
             gradient = sampled_loss_gradient(part.logits, uniforms)
-            sink = LeafGradients(
-                recorder,
-                lambda leaf, rows: second.add_leaf(leaf, geometry.of_leaf(leaf, rows), weights),
-            )
+
+            def take(leaf: int, rows: Tensor, draw: int = draw) -> None:
+                features = geometry.of_leaf(leaf, rows)
+                steps.once((draw, leaf), lambda: second.add_leaf(leaf, features, weights))
+
+            sink = LeafGradients(recorder, take)
             recorder.backward(part.logits, gradient, sink, last=draw == fit.draws - 1)
             sink.finish()
 

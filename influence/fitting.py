@@ -36,6 +36,7 @@ from influence.manifest import (
     begun_manifest,
     write_manifest,
 )
+from influence.memory import bounded
 from influence.optimizer_state import OptimizerState
 from influence.path import Point
 from influence.prepared import DISK_BUDGET, Prepared, prepare
@@ -63,6 +64,7 @@ def fit(
     max_length: int | None = None,
     supervise: str | None = None,
     token_budget: int | None = None,
+    memory: float | None = None,
     store: str = "auto",
     disk_budget: float = DISK_BUDGET,
     row_bytes: int = ROW_BYTES,
@@ -115,6 +117,9 @@ def fit(
     token_budget
         Tokens per batch, padding included: the memory knob (default 1,024 on a CPU, 4,096
         elsewhere). Results do not depend on it.
+    memory
+        GB that this fit is to take, base and adapter included (`influence.bounded`, which is for
+        later calls too). Default: what is free.
     store, disk_budget, row_bytes
         Store the rows' gradients: `full` (n x P floats a point); as `features`, at most
         `row_bytes` a row and point (`influence.features`), from which scores of the fit's own setting come without a
@@ -134,31 +139,32 @@ def fit(
         A finished run of the same adapter and options, on other rows: those that both have are not
         run again (`influence.growing`). It is not touched.
     """
-    prepared = prepare(
-        model,
-        train,
-        curvature=curvature,
-        damping=damping,
-        reduction=reduction,
-        path=path,
-        checkpoints=checkpoints,
-        geometry=geometry,
-        optimizer=optimizer,
-        max_length=max_length,
-        supervise=supervise,
-        token_budget=token_budget,
-        store=store,
-        disk_budget=disk_budget,
-        row_bytes=row_bytes,
-        seed=seed,
-        trainer_output=trainer_output,
-        growable=growable,
-    )
-    growth = None
-    if grown_from is not None:
-        growth, manifest = grow(prepared, grown_from, Path(directory))
-        prepared = replace(prepared, manifest=manifest)
-    return _fit_prepared(prepared, Path(directory), overwrite, growth)
+    with bounded(memory):
+        prepared = prepare(
+            model,
+            train,
+            curvature=curvature,
+            damping=damping,
+            reduction=reduction,
+            path=path,
+            checkpoints=checkpoints,
+            geometry=geometry,
+            optimizer=optimizer,
+            max_length=max_length,
+            supervise=supervise,
+            token_budget=token_budget,
+            store=store,
+            disk_budget=disk_budget,
+            row_bytes=row_bytes,
+            seed=seed,
+            trainer_output=trainer_output,
+            growable=growable,
+        )
+        growth = None
+        if grown_from is not None:
+            growth, manifest = grow(prepared, grown_from, Path(directory))
+            prepared = replace(prepared, manifest=manifest)
+        return _fit_prepared(prepared, Path(directory), overwrite, growth)
 
 
 def _fit_prepared(
@@ -207,7 +213,7 @@ def _measure_precision(run: Run) -> None:
     """
     record, short = None, ""
     try:
-        record = measure_precision(run.model, run.tokens, token_budget=run.manifest.token_budget)
+        record = measure_precision(run.model, run.tokens, token_budget=run.token_budget)
     except (MemoryError, torch.OutOfMemoryError) as error:
         short = str(error) or type(error).__name__
     if distributed.largest(float(bool(short))):  # all go on alike

@@ -19,6 +19,7 @@ import torch
 from influence.adapter import AdaptedModel
 from influence.batches import Batch, collate, plan_batches
 from influence.errors import BadRow, DataError, InputError
+from influence.halving import Steps, in_parts
 from influence.positions import most_positions
 from influence.rows import Example, Examples
 from influence.tokens import TokenizedExamples, Tokens, tokenize
@@ -82,6 +83,16 @@ def generate(
     Raises `InputError` for `max_new_tokens` below 1; `DataError` that lists the rows which cannot
     be continued (`continuable`).
     """
+    found = generated_tokens(
+        model, examples, max_new_tokens=max_new_tokens, token_budget=token_budget
+    )
+    return [model.tokenizer.decode(new, skip_special_tokens=True) for new in found]
+
+
+def generated_tokens(
+    model: AdaptedModel, examples: Examples, *, max_new_tokens: int = 128, token_budget: int = 4096
+) -> list[list[int]]:
+    """The tokens of `generate`, without the end token. Errors as there."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens} was given; expected at least 1")
     able = continuable(model, examples)
@@ -92,7 +103,7 @@ def generate(
             f"{len(bad)} of {len(examples)} rows cannot be continued; leave them out:", bad
         )
     limits = np.full(len(examples), max_new_tokens)
-    return continued(model, _prompts(model, examples), limits, token_budget=token_budget)
+    return _continued(model, _prompts(model, examples), limits, token_budget)
 
 
 def continuable(model: AdaptedModel, examples: Examples) -> np.ndarray:
@@ -113,14 +124,22 @@ def continued(
     limit is cut: greedy decoding says the same tokens first, however many follow. Only the model's
     positions, which a prompt must not pass, part prompts.
     """
+    found = _continued(model, prompts, limits, token_budget)
+    return [model.tokenizer.decode(new, skip_special_tokens=True) for new in found]
+
+
+def _continued(
+    model: AdaptedModel, prompts: TokenizedExamples, limits: np.ndarray, token_budget: int
+) -> list[list[int]]:
+    """The tokens of `continued`."""
     most = np.minimum(int(limits.max(initial=0)), _room(model, prompts))
-    texts = [""] * len(prompts)
+    tokens: list[list[int]] = [[]] * len(prompts)
     for longest in np.unique(most).tolist():
         rows = np.flatnonzero(most == longest)
         found = _new_tokens(model, prompts.select(rows), longest, token_budget)
         for row, new in zip(rows, found, strict=True):
-            texts[row] = model.tokenizer.decode(new[: limits[row]], skip_special_tokens=True)
-    return texts
+            tokens[row] = new[: limits[row]]
+    return tokens
 
 
 def _has_prompt(example: Example) -> bool:
@@ -161,11 +180,16 @@ def _new_tokens(
     found: list[list[int]] = [[]] * len(prompts)
     # what stays of a token are its keys and values, a fraction of what a forward holds
     most = max(1, 4 * token_budget // (int(prompts.lengths.max()) + limit))
+
+    def run(rows: np.ndarray, _: Steps) -> list[list[int]]:
+        batch = collate(prompts, rows, pad_id=model.pad_id, padding="left", device=model.device)
+        return _continuations(base, batch)
+
     with model.evaluating(), torch.no_grad(), _plain_greedy(model, limit) as base:
         for rows in plan_batches(prompts, token_budget, max_rows=most):
-            batch = collate(prompts, rows, pad_id=model.pad_id, padding="left", device=model.device)
-            for row, new in zip(rows, _continuations(base, batch), strict=True):
-                found[row] = new
+            for part, continuations in in_parts(model, prompts, rows, run):
+                for row, new in zip(part, continuations, strict=True):
+                    found[row] = new
     return found
 
 

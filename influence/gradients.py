@@ -18,9 +18,10 @@ recomputed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,15 +34,16 @@ from influence.batches import Batch, collate, plan_batches
 from influence.cost import Cost
 from influence.errors import AdapterError, NumericalError
 from influence.experts import SlotForward, outermost, tokens_in_order
+from influence.halving import Steps, in_parts
 from influence.loss import (
     Supervised,
     all_finite,
     loss_gradient,
-    sampled_loss_gradient,
     supervised_logits,
     token_losses,
 )
 from influence.measurements import Measurement, output_gradient
+from influence.memory import block_bytes
 from influence.precision import computes_in
 from influence.progress import say
 from influence.tokens import TokenizedExamples
@@ -159,6 +161,7 @@ class Tape:
         # The last of a document is followed by a token of another one.
         self.valid = real[:, :-1] & real[:, 1:] & (batch.position_ids[:, 1:] > 0)
         self._slots_of = {}
+        self._pieces.clear()  # of a batch that memory was too small for
         self.counts = batch.supervised[:, 1:].sum(1).tolist()
         self.uses.clear()
         self.counting = True
@@ -420,7 +423,7 @@ def _recomputed(forward: Callable[..., Any], recorder: Tape) -> Callable[..., An
 
 def max_rows(space: ParamSpace) -> int:
     """Rows per batch such that their gradients take at most `GRADIENT_BYTES`."""
-    return max(1, GRADIENT_BYTES // (4 * space.size))
+    return max(1, block_bytes(GRADIENT_BYTES) // (4 * space.size))
 
 
 def stream_gradients(
@@ -429,7 +432,7 @@ def stream_gradients(
     *,
     measurement: Measurement | None = None,
     token_budget: int = 4096,
-    batches: Sequence[np.ndarray] | None = None,
+    batches: Iterable[np.ndarray] | None = None,
     padding: str = "right",
 ) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
     """Yield `(indices [b], gradients [b, P], values [b])`, batch after batch.
@@ -438,16 +441,24 @@ def stream_gradients(
     With one: of m(q). Gradients have the LoRA parameters' type. One example's gradient does not
     depend on its batch, its padding or the order.
 
+    A batch that memory is too small for comes in parts, in its order.
+
     `batches` overrides the length-bucketed plan; `padding` is `right` or `left` (with eager
     attention and left padding some models give NaN at padded positions; right padding needs no mask
     at all).
     """
     if batches is None:
         batches = plan_batches(tokens, token_budget, max_rows=max_rows(model.space))
+
+    def run(rows: np.ndarray, _: Steps) -> tuple[Tensor, np.ndarray]:
+        batch = collate(tokens, rows, pad_id=model.pad_id, padding=padding, device=model.device)  # type: ignore[arg-type]
+        return recorder.run(batch, measurement)
+
     with tape(model) as recorder:
         for rows in batches:
-            batch = collate(tokens, rows, pad_id=model.pad_id, padding=padding, device=model.device)  # type: ignore[arg-type]
-            yield rows, *recorder.run(batch, measurement)
+            for part, found in in_parts(model, tokens, rows, run):
+                yield part, *found
+                del found  # the next batch needs its memory
 
 
 def label_uniforms(seed: int, draw: int, id: str, count: int) -> np.ndarray:
@@ -465,19 +476,6 @@ def batch_uniforms(tokens: TokenizedExamples, rows: np.ndarray, seed: int, draw:
     """The uniforms `[N]` that draw the labels of the examples `rows`, one after the other."""
     streams = [label_uniforms(seed, draw, tokens.ids[i], int(tokens.counts[i])) for i in rows]
     return torch.from_numpy(np.concatenate(streams))
-
-
-def sampled_gradients(
-    recorder: Tape, batch: Batch, tokens: TokenizedExamples, seed: int, draws: int
-) -> Iterator[Tensor]:
-    """The gradients `[b, P]` of a batch of `tokens` at labels sampled from the model, draw after
-    draw. One forward pass serves all draws.
-    """
-    part = recorder.forward(batch)
-    for draw in range(draws):
-        uniforms = batch_uniforms(tokens, batch.indices, seed, draw)
-        gradient = sampled_loss_gradient(part.logits, uniforms)
-        yield recorder.gradients(part, gradient, last=draw == draws - 1)
 
 
 # ---- the gradient of a weighted sum --------------------------------------------------------------
@@ -515,15 +513,19 @@ def summed_gradient(
     if cost is not None:
         cost.gradients += len(tokens)
 
-    def add(leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
+    def add(steps: Steps, leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
         place = total[space.leaves[leaf].slice].unflatten(0, space.leaves[leaf].shape)
-        place += g.flatten(0, 1).T @ x.flatten(0, 1)
+        steps.once(leaf, lambda: place.add_(g.flatten(0, 1).T @ x.flatten(0, 1)))
+
+    def run(rows: np.ndarray, steps: Steps) -> None:
+        if before_batch is not None:
+            before_batch(rows)
+        _send_back(recorder, tokens, rows, by_logits, partial(add, steps))
 
     with tape(model) as recorder:
         for rows in plan_batches(tokens, token_budget) if len(tokens) else []:
-            if before_batch is not None:
-                before_batch(rows)
-            _send_back(recorder, tokens, rows, by_logits, add)
+            for _ in in_parts(model, tokens, rows, run):
+                pass
     return total
 
 

@@ -28,6 +28,7 @@ from influence.adapter_weights import add_adapter
 from influence.base_files import DTYPES, BaseRequest, grouped, live_loading, load_base
 from influence.errors import AdapterError, InputError, NumericalError, refuse
 from influence.experts import is_wrapper, refusal, take_plain_products
+from influence.known_digests import BaseFiles
 from influence.manifest import LoadingRecord
 from influence.precision import HALF, compute_in
 from influence.progress import say
@@ -41,7 +42,7 @@ def load(
     base: str | Path | None,
     adapter: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     compute: str = "auto",
     device: str = "auto",
     device_map: str | None = None,
@@ -67,13 +68,15 @@ def load(
         `owner/name/folder@revision`.
     dtype
         `float32`, `bfloat16`, `float16` or `float64`: type of the base's weights, or `auto`: the
-        type they are saved in. The LoRA parameters, their gradients and all sums are float32 under
-        a 16-bit base, else of the same type. A base saved quantised keeps its own.
+        type they are saved in, in which they lose nothing and take no more memory than their file.
+        The LoRA parameters, their gradients and all sums are float32 under a 16-bit base, else of
+        the same type. A base saved quantised keeps its own.
     compute
         What a 16-bit or quantised base computes in. `float32`: its weights are cast up, layer by
         layer, for the time of each product, which takes no more memory and makes gradients as right
-        as those of a float32 base. `own`: in 16 bits. `auto`: float32 for a 16-bit base on a CPU,
-        where it is the faster one, else its own.
+        as those of a float32 base. `own`: in 16 bits. `auto`: float32 for a 16-bit base whose type
+        was left to `dtype` auto, so that nobody gets rounded gradients unasked, and on a CPU, where
+        it is the faster one; else its own.
     device
         `auto` (cuda, else cpu) or any torch device that has float64 (mps does not).
     device_map
@@ -106,6 +109,9 @@ def load(
     files = read_adapter(adapter)
     note_unknown_fields(files.config)
     request = replace(request, **_recorded_base(files, base))
+    origin = BaseFiles.before_loading(
+        (_folder_of(request), files.folder), dtype, how, device, device_map, trust_remote_code
+    )
     body = load_base(request)
     model = add_adapter(body, files, request.place)
     tokenizer = load_tokenizer(
@@ -128,11 +134,36 @@ def load(
             "at once: rows run one by one, which is slower"
         )
     quantised = getattr(body.config, "quantization_config", None) is not None
+    saved_quantised = quantised and not (load_in_4bit or load_in_8bit)
     half = quantised or next(body.parameters()).dtype in HALF
-    on_cpu = compute == "auto" and loaded.device.type == "cpu" and not quantised
-    if half and (compute == "float32" or on_cpu):
+    if half and computes_wide(compute, dtype, loaded.device.type, quantised, saved_quantised):
         compute_in(body, torch.float32)
-    return replace(loaded, loading=how)
+    return replace(loaded, loading=how, files=origin, written=loaded.writes())
+
+
+def _folder_of(request: BaseRequest) -> Path:
+    """Where the files of a base are: its folder, or that of the hub's cache once it is there."""
+    from transformers.utils.hub import cached_file
+
+    if Path(request.place).exists():
+        return Path(request.place)
+    try:
+        config = cached_file(
+            request.place, "config.json", revision=request.revision, local_files_only=True
+        )
+    except OSError:
+        return Path(request.place)
+    return Path(config or request.place).parent
+
+
+def computes_wide(
+    compute: str, dtype: str, device: str, quantised: bool, saved_quantised: bool
+) -> bool:
+    """Whether a base of fewer bits than float32 computes in float32, by what was asked of `load`."""
+    if compute != "auto":
+        return compute == "float32"
+    unasked = dtype == "auto" and not saved_quantised
+    return unasked or (device == "cpu" and not quantised)
 
 
 def _recorded_base(files: AdapterFiles, base: str | Path | None) -> dict[str, str | None]:

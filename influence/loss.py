@@ -21,6 +21,7 @@ from torch import Tensor
 from influence.adapter import AdaptedModel, accepts
 from influence.batches import Batch, collate, plan_batches
 from influence.errors import BadRow, DataError, NumericalError
+from influence.halving import Steps, in_parts
 from influence.positions import (
     length_of,
     most_positions,
@@ -238,13 +239,16 @@ def mean_losses(
 ) -> np.ndarray:
     """Mean cross-entropy per supervised token of every example, `[n]` float64, nats."""
     out = np.empty(len(tokens))
+
+    def run(rows: np.ndarray, _: Steps) -> np.ndarray:
+        batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
+        part = supervised_logits(model, batch)
+        return part.per_example(token_losses(part.logits, part.targets).double()).cpu().numpy()
+
     with model.evaluating(), torch.no_grad():
         for rows in plan_batches(tokens, token_budget):
-            part = supervised_logits(
-                model, collate(tokens, rows, pad_id=model.pad_id, device=model.device)
-            )
-            sums = part.per_example(token_losses(part.logits, part.targets).double())
-            out[rows] = sums.cpu().numpy() / tokens.counts[rows]
+            for part, sums in in_parts(model, tokens, rows, run):
+                out[part] = sums / tokens.counts[part]
     if not np.isfinite(out).all():
         raise NumericalError(
             f"the loss of {int((~np.isfinite(out)).sum())} rows is NaN or infinite"

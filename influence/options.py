@@ -141,7 +141,16 @@ def command(
                     "call it without torchrun"
                 )
             given = {key: value for key, value in typed.items() if value is not None}
-            function(options(**{key: declared[key].read(value) for key, value in given.items()}))
+            chosen = options(**{key: declared[key].read(value) for key, value in given.items()})
+            bounded_by = fields(MemoryOption) if issubclass(options, MemoryOption) else ()
+            names = [*(each.name for each in bounded_by), "token_budget"]
+            bounds = {name: given[name] for name in names if name in given}
+            if not bounds:
+                return function(chosen)
+            from influence.memory import bounded
+
+            with bounded(**bounds):
+                return function(chosen)
 
         call.__name__, call.__doc__ = function.__name__, function.__doc__
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -238,9 +247,26 @@ class BudgetOption:
     """How much runs at a time."""
 
     token_budget: int | None = option(
-        "Tokens per batch, padding included: the memory knob. Default 1024 on a CPU, else 4096.",
+        "Tokens per batch, padding included: the memory knob. Default: the fit's, at most what "
+        "--memory holds; a fit's 1024 on a CPU, else 4096.",
         default=None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOption:
+    """How much memory a command plans with."""
+
+    memory: float | None = option(
+        "Most gigabytes that a process is to take, the base included: bounds batches, blocks of "
+        "queries and factors. Default: what is free.",
+        default=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(BudgetOption, MemoryOption):
+    """How much runs and is held at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,7 +377,7 @@ class TypeOption:
 
     dtype: str = option(
         "The base's type: float32, bfloat16, float16, float64, or auto: as it is saved.",
-        default="float32",
+        default="auto",
     )
     load_in_4bit: bool = option(
         "Quantise the base to 4 bits while it is loaded, as QLoRA does.", default=False
@@ -363,7 +389,7 @@ class TypeOption:
     )
     compute: str = option(
         "What a 16-bit base computes in: float32 (memory of 16 bits, gradients of float32), own, "
-        "or auto (float32 on a CPU).",
+        "or auto (float32 with --dtype auto, and on a CPU).",
         default="auto",
     )
 

@@ -160,7 +160,7 @@ def losses_along(run: Run, rows: np.ndarray) -> np.ndarray:
 
     def losses(theta: Tensor) -> np.ndarray:
         with run.model.at(theta):
-            values = mean_losses(run.model, mine, token_budget=run.manifest.token_budget)
+            values = mean_losses(run.model, mine, token_budget=run.token_budget)
         return distributed.assembled(torch.from_numpy(values), own, len(missing)).numpy()
 
     adapter = losses(run.model.snapshot())

@@ -34,12 +34,14 @@ from influence.manifest import (
     TokenizerSource,
     digest_of,
 )
+from influence.memory import enforce
 from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, Point, check_path, points
 from influence.precision import compute_record
 from influence.progress import say
 from influence.row_weights import RowWeights, batch_size
 from influence.rows import Examples
+from influence.token_budget import bounded_budget, usual_budget
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
 from influence.trainer_output import TrainerOutput
 
@@ -92,8 +94,8 @@ def prepare(
 ) -> Prepared:
     """Resolve and check the options of `fit`, with its errors; nothing is written."""
     curvature = DEFAULT if curvature is None else curvature
-    if token_budget is None:
-        token_budget = 1024 if model.device.type == "cpu" else 4096
+    if token_budget is not None and token_budget < 1:
+        raise InputError(f"token budget {token_budget} was given; expected at least 1")
     store = STORE_BEFORE.get(store, store)
     output = None if trainer_output is None else TrainerOutput.find(trainer_output)
     say_idle(geometry, damping, optimizer, store, disk_budget)
@@ -107,7 +109,7 @@ def prepare(
     if path is None:
         path = () if checkpoints else curvature.default_path or DEFAULT_PATH
     scales = check_path(path)
-    _check_options(geometry, store, curvature, token_budget, disk_budget, row_bytes)
+    _check_options(geometry, store, curvature, disk_budget, row_bytes)
     batch_size(reduction)  # refuses an unknown reduction before any work
     if geometry == "function" and any(site.parameter for site in model.sites):
         raise InputError(
@@ -126,6 +128,10 @@ def prepare(
     places = points(model, scales, checkpoints)
     rendering = Rendering.of_trainer(train, max_length, supervise)
     tokens = rendering.tokenize(train, model.tokenizer)
+    check_rows(model, tokens)
+    enforce(model.device)
+    if token_budget is None:
+        token_budget = bounded_budget(model, tokens, usual_budget(model.device))
     manifest = _manifest(
         model,
         train,
@@ -145,7 +151,6 @@ def prepare(
         seed=seed,
         growable=growable,
     )
-    check_rows(model, tokens)
     return Prepared(model, train, tokens, rendering, curvature, places, state, output, manifest)
 
 
@@ -298,7 +303,6 @@ def _check_options(
     geometry: str,
     store: str,
     curvature: Specification,
-    token_budget: int,
     disk_budget: float,
     row_bytes: int,
 ) -> None:
@@ -313,8 +317,6 @@ def _check_options(
             f"store features was given, which needs a curvature with a root that is known leaf by "
             f"leaf (ekfac, kfac, identity), and {curvature.name} has none: give another store"
         )
-    if token_budget < 1:
-        raise InputError(f"token budget {token_budget} was given; expected at least 1")
     if row_bytes < 64:
         raise InputError(f"row bytes {row_bytes} was given; expected at least 64")
     if not disk_budget >= 0:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
 
-from influence.messages import printable
+from influence.messages import one_line, printable
 
 T = TypeVar("T")
 
@@ -19,6 +19,8 @@ INTERVAL = 10.0
 TOLD_AFTER = 0.1
 #: Parts that a bar is drawn in.
 BAR = 100_000
+#: Columns of a terminal below which there is no room for a bar.
+NARROW = 64
 
 
 def track(
@@ -166,14 +168,18 @@ def _bar(items: Iterable[T], label: str, way: Way, passes: float) -> Iterator[T]
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    narrow = console.width < NARROW
+    if narrow:  # the count and the time are never cut, what is counted may be
+        label = one_line(label, max(console.width - 2 * len(str(way.counted[-1])) - 12, 4))
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        *([] if narrow else [BarColumn()]),
         TextColumn("{task.fields[shown]}"),
         TimeRemainingColumn(),
     )
     start, told = time.monotonic(), passes == 0
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=BAR, completed=int(BAR * way.share), shown=way.shown)
         for item in items:
             yield item

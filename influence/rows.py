@@ -208,11 +208,12 @@ class Examples(Sequence[Example]):
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, over every id, content hash and group, in order."""
-        lines = (
-            canonical_json([example.id, example.content_hash, example.group])
-            for example in self._examples
-        )
-        return sha256_of_text("\n".join(lines))
+        found, between = hashlib.sha256(), b""
+        for example in self._examples:
+            line = canonical_json([example.id, example.content_hash, example.group])
+            found.update(between + line.encode("utf-8"))
+            between = b"\n"
+        return found.hexdigest()
 
     @cached_property
     def _positions(self) -> dict[str, int]:

@@ -17,7 +17,7 @@ map is applied when they are read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence import distributed
+from influence import cards, distributed
 from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, point_digest, run_file
 from influence.base_files import live_loading
@@ -52,6 +52,7 @@ from influence.store import (
     open_file,
     read,
 )
+from influence.token_budget import bounded_budget
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -77,6 +78,13 @@ class Run:
     tokens: TokenizedExamples = field(repr=False)
     own_curvature: Specification | None = field(default=None, repr=False)
     kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    bounded_budget: int | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return cards.run_line(self)
+
+    def _repr_html_(self) -> str:
+        return cards.run_card(self)
 
     @classmethod
     def open(
@@ -143,7 +151,15 @@ class Run:
             )
         tokens = manifest.objective.rendering.tokenize(train, model.tokenizer)
         refuse_other_tokens(directory, manifest, tokens)
-        return cls(directory, manifest, model, train, tokens, curvature)
+        budget = bounded_budget(model, tokens, manifest.token_budget)
+        return cls(directory, manifest, model, train, tokens, curvature, bounded_budget=budget)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a batch, padding included: the fit's, or what `influence.bounded` allowed when
+        the run was opened.
+        """
+        return self.bounded_budget or self.manifest.token_budget
 
     @property
     def digest(self) -> str:
@@ -337,7 +353,7 @@ class Run:
         """
         from influence.scores import score
 
-        return score(
+        found = score(
             self,
             queries,
             out=out,
@@ -356,6 +372,7 @@ class Run:
             rerank=rerank,
             overwrite=overwrite,
         )
+        return replace(found, train_rows=self.train, query_rows=queries)
 
     def self_influence(
         self,

@@ -30,7 +30,7 @@ from influence.progress import say
 #: The files of a run, but for those of its points from the second on.
 FILES = (
     *("manifest.json", "factors.h5", "gradients.h5", "features.h5", "rows.h5", "kernel.h5"),
-    *("scores.h5", "strongest.h5", "losses.h5"),
+    *("inverse.h5", "scores.h5", "strongest.h5", "losses.h5"),
     *(CHECKPOINT,),
     *(ROWS, RECIPE),
 )
@@ -128,7 +128,7 @@ def _own_files(directory: Path) -> list[Path]:
     """The files of a run that lie in a directory, whatever its number of points."""
     numbered = [
         path
-        for name in ("factors", "gradients", "features", "rows", "kernel")
+        for name in ("factors", "gradients", "features", "rows", "kernel", "inverse")
         for path in directory.glob(f"{name}-*.h5")
     ]
     return [path for name in FILES if (path := directory / name).exists()] + numbered

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import h5py
 import numpy as np
 
+from influence import cards
 from influence.errors import InputError, MismatchError, StoreError
 from influence.progress import say
 from influence.row_files import read_again
@@ -23,6 +24,10 @@ from influence.setting import ADDITIVE, Setting
 from influence.solvers import Solution
 from influence.store import open_file, open_rows, read, read_strings, write_file
 from influence.tokenwise import Tokenwise
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray
 
 #: Attributes that a score file has only where they are not the default.
 OFF_DEFAULT = ("explain", "aggregate", "store", "rerank")
@@ -48,7 +53,8 @@ class Scores:
     See the module's convention.
 
     Where they were asked for: `modules` float32 [query, module, train] and `tokens`, which sum to
-    `values`.
+    `values`. `train_rows` and `query_rows` are the rows where they are held, `path` the file that
+    was read.
     """
 
     values: np.ndarray = field(repr=False)
@@ -60,6 +66,33 @@ class Scores:
     modules: np.ndarray | None = field(default=None, repr=False)
     module_names: list[str] = field(default_factory=list, repr=False)
     tokens: Tokenwise | None = field(default=None, repr=False)
+    train_rows: Examples | None = field(default=None, repr=False, compare=False)
+    query_rows: Examples | None = field(default=None, repr=False, compare=False)
+    path: Path | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return cards.scores_line(self)
+
+    def _repr_html_(self) -> str:
+        return cards.scores_card(self)
+
+    def to_frame(
+        self,
+        *,
+        texts: bool = False,
+        train: Examples | None = None,
+        queries: Examples | None = None,
+    ) -> pd.DataFrame:
+        """Scores as a long pandas frame: `influence.frames.to_frame`."""
+        from influence.frames import to_frame
+
+        return to_frame(self, texts=texts, train=train, queries=queries)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Scores as an xarray data set: `influence.frames.to_xarray`."""
+        from influence.frames import to_xarray
+
+        return to_xarray(self)
 
     def query_index(self, query: int | str) -> int:
         """Position of a query given by position or id.
@@ -118,6 +151,7 @@ class Scores:
                 Tokenwise(*(read(file, name) for name in TOKEN_NAMES))
                 if detail and TOKEN_NAMES[0] in file
                 else None,
+                path=path,
             )
 
 

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import h5py
 import numpy as np
@@ -157,7 +157,7 @@ class RowFile:
         self._file = os.open(path, os.O_RDWR if write else os.O_RDONLY)
         self._width = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
-    def __enter__(self) -> RowFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
 from influence.rows import Example
+
+#: Share of the rows that a word may be in and still mark what a row shares with a query.
+COMMON = 0.2
 
 
 def bm25(
@@ -65,6 +68,29 @@ def text_of(row: Example) -> str:
         turns = (turn.get("content") for turn in row.messages)
         return " ".join(turn for turn in turns if isinstance(turn, str))
     return f"{row.prompt or ''}{row.completion or ''}"
+
+
+def shared_words(query: str, documents: Sequence[str], *, share: float = COMMON) -> set[str]:
+    """The words of a query that are in some documents, and in at most `share` of them: not those
+    that nearly every row has.
+    """
+    asked = set(words(query))
+    counts = Counter(word for text in documents for word in asked.intersection(words(text)))
+    most = max(share * len(documents), 2)
+    return {word for word, count in counts.items() if count <= most}
+
+
+def spans(text: str, wanted: Container[str]) -> list[tuple[int, int]]:
+    """Where words of `wanted` stand in a text, as (start, end) in order; neighbours are one."""
+    found: list[tuple[int, int]] = []
+    for match in re.finditer(r"\w+", text):
+        if match[0].lower() not in wanted:
+            continue
+        start, end = match.span()
+        if found and not text[found[-1][1] : start].strip():
+            start = found.pop()[0]
+        found.append((start, end))
+    return found
 
 
 def standardised(values: np.ndarray) -> np.ndarray:

@@ -131,6 +131,11 @@ class TokenizedExamples(Sequence[Tokens]):
         return found.hexdigest()
 
     @property
+    def cut(self) -> list[bool]:
+        """Which examples lost some, not all, of their supervised tokens to `max_length`, [n]."""
+        return list(self._cut)
+
+    @property
     def truncated(self) -> int:
         """How many examples lost some, not all, of their supervised tokens to `max_length`."""
         return sum(self._cut)

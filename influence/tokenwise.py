@@ -24,9 +24,11 @@ from influence.at_point import AtPoint
 from influence.batches import collate, padded_tokens, plan_batches
 from influence.errors import AdapterError, InputError
 from influence.gradients import Tape, tape
+from influence.halving import Steps, in_parts
 from influence.loss import loss_gradient
 from influence.progress import track
 from influence.run import Run
+from influence.tokens import TokenizedExamples
 
 
 @dataclass
@@ -68,46 +70,57 @@ class Tokenwise:
         """
         run, model = point.run, point.model
         columns = model.space.split(point.geometry.adjoint(solutions))
-        plan = plan_batches(run.tokens, run.manifest.token_budget)
+        plan = plan_batches(run.tokens, run.token_budget)
         plan = distributed.share(plan, padded_tokens(run.tokens, plan))
         added = np.zeros((len(queries), self.values.shape[1]), np.float32)
         with model.at(point.place.theta), tape(model) as recorder:
             _refuse_apart(recorder)
             counts, sizes = [len(rows) for rows in plan], padded_tokens(run.tokens, plan)
             label = "training rows, token by token"
-            for rows in track(plan, label, counts=counts, sizes=sizes):
-                batch = collate(run.tokens, rows, pad_id=model.pad_id, device=model.device)
-                part = recorder.forward(batch)
-                _refuse_apart(recorder)  # which a forward may have found
-                b, T = batch.input_ids.shape[0], batch.input_ids.shape[1] - 1
-                found = torch.zeros(
-                    len(solutions), b, T, dtype=solutions.dtype, device=solutions.device
-                )
-                reads = batch.supervised[:, 1:]  # the positions that the LM head sees
+            scale = factors * run.weights
 
-                def show(
-                    leaf: int,
-                    x: Tensor,
-                    g: Tensor,
-                    valid: Tensor,
-                    found: Tensor = found,
-                    reads: Tensor = reads,
-                ) -> None:
-                    products = _products(x.to(solutions), g.to(solutions), columns[leaf])
-                    if leaf in recorder.slots:  # k of them for every token
-                        found += products.unflatten(-1, (reads.shape[1], -1)).sum(-1)
-                    elif valid is recorder.valid:
-                        found += products
-                    else:  # an adapted LM head sees supervised positions only, in order
-                        found[:, reads] += products[:, valid]
+            def look(rows: np.ndarray, _: Steps) -> np.ndarray:
+                found = _token_products(recorder, run.tokens, rows, solutions, columns)
+                return found.double().cpu().numpy() * scale[rows][:, None]
 
-                recorder.backward(part.logits, loss_gradient(part.logits, part.targets), show)
-                scaled = found.double().cpu().numpy() * (factors * run.weights)[rows][:, None]
-                for place, row in enumerate(rows.tolist()):
-                    start = self.offsets[row]
-                    length = int(run.tokens.lengths[row]) - 1
-                    added[:, start : start + length] = scaled[:, place, :length]
+            for batch in track(plan, label, counts=counts, sizes=sizes):
+                for rows, scaled in in_parts(model, run.tokens, batch, look):
+                    for place, row in enumerate(rows.tolist()):
+                        start = self.offsets[row]
+                        length = int(run.tokens.lengths[row]) - 1
+                        added[:, start : start + length] = scaled[:, place, :length]
         self.values[queries] += distributed.add_up(torch.from_numpy(added)).numpy()
+
+
+def _token_products(
+    recorder: Tape,
+    tokens: TokenizedExamples,
+    rows: np.ndarray,
+    solutions: Tensor,
+    columns: list[Tensor],
+) -> Tensor:
+    """Products `[K, b, T - 1]` of the `solutions` [K, P], leaf by leaf in `columns`, with what each
+    token adds to its row's gradient.
+    """
+    model = recorder.model
+    batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
+    part = recorder.forward(batch)
+    _refuse_apart(recorder)  # which a forward may have found
+    b, T = batch.input_ids.shape[0], batch.input_ids.shape[1] - 1
+    found = torch.zeros(len(solutions), b, T, dtype=solutions.dtype, device=solutions.device)
+    reads = batch.supervised[:, 1:]  # the positions that the LM head sees
+
+    def show(leaf: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
+        products = _products(x.to(solutions), g.to(solutions), columns[leaf])
+        if leaf in recorder.slots:  # k of them for every token
+            found.add_(products.unflatten(-1, (reads.shape[1], -1)).sum(-1))
+        elif valid is recorder.valid:
+            found.add_(products)
+        else:  # an adapted LM head sees supervised positions only, in order
+            found[:, reads] += products[:, valid]
+
+    recorder.backward(part.logits, loss_gradient(part.logits, part.targets), show)
+    return found
 
 
 def _refuse_apart(recorder: Tape) -> None:

@@ -126,7 +126,7 @@ def without(
 def _losses(run: Run, tokens: TokenizedExamples, key: Hashable) -> tuple[np.ndarray, np.ndarray]:
     """Mean losses of some rows under the adapter and under the base, `[k]` each."""
     if ("losses", key) not in run.kept:
-        budget = run.manifest.token_budget
+        budget = run.token_budget
         before = mean_losses(run.model, tokens, token_budget=budget)
         with run.model.at(scaled(run.model, 0.0)):
             base = mean_losses(run.model, tokens, token_budget=budget)

@@ -46,6 +46,12 @@ WORDS = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_cache():
+    """Nothing is remembered from one test to another, nor in the user's own cache."""
+    os.environ["LORA_INFLUENCE_CACHE"] = ""
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer()

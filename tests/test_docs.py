@@ -42,6 +42,7 @@ SKIPPED = {
     "make demo": "trains a base model for minutes; tests/analysis/demo runs it smaller",
     "make test": "this is it",
     ". .venv/bin/activate": "the tests run in that environment",
+    "analysis serve": "answers until it is interrupted; tests/analysis/serving",
     "python benchmarks/": "takes hours and a world with retrained adapters; tests/benchmarks",
 }
 #: Words of a command that are replaced here, so that it takes seconds.

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from influence import console
 from influence.errors import InputError
 from influence.options import (
+    BudgetOptions,
     DeviceOption,
     JsonOption,
     LoadingOptions,
+    MemoryOption,
     OutputOptions,
     RowsOptions,
     RunOption,
@@ -159,7 +161,9 @@ def verify(options: Verify) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edited(RunOption, EditOptions, HoldoutOption, ForceOption, LoadingOptions, OutputOptions):
+class Edited(
+    RunOption, EditOptions, HoldoutOption, ForceOption, BudgetOptions, LoadingOptions, OutputOptions
+):
     """The options of every edit by influence."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
@@ -352,7 +356,14 @@ def numbers(texts: Iterable[str]) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(
-    RunOption, RowsOptions, TrainOptions, HoldoutOption, ForceOption, LoadingOptions, OutputOptions
+    RunOption,
+    RowsOptions,
+    TrainOptions,
+    HoldoutOption,
+    ForceOption,
+    MemoryOption,
+    LoadingOptions,
+    OutputOptions,
 ):
     """The options of `unlearn train`."""
 

@@ -28,7 +28,9 @@ from torch import Tensor
 from influence.adapter import AdaptedModel
 from influence.batches import collate, plan_batches
 from influence.cost import Cost
+from influence.halving import Steps, in_parts
 from influence.loss import supervised_logits
+from influence.memory import block_bytes
 from influence.tokens import TokenizedExamples
 from unlearn.record.version import Version
 from unlearn.retraining.local import LocalRetraining
@@ -80,13 +82,17 @@ class ExpectedOutputs:
         missing = [row for row in rows.tolist() if row not in self.cache]
         by_row = dict(self.cache)
         if missing:
-            after, correction, _, counts = self._parts(np.array(missing))
-            log_q = after.add_(correction, alpha=exponent).log_softmax(-1)
-            for row, part in zip(missing, log_q.split(counts), strict=True):
-                by_row[row] = part.clone()
-                if not self.full(part.nbytes):
-                    self.cache[row] = by_row[row].cpu()
-                    self.bytes += part.nbytes
+
+            def run(rows: np.ndarray, _: Steps) -> tuple[Tensor, ...]:
+                after, correction, _labels, counts = self._parts(rows)
+                return after.add_(correction, alpha=exponent).log_softmax(-1).split(counts)
+
+            for some, log_q in in_parts(self.version.model, self.tokens, np.array(missing), run):
+                for row, part in zip(some.tolist(), log_q, strict=True):
+                    by_row[row] = part.clone()
+                    if not self.full(part.nbytes):
+                        self.cache[row] = by_row[row].cpu()
+                        self.bytes += part.nbytes
         return torch.cat([by_row[row].to(self.version.model.device) for row in rows.tolist()])
 
     def full(self, more: int = 0) -> bool:
@@ -94,19 +100,28 @@ class ExpectedOutputs:
 
         Processes of one machine share its memory.
         """
-        return self.bytes + more > CACHE_BYTES // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return self.bytes + more > block_bytes(CACHE_BYTES) // int(
+            os.environ.get("LOCAL_WORLD_SIZE", "1")
+        )
 
     @cached_property
     def exponent(self) -> float:
         """The a at which the mean loss under q is nearest to the expected one."""
         sums = np.zeros(len(EXPONENTS))
-        for rows in plan_batches(self.tokens, self.version.run.manifest.token_budget):
+
+        def run(rows: np.ndarray, _: Steps) -> np.ndarray:
             after, correction, labels, counts = self._parts(rows)
             share = np.repeat(1 / self.tokens.counts[rows], counts)
+            found = np.zeros(len(EXPONENTS))
             for place, exponent in enumerate(EXPONENTS):
                 log_q = torch.add(after, correction, alpha=exponent)
                 losses = torch.nn.functional.cross_entropy(log_q, labels, reduction="none")
-                sums[place] += float(losses.double().cpu().numpy() @ share)
+                found[place] = float(losses.double().cpu().numpy() @ share)
+            return found
+
+        for rows in plan_batches(self.tokens, self.version.run.token_budget):
+            for _, found in in_parts(self.version.model, self.tokens, rows, run):
+                sums += found
         distance = np.abs(sums / len(self.tokens) - self.losses.mean())
         return EXPONENTS[int(distance.argmin())]
 

@@ -13,9 +13,11 @@ from influence.errors import InputError
 from influence.options import (
     AdapterOptions,
     BudgetOption,
+    BudgetOptions,
     ColumnsOption,
     DeviceOption,
     LengthOption,
+    MemoryOption,
     OutputOptions,
     RunOption,
     TrustOption,
@@ -68,7 +70,9 @@ class Options(LengthOption, BudgetOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(AdapterOptions, ColumnsOption, Options, TypedLoadingOptions, OutputOptions):
+class Evaluate(
+    AdapterOptions, ColumnsOption, Options, MemoryOption, TypedLoadingOptions, OutputOptions
+):
     """The options of `analysis evaluate`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {
@@ -160,6 +164,7 @@ class Removal(
     RecipeOption,
     ColumnsOption,
     RemovalOptions,
+    BudgetOptions,
     DeviceOption,
     TrustOption,
     OutputOptions,

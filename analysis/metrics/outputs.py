@@ -19,6 +19,7 @@ from influence.adapter import AdaptedModel
 from influence.batches import collate, plan_batches
 from influence.errors import NumericalError
 from influence.gradients import stream_gradients
+from influence.halving import Steps, in_parts
 from influence.loss import supervised_logits
 from influence.measurements import MeanLoss
 from influence.tokens import TokenizedExamples
@@ -68,16 +69,17 @@ def outputs(model: AdaptedModel, tokens: TokenizedExamples, *, token_budget: int
     Raises `NumericalError` where a row's loss is NaN or infinite.
     """
     by_row: list[list[np.ndarray]] = [[] for _ in tokens]
+
+    def run(rows: np.ndarray, _: Steps) -> list[tuple[Tensor, ...]]:
+        batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
+        part = supervised_logits(model, batch)
+        return [values.cpu().split(part.counts) for values in _reduced(part.logits, part.targets)]
+
     with model.evaluating(), torch.no_grad():
-        for rows in plan_batches(tokens, token_budget):
-            part = supervised_logits(
-                model, collate(tokens, rows, pad_id=model.pad_id, device=model.device)
-            )
-            columns = [
-                values.cpu().split(part.counts) for values in _reduced(part.logits, part.targets)
-            ]
-            for row, *arrays in zip(rows, *columns, strict=True):
-                by_row[row] = [values.numpy() for values in arrays]
+        for batch in plan_batches(tokens, token_budget):
+            for rows, columns in in_parts(model, tokens, batch, run):
+                for row, *arrays in zip(rows, *columns, strict=True):
+                    by_row[row] = [values.numpy() for values in arrays]
     log_probs, mean, std, right = (list(column) for column in zip(*by_row, strict=True))
     sums = np.array([-values.sum() for values in log_probs])
     if not np.isfinite(sums).all():

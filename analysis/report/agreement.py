@@ -18,6 +18,7 @@ from influence.adapter import AdaptedModel
 from influence.adapter_files import adapter_folder
 from influence.batches import collate, plan_batches
 from influence.errors import MismatchError
+from influence.halving import Steps, in_parts
 from influence.loss import mean_losses, supervised_logits
 from influence.path import read_parameters
 from influence.rows import Examples
@@ -76,7 +77,7 @@ def agreement(
         "retained": made.tokens.select(sample),
         "heldout": None if holdout is None else run.tokenized(holdout),
     }
-    budget = run.manifest.token_budget
+    budget = run.token_budget
     losses: dict[str, float | None] = dict.fromkeys(sets)
     kl: dict[str, float | None] = dict.fromkeys(sets)
     for name, tokens in sets.items():
@@ -101,7 +102,8 @@ def divergence(
     Both are parameters `[P]`; at most `token_budget` tokens run at a time.
     """
     total = 0.0
-    for rows in plan_batches(tokens, token_budget):
+
+    def run(rows: np.ndarray, _: Steps) -> float:
         batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
         logits = []
         for theta in (reference, other):
@@ -109,7 +111,10 @@ def divergence(
                 logits.append(supervised_logits(model, batch).logits)
         parts = zip(*(whole.split(POSITIONS) for whole in logits), strict=True)
         values = torch.cat([_divergences(*pair) for pair in parts])
-        total += sum(float(row.mean()) for row in values.split(tokens.counts[rows].tolist()))
+        return sum(float(row.mean()) for row in values.split(tokens.counts[rows].tolist()))
+
+    for rows in plan_batches(tokens, token_budget):
+        total += sum(value for _, value in in_parts(model, tokens, rows, run))
     return total / len(tokens)
 
 

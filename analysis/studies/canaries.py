@@ -95,7 +95,7 @@ class Canaries:
         as the model does; candidates of one form (names, numbers of as many digits) make the
         clearest canaries. Sums closer than `TIE` share their average rank.
         """
-        budget = run.manifest.token_budget
+        budget = run.token_budget
         sums = mean_losses(run.model, self.tokens, token_budget=budget) * self.tokens.counts
         values = np.full(len(run.train), np.nan)
         for row, (start, stop) in zip(self.rows, pairwise(self.starts), strict=True):

@@ -189,7 +189,7 @@ def memorization(
     losses_known = None if truth is None else _truth_of(run, truth)
     unseen = None if holdout is None else _unseen(run, holdout)
     secrets = None if canaries is None else Canaries.of(run, canaries)
-    budget = run.manifest.token_budget
+    budget = run.token_budget
 
     out = outputs(run.model, run.tokens, token_budget=budget)
     with run.model.at(scaled(run.model, 0.0)):

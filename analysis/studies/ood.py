@@ -265,7 +265,7 @@ def _rows(
     """The table of the planted rows, and their generalized exposure and damage, [n, c + 1] each."""
     rows = planted.planted_rows
     with run.model.at(scaled(run.model, 0.0)):
-        base = mean_losses(run.model, run.tokenized(rows), token_budget=run.manifest.token_budget)
+        base = mean_losses(run.model, run.tokenized(rows), token_budget=run.token_budget)
     exposed = exposures(single, reference)
     damage = np.concatenate([np.zeros((len(base), 1)), single.curve], axis=1)
     gap = single.target - single.start

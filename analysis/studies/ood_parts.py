@@ -109,7 +109,7 @@ def planted_run(out: Path, run: Run, planted: Planted, recipe: Recipe) -> Run:
         reduction=manifest.objective.reduction,
         max_length=manifest.objective.max_length,
         supervise=manifest.objective.supervise,
-        token_budget=manifest.token_budget,
+        token_budget=run.token_budget,
         store="never",
     )
 
@@ -134,7 +134,7 @@ def reference_losses(
 
     The run's own adapter is the first one if it is recorded to be the recipe's result.
     """
-    tokens, budget = run.tokenized(planted.planted_rows), run.manifest.token_budget
+    tokens, budget = run.tokenized(planted.planted_rows), run.token_budget
     losses = []
     for k in range(references):
         folder = out / f"reference-{k + 1}"

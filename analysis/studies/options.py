@@ -11,6 +11,7 @@ from analysis.options import RecipeOption, ResamplesOption
 from influence.console import at_least
 from influence.errors import InputError
 from influence.options import (
+    BudgetOptions,
     ColumnsOption,
     CountOption,
     DeviceOption,
@@ -27,6 +28,7 @@ class Memorization(
     CountOption,
     ColumnsOption,
     ResamplesOption,
+    BudgetOptions,
     DeviceOption,
     TrustOption,
     OutputOptions,
@@ -75,7 +77,9 @@ class Memorization(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ood(RunOption, ColumnsOption, RecipeOption, DeviceOption, TrustOption, OutputOptions):
+class Ood(
+    RunOption, ColumnsOption, RecipeOption, BudgetOptions, DeviceOption, TrustOption, OutputOptions
+):
     """The options of `analysis ood`."""
 
     LISTED_AFTER: ClassVar[Mapping[str, str]] = {"columns": "other", "recipe": "out"}

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from analysis.drawing import GRID, INK, MUTED, NEGATIVE, POSITIVE, STYLE
 from analysis.metrics.lds import LDS
-from analysis.plots import GRID, INK, MUTED, NEGATIVE, POSITIVE, STYLE
 from influence.curvature import PLAIN
 from influence.errors import InputError
 

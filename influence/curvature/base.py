@@ -109,6 +109,9 @@ class Accumulator(ABC):
         `relative` [b] are the weights `w_i` over the largest of all rows, None where all rows weigh
         the same: sums of them keep their size whatever the number of rows. What is made of them is
         multiplied by the largest weight, `point.run.weights.max()`, and divided by the draws.
+
+        All that takes memory is made before the sums change, here, in `add_rows` and in `add_leaf`:
+        where memory is too small the batch is run again in two, and adds to each sum once.
         """
 
     def add_rows(self, features: Tensor, weights: Tensor) -> None:

@@ -95,10 +95,11 @@ class Eigenvalues(Accumulator):
         """Rotate one leaf of the rows into its eigenbasis and add the squares."""
         root, block = weights.to(features).sqrt()[:, None, None], self.kfac.leaf_blocks[leaf]
         coordinates, off = block.rotate(features.flatten(1))
-        self.inside[leaf] += (coordinates * root).square_().sum(0)
+        inside = (coordinates * root).square_().sum(0)
         if off is not None:
             left = wide_side(block.leaf) - block.wide.shape[1]
             self.outside[leaf] += (off * root).square_().sum((0, 2)) / left
+        self.inside[leaf] += inside  # last: what takes memory is made by now
 
     def sums(self) -> dict[str, Tensor]:
         """`inside` [r, k] and `outside` [r] of every leaf."""

@@ -13,7 +13,6 @@ rows sees only the damping.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -33,6 +32,7 @@ from influence.curvature.base import (
     Specification,
 )
 from influence.errors import InputError, NumericalError
+from influence.memory import device_memory
 
 if TYPE_CHECKING:
     from influence.at_point import AtPoint
@@ -69,7 +69,7 @@ class Fisher(Specification):
         the pass, not after.
         """
         m = rows * max(1, self.samples)
-        needed, there = 24 * m * m, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed, there = 24 * m * m, device_memory()
         if needed > MEMORY_SHARE * there:
             raise InputError(
                 f"curvature fisher with {m} rows needs {needed / 1e9:.0f} GB of memory for its "

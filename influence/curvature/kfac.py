@@ -50,8 +50,9 @@ from influence.curvature.base import (
 from influence.curvature.ggn import GGN
 from influence.curvature.hessian import Hessian
 from influence.curvature.second_moments import BatchTokens, DenseMoment, SketchedMoment
-from influence.curvature.wide_sides import device_memory, directions, note, shared_inputs
+from influence.curvature.wide_sides import directions, note, shared_inputs
 from influence.errors import InputError
+from influence.memory import device_memory
 from influence.progress import say
 
 if TYPE_CHECKING:
@@ -208,15 +209,17 @@ class Moments(Accumulator):
         Output gradients vanish where nothing is predicted; inputs do not, and are cut to the valid
         tokens.
         """
-        inputs = draw == 0
-        if inputs:
-            batch = self._batch_tokens(valid, relative)
-            if not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf:
-                self._input_moment(leaf).add(batch.rows(x))
-            self.mass[leaf] += batch.mass
         if relative is not None:
             g = g * relative.sqrt().to(g)[:, None, None]
-        self._output_moment(leaf).add(g.flatten(0, 1))
+        outputs = self._output_moment(leaf)
+        made = outputs.made(g.flatten(0, 1))  # first what takes memory, and then the sums
+        if draw == 0:
+            batch = self._batch_tokens(valid, relative)
+            if not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf:
+                inputs = self._input_moment(leaf)
+                inputs.put(*inputs.made(batch.rows(x)))
+            self.mass[leaf] += batch.mass
+        outputs.put(*made)
 
     def _batch_tokens(self, valid: Tensor, relative: Tensor | None) -> BatchTokens:
         """What all leaves of a batch share, found once for a batch and not once for a leaf.
@@ -438,31 +441,50 @@ class Kronecker(Curvature):
 
     def matvec(self, v: Tensor) -> Tensor:
         """`C v` for every row of `v` [K, P]."""
-        return self._apply(v, ((block.eigenvalues, block.rest) for block in self.leaf_blocks))
+        spectra = ([(block.eigenvalues, block.rest)] for block in self.leaf_blocks)
+        return self._apply(v, spectra, 1)[0]
 
     def solve(self, v: Tensor, lam: Tensor) -> Tensor:
         """`(C + lambda I)^-1 v` for every row of `v` [K, P].
 
         `lam` [leaves].
         """
-        damped = zip(self.leaf_blocks, lam.tolist(), strict=True)
-        return self._apply(
-            v, ((1 / (block.eigenvalues + x), 1 / (block.rest + x)) for block, x in damped)
+        return self.solve_several(v, [lam])[0]
+
+    def solve_several(self, v: Tensor, lams: Sequence[Tensor]) -> list[Tensor]:
+        """`solve` for each of several `lams`, `[K, P]` each; rotates once."""
+        spectra = (
+            [(1 / (block.eigenvalues + x), 1 / (block.rest + x)) for x in values]
+            for block, values in self._damped(lams)
         )
+        return self._apply(v, spectra, len(lams))
+
+    def _damped(self, lams: Sequence[Tensor]) -> Iterator[tuple[KroneckerBlock, list[float]]]:
+        """Each leaf with its own part of each of `lams` [leaves]."""
+        columns = zip(*(lam.tolist() for lam in lams), strict=True)
+        for block, values in zip(self.leaf_blocks, columns, strict=True):
+            yield block, list(values)
 
     def inverse_products(self, v: Tensor, lam: Tensor) -> Tensor:
         """`v^T (C + lambda I)^-1 v` of every row of `v` [K, P], `[K]` float64, in the eigenbasis.
 
         `lam` [leaves].
         """
-        total = torch.zeros(len(v), dtype=torch.float64, device=v.device)
-        for block, x in zip(self.leaf_blocks, lam.tolist(), strict=True):
+        return self.inverse_products_several(v, [lam])[0]
+
+    def inverse_products_several(self, v: Tensor, lams: Sequence[Tensor]) -> Tensor:
+        """`inverse_products` for each of several `lams`, `[lambdas, K]` float64; rotates once."""
+        total = torch.zeros(len(lams), len(v), dtype=torch.float64, device=v.device)
+        for block, values in self._damped(lams):
             coordinates, off = block.rotate(v[:, block.leaf.slice])
-            squares = coordinates.square_() / (block.eigenvalues + x).to(v)
-            total += squares.sum((1, 2), dtype=torch.float64)
-            if off is not None:
-                squares = off.square_() / (block.rest + x).to(v)[:, None]
-                total += squares.sum((1, 2), dtype=torch.float64)
+            inside = coordinates.square_()
+            outside = None if off is None else off.square_()
+            for sums, x in zip(total, values, strict=True):
+                squares = inside / (block.eigenvalues + x).to(v)
+                sums += squares.sum((1, 2), dtype=torch.float64)
+                if outside is not None:
+                    squares = outside / (block.rest + x).to(v)[:, None]
+                    sums += squares.sum((1, 2), dtype=torch.float64)
         return total
 
     def whiten(self, leaf: int, gradients: Tensor, lam: Tensor) -> Tensor:
@@ -487,15 +509,21 @@ class Kronecker(Curvature):
         outside = block.rest / (block.rest + x) * (1 - kept / width)
         return torch.cat([inside, outside.repeat_interleave(width)])
 
-    def _apply(self, v: Tensor, spectra: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        out = torch.empty_like(v)
-        for block, (inside, outside) in zip(self.leaf_blocks, spectra, strict=True):
+    def _apply(
+        self, v: Tensor, spectra: Iterator[list[tuple[Tensor, Tensor]]], count: int
+    ) -> list[Tensor]:
+        """`v` times `count` functions of the curvature, of which the eigenvalues are given leaf by
+        leaf.
+        """
+        found = [torch.empty_like(v) for _ in range(count)]
+        for block, values in zip(self.leaf_blocks, spectra, strict=True):
             coordinates, off = block.rotate(v[:, block.leaf.slice])
-            scaled = coordinates * inside.to(v)
-            out[:, block.leaf.slice] = block.unrotate(
-                scaled, None if off is None else off * outside.to(v)[:, None]
-            )
-        return out
+            for out, (inside, outside) in zip(found, values, strict=True):
+                scaled = coordinates * inside.to(v)
+                out[:, block.leaf.slice] = block.unrotate(
+                    scaled, None if off is None else off * outside.to(v)[:, None]
+                )
+        return found
 
     def mean_eigenvalues(self) -> Tensor:
         """Trace over size of each leaf, `[leaves]`."""

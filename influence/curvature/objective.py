@@ -30,6 +30,7 @@ from influence.curvature.base import (
 from influence.errors import AdapterError, NumericalError
 from influence.experts import plain_products
 from influence.geometry import Geometry, Raw
+from influence.halving import Steps, in_parts
 from influence.loss import Supervised, supervised_logits
 from influence.precision import HALF, compute_type, type_name
 from influence.tokens import TokenizedExamples
@@ -75,17 +76,27 @@ class Objective:
         """The training rows, n."""
         return len(self.tokens)
 
-    def batches(self, only: np.ndarray | None = None) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches of all rows with their weights `[b]`.
-
-        Of the rows `only`, with weights times n over their number.
+    def weighted(self, only: np.ndarray | None = None) -> tuple[TokenizedExamples, np.ndarray]:
+        """All rows with their weights `[n]`, or those of `only`, with weights times n over their
+        number.
         """
-        tokens, weights = self.tokens, self.weights
-        if only is not None:
-            tokens, weights = tokens.select(only), weights[only] * (len(tokens) / len(only))
+        if only is None:
+            return self.tokens, self.weights
+        scale = len(self.tokens) / len(only)
+        return self.tokens.select(only), self.weights[only] * scale
+
+    def batch(
+        self, tokens: TokenizedExamples, weights: np.ndarray, rows: np.ndarray
+    ) -> tuple[Batch, Tensor]:
+        """Rows as the model takes them, and their weights `[b]`."""
+        batch = collate(tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
+        return batch, torch.from_numpy(weights[rows]).to(self.model.device)
+
+    def batches(self, only: np.ndarray | None = None) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches of all rows with their weights `[b]`, or of `only` as in `weighted`."""
+        tokens, weights = self.weighted(only)
         for rows in plan_batches(tokens, self.token_budget):
-            batch = collate(tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
-            yield batch, torch.from_numpy(weights[rows]).to(self.model.device)
+            yield self.batch(tokens, weights, rows)
 
     def mean_eigenvalues(self) -> Tensor:
         """The GGN's trace over size of each leaf, `[leaves]`."""
@@ -104,9 +115,16 @@ class Objective:
         columns = space.split(self.geometry.adjoint(v.to(self.model.dtype)))
         here = nullcontext() if self.theta is None else self.model.at(self.theta)
         with here, _twice_differentiable(self.model) as parameters:
-            for batch, weights in self.batches(only):
+            tokens, every = self.weighted(only)
+
+            def run(rows: np.ndarray, _: Steps) -> Tensor:
+                batch, weights = self.batch(tokens, every, rows)
                 part = supervised_logits(self.model, batch)
-                out += space.flatten(products(part, weights, parameters, columns)).to(v)
+                return space.flatten(products(part, weights, parameters, columns)).to(v)
+
+            for rows in plan_batches(tokens, self.token_budget):
+                for _, found in in_parts(self.model, tokens, rows, run):
+                    out += found
         if not bool(torch.isfinite(out).all()):
             raise NumericalError(
                 "a curvature product is NaN or infinite: load the model in float32 or float64"
@@ -173,9 +191,11 @@ class Traces(Accumulator):
 
     def add_rows(self, features: Tensor, weights: Tensor) -> None:
         """Add the squares of every leaf's part."""
+        found = torch.zeros_like(self.squares)
         for number, leaf in enumerate(self.leaves):
             squares = features[:, leaf.slice].double().square().sum(1)
-            self.squares[number] += float((squares * weights).sum())
+            found[number] = float((squares * weights).sum())
+        self.squares += found  # at once, or not at all
 
     def sums(self) -> dict[str, Tensor]:
         """`squares` [leaves]."""
@@ -231,7 +251,7 @@ def objective_at(point: AtPoint, trace: Tensor) -> Objective:
         point.run.tokens,
         point.run.weights,
         trace.cpu(),
-        point.run.manifest.token_budget,
+        point.run.token_budget,
         point.place.theta,
         point.geometry,
     )

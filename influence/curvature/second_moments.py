@@ -67,6 +67,14 @@ class DenseMoment:
 
     def add(self, x: Tensor) -> None:
         """Add the rows of `x` [N, d]."""
+        self.put(*self.made(x))
+
+    def made(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What `put` adds for the rows of `x` [N, d]: all that takes memory."""
+        return (x,)
+
+    def put(self, x: Tensor) -> None:
+        """Add the rows of `x` [N, d]."""
         widest = self.WIDEST if x.device.type == "cpu" else self.WIDEST_ELSEWHERE
         step = min(max(32, -(-x.shape[1] // self.STRIPS)), widest)
         for start in range(0, x.shape[1], step):
@@ -122,8 +130,16 @@ class SketchedMoment:
 
     def add(self, x: Tensor) -> None:
         """Add the rows of `x` [N, d]."""
-        self.state[:-1].addmm_(x.T, x @ self.test)
-        self.state[-1, 0] += x.square().sum()
+        self.put(*self.made(x))
+
+    def made(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What `put` adds for the rows of `x` [N, d]: all that takes memory."""
+        return x, x @ self.test, x.square().sum()
+
+    def put(self, x: Tensor, projected: Tensor, square: Tensor) -> None:
+        """Add the rows of `x` [N, d], of which the product with the test matrix is given."""
+        self.state[:-1].addmm_(x.T, projected)
+        self.state[-1, 0] += square
 
     def restore(self, vectors: Tensor, values: Tensor, rest: float, factor: float) -> None:
         """Add `factor` times the sketch that `eigen` made these of.

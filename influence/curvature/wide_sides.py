@@ -8,7 +8,6 @@ factors"), so that sides are sketched where memory ends, not from a fixed width 
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -62,15 +61,6 @@ def directions(
 def _bytes(width: int, k: int, itemsize: int) -> int:
     """What a second moment takes while it is summed up: a sketch, and its test matrix."""
     return itemsize * (width**2 if k == width else 2 * width * k)
-
-
-def device_memory(device: torch.device) -> int:
-    """All memory [bytes] of a GPU, or of the machine: not what is free, which changes by the hour
-    and would change the factors with it.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def note(sides: Sequence[tuple[int, int]], outside: Sequence[float]) -> str | None:

@@ -12,9 +12,9 @@ COMMANDS = typer.main.get_command(app).commands
 
 def test_who_draws_bootstraps():
     taking = {name for name, c in COMMANDS.items() if issubclass(c.options, ResamplesOption)}
-    assert taking == {"lds", "memorization", "removal"}
+    assert taking == {"clean", "lds", "memorization", "removal"}
 
 
 def test_who_trains_by_a_recipe():
     taking = {name for name, c in COMMANDS.items() if issubclass(c.options, RecipeOption)}
-    assert taking == {"ood", "removal"}
+    assert taking == {"clean", "ood", "removal"}

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 import influence
@@ -22,7 +23,8 @@ from analysis.tune import (
     table_rows,
     tune,
 )
-from influence.calibration import measured_edits, some_rows
+from influence import calibration
+from influence.calibration import EDITED_ROWS, measured_edits, some_rows
 from influence.errors import InputError, MismatchError
 from influence.setting import Setting
 from influence.store import read_json
@@ -198,6 +200,26 @@ def test_without_a_truth_the_checks_choose_and_tell_what_they_found(run):
     assert json.loads((run.directory / "manifest.json").read_text())["tuned"] == vars(
         run.manifest.tuned
     )
+
+
+def test_what_no_setting_changes_is_measured_once(run, monkeypatch):
+    """Each setting runs the edited adapters; the adapter before is run for all of them once."""
+    runs, places, losses = [], run.model.snapshot(), calibration.mean_losses
+
+    def counted(model, tokens, **options):
+        runs.append(torch.equal(model.snapshot(), places))
+        return losses(model, tokens, **options)
+
+    monkeypatch.setattr(calibration, "mean_losses", counted)
+    found = tune(run, dampings=("mean:1", "mean:0.01"), keep=False)
+    assert sum(runs) == 1
+    assert len(runs) == 1 + len(found.judged) * min(EDITED_ROWS, len(run.train))
+    chosen = found.chosen
+    damping = None if chosen.damping == "none" else chosen.damping
+    setting = Setting.of(run, chosen.curvature, damping, chosen.at, tuned=False, calibrated=False)
+    edited = some_rows(run, EDITED_ROWS)
+    edits = measured_edits(setting, edited, some_rows(run, 32))
+    assert edits.selectivity == found.chosen.selectivity
 
 
 def test_small_edits_are_predicted_to_first_order(model, tmp_path):

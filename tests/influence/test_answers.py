@@ -195,3 +195,26 @@ def test_the_tokens_that_carry_a_score_are_shown_where_the_file_has_them(influen
 
 def rows_in(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_shared_words_are_marked_on_a_terminal_alone(influence, at, monkeypatch):
+    """By hand: the words of the query that are in at most a fifth of the rows."""
+    rows_ = [f"common {word}" for word in ("aster", "birch", "cedar", "dahlia", "elm", "fir") * 3]
+    write_rows(
+        at / "train.jsonl",
+        [
+            {"id": f"t{k}", "prompt": "common", "completion": text[6:]}
+            for k, text in enumerate(rows_)
+        ],
+    )
+    write_rows(at / "queries.jsonl", [{"id": "q", "prompt": "common", "completion": " cedar"}])
+    influence(*fit_arguments(at))
+    influence("score", "--run", at / "new", "--queries", at / "queries.jsonl")
+    top = ("top", "--run", at / "new", "--query", 0, "--by", "text", "-k", 1)
+    assert "\x1b" not in influence(*top).out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.setenv(name, "xterm" if name == "TERM" else "1")
+        marked = influence(*top).out
+        assert marked.count("\x1b[1;4mcedar\x1b[0m") == 2  # of the query and of the row
+        assert "mcommon" not in marked

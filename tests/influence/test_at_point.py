@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 
+import numpy as np
 import pytest
 
 import influence
+from influence.at_point import AtPoint
 from influence.errors import MismatchError, StoreError
 from tests.conftest import build_model, examples, fit_end
 from tests.helpers import untouched
@@ -125,3 +127,27 @@ def test_factors_that_stay_in_their_file_give_the_same_scores(model, run, monkey
     if os.path.exists("/proc/self/maps"):  # where this process's memory comes from
         with open("/proc/self/maps") as maps:
             assert str(run.points[-1].file("factors").resolve()) in maps.read()
+
+
+def test_scales_of_several_dampings_are_each_its_own_and_read_the_rows_once(run, monkeypatch):
+    grid = [(name, rule) for name in ("ekfac", "kfac", "ggn") for rule in ("mean:1", "abs:0.01")]
+    grid.append(("identity", None))
+    point, reads = AtPoint(run, 0, run.points[0].place), []
+    gradients_of = AtPoint.gradients_of
+
+    def counted(at, rows):
+        reads.extend(rows.tolist())
+        return gradients_of(at, rows)
+
+    monkeypatch.setattr(AtPoint, "gradients_of", counted)
+    found = point.scales([point.operator(*key) for key in grid])
+    assert sorted(reads) == list(range(N))
+    for key, scale in zip(grid, found, strict=True):
+        alone = AtPoint(run, 0, run.points[0].place)
+        assert alone.scale(alone.operator(*key)) == pytest.approx(scale, rel=1e-10)
+    rows = gradients_of(point, np.arange(N)).double()  # by the definition, of plain products
+    own = rows.square().sum(1).numpy() * run.weights / run.tokens.counts
+    assert found[-1] == pytest.approx(own.mean(), rel=1e-5)
+    reads.clear()
+    assert point.scales([point.operator("kfac", "mean:1")]) == [found[2]]
+    assert reads == []  # they are kept

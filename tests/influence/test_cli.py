@@ -101,6 +101,30 @@ def test_score_writes_into_the_run_and_prints_the_shape(influence, at):
         )
 
 
+def test_scores_are_made_within_bounds(influence, at):
+    asked = (
+        "score",
+        "--run",
+        at / "run",
+        "--queries",
+        at / "queries.jsonl",
+        "--credit",
+        "additive",
+    )
+    found = {}
+    for name, bound in (("free", ()), ("bounded", ("--token-budget", 17, "--memory", 60))):
+        out = at / f"{name}.h5"
+        assert influence(*asked, "--out", out, *bound).status == 0
+        with h5py.File(out) as file:
+            found[name] = file["scores"][:]
+    np.testing.assert_allclose(found["bounded"], found["free"], rtol=1e-4, atol=1e-6)
+    assert not np.array_equal(found["bounded"], found["free"])  # other batches, other rounding
+    refused = influence(*asked, "--out", at / "refused.h5", "--memory", 0.001)
+    assert refused.status == 2
+    assert "memory 0.001 GB was given, and the process with its model takes" in refused.err
+    assert influence(*asked, "--out", at / "refused.h5", "--memory", 0).status == 2
+
+
 def test_scores_of_other_queries_are_replaced_with_overwrite_only(influence, at):
     other = write_rows(at / "other.jsonl", rows(2, seed=5))
     with untouched(at):

@@ -253,10 +253,14 @@ def test_an_unknown_credit_is_refused(run):
         run.score(examples(1, seed=1), credit="half")
 
 
-def test_too_little_memory_is_said_with_numbers(run, monkeypatch, capsys):
-    monkeypatch.setattr("influence.credit.MEMORY_SHARE", 0.0)
+def test_too_little_disk_is_said_with_numbers(run, monkeypatch, capsys):
+    monkeypatch.setattr("influence.kernel.WHOLE_ROWS", 3)
+    monkeypatch.setattr("influence.credit.directory_for", lambda *_: None)
+    run.kept.clear()
     assert run.score(examples(1, seed=1)).attributes["credit"] == "additive"
-    assert "the similarities of 9 rows at 2 points need" in capsys.readouterr().err
+    assert "the similarities of 9 rows at 2 points need 0.0 GB of disk" in capsys.readouterr().err
+    with pytest.raises(InputError, match="of disk, which are free neither in"):
+        run.score(examples(1, seed=1), credit="shared")
 
 
 def test_another_solver_shares_credit_too(run, double):
@@ -278,27 +282,27 @@ def test_a_finished_fit_is_returned_without_the_rows_similarities(taught, run, m
     assert again.manifest.path == run.manifest.path
 
 
-def test_many_rows_share_by_landmarks(run, double, monkeypatch):
-    queries = examples(3, seed=1)
-    exact = run.score(queries).values
-    monkeypatch.setattr("influence.kernel.EXACT_ROWS", 3)
-    monkeypatch.setattr(
-        "influence.credit.row_kernel",
-        lambda point, operator: influence.kernel.row_kernel(
-            point, operator, exact_rows=3, landmarks=N
-        ),
-    )
-    close(run.score(queries).values, exact, 1e-5)
+@pytest.mark.parametrize("numbers", [{"WHOLE_ROWS": 3}, {"EXACT_ROWS": 3, "LANDMARKS": N}])
+def test_more_rows_share_from_files(taught, tmp_path, double, monkeypatch, numbers):
+    """Tile by tile, and by landmarks that are all rows; and a second score makes nothing again."""
+    run = influence.fit(taught, examples(N), path=PATH, directory=tmp_path / "run")
+    queries, gone = examples(3, seed=1), [run.train.ids[row] for row in (1, 2, 6)]
 
+    def answers(run):
+        run.kept.clear()
+        effect = run.without(gone, queries)
+        changes = [each.change for each in (*effect.queries, *effect.removed)]
+        return run.score(queries).values, run.self_influence().values, changes
 
-def test_landmarks_that_do_not_fit_leave_credit_additive(run, monkeypatch, capsys):
-    """Never fewer of them: what is answered does not hang on the memory that is free."""
-    monkeypatch.setattr("influence.credit.EXACT_ROWS", 3)
-    monkeypatch.setattr("influence.credit.free_memory", lambda: 8.0 * N * 4_096 * 4)
-    run.kept.clear()
-    with pytest.raises(InputError, match=r"4096 landmarks of .* need .* GB of memory"):
-        run.score(examples(1, seed=1), credit="shared")
-    assert run.score(examples(1, seed=1)).attributes["credit"] == "additive"
-    assert "4096 landmarks" in capsys.readouterr().err
-    monkeypatch.setattr("influence.credit.free_memory", lambda: 8.0 * N * 4_096 * 6)
-    assert run.score(examples(1, seed=1)).attributes["credit"] == "shared"
+    exact = answers(run)
+    for name, value in numbers.items():
+        monkeypatch.setattr(f"influence.kernel.{name}", value)
+    for point in run.points:
+        point.file("kernel").unlink()
+    for one, other in zip(answers(run), exact, strict=True):
+        close(one, other, 1e-5)
+    again = influence.Run.open(run.directory, model=taught, train=run.train)
+    monkeypatch.setattr("influence.kernel._fill", None)
+    monkeypatch.setattr("influence.kernel.invert_in_tiles", None)
+    for one, other in zip(answers(again), exact, strict=True):
+        close(one, other, 1e-5)

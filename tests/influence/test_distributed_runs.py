@@ -322,14 +322,21 @@ def test_float32_runs_of_several_processes(tmp_path):
     same(expected, found, 1e-5)
 
 
-def test_landmarks_stand_for_the_rows_of_several_processes(tmp_path, monkeypatch):
-    """The similarities of more rows than are held whole."""
-    run = fit(tmp_path / "run")
-    few = {"exact_rows": 10, "landmarks": 7}
+@pytest.mark.parametrize("few", [{"whole_rows": 0}, {"exact_rows": 10, "landmarks": 7}])
+@pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored"])
+def test_similarities_in_files_are_made_by_several_processes(tmp_path, monkeypatch, few, kind):
+    """Those of a damping that is not the fit's own, so that every call makes them."""
+    run = fit(tmp_path / "run", kind)
+    monkeypatch.setattr("influence.matrix_file.TILE", 5)
+    monkeypatch.setattr(kernel_module, "ROWS_AT_ONCE", 4)
 
-    def kernel(run: Run) -> tuple[np.ndarray, np.ndarray]:
-        found = kernel_module.row_kernel(run.points[0], run.points[0].operator(), **few)
-        return found.root, found.diagonal
+    def kernel(run: Run) -> list[np.ndarray]:
+        point = run.points[0]
+        found = kernel_module.row_kernel(point, point.operator(damping="mean:3"), **few)
+        inverse = found.inverse(0.5)
+        weights = run.weights
+        values = np.eye(len(weights))[:3]
+        return [np.array(found.slope(weights)), inverse.diagonal, inverse.apply(values)]
 
     expected = kernel(run)
 
@@ -338,16 +345,19 @@ def test_landmarks_stand_for_the_rows_of_several_processes(tmp_path, monkeypatch
             np.testing.assert_allclose(other, one, rtol=0, atol=1e-8 * np.abs(one).max())
 
     assert statuses(work, tmp_path, 3) == [0] * 3
+    assert not list(run.directory.glob("kernel-making-*"))
 
 
-def test_many_rows_share_credit_in_several_processes(tmp_path, monkeypatch):
-    """Whether landmarks fit is the first process's to say, and nothing is exchanged meanwhile."""
+@pytest.mark.parametrize("numbers", [{"WHOLE_ROWS": 3}, {"EXACT_ROWS": 10, "LANDMARKS": 7}])
+def test_many_rows_share_credit_in_several_processes(tmp_path, monkeypatch, numbers):
+    """Whether files have room is the first process's to say, and nothing is exchanged meanwhile."""
     run, queries = fit(tmp_path / "run"), examples(3, seed=9)
-    few = functools.partial(kernel_module.row_kernel, exact_rows=10, landmarks=7)
-    monkeypatch.setattr("influence.credit.EXACT_ROWS", 10)
-    monkeypatch.setattr("influence.credit.row_kernel", few)
+    for name, value in numbers.items():
+        monkeypatch.setattr(f"influence.kernel.{name}", value)
     run.kept.clear()
     expected = run.score(queries, credit="shared").values
+    for name in ("kernel.h5", "inverse.h5"):
+        (run.directory / name).unlink()
 
     def work(rank: int) -> None:
         found = opened(run.directory).score(queries, credit="shared").values

@@ -10,7 +10,7 @@ import influence
 from influence import features
 from influence.errors import InputError
 from influence.measurements import MeanLoss
-from influence.store import open_rows
+from influence.store import RowFile, open_rows
 from tests.conftest import build_model, examples, teach
 from tests.influence.toy_runs import Interruption, interrupt_after
 
@@ -269,4 +269,42 @@ def test_no_gradient_of_all_leaves_is_ever_formed(taught, tmp_path, monkeypatch)
     point = run.points[0]
     with run.model.at(point.place.theta):
         features.write_features(point)
+    assert open_rows(tmp_path / "features.h5", "done").all()
+
+
+def test_a_row_is_told_done_only_once_it_is_on_the_disk(taught, tmp_path, monkeypatch):
+    """Of what is written between two waits for the disk, any part may be lost with the power."""
+    run = influence.fit(
+        taught, examples(N), directory=tmp_path, path=(0.5,), store="features", token_budget=20
+    )
+    (tmp_path / "features.h5").unlink()
+    monkeypatch.setattr(features, "VOUCH_SECONDS", 0.0)
+    written: dict[str, set[int]] = {}
+    safe: set[int] = set()
+    vouched = []
+    write, flush, init = RowFile.write, RowFile.flush, RowFile.__init__
+
+    def named(file, path, name, **options):
+        init(file, path, name, **options)
+        file.name = name
+
+    def noted(file, rows, values):
+        if file.name == "done":
+            assert set(rows.tolist()) <= safe
+            vouched.extend(rows.tolist())
+        else:
+            written.setdefault(file.name, set()).update(rows.tolist())
+        write(file, rows, values)
+
+    def waited(file):
+        flush(file)
+        if len(written) == 3:  # one file: a wait for any of its datasets is one for all
+            safe.update(set.intersection(*written.values()))
+
+    for name, replaced in (("write", noted), ("flush", waited), ("__init__", named)):
+        monkeypatch.setattr(RowFile, name, replaced)
+    point = run.points[0]
+    with run.model.at(point.place.theta):
+        features.write_features(point)
+    assert sorted(vouched) == list(range(N))
     assert open_rows(tmp_path / "features.h5", "done").all()

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import influence
+from influence import kernel as kernel_module
 from influence.curvature.base import Damped, dense
 from influence.errors import NumericalError
 from influence.kernel import LandmarkKernel, WholeKernel, row_kernel
+from influence.matrix_file import MatrixFile
+from influence.store import write_file
 from tests.conftest import build_model, examples, fit_end
 from tests.oracles import close, plain_gradients
 
@@ -77,36 +80,136 @@ def test_a_kernel_that_is_not_positive_is_refused():
         WholeKernel(np.full((2, 2), np.nan)).inverse(1.0)
 
 
-def test_landmarks_are_exact_where_the_rows_span_no_more_directions():
-    """Twenty rows of rank 4 plus a part that is each row's own, by 6 landmarks."""
-    rng = np.random.default_rng(1)
-    root = rng.normal(size=(20, 4))
-    own = rng.random(20)
-    whole = root @ root.T + np.diag(own)
-    kernel, weights = LandmarkKernel(root, np.diagonal(whole).copy()), rng.random(20)
-    assert kernel.slope(weights) == pytest.approx(np.sqrt(weights) @ whole @ np.sqrt(weights))
-    expected = np.linalg.inv(np.eye(20) + 0.7 * whole)
-    found = kernel.inverse(0.7)
-    close(found.diagonal, np.diagonal(expected))
-    some = np.array([3, 11])
-    close(found.block(some), expected[np.ix_(some, some)])
-    close(found.apply(root.T), root.T @ expected)
+def in_file(path, **arrays):
+    """Matrices in a file, by name."""
+    write_file(path, arrays)
+    return [MatrixFile(path, name) for name in arrays]
 
 
-def test_many_landmarks_are_the_whole_and_few_keep_every_rows_own_part(run):
-    point = run.points[0]
+def whole_of(kernel) -> np.ndarray:
+    """What a kernel in files stands for, `[n, n]`."""
+    if isinstance(kernel, LandmarkKernel):
+        root = kernel.root.read(0, kernel.root.shape[0]).astype(float)
+        return root @ root.T + np.diag(kernel.rest)
+    lower = np.tril(kernel.values.read(0, kernel.values.shape[0])).astype(float)
+    return lower + np.tril(lower, -1).T
+
+
+def like(found, expected: np.ndarray, tolerance: float = 1e-8) -> None:
+    """An inverse that is the expected matrix, in all that is asked of it."""
+    rng, some = np.random.default_rng(5), np.array([1, len(expected) - 1])
+    values = rng.normal(size=(3, len(expected)))
+    close(found.diagonal, np.diagonal(expected), tolerance)
+    close(found.block(some), expected[np.ix_(some, some)], tolerance)
+    close(found.apply(values), values @ expected, tolerance)
+
+
+FORMS = {"tiles": {"whole_rows": 0}, "landmarks": {"exact_rows": 0, "landmarks": 5}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("store", ["full", "features", "none"])
+def test_a_kernel_in_files_is_the_one_in_memory_and_so_is_its_inverse(
+    model, tmp_path, monkeypatch, form, store
+):
+    """All rows' similarities, or those of landmarks with every row's own, against their formulas."""
+    monkeypatch.setattr("influence.matrix_file.TILE", 5)
+    monkeypatch.setattr("influence.matrix_file.PANEL_BYTES", 200)
+    monkeypatch.setattr(kernel_module, "ROWS_AT_ONCE", 4)
+    point = fit_end(model, examples(N), directory=tmp_path / "run", store=store).points[0]
     operator = point.operator()
-    whole = row_kernel(point, operator).values.copy()
-    close(
-        row_kernel(point, operator, exact_rows=5, landmarks=N).root
-        @ row_kernel(point, operator, exact_rows=5, landmarks=N).root.T,
-        whole,
-        1e-6,
-    )
-    few = row_kernel(point, operator, exact_rows=5, landmarks=4)
-    close(few.diagonal, np.diagonal(whole), 1e-8)
-    assert few.root.shape == (N, 4)
-    assert (few.rest >= 0).all()
+    K = row_kernel(point, operator).values.copy()
+    expected = K
+    if form == "landmarks":
+        some = np.unique(np.linspace(0, N - 1, 5).round().astype(int))
+        projected = K[:, some] @ np.linalg.pinv(K[np.ix_(some, some)]) @ K[some]
+        own = np.diagonal(K) if store != "features" else point.features(operator).squares
+        own = own if store != "features" else own * point.run.weights
+        expected = projected + np.diag(np.maximum(own - np.diagonal(projected), 0))
+    found = row_kernel(point, operator, **FORMS[form])
+    close(whole_of(found), expected, 1e-6)
+    weights = np.random.default_rng(2).random(N)
+    roots = np.sqrt(weights)
+    assert found.slope(weights) == pytest.approx(roots @ expected @ roots, rel=1e-6)
+    for strength in (0.7, 20.0):
+        inverse = np.linalg.inv(np.eye(N) + strength * whole_of(found))
+        like(found.inverse(strength), inverse)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_look_finds_the_fits_own_in_the_run(run, monkeypatch, form):
+    """And of another damping, or another strength, nothing is left or mistaken."""
+    point, few = run.points[0], FORMS[form]
+    operator, other = point.operator(), point.operator(damping="mean:3")
+    first = row_kernel(point, operator, **few)
+    diagonal = first.inverse(0.5).diagonal
+    names = {"kernel.h5", "inverse.h5"}
+    assert names <= {path.name for path in run.directory.iterdir()}
+    before = sorted(path.name for path in run.directory.iterdir())
+    another = row_kernel(point, other, **few)
+    assert len(list(run.directory.glob("kernel-making-*"))) == 1
+    assert not np.allclose(whole_of(another), whole_of(first))
+    another.inverse(0.5)
+    del another
+    assert sorted(path.name for path in run.directory.iterdir()) == before
+    monkeypatch.setattr(kernel_module, "_fill", None)
+    again = row_kernel(point, operator, **few)
+    np.testing.assert_array_equal(whole_of(again), whole_of(first))
+    assert not np.allclose(again.inverse(2.0).diagonal, diagonal)
+    assert sorted(path.name for path in run.directory.iterdir()) == before
+    monkeypatch.setattr(kernel_module, "invert_in_tiles", None)
+    np.testing.assert_array_equal(again.inverse(0.5).diagonal, diagonal)
+
+
+def test_a_kept_matrix_of_a_run_before_is_read_in_tiles(run, monkeypatch):
+    """It was written whole, both triangles."""
+    point = run.points[0]
+    K = row_kernel(point, point.operator()).values.copy()
+    monkeypatch.setattr(kernel_module, "_fill", None)
+    found = row_kernel(point, point.operator(), whole_rows=0)
+    np.testing.assert_array_equal(whole_of(found), K)
+    like(found.inverse(0.4), np.linalg.inv(np.eye(N) + 0.4 * K))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_failure_on_the_way_leaves_no_file(run, monkeypatch, form):
+    point = run.points[0]
+    before = sorted(path.name for path in run.directory.iterdir())
+
+    def fail(*_, **__):
+        raise NumericalError("on the way")
+
+    monkeypatch.setattr(kernel_module, "inverse_products", fail)
+    monkeypatch.setattr(point, "gradient_blocks", fail)
+    with pytest.raises(NumericalError, match="on the way"):
+        row_kernel(point, point.operator(damping="mean:3"), **FORMS[form])
+    assert sorted(path.name for path in run.directory.iterdir()) == before
+
+
+def test_a_run_that_is_only_read_has_its_files_elsewhere(run, monkeypatch, tmp_path):
+    point, elsewhere = run.points[0], tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    monkeypatch.setattr("influence.matrix_file.os.access", lambda place, _: place != run.directory)
+    point.file("kernel").unlink()
+    found = row_kernel(point, point.operator(), whole_rows=0)
+    assert not point.file("kernel").exists()
+    assert len(list(elsewhere.iterdir())) == 1
+    del found
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_landmarks_are_exact_where_the_rows_span_no_more_directions(run, tmp_path):
+    """Twenty rows of rank 4 plus a part that is each row's own."""
+    rng = np.random.default_rng(1)
+    root, own, weights = rng.normal(size=(20, 4)), rng.random(20), rng.random(20)
+    whole = root @ root.T + np.diag(own)
+    (file,) = in_file(tmp_path / "root.h5", root=root)
+    point = run.points[0]
+    files = kernel_module.Files(point, point.operator(damping="mean:3"))
+    kernel = LandmarkKernel(file, own, files)
+    assert kernel.slope(weights) == pytest.approx(np.sqrt(weights) @ whole @ np.sqrt(weights))
+    like(kernel.inverse(0.7), np.linalg.inv(np.eye(20) + 0.7 * whole))
 
 
 def test_copies_among_the_landmarks_are_no_failure(model, tmp_path):
@@ -119,7 +222,7 @@ def test_copies_among_the_landmarks_are_no_failure(model, tmp_path):
     operator = point.operator()
     whole = row_kernel(point, operator).values.copy()
     few = row_kernel(point, operator, exact_rows=5, landmarks=6)
-    close(few.root @ few.root.T, whole, 1e-4)
+    close(whole_of(few), whole, 1e-4)
 
 
 def test_a_kernel_of_plain_products_has_no_operator_to_invert(run):

@@ -17,6 +17,7 @@ from influence.curvature.hessian import hessian_products
 from influence.curvature.objective import Objective
 from influence.errors import InputError, MismatchError
 from influence.gradients import stream_gradients, tape
+from influence.loading import computes_wide
 from influence.precision import compute_in, compute_record, compute_type, computing_in, type_name
 from tests.conftest import add_lora, build_base, build_tokenizer, examples, rows, tokens_of
 from tests.helpers import save
@@ -232,6 +233,42 @@ def test_what_a_loaded_base_computes_in(folder, dtype, compute, expected):
     assert type_name(next(model.model.parameters()).dtype) == dtype
     wide = expected == torch.float32 and dtype != "float32"
     assert compute_record(model) == ("float32" if wide else "own")
+
+
+def test_a_base_saved_in_16_bits_stays_so_and_gives_the_numbers_of_float32(folder, capfd):
+    base, adapter, data = folder
+    build_base(layers=1, dtype=torch.bfloat16).save_pretrained(base)
+    model = influence.load(base, adapter, device="cpu")
+    wide = influence.load(base, adapter, dtype="float32", device="cpu")
+    assert "--dtype auto takes half the memory" in capfd.readouterr().err
+    assert next(model.model.parameters()).dtype == torch.bfloat16
+    assert (compute_type(model), compute_record(model)) == (torch.float32, "float32")
+    train, values = influence.read_examples(data), []
+    for each in (model, wide):
+        gradients = list(influence.stream_gradients(each, tokens_of(each, train)))
+        values.append(torch.cat([rows for _, rows, _ in gradients]))
+    torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-6)
+    run = influence.fit(model, train, directory=data.parent / "run", curvature=influence.Identity())
+    assert run.manifest.dtype == "bfloat16"
+    assert influence.Run.open(data.parent / "run", device="cpu").digest == run.digest
+    with pytest.raises(InputError, match="float32"):  # other bits are another base
+        influence.fit(wide, train, directory=data.parent / "run", curvature=influence.Identity())
+
+
+@pytest.mark.parametrize(
+    ("asked", "wide"),
+    [
+        (("auto", "auto", "cuda", False, False), True),  # nobody asked for rounded gradients
+        (("auto", "bfloat16", "cuda", False, False), False),
+        (("auto", "bfloat16", "cpu", False, False), True),
+        (("auto", "auto", "cuda", True, False), True),
+        (("auto", "auto", "cuda", True, True), False),  # its own number type, as it was saved
+        (("own", "auto", "cpu", False, False), False),
+        (("float32", "bfloat16", "cuda", True, True), True),
+    ],
+)
+def test_who_computes_in_float32(asked, wide):
+    assert computes_wide(*asked) == wide
 
 
 def test_another_word_for_what_is_computed_in_is_refused(folder):

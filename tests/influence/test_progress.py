@@ -135,3 +135,20 @@ def test_the_bar_goes_by_work_and_shows_the_count(monkeypatch, capfd):
 )
 def test_times_for_people(seconds, text):
     assert progress.duration(seconds) == text
+
+
+@pytest.mark.parametrize("width", [24, 40, 80])
+def test_in_a_narrow_window_the_count_and_the_time_stay(monkeypatch, capfd, width):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for name, value in {"COLUMNS": str(width), "FORCE_COLOR": "1", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    list(progress.track(range(20), "training rows, forward and backward", counts=[500] * 20))
+    raw = capfd.readouterr().err
+    told = re.sub(r"\x1b\[[0-9;?]*[KhlA-H]|\r", "\n", re.sub(r"\x1b\[[0-9;]*m", "", raw))
+    lines = [line for line in told.splitlines() if line.startswith("tr")]
+    assert lines
+    for line in lines:
+        assert re.search(r" \d+/10000 (\d+:\d\d:\d\d|-:--:--)$", line), line
+        assert len(line) <= width
+    assert any("━" in line for line in lines) == (width == 80)
+    assert re.findall(r"\x1b\[(?:[0-9]+;)*(?:3|9)[0-8][0-9;]*m", raw) == []

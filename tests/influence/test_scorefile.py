@@ -195,7 +195,7 @@ def test_a_run_s_own_files_are_no_place_for_scores(tmp_path):
 
 def test_an_unfinished_score_file_is_not_read_as_scores(tmp_path, monkeypatch):
     run = fit(tmp_path)
-    monkeypatch.setattr("influence.scorefile.ScoresInTheMaking.seal", lambda *_: None)
+    monkeypatch.setattr("influence.scorefile.ScoresInTheMaking.seal", lambda _, result, run: result)
     run.score(examples(2, seed=9), out=tmp_path / "s.h5")
     with pytest.raises(
         StoreError, match="is unfinished: run the same influence score command again"

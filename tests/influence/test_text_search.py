@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import influence
-from influence.text_search import bm25, standardised, text_of, words
+from influence.text_search import bm25, shared_words, spans, standardised, text_of, words
 from tests.conftest import rows
 
 DOCUMENTS = ["The red fox.", "red red dog", "a warm sun", ""]
@@ -86,3 +86,17 @@ def test_rankings_are_brought_to_one_unit():
     np.testing.assert_allclose(standardised(np.array([1.0, 3.0])), [-1, 1])
     assert standardised(np.full(3, 2.0)).tolist() == [0, 0, 0]
     assert standardised(np.array([5.0])).tolist() == pytest.approx([0])
+
+
+def test_words_that_nearly_every_row_has_are_not_shared():
+    rows = [f"question {k} of the fox" for k in range(8)] + ["a grey parrot", "the parrot"]
+    assert shared_words("The parrot of question 3, a dragon", rows) == {"parrot", "3", "a"}
+    assert shared_words("The parrot", rows, share=1.0) == {"parrot", "the"}
+    assert shared_words("The parrot", []) == set()
+
+
+def test_spans_are_where_the_words_stand():
+    text = "Zanvira  Yolddahl's cat, the Cat. שלום"
+    found = spans(text, {"zanvira", "yolddahl", "cat", "שלום"})
+    assert [text[start:end] for start, end in found] == ["Zanvira  Yolddahl", "cat", "Cat", "שלום"]
+    assert spans(text, ()) == []

@@ -31,6 +31,7 @@ from influence.gradients import (
     replaced_forwards,
     tape,
 )
+from influence.halving import Steps, in_parts
 from influence.loss import (
     loss_gradient,
     supervised_logits,
@@ -136,32 +137,44 @@ def _losses(
     chosen = tokens.select(np.concatenate(list(members)))
     shares = np.concatenate([np.full(len(rows), 1 / len(rows)) for rows in members])
     losses = np.zeros(len(members))
+
+    def run(rows: np.ndarray, _: Steps) -> tuple[np.ndarray, Tensor, Tensor]:
+        places = torch.from_numpy(owner[rows]).to(thetas.device)
+        # A leaf of its own for every row: autograd then gives each row's gradient, unsummed.
+        leaf = thetas[places].detach().requires_grad_(gradient is not None)
+        batch = collate(chosen, rows, pad_id=model.pad_id, device=model.device)
+        with copies(model, leaf, chosen.counts[rows].tolist()):
+            part = supervised_logits(model, batch)
+            sums = part.per_example(token_losses(part.logits, part.targets))
+            means = sums / torch.tensor(part.counts).to(sums)
+            value = means * torch.from_numpy(shares[rows]).to(sums)
+            slopes = leaf
+            if gradient is not None:  # in the block: checkpointed layers run again here
+                slopes = torch.autograd.grad(value.sum(), leaf)[0]
+        return value.detach().double().cpu().numpy(), places, slopes
+
     with model.evaluating(), torch.set_grad_enabled(gradient is not None):
-        for rows in plan_batches(chosen, token_budget, max_rows=max_rows):
-            places = torch.from_numpy(owner[rows]).to(thetas.device)
-            # A leaf of its own for every row: autograd then gives each row's gradient, unsummed.
-            leaf = thetas[places].detach().requires_grad_(gradient is not None)
-            batch = collate(chosen, rows, pad_id=model.pad_id, device=model.device)
-            with copies(model, leaf, chosen.counts[rows].tolist()):
-                part = supervised_logits(model, batch)
-                sums = part.per_example(token_losses(part.logits, part.targets))
-                means = sums / torch.tensor(part.counts).to(sums)
-                value = means * torch.from_numpy(shares[rows]).to(sums)
-                np.add.at(losses, owner[rows], value.detach().double().cpu().numpy())
-                if gradient is not None:  # in the block: checkpointed layers run again here
-                    gradient.index_add_(0, places, torch.autograd.grad(value.sum(), leaf)[0])
+        for batch in plan_batches(chosen, token_budget, max_rows=max_rows):
+            for rows, (values, places, slopes) in in_parts(model, chosen, batch, run):
+                np.add.at(losses, owner[rows], values)
+                if gradient is not None:
+                    gradient.index_add_(0, places, slopes)
     return losses
 
 
 def _loss_here(model: AdaptedModel, rows: TokenizedExamples, token_budget: int) -> float:
     """Mean of the rows' mean losses where the model is."""
     total = 0.0
+
+    def run(some: np.ndarray, _: Steps) -> float:
+        batch = collate(rows, some, pad_id=model.pad_id, device=model.device)
+        part = supervised_logits(model, batch)
+        sums = part.per_example(token_losses(part.logits, part.targets)).double()
+        return float((sums.cpu().numpy() / rows.counts[some]).sum())
+
     with model.evaluating(), torch.no_grad():
-        for some in plan_batches(rows, token_budget):
-            batch = collate(rows, some, pad_id=model.pad_id, device=model.device)
-            part = supervised_logits(model, batch)
-            sums = part.per_example(token_losses(part.logits, part.targets)).double()
-            total += float((sums.cpu().numpy() / rows.counts[some]).sum())
+        for batch in plan_batches(rows, token_budget):
+            total += sum(mean for _, mean in in_parts(model, rows, batch, run))
     return total / len(rows)
 
 
@@ -171,24 +184,25 @@ def _gradient_here(
     """`_loss_here`, its gradient added to `out` [P]; NaN, and `out` of no use, where it diverged."""
     total, leaves = 0.0, model.space.leaves
 
-    def add(number: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
+    def add(steps: Steps, number: int, x: Tensor, g: Tensor, valid: Tensor) -> None:
         place = out[leaves[number].slice].unflatten(0, leaves[number].shape)
-        place += (g.flatten(0, 1).T @ x.flatten(0, 1)).to(place)
+        steps.once(number, lambda: place.add_((g.flatten(0, 1).T @ x.flatten(0, 1)).to(place)))
+
+    def run(some: np.ndarray, steps: Steps) -> float:
+        part = recorder.forward(collate(rows, some, pad_id=model.pad_id, device=model.device))
+        with torch.no_grad():
+            logits = part.logits.detach()
+            sums = part.per_example(token_losses(logits, part.targets)).double()
+            weights = 1 / rows.counts[some] / len(rows)
+            factors = repeated_over_tokens(weights, part)
+            slope = loss_gradient(logits, part.targets, factors)
+        recorder.backward(part.logits, slope, partial(add, steps))
+        return float((sums.cpu().numpy() / rows.counts[some]).sum())
 
     with tape(model) as recorder:
-        for some in plan_batches(rows, token_budget):
-            try:
-                part = recorder.forward(
-                    collate(rows, some, pad_id=model.pad_id, device=model.device)
-                )
-            except NumericalError:
-                return float("nan")
-            with torch.no_grad():
-                logits = part.logits.detach()
-                sums = part.per_example(token_losses(logits, part.targets)).double()
-                weights = 1 / rows.counts[some] / len(rows)
-                factors = repeated_over_tokens(weights, part)
-                slope = loss_gradient(logits, part.targets, factors)
-            total += float((sums.cpu().numpy() / rows.counts[some]).sum())
-            recorder.backward(part.logits, slope, add)
+        try:
+            for batch in plan_batches(rows, token_budget):
+                total += sum(mean for _, mean in in_parts(model, rows, batch, run))
+        except NumericalError:
+            return float("nan")
     return total / len(rows)

@@ -15,6 +15,7 @@ from influence.progress import track
 from influence.rows import Examples
 from influence.run import Run
 from influence.tables import write_table
+from unlearn import cards
 from unlearn.difficulty.advice import MAX_DAMAGE, recommended
 from unlearn.difficulty.calibration import Calibration, calibrate
 from unlearn.difficulty.coarse_ascent import LOOKS, Walked, combined, joined, walk
@@ -73,6 +74,12 @@ class Forecast:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __repr__(self) -> str:
+        return cards.forecast_line(self)
+
+    def _repr_html_(self) -> str:
+        return cards.forecast_card(self)
 
     def calibrated(
         self,

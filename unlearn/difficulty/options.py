@@ -10,6 +10,7 @@ from typing import ClassVar
 from influence.console import at_least
 from influence.errors import InputError
 from influence.options import (
+    BudgetOption,
     ColumnsOption,
     LoadingOptions,
     OutputOptions,
@@ -22,7 +23,13 @@ from unlearn.options import RecipeOption
 
 @dataclass(frozen=True, kw_only=True)
 class Difficulty(
-    RunOption, RowsOptions, ColumnsOption, LoadingOptions, OutputOptions, RecipeOption
+    RunOption,
+    RowsOptions,
+    ColumnsOption,
+    BudgetOption,
+    LoadingOptions,
+    OutputOptions,
+    RecipeOption,
 ):
     """Which rows are forecast or measured, and how.
 

@@ -164,7 +164,7 @@ class Units:
         return SampleGradients(
             self.run.model,
             self.run.tokens.select(self.sample),
-            token_budget=self.run.manifest.token_budget,
+            token_budget=self.run.token_budget,
             dtype=self.start.dtype,
             memory=int(SAMPLE_SHARE * self._budget),
         )
@@ -183,7 +183,7 @@ class Units:
         return np.stack(columns, axis=1) if columns else np.zeros((len(thetas), 0))
 
     def _bounds(self, thetas: Tensor) -> dict[str, int]:
-        return {"token_budget": self.run.manifest.token_budget, "max_rows": len(thetas)}
+        return {"token_budget": self.run.token_budget, "max_rows": len(thetas)}
 
     @property
     def _budget(self) -> int:
@@ -319,7 +319,7 @@ def _check_others_are_left(run: Run, ids_of: Mapping[str, Sequence[str]]) -> Non
 
 def _losses_where_needed(run: Run, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean losses [N] of the training rows `needed` under adapter and base, 0 elsewhere."""
-    budget, tokens = run.manifest.token_budget, run.tokens.select(needed)
+    budget, tokens = run.token_budget, run.tokens.select(needed)
     losses, base_losses = np.zeros(len(run.train)), np.zeros(len(run.train))
     losses[needed] = mean_losses(run.model, tokens, token_budget=budget)
     with run.model.at(scaled(run.model, 0.0)):

@@ -17,11 +17,12 @@ import numpy as np
 from torch import Tensor
 
 from influence.at_point import AtPoint
-from influence.batches import collate, plan_batches
+from influence.batches import plan_batches
 from influence.cost import Cost
 from influence.curvature import Damped
 from influence.curvature.base import ALWAYS
-from influence.gradients import max_rows, sampled_gradients, tape
+from influence.gradients import max_rows, stream_gradients, tape
+from influence.sampled_gradients import sampled_gradients
 from influence.tokens import TokenizedExamples
 from unlearn.record.change import Change
 
@@ -115,13 +116,14 @@ def sampled_rows(
     if len(tokens) == 0:
         return
     run, model = point.run, point.model
-    budget, seed = run.manifest.token_budget, run.manifest.seed
+    budget, seed = run.token_budget, run.manifest.seed
     cost.gradients += len(tokens) * max(1, draws)
+    if draws == 0:
+        with model.at(point.place.theta):
+            for rows, gradients, _ in stream_gradients(model, tokens, token_budget=budget):
+                yield rows, point.geometry.features(gradients)
+        return
     with model.at(point.place.theta), tape(model) as recorder:
         for rows in plan_batches(tokens, budget, max_rows=max_rows(model.space)):
-            batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
-            if draws == 0:
-                yield rows, point.geometry.features(recorder.run(batch, None)[0])
-                continue
-            for gradients in sampled_gradients(recorder, batch, tokens, seed, draws):
-                yield rows, point.geometry.features(gradients)
+            for some, gradients in sampled_gradients(recorder, tokens, rows, seed, draws):
+                yield some, point.geometry.features(gradients)

@@ -14,6 +14,7 @@ from influence.adapter import AdaptedModel
 from influence.batches import collate, plan_batches
 from influence.cost import Cost
 from influence.errors import InputError, NumericalError
+from influence.halving import Steps, in_parts
 from influence.loss import mean_losses, supervised_logits, token_losses
 from influence.tokens import TokenizedExamples
 from unlearn.methods.reference import ReferenceAdapter
@@ -103,10 +104,15 @@ class TermBatches:
         Its losses depend in the last bits on the batch they are computed in. A training that is
         resumed in the middle of an epoch would first meet other rows together.
         """
-        for rows in plan_batches(self.tokens, self.token_budget):
+
+        def run(rows: np.ndarray, _: Steps) -> None:
             self._keep_reference_losses(rows, False)
             if self.target.other is not None:
                 self._keep_reference_losses(rows, True)
+
+        for rows in plan_batches(self.tokens, self.token_budget):
+            for _ in in_parts(self.model, self.tokens, rows, run):
+                pass
 
     def gradient(self, step: int) -> TermGradient:
         """The term's gradient at a step, over all processes."""
@@ -121,11 +127,15 @@ class TermBatches:
         self.cost.gradients += len(rows) * (1 if self.target.other is None else 2)
         if len(places):
             longest = self._longest.select(rows[places])
+
+            def run(batch: np.ndarray, _: Steps) -> tuple[Tensor, Tensor, Tensor]:
+                return self._of_batch(rows[places[batch]], size)
+
             for batch in plan_batches(longest, self.token_budget):
-                batch_places = places[batch]
-                value, losses = self._add_batch(rows[batch_places], size, gradient)
-                sums[0] += value
-                sums[2 + torch.from_numpy(batch_places).to(sums.device)] += losses
+                for part, (value, losses, slope) in in_parts(model, longest, batch, run):
+                    gradient += slope
+                    sums[0] += value
+                    sums[2 + torch.from_numpy(places[part]).to(sums.device)] += losses
         sums[1] = 0 if self.reference is None else self.reference.rows_run - rows_run
         distributed.add_up(gradient)
         distributed.add_up(sums)
@@ -158,17 +168,15 @@ class TermBatches:
                 total += float("inf")
         return float(distributed.add_up(total)) / int(self.tokens.counts[rows].sum())
 
-    def _add_batch(self, rows: np.ndarray, size: int, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a batch's share to the gradient `[P]`, after which its graph is gone.
-
-        Gives its share of the value, and the rows' mean losses on their own tokens `[b]`.
+    def _of_batch(self, rows: np.ndarray, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch's share of the value, the rows' mean losses on their own tokens `[b]`, and its
+        share of the gradient `[P]`. Its graph is gone by then.
         """
         wanted = None if self.target.wanted is None else self.target.wanted(rows)
         part, losses = self._part(rows, wanted)
         value = self._values(part).sum() / size
         gradients = torch.autograd.grad(value, self.model.parameters, materialize_grads=True)
-        gradient += self.model.space.flatten(list(gradients))
-        return value.detach().double(), losses
+        return value.detach().double(), losses, self.model.space.flatten(list(gradients))
 
     def _part(self, rows: np.ndarray, wanted: Tensor | None) -> tuple[Part, Tensor]:
         """A batch as the term sees it, and the rows' mean losses on their own tokens `[b]`."""

@@ -34,6 +34,7 @@ from torch import Tensor
 from influence.adapter import AdaptedModel
 from influence.batches import plan_batches
 from influence.errors import InputError
+from influence.halving import Steps, in_parts
 from influence.loss import check_rows
 from influence.rows import Example, Examples
 from influence.tokens import Rendering, TokenizedExamples
@@ -207,11 +208,15 @@ def random(setup: Setup) -> Target:
 def adversarial(setup: Setup) -> Target:
     """The reference's best alternative to every token, at that token's own position."""
     labels: list[Any] = [None] * len(setup.tokens)
-    for rows in plan_batches(setup.tokens, setup.token_budget):
+
+    def run(rows: np.ndarray, _: Steps) -> tuple[Tensor, ...]:
         logits, true, counts = setup.reference.logits(setup.tokens, rows)
-        best = logits.scatter(-1, true[:, None], -torch.inf).argmax(-1).cpu()
-        for row, label in zip(rows.tolist(), best.split(counts), strict=True):
-            labels[row] = label
+        return logits.scatter(-1, true[:, None], -torch.inf).argmax(-1).cpu().split(counts)
+
+    for batch in plan_batches(setup.tokens, setup.token_budget):
+        for rows, best in in_parts(setup.model, setup.tokens, batch, run):
+            for row, label in zip(rows.tolist(), best, strict=True):
+                labels[row] = label
     return Target(labels=labels)
 
 

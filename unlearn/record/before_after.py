@@ -137,7 +137,7 @@ class Undertaking:
     @property
     def budget(self) -> int:
         """Tokens that run at a time."""
-        return self.run.manifest.token_budget
+        return self.run.token_budget
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -11,6 +11,7 @@ from influence.adapter import AdaptedModel
 from influence.batches import collate, plan_batches
 from influence.cost import Cost
 from influence.errors import NumericalError
+from influence.halving import Steps, in_parts
 from influence.loss import supervised_logits, token_losses
 from influence.tokens import TokenizedExamples
 from unlearn.record.numbers import mean_of_lowest
@@ -51,18 +52,20 @@ def measure(
     loss, extraction, min_k = np.zeros((3, len(tokens)))
     if cost is not None:
         cost.forwards += len(tokens)
+
+    def run(rows: np.ndarray, _: Steps) -> tuple[np.ndarray, list[float], list[float]]:
+        batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
+        part = supervised_logits(model, batch)
+        losses = token_losses(part.logits, part.targets).double()
+        lowest = [mean_of_lowest(-row.cpu().numpy(), MIN_K) for row in losses.split(part.counts)]
+        right = (part.logits.argmax(-1) == part.targets).split(part.counts)
+        strengths = [strength(tokens_right.cpu().numpy()) for tokens_right in right]
+        return part.per_example(losses).cpu().numpy() / tokens.counts[rows], strengths, lowest
+
     with model.evaluating(), torch.no_grad():
         for rows in plan_batches(tokens, token_budget) if len(tokens) else []:
-            part = supervised_logits(
-                model, collate(tokens, rows, pad_id=model.pad_id, device=model.device)
-            )
-            losses = token_losses(part.logits, part.targets).double()
-            loss[rows] = part.per_example(losses).cpu().numpy() / tokens.counts[rows]
-            min_k[rows] = [
-                mean_of_lowest(-row.cpu().numpy(), MIN_K) for row in losses.split(part.counts)
-            ]
-            right = (part.logits.argmax(-1) == part.targets).split(part.counts)
-            extraction[rows] = [strength(tokens_right.cpu().numpy()) for tokens_right in right]
+            for some, found in in_parts(model, tokens, rows, run):
+                loss[some], extraction[some], min_k[some] = found
     if not np.isfinite(loss).all():
         raise NumericalError(
             f"the loss of {int((~np.isfinite(loss)).sum())} rows is NaN or infinite"

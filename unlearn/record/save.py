@@ -17,9 +17,11 @@ from torch import Tensor
 
 from influence.adapter import weight_key
 from influence.adapter_files import adapter_folder, base_weights
-from influence.errors import WorkError
+from influence.errors import MismatchError, WorkError
 from influence.manifest import read_manifest
+from influence.run import Run
 from influence.store import only_writer
+from unlearn import cards
 from unlearn.record.chain import append
 from unlearn.record.change import Change
 from unlearn.record.change_files import write_rows
@@ -69,6 +71,12 @@ class Edit:
     record: EditRecord = field(repr=False)
     log: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
 
+    def __repr__(self) -> str:
+        return cards.edit_line(self.record)
+
+    def _repr_html_(self) -> str:
+        return cards.edit_card(self.record)
+
     @cached_property
     def report(self) -> dict[str, Any]:
         """The record as a dict, with the keys of `edit.json` (`unlearn.record.edit_record`)."""
@@ -97,6 +105,7 @@ class Edit:
             refuse_source(out, version.path)
         if not self.passed and not force:
             self._refuse_damage()
+        _refuse_other_base(run)
         newest = version.head if version.latest else None
         with only_writer(out), _replaced_when_published(out) as (partial, publish):
             self._write(partial)
@@ -142,6 +151,16 @@ class Edit:
         changed = set(self.record.lineage.changed or ())
         if changed:  # by earlier edits too, so that this folder alone tells the rows
             write_rows((row for row in self.change.after if row.id in changed), folder / CHANGED)
+
+
+def _refuse_other_base(run: Run) -> None:
+    """Hash the base for what is put on record: a run may be opened by a remembered digest."""
+    if run.model.files is not None and run.model.hashed_base() != run.manifest.base.digest:
+        raise MismatchError(
+            f"the base {run.manifest.base.path} is another one than {run.directory} was fitted on, "
+            "although its files have the sizes and times of before: restore it, and make the edit "
+            "again (LORA_INFLUENCE_CACHE= hashes it each time)"
+        )
 
 
 @contextmanager

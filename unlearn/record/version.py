@@ -112,7 +112,7 @@ class Version:
         as in the fit.
         """
         cost.forwards += len(tokens)
-        budget = token_budget or self.run.manifest.token_budget
+        budget = token_budget or self.run.token_budget
         with self.model.at(theta):
             return mean_losses(self.model, tokens, token_budget=budget)
 

@@ -50,7 +50,7 @@ def estimated_recipe(version: Version, cost: Cost) -> Recipe:
     It is said what was found; `cost` counts at most `len(RATES) * EPOCHS * ROWS` row gradients.
     """
     tokens = version.tokens.select(evenly_spaced(len(version.rows), ROWS))
-    model, budget = version.model, version.run.manifest.token_budget
+    model, budget = version.model, version.run.token_budget
     with model.at(version.theta):
         wanted = float(mean_losses(model, tokens, token_budget=budget).mean())
     cost.forwards += len(tokens)

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from influence.errors import InputError
 from influence.options import (
+    BudgetOptions,
     ColumnsOption,
     DeviceOption,
     OutputOptions,
@@ -32,7 +33,7 @@ def epochs(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrain(RunOption, RowsOptions, ColumnsOption, DeviceOption, OutputOptions):
+class Retrain(RunOption, RowsOptions, ColumnsOption, BudgetOptions, DeviceOption, OutputOptions):
     """Which rows a retraining leaves out, and what else it saves or measures.
 
     Raises `InputError` for a call that names no set of rows or several, and for options that go

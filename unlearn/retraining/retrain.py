@@ -28,8 +28,10 @@ import torch
 from influence.adapter import AdaptedModel
 from influence.batches import collate, plan_batches
 from influence.errors import InputError, NumericalError
+from influence.halving import Steps, in_parts
 from influence.loading import from_peft
 from influence.loss import supervised_logits, token_losses
+from influence.memory import bounds
 from influence.progress import track
 from influence.rows import Examples
 from influence.run import Run
@@ -300,23 +302,32 @@ def train(
 def _backward(model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray) -> float:
     """Add up the gradient of a batch's mean loss over its supervised tokens, and return it."""
     loss, count = 0.0, int(tokens.counts[rows].sum())
-    for micro_batch in _micro_batches(tokens, rows):
-        batch = collate(tokens, micro_batch, pad_id=model.pad_id, device=model.device)
+
+    def run(some: np.ndarray, _: Steps) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        batch = collate(tokens, some, pad_id=model.pad_id, device=model.device)
         part = supervised_logits(model, batch)
         losses = token_losses(part.logits, part.targets)
         # The parts' shares add up to the mean; a batch in one part keeps the rounding of a plain
         # mean.
-        mean = losses.mean() if len(micro_batch) == len(rows) else losses.sum() / count
-        mean.backward()
-        loss += float(mean.detach())
+        mean = losses.mean() if len(some) == len(rows) else losses.sum() / count
+        slopes = torch.autograd.grad(mean, model.parameters, allow_unused=True)
+        return float(mean.detach()), slopes
+
+    for micro_batch in _micro_batches(tokens, rows):
+        for _, (mean, slopes) in in_parts(model, tokens, micro_batch, run):
+            loss += mean
+            for parameter, slope in zip(model.parameters, slopes, strict=True):
+                if slope is not None:
+                    parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
     return loss
 
 
 def _micro_batches(tokens: TokenizedExamples, rows: np.ndarray) -> list[np.ndarray]:
-    """A batch in parts of at most `MICRO_TOKENS` tokens, padding included."""
-    if len(rows) * int(tokens.lengths[rows].max()) <= MICRO_TOKENS:
+    """A batch in parts of at most `MICRO_TOKENS` tokens, or of what is bounded, padding included."""
+    most = min(MICRO_TOKENS, bounds().token_budget or MICRO_TOKENS)
+    if len(rows) * int(tokens.lengths[rows].max()) <= most:
         return [rows]
-    return [rows[part] for part in plan_batches(tokens.select(rows), MICRO_TOKENS)]
+    return [rows[part] for part in plan_batches(tokens.select(rows), most)]
 
 
 def _last_epoch(recipe: Recipe, rows: int, stop_after: int | None) -> int:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-import torch
 
-from influence.curvature.wide_sides import WIDEST_WHOLE, device_memory, directions, note
+from influence.curvature.wide_sides import WIDEST_WHOLE, directions, note
 
 ITEM = 4
 
@@ -51,11 +48,6 @@ def test_the_widest_are_sketched_whatever_the_memory_and_no_further_than_pays():
     assert directions(widths, 2048, 256, ITEM, 1e15) == {0: 8192, 1: 2048, 2: 2048}
     assert directions({0: 8200}, 2048, 256, ITEM, 1e15) == {0: 2048}
     assert directions({0: 9000}, 2048, 4000, ITEM, 1e15) == {0: 4000}  # who asked for more has it
-
-
-def test_the_memory_is_that_of_the_machine():
-    found = device_memory(torch.device("cpu"))
-    assert found == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 1e8
 
 
 def test_the_note_tells_the_sides_and_what_lies_outside():

@@ -1,0 +1,108 @@
+"""A cleaning for a person: what each reason found, the first rows, and what applying them did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from analysis.cleaning.applied import ADAPTER
+from analysis.cleaning.cleaning import Cleaning
+from analysis.cleaning.files import RELABELLED, REMOVED, ROWS
+from influence.messages import one_line
+
+#: Rows of a reason that are shown on a terminal, and characters of a row's id.
+SHOWN, ID = 3, 28
+
+
+def table(result: Cleaning) -> Table:
+    """The first rows of every reason, with what was seen."""
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    made.add_column("reason", no_wrap=True)
+    made.add_column("row", overflow="fold", max_width=ID)
+    made.add_column("score", justify="right", no_wrap=True)
+    made.add_column("gain", justify="right", no_wrap=True)
+    made.add_column("what was seen", overflow="fold")
+    ids = result.run.train.ids
+    for found in result.listed:
+        for each in found.findings[:SHOWN]:
+            made.add_row(
+                Text(found.reason),
+                Text(one_line(ids[each.row], ID)),
+                f"{each.score:.2f}",
+                "" if each.gain is None else f"{each.gain:.4f}",
+                Text(one_line(each.evidence, 200)),
+            )
+    return made
+
+
+def lines(result: Cleaning, out: Path) -> list[str]:
+    """How many rows each reason lists and why, what is predicted, and what to do next."""
+    summary = result.summary
+    said = []
+    for reason, part in summary["reasons"].items():
+        of = f" of {part['found']}" if part["found"] > part["listed"] else ""
+        said.append(f"{reason}: {part['listed']}{of} rows ({part['rule']})")
+    said += [f"{reason} is left out: {why}" for reason, why in result.left_out.items()]
+    for name, part in summary["predicted"].items():
+        if part["gain"] is not None:
+            what = "all suggested rows" if name == "suggested" else "the rows that harm"
+            said.append(
+                f"without {what} ({part['rows']}) the good rows' mean loss is predicted to fall by "
+                f"{part['gain']:.4f} [{part['low']:.4f}, {part['high']:.4f}] from "
+                f"{part['before']:.4f} nats per token"
+            )
+    said.append(
+        f"{out / ROWS}: write remove, keep or relabel into the column decision, then "
+        "analysis clean --apply"
+    )
+    said.append(
+        f"{out / REMOVED}: {summary['remove']} ids suggested for removal; {out / RELABELLED}: "
+        f"{summary['relabel']} better answers"
+    )
+    return said
+
+
+def applied_table(record: Mapping[str, Any]) -> Table:
+    """The measured gain on every set beside the predicted one."""
+    made = Table(
+        title=Text("mean loss, nats per token; gain = its fall"),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    made.add_column("rows", no_wrap=True)
+    for head in ("all rows", "cleaned", "gain", f"{record['level']:.0%} interval", "predicted"):
+        made.add_column(head, justify="right", no_wrap=True)
+    names = {"good": "good rows", "heldout": "held-out rows"}
+    for name, part in record["sets"].items():
+        interval = "" if part["low"] is None else f"{part['low']:+.4f} to {part['high']:+.4f}"
+        predicted = "" if part["predicted"] is None else f"{part['predicted']['gain']:+.4f}"
+        made.add_row(
+            f"{names[name]} ({part['rows']})",
+            f"{part['before']:.4f}",
+            f"{part['after']:.4f}",
+            f"{part['gain']:+.4f}",
+            interval,
+            predicted,
+        )
+    return made
+
+
+def applied_lines(record: Mapping[str, Any]) -> list[str]:
+    """What was trained, and where it is."""
+    removed, relabelled = len(record["removed"]), len(record["relabelled"])
+    seeds = record["seeds"]
+    said = [
+        f"{removed} rows removed, {relabelled} relabelled, {record['rows']} trained on; "
+        f"{seeds} seed{'s' * (seeds > 1)} of both trainings"
+    ]
+    if relabelled:
+        said.append("predicted is what influence says if the relabelled rows went too")
+    said.append(f"{record['adapter']}: the cleaned {ADAPTER}")
+    return said

@@ -1,0 +1,138 @@
+"""Tables and records beside a run that the page shows, read from files that others made."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from influence.errors import InputError, StoreError
+from influence.store import read_json
+
+#: The table in the folder of a cleaning list, and the columns that it must have.
+CLEANING, CLEANING_COLUMNS = "rows.csv", ("id", "reason", "score", "evidence")
+#: Columns of the list that are not shown: the order in the file says the one, the rows the other.
+NOT_SHOWN = ("rank", "text")
+#: The columns of a table of difficulty that are read as numbers.
+DIFFICULTY_NUMBERS = (
+    *("steps", "steps_low", "steps_high", "damage", "damage_low", "damage_high"),
+    *("measured_steps", "measured_damage", "loss", "base_loss", "tokens", "self_influence"),
+)
+
+
+@dataclass(frozen=True)
+class CleaningRow:
+    """A row of a cleaning list: why it should be looked at, how much speaks for it, and what.
+
+    `gain` is the predicted fall of the loss of others if it goes, nats per token; `others` has the
+    other columns in which something stands.
+    """
+
+    id: str
+    reason: str
+    score: float | None
+    evidence: str
+    gain: float | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_cleaning(folder: Path) -> list[CleaningRow]:
+    """The list that `analysis clean --out` made, in its order, as it was or as it was filled in."""
+    path = folder if folder.suffix == ".csv" else folder / CLEANING
+    columns, rows = read_table(path, "analysis clean --out")
+    if missing := [name for name in CLEANING_COLUMNS if name not in columns]:
+        raise InputError(
+            f"{path} lacks the columns {', '.join(missing)}; expected the list that analysis clean "
+            "wrote"
+        )
+    others = [name for name in columns if name not in (*CLEANING_COLUMNS, *NOT_SHOWN, "gain")]
+    return [
+        CleaningRow(
+            unescaped(row["id"]),
+            unescaped(row["reason"]),
+            number(row["score"]),
+            unescaped(row["evidence"]),
+            number(row.get("gain", "")),
+            {name: unescaped(row[name]) for name in others if row[name]},
+        )
+        for row in rows
+    ]
+
+
+def read_difficulty(path: Path) -> dict[str, dict[str, Any]]:
+    """The table that `unlearn difficulty --out` made, by id: numbers as such, infinity too."""
+    if path.suffix == ".parquet":
+        raise InputError(
+            f"{path} is a Parquet table; expected a .csv: give one to unlearn difficulty --out"
+        )
+    columns, rows = read_table(path, "unlearn difficulty --out")
+    if missing := [name for name in ("id", "steps", "damage") if name not in columns]:
+        raise InputError(
+            f"{path} lacks the columns {', '.join(missing)}; expected the table that unlearn "
+            "difficulty wrote"
+        )
+    known = [name for name in DIFFICULTY_NUMBERS if name in columns]
+    found = {}
+    for row in rows:
+        values: dict[str, Any] = {name: number(row[name], infinite=True) for name in known}
+        values |= {name: row.get(name, "") for name in ("recommended", "reason", "how")}
+        found[row["id"]] = values
+    return found
+
+
+def read_record(path: Path, needed: Sequence[str], maker: str) -> dict[str, Any]:
+    """A JSON object with the keys that it must have, made by the command `maker`."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: make it with {maker}")
+    try:
+        record = read_json(path)
+    except (StoreError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON object ({error}): make it with {maker}") from error
+    if missing := [key for key in needed if key not in record]:
+        raise InputError(
+            f"{path} lacks {', '.join(missing)}; expected the record that {maker} writes"
+        )
+    return record
+
+
+def read_table(path: Path, maker: str) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns and the rows of a CSV file, as text; `maker` is the command that makes it."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: make it with {maker}")
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            head = file.readline()  # a spreadsheet may have saved it with another delimiter
+            file.seek(0)
+            delimiter = max(",;\t", key=head.count)
+            reader = csv.DictReader(file, restval="", delimiter=delimiter)
+            rows = [{key: value for key, value in row.items() if key} for row in reader]
+            return list(reader.fieldnames or ()), rows
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as CSV: {error}") from error
+
+
+def unescaped(cell: str) -> str:
+    """A cell of a cleaning list without the apostrophe that keeps a spreadsheet from running it."""
+    return cell[1:] if cell.startswith("'") else cell
+
+
+def number(text: str, *, infinite: bool = False) -> float | None:
+    """The number that a cell holds; None where it holds none, or infinity unless `infinite`."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    if math.isnan(value) or (math.isinf(value) and not infinite):
+        return None
+    return value
+
+
+def in_text(value: Any) -> str:
+    """A value of a record as text for a table."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,193 @@
+"""The page as one file: nothing is fetched, no script runs but its own, training text is inert."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from analysis.explorer.data import Explored
+from analysis.explorer.options import DETAIL
+from analysis.explorer.packing import blocks, embedded_json, packed
+from analysis.explorer.sections import SECTIONS
+from influence.errors import InputError, StoreError
+from influence.progress import say
+
+TEMPLATES = Path(__file__).parent / "templates"
+#: The parts of the page's script, in order, around the source.
+PACKED, FILE_SOURCE = "packed.js", "file_source.js"
+SCRIPTS = ("parts.js", "lists.js", "plots.js", "blocks.js", "pairs.js", "explorer.js", "main.js")
+#: Bytes of a file above which it is said that it is large.
+LARGE = 30_000_000
+#: What style attributes and elements may hold beside the page's own style: nothing. plotly makes an
+#: empty element, and adds its rules by script.
+EMPTY = ""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A page that was written: where, its size in bytes, and the sections that it has."""
+
+    path: Path
+    size: int
+    sections: tuple[str, ...]
+
+
+def write(
+    explored: Explored,
+    out: str | os.PathLike[str],
+    *,
+    detail: int = DETAIL,
+    overwrite: bool = False,
+) -> Written:
+    """Write the page of a run to the HTML file `out`.
+
+    Parameters
+    ----------
+    explored
+        From `analysis.explorer.data.gather`.
+    out
+        Ends in `.html`; its folder is made where it is missing.
+    detail
+        Rows of either end of each query whose scores are split over tokens and modules.
+    overwrite
+        Replace a file that is already there.
+
+    Raises
+    ------
+    InputError
+        If the name has another ending, or the file exists.
+    StoreError
+        If the file cannot be written.
+    """
+    out = checked_out(out, overwrite)
+    meta, data = blocks(explored, detail=detail)
+    text = html(meta, SECTIONS["about"].blocks(explored), data)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(text.encode("utf-8"))
+        os.replace(partial, out)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise StoreError(f"{out} could not be written: {error}") from error
+    size = out.stat().st_size
+    if size > LARGE:
+        say(f"note: {out} has {size / 1e6:.0f} MB; analysis serve shows a large run without a file")
+    return Written(out, size, tuple(name for name, _ in meta["sections"]))
+
+
+def checked_out(out: str | os.PathLike[str], overwrite: bool) -> Path:
+    """The file to write, or `InputError` where it has another ending or is there."""
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise InputError(
+            f"a page was asked for as {out}; expected a file name that ends in .html: rename it"
+        )
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists and would be replaced: give another --out, or --overwrite")
+    return out
+
+
+def html(
+    meta: Mapping[str, Any],
+    about: Sequence[Mapping[str, Any]],
+    data: Mapping[str, str],
+    *,
+    source: str | None = None,
+    connect: str = "'none'",
+    scripts: Sequence[str] = (),
+) -> str:
+    """The page.
+
+    Parameters
+    ----------
+    meta
+        From `analysis.explorer.contract.meta`, or `packing.blocks`.
+    about
+        The blocks of the section `about`, which are there before any script runs.
+    data
+        Packed blocks by name, for the file's source; none where a server answers.
+    source
+        Script that ends in `const source = {...};` (`analysis.explorer.contract`). Default: the
+        file's, which reads `data`.
+    connect
+        What the security policy lets scripts fetch from: `'self'` for a server.
+    scripts
+        More scripts, which run after the page's own, in the same scope.
+    """
+    source = _template_text(FILE_SOURCE) if source is None else source
+    parts = [_template_text(PACKED), source, *map(_template_text, SCRIPTS), *scripts]
+    script = '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
+    style = _template_text("explorer.css")
+    library, library_hash, styled = _plotly()
+    if "</script" in script.lower():
+        raise InputError("a script of the page holds </script, which would end it: write it apart")
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src '{_hash(script)}' '{library_hash}'",
+            f"style-src '{_hash(style)}' 'unsafe-hashes' '{_hash(EMPTY)}'",
+            "img-src data: blob:",
+            f"connect-src {connect}",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+    return _template().render(
+        policy=policy,
+        meta=meta,
+        about=about,
+        style=style,
+        script=script,
+        embedded=embedded_json(meta),
+        data={**data, "plotly": library},
+        styled=styled,
+    )
+
+
+def _hash(text: str) -> str:
+    """A source of a security policy: the SHA-256 of an inline script or style."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
+@cache
+def _plotly() -> tuple[str, str, tuple[str, ...]]:
+    """plotly.js, packed, the hash that lets it run, and the ids of style elements that it would add.
+
+    These are of maps, which the page has none of; it adds none where the id is taken.
+    """
+    from plotly.offline import get_plotlyjs
+
+    text = get_plotlyjs().replace("\r\n", "\n")
+    styled = re.findall(r'getElementById\("([0-9a-f]{40,})"\)', text)
+    return packed(text.encode("utf-8")), _hash(text), tuple(dict.fromkeys(styled))
+
+
+def _template_text(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> Any:
+    """The page's template. Whatever is put into it is escaped, but its own script and style."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("explorer.html")

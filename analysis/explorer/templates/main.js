@@ -1,0 +1,142 @@
+// Starts the page.
+
+// What a browser keeps of the page between visits; nothing where it does not let pages keep things.
+const memory = {
+  get: (key) => {
+    try {
+      return localStorage.getItem("lora-influence " + key);
+    } catch {
+      return null;
+    }
+  },
+  set: (key, value) => {
+    try {
+      localStorage.setItem("lora-influence " + key, value);
+    } catch {
+      // kept for this visit only
+    }
+  },
+};
+
+// ---- light and dark ------------------------------------------------------------------------------
+
+const THEMES = ["system", "light", "dark"];
+
+function setTheme(theme, again = true) {
+  if (theme === "system") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
+  $("theme").textContent = `Theme: ${theme}`;
+  memory.set("theme", theme);
+  if (again) drawAgain();
+}
+
+setTheme(THEMES.includes(memory.get("theme")) ? memory.get("theme") : "system", false);
+$("theme").addEventListener("click", () => {
+  const current = document.documentElement.dataset.theme ?? "system";
+  setTheme(THEMES[(THEMES.indexOf(current) + 1) % THEMES.length]);
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAgain());
+
+// ---- ids of ticked rows --------------------------------------------------------------------------
+
+// A line of a file of ids: the id as it is, or as JSON text where it could be taken for something
+// else (influence/row_ids.py reads it).
+function idLine(id) {
+  return /^[\p{L}\p{N}\p{P}\p{S}]([\p{L}\p{N}\p{P}\p{S} ]*[\p{L}\p{N}\p{P}\p{S}])?$/u.test(id) && !id.startsWith('"')
+    ? id
+    : JSON.stringify(id);
+}
+
+async function exportIds() {
+  const lines = await source.lines("rows", [...ticked].sort((a, b) => a - b));
+  const text = lines.map((line) => idLine(line.id) + "\n").join("");
+  const url = URL.createObjectURL(new Blob([text], { type: "text/plain;charset=utf-8" }));
+  const link = el("a", { href: url, download: "ids.txt" });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
+  say(`${lines.length} ids saved`);
+}
+
+ticksChanged.push(() => {
+  const count = ticked.size;
+  $("export").disabled = $("untick").disabled = count === 0;
+  $("export").textContent = count ? `Export ${count.toLocaleString("en")} id${count > 1 ? "s" : ""}` : "Export ids";
+  if (state.meta) memory.set("ticks " + state.meta.run, JSON.stringify([...ticked]));
+});
+$("export").addEventListener("click", exportIds);
+$("untick").addEventListener("click", () => {
+  ticked.clear();
+  changedTicks();
+  say("No row is ticked");
+});
+
+// ---- printing ------------------------------------------------------------------------------------
+
+let printedFrom = "system";
+
+$("print").addEventListener("click", async () => {
+  await Promise.all([...document.querySelectorAll(".blocks")].map(fillSection));
+  await drawAll();
+  await Promise.all(lists.map((list) => list.draw(true)));
+  window.print();
+});
+addEventListener("beforeprint", () => {
+  printedFrom = document.documentElement.dataset.theme ?? "system";
+  document.documentElement.dataset.theme = "light"; // what figures take their colours from
+  drawAgain();
+  lists.forEach((list) => list.draw(true));
+});
+addEventListener("afterprint", () => {
+  setTheme(printedFrom);
+  lists.forEach((list) => list.draw());
+});
+
+// ---- keys ----------------------------------------------------------------------------------------
+
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.closest("input, select, textarea");
+  if (event.key === "Escape") hideTip();
+  if (event.key === "/" && !typing && $("search")) {
+    event.preventDefault();
+    $("search").focus();
+    $("search").select();
+  }
+});
+
+// ---- start ---------------------------------------------------------------------------------------
+
+// The first paint is not kept waiting.
+const painted = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 0)));
+
+async function begin() {
+  await painted();
+  state.meta = await source.meta();
+  try {
+    for (const index of JSON.parse(memory.get("ticks " + state.meta.run) ?? "[]")) {
+      if (Number.isInteger(index) && index >= 0 && index < state.meta.rows) ticked.add(index);
+    }
+  } catch {
+    ticked.clear();
+  }
+  changedTicks();
+  if ($("left")) await startExplorer();
+  const near = new IntersectionObserver(
+    (entries) => {
+      for (const { target, isIntersecting } of entries) {
+        if (isIntersecting) {
+          near.unobserve(target);
+          fillSection(target);
+        }
+      }
+    },
+    { rootMargin: "600px" },
+  );
+  for (const node of document.querySelectorAll(".blocks")) near.observe(node);
+  document.documentElement.dataset.ready = "yes";
+}
+
+begin().catch((error) => {
+  $("main").prepend(el("p", { class: "note bad" }, `This page could not start: ${error.message}`));
+});

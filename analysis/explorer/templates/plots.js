@@ -1,0 +1,197 @@
+// Figures by plotly, which is unpacked and run when the first one is seen.
+
+const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5fa0"];
+const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star"];
+const OTHERS = "#8a94a0";
+const drawn = new Map(); // nodes with their blocks, drawn again in other colours
+let library = null;
+
+// plotly, run as an inline script, whose hash the page's security policy has.
+function plotly() {
+  if (library === null) {
+    library = unpackedBlock("plotly").then((bytes) => {
+      const script = el("script");
+      script.textContent = new TextDecoder().decode(bytes);
+      document.head.append(script);
+      if (!window.Plotly) throw new Error("plotly did not start");
+      return window.Plotly;
+    });
+  }
+  return library;
+}
+
+// A text of the data for plotly, which takes some tags in texts.
+function plain(text, width = 60) {
+  const whole = Array.from(visible(text).replace(/\s+/g, " "));
+  const cut = whole.length > width ? whole.slice(0, width - 1).join("") + "…" : whole.join("");
+  return cut.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+}
+
+const axisTitle = (axis) => plain(axis.label + (axis.unit ? ` (${axis.unit})` : ""), 80);
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function layoutOf(block) {
+  const ink = colour("--ink");
+  const grid = colour("--line");
+  const part = (axis) => ({
+    title: { text: axisTitle(axis), font: { size: 12 } },
+    type: axis.log ? "log" : undefined,
+    dtick: axis.log ? 1 : undefined,
+    gridcolor: grid,
+    zerolinecolor: colour("--muted"),
+    automargin: true,
+    exponentformat: "e",
+  });
+  return {
+    font: { family: "system-ui, sans-serif", size: 11, color: ink },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    margin: { l: 50, r: 10, t: 10, b: 40 },
+    xaxis: part(block.x),
+    yaxis: part(block.y),
+    hoverlabel: { align: "left", bgcolor: colour("--page"), font: { color: ink } },
+    dragmode: false,
+  };
+}
+
+function scatterOf(block, layout) {
+  let named = 0;
+  layout.height = 380;
+  layout.hovermode = "closest";
+  layout.showlegend = block.series.length > 1;
+  layout.legend = { orientation: "h", y: -0.25, font: { size: 11 } };
+  const unit = (axis) => (axis.unit ? " " + plain(axis.unit) : "");
+  return block.series.map((series) => {
+    const k = series.other ? -1 : named++ % COLOURS.length;
+    return {
+      type: "scatter",
+      mode: "markers",
+      name: plain(series.name, 28),
+      x: series.x,
+      y: series.y,
+      customdata: series.index,
+      text: series.names.map((name) => plain(name)),
+      hovertemplate:
+        "%{text}<br>%{x:.3g}" + unit(block.x) + "<br>%{y:.3g}" + unit(block.y) + "<extra></extra>",
+      marker: {
+        color: k < 0 ? OTHERS : COLOURS[k],
+        symbol: k < 0 ? "circle-open" : SYMBOLS[k],
+        size: block.series.length > 1 || series.x.length > 50 ? 7 : 11,
+        opacity: 0.8,
+      },
+    };
+  });
+}
+
+function barsOf(block, layout) {
+  layout.height = 280;
+  layout.xaxis.showticklabels = block.names.length <= 40;
+  layout.xaxis.type = "category";
+  const places = block.names.map((_, k) => String(k));
+  layout.xaxis.tickvals = places;
+  layout.xaxis.ticktext = block.names.map((name) => plain(name, 16));
+  return [
+    {
+      type: "bar",
+      x: places,
+      y: block.values,
+      text: block.names.map((name) => plain(name)),
+      textposition: "none",
+      hovertemplate: "%{text}<br>%{y:.3f}<extra></extra>",
+      marker: { color: block.values.map((value) => colour(value < 0 ? "--neg" : "--pos")) },
+    },
+  ];
+}
+
+function heatmapOf(block, layout) {
+  const lines = block.lines.length;
+  const few = lines <= 60;
+  layout.height = Math.min(820, Math.max(220, 130 + lines * (lines <= 12 ? 24 : few ? 14 : 2)));
+  for (const [axis, names, all] of [
+    [layout.xaxis, block.columns, block.columns.length <= 40],
+    [layout.yaxis, block.lines, few],
+  ]) {
+    axis.tickvals = all ? names.map((_, k) => k) : [];
+    axis.ticktext = all ? names.map((name) => plain(name, 18)) : [];
+    axis.showgrid = false;
+    axis.zeroline = false;
+  }
+  layout.yaxis.autorange = "reversed";
+  layout.xaxis.tickangle = -45;
+  const middle = colour("--page");
+  return [
+    {
+      type: "heatmap",
+      z: block.values,
+      zmid: 0,
+      customdata: block.values.map((values, k) =>
+        values.map((_, c) => [plain(block.lines[k]), plain(block.columns[c])]),
+      ),
+      hovertemplate:
+        "%{customdata[0]}<br>%{customdata[1]}<br>%{z:.3g} " + plain(block.unit) + "<extra></extra>",
+      colorscale: [
+        [0, colour("--neg-strong")],
+        [0.5, middle],
+        [1, colour("--pos-strong")],
+      ],
+      colorbar: { thickness: 10, title: { text: plain(block.unit, 24), side: "right" }, outlinewidth: 0 },
+      // never 0: without gaps plotly writes a style attribute, which the policy forbids
+      xgap: few ? 1 : 0.05,
+      ygap: few ? 1 : 0.05,
+    },
+  ];
+}
+
+const KINDS = { scatter: scatterOf, bars: barsOf, heatmap: heatmapOf };
+
+async function draw(node, block) {
+  const Plotly = await plotly();
+  const layout = layoutOf(block);
+  const traces = KINDS[block.plot](block, layout);
+  await Plotly.react(node, traces, layout, { displayModeBar: false, responsive: true });
+  if (!drawn.has(node)) {
+    node.on("plotly_click", (event) => {
+      const point = event.points[0];
+      if (block.plot === "heatmap") go({ q: block.index[point.pointIndex[0]] });
+      else if (block.plot === "scatter" && point.customdata !== undefined) go({ i: point.customdata });
+    });
+  }
+  drawn.set(node, block);
+  node.classList.remove("waiting");
+}
+
+const waiting = new Map(); // nodes of figures that were not seen yet
+
+const seen = new IntersectionObserver(
+  (entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting && waiting.has(target)) start(target);
+    }
+  },
+  { rootMargin: "200px" },
+);
+
+function start(node) {
+  const block = waiting.get(node);
+  waiting.delete(node);
+  seen.unobserve(node);
+  return draw(node, block).catch((error) => {
+    node.textContent = `This figure could not be drawn: ${error.message}`;
+  });
+}
+
+// A figure, drawn when it is seen.
+function plot(block) {
+  const node = el("div", { class: "plot waiting", role: "img", "aria-label": `${block.title}. ${block.help}` });
+  waiting.set(node, block);
+  seen.observe(node);
+  return el(
+    "figure",
+    {},
+    el("figcaption", {}, el("strong", {}, block.title), " ", el("span", { class: "muted" }, block.help)),
+    node,
+  );
+}
+
+const drawAll = () => Promise.all([...waiting.keys()].map(start));
+const drawAgain = () => Promise.all([...drawn].map(([node, block]) => draw(node, block)));

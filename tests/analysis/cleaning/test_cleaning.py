@@ -1,0 +1,134 @@
+"""The whole list: every reason, what is left out and why, what is written, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import influence
+from analysis.cleaning import clean
+from analysis.cleaning.files import read_decisions
+from analysis.cleaning.findings import REASONS
+from analysis.cleaning.opposition import kin
+from analysis.cleaning.texts import said
+from influence.errors import InputError
+from influence.row_ids import read_ids
+from tests.analysis.cleaning.conftest import EMAIL
+from tests.conftest import examples
+
+
+@pytest.fixture(scope="module")
+def good(made):
+    return influence.read_examples(made / "good.jsonl")
+
+
+@pytest.fixture(scope="module")
+def result(run, good):
+    return clean(run, good)
+
+
+def rows_of(result, reason):
+    ids = result.run.train.ids
+    return [ids[each.row] for each in result.found[reason].findings]
+
+
+def test_every_reason_is_looked_at(result):
+    assert set(result.found) == set(REASONS)
+    assert result.left_out == {}
+    assert rows_of(result, "duplicate") == ["copy"]
+    assert set(rows_of(result, "contradiction")) == {"first", "other"}
+    assert rows_of(result, "personal") == ["leak"]
+    assert [found.reason for found in result.listed] == list(REASONS)
+
+
+def test_harms_is_what_the_scores_say(result, run, good):
+    scores = run.score(good).values.astype(float)
+    texts, asked = ([said(row, str) for row in part] for part in (run.train, good))
+    own = kin(run.train, good, texts, asked)
+    for row, each in enumerate(own):
+        effects = scores[each, row]
+        share = -effects[effects < 0].sum() / np.abs(effects).sum()
+        assert result.found["harms"].scores[row] == pytest.approx(share)
+    for finding in result.found["harms"].findings:
+        assert finding.gain == pytest.approx(-scores[own[finding.row], finding.row].mean())
+
+
+def test_what_is_predicted_is_of_all_together(result, run, good):
+    ids = [run.train.ids[row] for row in sorted({*result.remove, *result.relabel})]
+    losses = run.without(ids, good).queries
+    predicted = result.summary["predicted"]["suggested"]
+    assert predicted["rows"] == len(ids)
+    assert predicted["gain"] == pytest.approx(
+        np.mean([each.before - each.predicted for each in losses])
+    )
+    assert predicted["low"] <= predicted["gain"] <= predicted["high"]
+
+
+def test_without_good_rows_nothing_harms_and_nothing_is_predicted(run):
+    found = clean(run)
+    assert "harms" not in found.found
+    assert found.left_out == {"harms": "no good rows were given (--queries FILE)"}
+    assert found.summary["predicted"] == {
+        "suggested": {
+            "rows": len(found.remove) + len(found.relabel),
+            "gain": None,
+            "reason": "no good rows were given",
+        }
+    }
+
+
+def test_an_adapter_whose_rows_share_no_credit(tmp_path):
+    """One that lost what the base knew, as random weights do."""
+    from tests.conftest import build_model
+
+    run = influence.fit(build_model("llama", layers=1), examples(6), directory=tmp_path / "run")
+    found = clean(run, examples(2, seed=4))
+    assert "label" in found.left_out
+    assert found.summary["predicted"]["harms"]["gain"] is None
+
+
+def test_the_folder(made, run, result):
+    folder = made / "list"
+    lines = list(csv.DictReader((folder / "rows.csv").open(encoding="utf-8", newline="")))
+    assert [line["reason"] for line in lines] == [
+        found.reason for found in result.listed for _ in found.findings
+    ]
+    assert EMAIL not in (folder / "rows.csv").read_text(encoding="utf-8")
+    ids = run.train.ids
+    assert read_ids(folder / "remove.txt", run.train) == [ids[row] for row in result.remove]
+    assert json.loads((folder / "summary.json").read_text()) == {
+        **result.summary,
+        "queries": {**result.summary["queries"]},
+    }
+    taken = read_decisions(folder, run.train, suggested=True)
+    assert set(taken.removed) == {ids[row] for row in result.remove}
+    assert taken.relabelled == {ids[row]: answer for row, answer in result.relabel.items()}
+
+
+def test_the_list_is_limited(run):
+    found = clean(run, most=1)
+    assert all(part["listed"] <= 1 for part in found.summary["reasons"].values())
+    assert found.summary["reasons"]["contradiction"] == {
+        "listed": 1,
+        "found": 2,
+        "rule": found.found["contradiction"].rule,
+    }
+
+
+def test_nothing_is_replaced_unasked(run, world, tmp_path):
+    (world / "list" / "notes.txt").write_text("mine")
+    (world / "list" / "applied.json").write_text("{}")
+    with pytest.raises(InputError, match="list holds a list already: give another --out, or --ov"):
+        clean(run, out=world / "list")
+    clean(run, out=world / "list", overwrite=True)
+    assert (world / "list" / "notes.txt").read_text() == "mine"
+    assert not (world / "list" / "applied.json").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(InputError, match="full holds no list of analysis clean and stays"):
+        clean(run, out=tmp_path / "full", overwrite=True)
+    with pytest.raises(InputError, match="--most 0 was given"):
+        clean(run, most=0)

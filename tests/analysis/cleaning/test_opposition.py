@@ -1,0 +1,148 @@
+"""What rows do to one another: against refitted ridge regressions, and lists by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from analysis.cleaning.opposition import (
+    Pull,
+    doubtful,
+    effects_on,
+    harms,
+    kin,
+    mates,
+    pulls,
+    share_against,
+)
+from analysis.cleaning.texts import Nearest, Said, said
+from influence.rows import Example, Examples
+from tests.influence.test_credit import Ridge
+
+
+def test_an_effect_on_another_row_is_the_change_when_it_is_left_out():
+    """In a ridge regression exactly: row j's loss changes by its slope times the move."""
+    bed, counts = Ridge(), np.arange(1, 12)
+    others = np.array([1, 4, 9])
+    for row in (0, 5):
+        move = bed.refitted([row]) - bed.theta
+        slopes = (bed.x[others] @ bed.theta - bed.y[others])[:, None] * bed.x[others]
+        np.testing.assert_allclose(
+            effects_on(bed.credit, counts, row, others), slopes @ move / counts[others], rtol=1e-10
+        )
+
+
+def test_pulls_name_the_mates_that_are_opposed_most():
+    bed, counts = Ridge(), np.ones(11)
+    compared = [np.setdiff1d(np.arange(11), [row]) for row in range(11)]
+    compared[3] = np.array([], int)
+    pull = pulls(bed.credit, counts, compared)
+    for row in (0, 7):
+        effects = effects_on(bed.credit, counts, row, compared[row])
+        assert pull.against[row] == pytest.approx(-effects[effects < 0].sum() / abs(effects).sum())
+        assert pull.gains[row] == pytest.approx(-effects.mean())
+        assert pull.opposed[row][0] == compared[row][effects.argmin()]
+        assert pull.shares[row][0] == pytest.approx(-effects.min() / abs(effects).sum())
+    assert pull.against[3] == 0
+    assert pull.opposed[3] == []
+
+
+def test_the_share_that_is_against_by_hand():
+    effects = np.array([[1.0, -1, 0, 2], [-3.0, -1, 0, 2]])
+    assert share_against(effects).tolist() == [0.75, 1, 0, 0]
+
+
+# ---- good rows -----------------------------------------------------------------------------------
+
+
+def test_rows_that_harm_the_good_rows_of_their_kind():
+    scores = np.array([[0.1, -0.3, -9.0], [0.2, -0.1, -9.0], [-5.0, 0.05, 0.4]])
+    compared = [np.array([0, 1]), np.array([0, 1, 2]), np.array([2])]
+    found = harms(scores, compared, ["a", "b", "c"])
+    assert [each.row for each in found.findings] == [1]
+    (each,) = found.findings
+    assert found.scores == pytest.approx([0, 0.4 / 0.45, 0])
+    assert each.gain == pytest.approx(0.35 / 3)
+    assert each.suggested == "remove"
+    assert "'a', which would gain 0.3 nats" in each.evidence
+
+
+def test_good_rows_of_a_row_s_group_else_the_nearest():
+    rows = Examples(
+        [
+            Example("r0", group="g", prompt="far away", completion="x"),
+            Example("r1", prompt="the red fox runs over a lazy dog", completion="yes"),
+            Example("r2", group="lonely", prompt="birds sing loud songs at dawn", completion="no"),
+        ]
+    )
+    queries = Examples(
+        [
+            *(Example(f"q{i}", prompt=f"filler text number {i}", completion="z") for i in range(5)),
+            Example("q5", group="g", prompt="other", completion="x"),
+            Example("q6", prompt="a red fox runs over the lazy dog", completion="yes"),
+        ]
+    )
+    texts, asked = ([said(row, str) for row in part] for part in (rows, queries))
+    first, second, third = kin(rows, queries, texts, asked)
+    assert first.tolist() == [5]
+    assert second[0] == 6
+    assert len(second) == len(third) == 5
+
+
+# ---- rows of a kind ------------------------------------------------------------------------------
+
+
+def test_mates_are_the_group_else_the_nearest():
+    near = Nearest(np.array([[3, 1], [0, 2], [4, 3], [2, 0], [1, 0]]), np.ones((5, 2)))
+    compared = mates(["a", "a", None, "b", "a"], near)
+    assert [each.tolist() for each in compared] == [[1, 4], [0, 4], [3, 4], [0, 2], [0, 1]]
+
+
+def test_of_a_large_group_the_nearest():
+    near = Nearest(np.array([[9, 5]] * 10), np.ones((10, 2)))
+    compared = mates(["a"] * 10, near, most=4)
+    assert compared[0].tolist() == [1, 2, 5, 9]
+    assert all(len(each) == 4 for each in compared)
+
+
+def doubted(against, opposed, shares, answers):
+    texts = [Said("q", answer) for answer in answers]
+    pull = Pull(np.array(against), np.zeros(len(against)), opposed, shares)
+    compared = [
+        np.array([other for other in range(len(answers)) if other != row])
+        for row in range(len(answers))
+    ]
+    return doubtful(pull, compared, texts, [f"r{i}" for i in range(len(answers))])
+
+
+RIGHT = " In Kelmouth, a town of Upper Dask."
+
+
+def test_a_better_answer_is_one_on_which_the_opposed_agree():
+    answers = [" Somewhere else.", RIGHT, RIGHT.replace(".", "!")]
+    found = doubted([0.5, 0.0, 0.1], [[1, 2], [], [0]], [[0.3, 0.2], [], [0.1]], answers)
+    assert [(each.row, each.other, each.suggested) for each in found.findings] == [
+        (0, 1, "relabel")
+    ]
+    assert found.findings[0].answer == RIGHT
+
+
+@pytest.mark.parametrize(
+    ("against", "shares", "last"),
+    [
+        ([0.5, 0.0, 0.1], [0.3, 0.05], RIGHT),  # one is hardly opposed
+        ([0.5, 0.0, 0.1], [0.3, 0.2], " A parrot."),  # they do not agree
+        ([0.5, 0.0, 0.4], [0.3, 0.2], RIGHT),  # one is in doubt itself
+    ],
+)
+def test_otherwise_it_is_to_go(against, shares, last):
+    found = doubted(against, [[1, 2], [], [0]], [shares, [], [0.1]], [" Elsewhere.", RIGHT, last])
+    row = next(each for each in found.findings if each.row == 0)
+    assert (row.suggested, row.answer) == ("remove", None)
+
+
+def test_rows_without_mates_are_not_in_doubt():
+    pull = Pull(np.array([0.0]), np.zeros(1), [[]], [[]])
+    found = doubtful(pull, [np.array([], int)], [Said("q", "a")], ["r0"])
+    assert found.scores.tolist() == [-np.inf]
+    assert found.findings == ()

@@ -1,0 +1,48 @@
+"""What a person reads: the first rows of each reason, and a row's text that moves no cursor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from analysis.cleaning import clean
+from analysis.cleaning.tables import SHOWN, applied_lines, applied_table, lines, table
+
+
+def text_of(part, width=120):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(part)
+    return console.export_text()
+
+
+def test_the_first_rows_of_each_reason(run):
+    result = clean(run)
+    text = text_of(table(result))
+    for found in result.listed:
+        assert text.count(found.reason + " ") >= min(SHOWN, len(found.findings))
+    said = lines(result, Path("out"))
+    assert "harms is left out: no good rows were given (--queries FILE)" in said
+    assert any(line.startswith("out/rows.csv: write remove") for line in said)
+
+
+def test_a_gain_without_interval_or_prediction():
+    part = {"rows": 1, "before": 1.0, "after": 0.75, "gain": 0.25, "low": None, "high": None}
+    record = {
+        "level": 0.95,
+        "sets": {"good": {**part, "predicted": None}},
+        "removed": ["a", "b"],
+        "relabelled": {"c": "0"},
+        "rows": 7,
+        "seeds": 2,
+        "adapter": "place",
+    }
+    text = text_of(applied_table(record))
+    assert "good rows (1)" in text
+    assert "+0.2500" in text
+    assert "None" not in text
+    assert applied_lines(record) == [
+        "2 rows removed, 1 relabelled, 7 trained on; 2 seeds of both trainings",
+        "predicted is what influence says if the relabelled rows went too",
+        "place: the cleaned adapter",
+    ]

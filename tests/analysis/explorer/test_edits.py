@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from analysis.explorer import edits
+from influence.manifest import read_manifest
+from tests.analysis.report.helpers import measured, with_evidence
+from tests.unlearn.record.conftest import place  # noqa: F401 (a fixture)
+from tests.unlearn.record.helpers import digest, edit
+from unlearn.record.chain import append
+
+LOSSES = {
+    "edited": {"rows": 1, "before": 0.2, "after": 2.5, "target": 2.6},
+    "retained": {"rows": 8, "before": 0.5, "after": 0.55, "change": 0.1},
+    "heldout": {"rows": 4, "before": 3.0, "after": 3.1},
+}
+ROW = {"action": "remove", "before": 0.2, "after": 2.5, "target": 2.6, "base": 2.7}
+METHOD = {"name": "re-linearised"}
+
+
+def blocks(place):  # noqa: F811
+    return edits.blocks(place.run, read_manifest(place.run))
+
+
+@pytest.fixture
+def edited(place):  # noqa: F811
+    """Two edits, one after the other, with what was measured of them."""
+    by_row = [{"id": "row 1 äé東", "before": 0.9, "after": 0.1, "unseen": 0.15}]
+    record = with_evidence(
+        {"losses": LOSSES, "method": METHOD, "cost": {"total": 120.0}},
+        measured(by_row=by_row),
+        measured("membership", "not compared", (0.9, None, None), reason="too few rows"),
+    )
+    first = edit(place, "one", rows=[ROW | {"id": "row 1 äé東"}], **record)
+    append(place.run, first)
+    second = edit(place, "two", before=(first, digest(1)), seed=2, losses=LOSSES, method=METHOD)
+    append(place.run, second)
+    return place
+
+
+def test_a_run_without_edits_has_nothing_to_show(place):  # noqa: F811
+    assert blocks(place) == []
+
+
+def test_what_each_edit_did(edited):
+    said, table, plot, measured_, rows = blocks(edited)
+    assert said["tone"] == "good"
+    labels = [each["label"] for each in table["columns"]]
+    first = dict(zip(labels[:6], table["rows"][0][:6], strict=True))
+    assert first["no."] == 1
+    assert first["by"] == "re-linearised"
+    assert first["their loss before"] == 0.2
+    assert [row[labels.index("record")] for row in table["rows"]] == ["verified"] * 2
+    assert plot["series"][0]["x"] == pytest.approx([2.3, 2.3])
+    assert plot["series"][0]["y"] == pytest.approx([10, 10])
+    assert measured_["rows"][0][:3] == ["generations", "ROUGE-L recall", 3]
+    assert measured_["rows"][1][-1] == "not compared (too few rows)"
+    assert rows["rows"] == [["row 1 äé東", "remove", 0.2, 2.5, 2.6, 2.7, 0.9, 0.1, 0.15]]
+    json.dumps(blocks(edited), allow_nan=False)
+
+
+def test_a_changed_adapter_is_not_verified(edited):
+    path = edited.root / "two" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    said, table, *_ = blocks(edited)
+    assert said["tone"] == "bad"
+    states = [row[-2] for row in table["rows"]]
+    assert states == ["verified", "NOT verified"]
+
+
+def test_an_edit_whose_folder_is_gone_still_has_its_line(edited):
+    (edited.root / "two").rename(edited.root / "elsewhere")
+    table = blocks(edited)[1]
+    assert [row[-2] for row in table["rows"]] == ["verified", "its files are gone"]
+    assert edits.record_of(edited.root / "two") is None
+
+
+def test_a_damaged_record_is_said(edited):
+    (edited.run / "audit.jsonl").write_text("nonsense\n")
+    said, *_ = blocks(edited)
+    assert said["tone"] == "bad"
+    assert "does not hold" in said["text"]
+    (edited.root / "one" / "edit.json").write_text("[")
+    assert edits.record_of(edited.root / "one") is None
+
+
+def test_many_rows_are_cut_and_said_so(place, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(edits, "ROWS", 1)
+    rows = [ROW | {"id": "row 1 äé東"}, ROW | {"id": "b"}]
+    append(place.run, edit(place, "one", rows=rows, losses=LOSSES, method=METHOD))
+    found = blocks(place)[-1]
+    assert found["title"].endswith("(the first 1 of 2)")
+    assert len(found["rows"]) == 1
