@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -159,16 +159,17 @@ class Lds(ColumnsOption, ResamplesOption, BudgetOptions, DeviceOption, OutputOpt
             )
 
 
-@command(app, Lds)
+@command(app, Lds, shared=True)
 def lds(options: Lds) -> None:
     """Linear datamodeling score: do the scores order retrained adapters as their measured losses
     do?
 
     With --truth from losses that are there; with --run by retraining first (killed, the same
-    command goes on).
+    command goes on; processes that torchrun started deal the trainings out).
     """
     from analysis.metrics.lds import lds as linear_datamodeling_score
     from analysis.words import lds_text
+    from influence import distributed
     from influence.scorefile import Scores
 
     scores = Scores.load(options.scores, detail=False)
@@ -178,6 +179,7 @@ def lds(options: Lds) -> None:
             f"{options.scores} explains the measurement {measurement!r}, and the truth holds "
             "losses: score again with --measurement loss"
         )
+    options = replace(options, device=distributed.join(options.device))
     truth = _truth(options, scores)
     result = linear_datamodeling_score(
         scores.values,
@@ -186,10 +188,10 @@ def lds(options: Lds) -> None:
         resamples=options.resamples,
         seed=options.seed,
     )
-    if options.plot is not None:
+    if (plot := options.plot) is not None:
         from analysis.plots import lds_plot
 
-        lds_plot(result, options.plot, overwrite=options.overwrite)
+        distributed.at_first(lambda: lds_plot(result, plot, overwrite=options.overwrite))
     record = {
         "lds": result.mean,
         "low": result.interval.low,
@@ -204,6 +206,7 @@ def lds(options: Lds) -> None:
     }
     text = lds_text(result, options.seed, scores.query_ids if options.per_query else None)
     console.emit(record, text, options.json)
+    distributed.leave()
 
 
 def _truth(options: Lds, scores: Scores) -> Truth:
@@ -328,7 +331,7 @@ class Tune(RunOption, BudgetOptions, DeviceOption, TrustOption, JsonOption):
             )
 
 
-@command(app, Tune)
+@command(app, Tune, shared=True)
 def tune(options: Tune) -> None:
     """Which curvature, damping, geometry and points: a table, and the best kept in the run for
     later scores.
@@ -337,12 +340,14 @@ def tune(options: Tune) -> None:
     from analysis.tune import default_queries, table_rows
     from analysis.tune import forget as drop
     from analysis.tune import tune as choose
-    from analysis.words import tuning_table, tuning_text
+    from analysis.words import tuning_record, tuning_table, tuning_text
+    from influence import distributed
     from influence.row_files import read_examples
     from influence.run import Run
 
     truth = None if options.truth is None else read_truth(options.truth)
     console.quiet_transformers()
+    options = replace(options, device=distributed.join(options.device))
     run = Run.open(
         options.run,
         trust_remote_code=options.trust_remote_code,
@@ -352,6 +357,7 @@ def tune(options: Tune) -> None:
         drop(run)
         text = f"{options.run}: scores use what it was fitted with"
         console.emit({"chosen": None}, text, options.json)
+        distributed.leave()
         return
     queries = None
     if truth is not None:
@@ -369,24 +375,13 @@ def tune(options: Tune) -> None:
     )
     rows = list(table_rows(result, options.k))
     if options.json:
-        held_out = None
-        if result.held_out is not None:
-            interval = result.held_out.interval
-            held_out = {"lds": result.held_out.mean, "low": interval.low, "high": interval.high}
-        record = {
-            "chosen": next(iter(table_rows(result, 1))),
-            "by": result.by,
-            "held_out": held_out,
-            "exact": result.exact,
-            "table": rows,
-        }
-        console.emit(record, "", True)
-        return
-    place = f"kept in {options.run}/manifest.json: later scores use it unless told otherwise"
-    if options.dry_run:
-        place = "shown only"
-    console.show(tuning_table(rows, len(result.judged)))
-    console.show(tuning_text(result, place, options.columns), wrap=False)
+        console.emit(tuning_record(result, rows), "", True)
+    else:
+        place = f"kept in {options.run}/manifest.json: later scores use it unless told otherwise"
+        place = "shown only" if options.dry_run else place
+        console.show(tuning_table(rows, len(result.judged)))
+        console.show(tuning_text(result, place, options.columns), wrap=False)
+    distributed.leave()
 
 
 # ---- cleaning --------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ the score that is reported is that of shared credit where the setting has it.
 One set of stored gradients serves every curvature, damping and point of a run, and a curvature's
 dampings share what does not depend on lambda (`influence.curvature.several`). Another geometry or
 path needs factors of its own: those are fitted below the run, in `tune/`, and said so.
+
+Several processes (`influence.distributed`) share the rows of the sweep, and deal out the settings
+whose edits are measured. All of them have the same answers.
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import rankdata, spearmanr
 
 from analysis.metrics.lds import LDS, Truth, lds
 from analysis.stats import spearman
 from analysis.truth import check_belongs
+from influence import distributed
 from influence.at_point import AtPoint
 from influence.calibration import (
     EDITED_ROWS,
@@ -224,23 +229,31 @@ def exact_agreement(run: Run, row: Judged, rows: np.ndarray) -> tuple[float, flo
     run's EK-FAC.
     """
     setting = _setting(run, row)
-    tokens, worst = run.tokens.select(rows), 0.0
+    places, own = np.arange(len(rows)), slice(*distributed.span(len(rows)))
+    tokens, worst = run.tokens.select(rows[own]), 0.0  # each process solves for some
     ours, exact = (np.zeros((len(rows), len(run.train))) for _ in range(2))
     for factor, (point, operator) in zip(setting.factors, setting.each(), strict=True):
         query_gradients = point.query_gradients(tokens, MeanLoss())
         curvature = operator.curvature
         assert isinstance(curvature, Invertible)
-        ggn = Damped(point.curvature(EXACT), operator.lam)
-        solution = CG(tolerance=EXACT_TOLERANCE, preconditioner=operator, name="pcg").solve(
-            ggn, query_gradients
-        )
-        worst = max(worst, float(solution.residuals.max()))
-        both = ((ours, curvature.solve(query_gradients, operator.lam)), (exact, solution.values))
-        for indices, gradients in point.gradient_blocks():
+        ggn, answers = Damped(point.curvature(EXACT), operator.lam), query_gradients
+        if len(query_gradients):
+            solution = CG(tolerance=EXACT_TOLERANCE, preconditioner=operator, name="pcg").solve(
+                ggn, query_gradients
+            )
+            worst, answers = max(worst, float(solution.residuals.max())), solution.values
+        ours_solved = curvature.solve(query_gradients, operator.lam)
+        both = [
+            (values, distributed.assembled(solved, places[own], len(rows)))
+            for values, solved in ((ours, ours_solved), (exact, answers))
+        ]
+        for indices, gradients in point.gradient_blocks(shared=True):
             for values, solved in both:
                 products = (solved @ gradients.T).double().cpu().numpy()
                 values[:, indices] += factor * products * run.weights[indices]
-    return float(np.mean(spearman(ours, exact))), worst
+    for values in (ours, exact):
+        distributed.add_up(torch.from_numpy(values))
+    return float(np.mean(spearman(ours, exact))), distributed.largest(worst)
 
 
 def _fitted_below(
@@ -357,16 +370,23 @@ def _scores(
             raise InputError(
                 f"tune sweeps closed-form curvatures; {name} has no closed-form inverse: leave it out"
             )
-    scores = {key: np.empty((len(tokens), len(run.train))) for key in grid}
+    scores = {key: np.zeros((len(tokens), len(run.train))) for key in grid}
     chunks = -(-len(tokens) // queries_at_once(run, Direct.copies + len(grid)))
     for rows in np.array_split(np.arange(len(tokens)), chunks):
-        query_gradients = point.query_gradients(tokens.select(rows), MeanLoss())
+        places, own = np.arange(len(rows)), slice(*distributed.span(len(rows)))
+        # each process solves for some
+        query_gradients = point.query_gradients(tokens.select(rows[own]), MeanLoss())
         answers = solve_all(list(curvatures.values()), query_gradients)
-        solved = dict(zip(curvatures, answers, strict=True))
-        for indices, gradients in point.gradient_blocks():
+        solved = {
+            key: distributed.assembled(mine, places[own], len(rows))
+            for key, mine in zip(curvatures, answers, strict=True)
+        }
+        for indices, gradients in point.gradient_blocks(shared=True):
             for key, v in solved.items():
                 products = (v @ gradients.T).double().cpu().numpy()
                 scores[key][np.ix_(rows, indices)] = products * run.weights[indices]
+    for values in scores.values():
+        distributed.add_up(torch.from_numpy(values))
     return scores
 
 
@@ -457,18 +477,26 @@ def _by_checks(
     """Choose without retraining."""
     rows = some_rows(run, EDITED_ROWS, seed)
     before = losses_of_probes(run, rows, probes)  # every setting starts at the same adapter
-    table = []
-    for row in track(judged, "settings, edits made and measured"):
+    # whose points may be compared by all processes together; then each measures some
+    settings = [_setting(runs[row.run], row) for row in judged]
+    measured: dict[int, tuple[float, float, float] | str] = {}
+    for number in track(
+        distributed.shard(np.arange(len(judged))).tolist(), "settings, edits made and measured"
+    ):
         try:
-            edits = measured_edits(_setting(runs[row.run], row), rows, probes, before)
+            with distributed.alone():
+                edits = measured_edits(settings[number], rows, probes, before)
         except NumericalError as error:
-            say(f"note: {row.name} is left out, its edits could not be measured: {error}")
+            measured[number] = str(error)
+        else:
+            measured[number] = agreement(edits), edits.selectivity, edits.factor
+    measured = distributed.told_by_all(measured)
+    table = []
+    for number, row in enumerate(judged):
+        if isinstance(found := measured[number], str):
+            say(f"note: {row.name} is left out, its edits could not be measured: {found}")
             continue
-        table.append(
-            replace(
-                row, agreement=agreement(edits), selectivity=edits.selectivity, factor=edits.factor
-            )
-        )
+        table.append(replace(row, agreement=found[0], selectivity=found[1], factor=found[2]))
     if not table:
         raise NumericalError(
             "no setting's edits could be measured: run with --dtype float32 or float64"

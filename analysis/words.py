@@ -39,6 +39,21 @@ def lds_text(result: LDS, seed: int, query_ids: Sequence[str] | None = None) -> 
     return "\n".join([text, *lines])
 
 
+def tuning_record(result: Tuning, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The choice and the best settings `rows`, best first, for a program."""
+    held_out = None
+    if result.held_out is not None:
+        interval = result.held_out.interval
+        held_out = {"lds": result.held_out.mean, "low": interval.low, "high": interval.high}
+    return {
+        "chosen": rows[0],
+        "by": result.by,
+        "held_out": held_out,
+        "exact": result.exact,
+        "table": rows,
+    }
+
+
 def tuning_text(result: Tuning, place: str, columns: int) -> str:
     """What was chosen, where it is kept, and how good it is by exact scores of `columns` rows."""
     lines = [f"chosen by {result.by}: {result.chosen.name}; {place}"]

@@ -1,14 +1,22 @@
 """Speed and memory of EK-FAC scores beside kronfluence and bergson, and beside the bare work.
 
-    python benchmarks/speed.py --testbed DIR [--kronfluence PYTHON] [--bergson PYTHON] [--repeat 3]
-    [--out F.json]
+    python benchmarks/speed.py --bed FOLDER [BASE] [--bed FOLDER [BASE]] [--kronfluence PYTHON]
+        [--bergson PYTHON] [--threads N] [--repeat N] [--rows N] [--only NAMES] [--out F.json]
 
-The work: EK-FAC of a LoRA adapter on its training rows, and scores of every query against every
-row; float32, CPU. Model loading and imports are left out of every time. `bare` is one forward and
-backward of every training and query row by transformers and PEFT alone, in batches sorted by
-length: what no method can do without. Each contender runs in a process of its own, one after the
-other, `--repeat` times in it; medians are printed. The peers need environments of their own (see
-`peers/README.md`); without their interpreters they are left out.
+The work: EK-FAC of a LoRA adapter on its training rows, at the adapter itself (`--path 1.0`), and
+scores of every query against every row; float32, CPU, everything else by default. A bed is a folder
+with `adapter/`, `train.jsonl` and `query.jsonl`, and its base model, by default `base/` in it. All
+libraries get the same token ids and labels.
+
+Model loading and imports are left out of every time. `bare` is one forward and backward of every
+training and query row by transformers and PEFT alone, in batches sorted by length: what no method
+can do without. Each contender runs in a process of its own, one after the other, `--repeat` times in
+it; medians are printed, with the ratios that are aimed at. The peers need environments of their own
+(see `peers/README.md`); without their interpreters they are left out. `--rows` takes the first rows
+and queries only, for a trial.
+
+Seconds are the clock's and the processor's. Those of the processor, with one thread, can be compared
+on a machine that does other things too.
 """
 
 from __future__ import annotations
@@ -21,196 +29,256 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+OURS, PEERS = ("bare", "ours"), ("kronfluence", "bergson")
+#: The most that fit + score may take of each contender's time (of `bare`, a multiple).
+AIMS = {"bare": 2.0, "kronfluence": 0.35, "bergson": 0.3}
+BUDGET = 1024  # tokens a batch, as `fit` takes on a CPU
 
 
-def ours(testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
-    """Fit, score, and score a second query set from the stored gradients."""
+@dataclass(frozen=True)
+class Bed:
+    """A base model, an adapter, its rows and queries."""
+
+    folder: Path
+    base: Path
+
+    @classmethod
+    def of(cls, given: list[str]) -> Bed:
+        """From the values of one `--bed`."""
+        folder = Path(given[0]).resolve()
+        return cls(folder, Path(given[1]).resolve() if len(given) > 1 else folder / "base")
+
+    def load(self) -> Any:
+        """The adapter on its base."""
+        import influence
+
+        return influence.load(str(self.base), str(self.folder / "adapter"), device="cpu")
+
+    def rows(self, name: str, most: int | None) -> Any:
+        """Rows of `train` or `query`."""
+        import influence
+
+        rows = influence.read_examples(self.folder / f"{name}.jsonl")
+        return rows if most is None else rows.select(list(range(min(most, len(rows)))))
+
+
+def peak() -> int:
+    """The most memory that this process has held, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def now() -> tuple[float, float]:
+    """The clock's and the processor's seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(begun: tuple[float, float]) -> list[float]:
+    """Both, since then."""
+    return [after - before for before, after in zip(begun, now(), strict=True)]
+
+
+# ---- contenders, each in a process of its own ----------------------------------------------------
+
+
+def ours(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
+    """Fit and score, and score a second query set from the stored gradients."""
     import influence
 
-    model = influence.load(str(testbed / "base"), str(testbed / "adapter"))
-    train = influence.read_examples(testbed / "train.jsonl")
-    queries = influence.read_examples(testbed / "query.jsonl")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    times: dict[str, list[float]] = {
-        "fit_seconds": [],
-        "score_seconds": [],
-        "second_seconds": [],
-        "cpu_seconds": [],
-    }
-    for _ in range(repeat):
+    model = bed.load()
+    train, queries = bed.rows("train", args.rows), bed.rows("query", args.rows)
+    found: dict[str, Any] = {"before": peak(), "fit": [], "score": [], "second": []}
+    for _ in range(args.repeat):
         with tempfile.TemporaryDirectory() as folder:
-            directory = Path(folder) / "run"
-            cpu, start = time.process_time(), time.perf_counter()
-            run = influence.fit(
-                model, train, directory=directory, token_budget=token_budget, path=(1.0,)
-            )
-            fitted = time.perf_counter()
-            run.score(queries, out=directory / "scores.h5")
-            scored = time.perf_counter()
-            times["cpu_seconds"].append(time.process_time() - cpu)
-            times["fit_seconds"].append(fitted - start)
-            times["score_seconds"].append(scored - fitted)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            directory, begun = Path(folder) / "run", now()
+            run = influence.fit(model, train, directory=directory, path=(1.0,))
+            found["fit"].append(since(begun))
+            begun = now()
+            run.score(queries, out=Path(folder) / "scores.h5")
+            found["score"].append(since(begun))
+            found["peak"] = peak()
             del run
-            if (
-                len(times["fit_seconds"]) == repeat
-            ):  # the peers have no such step: it counts in no peak of ours either
-                again = influence.Run.open(directory, model=model, train=train)
-                for number in range(repeat):
-                    start = time.perf_counter()
-                    again.score(queries, out=Path(folder) / f"second{number}.h5")
-                    times["second_seconds"].append(time.perf_counter() - start)
-    return {**times, "peak_rss_bytes": peak, "rss_before_bytes": before}
+            again, begun = influence.Run.open(directory, model=model, train=train), now()
+            again.score(queries, out=Path(folder) / "second.h5")
+            found["second"].append(since(begun))
+    return found
 
 
-def bare(testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
+def bare(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
     """One forward and backward of every training and query row by PEFT's own model and loss."""
     import torch
 
-    import influence
     from influence.batches import collate, plan_batches
     from influence.tokens import tokenize
 
-    model = influence.load(str(testbed / "base"), str(testbed / "adapter"))
-    sets = [
-        tokenize(influence.read_examples(testbed / f"{name}.jsonl"), model.tokenizer)
-        for name in ("train", "query")
-    ]
+    model = bed.load()
+    sets = [tokenize(bed.rows(name, args.rows), model.tokenizer) for name in ("train", "query")]
+    found: dict[str, Any] = {"before": peak(), "fit": [], "score": []}
     for parameter in model.parameters:
         parameter.requires_grad_(True)
-    seconds = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        for tokens in sets:
-            for rows in plan_batches(tokens, token_budget):
+    for _ in range(args.repeat):
+        for name, tokens in zip(("fit", "score"), sets, strict=True):
+            begun = now()
+            for rows in plan_batches(tokens, BUDGET):
                 batch = collate(tokens, rows)
                 labels = torch.where(batch.supervised, batch.input_ids, -100)
                 loss = model.model(
                     input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels
                 ).loss
                 torch.autograd.grad(loss, model.parameters)
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds}
+            found[name].append(since(begun))
+    return found | {"peak": peak()}
 
 
-def run_peer(name: str, python: str, testbed: Path, repeat: int) -> dict[str, Any]:
-    """Run a peer's script in its own environment and return the arrays it saved."""
+def write_tokens(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows as the peers take them: token ids, and labels that are -100 where nothing is supervised."""
     import numpy as np
 
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.npz"
-        command = [
-            python,
-            str(HERE / "peers" / f"{name}_ekfac.py"),
-            "--model",
-            str(testbed / "base"),
+    from influence.tokens import tokenize
+
+    tokenizer = bed.load().tokenizer
+    for name in ("train", "query"):
+        lines = [
+            json.dumps(
+                {
+                    "input_ids": item.input_ids.tolist(),
+                    "labels": np.where(item.supervised, item.input_ids, -100).tolist(),
+                }
+            )
+            for item in tokenize(bed.rows(name, args.rows), tokenizer)
         ]
-        command += ["--adapter", str(testbed / "adapter"), "--train", str(testbed / "train.jsonl")]
-        command += [
-            "--queries",
-            str(testbed / "query.jsonl"),
-            "--out",
-            str(out),
-            "--repeat",
-            str(repeat),
-        ]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-        with np.load(out, allow_pickle=False) as data:
-            return {key: data[key] for key in data.files}
+        text = "".join(line + "\n" for line in lines)
+        (args.tokens / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return {}
 
 
-def peer_times(name: str, python: str, testbed: Path, repeat: int) -> dict[str, Any]:
-    """A peer's times and memory."""
-    arrays = run_peer(name, python, testbed, repeat)
-    return {
-        key: value.tolist() for key, value in arrays.items() if "seconds" in key or "rss" in key
-    }
+WORKERS = {"ours": ours, "bare": bare, "tokens": write_tokens}
 
 
-def worker(name: str, testbed: Path, repeat: int, token_budget: int) -> dict[str, Any]:
-    """Run one of our own contenders in a fresh process."""
-    command = [
-        sys.executable,
-        __file__,
-        "--testbed",
-        str(testbed),
-        "--repeat",
-        str(repeat),
-        "--worker",
-        name,
-    ]
-    done = subprocess.run(
-        [*command, "--token-budget", str(token_budget)],
-        check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def peer(bed: Bed, name: str, python: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The same of a peer, by its script in its own environment."""
+    import numpy as np
+
+    out = args.tokens / f"{name}.npz"
+    command = [python, str(HERE / "peers" / f"{name}_ekfac.py"), "--model", str(bed.base)]
+    command += ["--adapter", str(bed.folder / "adapter"), "--out", str(out)]
+    command += ["--train", str(args.tokens / "train.jsonl")]
+    command += ["--queries", str(args.tokens / "query.jsonl"), "--repeat", str(args.repeat)]
+    run_command([*command, "--threads", str(args.threads)])
+    with np.load(out, allow_pickle=False) as arrays:
+        each = {
+            part: np.stack([arrays[f"{part}_seconds"], arrays[f"{part}_cpu_seconds"]], 1).tolist()
+            for part in ("fit", "score")
+        }
+        memory = {"peak": "peak_rss_bytes", "before": "rss_before_bytes"}
+        return each | {key: int(arrays[array]) for key, array in memory.items()}
 
 
-def main() -> None:
-    """Run every contender and print the table."""
+def run_command(command: list[str]) -> str:
+    """Run a process and return what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command[:3])} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def own(bed: Bed, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One of our own contenders in a fresh process."""
+    command = [sys.executable, __file__, "--worker", name, "--bed", str(bed.folder), str(bed.base)]
+    command += ["--repeat", str(args.repeat), "--threads", str(args.threads)]
+    command += ["--tokens", str(args.tokens)]
+    command += [] if args.rows is None else ["--rows", str(args.rows)]
+    return json.loads(run_command(command).splitlines()[-1])
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def medians(times: list[list[float]]) -> list[float]:
+    """Median seconds of the clock and of the processor."""
+    return [statistics.median(each) for each in zip(*times, strict=True)]
+
+
+def total(times: dict[str, Any]) -> list[float]:
+    """Fit and score together."""
+    return [a + b for a, b in zip(medians(times["fit"]), medians(times["score"]), strict=True)]
+
+
+def table(bed: Bed, results: dict[str, Any]) -> None:
+    """Print what was measured on a bed, and the ratios that are aimed at."""
+    print(f"\n{bed.folder.name}")
+    print("| | fit | score | sum | x bare | processor | x bare | peak MB | of it before |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    floor = total(results["bare"]) if "bare" in results else [float("nan")] * 2
+    for name, times in results.items():
+        (wall, cpu), fit, score = total(times), medians(times["fit"])[0], medians(times["score"])[0]
+        print(
+            f"| {name} | {fit:.2f} | {score:.2f} | {wall:.2f} | {wall / floor[0]:.2f} | {cpu:.2f} | "
+            f"{cpu / floor[1]:.2f} | {times['peak'] / 1e6:.0f} | {times['before'] / 1e6:.0f} |"
+        )
+    if "ours" not in results:
+        return
+    mine = total(results["ours"])
+    for name, aim in AIMS.items():
+        if name not in results:
+            continue
+        wall, cpu = (a / b for a, b in zip(mine, total(results[name]), strict=True))
+        line = f"ours / {name}: {wall:.3f} (processor {cpu:.3f}), aimed at {aim:.2f} at most"
+        if name != "bare":
+            line += f"; memory {results['ours']['peak'] / results[name]['peak']:.2f}, at most 1"
+        print(line)
+    second = medians(results["ours"]["second"])
+    print(f"a second query set: {second[0]:.2f} s, processor {second[1]:.2f} s")
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--testbed", type=Path, required=True)
+    parser.add_argument("--bed", nargs="+", action="append", required=True)
     parser.add_argument("--kronfluence", help="python of an environment with kronfluence")
     parser.add_argument("--bergson", help="python of an environment with bergson")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--token-budget", type=int, default=1024)
+    parser.add_argument("--rows", type=int, help="rows and queries taken, for a trial")
+    parser.add_argument("--only", help="contenders, separated by commas")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", choices=["ours", "bare"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run every contender on every bed and print the tables."""
+    args = parse_args()
+    beds = [Bed.of(given) for given in args.bed]
     if args.worker:
-        print(
-            json.dumps(
-                {"ours": ours, "bare": bare}[args.worker](
-                    args.testbed, args.repeat, args.token_budget
-                )
-            )
-        )
+        import torch
+
+        torch.set_num_threads(args.threads)
+        print(json.dumps(WORKERS[args.worker](beds[0], args)))
         return
-    results = {
-        name: worker(name, args.testbed, args.repeat, args.token_budget)
-        for name in ("bare", "ours")
-    }
-    for name, python in (("kronfluence", args.kronfluence), ("bergson", args.bergson)):
-        if python:
-            results[name] = peer_times(name, python, args.testbed, args.repeat)
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1))
-    floor = statistics.median(results["bare"]["seconds"])
-    print(f"bare forward and backward of every row: {floor:.2f} s")
-    print(f"{'':12} {'fit':>7} {'score':>7} {'sum':>7} {'x bare':>7} {'peak MB':>8} {'work MB':>8}")
-    for name in [n for n in results if n != "bare"]:
-        times = results[name]
-        fit, score = (statistics.median(times[key]) for key in ("fit_seconds", "score_seconds"))
-        peak, work = (
-            times["peak_rss_bytes"] / 1e6,
-            (times["peak_rss_bytes"] - times["rss_before_bytes"]) / 1e6,
-        )
-        total = fit + score
-        print(
-            f"{name:12} {fit:7.2f} {score:7.2f} {total:7.2f} {total / floor:7.2f} {peak:8.0f} "
-            f"{work:8.0f}"
-        )
-    if "kronfluence" in results:
-        mine = statistics.median(results["ours"]["fit_seconds"]) + statistics.median(
-            results["ours"]["score_seconds"]
-        )
-        times = results["kronfluence"]
-        theirs = statistics.median(times["fit_seconds"]) + statistics.median(times["score_seconds"])
-        second = statistics.median(results["ours"]["second_seconds"])
-        print(
-            f"ours / kronfluence: {mine / theirs:.3f}; a second query set from stored gradients: "
-            f"{second / theirs:.3f}"
-        )
+    chosen = args.only.split(",") if args.only else [*OURS, *PEERS]
+    found: dict[str, Any] = {"threads": args.threads}
+    for bed in beds:
+        results = found[bed.folder.name] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            args.tokens = Path(folder)
+            own(bed, "tokens", args)
+            for name in chosen:
+                if name in OURS:
+                    results[name] = own(bed, name, args)
+                elif python := getattr(args, name):
+                    results[name] = peer(bed, name, python, args)
+                print(f"{bed.folder.name}: {name} done", file=sys.stderr, flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1))
+        table(bed, results)
 
 
 if __name__ == "__main__":

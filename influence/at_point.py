@@ -23,6 +23,7 @@ from influence.curvature import (
     Damped,
     Invertible,
 )
+from influence.curvature.base import Whitening
 from influence.curvature.several import all_inverse_products
 from influence.damping import Damping
 from influence.errors import InputError, StoreError
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 #: Bytes of gradients read and multiplied at a time, and the fewest rows.
 BLOCK_BYTES = 32 << 20
 BLOCK_ROWS = 8
+#: The most bytes of one leaf of all rows that are looked at together.
+LEAF_BYTES = 1 << 30
 #: Bytes of gradients that are solved for at a time where only a few numbers of each are wanted.
 PART_BYTES = 256 << 20
 #: Share of the free memory that the gradients of one chunk of queries, with all that solving holds
@@ -220,6 +223,46 @@ class AtPoint:
             )
             for indices, gradients, _ in stream_gradients(self.model, tokens, batches=batches):
                 yield indices, self.geometry.features(gradients)
+
+    def by_leaf(self, rows: int) -> bool:
+        """Whether one leaf of so many rows takes little memory."""
+        largest = max(leaf.stop - leaf.start for leaf in self.model.space.leaves)
+        return rows * largest * self.model.dtype.itemsize <= LEAF_BYTES
+
+    def leaf_blocks(self, leaves: range, name: str = "gradients") -> Iterator[tuple[int, Tensor]]:
+        """`(leaf, features [n, d_out, d_in])` of all stored rows, read leaf by leaf: of the data's
+        gradients, or of the `rows` at sampled labels.
+        """
+        if name == "gradients":
+            self._check_gradients()
+        every, width = self.model.space.leaves, self.model.dtype.itemsize
+        with RowFile(self.file(name), name) as file:
+            most = BLOCK_BYTES // (len(file) * width)
+            while leaves:
+                begin, count = every[leaves[0]].start, 1
+                while count < len(leaves) and every[leaves[count]].stop - begin <= most:
+                    count += 1
+                block = file.read_columns(slice(begin, every[leaves[count - 1]].stop))
+                for number in leaves[:count]:
+                    leaf = every[number]
+                    part = torch.from_numpy(block[:, leaf.start - begin : leaf.stop - begin])
+                    part = part.to(self.model.device).unflatten(1, leaf.shape)
+                    yield number, self.geometry.of_leaf(number, part)
+                leaves = leaves[count:]
+
+    def whitened_products(self, operator: Damped, rows: np.ndarray) -> np.ndarray:
+        """Products under the inverse of some rows' gradients with all rows', `[k, n]` float64: those
+        of `W g` with `W^T W` the inverse, leaf after leaf of the stored rows, each process some
+        leaves.
+        """
+        found, curvature = np.zeros((len(rows), len(self.run.tokens))), operator.curvature
+        assert isinstance(curvature, Whitening)
+        leaves = range(*distributed.span(len(self.model.space.leaves)))
+        for number, gradients in self.leaf_blocks(leaves):
+            white: Tensor = curvature.whiten(number, gradients, operator.lam)
+            left = white if len(rows) == len(white) else white[torch.from_numpy(rows)]
+            found += (left @ white.T).double().cpu().numpy()
+        return distributed.add_up(torch.from_numpy(found)).numpy()
 
     @property
     def stream_weights(self) -> Tensor:

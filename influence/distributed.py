@@ -5,7 +5,9 @@ talk by gloo, on GPUs by nccl.
 
 All processes run the same lines. What depends on the clock, on free memory or on a file that one
 of them writes is found out by the first and told to the others (`at_first`, `first`), so that all
-take the same turn. A function that exchanges something is called by all of them, or by none.
+take the same turn. A function that exchanges something is called by all of them, or by none. Within
+`alone` a process is the only one, and the others need not be there: so whole pieces of work, a
+training or an ascent, are dealt out.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ ROUND_SECONDS = 5.0
 #: Seconds that an error waits for torchrun's mailbox before it is told anyway.
 MAILBOX_SECONDS = 10
 LOST = (
-    "another process of this call ended, or this one was told to stop; what fit and score had "
-    "saved is kept: the same command goes on from there, with any number of processes"
+    "another process of this call ended, or this one was told to stop; what had been saved is kept: "
+    "the same command goes on from there, with any number of processes"
 )
 
 
@@ -79,14 +81,29 @@ def _heed(how: Any) -> None:
         signal.signal(signal.SIGTERM, how)
 
 
+#: How many blocks of `alone` this process is in.
+_alone = 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work without the other processes: within the block nothing is shared out or exchanged."""
+    global _alone
+    _alone += 1
+    try:
+        yield
+    finally:
+        _alone -= 1
+
+
 def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def world() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def on_this_machine() -> int:
@@ -184,7 +201,7 @@ def first(values: np.ndarray) -> np.ndarray:
 
     What is decided by them is then decided alike everywhere.
     """
-    if not dist.is_initialized():
+    if world() == 1:
         return values
     shared = _shared(torch.from_numpy(np.array(values, dtype=np.float64)))
     with _exchange():
@@ -198,7 +215,7 @@ def first_says(fact: bool) -> bool:
 
 
 def at_first(work: Callable[[], T]) -> T:
-    """Do something in the first process alone: all get its result, or its error.
+    """Do something in the first process `alone`: all get its result, or its error.
 
     The result must be one that torch sends to the others.
     """
@@ -207,7 +224,8 @@ def at_first(work: Callable[[], T]) -> T:
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
-            outcome[0] = work()
+            with alone():
+                outcome[0] = work()
         except ProcessError:
             raise
         except Exception as error:
@@ -265,6 +283,14 @@ def gathered(pieces: list[T]) -> list[T]:
     return [piece for box in boxes or [] for piece in box]
 
 
+def told_by_all(known: dict[int, T]) -> dict[int, T]:
+    """What each process found of some numbered things, in all processes, in the things' order."""
+    if world() == 1:
+        return dict(sorted(known.items()))
+    pieces = gathered([known])
+    return at_first(lambda: dict(sorted(pair for piece in pieces for pair in piece.items())))
+
+
 def assembled(values: Tensor, places: np.ndarray, count: int) -> Tensor:
     """`[count, ...]` in all processes, of which each has made `values` [k, ...] at its `places`."""
     if world() == 1:
@@ -298,7 +324,7 @@ def add_up(sums: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
     All processes give the same names with the same shapes and types; the order of the names does
     not matter. With one process nothing is done.
     """
-    if not dist.is_initialized():
+    if world() == 1:
         return sums
     # every process must add up the same tensor at the same time, whatever order its names came in
     for tensor in [sums] if isinstance(sums, Tensor) else [sums[name] for name in sorted(sums)]:

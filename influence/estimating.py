@@ -396,10 +396,13 @@ class Work:
             return plan.points * self.gradient_seconds(_evenly(tokens, SCALE_ROWS))
         columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
         rows, few = self.rows_seconds(plan), plan.store == FEATURES
-        each = s.load + rows * (columns / n + self.parts(plan, columns))
+        # stored rows are read once, and turned once where a solution turns them twice
+        turned = self.turned(plan)
+        looks = 1.0 if turned else columns / n + self.parts(plan, columns)
+        each = s.load + rows * looks
         triangle = 0.5 if WHOLE_ROWS < n <= EXACT_ROWS else 1.0
         each += triangle * columns * n * self.width(plan) / s.multiply
-        each += 0.0 if few else columns * s.solve
+        each += 0.0 if few else (n / 2 if turned else columns) * s.solve
         each += plan.kernel_bytes / plan.points / s.write
         if n > EXACT_ROWS:
             # U, U^T A U and the diagonal of the inverse, each of them half a product
@@ -413,9 +416,15 @@ class Work:
         one = _evenly(tokens, RATIO_ROWS)
         single = [np.array([row]) for row in range(len(one))]
         alone = s.batch.seconds(one, single)
-        each += (s.ratios.gradients + 3 * s.ratios.forward) * alone + RATIO_ROWS * s.solve
+        each += (s.ratios.gradients + 2 * s.ratios.forward) * alone + RATIO_ROWS * s.solve
         losses = self.forward_seconds(_evenly(tokens, LOSS_ROWS))
-        return plan.points * (each + losses) + 2 * losses
+        # the pass itself gives the losses at a point, where it runs all rows
+        apart = plan.apart and plan.store != FULL
+        return plan.points * (each + losses * apart) + 2 * losses
+
+    def turned(self, plan: FitPlan) -> bool:
+        """Whether the similarities are those of stored rows, looked at leaf by leaf."""
+        return plan.store == FULL and plan.rows <= WHOLE_ROWS and self.prepared.curvature.whitens
 
     def rows_seconds(self, plan: FitPlan) -> float:
         """Seconds of having every row once: read, read and decoded, or computed."""
@@ -463,6 +472,7 @@ class Work:
         if plan.shares_credit:
             columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
             at_once = -(-columns // self.parts(plan, columns))
+            at_once = min(at_once, RATIO_ROWS) if self.turned(plan) else at_once
             held = 8 * columns * n * (plan.points + 1) if n <= WHOLE_ROWS else KERNEL_HELD
             stages.append(self.solving_memory(plan, at_once) + held)
         return s.memory + self.together(max(stages))

@@ -269,7 +269,9 @@ class FitPlan:
         each = self.first_work * self.runs_first + self.again_work * self.runs_again
         each += self.credit_passes + (self.store == FEATURES)
         losses = FORWARD * min(1.0, LOSS_ROWS / self.rows) if self.shares_credit else 0.0
-        return self.points * (each + losses) + 2 * losses
+        # the pass itself gives the losses at a point, where it runs all rows
+        apart = self.apart and self.store != FULL
+        return self.points * (each + losses * apart) + 2 * losses
 
     @property
     def to_come(self) -> float:

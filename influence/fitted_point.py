@@ -26,19 +26,18 @@ from influence import distributed
 from influence.at_point import AtPoint, geometry_here, row_blocks
 from influence.batches import collate, padded_tokens, plan_batches
 from influence.curvature import Accumulator, Specification
-from influence.curvature.base import ONCE
-from influence.errors import InputError
+from influence.curvature.base import ONCE, refuse_without_draws
 from influence.geometry import Adam, Geometry
 from influence.gradients import Tape, batch_uniforms, max_rows, tape
 from influence.halving import Steps, in_parts
 from influence.leaf_gradients import LeafGradients
-from influence.loss import Supervised, loss_gradient, sampled_loss_gradient
+from influence.loss import Supervised, loss_gradient, row_losses, sampled_loss_gradient
 from influence.memory import room
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
 from influence.row_storage import Storage, keeps_for_good, keeps_sampled
 from influence.sampled_gradients import sampled_gradients
-from influence.store import RowFile, open_file, read, write_file
+from influence.store import RowFile, RowFiles, open_file, read, write_file
 from influence.tokens import TokenizedExamples
 
 #: Seconds between checkpoints of a pass: a killed fit loses no more than that, or than 30 times
@@ -49,27 +48,8 @@ QUICK = 2.0
 CHECKPOINT = "checkpoint.h5"
 #: Which batches are in the sums of a checkpoint, beside these.
 DONE = "batches_done"
-
-
-@dataclass
-class RowFiles:
-    """The open row files of a pass.
-
-    None where nothing is written.
-    """
-
-    gradients: RowFile | None = None
-    done: RowFile | None = None
-    sampled: RowFile | None = None
-
-    def flush(self) -> None:
-        """Wait until the rows are on disk.
-
-        `done` last, which vouches for them.
-        """
-        for file in (self.gradients, self.sampled, self.done):
-            if file is not None:
-                file.flush()
+#: The rows' losses at the data's labels.
+LOSSES = "pass/losses"
 
 
 class PointFit:
@@ -108,6 +88,7 @@ class PointFit:
         most = max((len(rows) for rows in self.batches), default=0) if per_row else 0
         shape = (most, self.model.space.size)
         self.buffer = room(shape, self.model.dtype, self.model.device) if most else None
+        self.losses = torch.zeros(n, dtype=torch.float64)
         self.created = False  # whether a row file had to be made
 
     def rows(self) -> tuple[TokenizedExamples, np.ndarray]:
@@ -135,14 +116,15 @@ class PointFit:
             batches += self.plan(every, limited=True)
         return batches, sampled
 
-    def sums(self) -> dict[str, Tensor]:
-        """The running sums of the pass, the tensors themselves."""
-        return self.accumulator.sums()
-
     def summed(self) -> Accumulator:
         """The accumulator with the complete sums of all processes."""
         distributed.add_up(self.sums())
         return self.accumulator
+
+    def known_losses(self) -> Tensor | None:
+        """The losses `l_i` [n] of all rows, once summed; None where the pass did not run them all."""
+        every = self.store_gradients or (self.draws > 0 and not self.apart)
+        return self.losses if every else None
 
     def coordinates(self, state: OptimizerState | None) -> Geometry:
         """The geometry at this point.
@@ -301,6 +283,8 @@ class PointFit:
         """Rows at once, after which their graph is gone; what is added up is added by `steps`."""
         batch = collate(self.tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         part = recorder.forward(batch)
+        if files.gradients is not None or not self.store_gradients:
+            self.losses[rows] = row_losses(part).cpu()
         for draw in range(draws):
             final = files.gradients is None and draw == draws - 1
 
@@ -361,6 +345,10 @@ class PointFit:
         return torch.from_numpy(self.weights[rows] / self.weights.max()).to(self.model.device)
 
     # ---- checkpoints
+
+    def sums(self) -> dict[str, Tensor]:
+        """All that the pass sums up: the accumulator's, and the rows' losses."""
+        return self.accumulator.sums() | {LOSSES: self.losses}
 
     def checkpoint(self, done: np.ndarray) -> None:
         """Save the running sums of all processes, and which batches are in them.
@@ -433,6 +421,8 @@ class PointFit:
         if place.scale is None:
             arrays["theta"] = place.theta
         accumulator = self.summed()
+        if (losses := self.known_losses()) is not None:
+            arrays[LOSSES] = losses
         if (second := accumulator.second_look()) is not None:
             self.look_again(second)
             distributed.add_up(second.sums())
@@ -443,9 +433,9 @@ class PointFit:
     def look_again(self, second: Accumulator) -> None:
         """Show this process's share of the sampled rows to the accumulator of a second look."""
         rows = self.sampled_rows(shared=True)
-        if second.by_leaf and isinstance(rows, ComputedRows):
-            rows.show_leaves(second)
-            return
+        small = isinstance(rows, ComputedRows) or self.point.by_leaf(rows.count)
+        if second.by_leaf and small:
+            return rows.show_leaves(second)
         start, weights = 0, rows.weights
         for block in rows:
             second.add_rows(block, weights[start : start + len(block)])
@@ -488,10 +478,23 @@ class StoredRows:
     shared: bool = False
 
     @property
+    def count(self) -> int:
+        """All rows and draws."""
+        return len(self.fit.run.tokens) * max(1, self.fit.draws)
+
+    @property
     def _span(self) -> tuple[int, int]:
         """Where the rows begin and end, of all rows and draws."""
-        count = len(self.fit.run.tokens) * max(1, self.fit.draws)
-        return distributed.span(count) if self.shared else (0, count)
+        return distributed.span(self.count) if self.shared else (0, self.count)
+
+    def show_leaves(self, second: Accumulator) -> None:
+        """Show all rows leaf by leaf: of several processes each shows some leaves, not some rows."""
+        fit, weights = self.fit, StoredRows(self.fit).weights
+        name = "rows" if fit.draws else "gradients"
+        for number, leaf in fit.point.leaf_blocks(
+            range(*distributed.span(len(fit.model.space.leaves))), name
+        ):
+            second.add_leaf(number, leaf, weights)
 
     @property
     def weights(self) -> Tensor:
@@ -576,16 +579,6 @@ class ComputedRows:
             sink = LeafGradients(recorder, take)
             recorder.backward(part.logits, gradient, sink, last=draw == fit.draws - 1)
             sink.finish()
-
-
-def refuse_without_draws(curvature: Specification, accumulator: Accumulator) -> None:
-    """Refuse a curvature that would be fitted to nothing: no labels are drawn for its sums."""
-    if curvature.draws == 0 and (accumulator.per_leaf or accumulator.per_row):
-        raise InputError(
-            f"curvature {curvature.name} makes no label draws (`draws` is 0), and its accumulator "
-            "adds up gradients at sampled labels: give the specification a property draws of 1 or "
-            "more"
-        )
 
 
 def accumulate(fit: PointFit, batches: Iterable[np.ndarray]) -> dict[str, Tensor]:

@@ -196,8 +196,6 @@ def _fit_prepared(
             fit_points(run, prepared.places, curvature, disk_budget, prepared.state, growth)
         elif run.features_stored:
             _renew_features(run)
-        if growth is not None:
-            distributed.at_first(lambda: growth.keep_losses(run))
         # where nothing is stored, credit is a pass over all rows: of a grown one left to the scores
         if (existing is None or run.manifest.path is None) and (
             growth is None or growth.store != NONE

@@ -29,9 +29,10 @@ What adds up, and what does not:
   (`--curvature-rows`): the rows before stand for all, and no row that goes is run. At least half of
   the rows must be among those that it, or its bases, were formed of.
 * **Adam's metric** that was estimated from gradients stays; one from an optimiser's state is the same.
-* **Shared credit**: the rows' similarities are formed anew from what is stored. Losses along the path
-  are kept row by row (`influence.kept_losses`); the ratio of curvature to slope is measured again, on
-  `influence.path_time.RATIO_ROWS` rows. Where nothing is stored, all that is left to the scores.
+* **Shared credit**: the rows' similarities are formed anew from what is stored. Losses at a point
+  stay where its pass left them; those that none left, of the base as a rule, and the ratio of
+  curvature to slope are measured again, on `LOSS_ROWS` and `RATIO_ROWS` rows of
+  `influence.path_time`. Where nothing is stored, all that is left to the scores.
 
 The manifest says what a run was grown from and in what it differs (`grown`). Edits and what
 `analysis tune` chose belong to the run before, and are not taken over.
@@ -49,8 +50,7 @@ from torch import Tensor
 from influence.at_point import StoredTensors
 from influence.errors import InputError, MismatchError
 from influence.fit_plan import FEATURES, FULL, NONE
-from influence.kept_losses import NAME as LOSSES
-from influence.kept_losses import keep_losses, kept_losses
+from influence.fitted_point import LOSSES
 from influence.manifest import GrownRecord, Manifest, Source, differences, digest_of, read_manifest
 from influence.prepared import Prepared
 from influence.progress import say
@@ -130,22 +130,11 @@ class Growth:
         point = self.before.points[number]
         with open_file(point.file("factors"), run_digest=point.digest) as file:
             stored = StoredTensors(file, point.model.device)
+            others = ("theta", LOSSES)  # what is not of the curvature
             names = [
-                name for name in stored if name != "theta" and not name.startswith("geometry/")
+                name for name in stored if name not in others and not name.startswith("geometry/")
             ]
             return {name: stored[name] for name in names}
-
-    def keep_losses(self, run: Run) -> None:
-        """Give a run the losses along the path of the rows that stay, unless it has some."""
-        if (run.directory / LOSSES).exists():
-            return
-        places = 2 + len(run.manifest.points)
-        known = kept_losses(self.before.directory, self.before.digest, places)
-        ids = [run.train.ids[place] for place in self.kept]
-        ids = [id for id in ids if id in known]
-        if ids:
-            losses = np.stack([known[id] for id in ids], axis=1)
-            keep_losses(run.directory, run.digest, ids, losses)
 
     def record(self) -> GrownRecord:
         """What the manifest says of it."""

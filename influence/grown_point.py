@@ -18,13 +18,14 @@ from influence import distributed
 from influence.at_point import AtPoint
 from influence.curvature import Accumulator, Specification
 from influence.curvature.base import Arrays, SampledRows
-from influence.fitted_point import PointFit, RowFiles
+from influence.fitted_point import LOSSES, PointFit
 from influence.geometry import Geometry
 from influence.gradients import Tape
 from influence.growing import Growth
 from influence.optimizer_state import OptimizerState
+from influence.path_time import losses_of_pass
 from influence.row_storage import Storage
-from influence.store import copy_rows, open_rows
+from influence.store import RowFiles, copy_rows, open_rows
 from influence.tokens import TokenizedExamples
 
 #: Weights that differ by less, relative, are the same but for rounding.
@@ -141,8 +142,9 @@ class GrownFit(PointFit):
         return torch.from_numpy(relative[rows]).to(self.model.device)
 
     def sums(self) -> dict[str, Tensor]:
-        """The sums of both sides."""
-        sums = {f"come/{name}": tensor for name, tensor in self.accumulator.sums().items()}
+        """The sums of both sides, and the losses."""
+        sums = {LOSSES: self.losses}
+        sums |= {f"come/{name}": tensor for name, tensor in self.accumulator.sums().items()}
         if self.gone is not None:
             sums |= {f"gone/{name}": tensor for name, tensor in self.gone.sums().items()}
         return sums
@@ -158,3 +160,12 @@ class GrownFit(PointFit):
             self.gone = None
         come.restore(self.arrays, self.growth.factor)
         return come
+
+    def known_losses(self) -> Tensor | None:
+        """The losses `l_i` [n] of all rows: those of the rows that stay as they were."""
+        losses, before = super().known_losses(), losses_of_pass(self.before)
+        if losses is None or before is None:
+            return None
+        losses = losses[: len(self.run.tokens)].clone()
+        losses[self.growth.kept] = torch.from_numpy(before[self.growth.places])
+        return losses

@@ -26,7 +26,7 @@ import torch
 
 from influence import distributed
 from influence.at_point import AtPoint, evenly_spaced, queries_at_once
-from influence.curvature.base import Damped, Invertible, inverse_products
+from influence.curvature.base import Damped, Invertible, Whitening, inverse_products
 from influence.errors import NumericalError, StoreError
 from influence.matrix_file import (
     LowerInverse,
@@ -452,11 +452,15 @@ def _diagonal(point: AtPoint, operator: Damped) -> np.ndarray:
 def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
     """K between some rows and all, `[k, n]` float64.
 
-    Of several processes each makes some of its rows; where gradients are not stored, and each of
-    them costs a backward, each makes the products with its share of all rows instead.
+    Stored rows are multiplied leaf by leaf where the inverse's root is known so. Else, of several
+    processes each makes some of its rows; where gradients are not stored, and each of them costs a
+    backward, each makes the products with its share of all rows instead.
     """
     assert isinstance(operator.curvature, Invertible)
     run, roots = point.run, np.sqrt(point.run.weights)
+    whitens = isinstance(operator.curvature, Whitening) and point.by_leaf(len(roots))
+    if point.gradients_stored and whitens:
+        return point.whitened_products(operator, rows) * roots[rows, None] * roots
     found, features = np.zeros((len(rows), len(run.tokens))), point.features(operator)
     split = point.gradients_stored or features is not None
     at_once = queries_at_once(run, COPIES) if features is None else features.rows_at_once

@@ -32,6 +32,8 @@ from influence.tokens import TokenizedExamples
 
 #: Numbers in what is held of a softmax at once: 67 MB in float32, 130 positions of 128,256 tokens.
 CHUNK_NUMBERS = 1 << 24
+#: Labels that are drawn from together, of large vocabularies.
+LABEL_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,12 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
+@torch.no_grad()
+def row_losses(part: Supervised) -> Tensor:
+    """The summed cross-entropy `l_i` of every example of a batch, `[b]` float64, nats, detached."""
+    return part.per_example(token_losses(part.logits, part.targets).double())
+
+
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(accurate(logits), targets, reduction="none")
 
@@ -218,13 +226,33 @@ def sample_labels(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one label per position from the model's own distribution.
 
     Its cumulative sum is inverted: `probs` [n, V], `uniforms` [n] in [0, 1), label = the first v
-    with cdf[v] > u. Returns `[n]`. The sum takes twice the memory of `probs`.
+    with cdf[v] > u. Returns `[n]`.
+    """
+    count = probs.shape[-1]
+    if count < 4 * LABEL_BLOCK:
+        return _drawn(probs, uniforms.double())[0]
+    # which block of labels first, and then which of its labels: no sum over all of them is kept
+    whole = count // LABEL_BLOCK * LABEL_BLOCK
+    masses = probs[:, :whole].unflatten(1, (-1, LABEL_BLOCK)).sum(-1)
+    if whole < count:
+        masses = torch.cat([masses, probs[:, whole:].sum(-1, keepdim=True)], 1)
+    block, within = _drawn(masses, uniforms.double())
+    places = torch.arange(LABEL_BLOCK, device=probs.device) + LABEL_BLOCK * block[:, None]
+    inside = probs.gather(1, places.clamp(max=count - 1)) * (places < count)
+    return places[:, 0] + _drawn(inside, within)[0]
+
+
+def _drawn(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of `masses` [n, v] whose running sum, over that of all, exceeds `uniforms` [n], and
+    how far through it they are, in [0, 1): both `[n]`.
     """
     # in float64, or rare labels of a large vocabulary would be lost
-    cdf = probs.cumsum(-1, dtype=torch.float64)
+    cdf = masses.cumsum(-1, dtype=torch.float64)
     u = uniforms.to(cdf) * cdf[:, -1]
-    labels = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).squeeze(-1)
-    return labels.clamp_(max=probs.shape[-1] - 1)
+    found = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).clamp_(max=masses.shape[-1] - 1)
+    size = masses.gather(1, found).to(cdf)
+    within = (u.unsqueeze(-1) - (cdf.gather(1, found) - size)) / size.clamp(min=1e-300)
+    return found.squeeze(-1), within.clamp_(0, 1 - 1e-12).squeeze(-1)
 
 
 def all_finite(logits: Tensor) -> bool:
@@ -243,7 +271,7 @@ def mean_losses(
     def run(rows: np.ndarray, _: Steps) -> np.ndarray:
         batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
         part = supervised_logits(model, batch)
-        return part.per_example(token_losses(part.logits, part.targets).double()).cpu().numpy()
+        return row_losses(part).cpu().numpy()
 
     with model.evaluating(), torch.no_grad():
         for rows in plan_batches(tokens, token_budget):

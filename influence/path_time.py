@@ -22,7 +22,8 @@ was 0.57 to 1.05 of what retraining measured (benchmarks/README.md, "Credit that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,28 +31,32 @@ import torch
 from torch import Tensor
 
 from influence import distributed
-from influence.at_point import AtPoint, evenly_spaced
+from influence.adapter import AdaptedModel
+from influence.at_point import AtPoint, evenly_spaced, memory_chunks
 from influence.batches import collate
 from influence.curvature.base import Damped, Invertible
-from influence.errors import StoreError
-from influence.kept_losses import keep_losses, kept_losses
-from influence.loss import log_probabilities, mean_losses, supervised_logits
+from influence.fitted_point import LOSSES
+from influence.gradients import replaced_forwards
+from influence.loss import mean_losses, supervised_logits
 from influence.manifest import PathRecord
 from influence.path import scaled
 from influence.progress import say
 from influence.run import Run, update_manifest
+from influence.store import open_file, read
 from influence.tokens import TokenizedExamples
 
 #: Rows whose losses stand for all: the same ones at every point, so that their differences are
 #: known better than their mean.
-LOSS_ROWS = 512
-#: Rows whose ratio is measured, three forwards each. Their median is 7 and 14 % above that of 100
+#: The fall of the loss from base to adapter is known to a few percent from so many, which is less
+#: than what `RATIO_ROWS` leave open.
+LOSS_ROWS = 32
+#: Rows whose ratio is measured, two forwards each. Their median is 7 and 14 % above that of 100
 #: rows on tofu-tiny and 9 and 22 % in its mild regime, where a fourth or twice the strength changes
 #: the LDS by less than 0.03 (benchmarks/README.md, "Credit that is shared").
 RATIO_ROWS = 8
 #: How far a row's logits are moved to measure its curvature, in nats a token of its own loss, to
 #: first order: small beside a loss, large beside the rounding of 16-bit logits.
-STEP = 0.1
+STEP = 0.05
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,35 @@ def path_record(run: Run) -> PathRecord:
     if known is not None:
         return known
     rows = evenly_spaced(len(run.tokens), LOSS_ROWS)
-    weights = run.weights[rows] * run.tokens.counts[rows]
-    means = losses_along(run, rows) @ weights / weights.sum()
-    base, adapter, *losses = means.tolist()
-    losses = tuple(losses)
+    sample = run.tokens.select(rows)
+    weights = run.weights[rows] * sample.counts
+    own = distributed.shard(np.arange(len(rows)))  # each process runs its share of them
+    mine = sample.select(own)
+
+    def loss(theta: Tensor) -> float:
+        with run.model.at(theta):
+            losses = mean_losses(run.model, mine, token_budget=run.token_budget)
+        summed = torch.tensor((weights[own] * losses).sum(), dtype=torch.float64)
+        return float(distributed.add_up(summed)) / float(weights.sum())
+
+    def at_point(point: AtPoint) -> float | None:
+        kept = distributed.at_first(lambda: losses_of_pass(point))
+        return (
+            None if kept is None else float(run.weights[rows] @ kept[rows]) / float(weights.sum())
+        )
+
+    with without_adapter(run.model):
+        base = loss(scaled(run.model, 0.0))
+    known = [at_point(point) for point in run.points]
+    ends = [each for each, point in zip(known, run.points, strict=True) if point.place.scale == 1]
+    adapter = ends[0] if ends and ends[0] is not None else loss(run.model.snapshot())
+    losses = []
+    for each, point in zip(known, run.points, strict=True):
+        if each is None:
+            each = adapter if point.place.scale == 1 else loss(point.place.theta)
+        losses.append(each)
     ratios = tuple(gauss_newton_ratio(point) for point in run.points)
-    found = PathRecord(base, adapter, losses, ratios)
+    found = PathRecord(base, adapter, tuple(losses), ratios)
     try:
         update_manifest(run, path=found)
     except OSError as error:  # a run that is only read answers all the same
@@ -140,46 +168,32 @@ def path_record(run: Run) -> PathRecord:
     return found
 
 
-def losses_along(run: Run, rows: np.ndarray) -> np.ndarray:
-    """Mean losses of some training rows along the path, nats a token, `[2 + points, rows]`: under
-    the base, under the adapter, and at each point.
+def losses_of_pass(point: AtPoint) -> np.ndarray | None:
+    """`l_i` of all rows at a point `[n]`, which its pass left; None where it did not."""
+    with open_file(point.file("factors"), run_digest=point.digest) as file:
+        if LOSSES not in file:
+            return None
+        found = np.asarray(read(file, LOSSES))
+    fits = len(found) == len(point.run.tokens) and bool(np.isfinite(found).all())
+    return found if fits else None
 
-    Those that the run keeps (`influence.kept_losses`) are not run again, and all are kept.
+
+@contextmanager
+def without_adapter(model: AdaptedModel) -> Iterator[None]:
+    """Within the block the base alone runs where that is cheaper: the model must be at a point where
+    every B is zero.
     """
-    ids, places = [run.tokens.ids[row] for row in rows], [point.place for point in run.points]
-    known = distributed.at_first(lambda: kept_losses(run.directory, run.digest, 2 + len(places)))
-    found = np.zeros((2 + len(places), len(rows)))
-    for place, id in enumerate(ids):
-        if id in known:
-            found[:, place] = known[id]
-    missing = np.array([place for place, id in enumerate(ids) if id not in known], dtype=int)
-    if not len(missing):
-        return found
-    own = distributed.shard(np.arange(len(missing)))  # each process runs its share of them
-    mine = run.tokens.select(rows[missing[own]])
-
-    def losses(theta: Tensor) -> np.ndarray:
-        with run.model.at(theta):
-            values = mean_losses(run.model, mine, token_budget=run.token_budget)
-        return distributed.assembled(torch.from_numpy(values), own, len(missing)).numpy()
-
-    adapter = losses(run.model.snapshot())
-    found[0, missing], found[1, missing] = losses(scaled(run.model, 0.0)), adapter
-    for number, place in enumerate(places):
-        found[2 + number, missing] = adapter if place.scale == 1 else losses(place.theta)
-    try:
-        distributed.at_first(lambda: keep_losses(run.directory, run.digest, ids, found))
-    except (OSError, StoreError) as error:  # a run that is only read answers all the same
-        say(f"note: the losses along the path could not be kept in {run.directory} ({error})")
-    return found
+    layers = [site.layer for site in model.sites if not site.parameter]
+    with replaced_forwards({layer: layer.base_layer.forward for layer in layers}):
+        yield
 
 
 def gauss_newton_ratio(point: AtPoint, operator: Damped | None = None) -> float:
     """Gauss-Newton curvature of a training row along its own step over its squared slope there,
     `d^T G d / (grad l^T d)^2` with `d = M grad l`: the median of a few rows, 1 / nats.
 
-    Measured by the outputs: moved by `e d`, a row's outputs differ from what they were by
-    `KL = e^2 d^T G d / 2`, summed over its tokens; both directions are taken, so that what is odd
+    Measured by the outputs: where a step `e d` to either side moves a row's logits by `+u` and
+    `-u`, `e^2 d^T G d` is the variance of u under the outputs, summed over its tokens; what is odd
     in e cancels. By default M is the run's own.
     """
     operator = operator or point.operator()
@@ -187,35 +201,37 @@ def gauss_newton_ratio(point: AtPoint, operator: Damped | None = None) -> float:
     rows = evenly_spaced(len(point.run.tokens), RATIO_ROWS)
     found = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     places = distributed.shard(np.arange(len(rows)))  # each process measures some
-    for place, row in zip(places.tolist(), rows[places].tolist(), strict=True):
-        gradient = point.gradients_of(np.array([row]))
-        solved = operator.curvature.solve(gradient, operator.lam)
-        slope = float((gradient * solved).sum(dtype=torch.float64))
-        if not slope > 0:
-            continue  # a row without a gradient says nothing
-        tokens = point.run.tokens.select(np.array([row]))
-        size = STEP * float(tokens.counts[0]) / slope
-        step = point.geometry.adjoint(solved)[0] * size
-        apart = _divergences(point, tokens, step)
-        found[place] = apart / (size * slope) ** 2
+    for part in memory_chunks(point.run, len(places)) if len(places) else []:
+        own = places[part]
+        gradients = point.gradients_of(rows[own])
+        solved = operator.curvature.solve(gradients, operator.lam)
+        slopes = (gradients * solved).sum(1, dtype=torch.float64).cpu()
+        steps = point.geometry.adjoint(solved)
+        del gradients, solved
+        for place, slope, step in zip(own.tolist(), slopes.tolist(), steps, strict=True):
+            if not slope > 0:
+                continue  # a row without a gradient says nothing
+            tokens = point.run.tokens.select(rows[place : place + 1])
+            size = STEP * float(tokens.counts[0]) / slope
+            found[place] = _variance(point, tokens, step * size) / (size * slope) ** 2
     ratios = distributed.assembled(found[places], places, len(rows)).numpy()
     ratios = ratios[~np.isnan(ratios)]
     return float(np.median(ratios)) if len(ratios) else 0.0
 
 
-def _divergences(point: AtPoint, tokens: TokenizedExamples, step: Tensor) -> float:
-    """`KL(p || p_+) + KL(p || p_-)` of a row's outputs at a point and a step to either side, nats,
+def _variance(point: AtPoint, tokens: TokenizedExamples, step: Tensor) -> float:
+    """Variance, under a row's outputs at a point, of what a step from there moves its logits by,
     summed over its tokens.
     """
     model, theta = point.model, point.place.theta
     batch = collate(tokens, np.array([0]), pad_id=model.pad_id, device=model.device)
 
-    def outputs(moved: Tensor) -> Tensor:
+    def logits(moved: Tensor) -> Tensor:
         with model.at(moved), model.evaluating(), torch.no_grad():
-            return log_probabilities(supervised_logits(model, batch).logits).double()
+            return supervised_logits(model, batch).logits.double()
 
-    here = outputs(theta)
-    probabilities = here.exp()
-    return sum(
-        float((probabilities * (here - outputs(theta + sign * step))).sum()) for sign in (1, -1)
-    )
+    plus, minus = logits(theta + step), logits(theta - step)
+    moved = (plus - minus) / 2
+    probabilities = minus.add_(moved).softmax(-1)
+    means = (probabilities * moved).sum(-1)
+    return float((probabilities * moved.square()).sum() - means.square().sum())

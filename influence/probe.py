@@ -21,10 +21,10 @@ import scipy.optimize as so
 import torch
 from torch import Tensor
 
-from influence.adapter import AdaptedModel
+from influence.adapter import AdaptedModel, Leaf
 from influence.at_point import BLOCK_BYTES, BLOCK_ROWS, AtPoint, evenly_spaced
 from influence.batches import collate
-from influence.curvature.base import AfterPass, Damped, Invertible, Whitening
+from influence.curvature.base import Accumulator, AfterPass, Damped, Invertible, Whitening
 from influence.features import FeatureMap
 from influence.fit_plan import FULL, NONE, FitPlan
 from influence.fitted_point import PointFit, RowFiles, Storage
@@ -171,15 +171,21 @@ class OneBlock:
     """A block of rows that the second look takes, several times, and how long it takes for it."""
 
     block: Tensor
+    leaves: Sequence[Leaf]
     seconds: float = 0.0
     total: float = 0.0
     times: int = 3
 
     @property
+    def count(self) -> int:
+        """The rows that are shown."""
+        return len(self.block) * self.times
+
+    @property
     def weights(self) -> Tensor:
         """A weight for each row."""
-        count = len(self.block) * self.times
-        return torch.full((count,), 1.0 / count, dtype=torch.float64, device=self.block.device)
+        options = {"dtype": torch.float64, "device": self.block.device}
+        return torch.full((self.count,), 1.0 / self.count, **options)
 
     def __iter__(self) -> Iterator[Tensor]:
         """The block, timed."""
@@ -189,6 +195,13 @@ class OneBlock:
             yield self.block
             taken.append(now(self.block.device) - start)
         self.seconds, self.total = min(taken), sum(taken)
+
+    def show_leaves(self, second: Accumulator) -> None:
+        """Show the block leaf by leaf, timed."""
+        weights = self.weights[: len(self.block)]
+        for block in self:
+            for number, leaf in enumerate(self.leaves):
+                second.add_leaf(number, block[:, leaf.slice].unflatten(1, leaf.shape), weights)
 
 
 # ---- what was measured ---------------------------------------------------------------------------
@@ -464,7 +477,7 @@ def _after_pass(
         finish = decompositions + after.kept_bytes / write
         row, solve = after.row_products / multiply, after.solve_products / multiply
         return finish, row, after.kept_bytes / write, solve, None
-    rows = OneBlock(block)
+    rows = OneBlock(block, fit.model.space.leaves)
     fit.sampled_rows = lambda **_: rows  # pyright: ignore[reportAttributeAccessIssue]
     start = now(device)
     fit.finish()

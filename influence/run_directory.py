@@ -30,7 +30,7 @@ from influence.progress import say
 #: The files of a run, but for those of its points from the second on.
 FILES = (
     *("manifest.json", "factors.h5", "gradients.h5", "features.h5", "rows.h5", "kernel.h5"),
-    *("inverse.h5", "scores.h5", "strongest.h5", "losses.h5"),
+    *("inverse.h5", "scores.h5", "strongest.h5"),
     *(CHECKPOINT,),
     *(ROWS, RECIPE),
 )

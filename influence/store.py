@@ -23,6 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -190,6 +191,18 @@ class RowFile:
             data, place = data[count:], place + count
         return out
 
+    def read_columns(self, columns: slice) -> np.ndarray:
+        """Columns `[n, end - start]` of all rows of a dataset `[n, P]`, copied."""
+        out = np.empty((len(self), columns.stop - columns.start), self.dtype)
+        first = self._offset + columns.start * self.dtype.itemsize
+        for number, row in enumerate(out):
+            data = memoryview(row.data).cast("B")
+            if os.preadv(self._file, [data], first + number * self._width) != len(data):
+                raise StoreError(
+                    "a row file ends before its last row: it is truncated; fit the run again"
+                )
+        return out
+
     def flush(self) -> None:
         """Wait until what was written is on the disk."""
         os.fsync(self._file)
@@ -207,6 +220,27 @@ def copy_rows(
             block = read_from.read(row * each, (row + 1) * each)
             written.write(np.arange(place * each, (place + 1) * each), block)
         written.flush()
+
+
+@dataclass
+class RowFiles:
+    """The open row files of a pass.
+
+    None where nothing is written.
+    """
+
+    gradients: RowFile | None = None
+    done: RowFile | None = None
+    sampled: RowFile | None = None
+
+    def flush(self) -> None:
+        """Wait until the rows are on disk.
+
+        `done` last, which vouches for them.
+        """
+        for file in (self.gradients, self.sampled, self.done):
+            if file is not None:
+                file.flush()
 
 
 def open_rows(path: Path, name: str, *, write: bool = False) -> np.ndarray:

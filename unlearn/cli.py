@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,15 +48,20 @@ def _group() -> None:
 # ---- training again --------------------------------------------------------------------------
 
 
-@command(app, Retrain)
+@command(app, Retrain, shared=True)
 def retrain(options: Retrain) -> None:
     """Train the adapter again without some rows: the exact answer that scores and edits predict.
 
     Or, with --subsets, on many random subsets, for analysis lds --truth; killed, the same command
-    goes on.
+    goes on. Processes that torchrun started deal the subsets out.
     """
     from unlearn.retraining.recipe import Recipe
 
+    if options.subsets is None and console.several():
+        raise InputError(
+            "one training is one process's work: leave torchrun out, or give --subsets N, which "
+            "processes deal out"
+        )
     recipe = None if options.recipe is None else Recipe.read(options.recipe)
     if options.subsets is None:
         _retrain_once(options, recipe)
@@ -93,6 +98,7 @@ def _retrain_once(options: Retrain, recipe: Recipe | None) -> None:
 
 
 def _retrain_on_subsets(options: Retrain, subsets: int, recipe: Recipe | None) -> None:
+    from influence import distributed
     from influence.row_files import read_examples
     from influence.run import Run
     from unlearn.retraining.subsets import random_halves, retrain_subsets
@@ -100,6 +106,7 @@ def _retrain_on_subsets(options: Retrain, subsets: int, recipe: Recipe | None) -
     assert options.queries is not None
     queries = read_examples(options.queries, columns=options.columns)
     console.quiet_transformers()
+    options = replace(options, device=distributed.join(options.device))
     run = Run.open(options.run, **keywords(DeviceOption, options))
     fraction = SUBSET_FRACTION if options.fraction is None else options.fraction
     seed = SUBSET_SEED if options.subset_seed is None else options.subset_seed
@@ -114,6 +121,7 @@ def _retrain_on_subsets(options: Retrain, subsets: int, recipe: Recipe | None) -
     )
     result = {"out": str(retrained.path), "subsets": subsets, "queries": len(queries), "rows": rows}
     console.emit(result, text, options.json)
+    distributed.leave()
 
 
 command(app, answers.Without)(answers.without)
@@ -202,7 +210,7 @@ class Several(RowsOptions, ChangesOption, Edited):
     """The options of `unlearn edit`."""
 
 
-@command(app, Remove)
+@command(app, Remove, shared=True)
 def remove(options: Remove) -> None:
     """Take training rows out of the adapter, without retraining."""
     _refuse_nameless(options, "remove")
@@ -210,19 +218,19 @@ def remove(options: Remove) -> None:
     _edit(options, {"remove": named_ids(options, rows), "relabel": {}, "correct": {}}, rows)
 
 
-@command(app, Relabel)
+@command(app, Relabel, shared=True)
 def relabel(options: Relabel) -> None:
     """Give training rows another completion, without retraining."""
     _edit(options, _changes(options, "relabel"), _rows_to_edit(options))
 
 
-@command(app, Relabel)
+@command(app, Relabel, shared=True)
 def correct(options: Relabel) -> None:
     """Give training rows another prompt, completion or both, without retraining."""
     _edit(options, _changes(options, "correct"), _rows_to_edit(options))
 
 
-@command(app, Several)
+@command(app, Several, shared=True)
 def edit(options: Several) -> None:
     """Several kinds of change in one edit: removals, relabellings, corrections."""
     changes: dict[str, Any] = {"remove": [], "relabel": {}, "correct": {}}
@@ -265,7 +273,11 @@ def _rows_to_edit(options: Edited) -> Examples | None:
 
 
 def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) -> None:
-    """Make an edit of `changes` (ids or new contents by kind) or forecast it, save and show it."""
+    """Make an edit of `changes` (ids or new contents by kind) or forecast it, save and show it.
+
+    Processes that torchrun started share the rows out; the first saves and shows.
+    """
+    from influence import distributed
     from influence.row_files import read_examples
     from influence.run import Run
     from unlearn import edits
@@ -278,6 +290,7 @@ def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) ->
     )
     _refuse_unknown(rows, [id for requests in changes.values() for id in requests])
     console.quiet_transformers()
+    options = replace(options, device=distributed.join(options.device))
     run = Run.open(
         options.run,
         train=rows,
@@ -287,11 +300,13 @@ def _edit(options: Edited, changes: Mapping[str, Any], rows: Examples | None) ->
     if out is None:
         ahead = edits.forecast(run, **changes, holdout=holdout, probes=probes, **how)
         console.emit(ahead, words.dry_run_text(ahead), options.json)
+        distributed.leave()
         return
     refuse_out(run, out, options.overwrite)
     made = edits.edit(run, **changes, holdout=holdout, probes=probes, **how)
-    record = _saved(made, options, out, "edit")
+    record = distributed.at_first(lambda: _saved(made, options, out, "edit"))
     _emit(record, out, words.after_edit_text(out, run.directory), options)
+    distributed.leave()
 
 
 def rows_of(run: Path, ids: Iterable[str] = ()) -> Examples | None:
@@ -469,15 +484,16 @@ def methods(options: Methods) -> None:
 # ---- difficulty ------------------------------------------------------------------------------
 
 
-@command(app, Difficulty)
+@command(app, Difficulty, shared=True)
 def difficulty(options: Difficulty) -> None:
     """Forecast how many steps of gradient ascent each training row takes, what that costs the
     others, and what to do instead.
 
     Nothing is unlearned and no adapter is written. With --measure or --calibrate rows are unlearned
     in memory, one by one; their measurements are kept beside the table (.difficulty.h5), so that a
-    killed command goes on.
+    killed command goes on. Processes that torchrun started deal the rows out.
     """
+    from influence import distributed
     from influence.row_files import read_examples
     from influence.run import Run
     from influence.tables import checked_table
@@ -504,6 +520,7 @@ def difficulty(options: Difficulty) -> None:
         None if options.holdout is None else read_examples(options.holdout, columns=options.columns)
     )
     console.quiet_transformers()
+    options = replace(options, device=distributed.join(options.device))
     run = Run.open(options.run, train=rows, **keywords(LoadingOptions, options))
     groups = by_group(run, ids) if options.by_group else None
     if groups is not None:
@@ -520,6 +537,7 @@ def difficulty(options: Difficulty) -> None:
     record = {"out": str(out), "rows": len(forecast), **forecast.record()}
     record["recommended"] = {method: int(number) for method, number in counts.items()}
     console.emit(record, words.difficulty_text(forecast, out), options.json)
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from influence.generation import continued, openings
 from influence.overlap import has_words, rouge
 from influence.progress import track
 from influence.rows import Examples
+from influence.shared_rows import dealt
 from unlearn.record.before_after import State, Undertaking
 from unlearn.record.edit_record import EvidenceRecord, MeasurementRecord, RowMeasured
 from unlearn.record.losses import measure
@@ -200,7 +201,12 @@ def _generations(
     for place, theta in enumerate(track(thetas, "continuing prompts")):
         work.cost.forwards += len(able)
         with model.at(theta):
-            texts = continued(model, prompts, limits, token_budget=work.budget)
+            texts = dealt(
+                len(able),
+                lambda rows: continued(
+                    model, prompts.select(rows), limits[rows], token_budget=work.budget
+                ),
+            )
         values[place] = rouge([references[row] for row in able], texts).rougeL_recall
     return _record(name, "ROUGE-L recall", Values.of_rows(values, prompts.ids))
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.batches import collate, plan_batches
 from influence.cost import Cost
@@ -107,7 +108,29 @@ class ExpectedOutputs:
     @cached_property
     def exponent(self) -> float:
         """The a at which the mean loss under q is nearest to the expected one."""
+        return self._exponent_of(self._loss_sums(np.arange(len(self.tokens))))
+
+    def share_exponent(self) -> None:
+        """Find the `exponent`, unless it is known, where several processes share the rows out."""
+        if "exponent" in vars(self) or distributed.world() == 1:
+            return
+        spent = self.cost.forwards
+        sums = self._loss_sums(distributed.shard(np.arange(len(self.tokens))))
+        forwards = np.array([self.cost.forwards - spent])
+        *sums, forwards = distributed.add_up(torch.from_numpy(np.append(sums, forwards))).tolist()
+        self.cost.forwards = spent + int(forwards)
+        vars(self)["exponent"] = self._exponent_of(np.array(sums))
+
+    def _exponent_of(self, sums: np.ndarray) -> float:
+        """The exponent by the sums of the rows' losses under each of them, `[EXPONENTS]`."""
+        distance = np.abs(sums / len(self.tokens) - self.losses.mean())
+        return EXPONENTS[int(distance.argmin())]
+
+    def _loss_sums(self, among: np.ndarray) -> np.ndarray:
+        """Sums of the mean losses of the rows `among` under q, for each of the `EXPONENTS`."""
         sums = np.zeros(len(EXPONENTS))
+        if not len(among):
+            return sums
 
         def run(rows: np.ndarray, _: Steps) -> np.ndarray:
             after, correction, labels, counts = self._parts(rows)
@@ -119,11 +142,10 @@ class ExpectedOutputs:
                 found[place] = float(losses.double().cpu().numpy() @ share)
             return found
 
-        for rows in plan_batches(self.tokens, self.version.run.token_budget):
-            for _, found in in_parts(self.version.model, self.tokens, rows, run):
+        for places in plan_batches(self.tokens.select(among), self.version.run.token_budget):
+            for _, found in in_parts(self.version.model, self.tokens, among[places], run):
                 sums += found
-        distance = np.abs(sums / len(self.tokens) - self.losses.mean())
-        return EXPONENTS[int(distance.argmin())]
+        return sums
 
     def _parts(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """`log mean p_after` and `log p_now - log p_before` [N, V], labels `[N]`, tokens a row."""

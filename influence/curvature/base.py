@@ -485,3 +485,13 @@ def as_linear_operator(
         "dtype": np.float64,
     }
     return sla.LinearOperator((size, size), **functions)
+
+
+def refuse_without_draws(curvature: Specification, accumulator: Accumulator) -> None:
+    """Refuse a curvature that would be fitted to nothing: no labels are drawn for its sums."""
+    if curvature.draws == 0 and (accumulator.per_leaf or accumulator.per_row):
+        raise InputError(
+            f"curvature {curvature.name} makes no label draws (`draws` is 0), and its accumulator "
+            "adds up gradients at sampled labels: give the specification a property draws of 1 or "
+            "more"
+        )

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from influence import distributed
 from influence.adapter import AdaptedModel
-from influence.batches import Batch, collate, plan_batches
+from influence.batches import Batch, collate, padded_tokens, plan_batches
 from influence.curvature.base import (
     Accumulator,
     AfterPass,
@@ -49,7 +50,8 @@ class Objective:
 
     `trace` [leaves] is the trace of the GGN on each leaf, estimated from sampled labels in `fit`'s
     pass. Products run with the LoRA parameters at `theta` [P] (None: where the model is), in the
-    coordinates of `geometry`. `ran` is told how many rows every product runs.
+    coordinates of `geometry`. `ran` is told how many rows every product runs. Where products are
+    `shared`, several processes form each together: each runs some of the rows.
     """
 
     model: AdaptedModel
@@ -60,6 +62,7 @@ class Objective:
     theta: Tensor | None = None
     geometry: Geometry = field(default_factory=Raw)
     ran: Callable[[int], None] | None = None
+    shared: bool = False
 
     @property
     def size(self) -> int:
@@ -92,10 +95,15 @@ class Objective:
         batch = collate(tokens, rows, pad_id=self.model.pad_id, device=self.model.device)
         return batch, torch.from_numpy(weights[rows]).to(self.model.device)
 
+    def plan(self, tokens: TokenizedExamples) -> list[np.ndarray]:
+        """The batches of some rows that this process runs: where products are shared, some."""
+        plan = plan_batches(tokens, self.token_budget)
+        return distributed.share(plan, padded_tokens(tokens, plan)) if self.shared else plan
+
     def batches(self, only: np.ndarray | None = None) -> Iterator[tuple[Batch, Tensor]]:
         """Batches of all rows with their weights `[b]`, or of `only` as in `weighted`."""
         tokens, weights = self.weighted(only)
-        for rows in plan_batches(tokens, self.token_budget):
+        for rows in self.plan(tokens):
             yield self.batch(tokens, weights, rows)
 
     def mean_eigenvalues(self) -> Tensor:
@@ -122,9 +130,11 @@ class Objective:
                 part = supervised_logits(self.model, batch)
                 return space.flatten(products(part, weights, parameters, columns)).to(v)
 
-            for rows in plan_batches(tokens, self.token_budget):
+            for rows in self.plan(tokens):
                 for _, found in in_parts(self.model, tokens, rows, run):
                     out += found
+        if self.shared:
+            distributed.add_up(out)
         if not bool(torch.isfinite(out).all()):
             raise NumericalError(
                 "a curvature product is NaN or infinite: load the model in float32 or float64"
@@ -156,7 +166,7 @@ class SecondDerivative(Curvature):
 
     def updated(self, gone: ChangedRows, come: ChangedRows) -> Self:
         """Products over the rows after the change: exact. Every product is counted by
-        `come.ran`.
+        `come.ran`, and formed by all processes together.
         """
         objective = self.objective
         stay = np.setdiff1d(np.arange(objective.count), gone.positions)
@@ -167,6 +177,7 @@ class SecondDerivative(Curvature):
             tokens=TokenizedExamples(rows, ids),
             weights=np.concatenate([objective.weights[stay], come.weights]),
             ran=come.ran,
+            shared=True,
         )
         return replace(self, objective=after)
 

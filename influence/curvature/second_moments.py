@@ -52,6 +52,59 @@ class BatchTokens:
         return rows if self.roots is None else rows * self.roots.to(x)[:, None]
 
 
+#: Directions of a wide matrix among which outliers are looked for, the width from which it is wide,
+#: and how many times the least of these directions an outlier has at least.
+DIRECTIONS, WIDE, OUTLIER = 64, 384, 20
+#: Rounds of subspace iteration, after which an outlier's error is `OUTLIER ** -ROUNDS`.
+ROUNDS = 5
+#: The largest product of an outlier with a direction outside that is taken for rounding.
+APART = 1e-4
+
+
+def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[d]` in float64 and eigenvectors `[d, d]` of a symmetric positive matrix, of
+    which the lower triangle counts.
+
+    In float32 the largest eigenvalues of a real model's inputs, 1e5 times the median, would drown
+    the others: an error is a share of the largest. In float64 the wide sides of a small model take
+    as long as the model itself. So the outliers are found first, in float64, and what is left is
+    decomposed in float32, where its own largest eigenvalue is the measure. A float64 matrix, and a
+    narrow one, is decomposed in float64 whole.
+    """
+    width = len(matrix)
+    if matrix.dtype == torch.float64 or width < WIDE:
+        return torch.linalg.eigh(matrix.double(), UPLO="L")
+    whole = matrix.tril()
+    whole += matrix.tril(-1).mT
+    # the columns with the largest diagonals, which is where outliers lie
+    span = torch.linalg.qr(whole[:, whole.diagonal().topk(DIRECTIONS).indices]).Q
+    for _ in range(ROUNDS - 1):
+        span = torch.linalg.qr(whole @ span).Q
+    exact = whole.double()
+    span = torch.linalg.qr(exact @ span.double()).Q
+    inside = span.mT @ (exact @ span)
+    found, turned = torch.linalg.eigh((inside + inside.mT) / 2)
+    least = max(OUTLIER * float(found[0]), 1e-9 * float(found[-1]))
+    outliers = found > least
+    count = int(outliers.sum())
+    if not count:
+        values, vectors = torch.linalg.eigh(whole)
+        return values.double(), vectors
+    span, found = span @ turned[:, outliers], found[outliers]
+    # (I - V V^T) M (I - V V^T) + lift V V^T, where V comes out above all that is outside of it
+    image = exact @ span
+    inside = span.mT @ image
+    inside.diagonal().add_(4 * least)
+    half = image - span @ inside / 2
+    exact.addmm_(half, span.mT, alpha=-1).addmm_(span, half.mT, alpha=-1)
+    values, vectors = torch.linalg.eigh(exact.to(matrix.dtype))
+    rest, span = vectors[:, : width - count], span.to(matrix.dtype)
+    if float((rest.mT @ span).abs().max()) > APART:  # not as it should be: the slow way
+        return torch.linalg.eigh(matrix.double(), UPLO="L")
+    vectors[:, width - count :] = span
+    return torch.cat([values[: width - count].double(), found]), vectors
+
+
 class DenseMoment:
     """`sum_n x_n x_n^T` as a `[d, d]` matrix, of which the lower triangle counts."""
 
@@ -90,16 +143,14 @@ class DenseMoment:
         """Eigenvectors `[d, d]`, eigenvalues `[d]` (clipped at 0), and the mean eigenvalue of
         the complement, 0.
 
-        Decomposed in float64 (in float32 the large eigenvalues of a real model's inputs, 1e5 times
-        the median, drown the others), kept in the sums' type and in their place, because the bases
-        of a large adapter take as much memory as all sums. The sums are gone.
+        Decomposed as if in float64 (`eigenvectors`), kept in the sums' type and in their place,
+        because the bases of a large adapter take as much memory as all sums. The sums are gone.
         """
-        matrix = self.state.double()
-        if not bool(torch.isfinite(matrix).all()):
+        if not bool(torch.isfinite(self.state).all()):
             raise NumericalError(
                 "a K-FAC factor holds NaN or infinity: run with --dtype float32 or float64"
             )
-        values, vectors = torch.linalg.eigh(matrix, UPLO="L")
+        values, vectors = eigenvectors(self.state)
         place = self.state.copy_(vectors)
         del self.state  # a second use is an error, not a wrong basis
         return place, values.clamp(min=0), 0.0

@@ -5,6 +5,7 @@ calibrated.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy.stats import spearmanr
 import influence
 from analysis.metrics.lds import Truth
 from analysis.tune import (
+    EXACT_TOLERANCE,
     agreement,
     concentration,
     default_queries,
@@ -25,11 +27,11 @@ from analysis.tune import (
 )
 from influence import calibration
 from influence.calibration import EDITED_ROWS, measured_edits, some_rows
-from influence.errors import InputError, MismatchError
+from influence.errors import InputError, MismatchError, NumericalError
 from influence.setting import Setting
 from influence.store import read_json
 from tests.conftest import build_model, examples, teach
-from tests.helpers import write_rows
+from tests.helpers import statuses, write_rows
 
 PATH = (0.5, 0.9)
 
@@ -357,3 +359,96 @@ def test_retraining_calibrates_shared_credit_too_and_says_its_faithfulness(tmp_p
     tuned = run.score(queries)
     assert tuned.attributes["calibration"].startswith("retraining")
     np.testing.assert_allclose(tuned.values, plain.values / 2, rtol=1e-4)
+
+
+def figures(found, truth: bool) -> dict[str, np.ndarray]:
+    """Everything that tune finds, as arrays, and what it chose."""
+    rows = list(table_rows(found))
+    names = [key for key in rows[0] if key not in ("setting", "factors")]
+    made = {"names": np.array([row["setting"] for row in rows])}
+    made["table"] = np.array([[row[name] for name in names] for row in rows])
+    if truth:
+        made["scores"] = np.stack([row.scores for row in found.judged])
+        made["held out"] = np.array([found.held_out.mean])
+    elif found.exact is not None:
+        made["exact"] = np.array([found.exact, found.exact_residual])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "counts"),
+    [
+        pytest.param(torch.float64, 1e-10, (2, 3), marks=pytest.mark.slow, id="float64"),
+        pytest.param(torch.float32, 1e-5, (2,), id="float32"),
+    ],
+)
+def test_any_number_of_processes_finds_the_table_of_one(tmp_path, dtype, tolerance, counts):
+    """Also where there are fewer queries than processes, and where no row's gradient is stored."""
+    rows, queries = examples(14), examples(2, seed=9)
+    options = {"layers": 1, "target_modules": ["attn.c_attn"], "dtype": dtype}
+    model = teach(build_model("gpt2", **options), rows)
+    fits = {"stored": {"path": PATH}, "streamed": {"path": (0.9,), "store": "never"}}
+    for name, how in fits.items():
+        run = influence.fit(model, rows, directory=tmp_path / "fitted" / name, **how)
+        if name == "stored":
+            truth = linear_truth(run, queries, noise=0.01)
+
+    def tuned(name: str) -> dict[str, dict[str, np.ndarray]]:
+        runs = {
+            kind: influence.Run.open(tmp_path / name / kind, model=model, train=rows)
+            for kind in fits
+        }
+        several = {"dampings": ("mean:1",), "geometries": ("function",) * (dtype == torch.float64)}
+        by_truth = tune(runs["stored"], truth=truth, queries=queries, **several)
+        grid = {"dampings": ("mean:1", "mean:0.1"), "curvatures": ("ekfac",)}
+        columns = 2 * (dtype == torch.float64)
+        by_checks = tune(runs["streamed"], columns=columns, **grid)
+        return {"stored": figures(by_truth, True), "streamed": figures(by_checks, False)}
+
+    for name in ("one", *(f"of {count}" for count in counts)):
+        shutil.copytree(tmp_path / "fitted", tmp_path / name)
+    expected = tuned("one")
+    for count in counts:
+
+        def work(rank: int, count: int = count) -> None:
+            for kind, found in tuned(f"of {count}").items():
+                for name, values in expected[kind].items():
+                    if name == "names":
+                        assert found[name].tolist() == values.tolist()
+                        continue
+                    size = np.abs(values).max(-1, keepdims=True)
+                    allowed = np.broadcast_to(tolerance * size, values.shape).copy()
+                    if name == "exact":  # of columns solved until all of a process's are
+                        allowed = EXACT_TOLERANCE
+                    if name == "table" and kind == "streamed":
+                        allowed[:, 1] = 1e-2  # ranks of changes that are equal but for rounding
+                    assert (np.abs(found[name] - values) <= allowed).all(), (kind, name)
+
+        assert statuses(work, tmp_path, count) == [0] * count
+        for kind in fits:
+            one, other = (
+                read_json(tmp_path / name / kind / "manifest.json")
+                for name in ("one", f"of {count}")
+            )
+            assert one["tuned"].keys() == other["tuned"].keys()
+            assert one["tuned"]["at"] == other["tuned"]["at"]
+            assert list(one["calibration"]) == list(other["calibration"])
+
+
+def test_what_a_process_cannot_measure_is_left_out_by_all(run, monkeypatch, tmp_path):
+    """A setting whose edit fails in one process is in no process's table."""
+    real = measured_edits
+
+    def failing(setting, *others):
+        if setting.rule == "mean:1":
+            raise NumericalError("no finite loss")
+        return real(setting, *others)
+
+    monkeypatch.setattr("analysis.tune.measured_edits", failing)
+
+    def work(rank: int) -> None:
+        grid = {"dampings": ("mean:1", "mean:0.1"), "curvatures": ("ekfac",)}
+        found = tune(run, keep=False, **grid)
+        assert {row.damping for row in found.judged} == {"mean:0.1"}
+
+    assert statuses(work, tmp_path, 2) == [0, 0]

@@ -34,6 +34,28 @@ def run(model, tmp_path_factory):
     )
 
 
+@pytest.mark.parametrize("at_once", [1, 1 << 20])
+@pytest.mark.parametrize("geometry", ["raw", "adam"])
+def test_leaves_of_stored_rows_are_their_features(tmp_path, monkeypatch, geometry, at_once):
+    """Leaf by leaf, or several read together; of the last leaves alone too."""
+    monkeypatch.setattr("influence.at_point.BLOCK_BYTES", at_once)
+    model = build_model(layers=1, target_modules=["q_proj", "v_proj"])
+    run = fit_end(model, examples(5), directory=tmp_path / "run", geometry=geometry)
+    point, leaves = run.points[0], model.space.leaves
+    whole = point.gradients_of(np.arange(5))
+    found = dict(point.leaf_blocks(range(len(leaves))))
+    assert list(found) == list(range(len(leaves)))
+    last = dict(point.leaf_blocks(range(2, len(leaves))))
+    assert list(last) == list(range(2, len(leaves)))
+    for number, leaf in enumerate(leaves):
+        close(found[number], whole[:, leaf.slice].unflatten(1, leaf.shape), 1e-12)
+        if number in last:
+            close(last[number], found[number], 1e-12)
+    assert point.by_leaf(5)
+    monkeypatch.setattr("influence.at_point.LEAF_BYTES", 100)
+    assert not point.by_leaf(5)
+
+
 @pytest.mark.parametrize("geometry", ["function", "adam"])
 def test_geometries_do_not_depend_on_the_store_or_the_order(model, tmp_path, double, geometry):
     data, queries = examples(6), examples(3, seed=1)

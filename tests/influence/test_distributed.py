@@ -147,6 +147,32 @@ def test_what_the_first_finds_all_have(tmp_path):
     in_two_processes(work, tmp_path)
 
 
+def test_a_process_alone_exchanges_nothing(tmp_path):
+    """What the first does for all is done so, and so are pieces of work that are dealt out."""
+
+    def work(rank: int) -> None:
+        if rank == 1:  # the other one is not there
+            with distributed.alone():
+                tensor = torch.ones(2)
+                assert distributed.add_up(tensor).tolist() == [1.0, 1.0]
+                assert (distributed.rank(), distributed.world()) == (0, 1)
+                assert distributed.shard(np.arange(3)).tolist() == [0, 1, 2]
+                assert distributed.first(np.array([5.0])).tolist() == [5.0]
+                assert distributed.at_first(lambda: 7) == 7
+                distributed.wait()
+            assert distributed.world() == 2
+        alike = distributed.at_first(lambda: distributed.add_up(torch.ones(1)).tolist())
+        assert alike == [1.0]
+        with contextlib.suppress(ValueError), distributed.alone():
+            raise ValueError
+        assert (distributed.rank(), distributed.world()) == (rank, 2)
+        known = {4 - rank: "ab"[rank]}
+        assert list(distributed.told_by_all(known).items()) == [(3, "b"), (4, "a")]
+
+    in_two_processes(work, tmp_path)
+    assert distributed.told_by_all({2: "c", 1: "d"}) == {1: "d", 2: "c"}
+
+
 def test_parts_of_several_processes_make_a_whole(tmp_path):
     def work(rank: int) -> None:
         places = np.array([[2, 0], [1]][rank])

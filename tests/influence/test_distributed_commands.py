@@ -52,13 +52,13 @@ def folder(tmp_path_factory) -> Path:
     return at
 
 
-def call(processes: int, *line: object, script: Path | None = None):
+def call(processes: int, *line: object, script: Path | None = None, program: str = "influence"):
     """A command in some processes, or a script with its arguments."""
     start = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     start = start if processes > 1 else []
-    what = ["-m", "--", "influence"] if script is None else [script]
+    what = ["-m", "--", program] if script is None else [script]
     if processes == 1:
-        what = ["influence"] if script is None else [script]
+        what = [program] if script is None else [script]
     begin = ["-m"] if processes > 1 or script is None else []
     return subprocess.run(
         [sys.executable, *map(str, [*begin, *start, *what, *line])],
@@ -127,3 +127,40 @@ def test_wrong_calls_are_told_once(folder):
         ended = set(re.findall(r"exitcode\s*: (-?\d+)", result.stderr))
         assert {"2"} <= ended <= {"2", "-15"}  # -15: torchrun was faster
         assert not (folder / "new").exists()
+
+
+@pytest.mark.slow
+def test_what_is_asked_of_a_run_by_several_processes(folder, tmp_path):
+    """A choice, a forecast, an edit and subsets: one answer is printed, one process writes."""
+    run = folder / "asked"
+    assert call(2, *fit_line(folder, "asked")).returncode == 0
+    found = {"--run-dir": run, "--device": "cpu"}
+    line = [part for pair in found.items() for part in pair]
+
+    def asked(program: str, *words: object) -> dict[str, object]:
+        result = call(2, *words, *line, "--json", program=program)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    chosen = asked("analysis", "tune", "--damping", "mean:1", "--damping", "mean:0.1")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["tuned"]["damping"] in str(chosen["chosen"])
+    table = tmp_path / "table.csv"
+    forecast = asked("unlearn", "difficulty", "--out", table, "--lr", "1e-3", "--steps", "5")
+    assert forecast["rows"] == 20
+    assert len(table.read_text().splitlines()) == 21
+    row = json.loads((folder / "train.jsonl").read_text().splitlines()[3])["id"]
+    options = ["--ids", row, "--until", "steps=1", "--force"]
+    edit = asked("unlearn", "remove", "--out", tmp_path / "edited", *options)
+    assert edit["written"]
+    assert (tmp_path / "edited" / "adapter_model.safetensors").exists()
+    assert len((run / "audit.jsonl").read_text().splitlines()) == 1
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"lr": 1e-3, "epochs": 1, "batch_size": 8}))
+    where = ["--queries", folder / "queries.jsonl", "--out", tmp_path / "truth.npz"]
+    subsets = asked("unlearn", "retrain", "--subsets", 3, "--recipe", recipe, *where)
+    assert subsets["subsets"] == 3
+    with np.load(tmp_path / "truth.npz") as truth:
+        assert truth["query_loss"].shape == (3, 4)
+    one = call(2, "retrain", "--ids", row, "--out", tmp_path / "one", *line, program="unlearn")
+    assert [text[:30] for text in told(one.stderr)] == ["error: one training is one pro"]

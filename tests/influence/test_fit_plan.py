@@ -106,7 +106,8 @@ def stored(point) -> dict[str, int]:
         file.visititems(
             lambda name, item: found.update({name: item.nbytes} if hasattr(item, "nbytes") else {})
         )
-    return found
+    # the losses of the pass are 8 bytes a row, and no curvature's
+    return {name: size for name, size in found.items() if not name.startswith("pass")}
 
 
 def test_sketched_sides_are_counted_too(tmp_path, monkeypatch):
@@ -123,11 +124,11 @@ def test_work_is_counted_in_forwards_and_backwards():
     assert (once.runs_again, once.passes, once.first_work) == (False, 1, pytest.approx(5 / 3))
     never = plan_of("ekfac, nothing stored")
     assert (never.passes, never.first_work, never.again_work) == (4, 1, 1)
-    # two losses along the path and one at the point, forward only, beside two passes for credit
-    assert never.work == pytest.approx(4 + 3 / 3)
-    assert never.to_come == pytest.approx(4)
+    # the losses at both ends of the path, forward only, beside two passes for credit
+    assert never.work == pytest.approx(4 + 2 / 3)
+    assert never.to_come == pytest.approx(3 + 2 / 3)
     two = plan_of("ekfac, two points")
-    assert two.to_come == pytest.approx((2 * 5 / 3 + 4 / 3) / (5 / 3) - 1)
+    assert two.to_come == pytest.approx((2 * 5 / 3 + 2 / 3) / (5 / 3) - 1)
 
 
 def test_work_of_a_curvature_of_some_rows_and_of_features():
@@ -138,7 +139,7 @@ def test_work_of_a_curvature_of_some_rows_and_of_features():
     assert some.passing_bytes == 0
     features = plan_of("ekfac, features")
     assert (features.passes, features.first_work, features.runs_again) == (2, 1, False)
-    assert features.work == pytest.approx(2 + 3 / 3)
+    assert features.work == pytest.approx(2 + 2 / 3)
     both = plan_of("kfac, some rows, features")
     assert both.passes == pytest.approx(1 + share)
     assert both.to_come == pytest.approx((share + 1 + 3 / 3) / share - 1)

@@ -47,6 +47,28 @@ def test_sampled_labels_follow_the_model_and_the_key_alone():
     assert not np.array_equal(label_uniforms(0, 0, "a", 5), label_uniforms(1, 0, "a", 5))
 
 
+@pytest.mark.parametrize("count", [1024, 5_000])
+def test_labels_of_large_vocabularies_are_those_of_one_running_sum(count):
+    """Of a whole number of blocks, and with a part of one at the end; where nothing has a
+    probability nothing is drawn.
+    """
+    torch.manual_seed(0)
+    probs = (6 * torch.randn(300, count, dtype=torch.float64)).softmax(-1)
+    probs[:, 100:900] = 0
+    uniforms = torch.rand(300, dtype=torch.float64)
+    expected = []
+    for row, u in zip(probs.tolist(), uniforms.tolist(), strict=True):
+        left, label = u * sum(row), 0
+        while left >= row[label]:
+            left -= row[label]
+            label += 1
+        expected.append(label)
+    assert sample_labels(probs, uniforms).tolist() == expected
+    ends = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64)
+    drawn = sample_labels(probs[:2].float(), ends)
+    assert bool((probs[[0, 1], drawn] > 0).all())
+
+
 def test_rows_that_do_not_fit_the_model_are_listed(tmp_path):
     small = build_model("gpt2", layers=1, target_modules=["attn.c_attn"])
     small.model.get_base_model().config.max_position_embeddings = 5

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import influence
+from influence.loss import mean_losses
 from influence.manifest import PathRecord
-from influence.path_time import gauss_newton_ratio, path_record, path_time
+from influence.path import scaled
+from influence.path_time import gauss_newton_ratio, path_record, path_time, without_adapter
 from tests.conftest import build_model, examples, fit_end, rows, teach, tokens_of
 from tests.oracles import b_times, dense_objective, plain_gradients, plain_log_probs, plain_loss
 
@@ -124,8 +126,41 @@ def test_the_ratio_is_that_of_a_dense_gauss_newton_matrix(taught, tmp_path, monk
         G = dense_objective(taught, [run.tokens[row]], [1.0], "ggn")
         expected.append(float(step @ G @ step) / float(gradient @ step) ** 2)
     assert gauss_newton_ratio(point) == pytest.approx(np.median(expected), rel=0.1)
-    monkeypatch.setattr("influence.path_time.STEP", 1e-3)
+    monkeypatch.setattr("influence.path_time.STEP", 3e-4)
     assert gauss_newton_ratio(point) == pytest.approx(np.median(expected), rel=1e-5)
+
+
+def test_losses_at_the_points_are_those_of_the_pass(taught, tmp_path, monkeypatch):
+    """Only the base is run again where a point is the adapter itself, and all are where a run kept
+    no losses.
+    """
+    seen = []
+
+    def counted(model, tokens, **options):
+        seen.append(model.snapshot())
+        return mean_losses(model, tokens, **options)
+
+    monkeypatch.setattr("influence.path_time.mean_losses", counted)
+    run = influence.fit(taught, examples(8), directory=tmp_path / "run", path=(0.5, 1.0))
+    assert len(seen) == 1
+    assert not seen[0][taught.space.leaves[1].slice].any()
+    known, run.manifest = run.manifest.path, replace(run.manifest, path=None)
+    monkeypatch.setattr("influence.path_time.losses_of_pass", lambda _: None)
+    again = path_record(run)
+    assert len(seen) == 4  # the base, the adapter, and the point at 0.5
+    assert again.losses == pytest.approx(known.losses, rel=1e-12)
+    assert (again.base, again.adapter) == pytest.approx((known.base, known.adapter), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_base_alone_is_the_adapter_with_b_zero(kind, monkeypatch):
+    model = build_model(kind)
+    tokens = tokens_of(model, examples(4))
+    with model.at(scaled(model, 0.0)):
+        expected = mean_losses(model, tokens)
+        monkeypatch.setattr(model.sites[0].A, "forward", None)  # not run
+        with without_adapter(model):
+            np.testing.assert_array_equal(mean_losses(model, tokens), expected)
 
 
 def test_the_path_is_measured_once_and_by_runs_that_lack_it(run, monkeypatch):
@@ -152,8 +187,10 @@ def test_a_run_that_can_only_be_read_answers_all_the_same(run, monkeypatch, caps
 
 def test_rows_without_a_gradient_say_nothing_of_the_ratio(run, monkeypatch):
     point = run.points[0]
-    zero = torch.zeros(1, run.model.space.size, dtype=torch.float64)
-    monkeypatch.setattr(type(point), "gradients_of", lambda self, rows: zero)
+    size = run.model.space.size
+    monkeypatch.setattr(
+        type(point), "gradients_of", lambda self, rows: torch.zeros(len(rows), size).double()
+    )
     assert gauss_newton_ratio(point) == 0
 
 

@@ -42,6 +42,19 @@ def test_row_files_are_valid_hdf5_at_every_moment(tmp_path):
         pass
 
 
+def test_columns_of_all_rows_are_read_and_a_cut_file_is_named(tmp_path):
+    path, values = tmp_path / "rows.h5", np.arange(60.0).reshape(5, 12)
+    write_file(path, attrs={"run_digest": "d"}, rows={"rows": ((5, 12), np.float64)})
+    with RowFile(path, "rows", write=True) as file:
+        file.write(np.arange(5), values)
+        np.testing.assert_array_equal(file.read_columns(slice(3, 8)), values[:, 3:8])
+        end = path.read_bytes().index(values[4].tobytes()) + values[4].nbytes
+        os.truncate(path, end - 8)
+        np.testing.assert_array_equal(file.read_columns(slice(3, 8)), values[:, 3:8])
+        with pytest.raises(StoreError, match="truncated"):
+            file.read_columns(slice(3, 12))
+
+
 def test_a_chunked_dataset_is_not_mapped(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file.create_dataset("rows", data=np.zeros((4, 4)), chunks=(2, 2))

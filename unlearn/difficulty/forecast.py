@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from influence import distributed
 from influence.errors import InputError
 from influence.progress import track
 from influence.rows import Examples
@@ -137,9 +138,9 @@ class Forecast:
     def write(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the table as CSV or Parquet, by the suffix.
 
-        An existing file is refused without `overwrite`.
+        An existing file is refused without `overwrite`. Of several processes the first writes.
         """
-        return write_table(self.table, path, overwrite=overwrite)
+        return distributed.at_first(lambda: write_table(self.table, path, overwrite=overwrite))
 
 
 def predict(
@@ -219,8 +220,15 @@ def predict(
     if screening is not None:
         units = screening.close
     protocol = units.paced(protocol)
-    chunks = track(units.chunks(), "looks")
-    walked = joined([walk(units, rows, protocol, looks) for rows in chunks])
+    for point in run.points:  # by all processes together: some add up sums while they load it
+        point.curvature()
+    mine = units.own_chunks()
+    with distributed.alone():
+        parts = {
+            number: walk(units, rows, protocol, looks)
+            for number, rows in zip(mine, track(list(mine.values()), "looks"), strict=True)
+        }
+    walked = joined(list(distributed.told_by_all(parts).values()))
     retained_loss = float(units.sample_loss.mean())
     table = _table(units, walked, protocol, looks, retained_loss)
     table = recommended(table, retained_loss, max_damage, protocol.steps)

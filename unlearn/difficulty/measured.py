@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.errors import InputError, MismatchError, StoreError
 from influence.progress import track
 from influence.rows import Examples
@@ -143,8 +144,8 @@ def measure(
     holdout
         Rows that the adapter never saw; evenly spaced ones of them are measured too.
     out
-        HDF5 file, written unit by unit: the same call goes on where a killed one stopped, and reads
-        a finished one.
+        HDF5 file, written unit by unit: the same call goes on where a killed one stopped, with any
+        number of processes, and reads a finished one.
     sample_rows, seed
         Size and choice of the sample of training rows whose loss tells the damage.
     memory
@@ -171,14 +172,21 @@ def measure(
     units = units or find_units(run, ids, groups, protocol, holdout, sample_rows, seed, memory)
     protocol = units.paced(protocol)
     if out is None:
-        arrays = _empty(units, protocol)
-        for rows in track(units.chunks(), "ascent"):
-            for name, values in climb_units(units, rows, protocol).items():
+        arrays, mine = _empty(units, protocol), units.own_chunks()
+        with distributed.alone():
+            parts = {
+                number: (rows, climb_units(units, rows, protocol))
+                for number, rows in zip(mine, track(list(mine.values()), "ascent"), strict=True)
+            }
+        for rows, found in distributed.told_by_all(parts).values():
+            for name, values in found.items():
                 arrays[name][rows] = values
         return _measured(units, protocol, arrays)
-    with only_writer(out):
-        _claim(out, units, protocol, _request(units, protocol, holdout), overwrite)
+    request = _request(units, protocol, holdout)
+    with distributed.held_by_first(only_writer(out)):
+        distributed.at_first(lambda: _claim(out, units, protocol, request, overwrite))
         _fill(out, units, protocol)
+        distributed.wait()  # the units of all processes are in the file
     return read_measured(out)
 
 
@@ -357,12 +365,21 @@ def _claim(out: Path, units: Units, protocol: Protocol, request: str, overwrite:
 
 
 def _fill(out: Path, units: Units, protocol: Protocol) -> None:
-    """Measure the units that are not done, and write each part as it is."""
-    with open_file(out) as file:
-        done = read(file, "done").astype(bool)
-    remaining = [rows[~done[rows]] for rows in units.chunks()]
-    for rows in track([rows for rows in remaining if len(rows)], "ascent"):
-        for name, values in climb_units(units, rows, protocol).items():
+    """Measure the units that are not done, and write each part as it is.
+
+    Several processes deal them out, and each writes its own: rows are written at their places.
+    """
+
+    def left() -> np.ndarray:
+        """The units that are not done."""
+        with open_file(out) as file:
+            return np.flatnonzero(read(file, "done") == 0)
+
+    mine = list(units.own_chunks(distributed.at_first(left)).values())
+    for rows in track(mine, "ascent"):
+        with distributed.alone():
+            measured = climb_units(units, rows, protocol)
+        for name, values in measured.items():
             if values[0].size:
                 with RowFile(out, name, write=True) as file:
                     file.write(rows, values)

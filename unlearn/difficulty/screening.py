@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from influence import distributed
 from influence.cost import Cost
 from influence.errors import InputError
 from influence.progress import say
@@ -204,18 +205,22 @@ def _features(units: Units, rule: Optimizer) -> pd.DataFrame:
 
 
 def _gradient_features(units: Units, rule: Optimizer) -> dict[str, np.ndarray]:
-    """`GRADIENT_FEATURES` [N] of the training rows that are asked for, 0 of the others."""
+    """`GRADIENT_FEATURES` [N] of the training rows that are asked for, 0 of some others.
+
+    Several processes share the rows out.
+    """
     run, sample = units.run, units.sample
     values = {name: np.zeros(len(run.tokens)) for name in GRADIENT_FEATURES}
     skip = np.ones(len(run.tokens), dtype=bool)
     skip[np.concatenate(units.members)] = False
-    blocks = run.points[-1].gradient_blocks(skip)
+    at_once = units.at_once  # which all processes ask for together
+    blocks = run.points[-1].gradient_blocks(skip, shared=True)
     parts = (
         (some, part)
         for rows, block in blocks
         for some, part in zip(
-            np.split(rows, range(units.at_once, len(rows), units.at_once)),
-            block.split(units.at_once),
+            np.split(rows, range(at_once, len(rows), at_once)),
+            block.split(at_once),
             strict=True,
         )
     )
@@ -229,6 +234,8 @@ def _gradient_features(units: Units, rule: Optimizer) -> dict[str, np.ndarray]:
         values["gradient_norm"][rows] = gradients.norm(dim=1).double().cpu().numpy()
         values["first_rise"][rows] = rule.first_rate(gradients, 1.0)
         values["cross"][rows] = mean_of(cross, rows[:, None] != sample)
+    for each in values.values():
+        distributed.add_up(torch.from_numpy(each))
     return values
 
 

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.at_point import evenly_spaced
 from influence.cost import Cost
 from influence.errors import InputError
-from influence.loss import mean_losses
 from influence.memory import free_memory
 from influence.path import scaled
 from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
+from influence.shared_rows import dealt, shared_losses
 from influence.tokens import TokenizedExamples
 from unlearn.difficulty.copies import copy_gradients, copy_losses
 from unlearn.difficulty.optimizers import Optimizer
@@ -52,7 +53,8 @@ TOGETHER, NEAR_EACH = 10, 4
 class Units:
     """n units to be unlearned one at a time, each from the run's own adapter.
 
-    Losses are means over a unit's rows of their mean losses, nats per token.
+    Losses are means over a unit's rows of their mean losses, nats per token. Several processes have
+    the same units, and deal out what is done with each (`dealt`).
 
     Attributes
     ----------
@@ -123,6 +125,7 @@ class Units:
         rule = protocol.rule
         moves = [_first_move(rule, gradient).norm() for gradient in self.sample_gradients]
         length, theta = float(torch.stack(moves).median()), float(self.start.norm())
+        length = float(distributed.first(np.array(length)))  # the same rate everywhere
         wanted = (protocol.stride or rule.stride) * theta
         if not 0 < length < float("inf") or wanted == 0:
             raise InputError(
@@ -195,8 +198,14 @@ class Units:
     def at_once(self) -> int:
         """How many units run at a time: as many as the memory holds the copies of, one at least.
 
-        One where experts are adapted, whose copies cannot run side by side.
+        One where experts are adapted, whose copies cannot run side by side. The same number in all
+        processes, which ask for it together.
         """
+        return int(distributed.first(np.array(float(self._at_once))))
+
+    @property
+    def _at_once(self) -> int:
+        """The same, by this process's memory."""
         room, held = self._budget, len(self.sample) * _vector_bytes(self.run)
         if held <= SAMPLE_SHARE * room:
             room -= held
@@ -204,9 +213,19 @@ class Units:
             return 1
         return min(max(1, room // (COPIES * _vector_bytes(self.run))), CHUNK)
 
-    def chunks(self) -> list[np.ndarray]:
-        """Units in parts of at most `at_once`."""
-        return np.array_split(np.arange(len(self)), -(-len(self) // self.at_once))
+    def chunks(self, among: np.ndarray | None = None) -> list[np.ndarray]:
+        """Units (of those `among`) in parts of at most `at_once`, one for each process at least."""
+        among = np.arange(len(self)) if among is None else among
+        parts = max(-(-len(among) // self.at_once), min(len(among), distributed.world()))
+        return np.array_split(among, parts) if len(among) else []
+
+    def own_chunks(self, among: np.ndarray | None = None) -> dict[int, np.ndarray]:
+        """The chunks that this process does, by their number: dealt out by their tokens."""
+        counts, chunks = self.run.tokens.counts, self.chunks(among)
+        costs = [sum(float(counts[self.members[i]].sum()) for i in rows) for rows in chunks]
+        order = np.argsort(np.negative(costs), kind="stable").tolist()  # the dearest first
+        mine = distributed.share(order, [costs[number] for number in order])
+        return {number: chunks[number] for number in sorted(mine)}
 
 
 def _first_move(rule: Optimizer, gradient: Tensor) -> Tensor:
@@ -321,9 +340,9 @@ def _losses_where_needed(run: Run, needed: np.ndarray) -> tuple[np.ndarray, np.n
     """Mean losses [N] of the training rows `needed` under adapter and base, 0 elsewhere."""
     budget, tokens = run.token_budget, run.tokens.select(needed)
     losses, base_losses = np.zeros(len(run.train)), np.zeros(len(run.train))
-    losses[needed] = mean_losses(run.model, tokens, token_budget=budget)
+    losses[needed] = shared_losses(run.model, tokens, token_budget=budget)
     with run.model.at(scaled(run.model, 0.0)):
-        base_losses[needed] = mean_losses(run.model, tokens, token_budget=budget)
+        base_losses[needed] = shared_losses(run.model, tokens, token_budget=budget)
     return losses, base_losses
 
 
@@ -340,16 +359,19 @@ def _unseen_targets(
     """Mean expected loss of each unit's rows under a model that never saw them, [n].
 
     `losses`: of each unit's rows now. One local retraining (`unlearn.unseen`) serves up to
-    `TOGETHER` units that have nothing to do with one another. It is the only question here that
-    reads the run's audit chain, for a change is planned from a version of the adapter.
+    `TOGETHER` units that have nothing to do with one another; processes deal them out. It is the
+    only question here that reads the run's audit chain, for a change is planned from a version of
+    the adapter.
     """
     original, cost = version(run, ORIGINAL), Cost()
     recipe = known_or_estimated(original, protocol.recipe, cost)
     index = TokenIndex(original.tokens)
     units = [np.array([run.train.index(id) for id in ids]) for ids in ids_of.values()]
-    targets, faithfulness = np.zeros(len(units)), []
     batches = _strangers(units, index, len(original.rows))
-    for number, batch in enumerate(batches):
+
+    def retrained(number: int) -> tuple[np.ndarray, float]:
+        """Expected losses of a batch's rows, and how faithful they are."""
+        batch = batches[number]
         rows = np.concatenate([units[unit] for unit, _ in batch])
         change = plan(original, [run.train.ids[row] for row in rows])
         near = np.unique(np.concatenate([near for _, near in batch]))
@@ -361,8 +383,12 @@ def _unseen_targets(
                 f"{local.row_gradients * len(batches)} row-gradients"
             )
         found = expectation(change, local.made(cost), now, np.zeros(0), cost)
-        faithfulness.append(found.faithfulness)
-        means = np.split(found.expected, np.cumsum([len(units[unit]) for unit, _ in batch])[:-1])
+        return found.expected, found.faithfulness
+
+    found = dealt(len(batches), lambda numbers: [retrained(number) for number in numbers])
+    targets, faithfulness = np.zeros(len(units)), [share for _, share in found]
+    for batch, (expected, _) in zip(batches, found, strict=True):
+        means = np.split(expected, np.cumsum([len(units[unit]) for unit, _ in batch])[:-1])
         for (unit, _), values in zip(batch, means, strict=True):
             targets[unit] = values.mean()
     warn_of_unfaithful(faithfulness)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.cost import Cost
 from influence.errors import NumericalError
@@ -91,21 +92,28 @@ class Goals:
     def merit(self, model: AdaptedModel, *, token_budget: int, cost: Cost) -> Merit:
         """M and its gradient where the model is now: one forward and backward of every row.
 
+        Several processes share the rows out.
+
         Raises `NumericalError` where either is NaN or infinite.
         """
         tokens, per_token = self.tokens, 1 / float(self.tokens.counts.sum())
         share, unit = tokens.counts * per_token, power_of_two_near(per_token)
         losses, values = np.zeros(len(tokens)), np.zeros(len(tokens))
         log_q: Tensor | None = None
+        own = distributed.shard(np.arange(len(tokens)))
+        if self.outputs is not None:
+            self.outputs.share_exponent()
+        spent = cost.forwards
 
         def before_batch(rows: np.ndarray) -> None:
             # Outputs that are not in memory move the model, which no graph may see.
             nonlocal log_q
             log_q = None
             if self.outputs is not None:
-                log_q = self.outputs.of(rows)
+                log_q = self.outputs.of(own[rows])
 
         def by_logits(rows: np.ndarray, part: Supervised) -> Tensor:
+            rows = own[rows]
             targets, rises = self.targets[rows], self.rises[rows]
             sums = part.per_example(token_losses(part.logits, part.targets)).double()
             losses[rows] = sums.cpu().numpy() / tokens.counts[rows]
@@ -127,12 +135,17 @@ class Goals:
 
         gradient = summed_gradient(
             model,
-            tokens,
+            tokens.select(own),
             by_logits,
             token_budget=token_budget,
-            cost=cost,
             before_batch=before_batch,
         )
+        cost.gradients += len(tokens)
+        forwards = np.array([cost.forwards - spent])
+        sums = torch.from_numpy(np.concatenate([losses, values, forwards]))
+        distributed.add_up({"gradient": gradient, "sums": sums})
+        losses, values = sums[:-1].numpy().reshape(2, -1)
+        cost.forwards = spent + int(sums[-1])
         gradient = gradient * unit
         value = float(values.sum())
         if not (np.isfinite(value) and bool(torch.isfinite(gradient).all())):

@@ -5,6 +5,9 @@
 * *re-linearised*: bounded steps with the gradient taken again after each (`unlearn.edits.steps`),
   the curvature of the path's middle point kept.
 * *converged*: the optimum of the edited proximal objective over all rows (`unlearn.edits.newton`).
+
+Several processes (`influence.distributed`) share out the rows of every gradient, product and
+measurement, and take the same steps.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from torch import Tensor
 from influence.at_point import AtPoint
 from influence.curvature import Damped
 from influence.errors import InputError, NumericalError
-from influence.gradients import loss_sum_gradient
 from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
 from influence.setting import Setting
+from influence.shared_rows import shared_gradient
 from influence.solvers.named import make_solver
 from influence.tokens import TokenizedExamples
 from unlearn.edits.goals import Goals
@@ -224,7 +227,7 @@ class PreparedEdit(Undertaking):
             scale = point.place.scale
             theta = point.place.theta if scale is None else scaled_to(version, scale)
             with version.model.at(theta) as model:
-                gradient, _ = loss_sum_gradient(
+                gradient, _ = shared_gradient(
                     model, tokens, weights, token_budget=self.budget, cost=self.cost
                 )
             delta += factor * self.solve(point, operator, gradient)
@@ -276,7 +279,7 @@ class PreparedEdit(Undertaking):
 
         def gradient(theta: Tensor, tokens: TokenizedExamples, weights: np.ndarray) -> Tensor:
             with model.at(theta):
-                return loss_sum_gradient(
+                return shared_gradient(
                     model, tokens, weights, token_budget=self.budget, cost=self.cost
                 )[0]
 

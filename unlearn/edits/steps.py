@@ -42,12 +42,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.cost import Cost
 from influence.errors import NumericalError
-from influence.gradients import loss_sum_gradient
-from influence.loss import mean_losses
 from influence.progress import track
+from influence.shared_rows import shared_gradient, shared_losses
 from influence.tokens import TokenizedExamples
 from unlearn.edits.goals import Goals, Merit
 from unlearn.stopping import EditRule, Ending, StepRecord
@@ -232,6 +232,7 @@ class _Walk:
             if self.at_the_goals:
                 return self.ended(_goals_text(self.goals, self.merit, self.until), True)
             direction, seen = self.direction(self.draw())
+            distributed.hand_out([direction], 0)  # all take the same step, to the last bit
             self.weigh(seen)
             slope = -float(self.merit.gradient.double() @ direction.double())
             if not slope > 0:
@@ -290,7 +291,7 @@ class _Walk:
             # over the training rows before the first step.
             self.cost.forwards += len(new)
             with self.model.at(self.start):
-                self.losses_before[new] = mean_losses(
+                self.losses_before[new] = shared_losses(
                     self.model, tokens.select(new), token_budget=self.token_budget
                 )
         return rows
@@ -303,7 +304,7 @@ class _Walk:
         tokens = self.retained.tokens.select(rows)
         weights = np.full(len(rows), 1 / tokens.counts.sum())
         with self.model.at(self.theta):
-            gradient, losses = loss_sum_gradient(
+            gradient, losses = shared_gradient(
                 self.model, tokens, weights, token_budget=self.token_budget, cost=self.cost
             )
         before, loss = np.mean(self.losses_before[rows]), float(losses.mean())

@@ -19,12 +19,11 @@ from torch import Tensor
 from influence import distributed
 from influence.at_point import evenly_spaced
 from influence.cost import Cost
-from influence.gradients import loss_sum_gradient
-from influence.loss import mean_losses
 from influence.prepared import versions
 from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
+from influence.shared_rows import shared_gradient, shared_losses
 from influence.tokens import TokenizedExamples
 from unlearn.record.change import Change, Request
 from unlearn.record.edit_record import (
@@ -114,7 +113,8 @@ class Undertaking:
     """An edit in the making: what is changed, what is measured beside it, and its cost so far.
 
     `holdout` are the held-out rows and `heldout` their tokens, `probes` the probe rows and `probed`
-    theirs; `generate`, `max_damage`, `seed` and `given_recipe` are as in the edit's options.
+    theirs; `generate`, `max_damage`, `seed` and `given_recipe` are as in the edit's options. Several
+    processes share the measured rows out, and have the same answers.
     """
 
     version: Version
@@ -172,7 +172,7 @@ class Undertaking:
             return None
         self.cost.forwards += len(self.sample)
         tokens = self.version.tokens.select(self.sample)
-        first = mean_losses(self.version.model, tokens, token_budget=self.budget).mean()
+        first = shared_losses(self.version.model, tokens, token_budget=self.budget).mean()
         return float((after.retained.loss.mean() - first) / first)
 
     def forecast(self, delta: Tensor, theta: Tensor | None) -> LinearForecast:
@@ -209,7 +209,7 @@ class Undertaking:
         """Gradient `[P]` of the rows' mean loss at an adapter."""
         weights = 1 / (tokens.counts * len(tokens))
         with self.version.model.at(theta) as model:
-            return loss_sum_gradient(
+            return shared_gradient(
                 model, tokens, weights, token_budget=self.budget, cost=self.cost
             )[0]
 

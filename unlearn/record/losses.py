@@ -13,6 +13,7 @@ from influence.cost import Cost
 from influence.errors import NumericalError
 from influence.halving import Steps, in_parts
 from influence.loss import supervised_logits, token_losses
+from influence.shared_rows import by_row
 from influence.tokens import TokenizedExamples
 from unlearn.record.numbers import mean_of_lowest
 
@@ -45,13 +46,26 @@ def measure(
     token_budget: int = 4096,
     cost: Cost | None = None,
 ) -> Measured:
-    """Run rows forward once, where the model is now.
+    """Run rows forward once, where the model is now; several processes share them out.
 
     Greedy decoding is read off the right text's own logits.
     """
-    loss, extraction, min_k = np.zeros((3, len(tokens)))
     if cost is not None:
         cost.forwards += len(tokens)
+    if len(tokens) == 0:
+        return Measured(*np.zeros((3, 0)))
+    measured = by_row(len(tokens), lambda rows: _measured(model, tokens.select(rows), token_budget))
+    loss, extraction, min_k = measured
+    if not np.isfinite(loss).all():
+        raise NumericalError(
+            f"the loss of {int((~np.isfinite(loss)).sum())} rows is NaN or infinite"
+        )
+    return Measured(loss, extraction, min_k)
+
+
+def _measured(model: AdaptedModel, tokens: TokenizedExamples, token_budget: int) -> np.ndarray:
+    """Loss, extraction strength and Min-K % of rows, `[3, n]`."""
+    measured = np.zeros((3, len(tokens)))
 
     def run(rows: np.ndarray, _: Steps) -> tuple[np.ndarray, list[float], list[float]]:
         batch = collate(tokens, rows, pad_id=model.pad_id, device=model.device)
@@ -63,14 +77,11 @@ def measure(
         return part.per_example(losses).cpu().numpy() / tokens.counts[rows], strengths, lowest
 
     with model.evaluating(), torch.no_grad():
-        for rows in plan_batches(tokens, token_budget) if len(tokens) else []:
+        for rows in plan_batches(tokens, token_budget):
             for some, found in in_parts(model, tokens, rows, run):
-                loss[some], extraction[some], min_k[some] = found
-    if not np.isfinite(loss).all():
-        raise NumericalError(
-            f"the loss of {int((~np.isfinite(loss)).sum())} rows is NaN or infinite"
-        )
-    return Measured(loss, extraction, min_k)
+                for values, each in zip(measured, found, strict=True):
+                    values[some] = each
+    return measured
 
 
 def strength(right: np.ndarray) -> float:

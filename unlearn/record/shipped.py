@@ -17,7 +17,7 @@ from torch import Tensor
 
 from influence.adapter import AdaptedModel, Site
 from influence.cost import Cost
-from influence.loss import mean_losses
+from influence.shared_rows import shared_losses
 from influence.tokens import TokenizedExamples
 
 #: What merged weights are rounded to.
@@ -73,7 +73,7 @@ def as_shipped(
             for name, tokens in (("edited", edited), ("retained", retained)):
                 if len(tokens):
                     cost.forwards += len(tokens)
-                    found = mean_losses(model, tokens, token_budget=token_budget)
+                    found = shared_losses(model, tokens, token_budget=token_budget)
                     losses[name].append(float(found.mean()))
     pairs = {name: (pair[0], pair[1]) if pair else None for name, pair in losses.items()}
     return Shipped(**pairs, kept=dots / lengths if lengths else 1.0)

@@ -22,11 +22,11 @@ from torch import Tensor
 from influence.adapter import AdaptedModel
 from influence.cost import Cost
 from influence.errors import InputError, StoreError
-from influence.loss import mean_losses
 from influence.path import read_parameters, scaled
 from influence.row_files import read_examples
 from influence.rows import Examples
 from influence.run import Run
+from influence.shared_rows import shared_losses
 from influence.store import read_json
 from influence.tokens import TokenizedExamples
 from unlearn.record import chain, verify
@@ -108,13 +108,13 @@ class Version:
     ) -> np.ndarray:
         """Mean losses of rows with the adapter at `theta` [P], nats per completion token, `[n]`.
 
-        `cost` counts their forwards. At most `token_budget` tokens run at a time, by default as many
-        as in the fit.
+        Several processes share the rows out. `cost` counts their forwards. At most `token_budget`
+        tokens run at a time, by default as many as in the fit.
         """
         cost.forwards += len(tokens)
         budget = token_budget or self.run.token_budget
         with self.model.at(theta):
-            return mean_losses(self.model, tokens, token_budget=budget)
+            return shared_losses(self.model, tokens, token_budget=budget)
 
     @cached_property
     def weights(self) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from influence import distributed
 from influence.at_point import evenly_spaced
 from influence.cost import Cost
 from influence.errors import NumericalError
@@ -40,7 +41,18 @@ class _Reached(Exception):
 def known_or_estimated(version: Version, given: str | Path | Recipe | None, cost: Cost) -> Recipe:
     """The recipe that was given or is recorded (`given_or_recorded`), else an estimate."""
     known = given_or_recorded(version.run, given)
-    return estimated_recipe(version, cost) if known is None else known
+    if known is not None:
+        return known
+
+    def estimate() -> tuple[Recipe, Cost]:
+        """The estimate and its work."""
+        spent = Cost()
+        return estimated_recipe(version, spent), spent
+
+    found, spent = distributed.at_first(estimate)  # one: what follows is alike everywhere
+    cost.gradients += spent.gradients
+    cost.forwards += spent.forwards
+    return found
 
 
 def estimated_recipe(version: Version, cost: Cost) -> Recipe:

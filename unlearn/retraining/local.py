@@ -175,7 +175,8 @@ class Plan:
     def made(self, cost: Cost) -> LocalRetraining:
         """Train. `cost` counts the work.
 
-        All processes of a distributed run take the first one's adapters.
+        Of a distributed run's processes all make the trainings with S, and take the first one's
+        adapters; those on the rows after the change are dealt out.
         """
         spent = cost.gradients
         base = self._loss(scaled_to(self.change.version, 0.0), cost)
@@ -190,15 +191,40 @@ class Plan:
             log_share = _next_try(tried)
         best = min(tried, key=lambda made: abs(made.learnt - 1))
         share = math.exp(best.log_share)
-        after = [self._trained(number, share, cost) for number in range(1, REPEATS + 1)]
+        after = self._trained_after(best.theta, share, cost)
         spent = cost.gradients - spent
         return LocalRetraining(best.theta, after, self.near, self.others, self.recipe, spent, share)
+
+    def _trained_after(self, like: Tensor, share: float, cost: Cost) -> list[Tensor]:
+        """The adapters of the trainings on the rows after the change, each by one process.
+
+        `like` [P] has their shape and type.
+        """
+        after, owners = [], distributed.owners([1.0] * REPEATS)
+        me = distributed.rank()
+        for repeat, owner in enumerate(owners):
+            spent, theta = Cost(), torch.empty_like(like)
+            if owner == me:
+                with distributed.alone():
+                    theta = self._trained(1 + repeat, share, spent)
+            else:
+                self._count(1 + repeat, share, spent)
+            cost.gradients += spent.gradients
+            after.append(theta)
+        for theta, owner in zip(after, owners, strict=True):
+            distributed.hand_out([theta], owner)
+        return after
+
+    def _count(self, number: int, share: float, cost: Cost) -> None:
+        """Count what one of the `trainings` costs."""
+        tokens, recipe = self.trainings(share)[number]
+        cost.gradients += recipe.rows_read(len(tokens))
 
     def _trained(self, number: int, share: float, cost: Cost) -> Tensor:
         """The adapter of one of the `trainings`."""
         trainings = self.trainings(share)
         tokens, recipe = trainings[number]
-        cost.gradients += recipe.rows_read(len(tokens))
+        self._count(number, share, cost)
         label = f"local retraining {number + 1} of {len(trainings)}"
         return fresh(self.change.version.model, tokens, recipe, label)
 

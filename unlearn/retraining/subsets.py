@@ -1,6 +1,7 @@
 """Adapters trained again on many subsets of the rows, and their losses, which scores are judged by.
 
 They are the truth of `analysis lds`: what a row's absence does to a loss, seen over many trainings.
+Several processes (`influence.distributed`) deal the subsets out; the first collects the losses.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import os
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from influence import distributed
 from influence.errors import InputError, MismatchError, NumericalError, StoreError
 from influence.loss import mean_losses
 from influence.progress import say
@@ -103,8 +105,9 @@ def retrain_subsets(
     """Train an adapter on every subset of the rows and measure its losses.
 
     Called again after a kill, with the same request, it goes on with the first subset that is not
-    done; a finished one returns at once. The file is replaced whole after each subset, and holds
-    the subsets that are done: it can be read at any time.
+    done; a finished one returns at once. The file is replaced whole after each subset (of several
+    processes: after each has trained one or some), and holds the subsets that are done: it can be
+    read at any time. Any number of processes goes on with it.
 
     Parameters
     ----------
@@ -149,12 +152,18 @@ def retrain_subsets(
     work = _Subsets(run, masks, queries, run.query_tokens(queries), recipe, seeds)
     file, folder = _places(Path(out))
     file.parent.mkdir(parents=True, exist_ok=True)
-    with only_writer(file):
-        losses = _resumed(file, work, overwrite)
-        if keep_adapters:
-            for k in range(len(masks)):
-                losses.done[k] &= (_adapter_of(folder, k) / "retrain.json").exists()
-        failed = _train_the_rest(work, losses, file, folder if keep_adapters else None)
+    with distributed.held_by_first(only_writer(file)):
+
+        def resumed() -> _Losses:
+            """What is done already."""
+            losses = _resumed(file, work, overwrite)
+            if keep_adapters:
+                for k in range(len(masks)):
+                    losses.done[k] &= (_adapter_of(folder, k) / "retrain.json").exists()
+            return losses
+
+        losses = distributed.at_first(resumed)
+        losses, failed = _train_the_rest(work, losses, file, folder if keep_adapters else None)
     if failed:
         shown = "; ".join(f"subset {k}: {reason}" for k, reason in list(failed.items())[:5])
         raise NumericalError(
@@ -194,10 +203,11 @@ class _Losses:
 
 def _train_the_rest(
     work: _Subsets, losses: _Losses, file: Path, folder: Path | None
-) -> dict[int, str]:
+) -> tuple[_Losses, dict[int, str]]:
     """Train the subsets that are not done, writing the file after each.
 
-    Adapters are saved in `folder`, where there is one. Returns why some have no finite losses.
+    Adapters are saved in `folder`, where there is one. Returns all losses, and why some subsets have
+    no finite ones. Of several processes each trains some.
     """
     run, masks = work.run, work.masks
     names = {
@@ -206,11 +216,43 @@ def _train_the_rest(
         "request": np.array(json.dumps(_request(work))),
         "run_digest": np.array(run.digest),
     }
-    missing = np.flatnonzero(~losses.done).tolist()
+    missing = np.flatnonzero(~losses.done)
     failed: dict[int, str] = {}
-    start, model = time.monotonic(), None
-    for count, k in enumerate(missing, start=1):
-        kept, recipe = np.flatnonzero(masks[k]), replace(work.recipe, seed=work.seeds[k])
+    start, count = time.monotonic(), 0
+    for made in distributed.rounds(_trained(work, distributed.shard(missing).tolist(), folder)):
+        collected = dict(distributed.gathered(made))
+        losses_of = {k: found for k, found in collected.items() if not isinstance(found, str)}
+        for k, found in losses_of.items():
+            losses.done[k], losses.query[k], losses.train[k] = True, *found
+        if losses_of:  # in the first process
+            _write(
+                file,
+                masks=masks[losses.done],
+                query_loss=losses.query[losses.done],
+                train_loss=losses.train[losses.done],
+                seeds=np.array(work.seeds, dtype=np.int64)[losses.done],
+                done=losses.done,
+                **names,
+            )
+        count += len(collected)
+        for k, found in collected.items():
+            if isinstance(found, str):
+                failed[k] = found
+                say(f"warning: subset {k} failed: {found}")
+                continue
+            seconds = (time.monotonic() - start) / count * (len(missing) - count)
+            ahead = f", about {seconds:.0f} s left" if count < len(missing) else ""
+            say(f"retrained subset {k}: {int(losses.done.sum())} of {len(masks)} done{ahead}")
+    return distributed.at_first(lambda: (losses, failed))
+
+
+def _trained(
+    work: _Subsets, subsets: list[int], folder: Path | None
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray] | str]]:
+    """Train some subsets: the losses [Q] and [n] of each, or why it has none."""
+    run, model = work.run, None
+    for k in subsets:
+        kept, recipe = np.flatnonzero(work.masks[k]), replace(work.recipe, seed=work.seeds[k])
         try:
             with own_randomness(run.model):
                 if model is None:
@@ -218,11 +260,10 @@ def _train_the_rest(
                 else:
                     model = renewed_adapter(model, run.model, recipe.seed)
                 loss = train(model, run.tokens.select(kept), recipe)
-            losses.query[k] = mean_losses(model, work.query_tokens)
-            losses.train[k] = mean_losses(model, run.tokens)
+            query_loss = mean_losses(model, work.query_tokens)
+            train_loss = mean_losses(model, run.tokens)
         except NumericalError as error:
-            failed[k] = str(error)
-            say(f"warning: subset {k} failed: {error}")
+            yield k, str(error)
             continue
         if folder is not None:
             record = {
@@ -233,20 +274,7 @@ def _train_the_rest(
                 "loss": loss,
             }
             save_adapter(model, _adapter_of(folder, k), record | digests_of(run, model))
-        losses.done[k] = True
-        _write(
-            file,
-            masks=masks[losses.done],
-            query_loss=losses.query[losses.done],
-            train_loss=losses.train[losses.done],
-            seeds=np.array(work.seeds, dtype=np.int64)[losses.done],
-            done=losses.done,
-            **names,
-        )
-        seconds = (time.monotonic() - start) / count * (len(missing) - count)
-        ahead = f", about {seconds:.0f} s left" if count < len(missing) else ""
-        say(f"retrained subset {k}: {int(losses.done.sum())} of {len(masks)} done{ahead}")
-    return failed
+        yield k, (query_loss, train_loss)
 
 
 def _adapter_of(folder: Path, subset: int) -> Path:

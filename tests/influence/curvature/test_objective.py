@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import influence
+from influence import distributed
 from influence.curvature import as_linear_operator, dense
+from influence.curvature.ggn import GGNOperator
 from tests.conftest import build_model, examples, fit_end
+from tests.helpers import statuses
 from tests.oracles import dense_objective
 
 
@@ -42,3 +46,42 @@ def test_llama_products_equal_the_dense_oracle_up_to_its_float32_norms(tmp_path,
     for kind in ("ggn", "hessian"):
         expected = dense_objective(tiny, run.tokens, run.weights, kind)
         assert (dense(run.curvature(kind)) - expected).norm() / expected.norm() < 1e-5
+
+
+class Rows:
+    """Two rows of the training set that go, or new ones that come, as `updated` is told of them."""
+
+    def __init__(self, run, new=None):
+        self.positions = np.array([1, 3] if new is None else [], dtype=int)
+        self.tokens = run.tokens.select(self.positions) if new is None else new
+        self.weights = np.full(len(self.tokens), 0.2)
+        self.counted = 0
+
+    def ran(self, rows: int) -> None:
+        self.counted += rows
+
+
+@pytest.mark.parametrize("processes", [2, 7])
+def test_processes_form_the_products_after_an_edit_together(tmp_path, small, processes):
+    """Each runs some of the rows; where there are more processes than rows, some run none."""
+    run = fitted(tmp_path, small, examples(6), influence.GGN(), token_budget=20)
+    come = run.query_tokens(examples(1, seed=3))
+    vectors = torch.randn(2, small.space.size, dtype=torch.float64)
+
+    def updated() -> tuple[GGNOperator, Rows]:
+        new = Rows(run, come)
+        return run.curvature("ggn").updated(Rows(run), new), new
+
+    expected = updated()[0].matvec(vectors)
+
+    def work(rank: int) -> None:
+        after, new = updated()
+        product = after.matvec(vectors)
+        assert float((product - expected).norm()) < 1e-12 * float(expected.norm())
+        assert new.counted == 5  # all rows, in every process
+        ran = [len(batch.indices) for batch, _ in after.objective.batches()]
+        total = distributed.add_up(torch.tensor([float(sum(ran))]))
+        assert float(total) == 5
+        assert sum(ran) < 5
+
+    assert statuses(work, tmp_path, processes) == [0] * processes

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from influence.curvature import EKFAC
-from influence.curvature.second_moments import BatchTokens, DenseMoment, SketchedMoment
+from influence.curvature.second_moments import (
+    BatchTokens,
+    DenseMoment,
+    SketchedMoment,
+    eigenvectors,
+)
 from influence.fitted_point import PointFit, Storage
 from influence.gradients import tape
 from tests.conftest import build_model, examples, fit_end
@@ -25,6 +30,37 @@ def test_second_moments_are_whole_below_the_diagonal(width):
     for part in x.split(4):
         moment.add(part)
     torch.testing.assert_close(moment.state.tril(), (x.T @ x).tril())
+
+
+SPECTRA = {
+    "outliers": torch.cat([10.0 ** torch.arange(7, 1, -1), torch.linspace(1, 0.2, 394)]),
+    "many outliers": torch.cat([torch.linspace(3e4, 1e4, 60), torch.linspace(1, 0.2, 340)]),
+    "power law": torch.arange(1, 401) ** -1.5,
+    "flat": torch.linspace(1, 0.5, 400),
+    "low rank": torch.cat([torch.linspace(1, 0.5, 40), torch.zeros(360)]),
+    "nothing": torch.zeros(400),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_large_eigenvalues_do_not_drown_the_others_in_float32(name):
+    """Eigenvalues are those of float64, and the eigenvectors make the matrix diagonal in units of
+    its own directions: in float32 alone outliers leave neither.
+    """
+    spectrum = SPECTRA[name].double()
+    turn = torch.linalg.qr(random_rows(5, 400, 400)).Q
+    matrix = ((turn * spectrum) @ turn.T).float()
+    exact = matrix.double().tril() + matrix.double().tril(-1).T
+    values, vectors = eigenvectors(matrix.tril())  # what is above the diagonal does not count
+    vectors, expected = vectors.double(), torch.linalg.eigvalsh(exact)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(400).double(), rtol=0, atol=1e-5)
+    # what is told apart is what is not small beside the mean without the outliers
+    floor = 1e-3 * spectrum[64:].mean() + 1e-7 * spectrum.max() * ("outliers" not in name)
+    assert bool(((values.sort().values - expected).abs() <= 1e-4 * expected.abs() + floor).all())
+    inside = vectors.T @ exact @ vectors
+    sizes = (inside.diagonal().clamp(min=0) + floor).sqrt()
+    off = inside - inside.diagonal().diag()
+    assert float((off / (sizes[:, None] * sizes + 1e-300)).abs().max()) < 1e-2
 
 
 def test_sketch_is_exact_up_to_its_rank_and_keeps_the_trace():

@@ -12,8 +12,10 @@ import pytest
 import influence
 from influence.errors import DataError, InputError
 from tests.conftest import examples, rows
+from tests.helpers import statuses
 from tests.unlearn.difficulty.helpers import ADAM, in_order, synthetic, trained, truth_of
 from unlearn.difficulty import Protocol, measure, predict
+from unlearn.difficulty import forecast as forecast_module
 from unlearn.difficulty.advice import recommended
 from unlearn.difficulty.forecast import COLUMNS, Forecast
 from unlearn.difficulty.units import ALONE
@@ -283,3 +285,37 @@ def test_a_real_forecast_can_be_calibrated(tmp_path):
     errors = errors[corrected.calibration.rows]
     assert corrected.calibration.error < 2 * float(np.median(errors))
     assert not corrected.table["reason"].str.contains("nan").any()
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_any_number_of_processes_forecasts_the_same(run, tmp_path, processes):
+    """Units are dealt out, also where there are fewer than processes; the first writes."""
+    # a stride, so that the processes must agree on the rate
+    options = {"protocol": Protocol("adam", stride=0.01, steps=40), "sample_rows": 6, "looks": 3}
+    expected = predict(run, **options)
+
+    def work(rank: int) -> None:
+        walked, real = [], forecast_module.walk
+
+        def walk(units, rows, *others):
+            walked.extend(rows.tolist())
+            return real(units, rows, *others)
+
+        forecast_module.walk = walk
+        found = predict(run, **options)
+        (tmp_path / f"walked-{rank}").write_text(json.dumps(walked))
+        assert found.protocol == expected.protocol
+        assert found.retained_loss == pytest.approx(expected.retained_loss, rel=1e-12)
+        for name in expected.table:
+            one, other = expected.table[name], found.table[name]
+            if one.dtype.kind == "f":
+                np.testing.assert_allclose(other, one, rtol=1e-8, atol=1e-10, err_msg=name)
+            elif name != "reason":  # in which numbers are rounded
+                assert other.tolist() == one.tolist()
+        assert found.write(tmp_path / "table.csv") == tmp_path / "table.csv"  # by one of them
+
+    assert statuses(work, tmp_path, processes) == [0] * processes
+    assert pd.read_csv(tmp_path / "table.csv")["id"].tolist() == run.train.ids
+    each = [json.loads((tmp_path / f"walked-{rank}").read_text()) for rank in range(processes)]
+    assert sorted(row for rows in each for row in rows) == list(range(10))
+    assert max(map(len, each)) <= -(-10 // processes) + 1

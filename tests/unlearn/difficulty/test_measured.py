@@ -200,7 +200,7 @@ def test_a_file_of_another_kind_is_refused_before_any_work(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "unlearn.difficulty.units.mean_losses", lambda *_, **__: pytest.fail("a forward ran")
+        "unlearn.difficulty.units.shared_losses", lambda *_, **__: pytest.fail("a forward ran")
     )
     with pytest.raises(InputError, match=sentence.replace(".", r"\.")):
         measure(run, protocol=SHORT_ADAM, out=out)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 import influence
-from influence.errors import InputError, MismatchError, StoreError
+from influence.errors import InputError, MismatchError, ProcessError, StoreError
 from influence.store import write_file
 from tests.conftest import rows
+from tests.helpers import statuses
 from tests.unlearn.difficulty.helpers import (
     HOLDOUT,
     SHORT_ADAM,
@@ -24,6 +28,7 @@ from tests.unlearn.difficulty.helpers import (
     same,
 )
 from unlearn.difficulty import Protocol, measure, read_measured
+from unlearn.difficulty import measured as measured_module
 from unlearn.difficulty.units import COPIES
 from unlearn.retraining.recipe import Recipe
 
@@ -255,3 +260,59 @@ def test_targets_of_another_recipe_are_another_request(run, tmp_path):
     with pytest.raises(MismatchError, match="has measurements of another request"):
         measure(run, protocol=other, **request)
     assert measure(run, protocol=other, overwrite=True, **request).target != first.target
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+def test_a_measurement_killed_and_resumed_by_another_number_of_processes(
+    run, tmp_path, before, after
+):
+    """One is killed after its first part; what is in the file is not measured again."""
+    options = {
+        "memory": COPIES * 8 * run.model.space.size,  # one unit at a time
+        "ids": run.train.ids[:6],
+        "protocol": Protocol("adam", 1e-2, steps=4),
+        "sample_rows": 2,
+        "holdout": influence.examples_from_rows(rows(1, seed=7)),
+    }
+    expected, out, climbed = measure(run, **options), tmp_path / "measured.h5", []
+    real = measured_module.climb_units
+
+    def climb(units, places, protocol):
+        if len(climbed) == 1 and torch.distributed.get_rank() == before - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        climbed.append(len(places))
+        return real(units, places, protocol)
+
+    def killed(rank: int) -> None:
+        measured_module.climb_units = climb
+        with pytest.raises(ProcessError, match="with any number of processes"):
+            measure(run, out=out, **options)
+
+    assert statuses(killed, tmp_path, before) == [0] * (before - 1) + [-signal.SIGKILL]
+    with h5py.File(out) as file:
+        done = int(file["done"][()].sum())
+    assert 0 < done < 6
+
+    def resumed(rank: int) -> None:
+        def count(units, places, protocol):
+            climbed.extend(places.tolist())
+            return real(units, places, protocol)
+
+        measured_module.climb_units = count
+        same(measure(run, out=out, **options), expected, slice(None), rtol=1e-8, atol=1e-10)
+        (tmp_path / f"climbed-{rank}").write_text(str(len(climbed)))
+
+    assert statuses(resumed, tmp_path, after) == [0] * after
+    again = sum(int((tmp_path / f"climbed-{rank}").read_text()) for rank in range(after))
+    assert again == 6 - done
+    same(read_measured(out), expected, slice(None), rtol=1e-8, atol=1e-10)
+
+
+def test_measurements_without_a_file_are_dealt_out(run, tmp_path):
+    options = {"ids": run.train.ids[:3], "protocol": SHORT_SGD, "sample_rows": 2}
+    expected = measure(run, **options)
+
+    def work(rank: int) -> None:
+        same(measure(run, **options), expected, slice(None), rtol=1e-8, atol=1e-10)
+
+    assert statuses(work, tmp_path, 2) == [0, 0]

@@ -91,7 +91,7 @@ def test_the_budget_changes_no_result(large, vector):
 
 def test_less_than_one_copy_is_refused_before_any_work(large, vector, monkeypatch):
     monkeypatch.setattr(
-        "unlearn.difficulty.units.mean_losses", lambda *_, **__: pytest.fail("a forward ran")
+        "unlearn.difficulty.units.shared_losses", lambda *_, **__: pytest.fail("a forward ran")
     )
     for ask in (predict, measure):
         with pytest.raises(

@@ -14,6 +14,7 @@ import torch
 import influence
 from influence.errors import InputError
 from tests.conftest import rows
+from tests.helpers import statuses
 from tests.unlearn.difficulty.helpers import ADAM, SGD, gradient_of, in_order, losses_of, trained
 from unlearn.difficulty import Protocol, predict
 from unlearn.difficulty.forecast import Forecast
@@ -284,7 +285,7 @@ def test_conformal_ends_are_the_order_statistics_of_the_paper():
 @pytest.mark.parametrize("screen", [-1, 1, FEWEST - 1, 2.5, True])
 def test_numbers_that_teach_nothing_are_refused_before_any_work(many, monkeypatch, screen):
     monkeypatch.setattr(
-        "unlearn.difficulty.units.mean_losses", lambda *_, **__: pytest.fail("a forward ran")
+        "unlearn.difficulty.units.shared_losses", lambda *_, **__: pytest.fail("a forward ran")
     )
     with pytest.raises(InputError, match=r"\(--screen\); expected how many rows .* at least 20"):
         predict(many, protocol=ADAM, screen=screen)
@@ -304,3 +305,18 @@ def test_the_cost_is_said_before(many, capsys):
         "2 groups, all looked at closely; cost: 32 row-gradients for losses and retained rows, at "
         "most 31 for the close looks"
     )
+
+
+def test_processes_screen_alike(many, units, screened, tmp_path):
+    """The stored gradients are read by all together: who is chosen, and what is said of the rest."""
+
+    def work(rank: int) -> None:
+        again = find_units(many, None, None, ADAM, None, 6)
+        np.testing.assert_allclose(again.loss, units.loss, rtol=1e-10)
+        found = predict(many, protocol=ADAM, units=again, screen=LOOKED).table
+        expected = screened.table
+        assert found["how"].tolist() == expected["how"].tolist()
+        numbers = expected.select_dtypes("number").columns
+        np.testing.assert_allclose(found[numbers], expected[numbers], rtol=1e-6, atol=1e-9)
+
+    assert statuses(work, tmp_path, 2) == [0, 0]

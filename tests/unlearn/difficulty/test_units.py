@@ -13,6 +13,7 @@ import torch
 import influence
 from influence.errors import DataError, InputError, StoreError
 from tests.conftest import rows, tokens_of
+from tests.helpers import statuses
 from tests.unlearn.difficulty.helpers import (
     ADAM,
     HOLDOUT,
@@ -150,7 +151,7 @@ def test_wrong_requests_are_refused_before_any_work(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "unlearn.difficulty.units.mean_losses", lambda *_, **__: pytest.fail("a forward ran")
+        "unlearn.difficulty.units.shared_losses", lambda *_, **__: pytest.fail("a forward ran")
     )
     with pytest.raises(error, match=sentence):
         ask(run, protocol=SHORT_ADAM, **given)
@@ -340,3 +341,16 @@ def test_an_adapter_without_a_gradient_has_no_stride(run):
     units.__dict__["sample_gradients"] = [torch.zeros(run.model.space.size)] * 2
     with pytest.raises(InputError, match="no rate follows from them; give one"):
         units.paced(Protocol("sgd"))
+
+
+def test_unseen_targets_are_dealt_out(plain, tmp_path):
+    """A local retraining by one process each: the same targets."""
+    protocol = Protocol(target="unseen", recipe=RECIPE)
+    groups = {"a": [plain.train.ids[1], plain.train.ids[6]], "b": [plain.train.ids[6]]}
+    expected = find_units(plain, None, groups, protocol, None).target
+
+    def work(rank: int) -> None:
+        found = find_units(plain, None, groups, protocol, None).target
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+    assert statuses(work, tmp_path, 2) == [0, 0]

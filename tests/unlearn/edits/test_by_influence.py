@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,11 +17,13 @@ from influence.errors import NumericalError, ToolkitError
 from influence.recipe import Recipe
 from influence.solvers import CG
 from tests.conftest import build_model, examples, rows, teach
-from tests.helpers import untouched
+from tests.helpers import statuses, untouched
 from tests.unlearn.edits.helpers import ANSWERS, TASKS, edit_of
 from unlearn.edits import goals
 from unlearn.edits.options import Options
 from unlearn.edits.prepared import PreparedEdit
+from unlearn.record import before_after
+from unlearn.record import losses as losses_module
 from unlearn.record.losses import measure
 
 # ---- keywords ------------------------------------------------------------------------------------
@@ -273,3 +277,114 @@ def test_a_grown_run_is_edited_like_one_from_scratch(tmp_path):
     unlearn.remove(run, ids=[every[7].id], steps=1).save(tmp_path / "edited")
     assert (tmp_path / "run" / "audit.jsonl").exists()
     assert unlearn.verify(adapter=tmp_path / "edited").problems == []
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def numbers(value, name: str = "") -> dict[str, object]:
+    """What a record holds, one entry for each leaf; not when and how fast it was made."""
+    if isinstance(value, dict):
+        items = [(key, part) for key, part in value.items() if key not in ("created", "seconds")]
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value))
+    else:
+        return {name: value}
+    found = {}
+    for key, part in items:
+        found |= numbers(part, f"{name}/{key}")
+    return found
+
+
+def same_record(found: dict, expected: dict, tolerance: float, less: Sequence[str] = ()) -> None:
+    """The same entries, but for those named in `less`."""
+    found, expected = (
+        numbers({key: part for key, part in each.items() if key not in less})
+        for each in (found, expected)
+    )
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        if isinstance(value, float):
+            assert found[name] == pytest.approx(value, rel=tolerance, abs=tolerance, nan_ok=True), (
+                name
+            )
+        elif "digest" not in name:
+            assert found[name] == value, name
+
+
+#: Edits at the adapter itself, by the run's curvature: re-linearised, linear, carried to the end.
+SHARED = [
+    ("ekfac", "mixed", {"until": "steps=2"}),
+    ("fisher", "correct", {"steps": 1}),
+    ("ggn", "remove", {"steps": 1, "solver": CG(tolerance=1e-12)}),
+    ("ggn", "relabel", {"until": "converged", "solver": CG(tolerance=1e-12)}),
+]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_any_number_of_processes_makes_the_edit_of_one(runs, tmp_path, processes):
+    holdout = influence.examples_from_rows(rows(5, seed=9))
+
+    def made(name: str, task: str, options: dict):
+        more = {"rest": 3, "max_damage": 1e6, "holdout": holdout}
+        more["recipe"] = Recipe(epochs=2, batch_size=4, lr=1e-3)
+        return unlearn.edit(runs(name), **TASKS[task], **(more | options))
+
+    some = SHARED if processes == 3 else SHARED[:2]
+    expected = [made(*each) for each in some]
+
+    def work(rank: int) -> None:
+        for (name, task, options), alone in zip(some, expected, strict=True):
+            edit = made(name, task, options)
+            tolerance = 1e-10 if "solver" not in options else 1e-8
+            size = float(alone.delta.norm())
+            assert float((edit.delta - alone.delta).norm()) <= tolerance * size, name
+            # the last iterations of a solver are of rounding alone
+            less = ["cost", "residual", "stopped"] if "solver" in options else []
+            same_record(edit.report, alone.report, 100 * tolerance, less)
+
+    assert statuses(work, tmp_path, processes) == [0] * processes
+
+
+def test_an_edit_by_expected_losses_in_two_processes(run, tmp_path):
+    """Trainings are dealt out, rows of measurements and steps are shared; float32."""
+    asked = {
+        "holdout": influence.examples_from_rows(rows(5, seed=9)),
+        "probes": influence.examples_from_rows(rows(3, seed=8)),
+        "recipe": Recipe(epochs=2, batch_size=4, lr=1e-3),
+        "generate": 3,
+    }
+    expected = edit_of(run, **asked)
+    assert expected.report["expected"]["trainings"] == 3
+
+    def work(rank: int) -> None:
+        edit = edit_of(run, **asked)
+        size = float(expected.delta.norm())
+        assert float((edit.delta - expected.delta).norm()) <= 1e-4 * size
+        cost, alone = edit.report["cost"], expected.report["cost"]
+        for name in ("row_gradients", "row_forwards"):
+            assert cost[name] == alone[name], name
+        assert edit.report["stopped"] == expected.report["stopped"]
+        same_record(edit.report["losses"], expected.report["losses"], 1e-4)
+        same_record(edit.report["evidence"], expected.report["evidence"], 1e-3)
+
+    assert statuses(work, tmp_path, 2) == [0, 0]
+
+
+def test_what_is_not_a_number_in_one_process_is_told_by_all(run, tmp_path, monkeypatch):
+    real = before_after.measure
+
+    def work(rank: int) -> None:
+        def measure(model, tokens, **options):
+            monkeypatch.setattr(losses_module, "_measured", broken if rank else measured)
+            return real(model, tokens, **options)
+
+        def broken(model, tokens, budget):
+            return np.full((3, len(tokens)), np.nan)
+
+        measured = losses_module._measured
+        monkeypatch.setattr(before_after, "measure", measure)
+        with pytest.raises(NumericalError, match="is NaN or infinite"):
+            edit_of(run, until="steps=1")
+
+    assert statuses(work, tmp_path, 2) == [0, 0]

@@ -267,7 +267,7 @@ def test_rows_that_lost_are_brought_back(run, monkeypatch):
     for factor, expected in ((0.7, [1, 2, 4, 8, 8]), (1.3, [0] * 5)):
         least.clear()
         monkeypatch.setattr(
-            steps, "mean_losses", lambda *a, f=factor, **b: f * mean_losses(*a, **b)
+            steps, "shared_losses", lambda *a, f=factor, **b: f * mean_losses(*a, **b)
         )
         retained = replace(retained, max_damage=0.1)
         identity_walk(run, goals, retained, EditRule("steps", 5), 5)

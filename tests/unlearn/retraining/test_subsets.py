@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import influence
 import unlearn
-from influence.errors import InputError, MismatchError, NumericalError, StoreError
+from influence.errors import InputError, MismatchError, NumericalError, ProcessError, StoreError
 from influence.loss import mean_losses
 from influence.tokens import tokenize
 from tests.conftest import build_model, examples
+from tests.helpers import statuses
 from tests.unlearn.retraining.helpers import (
     SHORT,
     WEIGHTS,
@@ -243,6 +247,55 @@ def test_masks_are_checked(run, masks, tmp_path):
     with pytest.raises(InputError, match="2 seeds were given for 4 subsets"):
         unlearn.retrain_subsets(run, masks, out=tmp_path / "t.npz", recipe=SHORT, seeds=[1, 2])
     assert not (tmp_path / "t.npz").exists()
+
+
+def test_processes_deal_subsets_out_and_go_on_in_another_number(run, masks, tmp_path):
+    """One is killed in its second training; what was collected is not trained again."""
+    asked = {"recipe": SHORT, "keep_adapters": True}
+    whole = unlearn.retrain_subsets(run, masks, queries(), out=tmp_path / "whole", **asked)
+    place, trained = tmp_path / "shared", []
+
+    def once(model, tokens, recipe, **options):
+        if len(trained) == 1 and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        trained.append(tokens.ids)
+        return train(model, tokens, recipe, **options)
+
+    def killed(rank: int) -> None:
+        subsets_module.train = once
+        with pytest.raises(ProcessError):
+            unlearn.retrain_subsets(run, masks, queries(), out=place, **asked)
+
+    assert statuses(killed, tmp_path, 2) == [0, -signal.SIGKILL]
+    assert arrays(place / "truth.npz")["done"].tolist() == [True, True, False, False]
+
+    def resumed(rank: int) -> None:
+        subsets_module.train = once
+        found = unlearn.retrain_subsets(run, masks, queries(), out=place, **asked)
+        np.testing.assert_array_equal(found.query_loss, whole.query_loss)
+        np.testing.assert_array_equal(found.train_loss, whole.train_loss)
+        assert len(trained) == [1, 1, 0][rank]
+
+    assert statuses(resumed, tmp_path, 3) == [0] * 3
+    assert (place / "truth.npz").read_bytes() == (tmp_path / "whole" / "truth.npz").read_bytes()
+    for k in range(4):
+        one, other = (at / f"subset-{k:03d}" / WEIGHTS for at in (tmp_path / "whole", place))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_subset_that_diverges_in_one_process_is_told_by_all(run, masks, tmp_path):
+    def work(rank: int) -> None:
+        def diverging(model, tokens, recipe, **options):
+            if tokens.ids == [run.train.ids[i] for i in np.flatnonzero(masks[1])]:
+                raise NumericalError("the training loss is nan")
+            return train(model, tokens, recipe, **options)
+
+        subsets_module.train = diverging
+        with pytest.raises(NumericalError, match="1 of 4 subsets have no finite losses"):
+            unlearn.retrain_subsets(run, masks, queries(), out=tmp_path / "t.npz", recipe=SHORT)
+
+    assert statuses(work, tmp_path, 2) == [0, 0]
+    assert arrays(tmp_path / "t.npz")["done"].tolist() == [True, False, True, True]
 
 
 @pytest.mark.slow
