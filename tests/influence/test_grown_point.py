@@ -11,7 +11,8 @@ import torch
 import influence
 import influence.fitted_point as fitting
 import influence.path_time as path_time
-from influence import CG, EKFAC, GGN, KFAC, Fisher, Identity
+from influence import EKFAC, GGN, KFAC, Fisher, Identity
+from influence.path_time import losses_of_pass
 from influence.rows import Examples
 from influence.store import open_rows
 from tests.conftest import build_model, examples, teach, tokens_of
@@ -21,12 +22,13 @@ from tests.influence.toy_runs import Interruption, interrupt_after, same_files
 ALL = list(examples(14))
 OLD = ALL[:11]
 CHANGED = replace(ALL[4], completion=" red fox")
+ALL_THREE = "all three, in another order"
 #: The rows of runs that are grown from one on `OLD`.
 CHANGES = {
     "added": ALL,
     "removed": ALL[:3] + ALL[5:11],
     "changed": [*ALL[:4], CHANGED, *ALL[5:11]],
-    "all three, in another order": [ALL[12], *ALL[1:4], CHANGED, *ALL[5:10], ALL[11]],
+    ALL_THREE: [ALL[12], *ALL[1:4], CHANGED, *ALL[5:10], ALL[11]],
 }
 #: Curvatures and options at which a grown run is exact.
 EXACT = {
@@ -50,6 +52,18 @@ EXACT = {
     "ggn": {"curvature": GGN()},
     "identity": {"curvature": Identity(), "reduction": "batch:3"},
 }
+
+
+def some_slow(cases, quick):
+    """Parameters of a test, of which all but those that are `quick` are slow."""
+    assert all(case in list(cases) for case in quick)
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else [case]),
+            marks=() if case in quick else pytest.mark.slow,
+        )
+        for case in cases
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -80,25 +94,33 @@ def apart(one, other) -> float:
     return np.abs(one - other).max() / np.abs(other).max()
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    some_slow(
+        [(kind, change) for kind in EXACT for change in CHANGES],
+        quick=[("ekfac", ALL_THREE), ("kfac, nothing stored", ALL_THREE), ("identity", "changed")],
+    ),
+)
 def test_a_grown_run_gives_the_scores_of_a_fit_from_scratch(fit, double, kind, change):
     before = fit(kind, None)
     with untouched(before.directory):
         grown = fit(kind, change, grown_from=before)
     scratch, queries = fit(kind, change), examples(3, seed=9)
     assert grown.manifest.grown.otherwise == ()
-    solver = CG(tolerance=1e-12) if kind == "ggn" else "direct"
-    scores = grown.score(queries, solver=solver).values
+    scores = grown.score(queries, solver="direct").values
     assert scores.dtype == np.float64
-    assert apart(scores, scratch.score(queries, solver=solver).values) < 1e-10
-    own, expected = grown.self_influence(), scratch.self_influence()
-    assert apart(own.values, expected.values) < 1e-10
+    assert apart(scores, scratch.score(queries, solver="direct").values) < 1e-10
+    if kind != "ggn":  # solved for by CG, whose tolerance is 1e-5
+        own, expected = grown.self_influence(), scratch.self_influence()
+        assert apart(own.values, expected.values) < 1e-10
     assert grown.gradients_stored == scratch.gradients_stored
-    names = set(contents(scratch.directory)) | {"losses.h5"}
-    assert set(contents(grown.directory)) | {"losses.h5"} == names
+    assert set(contents(grown.directory)) == set(contents(scratch.directory))
+    for one, other in zip(grown.points, scratch.points, strict=True):
+        losses, expected = losses_of_pass(one), losses_of_pass(other)
+        np.testing.assert_allclose(losses, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_run_grown_twice_is_as_exact(fit, model, double, tmp_path):
     """Rows come, and go again: what is left is the first run but for rounding."""
     for kind in ("ekfac", "kfac"):
@@ -121,17 +143,20 @@ class Counted:
     def __init__(self, model, rows: list) -> None:
         self.times = dict.fromkeys([row.id + row.content_hash for row in rows], 0)
         tokens = tokens_of(model, Examples([replace(r, id=str(i)) for i, r in enumerate(rows)]))
-        self.rows = {
-            tuple(t.input_ids.tolist()): name for t, name in zip(tokens, self.times, strict=True)
-        }
-        assert len(self.rows) == len(rows)
-        self.handle = model.model.register_forward_pre_hook(self.note, with_kwargs=True)
+        self.rows = {}
+        for each, name in zip(tokens, self.times, strict=True):
+            ids = tuple(each.input_ids.tolist())
+            # the last token predicts nothing: the longest row of a batch comes without it
+            assert not {ids, ids[:-1]} & set(self.rows)
+            self.rows |= {ids: name, ids[:-1]: name}
+        self.pad = model.pad_id
+        base = model.model.get_base_model()
+        self.handle = base.register_forward_pre_hook(self.note, with_kwargs=True)
 
-    def note(self, _module, args, kwargs) -> None:
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        mask = kwargs.get("attention_mask")
-        for number, row in enumerate(ids.tolist()):
-            length = len(row) if mask is None else int(mask[number].sum())
+    def note(self, _module, _args, kwargs) -> None:
+        for row in kwargs["input_ids"].tolist():
+            length = next(n for n in range(len(row), 0, -1) if tuple(row[:n]) in self.rows)
+            assert set(row[length:]) <= {self.pad}  # padded on the right
             self.times[self.rows[tuple(row[:length])]] += 1
 
     def __enter__(self) -> Counted:
@@ -144,13 +169,13 @@ class Counted:
         return {self.times[row.id + row.content_hash] for row in rows}
 
 
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("kind", some_slow(EXACT, quick=["ekfac"]))
 def test_only_rows_that_come_and_go_are_run_once_at_each_point(
     fit, model, monkeypatch, tmp_path, kind
 ):
     before = fit(kind, None)
     monkeypatch.setattr("influence.fitting._prepare_credit", lambda run: None)
-    rows = CHANGES["all three, in another order"]
+    rows = CHANGES[ALL_THREE]
     kept = [row for row in OLD if row in rows]
     come, go = ([r for r in one if r not in other] for one, other in ((rows, OLD), (OLD, rows)))
     options = {"path": (0.5, 1.0), "token_budget": 40} | EXACT[kind]
@@ -166,13 +191,14 @@ def test_only_rows_that_come_and_go_are_run_once_at_each_point(
     assert counted.of(go) == {0 if kind.startswith(("fisher", "identity")) else 2}
 
 
-@pytest.mark.parametrize("store", ["full", "features"])
+@pytest.mark.parametrize("store", some_slow(["full", "features"], quick=["full"]))
 def test_sharing_credit_runs_a_fixed_number_of_the_rows_that_stay(
     fit, model, monkeypatch, tmp_path, store
 ):
-    """Those whose ratio is measured; their losses along the path are known."""
+    """Those whose ratio is measured, and the loss of the base; and of points that no pass ran."""
     before = fit("ekfac, " + store, None, store=store)
     monkeypatch.setattr(path_time, "RATIO_ROWS", 1)
+    monkeypatch.setattr(path_time, "LOSS_ROWS", 1)
     with Counted(model, [*ALL, CHANGED]) as counted:
         run = influence.fit(
             model,
@@ -185,7 +211,8 @@ def test_sharing_credit_runs_a_fixed_number_of_the_rows_that_stay(
         )
     assert run.manifest.path is not None
     first = counted.times.pop(ALL[0].id + ALL[0].content_hash)
-    assert 0 < first <= 2 * 5
+    ratios, losses = 2 * (2 + (store == "features")), 1 + 2 * (store == "features")
+    assert first == ratios + losses
     assert {counted.times[row.id + row.content_hash] for row in OLD[1:]} == {0}
     assert all(counted.times[row.id + row.content_hash] > 0 for row in ALL[11:])
 
@@ -193,7 +220,7 @@ def test_sharing_credit_runs_a_fixed_number_of_the_rows_that_stay(
 # ---- where a grown run is not a fit from scratch -------------------------------------------------
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", some_slow(CHANGES, quick=[ALL_THREE]))
 def test_without_sampled_rows_eigenvalues_are_those_of_the_new_rows_in_the_bases_before(
     fit, change
 ):
@@ -222,7 +249,7 @@ def test_features_of_rows_that_stay_are_copied_and_of_others_made_by_the_same_cu
     fit, double
 ):
     before = fit("ekfac, features", None, store="features")
-    change = "all three, in another order"
+    change = ALL_THREE
     grown = fit("ekfac, features", change, store="features", grown_from=before)
     places = [OLD.index(row) if row in OLD else None for row in CHANGES[change]]
     for one, other in zip(grown.points, before.points, strict=True):
@@ -241,6 +268,7 @@ def test_features_of_rows_that_stay_are_copied_and_of_others_made_by_the_same_cu
     assert "which stand for all" in grown.manifest.grown.otherwise[0]
 
 
+@pytest.mark.slow
 def test_a_curvature_of_drawn_rows_stays_and_gradients_are_of_the_new_rows(fit):
     options = {"curvature": EKFAC(rows=6)}
     before = fit("ekfac of 6 rows", None, **options)
@@ -254,6 +282,7 @@ def test_a_curvature_of_drawn_rows_stays_and_gradients_are_of_the_new_rows(fit):
         np.testing.assert_allclose(new, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_uneven_weights_are_said_and_bound_the_error(fit, double):
     """With `batch:M` sums are multiplied by the mean of the rows' factors."""
     before = fit("kfac, batches", None, curvature=KFAC(), reduction="batch:4")
@@ -273,9 +302,9 @@ def test_uneven_weights_are_said_and_bound_the_error(fit, double):
 # ---- killed and resumed --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["ekfac", "kfac", "fisher", "ggn"])
+@pytest.mark.parametrize("kind", some_slow(["ekfac", "kfac", "fisher", "ggn"], quick=["ekfac"]))
 def test_a_killed_grown_fit_goes_on(fit, model, monkeypatch, tmp_path, kind):
-    before, change = fit(kind, None), "all three, in another order"
+    before, change = fit(kind, None), ALL_THREE
     options = {"path": (0.5, 1.0), "token_budget": 12, "grown_from": before} | EXACT[kind]
     whole = influence.fit(model, Examples(CHANGES[change]), directory=tmp_path / "whole", **options)
     monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", -1)  # after every batch
@@ -300,6 +329,7 @@ def test_a_killed_grown_fit_goes_on(fit, model, monkeypatch, tmp_path, kind):
     same_files(whole.directory, run.directory, *names)
 
 
+@pytest.mark.slow
 def test_killed_features_go_on(fit, model, monkeypatch, tmp_path):
     before = fit("ekfac, features", None, store="features")
     options = {"path": (0.5, 1.0), "token_budget": 12, "store": "features", "grown_from": before}
@@ -326,10 +356,11 @@ def test_killed_features_go_on(fit, model, monkeypatch, tmp_path):
 # ---- several processes ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ekfac", "ekfac, features"])
 def test_two_processes_grow_the_same_run(fit, model, tmp_path, kind):
     options = {"store": "features"} if kind not in EXACT else {}
-    before, change = fit(kind, None, **options), "all three, in another order"
+    before, change = fit(kind, None, **options), ALL_THREE
     one, queries = fit(kind, change, grown_from=before, **options), examples(3, seed=9)
     given = {"path": (0.5, 1.0), "token_budget": 12} | EXACT.get(kind, {}) | options
 
