@@ -144,7 +144,7 @@ def path_record(run: Run) -> PathRecord:
         return float(distributed.add_up(summed)) / float(weights.sum())
 
     def at_point(point: AtPoint) -> float | None:
-        kept = distributed.at_first(lambda: _losses_of_pass(point))
+        kept = distributed.at_first(lambda: losses_of_pass(point))
         return (
             None if kept is None else float(run.weights[rows] @ kept[rows]) / float(weights.sum())
         )
@@ -168,7 +168,7 @@ def path_record(run: Run) -> PathRecord:
     return found
 
 
-def _losses_of_pass(point: AtPoint) -> np.ndarray | None:
+def losses_of_pass(point: AtPoint) -> np.ndarray | None:
     """`l_i` of all rows at a point `[n]`, which its pass left; None where it did not."""
     with open_file(point.file("factors"), run_digest=point.digest) as file:
         if LOSSES not in file:

@@ -208,6 +208,20 @@ class RowFile:
         os.fsync(self._file)
 
 
+def copy_rows(
+    source: Path, target: Path, name: str, rows: np.ndarray, places: np.ndarray, each: int = 1
+) -> None:
+    """Copy `rows` [k] of a dataset to the `places` [k] of the same one of another file.
+
+    `each` neighbours in the file make one row. What was copied is on the disk on return.
+    """
+    with RowFile(source, name) as read_from, RowFile(target, name, write=True) as written:
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            block = read_from.read(row * each, (row + 1) * each)
+            written.write(np.arange(place * each, (place + 1) * each), block)
+        written.flush()
+
+
 @dataclass
 class RowFiles:
     """The open row files of a pass.

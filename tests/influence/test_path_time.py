@@ -145,7 +145,7 @@ def test_losses_at_the_points_are_those_of_the_pass(taught, tmp_path, monkeypatc
     assert len(seen) == 1
     assert not seen[0][taught.space.leaves[1].slice].any()
     known, run.manifest = run.manifest.path, replace(run.manifest, path=None)
-    monkeypatch.setattr("influence.path_time._losses_of_pass", lambda _: None)
+    monkeypatch.setattr("influence.path_time.losses_of_pass", lambda _: None)
     again = path_record(run)
     assert len(seen) == 4  # the base, the adapter, and the point at 0.5
     assert again.losses == pytest.approx(known.losses, rel=1e-12)

@@ -170,3 +170,23 @@ def test_a_batch_waits_for_the_device_no_oftener_with_more_leaves(reduction, tmp
     assert few > 0
     assert reads_of_a_batch(tmp_path / "many", reduction, layers=3) == few
     assert few <= 8
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_sums_come_back_from_their_eigenvectors(rank):
+    """Half of the rows again, and other rows beside them: as if all had been summed up."""
+
+    def empty():
+        options = (F64, torch.device("cpu"))
+        return DenseMoment(40, *options) if rank is None else SketchedMoment(40, rank, 0, *options)
+
+    x = random_rows(3, 200, 40) * 0.8 ** torch.arange(40)
+    first, grown, whole = empty(), empty(), empty()
+    first.add(x[:150])
+    grown.restore(*first.eigen(), 0.25)
+    grown.add(x[150:])
+    whole.add(x[:150] / 2)
+    whole.add(x[150:])
+    size = float(whole.state.abs().max())
+    below = torch.tril if rank is None else torch.clone
+    torch.testing.assert_close(below(grown.state), below(whole.state), rtol=0, atol=1e-13 * size)
