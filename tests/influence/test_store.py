@@ -94,3 +94,19 @@ def test_large_arrays_are_mapped_and_outlive_their_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before
     write_file(path, {"leaf/0/wide": -values})
     np.testing.assert_array_equal(mapped[4:], values[4:])
+
+
+def test_a_row_file_that_nobody_uses_is_closed(tmp_path):
+    """A matrix that was deleted with its last use must give its space on the disk back."""
+    path = tmp_path / "rows.h5"
+    write_file(path, rows={"rows": ((3, 2), np.float32)})
+    file = RowFile(path, "rows")
+    number = file._file
+    assert os.path.samestat(os.fstat(number), path.stat())
+    del file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    with RowFile(path, "rows") as file:
+        number = file._file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
