@@ -115,3 +115,19 @@ def test_rows_are_copied_to_their_places(tmp_path):
     expected = np.zeros((8, 3))
     expected[[0, 1, 4, 5]] = values[[6, 7, 0, 1]]
     np.testing.assert_array_equal(open_rows(tmp_path / "other", "rows"), expected)
+
+
+def test_a_row_file_that_nobody_uses_is_closed(tmp_path):
+    """A matrix that was deleted with its last use must give its space on the disk back."""
+    path = tmp_path / "rows.h5"
+    write_file(path, rows={"rows": ((3, 2), np.float32)})
+    file = RowFile(path, "rows")
+    number = file._file
+    assert os.path.samestat(os.fstat(number), path.stat())
+    del file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    with RowFile(path, "rows") as file:
+        number = file._file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
