@@ -18,8 +18,9 @@ what it lists, beside
     chance                        the share of the wanted rows
 
 With --apply the adapter is trained again: without what is suggested, without what `harms` and `label`
-list, without the planted wrong rows themselves (the most that can be gained), and without as many
-rows at random; the gain on both halves of the queries is printed beside the predicted one.
+list, without the planted wrong rows themselves, and without as many rows as are suggested at random
+(three draws; the control, as fewer rows are also fewer steps); the gain on both halves of the queries
+is printed beside the predicted one, and above the random draws' on the same queries.
 
 What is trained is kept in the work folder; a killed call goes on where it was.
 """
@@ -43,6 +44,7 @@ from analysis.cleaning import Cleaning, apply, clean
 from analysis.cleaning.files import ROWS, escaped
 from analysis.cleaning.texts import vectors
 from analysis.demo.corpus import fact_of
+from analysis.stats import bootstrap_interval
 from influence.batches import collate, plan_batches
 from influence.loss import mean_losses, supervised_logits
 from influence.path import scaled
@@ -68,6 +70,8 @@ COUNTS = {
     "tofu": {},
     "real": {"wrong": 6, "copies": 4, "contradictions": 4, "strange": 4},
 }
+#: Controls: how often as many rows as are suggested are drawn at random.
+DRAWS = 3
 
 
 def planted(world: str, folder: Path, base: str, work: Path) -> tuple[Run, Faults]:
@@ -278,42 +282,63 @@ def relabelling(result: Cleaning, faults: Faults) -> tuple[int, int, int]:
     return len(result.relabel), sum(ids[row] in false for row in result.relabel), right
 
 
+def sides(result: Cleaning, faults: Faults) -> tuple[int, int]:
+    """How many rows of contradictions are suggested to go or change, and how many of them are false."""
+    ids, false = result.run.train.ids, {pair[0] for pair in faults.contradictions}
+    named = [each.row for each in result.found["contradiction"].findings if each.suggested]
+    return len(named), sum(ids[row] in false for row in named)
+
+
 # ---- what it changes -----------------------------------------------------------------------------
+
+
+def sets_of(result: Cleaning, faults: Faults, draws: int = DRAWS) -> dict[str, list[str]]:
+    """Ids of the rows that trainings leave out: suggested, planted, doubted, and drawn at random.
+
+    A draw is of as many rows as are suggested for removal, of all rows alike.
+    """
+    ids = result.run.train.ids
+    doubted = {each.row for reason in ("harms", "label") for each in result.found[reason].findings}
+    sets = {
+        "suggested": [ids[row] for row in result.remove],
+        "planted wrong rows": [*faults.wrong, *(pair[0] for pair in faults.contradictions)],
+        "harms and label": [ids[row] for row in sorted(doubted)],
+    }
+    for draw in range(draws):
+        drawn = np.random.default_rng(draw).permutation(len(ids))[: len(result.remove)]
+        sets[f"random rows, draw {draw}"] = [ids[row] for row in sorted(drawn.tolist())]
+    return sets
 
 
 def trainings(
     result: Cleaning,
-    faults: Faults,
+    sets: dict[str, list[str]],
     folder: Path,
     good: Examples,
     heldout: Examples,
     seeds: int,
 ) -> dict[str, dict[str, Any]]:
-    """What `apply` measures for four sets of rows: suggested, doubted, planted, drawn at random."""
-    ids = result.run.train.ids
-    doubted = {each.row for reason in ("harms", "label") for each in result.found[reason].findings}
-    false = [*faults.wrong, *(pair[0] for pair in faults.contradictions)]
-    drawn = np.random.default_rng(0).permutation(len(ids))[
-        : len(result.remove) + len(result.relabel)
-    ]
-    sets = {
-        "suggested": [ids[row] for row in result.remove],
-        "planted wrong rows": false,
-        "harms and label": [ids[row] for row in sorted(doubted)],
-        "random rows": [ids[row] for row in sorted(drawn.tolist())],
-    }
+    """What `apply` measures without each set of rows; one that was measured before is read again."""
     before, found = (folder / ROWS).read_text(encoding="utf-8"), {}
     try:
         for name, removed in sets.items():
-            say(f"{name}: {len(removed)} rows")
-            lines = [f'"{escaped(id)}",remove' for id in removed]
-            (folder / ROWS).write_text("\n".join(["id,decision", *lines]) + "\n", encoding="utf-8")
-            found[name] = apply(
-                folder, result.run, queries=good, holdout=heldout, seeds=seeds, overwrite=True
-            )
-            _print_gains(name, found[name])
+            kept = folder.parent / f"without {name}.json"
+            part = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+            if part.get("removed") != removed or part.get("seeds") != seeds:
+                say(f"{name}: {len(removed)} rows")
+                lines = [f'"{escaped(id)}",remove' for id in removed]
+                (folder / ROWS).write_text(
+                    "\n".join(["id,decision", *lines]) + "\n", encoding="utf-8"
+                )
+                part = apply(
+                    folder, result.run, queries=good, holdout=heldout, seeds=seeds, overwrite=True
+                )
+                write_json(kept, part | {"removed": removed})
+            found[name] = part
+            _print_gains(name, part)
     finally:
         (folder / ROWS).write_text(before, encoding="utf-8")
+    _print_random(found)
     return found
 
 
@@ -327,6 +352,26 @@ def _print_gains(name: str, part: dict[str, Any]) -> None:
             f"{values['gain']:+.4f} [{values['low']:+.4f}, {values['high']:+.4f}]{said}",
             flush=True,
         )
+
+
+def _print_random(found: dict[str, dict[str, Any]]) -> None:
+    """The mean gain of the random draws, and how much more a set gains of the same rows."""
+    drawn = [part for name, part in found.items() if name.startswith("random")]
+    for which in ("good", "heldout"):
+        each = np.array([part["sets"][which]["gains"] for part in drawn])
+        means = ", ".join(f"{mean:+.4f}" for mean in each.mean(axis=1))
+        print(f"random rows, {which}: mean gain {each.mean():+.4f} of {means}")
+        for name, part in found.items():
+            if name.startswith("random"):
+                continue
+            more = np.array(part["sets"][which]["gains"]) - each.mean(axis=0)
+            interval = bootstrap_interval(
+                lambda chosen, more=more: float(more[chosen].mean()), len(more), level=0.95
+            )
+            print(
+                f"{name} above random, {which}: {more.mean():+.4f} "
+                f"[{interval.low:+.4f}, {interval.high:+.4f}]"
+            )
 
 
 def main() -> None:
@@ -351,6 +396,7 @@ def main() -> None:
         "rows": len(run.train),
         "found": judged(result, faults, asked_of(args.world, run, args.folder, good)),
         "relabelling": relabelling(result, faults),
+        "sides": sides(result, faults),
         "predicted": result.summary["predicted"],
     }
     print(f"{args.world}: {len(run.train)} rows, {len(good)} good ones")
@@ -363,8 +409,11 @@ def main() -> None:
         )
     suggested, false, right = record["relabelling"]
     print(f"better answers: {suggested}, of false rows {false}, known to be right {right}")
+    named, right = record["sides"]
+    print(f"of contradictions {named} rows are suggested to go or change, {right} of them planted")
     if args.apply:
-        record["applied"] = trainings(result, faults, folder, good, heldout, args.seeds)
+        sets = sets_of(result, faults)
+        record["applied"] = trainings(result, sets, folder, good, heldout, args.seeds)
     write_json(args.work / "cleaning.json", record)
 
 

@@ -1,7 +1,7 @@
 """One list of training rows to look at: for each row and reason a score and what was seen.
 
     harms          opposes the good rows of its kind that the user names
-    label          opposes its own group, or those that ask alike: probably a wrong answer
+    label          opposes its own group, or those that ask alike: perhaps a wrong answer
     contradiction  answers otherwise than another row that asks the same
     duplicate      says what an earlier row says
     outlier        is like no other row

@@ -15,6 +15,8 @@ from analysis.cleaning.cleaning import Cleaning
 from analysis.cleaning.files import RELABELLED, REMOVED, ROWS
 from influence.messages import one_line
 
+#: What stands beside every prediction; why is in docs/cleaning.md, "Measured".
+FORECAST = "not to be relied on: measured gains were several times as large, or of the other sign"
 #: Rows of a reason that are shown on a terminal, and characters of a row's id.
 SHOWN, ID = 3, 28
 
@@ -52,6 +54,8 @@ def lines(result: Cleaning, out: Path) -> list[str]:
         if part["gain"] is not None:
             what = "all suggested rows" if name == "suggested" else "the rows that harm"
             said.append(predicted(what, part))
+    if any(part["gain"] is not None for part in summary["predicted"].values()):
+        said.append(f"a prediction is {FORECAST}; --apply measures")
     said.append(
         f"{out / ROWS}: write remove, keep or relabel into the column decision, then "
         "analysis clean --apply"
@@ -112,6 +116,8 @@ def applied_lines(record: Mapping[str, Any]) -> list[str]:
         f"{removed} rows removed, {relabelled} relabelled, {record['rows']} trained on; "
         f"{seeds} seed{'s' * (seeds > 1)} of both trainings"
     ]
+    if any(part["predicted"] is not None for part in record["sets"].values()):
+        said.append(f"predicted is {FORECAST}; gain is what was measured")
     if relabelled:
         said.append("predicted is what influence says if the relabelled rows went too")
     said.append(f"{record['adapter']}: the cleaned {ADAPTER}")

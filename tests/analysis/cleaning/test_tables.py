@@ -6,8 +6,17 @@ from pathlib import Path
 
 from rich.console import Console
 
+import influence
 from analysis.cleaning import clean
-from analysis.cleaning.tables import SHOWN, applied_lines, applied_table, lines, predicted, table
+from analysis.cleaning.tables import (
+    FORECAST,
+    SHOWN,
+    applied_lines,
+    applied_table,
+    lines,
+    predicted,
+    table,
+)
 
 
 def text_of(part, width=120):
@@ -24,6 +33,15 @@ def test_the_first_rows_of_each_reason(run):
     said = lines(result, Path("out"))
     assert "harms is left out: no good rows were given (--queries FILE)" in said
     assert any(line.startswith("out/rows.csv: write remove") for line in said)
+    assert not any(FORECAST in line for line in said)
+
+
+def test_a_prediction_is_never_shown_without_its_warning(run, world):
+    result = clean(run, influence.read_examples(world / "good.jsonl"))
+    said = lines(result, Path("out"))
+    places = [at for at, line in enumerate(said) if "mean loss is predicted to" in line]
+    assert places
+    assert FORECAST in said[places[-1] + 1]
 
 
 def test_a_predicted_harm_is_called_a_rise():
@@ -57,3 +75,6 @@ def test_a_gain_without_interval_or_prediction():
         "predicted is what influence says if the relabelled rows went too",
         "place: the cleaned adapter",
     ]
+    record["sets"]["good"]["predicted"] = {"gain": 0.01}
+    warned = f"predicted is {FORECAST}; gain is what was measured"
+    assert applied_lines(record)[1] == warned
