@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from influence.errors import InputError
-from influence.known_digests import BaseFiles
+from influence.known_digests import BaseFiles, LoadedTensors
 from influence.manifest import LoadingRecord
 
 if TYPE_CHECKING:
@@ -136,9 +136,9 @@ class AdaptedModel:
     training: Training | None = field(default=None, compare=False, repr=False)
     #: leaves that see a batch's tokens flat, and whether in its order (`experts.tokens_in_order`)
     in_order: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
-    #: where the base came from, and how often its weights had been written by then
+    #: where the base came from, and its tensors then
     files: BaseFiles | None = field(default=None, compare=False, repr=False)
-    written: int = field(default=0, compare=False, repr=False)
+    loaded: LoadedTensors | None = field(default=None, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -253,17 +253,20 @@ class AdaptedModel:
 
         Remembered for files that have not changed since (`influence.known_digests`).
         """
-        if self.files is None:
+        if self.files is None or self.loaded is None:
             return self.hashed_base()
-        return self.files.digest(self.writes() == self.written, self.hashed_base)
+        return self.files.digest(self.loaded.are(self.base_tensors()), self.hashed_base)
 
     def hashed_base(self) -> str:
         """`base_digest` of what is in memory now, whatever is remembered."""
         return _digest_tensors(type(self.model.get_base_model()).__name__, self._base_tensors())
 
-    def writes(self) -> int:
-        """How often the base's tensors have been written in place, as torch counts it."""
-        return sum(tensor._version for tensor in self._base_tensors().values())
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The base's parameters and buffers by name, without what a quantiser packs anew each time
+        that it is asked.
+        """
+        own = {id(each) for each in (*self.model.parameters(), *self.model.buffers())}
+        return {name: each for name, each in self._base_tensors().items() if id(each) in own}
 
     def _base_tensors(self) -> dict[str, Tensor]:
         adapted = {id(parameter) for parameter in self.parameters}

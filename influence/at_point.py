@@ -227,7 +227,7 @@ class AtPoint:
     def by_leaf(self, rows: int) -> bool:
         """Whether one leaf of so many rows takes little memory."""
         largest = max(leaf.stop - leaf.start for leaf in self.model.space.leaves)
-        return rows * largest * self.model.dtype.itemsize <= LEAF_BYTES
+        return rows * largest * self.model.dtype.itemsize <= block_bytes(LEAF_BYTES)
 
     def leaf_blocks(self, leaves: range, name: str = "gradients") -> Iterator[tuple[int, Tensor]]:
         """`(leaf, features [n, d_out, d_in])` of all stored rows, read leaf by leaf: of the data's
@@ -237,7 +237,7 @@ class AtPoint:
             self._check_gradients()
         every, width = self.model.space.leaves, self.model.dtype.itemsize
         with RowFile(self.file(name), name) as file:
-            most = BLOCK_BYTES // (len(file) * width)
+            most = block_bytes(BLOCK_BYTES) // (len(file) * width)
             while leaves:
                 begin, count = every[leaves[0]].start, 1
                 while count < len(leaves) and every[leaves[count]].stop - begin <= most:

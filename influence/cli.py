@@ -60,6 +60,7 @@ class FitSettings(
         "disk_budget": "store",
         "row_bytes": "disk_budget",
         "seed": "row_bytes",
+        "growable": "seed",
     }
 
     train: str = option(
@@ -119,6 +120,10 @@ class FitSettings(
         "Bytes of a row and point as features: more are more exact.", default=131_072
     )
     seed: int = option("Keys the labels sampled from the model.", default=0)
+    growable: bool = option(
+        "Keep what makes --from exact for ekfac: as much disk as a full store again.",
+        default=False,
+    )
 
     def asked(self) -> dict[str, Any]:
         """The keywords of `influence.fit` and `influence.estimate` that both have, checked."""
@@ -128,7 +133,7 @@ class FitSettings(
             Damping.parse(self.damping)
         same = ("damping", "reduction", "path", "checkpoints", "geometry", "optimizer")
         same += ("max_length", "supervise", "token_budget", "store", "row_bytes", "seed")
-        same += ("trainer_output",)
+        same += ("trainer_output", "growable")
         return {
             "curvature": _curvature(self.curvature, self.samples, self.curvature_rows),
             "disk_budget": self.disk_budget * 1e9,
@@ -140,9 +145,15 @@ class FitSettings(
 class Fit(FitSettings, OutputOptions):
     """The options of `influence fit`."""
 
-    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"run": "columns"}
+    LISTED_AFTER: ClassVar[Mapping[str, str]] = {"run": "columns", "grown_from": "run"}
 
     run: Path = option("Directory to make.", also=["--run-dir"])
+    grown_from: Path | None = option(
+        "A finished run of the same adapter and options: its rows are not run again where --train "
+        "has them unchanged.",
+        default=None,
+        flag="--from",
+    )
 
 
 @command(app, Fit, shared=True)
@@ -161,7 +172,8 @@ def fit(options: Fit) -> None:
     examples = read_examples(options.train, columns=options.columns)
     model = _load(options)
     start = time.perf_counter()
-    run = fit_run(model, examples, directory=options.run, overwrite=options.overwrite, **asked)
+    asked |= {"grown_from": options.grown_from, "overwrite": options.overwrite}
+    run = fit_run(model, examples, directory=options.run, **asked)
     manifest, seconds = run.manifest, time.perf_counter() - start
     labels = ", ".join(point.label for point in manifest.points)
     stored = "stored" if run.gradients_stored else "not stored (scores will pass over the rows)"

@@ -142,6 +142,7 @@ def estimate(
     row_bytes: int = ROW_BYTES,
     seed: int = 0,
     trainer_output: str | Path | None = None,
+    growable: bool = False,
 ) -> Estimate:
     """Measure for a few seconds what a fit with these options takes, and scores after it.
 
@@ -175,6 +176,7 @@ def estimate(
         row_bytes=row_bytes,
         seed=seed,
         trainer_output=trainer_output,
+        growable=growable,
     )
     preparing = now(model.device) - start
 
@@ -188,6 +190,7 @@ def estimate(
             disk_budget=disk_budget,
             row_bytes=row_bytes,
             seed=seed,
+            growable=growable,
         )
 
     plan = plan_of(store)

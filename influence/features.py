@@ -34,7 +34,7 @@ from influence.leaf_gradients import LeafGradients
 from influence.measurements import Measurement, output_gradient
 from influence.memory import block_bytes, free_memory
 from influence.progress import track
-from influence.store import RowFile, open_file, open_rows, read, write_file
+from influence.store import RowFile, copy_rows, open_file, open_rows, read, write_file
 from influence.tokens import TokenizedExamples
 
 if TYPE_CHECKING:
@@ -240,10 +240,11 @@ class StoredFeatures:
         return distributed.add_up(torch.from_numpy(found)).numpy() if shared else found
 
 
-def write_features(point: AtPoint) -> None:
+def write_features(point: AtPoint, rows: np.ndarray | None = None) -> None:
     """Make the features of a point whose factors are there, or what a killed call left of them.
 
-    Features of another damping are replaced. The model is at the point.
+    Features of another damping are replaced. The model is at the point. `rows`: those that are
+    made; the others are in the file.
     """
     run, path, operator = point.run, point.file(NAME), point.operator()
 
@@ -263,7 +264,9 @@ def write_features(point: AtPoint) -> None:
     if done.all():
         return
     made = FeatureMap(operator, point.geometry, _kept_in(path, point))
-    plan = plan_batches(run.tokens, run.token_budget, max_rows=made.most_rows)
+    rows = np.arange(len(run.tokens)) if rows is None else rows
+    parts = plan_batches(run.tokens.select(rows), run.token_budget, max_rows=made.most_rows)
+    plan = [rows[part] for part in parts]
     left = [rows for rows in plan if not done[rows].all()]
     there = [rows for rows in plan if done[rows].all()]
     left = distributed.share(left, padded_tokens(run.tokens, left))
@@ -286,6 +289,30 @@ def write_features(point: AtPoint) -> None:
                 codes, scales = made.kept.packed(values, squares)
                 vouched.write(rows, codes=codes, scales=scales, squares=squares.cpu().numpy())
     distributed.wait()  # the rows of all processes are in the file
+
+
+def copy_features(before: AtPoint, point: AtPoint, rows: np.ndarray, places: np.ndarray) -> None:
+    """Put the features of another run's `rows` [k] at these `places` [k] of a point's, whose
+    damped curvature is the same.
+
+    Done once: a file that is there has them.
+    """
+    operator = point.operator()
+    stored = StoredFeatures.open(before, before.operator())
+    if stored is None or operator.label != before.operator().label:
+        raise StoreError(
+            f"{before.file(NAME)} is of another curvature or damping: fit from scratch"
+        )
+    path = point.file(NAME)
+    if path.exists():
+        with open_file(path, run_digest=point.digest):
+            pass
+        if open_rows(path, "done")[places].all():
+            return
+    else:
+        _lay_out(point, stored.kept, operator)
+    for name in ("codes", "scales", "squares", "done"):  # done last, which vouches for the others
+        copy_rows(stored.path, path, name, rows, places)
 
 
 class _Vouched:

@@ -18,15 +18,15 @@ import numpy as np
 from influence.adapter import AdaptedModel, ParamSpace
 from influence.at_point import PART_BYTES
 from influence.batches import plan_batches
-from influence.curvature.base import ALWAYS, NEVER, ONCE, Specification
+from influence.curvature.base import NEVER, ONCE, Specification
 from influence.errors import InputError
 from influence.features import bytes_of_row
-from influence.fitted_point import Storage, keeps_sampled
 from influence.gradients import max_rows
 from influence.kernel import EXACT_ROWS, LANDMARKS, WHOLE_ROWS, bytes_of_files
 from influence.manifest import ROW_BYTES, STORE_BEFORE
 from influence.memory import block_bytes
 from influence.path_time import LOSS_ROWS
+from influence.row_storage import Storage, keeps_for_good, keeps_sampled
 from influence.tokens import TokenizedExamples
 
 #: How the rows' gradients are kept: whole, in few bytes, or not at all; or the first that fits.
@@ -147,6 +147,7 @@ class FitPlan:
         disk_budget: float,
         row_bytes: int = ROW_BYTES,
         seed: int = 0,
+        growable: bool = False,
     ) -> FitPlan:
         """The plan of a fit with these options, which are those of `influence.fit`."""
         space, itemsize = model.space, model.dtype.itemsize
@@ -166,7 +167,8 @@ class FitPlan:
             kind = FULL  # the gradients at the data's labels are the rows that the curvature keeps
         left = disk_budget - point_bytes * (points - 1) if kind == FULL else disk_budget
         rule = STORE_BEFORE.get(store, store)
-        sampled = keeps_sampled(curvature, Storage(kind == FULL, rule, left), point_bytes)
+        storage = Storage(kind == FULL, rule, left, growable)
+        sampled = keeps_sampled(curvature, storage, point_bytes)
         sample = len(curvature.sample(n, seed))
         at_once = max(1, block_bytes(PART_BYTES) // (space.size * itemsize))
         closed = not curvature.undamped and not curvature.matrix_free
@@ -180,7 +182,7 @@ class FitPlan:
             itemsize=itemsize,
             store=kind,
             sampled=sampled and sample == n,
-            keeps_rows=sampled and curvature.reads_rows == ALWAYS,
+            keeps_rows=sampled and sample == n and keeps_for_good(curvature, storage),
             looks_again=curvature.reads_rows == ONCE,
             shares_credit=closed and (kind != NONE or n <= at_once),
             closed=closed,

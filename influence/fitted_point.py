@@ -26,23 +26,19 @@ from influence import distributed
 from influence.at_point import AtPoint, geometry_here, row_blocks
 from influence.batches import collate, padded_tokens, plan_batches
 from influence.curvature import Accumulator, Specification
-from influence.curvature.base import ALWAYS, ONCE
-from influence.errors import InputError
+from influence.curvature.base import ONCE, refuse_without_draws
 from influence.geometry import Adam, Geometry
-from influence.gradients import (
-    Tape,
-    batch_uniforms,
-    max_rows,
-    tape,
-)
+from influence.gradients import Tape, batch_uniforms, max_rows, tape
 from influence.halving import Steps, in_parts
 from influence.leaf_gradients import LeafGradients
 from influence.loss import Supervised, loss_gradient, row_losses, sampled_loss_gradient
 from influence.memory import room
 from influence.optimizer_state import OptimizerState
 from influence.progress import say, track
+from influence.row_storage import Storage, keeps_for_good, keeps_sampled
 from influence.sampled_gradients import sampled_gradients
 from influence.store import RowFile, RowFiles, open_file, read, write_file
+from influence.tokens import TokenizedExamples
 
 #: Seconds between checkpoints of a pass: a killed fit loses no more than that, or than 30 times
 #: what writing one takes, where sums are so large (1.1 GB for a model of 135 M) that this takes
@@ -54,32 +50,6 @@ CHECKPOINT = "checkpoint.h5"
 DONE = "batches_done"
 #: The rows' losses at the data's labels.
 LOSSES = "pass/losses"
-
-
-@dataclass(frozen=True)
-class Storage:
-    """What a fit keeps on disk: whether the rows' gradients, and the bytes that sampled rows may
-    take meanwhile.
-    """
-
-    gradients: bool
-    rule: str
-    bytes_left: float
-
-    def holds(self, needed: int) -> bool:
-        """Whether so many bytes of gradients may be taken for a while: by the rule `full`, and but
-        by `none` within the budget.
-        """
-        return self.rule == "full" or (self.rule != "none" and needed <= self.bytes_left)
-
-
-def keeps_sampled(curvature: Specification, storage: Storage, row_bytes: int) -> bool:
-    """Whether the rows' gradients at sampled labels are on disk, at least for a point's second
-    look; `row_bytes` are those of one gradient of every row.
-    """
-    draws = curvature.draws
-    keeps_once = curvature.reads_rows == ONCE and storage.holds(row_bytes * (1 + draws))
-    return draws > 0 and (curvature.reads_rows == ALWAYS or keeps_once)
 
 
 class PointFit:
@@ -99,30 +69,62 @@ class PointFit:
         #: passes over the rows that follow this point's first, for the time that is left
         self.to_come = to_come
         self.point, self.run, self.model = point, point.run, point.model
-        self.tokens, self.weights, self.digest = self.run.tokens, self.run.weights, point.digest
-        self.curvature, self.draws = curvature, curvature.draws
+        self.digest, self.curvature, self.draws = point.digest, curvature, curvature.draws
         self.store_gradients = storage.gradients
+        self.keep_rows = keeps_for_good(curvature, storage)
+        self.tokens, self.weights = self.rows()
         n = len(self.tokens)
         self.sample = curvature.sample(n, self.run.manifest.seed)
         #: what rows of the sample weigh, so that they stand for all
         self.sample_weights = self.weights * (n / len(self.sample))
         self.apart = len(self.sample) < n  # then the sample has batches of its own, before others
-        row_bytes = len(self.tokens) * self.model.space.size * self.model.dtype.itemsize
-        self.store_rows = keeps_sampled(curvature, storage, row_bytes) and not self.apart
+        self.store_rows = self.stores_rows(storage)
         point.geometry = self.coordinates(state)
-        self.accumulator = curvature.begin(point)
+        self.accumulator = self.begin()
         refuse_without_draws(curvature, self.accumulator)
         per_row = self.store_gradients or self.store_rows or self.accumulator.per_row
-        self.batches = self.plan(self.sample if self.draws else np.arange(n), limited=per_row)
-        self.sampled_batches = len(self.batches) if self.draws else 0
-        if self.apart and self.draws and self.store_gradients:
-            self.batches += self.plan(np.arange(n), limited=True)
+        self.batches, self.sampled_batches = self.planned(per_row)
         # one buffer for every batch's gradients: each set is written to its file before the next
-        most = max(len(rows) for rows in self.batches) if per_row else 0
+        most = max((len(rows) for rows in self.batches), default=0) if per_row else 0
         shape = (most, self.model.space.size)
         self.buffer = room(shape, self.model.dtype, self.model.device) if most else None
         self.losses = torch.zeros(n, dtype=torch.float64)
         self.created = False  # whether a row file had to be made
+
+    def rows(self) -> tuple[TokenizedExamples, np.ndarray]:
+        """The rows of the pass and their weights `[n]`: all training rows."""
+        return self.run.tokens, self.run.weights
+
+    def stores_rows(self, storage: Storage) -> bool:
+        """Whether rows at sampled labels are on disk, for a second look or for good."""
+        row_bytes = len(self.tokens) * self.model.space.size * self.model.dtype.itemsize
+        return keeps_sampled(self.curvature, storage, row_bytes) and not self.apart
+
+    def begin(self) -> Accumulator:
+        """Empty sums for this point's pass."""
+        return self.curvature.begin(self.point)
+
+    def planned(self, limited: bool) -> tuple[list[np.ndarray], int]:
+        """The batches of the pass, and in how many of the first labels are drawn.
+
+        `limited` in rows too, where every row's gradient is held at once.
+        """
+        every = np.arange(len(self.tokens))
+        batches = self.plan(self.sample if self.draws else every, limited)
+        sampled = len(batches) if self.draws else 0
+        if self.apart and self.draws and self.store_gradients:
+            batches += self.plan(every, limited=True)
+        return batches, sampled
+
+    def summed(self) -> Accumulator:
+        """The accumulator with the complete sums of all processes."""
+        distributed.add_up(self.sums())
+        return self.accumulator
+
+    def known_losses(self) -> Tensor | None:
+        """The losses `l_i` [n] of all rows, once summed; None where the pass did not run them all."""
+        every = self.store_gradients or (self.draws > 0 and not self.apart)
+        return self.losses if every else None
 
     def coordinates(self, state: OptimizerState | None) -> Geometry:
         """The geometry at this point.
@@ -150,7 +152,7 @@ class PointFit:
         if self.store_gradients or self.draws:
             self.main_pass(self.resume())
         self.finish()
-        if self.curvature.reads_rows != ALWAYS and distributed.rank() == 0:
+        if not self.keep_rows and distributed.rank() == 0:
             self.point.file("rows").unlink(missing_ok=True)
 
     # ---- the pass
@@ -160,7 +162,7 @@ class PointFit:
 
         Returns whether one was created, so that nothing in it counts.
         """
-        n, P = len(self.tokens), self.model.space.size
+        n, P = len(self.run.tokens), self.model.space.size
         dtype = np.dtype("float64" if self.model.dtype == torch.float64 else "float32")
         attrs = {"run_digest": self.digest, "param_space": self.model.space.digest}
         for name in ("gradients", "rows"):
@@ -418,10 +420,9 @@ class PointFit:
         arrays = {f"geometry/{key}": tensor for key, tensor in geometry.state().items()}
         if place.scale is None:
             arrays["theta"] = place.theta
-        accumulator = self.accumulator
-        distributed.add_up(self.sums())
-        if self.store_gradients or (self.draws and not self.apart):
-            arrays[LOSSES] = self.losses
+        accumulator = self.summed()
+        if (losses := self.known_losses()) is not None:
+            arrays[LOSSES] = losses
         if (second := accumulator.second_look()) is not None:
             self.look_again(second)
             distributed.add_up(second.sums())
@@ -479,7 +480,7 @@ class StoredRows:
     @property
     def count(self) -> int:
         """All rows and draws."""
-        return len(self.fit.tokens) * max(1, self.fit.draws)
+        return len(self.fit.run.tokens) * max(1, self.fit.draws)
 
     @property
     def _span(self) -> tuple[int, int]:
@@ -499,7 +500,7 @@ class StoredRows:
     def weights(self) -> Tensor:
         """`w_i / k` of every row and draw, `[m]` float64."""
         draws = max(1, self.fit.draws)
-        weights = np.repeat(self.fit.weights, draws)[slice(*self._span)] / draws
+        weights = np.repeat(self.fit.run.weights, draws)[slice(*self._span)] / draws
         return torch.from_numpy(weights).to(self.fit.model.device)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -578,16 +579,6 @@ class ComputedRows:
             sink = LeafGradients(recorder, take)
             recorder.backward(part.logits, gradient, sink, last=draw == fit.draws - 1)
             sink.finish()
-
-
-def refuse_without_draws(curvature: Specification, accumulator: Accumulator) -> None:
-    """Refuse a curvature that would be fitted to nothing: no labels are drawn for its sums."""
-    if curvature.draws == 0 and (accumulator.per_leaf or accumulator.per_row):
-        raise InputError(
-            f"curvature {curvature.name} makes no label draws (`draws` is 0), and its accumulator "
-            "adds up gradients at sampled labels: give the specification a property draws of 1 or "
-            "more"
-        )
 
 
 def accumulate(fit: PointFit, batches: Iterable[np.ndarray]) -> dict[str, Tensor]:

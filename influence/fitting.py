@@ -21,10 +21,12 @@ from influence.credit import credited
 from influence.curvature import Specification
 from influence.damping import Damping
 from influence.errors import InputError, NumericalError, StoreError, ToolkitError
-from influence.features import NAME, write_features
+from influence.features import NAME, copy_features, write_features
 from influence.fit_plan import FEATURES, FULL, NONE, FitPlan
-from influence.fitted_point import PointFit, Storage
+from influence.fitted_point import PointFit
 from influence.gradient_check import measure_precision, precision_note
+from influence.growing import Growth, grow, say_growth
+from influence.grown_point import GrownFit
 from influence.kept import keep_adapter, keep_recipe, keep_rows
 from influence.logged_loss import check_losses
 from influence.manifest import (
@@ -39,6 +41,7 @@ from influence.optimizer_state import OptimizerState
 from influence.path import Point
 from influence.prepared import DISK_BUDGET, Prepared, prepare
 from influence.progress import say
+from influence.row_storage import Storage
 from influence.rows import Examples
 from influence.run import Run, refuse_other_tokens
 from influence.run_directory import claim, finished_before, tidy
@@ -67,6 +70,8 @@ def fit(
     row_bytes: int = ROW_BYTES,
     seed: int = 0,
     trainer_output: str | Path | None = None,
+    growable: bool = False,
+    grown_from: str | Path | Run | None = None,
     overwrite: bool = False,
 ) -> Run:
     """Fit a curvature to an adapter on its training rows, and store the rows' gradients.
@@ -127,6 +132,12 @@ def fit(
         early checkpoints are points where neither `path` nor `checkpoints` is given, the optimiser
         is the newest there, the recipe is kept in the run (`run/recipe.json`), and the objective
         is compared with the logged losses (`influence.logged_loss`).
+    growable
+        Keep the rows' gradients at sampled labels beside the full store, which take as much again
+        for each draw: a run that is grown from this one is then exact for `ekfac` too.
+    grown_from
+        A finished run of the same adapter and options, on other rows: those that both have are not
+        run again (`influence.growing`). It is not touched.
     """
     with bounded(memory):
         prepared = prepare(
@@ -147,11 +158,18 @@ def fit(
             row_bytes=row_bytes,
             seed=seed,
             trainer_output=trainer_output,
+            growable=growable,
         )
-        return _fit_prepared(prepared, Path(directory), overwrite)
+        growth = None
+        if grown_from is not None:
+            growth, manifest = grow(prepared, grown_from, Path(directory))
+            prepared = replace(prepared, manifest=manifest)
+        return _fit_prepared(prepared, Path(directory), overwrite, growth)
 
 
-def _fit_prepared(prepared: Prepared, directory: Path, overwrite: bool) -> Run:
+def _fit_prepared(
+    prepared: Prepared, directory: Path, overwrite: bool, growth: Growth | None
+) -> Run:
     """The work of `fit`."""
     model, train, tokens = prepared.model, prepared.train, prepared.tokens
     curvature, manifest, output = prepared.curvature, prepared.manifest, prepared.output
@@ -160,7 +178,9 @@ def _fit_prepared(prepared: Prepared, directory: Path, overwrite: bool) -> Run:
     if not finished_before(directory, manifest):
         curvature.refuse(len(train))
         _say_batches(reduction, training, len(train))
-        if (losses := check_losses(model, train, prepared.rendering, training)) is not None:
+        if growth is not None:
+            say_growth(growth, manifest)
+        elif (losses := check_losses(model, train, prepared.rendering, training)) is not None:
             say(f"{'note' if losses.agrees else 'warning'}: {losses}")
     distributed.wait()  # until all have seen what was there
     with distributed.held_by_first(only_writer(directory)):
@@ -171,11 +191,15 @@ def _fit_prepared(prepared: Prepared, directory: Path, overwrite: bool) -> Run:
         run = Run(directory, manifest, model, train, tokens, curvature)
         run.manifest = distributed.at_first(lambda: _kept(run, training, begun))
         if existing is None:
-            _measure_precision(run)
-            fit_points(run, prepared.places, curvature, disk_budget, prepared.state)
+            if growth is None:
+                _measure_precision(run)
+            fit_points(run, prepared.places, curvature, disk_budget, prepared.state, growth)
         elif run.features_stored:
             _renew_features(run)
-        if existing is None or run.manifest.path is None:
+        # where nothing is stored, credit is a pass over all rows: of a grown one left to the scores
+        if (existing is None or run.manifest.path is None) and (
+            growth is None or growth.store != NONE
+        ):
             _prepare_credit(run)
     return run
 
@@ -265,11 +289,13 @@ def fit_points(
     curvature: Specification,
     disk_budget: float,
     state: OptimizerState | None,
+    growth: Growth | None = None,
 ) -> None:
     """Everything between an empty directory (or an interrupted one) and a complete manifest."""
     n, P = len(run.tokens), run.model.space.size
     point_bytes = n * P * run.model.dtype.itemsize
     rule = STORE_BEFORE.get(run.manifest.store, run.manifest.store)
+    rule = rule if growth is None else growth.store
     plan = FitPlan.of(
         run.model,
         run.tokens,
@@ -279,8 +305,10 @@ def fit_points(
         disk_budget=disk_budget,
         row_bytes=run.manifest.row_bytes,
         seed=run.manifest.seed,
+        growable=run.manifest.growable,
     )
-    say(f"fit: {plan}")
+    if growth is None:
+        say(f"fit: {plan}")
     kind, wanted = plan.store, plan.gradient_bytes
     left = disk_budget - point_bytes * (len(places) - 1) if kind == FULL else disk_budget
     distributed.at_first(lambda: _refuse_small_disk(run, kind, wanted))
@@ -294,10 +322,13 @@ def fit_points(
             point = AtPoint(run, number, place)
             if not fitted:
                 to_come = plan.to_come if number == 0 else 0.0
-                storage = Storage(kind == FULL, rule, left)
-                PointFit(point, curvature, storage, state, to_come=to_come).work()
+                storage = Storage(kind == FULL, rule, left, run.manifest.growable)
+                if growth is not None:
+                    GrownFit(growth, point, curvature, storage, state).work()
+                else:
+                    PointFit(point, curvature, storage, state, to_come=to_come).work()
             if kind == FEATURES:
-                write_features(point)
+                _write_features(point, growth)
     run.manifest = replace(
         run.manifest,
         gradients_stored=kind == FULL,
@@ -306,6 +337,16 @@ def fit_points(
         complete=True,
     )
     distributed.at_first(lambda: _complete(run, curvature))
+
+
+def _write_features(point: AtPoint, growth: Growth | None) -> None:
+    """Make a point's features, of which a grown one has those of the rows that stay."""
+    if growth is None:
+        write_features(point)
+        return
+    before = growth.before.points[point.number or 0]
+    distributed.at_first(lambda: copy_features(before, point, growth.places, growth.kept))
+    write_features(point, growth.added)
 
 
 def _complete(run: Run, curvature: Specification) -> None:

@@ -6,8 +6,9 @@ empty one keeps nothing), under a name that is made of the base's and the adapte
 are loaded, and the libraries that load them. That trusts three things: that a file whose size,
 inode, time of change and time of status change (which no program sets) are what they were holds what
 it held; that only the user writes into the folder, which is looked at; and that nobody changed the
-weights in memory by a way that torch does not count. An edit is recorded after hashing for real
-(`unlearn.record.save`), and `unlearn verify` reads nothing of this.
+weights in memory by a way that torch does not count. Weights that are other tensors than those that
+were loaded are hashed. An edit is recorded after hashing for real (`unlearn.record.save`), and
+`unlearn verify` reads nothing of this.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 #: Files changed so shortly before they were read are hashed again the next time: a clock may not
 #: tell two changes apart that follow one another at once.
@@ -53,6 +57,20 @@ class BaseFiles:
         newest = max((max(state[2:4]) for state in seen), default=0) / 1e9
         return cls(places, repr(how), seen, newest < time.time() - YOUNG_SECONDS)
 
+    def after_loading(self, folders: Sequence[Path]) -> BaseFiles | None:
+        """These files once they are loaded from `folders`: None where those are others by now, as
+        where a hub's newer version was fetched, or hold other files.
+        """
+        places = tuple(folder.resolve() for folder in folders)
+        return self if places == self.folders and self._are_there else None
+
+    @property
+    def _are_there(self) -> bool:
+        """Whether the files are what they were."""
+        return all(folder.is_dir() for folder in self.folders) and (
+            tuple(_states(self.folders)) == self.seen
+        )
+
     def digest(self, unchanged: bool, hashed: Callable[[], str]) -> str:
         """The digest that is remembered of these files, else `hashed()`, which is then remembered.
 
@@ -65,7 +83,7 @@ class BaseFiles:
         if (known := _read(place)) is not None:
             return known
         found = hashed()
-        if tuple(_states(self.folders)) == self.seen:
+        if self._are_there:
             _write(place, found)
         return found
 
@@ -74,6 +92,29 @@ class BaseFiles:
         """The name of what is remembered: SHA-256 of all that it depends on."""
         told = [[str(folder) for folder in self.folders], self.how, self.seen, _versions()]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+class LoadedTensors:
+    """The tensors of a base as they were once it was loaded: which, where their numbers lie, and how
+    often they had been written in place, as torch counts it.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._known = {
+            name: (weakref.ref(tensor), tensor.data_ptr(), tensor._version)
+            for name, tensor in tensors.items()
+        }
+
+    def are(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether they are these very tensors, and nothing was written into them since."""
+        if tensors.keys() != self._known.keys():
+            return False
+        return all(
+            known() is tensor and (place, written) == (tensor.data_ptr(), tensor._version)
+            for tensor, (known, place, written) in zip(
+                (tensors[name] for name in self._known), self._known.values(), strict=True
+            )
+        )
 
 
 def cache_folder() -> Path | None:

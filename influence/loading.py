@@ -28,7 +28,7 @@ from influence.adapter_weights import add_adapter
 from influence.base_files import DTYPES, BaseRequest, grouped, live_loading, load_base
 from influence.errors import AdapterError, InputError, NumericalError, refuse
 from influence.experts import is_wrapper, refusal, take_plain_products
-from influence.known_digests import BaseFiles
+from influence.known_digests import BaseFiles, LoadedTensors
 from influence.manifest import LoadingRecord
 from influence.precision import HALF, compute_in
 from influence.progress import say
@@ -138,7 +138,10 @@ def load(
     half = quantised or next(body.parameters()).dtype in HALF
     if half and computes_wide(compute, dtype, loaded.device.type, quantised, saved_quantised):
         compute_in(body, torch.float32)
-    return replace(loaded, loading=how, files=origin, written=loaded.writes())
+    if origin is not None:  # a newer version may have been fetched
+        origin = origin.after_loading((_folder_of(request), files.folder))
+    tensors = LoadedTensors(loaded.base_tensors())
+    return replace(loaded, loading=how, files=origin, loaded=tensors)
 
 
 def _folder_of(request: BaseRequest) -> Path:

@@ -133,8 +133,8 @@ def check_losses(
 ) -> LossCheck | None:
     """Compare the objective on at most `ROWS` of the rows with the log, None where there is no log.
 
-    Runs them at the adapter and at the base, forward only; where something differs, also under the
-    other supervisions that a rendering knows.
+    Runs them at the adapter, and at the base where the first logged losses are of one epoch at most,
+    forward only; where something differs, also under the other supervisions that a rendering knows.
     """
     log = None if training is None else training.log
     if log is None or not log.losses:
@@ -156,13 +156,14 @@ def check_losses(
     dropout = float(getattr(config, "lora_dropout", 0.0) or 0.0)
     measured = Measured(sample.counts, mean_losses(model, sample), len(train))
     found = [at_end(log, measured, batch, dropout)]
-    without = model.snapshot()
-    for leaf in model.space.leaves:
-        if not leaf.is_A:
-            without[leaf.slice] = 0
-    with model.at(without):
-        measured = Measured(sample.counts, mean_losses(model, sample), len(train))
-    found.append(at_beginning(log, measured, batch))
+    if log.losses[0][0] * batch <= len(train):  # else rows were learnt before they were logged
+        without = model.snapshot()
+        for leaf in model.space.leaves:
+            if not leaf.is_A:
+                without[leaf.slice] = 0
+        with model.at(without):
+            measured = Measured(sample.counts, mean_losses(model, sample), len(train))
+        found.append(at_beginning(log, measured, batch))
     check = LossCheck(len(sample), tuple(found), router=router)
     if check.agrees:
         return check

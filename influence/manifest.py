@@ -182,6 +182,24 @@ class NowRecord:
 
 
 @dataclass(frozen=True)
+class GrownRecord:
+    """What a run was grown from (`influence.growing`): the run, with its place and digest; how many
+    rows were kept, came (`added`) and went (`removed`), with those that `changed` in both.
+
+    `curvature_rows`: rows that are there now among those that the curvature's bases were formed of.
+    `otherwise`: in what the run differs from a fit from scratch, sentences; empty: in rounding alone.
+    """
+
+    run: Source
+    kept: int
+    added: int
+    removed: int
+    changed: int
+    curvature_rows: int
+    otherwise: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PrecisionRecord:
     """How far gradients in the type that a fit computed in are from float32's: the largest and the
     median relative error of a row, at the adapter itself.
@@ -205,7 +223,8 @@ class Manifest:
     `gradients_stored` whether the rows' gradients are on disk, `features_stored` whether the rows in
     few bytes are, `row_bytes` in how many; `calibration` the factors by the
     setting's name; `compute` is `float32` where the base computed in that, wider than its weights'
-    `dtype`, else `own`; `precision` the error of 16-bit gradients; `path` the losses along the path.
+    `dtype`, else `own`; `precision` the error of 16-bit gradients; `path` the losses along the path; `growable` whether rows at sampled labels are kept beside the
+    gradients, `grown` what the run was grown from.
     `rest` has the keys that this version does not know.
     """
 
@@ -241,6 +260,8 @@ class Manifest:
     compute: str = field(default="own", metadata=LATER)
     precision: PrecisionRecord | None = field(default=None, metadata=LATER)
     path: PathRecord | None = field(default=None, metadata=LATER)
+    growable: bool = field(default=False, metadata=LATER)
+    grown: GrownRecord | None = field(default=None, metadata=LATER)
     rest: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod

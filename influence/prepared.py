@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from influence.adapter import AdaptedModel
 from influence.curvature import DEFAULT, SPECIFICATIONS, Specification
+from influence.curvature.base import ONCE
 from influence.damping import Damping
 from influence.errors import InputError
-from influence.fit_plan import AUTO, FEATURES, STORE
+from influence.fit_plan import AUTO, FEATURES, FULL, STORE
 from influence.geometry import GEOMETRIES
 from influence.loss import check_rows
 from influence.manifest import (
@@ -37,7 +39,7 @@ from influence.optimizer_state import OptimizerState, second_moments
 from influence.path import DEFAULT_PATH, Point, check_path, points
 from influence.precision import compute_record
 from influence.progress import say
-from influence.row_weights import batch_size
+from influence.row_weights import RowWeights, batch_size
 from influence.rows import Examples
 from influence.token_budget import bounded_budget, usual_budget
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
@@ -63,6 +65,11 @@ class Prepared:
     output: TrainerOutput | None
     manifest: Manifest
 
+    @property
+    def weights(self) -> np.ndarray:
+        """The objective's weights `w_i`, `[n]` float64."""
+        return RowWeights(self.manifest.objective.reduction, self.tokens.counts).fitted()
+
 
 def prepare(
     model: AdaptedModel,
@@ -83,6 +90,7 @@ def prepare(
     row_bytes: int,
     seed: int,
     trainer_output: str | Path | None,
+    growable: bool = False,
 ) -> Prepared:
     """Resolve and check the options of `fit`, with its errors; nothing is written."""
     curvature = DEFAULT if curvature is None else curvature
@@ -111,6 +119,8 @@ def prepare(
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
     _refuse_nameless(curvature)
+    if growable and (curvature.reads_rows != ONCE or store not in (AUTO, FULL)):
+        say(f"note: --growable {IDLE} but for ekfac whose rows are stored in full")
     if caution := curvature.caution(model):
         say(caution)
     state = None if optimizer is None else second_moments(optimizer, model)
@@ -139,6 +149,7 @@ def prepare(
         disk_budget=disk_budget,
         row_bytes=row_bytes,
         seed=seed,
+        growable=growable,
     )
     return Prepared(model, train, tokens, rendering, curvature, places, state, output, manifest)
 
@@ -161,6 +172,7 @@ def _manifest(
     disk_budget: float,
     row_bytes: int,
     seed: int,
+    growable: bool,
 ) -> Manifest:
     """What the run is made from, before anything is computed."""
     records = tuple(place.record() for place in places)
@@ -191,6 +203,8 @@ def _manifest(
         identity["compute"] = computed
     if row_bytes != ROW_BYTES:
         identity["row_bytes"] = row_bytes
+    if growable:
+        identity["growable"] = True
     return Manifest(
         format=FORMAT,
         digest=digest_of(identity),
@@ -222,6 +236,7 @@ def _manifest(
         dtype=dtype,
         loading=model.loading,
         compute=computed,
+        growable=growable,
         versions=versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )

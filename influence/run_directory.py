@@ -30,8 +30,7 @@ from influence.progress import say
 #: The files of a run, but for those of its points from the second on.
 FILES = (
     *("manifest.json", "factors.h5", "gradients.h5", "features.h5", "rows.h5", "kernel.h5"),
-    "inverse.h5",
-    *("scores.h5", "strongest.h5"),
+    *("inverse.h5", "scores.h5", "strongest.h5"),
     *(CHECKPOINT,),
     *(ROWS, RECIPE),
 )
@@ -139,7 +138,7 @@ def tidy(directory: Path, manifest: Manifest, curvature: Specification) -> None:
     """Remove what only an unfinished fit needs (also where it was killed before it could)."""
     (directory / CHECKPOINT).unlink(missing_ok=True)
     kept = {
-        "rows": curvature.reads_rows == ALWAYS,
+        "rows": curvature.reads_rows == ALWAYS or (manifest.growable and manifest.gradients_stored),
         "gradients": manifest.gradients_stored,
         "features": manifest.features_stored,
     }

@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,19 +151,21 @@ class RowFile:
     The dataset was laid out by `write_file(rows=...)`.
 
     For the large ones: rows that were read or written do not stay in this process's memory, as
-    mapped ones would.
+    mapped ones would. The file is closed with the block, or with the last use of this: a deleted
+    one that is still open would keep its space on the disk.
     """
 
     def __init__(self, path: Path, name: str, *, write: bool = False) -> None:
         self.shape, self.dtype, self._offset = _place(path, name)
         self._file = os.open(path, os.O_RDWR if write else os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self._file)
         self._width = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+        self._close()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -206,6 +209,20 @@ class RowFile:
     def flush(self) -> None:
         """Wait until what was written is on the disk."""
         os.fsync(self._file)
+
+
+def copy_rows(
+    source: Path, target: Path, name: str, rows: np.ndarray, places: np.ndarray, each: int = 1
+) -> None:
+    """Copy `rows` [k] of a dataset to the `places` [k] of the same one of another file.
+
+    `each` neighbours in the file make one row. What was copied is on the disk on return.
+    """
+    with RowFile(source, name) as read_from, RowFile(target, name, write=True) as written:
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            block = read_from.read(row * each, (row + 1) * each)
+            written.write(np.arange(place * each, (place + 1) * each), block)
+        written.flush()
 
 
 @dataclass

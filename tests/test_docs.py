@@ -37,6 +37,8 @@ TEXTS = [
 ]
 PACKAGES = ("influence", "unlearn", "analysis")
 
+#: Pages whose commands take longest: followed after the default suite.
+LONG = {"edits.md", "difficulty.md", "faithfulness.md", "compare-methods.md", "cleaning.md"}
 #: Commands that are not executed, by how they begin, and why.
 SKIPPED = {
     "make demo": "trains a base model for minutes; tests/analysis/demo runs it smaller",
@@ -275,7 +277,10 @@ def here(world, tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.name in LONG), id=p.name) for p in PAGES],
+)
 def test_a_page_can_be_followed_from_top_to_bottom(page, here, run_main):
     if page.name == "README.md":
         shutil.rmtree(here / "run")

@@ -69,6 +69,7 @@ def test_scores_are_those_of_the_cpu(kind, options, tmp_path):
     assert_same(on_both(work, tmp_path, kind))
 
 
+@pytest.mark.slow
 def test_edits_and_forecasts_are_those_of_the_cpu(tmp_path):
     data = examples(6)
 

@@ -132,7 +132,7 @@ def apply(
     seed, resamples
         Of the bootstrap.
     overwrite
-        Replace an adapter that is there.
+        Replace an adapter and an `applied.json` that are there.
 
     Returns
     -------
@@ -177,6 +177,11 @@ def apply(
     refuse_unrepeatable(run.model)
     out = Path(adapter_out) if adapter_out is not None else folder / ADAPTER
     refuse_out(run, out, overwrite)
+    if (folder / APPLIED).exists() and not overwrite:
+        raise InputError(
+            f"{folder / APPLIED} says what was applied before and would be replaced: keep a copy of "
+            "it, and give --overwrite"
+        )
     recipe = recipe or recipe_of(run)
     with only_writer(folder):
         losses = {name: np.zeros((seeds, 2, len(part))) for name, part in tokens.items()}

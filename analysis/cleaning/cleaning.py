@@ -37,7 +37,7 @@ from analysis.cleaning.files import (
     write_text,
 )
 from analysis.cleaning.findings import REASONS, Found
-from analysis.cleaning.memorized import holding, personal
+from analysis.cleaning.memorized import holding, personal, without_personal_answers
 from analysis.cleaning.opposition import (
     DOUBTFUL,
     STRANGERS,
@@ -207,6 +207,7 @@ def clean(
     found["unlearnt"] = unlearnt(losses, base, texts, run.tokens.cut)
     found["personal"] = _personal(run, texts, losses, base)
 
+    found = {reason: without_personal_answers(each) for reason, each in found.items()}
     every = {reason: len(each.findings) for reason, each in found.items()}
     found = {reason: each.most(most) for reason, each in found.items()}
     remove, relabel = suggestions([found[reason] for reason in REASONS if reason in found])

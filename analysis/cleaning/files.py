@@ -9,8 +9,10 @@
 **rows.csv** is RFC 4180: CRLF, quotes where they must be, UTF-8. A spreadsheet runs a cell that
 begins with `=`, `+`, `-` or `@`, and changes one that looks like a number, a date or a truth value:
 such texts get an apostrophe before them, as does a text that begins with one, and `unescaped` takes
-exactly one away again. So ids come back as they were. What a spreadsheet saves, with semicolons or
-tabs and a byte order mark, is read too.
+exactly one away again. Where the system's list separator is a semicolon, a spreadsheet splits lines
+there, within quotes too: what follows one gets its apostrophe as a cell of its own would. So ids come
+back as they were. What a spreadsheet saves, with semicolons or tabs and a byte order mark, is read
+too.
 """
 
 from __future__ import annotations
@@ -49,18 +51,29 @@ COLUMNS = (
 NEEDED = ("id", "decision")
 #: Characters of a row's text, and of a better answer, that are shown.
 SHOWN, SHOWN_ANSWER = 160, 80
-#: What a spreadsheet takes for a formula, a number, a date or a truth value; and the apostrophe.
-_TAKEN = re.compile(r"[=+\-@\t\r\n'＝＋－＠]|\.?\d|(?:true|false)$", re.IGNORECASE)
+#: What a spreadsheet takes for a formula, a number, an amount, a date or a truth value; and the
+#: apostrophe.
+_TAKEN = re.compile(
+    r"[=+\-@\t\r\n'＝＋－＠]|[.($€£¥]*\d|(?:true|false)$"
+    r"|(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?"
+    r"|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)[ ./-]*\d",
+    re.IGNORECASE,
+)
+#: Formulas after what some spreadsheets split a line at; with and without the apostrophe.
+_FORMULA = r"(?=[=+\-@＝＋－＠])"
+_WITHIN = re.compile(rf"([;\t\r\n][ ]*'*){_FORMULA}")
+_WITHIN_ESCAPED = re.compile(rf"([;\t\r\n][ ]*'*)'{_FORMULA}")
 
 
 def escaped(text: str) -> str:
     """A text as a cell that a spreadsheet leaves as it is."""
-    return f"'{text}" if _TAKEN.match(text) else text
+    within = _WITHIN.sub(r"\1'", text)
+    return f"'{within}" if _TAKEN.match(text) else within
 
 
 def unescaped(cell: str) -> str:
     """The text of an `escaped` cell."""
-    return cell[1:] if cell.startswith("'") else cell
+    return _WITHIN_ESCAPED.sub(r"\1", cell[1:] if cell.startswith("'") else cell)
 
 
 def csv_text(found: Sequence[Found], rows: Examples, previews: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,6 +25,20 @@ def holding(texts: Sequence[Said]) -> dict[int, list[Match]]:
     """What looks like personal data, by row, of those that hold any."""
     found = {row: matches(text.whole) for row, text in enumerate(texts)}
     return {row: held for row, held in found.items() if held}
+
+
+def without_personal_answers(found: Found) -> Found:
+    """The same, but no answer that holds personal data is suggested: it would go into one more row."""
+    told = "; the answer that speaks for it holds personal data and is not suggested"
+    return replace(
+        found,
+        findings=tuple(
+            replace(each, answer=None, suggested="", evidence=each.evidence + told)
+            if each.answer is not None and matches(each.answer)
+            else each
+            for each in found.findings
+        ),
+    )
 
 
 def personal(

@@ -91,8 +91,8 @@ def harms(scores: np.ndarray, compared: Kin, query_ids: Sequence[str]) -> Found:
             continue
         worst = int(own[effects.argmin()])
         evidence = (
-            f"{against:.0%} of its pull on {len(own)} good rows of its kind is against them; "
-            f"most against {query_ids[worst]!r}, which would gain {-effects.min():.3g} nats a token"
+            f"{against:.0%} of its pull on {len(own)} good row{'s' * (len(own) > 1)} of its kind is "
+            f"against; most against {query_ids[worst]!r}, which would gain {-effects.min():.3g} nats a token"
         )
         gain = float(gains[row])
         findings.append(Finding(row, "harms", gain, evidence, gain, None, REMOVE))
@@ -196,8 +196,8 @@ def doubtful(
         better = agreed.get(row)
         first = pull.opposed[row][0]
         evidence = (
-            f"{scores[row]:.0%} of its pull on {len(compared[row])} rows of its kind is against "
-            f"them, most against {ids[first]!r}"
+            f"{scores[row]:.0%} of its pull on {len(compared[row])} "
+            f"row{'s' * (len(compared[row]) > 1)} of its kind is against, most against {ids[first]!r}"
         )
         if better is not None:
             evidence += f", which answers as {ids[pull.opposed[row][1]]!r} does"

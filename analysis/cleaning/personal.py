@@ -80,7 +80,7 @@ PATTERNS = (
         _phone,
     ),
     Pattern("us social security number", re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])")),
-    Pattern("secret word", re.compile(r"(?<=[:= ])[A-Za-z0-9+/_-]{24,128}(?![\w+/-])"), _mixed),
+    Pattern("secret word", re.compile(r"(?<![^:=\s\"'`(,])[A-Za-z0-9+/_-]{24,128}(?![\w+/-])"), _mixed),
 )  # fmt: skip
 
 

@@ -53,11 +53,7 @@ def lines(result: Cleaning, out: Path) -> list[str]:
     for name, part in summary["predicted"].items():
         if part["gain"] is not None:
             what = "all suggested rows" if name == "suggested" else "the rows that harm"
-            said.append(
-                f"without {what} ({part['rows']}) the good rows' mean loss is predicted to fall by "
-                f"{part['gain']:.4f} [{part['low']:.4f}, {part['high']:.4f}] from "
-                f"{part['before']:.4f} nats per token"
-            )
+            said.append(predicted(what, part))
     if any(part["gain"] is not None for part in summary["predicted"].values()):
         said.append(f"a prediction is {FORECAST}; --apply measures")
     said.append(
@@ -69,6 +65,20 @@ def lines(result: Cleaning, out: Path) -> list[str]:
         f"{summary['relabel']} better answers"
     )
     return said
+
+
+def predicted(what: str, part: Mapping[str, Any]) -> str:
+    """What removing `what` is predicted to do to the good rows' mean loss: a fall, or a rise."""
+    gain, low, high = part["gain"], part["low"], part["high"]
+    rises = gain < 0
+    if rises:
+        gain, low, high = -gain, -high, -low
+    said = (
+        f"without {what} ({part['rows']}) the good rows' mean loss is predicted to "
+        f"{'rise' if rises else 'fall'} by {gain:.4f} [{low:.4f}, {high:.4f}] from "
+        f"{part['before']:.4f} nats per token"
+    )
+    return said + (": look at each row before it goes" if rises else "")
 
 
 def applied_table(record: Mapping[str, Any]) -> Table:

@@ -19,6 +19,7 @@ from influence.errors import DataError, MismatchError, ToolkitError
 from influence.manifest import Manifest, read_manifest
 from influence.progress import say
 from influence.row_files import place_of, read_again, read_examples
+from influence.rows import Examples
 
 #: What an evaluation and a linear datamodeling score must have.
 _EVALUATION, _LDS = ("sets", "rows"), ("lds", "low", "high", "per_query")
@@ -172,6 +173,14 @@ def gather(
         own = self_influences(path, manifest.digest)
     if train_ids is None:
         say(f"note: the training rows of {directory} are not known any more: only counts are shown")
+    elif examples is None and manifest.data.path:
+        say(
+            f"note: the training rows are not where they were ({manifest.data.path}): only their ids "
+            "are shown. Where they were moved, the same influence fit command with the new path says "
+            "so to the run, and computes nothing again"
+        )
+    elif examples is None:
+        say("note: the training rows were given in Python and lie in no file: only ids are shown")
     rows = Texts.named(train_ids or []) if examples is None else Texts.of(examples)
     return Explored(
         directory,
@@ -217,10 +226,22 @@ def _scored(table: ScoreTable, queries: str | None) -> Texts:
                 rows = read_again(kept, json.loads(str(columns)) if columns else None)
             except DataError as error:
                 say(f"note: the queries' texts are not shown: {error}")
-    same = rows is not None and rows.digest == digest and rows.ids == table.query_ids
-    if rows is None or not same or "aggregate" in table.attributes:
+                kept = ""
+        if "aggregate" not in table.attributes and kept and not _is_scored(rows, table):
+            say(
+                f"note: the queries are not where they were, or not what they were ({kept}): only "
+                "their ids are shown (--queries FILE says where they are)"
+            )
+    if rows is None or not _is_scored(rows, table) or "aggregate" in table.attributes:
         return Texts.named(table.query_ids)
     return Texts.of(rows)
+
+
+def _is_scored(rows: Examples | None, table: ScoreTable) -> bool:
+    """Whether rows are those that were scored."""
+    if rows is None or rows.digest != table.attributes.get("query_digest"):
+        return False
+    return rows.ids == table.query_ids
 
 
 def _token_texts(manifest: Manifest) -> Callable[[int], str] | None:

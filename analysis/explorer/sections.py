@@ -108,6 +108,7 @@ def cleaning(explored: Explored) -> list[Block]:
     found = table("Rows to look at", columns, values)
     found["kind"] = "rows"
     found["index"] = [explored.position.get(each.id, -1) for each in listed]
+    found["other"] = [explored.position.get(each.others.get("other", ""), -1) for each in listed]
     found["reasons"] = reasons
     counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
     unknown = sum(index < 0 for index in found["index"])

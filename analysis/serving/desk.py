@@ -83,9 +83,10 @@ class Desk:
 
         Raises `WorkError` where that is not the last answer.
         """
-        if self._answered is None or self._answered[0] != of:
+        last = self._answered  # read once: another question may be answered meanwhile
+        if last is None or last[0] != of:
             raise WorkError("that answer is not at hand any more: ask again")
-        found = self._answered[1]
+        found = last[1]
 
         def work(number: int) -> dict[str, Any]:
             return ranking(explained(self._opened(number), found, chosen))
@@ -117,12 +118,12 @@ class Desk:
             result = work(number)
         except ToolkitError as error:
             self._fail(number, str(error), error)
-        except Exception as error:
+        except BaseException as error:  # SystemExit too, which a model's own code may raise
             self._fail(number, f"{type(error).__name__}: {error}", error)
         else:
             self._change(number, state="done", doing="", result=result, ended=time.monotonic())
 
-    def _fail(self, number: int, why: str, error: Exception) -> None:
+    def _fail(self, number: int, why: str, error: BaseException) -> None:
         """Tell the page why, and the terminal only what kind of error it was: texts are private."""
         say(f"note: question {number} failed ({type(error).__name__}); the page says why")
         self._change(number, state="failed", doing=why, ended=time.monotonic())

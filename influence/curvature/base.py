@@ -24,6 +24,8 @@ import scipy.sparse.linalg as sla
 import torch
 from torch import Tensor
 
+from influence.errors import InputError
+
 if TYPE_CHECKING:
     from influence.adapter import AdaptedModel
     from influence.at_point import AtPoint
@@ -74,6 +76,10 @@ class AfterPass:
     row_products: int = 0
     solve_products: int = 0
     double: bool = False
+
+
+#: What the run kept of a point, by name, read when asked for.
+Arrays = Mapping[str, Tensor]
 
 
 class Accumulator(ABC):
@@ -129,6 +135,18 @@ class Accumulator(ABC):
         """
         return None
 
+    def restore(self, arrays: Arrays, factor: float) -> None:
+        """Add the sums that `finish` once made `arrays` of, every row's weight times `factor`.
+
+        For runs that are grown from others (`influence.growing`). Where nothing is summed there is
+        nothing to restore; a curvature of one's own that does not say it is an `InputError`.
+        """
+        if self.per_leaf or self.per_row:
+            raise InputError(
+                f"{type(self).__name__} has no `restore`, which says how its sums come back from "
+                "what a run keeps: fit from scratch, without --from"
+            )
+
     def after_pass(self, rows: int) -> AfterPass:
         """What follows a pass over so many rows and label draws, for `influence.estimate`.
 
@@ -142,10 +160,6 @@ class Accumulator(ABC):
 
         `rows` are all rows, for a curvature that keeps them (`Specification.reads_rows` ALWAYS).
         """
-
-
-#: What the run kept of a point, by name, read when asked for.
-Arrays = Mapping[str, Tensor]
 
 
 class Specification(ABC):
@@ -167,6 +181,8 @@ class Specification(ABC):
     matrix_free: ClassVar[bool] = False
     #: Whether the fitted curvature is `Whitening`, so that rows can be kept in few bytes.
     whitens: ClassVar[bool] = False
+    #: Whether sums over weighted rows are fitted, which weights that change unevenly would spoil.
+    sums_rows: ClassVar[bool] = True
     #: Where on the path to look unless told otherwise; None: where `influence.path` says.
     default_path: ClassVar[tuple[float, ...] | None] = None
 
@@ -208,6 +224,18 @@ class Specification(ABC):
         """Empty sums for a pass at a point: its model, geometry, tokens, weights and seed are
         there.
         """
+
+    def grow(self, point: AtPoint, arrays: Arrays, *, rows: bool) -> Accumulator:
+        """Empty sums for the rows that come to, or go from, a fitted point that keeps `arrays`.
+
+        `rows`: whether the gradients at sampled labels of all rows are there for a second look.
+        By default those of `begin`.
+        """
+        return self.begin(point)
+
+    def grown_otherwise(self, *, rows: bool) -> str | None:
+        """In what it differs from one that is fitted from scratch, a sentence; None: in nothing."""
+        return None
 
     @abstractmethod
     def load(self, arrays: Arrays, point: AtPoint) -> Curvature:
@@ -457,3 +485,13 @@ def as_linear_operator(
         "dtype": np.float64,
     }
     return sla.LinearOperator((size, size), **functions)
+
+
+def refuse_without_draws(curvature: Specification, accumulator: Accumulator) -> None:
+    """Refuse a curvature that would be fitted to nothing: no labels are drawn for its sums."""
+    if curvature.draws == 0 and (accumulator.per_leaf or accumulator.per_row):
+        raise InputError(
+            f"curvature {curvature.name} makes no label draws (`draws` is 0), and its accumulator "
+            "adds up gradients at sampled labels: give the specification a property draws of 1 or "
+            "more"
+        )

@@ -40,6 +40,23 @@ class EKFAC(KFAC):
         """K-FAC's moments, whose eigenvalues are refitted at the end."""
         return RefittedMoments.at(point, self)
 
+    def grow(self, point: AtPoint, arrays: Arrays, *, rows: bool) -> Accumulator:
+        """The moments, of which a second look at all rows makes EK-FAC; without these, the
+        eigenvalues in the fitted eigenbases.
+        """
+        if rows:
+            return RefittedMoments.at(point, self, arrays)
+        return KeptBases(point, arrays, self.samples)
+
+    def grown_otherwise(self, *, rows: bool) -> str | None:
+        """Without the rows at sampled labels no eigenvalue in another basis can be known."""
+        if rows:
+            return None
+        return (
+            "the eigenvalues are those of all rows, in the eigenbases of the run before (of a run "
+            "that was fitted with --growable the eigenbases are new too)"
+        )
+
     def load(self, arrays: Arrays, point: AtPoint) -> Kronecker:
         """The refitted eigenvalues in K-FAC's eigenbases."""
         return load_kronecker(arrays, point, "ekfac", "", self.samples)
@@ -102,3 +119,36 @@ class Eigenvalues(Accumulator):
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
         """K-FAC's eigenbases with both eigenvalues, its own and the refitted."""
         return self.moments.arrays(self.kfac, self.refitted())
+
+
+class KeptBases(Eigenvalues):
+    """The eigenvalues in eigenbases that were fitted before and stay.
+
+    They are exactly those of all rows in these bases, `sum_i w_i (Q_S^T G_i Q_A)^2`; the bases,
+    and K-FAC's own eigenvalues, are those of the rows that they were fitted to.
+    """
+
+    per_row = True
+
+    def __init__(self, point: AtPoint, arrays: Arrays, samples: int) -> None:
+        self.arrays = arrays
+        self.kfac = load_kronecker(arrays, point, "ekfac", "", samples)
+        self.inside = [torch.zeros_like(block.eigenvalues) for block in self.kfac.leaf_blocks]
+        self.outside = [torch.zeros_like(block.rest) for block in self.kfac.leaf_blocks]
+
+    def restore(self, arrays: Arrays, factor: float) -> None:
+        """Add the fitted eigenvalues."""
+        for number, block in enumerate(self.kfac.leaf_blocks):
+            self.inside[number] += factor * block.eigenvalues
+            self.outside[number] += factor * block.rest
+
+    def second_look(self) -> None:
+        """None: the rows that come and go are enough."""
+
+    def finish(self, rows: SampledRows) -> dict[str, Tensor]:
+        """What was kept, with the new eigenvalues. What rounding left below zero is zero."""
+        arrays = dict(self.arrays)
+        for number, (inside, outside) in enumerate(zip(self.inside, self.outside, strict=True)):
+            arrays[f"leaf/{number}/eigenvalues"] = inside.clamp(min=0)
+            arrays[f"leaf/{number}/rest"] = outside.clamp(min=0)
+        return arrays

@@ -53,6 +53,7 @@ class Fisher(Specification):
     samples: int = 1
     name: str = field(default="fisher", init=False)
     reads_rows: ClassVar[str] = ALWAYS
+    sums_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.samples < 0:

@@ -39,6 +39,7 @@ class Identity(Specification):
     name: str = field(default="identity", init=False)
     undamped: ClassVar[bool] = True
     whitens: ClassVar[bool] = True
+    sums_rows: ClassVar[bool] = False
     #: Plain products are those of the adapter itself, as in TracIn at the last checkpoint.
     default_path: ClassVar[tuple[float, ...] | None] = (1.0,)
 

@@ -37,8 +37,7 @@ import torch
 from torch import Tensor
 
 from influence import distributed
-from influence.adapter import AdaptedModel, Leaf, ParamSpace
-from influence.batches import collate
+from influence.adapter import Leaf, ParamSpace
 from influence.curvature.base import (
     Accumulator,
     AfterPass,
@@ -51,12 +50,10 @@ from influence.curvature.base import (
 from influence.curvature.ggn import GGN
 from influence.curvature.hessian import Hessian
 from influence.curvature.second_moments import BatchTokens, DenseMoment, SketchedMoment
-from influence.curvature.wide_sides import directions, note
+from influence.curvature.wide_sides import directions, note, shared_inputs
 from influence.errors import InputError
-from influence.loss import supervised_logits
 from influence.memory import device_memory
 from influence.progress import say
-from influence.tokens import TokenizedExamples
 
 if TYPE_CHECKING:
     from influence.at_point import AtPoint
@@ -113,6 +110,10 @@ class KFAC(Specification):
         """Second moments of every leaf's inputs and output gradients."""
         return Moments.at(point, self)
 
+    def grow(self, point: AtPoint, arrays: Arrays, *, rows: bool) -> Accumulator:
+        """Second moments, which add up."""
+        return Moments.at(point, self, arrays)
+
     def load(self, arrays: Arrays, point: AtPoint) -> Kronecker:
         """K-FAC's own eigenvalues in its eigenbases."""
         return load_kronecker(arrays, point, "kfac", "kfac_", self.samples)
@@ -153,16 +154,18 @@ class Moments(Accumulator):
         unit: float,
         dtype: torch.dtype,
         device: torch.device,
+        kept: dict[int, int] | None = None,
     ) -> None:
         self.space, self.wide_of, self.options, self.unit = space, wide_of, options, unit
         self.dtype = dtype
         self.narrow = [DenseMoment(min(leaf.shape), dtype, device) for leaf in space.leaves]
         self.wide: dict[int, DenseMoment | SketchedMoment] = {}
         widths = {number: wide_side(space.leaves[number]) for number in sorted(set(wide_of))}
-        # every process sums up the same directions, whatever machine it is on
-        memory = float(distributed.first(np.array([device_memory(device)]))[0])
-        budget = options.memory_share * memory
-        kept = directions(widths, options.max_width, options.rank, dtype.itemsize, budget)
+        if kept is None:
+            # every process sums up the same directions, whatever machine it is on
+            memory = float(distributed.first(np.array([device_memory(device)]))[0])
+            budget = options.memory_share * memory
+            kept = directions(widths, options.max_width, options.rank, dtype.itemsize, budget)
         for number, width in widths.items():
             if kept[number] == width:
                 self.wide[number] = DenseMoment(width, dtype, device)
@@ -174,21 +177,27 @@ class Moments(Accumulator):
         # for the host each time
         self.mass = torch.zeros(len(space.leaves), dtype=torch.float64, device=device)
         self._batch: BatchTokens | None = None
+        #: eigenvalues of the moments, once they are decomposed: the sums can be made of them again
+        self.spectra: dict[str, Tensor] = {}
 
     @classmethod
-    def at(cls, point: AtPoint, options: KFAC) -> Self:
-        """Empty moments at a point.
+    def at(cls, point: AtPoint, options: KFAC, arrays: Arrays | None = None) -> Self:
+        """Empty moments at a point, with the sides and directions of fitted `arrays` if given.
 
         Layers that read the same tensor share one wide factor where the geometry allows it.
         """
-        model, run = point.model, point.run
-        wide_of = shared_inputs(model, run.tokens)
-        if not point.geometry.shares_inputs:
-            wide_of = list(range(len(wide_of)))
+        model, run, kept = point.model, point.run, None
+        if arrays is not None:
+            wide_of = arrays["wide_of"].tolist()
+            kept = {i: arrays[f"leaf/{i}/wide"].shape[1] for i in sorted(set(wide_of))}
+        else:
+            wide_of = shared_inputs(model, run.tokens)
+            if not point.geometry.shares_inputs:
+                wide_of = list(range(len(wide_of)))
         n, seed = len(run.tokens), run.manifest.seed
         # rows that were drawn stand for all
         unit = float(run.weights.max()) * n / len(options.sample(n, seed))
-        return cls(model.space, wide_of, options, seed, unit, model.dtype, model.device)
+        return cls(model.space, wide_of, options, seed, unit, model.dtype, model.device, kept)
 
     def add(
         self, leaf: int, x: Tensor, g: Tensor, valid: Tensor, relative: Tensor | None, draw: int
@@ -269,18 +278,38 @@ class Moments(Accumulator):
         tensors |= {f"wide/{i}": moment.state for i, moment in self.wide.items()}
         return {**tensors, "mass": self.mass}
 
+    def restore(self, arrays: Arrays, factor: float) -> None:
+        """Put the moments together from their eigenvectors and eigenvalues.
+
+        Rounding is that of the eigenvectors' type, relative to a moment's largest eigenvalue, as
+        in the sums themselves.
+        """
+        if "moments/unit" not in arrays:
+            raise InputError(
+                "the run was fitted by a version that did not keep the eigenvalues of the moments: "
+                "fit from scratch, without --from"
+            )
+        factor *= float(arrays["moments/unit"]) / self.unit
+        self.mass += factor * arrays["moments/mass"].to(self.mass)
+        for side, moments in (("narrow", dict(enumerate(self.narrow))), ("wide", self.wide)):
+            for number, moment in moments.items():
+                values = arrays[f"moments/{side}/{number}"]
+                rest = float(arrays[f"moments/rest/{number}"]) if side == "wide" else 0.0
+                moment.restore(arrays[f"leaf/{number}/{side}"], values, rest, factor)
+
     def after_pass(self, rows: int) -> AfterPass:
         """Every second moment is decomposed; rows are rotated into the bases, and solved for by
         rotating twice.
         """
         decomposed = [moment.order for moment in self.narrow]
         decomposed += [moment.order for moment in self.wide.values()]
-        kept, products, width = 8 * len(self.wide_of), 0, self.dtype.itemsize
+        kept, products, width = 8 + 16 * len(self.wide_of), 0, self.dtype.itemsize
         for number, leaf in enumerate(self.space.leaves):
             r, d = min(leaf.shape), wide_side(leaf)
             k = self.wide[self.wide_of[number]].directions
             kept += width * r * r + 8 * 2 * (r * k + r)  # both eigenvalues, K-FAC's and the fitted
-            kept += width * d * k if self.wide_of[number] == number else 0
+            kept += 8 * r  # the moments' eigenvalues, here and of the wide side
+            kept += width * d * k + 8 * (k + 1) if self.wide_of[number] == number else 0
             products += r * r * d + r * d * k * (1 if k == d else 2)
         return AfterPass(tuple(decomposed), kept, products, 2 * products)
 
@@ -295,7 +324,7 @@ class Moments(Accumulator):
         """
         if (words := fitted.sketched()) is not None:
             say(words)
-        arrays = {"wide_of": torch.tensor(self.wide_of)}
+        arrays = {"wide_of": torch.tensor(self.wide_of), **self.spectra}
         pairs = zip(kfac.leaf_blocks, fitted.leaf_blocks, strict=True)
         for number, (plain, block) in enumerate(pairs):
             tensors = {
@@ -319,6 +348,15 @@ class Moments(Accumulator):
         wide = dict(zip(self.wide, self._decomposed(list(self.wide.values())), strict=True))
         narrow = self._decomposed(self.narrow)
         blocks, masses = [], self.mass.tolist()
+        self.spectra = {
+            "moments/unit": torch.tensor(self.unit, dtype=torch.float64),
+            "moments/mass": self.mass.clone(),
+        }
+        for number, (_, values, _) in enumerate(narrow):
+            self.spectra[f"moments/narrow/{number}"] = values
+        for number, (_, values, rest) in wide.items():
+            self.spectra[f"moments/wide/{number}"] = values
+            self.spectra[f"moments/rest/{number}"] = torch.tensor(rest, dtype=torch.float64)
         for number, leaf in enumerate(self.space.leaves):
             narrow_vectors, narrow_values, _ = narrow[number]
             wide_vectors, wide_values, rest = wide[self.wide_of[number]]
@@ -557,42 +595,3 @@ def load_kronecker(
         narrow = arrays[f"{place}/narrow"]
         blocks.append(KroneckerBlock(leaf, narrow, wide[wide_of[number]], eigenvalues, rest))
     return Kronecker(point.model.space, tuple(blocks), name, samples)
-
-
-def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
-    """For each leaf, the first leaf whose wide side sees the very same tensor.
-
-    The query, key and value projections do, and the gate and up projections.
-
-    Found by running the shortest row once and comparing the layers' inputs; only A leaves can
-    share.
-    """
-    seen: list[tuple[int, Tensor]] = []
-    wide_of = list(range(len(model.space.leaves)))
-
-    def note(number: int) -> Callable[..., None]:
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            for first, tensor in seen:
-                place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-                if tensor is x or place == (x.data_ptr(), x.shape, x.stride()):
-                    wide_of[number] = first
-                    return
-            seen.append((number, x))  # kept alive, so that no address is used twice
-
-        return hook
-
-    handles = [
-        site.layer.register_forward_pre_hook(note(2 * i), with_kwargs=True)
-        for i, site in enumerate(model.sites)
-        if not site.parameter  # nested around one module, each with an input of its own
-    ]
-    try:
-        with model.evaluating(), torch.no_grad():
-            shortest = np.array([int(np.argmin(tokens.lengths))])
-            batch = collate(tokens, shortest, pad_id=model.pad_id, device=model.device)
-            supervised_logits(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return wide_of

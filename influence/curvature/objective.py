@@ -22,6 +22,7 @@ from influence.batches import Batch, collate, padded_tokens, plan_batches
 from influence.curvature.base import (
     Accumulator,
     AfterPass,
+    Arrays,
     ChangedRows,
     Curvature,
     SampledRows,
@@ -211,13 +212,17 @@ class Traces(Accumulator):
         """`squares` [leaves]."""
         return {"squares": self.squares}
 
+    def restore(self, arrays: Arrays, factor: float) -> None:
+        """Add a fitted `trace`."""
+        self.squares += factor * arrays["trace"].to(self.squares)
+
     def after_pass(self, rows: int) -> AfterPass:
         """A number a leaf is kept."""
         return AfterPass(kept_bytes=8 * len(self.leaves))
 
     def finish(self, rows: SampledRows) -> dict[str, Tensor]:
         """`trace` [leaves]."""
-        return {"trace": self.squares}
+        return {"trace": self.squares.clamp(min=0)}
 
 
 class MatrixFree(Specification):

@@ -134,6 +134,11 @@ class DenseMoment:
             stop = min(start + step, x.shape[1])
             self.state[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
+    def restore(self, vectors: Tensor, values: Tensor, rest: float, factor: float) -> None:
+        """Add `factor` times the moment that `eigen` made these of, put together in float64."""
+        vectors = vectors.to(self.state.device).double()
+        self.state += (factor * (vectors * values.to(vectors)) @ vectors.T).to(self.state)
+
     def eigen(self) -> tuple[Tensor, Tensor, float]:
         """Eigenvectors `[d, d]`, eigenvalues `[d]` (clipped at 0), and the mean eigenvalue of
         the complement, 0.
@@ -186,6 +191,19 @@ class SketchedMoment:
         """Add the rows of `x` [N, d], of which the product with the test matrix is given."""
         self.state[:-1].addmm_(x.T, projected)
         self.state[-1, 0] += square
+
+    def restore(self, vectors: Tensor, values: Tensor, rest: float, factor: float) -> None:
+        """Add `factor` times the sketch that `eigen` made these of.
+
+        A Nystroem approximation has the products with the test matrix that it was made of, but for
+        the shift, which is rounding of the sums' type.
+        """
+        vectors = vectors.to(self.state.device).double()
+        values = values.to(vectors)
+        products = (vectors * values) @ (vectors.T @ self.test.double())
+        self.state[:-1] += (factor * products).to(self.state)
+        width, rank = self.test.shape
+        self.state[-1, 0] += factor * (float(values.sum()) + rest * (width - rank))
 
     def eigen(self) -> tuple[Tensor, Tensor, float]:
         """Leading eigenvectors `[d, k]`, eigenvalues `[k]`, and the mean eigenvalue of the

@@ -1,4 +1,4 @@
-"""How many directions are kept of each wide side of the LoRA leaves.
+"""Which wide sides the LoRA leaves have, and how many directions are kept of each.
 
 The whole second moment of a side of width d takes `d^2` numbers. A sketch of k directions takes
 `2 d k` while it is summed up and `d k` afterwards, and of what lies outside them it knows the mean
@@ -9,7 +9,17 @@ factors"), so that sides are sketched where memory ends, not from a fixed width 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence.adapter import AdaptedModel
+from influence.batches import collate
+from influence.loss import supervised_logits
+from influence.tokens import TokenizedExamples
 
 #: Wider sides are sketched whatever the memory: the eigendecomposition of one takes d^3.
 WIDEST_WHOLE = 8192
@@ -69,3 +79,42 @@ def note(sides: Sequence[tuple[int, int]], outside: Sequence[float]) -> str | No
         f" {sum(shares) / len(shares):.0%} of its trace, {max(shares):.0%} at most, lies outside, "
         "where directions share one eigenvalue. A larger memory_share of the curvature keeps more"
     )
+
+
+def shared_inputs(model: AdaptedModel, tokens: TokenizedExamples) -> list[int]:
+    """For each leaf, the first leaf whose wide side sees the very same tensor.
+
+    The query, key and value projections do, and the gate and up projections.
+
+    Found by running the shortest row once and comparing the layers' inputs; only A leaves can
+    share.
+    """
+    seen: list[tuple[int, Tensor]] = []
+    wide_of = list(range(len(model.space.leaves)))
+
+    def note(number: int) -> Callable[..., None]:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            for first, tensor in seen:
+                place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+                if tensor is x or place == (x.data_ptr(), x.shape, x.stride()):
+                    wide_of[number] = first
+                    return
+            seen.append((number, x))  # kept alive, so that no address is used twice
+
+        return hook
+
+    handles = [
+        site.layer.register_forward_pre_hook(note(2 * i), with_kwargs=True)
+        for i, site in enumerate(model.sites)
+        if not site.parameter  # nested around one module, each with an input of its own
+    ]
+    try:
+        with model.evaluating(), torch.no_grad():
+            shortest = np.array([int(np.argmin(tokens.lengths))])
+            batch = collate(tokens, shortest, pad_id=model.pad_id, device=model.device)
+            supervised_logits(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return wide_of

@@ -84,6 +84,7 @@ def test_every_setting_of_the_table_is_scored_as_influence_scores_it(run):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wanted", [{"curvature": "kfac", "damping": "mean:0.01", "at": "0.9"}, {"at": "0.5"}]
 )
@@ -154,6 +155,7 @@ def test_the_factor_of_a_truth_in_other_units_is_found(run):
     np.testing.assert_allclose(again.score(queries, credit="additive").values, values, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_factors_are_fitted_below_the_run_and_used(model, tmp_path, capfd):
     run = influence.fit(model, examples(12), directory=tmp_path / "run", path=(1.0,))
     queries = examples(3, seed=9)

@@ -34,6 +34,7 @@ def ran(tmp_path, *options: str, shapes: str = "tiny"):
     return record
 
 
+@pytest.mark.slow
 def test_every_step_is_measured(tmp_path, capsys):
     record = ran(tmp_path)
     steps = record["shapes"]["tiny"]
@@ -55,6 +56,7 @@ def test_every_step_is_measured(tmp_path, capsys):
     assert "FAILED" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_fails_is_told_and_what_is_slow_is_stopped(tmp_path, monkeypatch, capsys):
     def fails(self):
         raise RuntimeError("broken on purpose")

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import influence
+from influence import at_point
 from influence.at_point import AtPoint
 from influence.errors import MismatchError, StoreError
+from influence.memory import bounded
 from tests.conftest import build_model, examples, fit_end
 from tests.helpers import untouched
 from tests.influence.toy_runs import fit, solver_of
@@ -32,6 +34,16 @@ def run(model, tmp_path_factory):
     return influence.fit(
         model, examples(N), path=PATH, directory=tmp_path_factory.mktemp("path") / "run"
     )
+
+
+def test_a_bound_on_memory_holds_for_one_leaf_of_all_rows(run):
+    point = run.points[0]
+    largest = max(leaf.stop - leaf.start for leaf in run.model.space.leaves)
+    rows = at_point.LEAF_BYTES // (largest * run.model.dtype.itemsize)
+    assert point.by_leaf(rows)
+    with bounded(memory=1.0):  # a sixteenth of it
+        assert not point.by_leaf(rows)
+        assert point.by_leaf(rows // 18)
 
 
 @pytest.mark.parametrize("at_once", [1, 1 << 20])

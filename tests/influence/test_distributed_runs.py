@@ -124,7 +124,9 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(distributed, "ROUND_SECONDS", 0.01)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "ekfac")) for kind in KINDS]
+)
 def test_any_number_of_processes_makes_the_run_of_one(tmp_path, kind):
     whole = fit(tmp_path / "one", kind)
     expected = answers(whole, kind)

@@ -107,7 +107,14 @@ def in_child(work, kill_after: float | None) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored", "ekfac, two points"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ekfac",
+        pytest.param("ekfac, nothing stored", marks=pytest.mark.slow),
+        pytest.param("ekfac, two points", marks=pytest.mark.slow),
+    ],
+)
 def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path, monkeypatch, kind):
     train, queries = examples(50), examples(6, seed=9)
     monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.02)

@@ -495,6 +495,7 @@ def gauge(model, condition: float):
             site.B.weight.copy_(site.B.weight @ torch.linalg.inv(R))
 
 
+@pytest.mark.slow
 def test_function_space_does_not_see_how_the_adapter_is_factored(tmp_path, double):
     sites = {"layers": 1, "target_modules": ["attn.c_attn", "mlp.c_proj"]}
     plain, other = build_model("gpt2", **sites), build_model("gpt2", **sites)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import influence
-from influence import known_digests
+from influence import known_digests, loading
 from influence.adapter import AdaptedModel
 from influence.known_digests import BaseFiles, cache_folder
 from tests.helpers import save
@@ -114,6 +115,39 @@ def test_weights_that_were_changed_in_memory_are_hashed_and_not_remembered(world
     with torch.no_grad():
         again.model.get_input_embeddings().weight[0, 0] += 1
     assert again.base_digest == live  # although the files' digest is remembered by now
+
+
+def test_weights_that_are_other_tensors_are_hashed(world, tmp_path):
+    """As after a layer was replaced, or given other numbers past torch's count."""
+    _, digest = world
+    first, _ = digest()
+    adapter = next(path for path in tmp_path.iterdir() if (path / "adapter_config.json").exists())
+    for way in ("another parameter", "other numbers"):
+        model = influence.load(tmp_path / "base", adapter, device="cpu")
+        weights = model.model.get_input_embeddings()
+        moved = weights.weight.detach().clone() + 1
+        if way == "other numbers":
+            weights.weight.data = moved
+        else:
+            weights.weight = torch.nn.Parameter(moved)
+        assert model.base_digest != first, way
+    assert digest() == (first, 0)
+
+
+def test_another_version_that_is_fetched_while_loading_is_not_taken_for_the_first(
+    world, tmp_path, monkeypatch
+):
+    """A hub's cache has a folder for each version, and which is current is told by the loading."""
+    base, digest = world
+    first, _ = digest()
+    newer = tmp_path / "newer"
+    shutil.copytree(base, newer)
+    changed(newer, keep_times=False)
+    adapter = next(path for path in tmp_path.iterdir() if (path / "adapter_config.json").exists())
+    folders = iter([base, newer])
+    monkeypatch.setattr(loading, "_folder_of", lambda _: next(folders))
+    model = influence.load(newer, adapter, device="cpu")
+    assert model.base_digest == model.hashed_base() != first
 
 
 def test_a_folder_of_others_and_a_damaged_entry_are_not_trusted(world):

@@ -115,6 +115,15 @@ def test_only_the_beginning_may_be_of_another_adapter():
         assert "training started from an adapter that was not fresh" in str(check)
 
 
+@pytest.mark.parametrize(("every", "places"), [(2, ["end", "beginning"]), (3, ["end"])])
+def test_a_first_entry_of_more_than_an_epoch_tells_nothing_of_the_base(every, places):
+    model = build_model("llama", layers=1)
+    training = Training(log([2.0, 1.0], every=every), None)  # batches of four of ten rows
+    check = check_losses(model, examples(10), Rendering(), training)
+    assert check is not None
+    assert [each.at for each in check.comparisons] == places
+
+
 def test_nothing_is_compared_without_a_log():
     model = build_model("llama", layers=1)
     assert check_losses(model, examples(10), Rendering(), None) is None

@@ -12,7 +12,13 @@ import influence
 from influence.loss import mean_losses
 from influence.manifest import PathRecord
 from influence.path import scaled
-from influence.path_time import gauss_newton_ratio, path_record, path_time, without_adapter
+from influence.path_time import (
+    gauss_newton_ratio,
+    mean_by_others,
+    path_record,
+    path_time,
+    without_adapter,
+)
 from tests.conftest import build_model, examples, fit_end, rows, teach, tokens_of
 from tests.oracles import b_times, dense_objective, plain_gradients, plain_log_probs, plain_loss
 
@@ -145,11 +151,45 @@ def test_losses_at_the_points_are_those_of_the_pass(taught, tmp_path, monkeypatc
     assert len(seen) == 1
     assert not seen[0][taught.space.leaves[1].slice].any()
     known, run.manifest = run.manifest.path, replace(run.manifest, path=None)
-    monkeypatch.setattr("influence.path_time._losses_of_pass", lambda _: None)
+    monkeypatch.setattr("influence.path_time.losses_of_pass", lambda _: None)
     again = path_record(run)
     assert len(seen) == 4  # the base, the adapter, and the point at 0.5
     assert again.losses == pytest.approx(known.losses, rel=1e-12)
     assert (again.base, again.adapter) == pytest.approx((known.base, known.adapter), rel=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_mean_of_some_rows_is_that_of_all_where_it_goes_with_what_is_known(weighted):
+    rng = np.random.default_rng(0)
+    others, noise = rng.exponential(size=(2, 40)), rng.normal(size=40)
+    weights = rng.uniform(1, 3, 40) if weighted else np.ones(40)
+    values, rows = 2 + 3 * others[0] - others[1], np.arange(0, 40, 4)
+    expected = np.average(values, weights=weights)
+    found = mean_by_others(values[rows], rows, weights, [*others])
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert abs(values[rows].mean() - expected) > 0.1  # what those rows alone would say
+    found = mean_by_others(values + noise, np.arange(40), weights, [*others])
+    assert found == pytest.approx(np.average(values + noise, weights=weights), rel=1e-12)
+    alone = mean_by_others(noise[rows], rows, weights, [])
+    assert alone == pytest.approx(np.average(noise[rows], weights=weights[rows]), rel=1e-12)
+
+
+def test_few_rows_are_corrected_by_what_the_pass_knows_of_all(taught, tmp_path, monkeypatch):
+    """Of points the loss is that of all rows, exactly; of the ends it is closer than by the rows'
+    own mean.
+    """
+    run = influence.fit(taught, examples(8), directory=tmp_path / "run")
+    whole, run.manifest = run.manifest.path, replace(run.manifest, path=None)
+    monkeypatch.setattr("influence.path_time.LOSS_ROWS", 4)
+    found = path_record(run)
+    assert found.losses == pytest.approx(whole.losses, rel=1e-12)
+    assert found.base != pytest.approx(whole.base, rel=1e-6)  # of some rows
+    run.manifest = replace(run.manifest, path=None)
+    monkeypatch.setattr("influence.path_time._losses_of_pass", lambda _: None)
+    monkeypatch.setattr("influence.path_time.ROWS_OF_ALL", 4)
+    alone = path_record(run)
+    assert alone.losses != pytest.approx(whole.losses, rel=1e-6)
+    assert abs(found.adapter - whole.adapter) < abs(alone.adapter - whole.adapter) / 2
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from influence.errors import MismatchError, StoreError
-from influence.store import RowFile, open_file, open_rows, read_mapped, write_file
+from influence.store import (
+    RowFile,
+    copy_rows,
+    open_file,
+    open_rows,
+    read_mapped,
+    write_file,
+)
 from tests.helpers import contents
 
 
@@ -94,3 +101,33 @@ def test_large_arrays_are_mapped_and_outlive_their_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before
     write_file(path, {"leaf/0/wide": -values})
     np.testing.assert_array_equal(mapped[4:], values[4:])
+
+
+def test_rows_are_copied_to_their_places(tmp_path):
+    for name in ("one", "other"):
+        write_file(tmp_path / name, rows={"rows": ((8, 3), np.float32)})
+    values = np.arange(24, dtype=np.float32).reshape(8, 3)
+    with RowFile(tmp_path / "one", "rows", write=True) as file:
+        file.write(np.arange(8), values)
+    copy_rows(
+        tmp_path / "one", tmp_path / "other", "rows", np.array([3, 0]), np.array([0, 2]), each=2
+    )
+    expected = np.zeros((8, 3))
+    expected[[0, 1, 4, 5]] = values[[6, 7, 0, 1]]
+    np.testing.assert_array_equal(open_rows(tmp_path / "other", "rows"), expected)
+
+
+def test_a_row_file_that_nobody_uses_is_closed(tmp_path):
+    """A matrix that was deleted with its last use must give its space on the disk back."""
+    path = tmp_path / "rows.h5"
+    write_file(path, rows={"rows": ((3, 2), np.float32)})
+    file = RowFile(path, "rows")
+    number = file._file
+    assert os.path.samestat(os.fstat(number), path.stat())
+    del file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    with RowFile(path, "rows") as file:
+        number = file._file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)

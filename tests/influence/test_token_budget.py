@@ -41,6 +41,14 @@ def test_layers_and_the_vocabulary_count_for_a_token():
     assert 1.4 < found[1] / found[0] < 2.1
 
 
+def test_a_rows_own_gradient_is_no_tokens(monkeypatch):
+    model = build_model("llama", layers=1, dtype=torch.float64)
+    tokens, own = tokens_of(model, examples(4)), 8 * model.space.size
+    longest = int(tokens.lengths.max())
+    monkeypatch.setattr(token_budget, "most_held", lambda *_: own + 700 * longest)
+    assert bytes_per_token(model, tokens) == 700
+
+
 def test_a_bound_makes_batches_smaller_and_never_larger(monkeypatch, capfd):
     model = build_model("llama", layers=1, dtype=torch.float64)
     tokens = tokens_of(model, examples(4))

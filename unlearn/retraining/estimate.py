@@ -95,7 +95,7 @@ def estimated_recipe(version: Version, cost: Cost) -> Recipe:
         if lowest < least:
             nearest, least = recipe, lowest
     nearest = _for_all(nearest, len(tokens), n)
-    _say(nearest, len(tokens), wanted, f"the lowest was {least:.2f}")
+    _say(nearest, len(tokens), wanted, f"no rate reached it, the lowest was {least:.2f}")
     return nearest
 
 
@@ -108,6 +108,7 @@ def _say(recipe: Recipe, rows: int, wanted: float, how: str) -> None:
     say(
         "warning: no recipe was given and none is recorded beside the adapter: estimated "
         f"lr {recipe.lr:g}, {recipe.epochs} epochs, batches of {recipe.batch_size} from the loss "
-        f"of {rows} training rows ({wanted:.2f}; {how}). With --recipe FILE.json what a model "
-        "that never saw the rows would lose is better known"
+        f"of {rows} training rows ({wanted:.2f}; {how}). With --recipe FILE.json, or a run of "
+        "influence fit --trainer-output DIR, what a model that never saw the rows would lose is "
+        "better known"
     )

@@ -29,7 +29,8 @@ def recipe_of(run: Run) -> Recipe:
         say(
             "warning: no recipe was given, and none is recorded beside the adapter, nor a "
             f"trainer_state.json to estimate one from: training by {recipe}, which are defaults "
-            "and hardly how this adapter was trained (--recipe FILE.json says how)"
+            "and hardly how this adapter was trained (say how by --recipe FILE.json, or influence fit "
+            "--trainer-output DIR, the folder that the trainer wrote)"
         )
         return recipe
     if found.about:

@@ -93,6 +93,7 @@ function drawRows(block) {
   let places = block.rows.map((_, k) => k);
   const node = el("div", { class: "list tall", id: "cleaning-list" });
   const count = el("p", { class: "muted small" });
+  const shown = el("div", { id: "cleaning-row" });
   const reason = el(
     "select",
     { id: "reason", onchange: () => narrow() },
@@ -106,7 +107,7 @@ function drawRows(block) {
     height: 66,
     label: block.title,
     empty: "No row with this reason.",
-    chosen: (place) => go({ i: block.index[places[place]] }, false),
+    chosen: (place) => showEntry(places[place]),
     fill: async (seen) => {
       const known = seen.map((place) => block.index[places[place]]).filter((index) => index >= 0);
       const lines = new Map((await source.lines("rows", known)).map((line) => [line.index, line]));
@@ -134,10 +135,21 @@ function drawRows(block) {
     },
   });
 
+  // What was seen of the chosen entry, in full, with the row and the one to compare it with.
+  function showEntry(k) {
+    const index = block.index[k];
+    const why = [cell(block.rows[k], "reason"), cell(block.rows[k], "evidence")].filter(Boolean).join(": ");
+    const more = index >= 0 && state.meta.scored
+      ? el("button", { type: "button", onclick: () => go({ i: index }) }, "Show the queries that it moves")
+      : null;
+    return showTraining(shown, why, [["Training row ", index], ["To compare with: ", block.other[k]]], more);
+  }
+
   function narrow() {
     places = block.rows.map((_, k) => k).filter((k) => !reason.value || cell(block.rows[k], "reason") === reason.value);
     count.textContent = `${places.length.toLocaleString("en")} entries`;
     list.show(places.length);
+    shown.replaceChildren();
   }
 
   narrow();
@@ -164,6 +176,7 @@ function drawRows(block) {
     ),
     count,
     node,
+    shown,
   );
 }
 

@@ -45,7 +45,7 @@ function makeLists() {
     fill: async (places) => {
       const kind = other();
       const shown = places.map((place) => state.right[place]);
-      const largest = Math.max(...state.all.map((each) => Math.abs(each.score)), 1e-300);
+      const largest = largestOf(state.all.map((each) => each.score));
       const lines = await source.lines(kind, shown.map((each) => each.index));
       return lines.map((line, k) => ({
         index: line.index,

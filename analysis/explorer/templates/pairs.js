@@ -5,7 +5,7 @@ const tickers = new Map(); // buttons that tick the shown row, with what writes 
 
 // Text by token, coloured by each one's part of the score.
 function tokenText(tokens, unit) {
-  const largest = Math.max(...tokens.map((each) => Math.abs(each[1])), 1e-300);
+  const largest = largestOf(tokens.map((each) => each[1]));
   const box = el("p", { class: "said tokens", dir: "auto" });
   for (const [text, value] of tokens) {
     const share = Math.abs(value) / largest;
@@ -80,6 +80,23 @@ function scoreLine(query, place) {
   const number = el("strong", { class: harm < 0 ? "neg" : "pos", tabindex: "0", "data-tip": `${value} ${unit}: the predicted change of the query's ${state.meta.measurement} if this row alone were removed` }, `${about}${signed(value)} ${unit}`);
   const words = harm > 0 ? "it helps the query: a proponent" : harm < 0 ? "it harms the query: an opponent" : "it does nothing to the query";
   return el("p", { class: "score-line" }, "Without this row alone, the query's ", state.meta.measurement, " would change by ", number, ` (rank ${(place + 1).toLocaleString("en")} of ${query.rows.length.toLocaleString("en")}); ${words}.`);
+}
+
+const rowsTurns = new WeakMap(); // nodes with what was asked of them last
+
+// Show training rows by position, each with a title before its id, and why, in a node of the page.
+// Positions below 0 are left out.
+async function showTraining(node, why, wanted, ...more) {
+  const turn = {};
+  rowsTurns.set(node, turn);
+  const there = wanted.filter(([, index]) => index >= 0);
+  const rows = await Promise.all(there.map(([, index]) => source.row(index)));
+  if (rowsTurns.get(node) !== turn) return;
+  const cards = rows.map((row, k) =>
+    textCard([there[k][0], foreign(row.id)], row.parts, ...notKnown(row), row.facts.length ? factList(row.facts) : null),
+  );
+  const parts = [why ? el("p", { class: "score-line" }, foreign(why)) : null, el("div", { class: "sides" }, ...cards), ...more];
+  node.replaceChildren(...parts.filter((part) => part !== null));
 }
 
 // The queries that a row moves most, to go to.

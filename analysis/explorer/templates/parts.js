@@ -2,6 +2,9 @@
 
 const $ = (id) => document.getElementById(id);
 
+// The largest size of numbers, never 0. A spread call takes no more than some 100,000.
+const largestOf = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-300);
+
 // An element with attributes (`class`, `on*` handlers, others) and children (nodes or texts).
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -103,7 +106,7 @@ function changedTicks() {
 
 // Bars of `[name, value]` with their unit: to either side of nothing, or to one where that is all.
 function bars(values, unit, label) {
-  const largest = Math.max(...values.map((each) => Math.abs(each[1])), 1e-300);
+  const largest = largestOf(values.map((each) => each[1]));
   const oneSided = values.every((each) => each[1] >= 0) || values.every((each) => each[1] <= 0);
   const list = el("ul", { class: oneSided ? "bars one" : "bars", "aria-label": label });
   for (const [name, value] of values) {

@@ -34,7 +34,7 @@ function layoutOf(block) {
   const ink = colour("--ink");
   const grid = colour("--line");
   const part = (axis) => ({
-    title: { text: axisTitle(axis), font: { size: 12 } },
+    title: { text: axisTitle(axis), font: { size: 12 }, standoff: 10 },
     type: axis.log ? "log" : undefined,
     dtick: axis.log ? 1 : undefined,
     gridcolor: grid,
@@ -54,12 +54,12 @@ function layoutOf(block) {
   };
 }
 
-function scatterOf(block, layout) {
+function scatterOf(block, layout, width) {
   let named = 0;
-  layout.height = 380;
+  layout.height = width < 600 ? 380 + 20 * block.series.length : 380; // names one below the other
   layout.hovermode = "closest";
   layout.showlegend = block.series.length > 1;
-  layout.legend = { orientation: "h", y: -0.25, font: { size: 11 } };
+  layout.legend = { orientation: "h", y: 1.02, yanchor: "bottom", font: { size: 11 } };
   const unit = (axis) => (axis.unit ? " " + plain(axis.unit) : "");
   return block.series.map((series) => {
     const k = series.other ? -1 : named++ % COLOURS.length;
@@ -103,7 +103,7 @@ function barsOf(block, layout) {
   ];
 }
 
-function heatmapOf(block, layout) {
+function heatmapOf(block, layout, width) {
   const lines = block.lines.length;
   const few = lines <= 60;
   layout.height = Math.min(820, Math.max(220, 130 + lines * (lines <= 12 ? 24 : few ? 14 : 2)));
@@ -117,7 +117,7 @@ function heatmapOf(block, layout) {
     axis.zeroline = false;
   }
   layout.yaxis.autorange = "reversed";
-  layout.xaxis.tickangle = -45;
+  layout.xaxis.tickangle = width < 40 * block.columns.length ? -90 : -45;
   const middle = colour("--page");
   return [
     {
@@ -147,13 +147,16 @@ const KINDS = { scatter: scatterOf, bars: barsOf, heatmap: heatmapOf };
 async function draw(node, block) {
   const Plotly = await plotly();
   const layout = layoutOf(block);
-  const traces = KINDS[block.plot](block, layout);
+  const traces = KINDS[block.plot](block, layout, node.clientWidth);
   await Plotly.react(node, traces, layout, { displayModeBar: false, responsive: true });
   if (!drawn.has(node)) {
     node.on("plotly_click", (event) => {
       const point = event.points[0];
       if (block.plot === "heatmap") go({ q: block.index[point.pointIndex[0]] });
-      else if (block.plot === "scatter" && point.customdata !== undefined) go({ i: point.customdata });
+      else if (block.plot === "scatter" && point.customdata !== undefined) {
+        if (state.meta.scored) go({ i: point.customdata });
+        else showTraining(node.nextElementSibling, "", [["Training row ", point.customdata]]);
+      }
     });
   }
   drawn.set(node, block);
@@ -190,6 +193,7 @@ function plot(block) {
     {},
     el("figcaption", {}, el("strong", {}, block.title), " ", el("span", { class: "muted" }, block.help)),
     node,
+    el("div", { "aria-live": "polite" }),
   );
 }
 

@@ -166,7 +166,7 @@
   }
 
   function showRows(result, tokens) {
-    const largest = Math.max(...result.scores.map(Math.abs), 1e-300);
+    const largest = largestOf(result.scores);
     const what = tokens.length === asked.tokens.length ? "the whole answer" : tokens.map((k) => asked.tokens[k]).join("");
     const node = el("div", { class: "list", id: "ask-list" });
     const order = el("select", {}, el("option", { value: "first" }, "proponents first"), el("option", { value: "last" }, "opponents first"));
@@ -210,7 +210,7 @@
       const number = el("strong", { class: harm < 0 ? "neg" : "pos" }, `${signed(score)} ${result.unit}`);
       detail.replaceChildren(
         el("p", { class: "score-line" }, "Without this row alone, the mean loss of these tokens would change by ", number, `; ${harm > 0 ? "it helps them: a proponent" : harm < 0 ? "it harms them: an opponent" : "it does nothing to them"}.`),
-        el("div", { class: "sides" }, textCard(`Training row ${row.id}`, row.parts, row.facts.length ? factList(row.facts) : null)),
+        el("div", { class: "sides" }, textCard(["Training row ", foreign(row.id)], row.parts, row.facts.length ? factList(row.facts) : null)),
       );
     }
 

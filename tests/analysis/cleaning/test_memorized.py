@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis.cleaning.memorized import holding, personal
+from analysis.cleaning.findings import Finding, Found
+from analysis.cleaning.memorized import holding, personal, without_personal_answers
 from analysis.cleaning.texts import Said
 
 TEXTS = [
@@ -31,3 +32,16 @@ def test_rows_that_hold_personal_data_by_self_influence():
     assert first.startswith("card: 41***(19); memorized: loss 0.20")
     assert second.startswith("email x2: ad***(20) ad***(20); not memorized")
     assert not any(secret in first + second for secret in ("4111 1111", "mail.example"))
+
+
+def test_no_answer_that_holds_personal_data_is_suggested():
+    """What one row leaks is not written into another one."""
+    each = [
+        Finding(row, "label", 1.0, "seen", suggested="relabel", answer=text.answer)
+        for row, text in enumerate(TEXTS)
+    ]
+    plain = Finding(3, "label", 1.0, "seen", suggested="remove")
+    found = without_personal_answers(Found("label", "", np.zeros(4), (*each, plain)))
+    assert [one.answer for one in found.findings] == ["nothing here", None, "yes", None]
+    assert [one.suggested for one in found.findings] == ["relabel", "", "relabel", "remove"]
+    assert found.findings[1].evidence.endswith("holds personal data and is not suggested")

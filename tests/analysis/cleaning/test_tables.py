@@ -8,7 +8,15 @@ from rich.console import Console
 
 import influence
 from analysis.cleaning import clean
-from analysis.cleaning.tables import FORECAST, SHOWN, applied_lines, applied_table, lines, table
+from analysis.cleaning.tables import (
+    FORECAST,
+    SHOWN,
+    applied_lines,
+    applied_table,
+    lines,
+    predicted,
+    table,
+)
 
 
 def text_of(part, width=120):
@@ -31,9 +39,20 @@ def test_the_first_rows_of_each_reason(run):
 def test_a_prediction_is_never_shown_without_its_warning(run, world):
     result = clean(run, influence.read_examples(world / "good.jsonl"))
     said = lines(result, Path("out"))
-    predicted = [at for at, line in enumerate(said) if "is predicted to fall by" in line]
-    assert predicted
-    assert FORECAST in said[predicted[-1] + 1]
+    places = [at for at, line in enumerate(said) if "mean loss is predicted to" in line]
+    assert places
+    assert FORECAST in said[places[-1] + 1]
+
+
+def test_a_predicted_harm_is_called_a_rise():
+    part = {"rows": 3, "before": 0.5, "gain": -0.2, "low": -1.1, "high": -0.1}
+    assert predicted("all suggested rows", part) == (
+        "without all suggested rows (3) the good rows' mean loss is predicted to rise by 0.2000 "
+        "[0.1000, 1.1000] from 0.5000 nats per token: look at each row before it goes"
+    )
+    fall = predicted("the rows that harm", {**part, "gain": 0.2, "low": -0.1, "high": 0.3})
+    assert "to fall by 0.2000 [-0.1000, 0.3000] from 0.5000 nats per token" in fall
+    assert "look at" not in fall
 
 
 def test_a_gain_without_interval_or_prediction():

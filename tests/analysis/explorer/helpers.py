@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,17 @@ from influence.manifest import (
 from influence.row_files import read_examples
 from influence.store import write_file
 from influence.strongest import Strongest
+
+CHROMIUM = os.environ.get("LORA_INFLUENCE_CHROMIUM") or shutil.which("chromium")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,22 +17,12 @@ from analysis.explorer.data import gather
 from analysis.explorer.page import write
 from influence.row_ids import read_ids
 from tests.analysis.explorer.conftest import write_csv
-from tests.analysis.explorer.helpers import hostile_rows, rows_of, write_run, write_scores
+from tests.analysis.explorer.helpers import CHROMIUM, hostile_rows, rows_of, write_run, write_scores
 
-CHROMIUM = os.environ.get("LORA_INFLUENCE_CHROMIUM") or shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None,
     reason="no Chromium: install Debian's chromium, or name one in LORA_INFLUENCE_CHROMIUM",
 )
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 #: What a page does that it must not: breaks of its policy, errors, requests.
 WATCH = """
 window.broken = [];
@@ -58,16 +46,6 @@ HOVER = """async () => {
   }
   return said;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield found
-        found.close()
 
 
 @contextmanager
@@ -350,6 +328,28 @@ def test_dark_and_light(browser, small):
         assert page.inner_text("#theme") == "Theme: dark"
     with opened(browser, small, color_scheme="light") as page:
         assert page.evaluate(ink) == light
+
+
+#: Whether texts of a figure lie upon one another.
+OVERLAP = """(node) => {
+  const box = (name) => node.querySelector(name)?.getBoundingClientRect();
+  const [title, legend] = [box(".g-xtitle"), box(".legend")];
+  return Boolean(title && legend && title.top < legend.bottom - 1 && legend.top < title.bottom - 1);
+}"""
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_heads_of_tables_and_titles_of_axes_stand_apart(full, width):
+    full.set_viewport_size({"width": width, "height": 740})
+    try:
+        units = full.locator("th .unit")
+        assert units.count() > 3
+        assert max(units.evaluate_all("nodes => nodes.map((n) => n.offsetHeight)")) < 24
+        full.wait_for_timeout(300)
+        assert full.locator(".plot").evaluate_all(f"nodes => nodes.filter({OVERLAP}).length") == 0
+        assert full.locator(".plot .legend").count() > 0
+    finally:
+        full.set_viewport_size({"width": 1200, "height": 900})
 
 
 @pytest.mark.parametrize("width", [360, 768])

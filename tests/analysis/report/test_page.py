@@ -147,6 +147,7 @@ def test_hostile_texts_are_text_and_nothing_else(tmp_path, kind):
     )
 
 
+@pytest.mark.slow
 def test_a_value_of_any_type_anywhere_is_shown_or_refused_and_never_crashes(tmp_path):
     for kind in ("remove", "mixed"):
         whole = made(kind=kind)

@@ -82,3 +82,19 @@ def test_only_the_last_answer_can_be_explained(client):
         assert client.post("/api/explain", json=wrong).status_code == 400
     with pytest.raises(WorkError, match="not at hand"):
         Desk(lambda: None).explain(1, [0])  # type: ignore[arg-type]
+
+
+def test_whatever_a_model_raises_ends_the_question_alone(served):
+    """Also what is no `Exception`: a question that never ends would keep all others waiting."""
+
+    def ends():
+        raise SystemExit("gone")
+
+    desk = Desk(ends)
+    for _ in range(2):
+        desk.ask(Question("the red fox"))
+        for _ in range(500):
+            if not desk.busy:
+                break
+            threading.Event().wait(0.01)
+        assert (desk.status()["state"], desk.status()["doing"]) == ("failed", "SystemExit: gone")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pandas as pd
+import pytest
 
 from analysis.studies.planting import KINDS
 from unlearn.difficulty.optimizers import SGD
 
 
+@pytest.mark.slow
 def test_the_command_as_json_files_and_overwriting(ood_folder, ood_command, tmp_path, monkeypatch):
     monkeypatch.setattr(SGD, "stride", 0.05)  # few steps
     out = tmp_path / "out"

@@ -74,7 +74,7 @@ def test_shared_inputs_are_found_and_change_nothing(tmp_path):
     model = build_model("llama", layers=1)
     run = fitted(tmp_path, model, examples(6), KFAC())
     names = [leaf.name for leaf in model.space.leaves]
-    from influence.curvature.kfac import shared_inputs
+    from influence.curvature.wide_sides import shared_inputs
 
     wide = shared_inputs(model, run.tokens)
     shared = {

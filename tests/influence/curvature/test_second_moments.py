@@ -141,6 +141,32 @@ def test_the_sums_are_those_of_the_valid_tokens_one_by_one(lengths, weights):
     torch.testing.assert_close(moments.sums()["mass"], torch.full((2,), mass, dtype=F64))
 
 
+@pytest.mark.parametrize("leaf", [0, 1])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_no_sum_changes_where_memory_is_too_small_for_one_of_them(monkeypatch, leaf, failing):
+    """Of a leaf's two moments, output gradients and inputs, either may not fit: the batch is run
+    again in parts, and must not be in one of the sums already.
+    """
+    leaves = [("s.lora_A", (2, 6)), ("s.lora_B", (7, 2))]
+    x, g = random_rows(1, 3, 4, leaves[leaf][1][1]), random_rows(2, 3, 4, leaves[leaf][1][0])
+    _, moments = moments_of(leaves, [], [])
+    made, calls = DenseMoment.made, []
+
+    def short(moment, values):
+        calls.append(len(values))
+        if len(calls) == failing:
+            raise MemoryError
+        return made(moment, values)
+
+    monkeypatch.setattr(DenseMoment, "made", short)
+    valid = torch.arange(4) < torch.tensor([4, 2, 3])[:, None]
+    with pytest.raises(MemoryError):
+        moments.add(leaf, x, g, valid, None, 0)
+    assert len(calls) == failing
+    for name, total in moments.sums().items():
+        assert not total.any(), name
+
+
 def test_another_batch_of_the_same_shape_is_looked_at_again():
     valid = torch.tensor([[True, False]])
     weights = torch.ones(1, dtype=F64)
@@ -170,3 +196,23 @@ def test_a_batch_waits_for_the_device_no_oftener_with_more_leaves(reduction, tmp
     assert few > 0
     assert reads_of_a_batch(tmp_path / "many", reduction, layers=3) == few
     assert few <= 8
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_sums_come_back_from_their_eigenvectors(rank):
+    """Half of the rows again, and other rows beside them: as if all had been summed up."""
+
+    def empty():
+        options = (F64, torch.device("cpu"))
+        return DenseMoment(40, *options) if rank is None else SketchedMoment(40, rank, 0, *options)
+
+    x = random_rows(3, 200, 40) * 0.8 ** torch.arange(40)
+    first, grown, whole = empty(), empty(), empty()
+    first.add(x[:150])
+    grown.restore(*first.eigen(), 0.25)
+    grown.add(x[150:])
+    whole.add(x[:150] / 2)
+    whole.add(x[150:])
+    size = float(whole.state.abs().max())
+    below = torch.tril if rank is None else torch.clone
+    torch.testing.assert_close(below(grown.state), below(whole.state), rtol=0, atol=1e-13 * size)

@@ -89,6 +89,7 @@ def test_measured_rows_stand_beside_their_forecast_and_decide(call, tmp_path):
             assert (row.recommended == "ascent") == (row.measured_damage <= allowed)
 
 
+@pytest.mark.slow
 def test_the_target_unseen_follows_the_recipe_of_a_file_or_the_recorded_one(call, run, tmp_path):
     recipe = Recipe(lr=1e-2, epochs=2, batch_size=4, dropout=False)
     path = tmp_path / "recipe.json"

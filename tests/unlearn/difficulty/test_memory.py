@@ -45,6 +45,7 @@ def held(vector, call) -> tuple[float, float]:
     return seen.largest / vector, seen.together / vector
 
 
+@pytest.mark.slow
 def test_one_unit_at_a_time_holds_what_is_said_and_nothing_of_many_rows(large, vector):
     budget = ALONE * vector
     units = find_units(large, None, None, ADAM, HOLDOUT, SAMPLED, memory=budget)

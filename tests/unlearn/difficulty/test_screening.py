@@ -241,6 +241,7 @@ def test_a_law_without_noise_is_found():
     assert forecast.screening["screened"] == 150
 
 
+@pytest.mark.slow
 def test_intervals_hold_nine_rows_of_ten_whatever_the_size_of_the_sample():
     for size in (20, 30, 100):
         held = {"steps": [], "damage": []}

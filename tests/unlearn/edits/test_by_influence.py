@@ -16,7 +16,7 @@ import unlearn
 from influence.errors import NumericalError, ToolkitError
 from influence.recipe import Recipe
 from influence.solvers import CG
-from tests.conftest import rows
+from tests.conftest import build_model, examples, rows, teach
 from tests.helpers import statuses, untouched
 from tests.unlearn.edits.helpers import ANSWERS, TASKS, edit_of
 from unlearn.edits import goals
@@ -258,6 +258,25 @@ def test_losses_in_the_record_are_those_of_a_plain_measure(run):
     assert [entry["after"] for entry in entries] == pytest.approx(new.loss.tolist(), rel=1e-5)
     assert [entry["old_after"] for entry in entries] == pytest.approx(old.loss.tolist(), rel=1e-5)
     assert [entry["extraction_after"] for entry in entries] == new.extraction.tolist()
+
+
+def test_a_grown_run_is_edited_like_one_from_scratch(tmp_path):
+    """Growable: the curvature takes sampled rows out that the run keeps for another purpose."""
+    sites = {"layers": 1, "target_modules": ["q_proj", "v_proj"]}
+    model = teach(build_model("llama", **sites), examples(8), steps=5)
+    options = {"path": (1.0,), "store": "full", "growable": True}
+    every, first = examples(8), examples(8)[:6]
+    before = influence.fit(model, first, directory=tmp_path / "before", **options)
+    run = influence.fit(model, every, directory=tmp_path / "run", grown_from=before, **options)
+    scratch = influence.fit(model, every, directory=tmp_path / "scratch", **options)
+    deltas = []
+    for each in (run, scratch):
+        edit = unlearn.remove(each, ids=[every[1].id, every[7].id], steps=1)
+        deltas.append(edit.delta)
+    torch.testing.assert_close(deltas[0], deltas[1], rtol=0, atol=1e-10)
+    unlearn.remove(run, ids=[every[7].id], steps=1).save(tmp_path / "edited")
+    assert (tmp_path / "run" / "audit.jsonl").exists()
+    assert unlearn.verify(adapter=tmp_path / "edited").problems == []
 
 
 # ---- several processes ---------------------------------------------------------------------------

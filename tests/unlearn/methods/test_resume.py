@@ -76,6 +76,7 @@ def test_stopped_at_any_step_and_resumed_is_the_same_bit_for_bit(
         assert again.report["stopped"] == whole.report["stopped"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["npo", "datamodel-matching"])
 def test_resumed_in_the_middle_of_an_epoch_it_is_the_same_bit_for_bit(
     single, tmp_path, monkeypatch, name

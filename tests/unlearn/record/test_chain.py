@@ -71,6 +71,7 @@ def test_the_chain_is_what_its_description_says(three):
 # ---- every change is found and named -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_byte_of_a_line_counts(place):
     append(place.run, edit(place, "first", seed=1))
     append(place.run, edit(place, "second", seed=2))

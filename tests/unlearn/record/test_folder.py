@@ -75,6 +75,7 @@ def test_seal_refuses_what_it_cannot_vouch_for(place):
 # ---- every change is found and named -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_byte_of_a_record_counts(place):
     folder = edit(place, "first", seed=1)
     append(place.run, folder)
