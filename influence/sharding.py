@@ -153,7 +153,9 @@ def decoder_layers(model: AdaptedModel) -> list[nn.Module]:
 
     reason = ""
     body = model.model.get_base_model()
-    layers = [m for m in body.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers: list[nn.Module] = [
+        m for m in body.modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
     inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
     layers = [layer for layer in layers if id(layer) not in inner]
     if getattr(body.config, "quantization_config", None) is not None:
