@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 from functools import partial
@@ -24,8 +25,10 @@ from influence.halving import halve
 from influence.loss import mean_losses
 from influence.measurements import MeanLoss
 from influence.scores import raw_parts
-from tests.conftest import build_model, examples, teach, tokens_of
-from tests.helpers import save, statuses
+from tests.conftest import build_model, examples, rows, teach, tokens_of
+from tests.helpers import save, statuses, write_rows
+from tests.influence.test_distributed_commands import call, fit_line, told
+from tests.influence.toy_commands import wrong
 
 N_ROWS = 13
 KIND = {"layers": 3, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -144,14 +147,14 @@ def held_bytes() -> int:
     """Bytes of all storages of tensors that this process holds."""
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
+        if issubclass(type(thing), torch.Tensor):  # what is lazy is not asked
             local = thing.to_local() if isinstance(thing, DTensor) else thing
             storage = local.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_each_process_holds_its_part_of_the_layers(folder, tmp_path, monkeypatch, count):
     whole = loaded(folder)
     own = {id(parameter) for parameter in whole.parameters}
@@ -178,7 +181,7 @@ def test_each_process_holds_its_part_of_the_layers(folder, tmp_path, monkeypatch
         gc.collect()
         assert held_bytes() - before <= parts + rest + 64, (held_bytes() - before, parts, rest)
         tokens = tokens_of(model, examples(3 + rank))
-        passed = [len(rows) for rows, _, _ in stream_gradients(model, tokens, token_budget=20)]
+        passed = [len(batch) for batch, _, _ in stream_gradients(model, tokens, token_budget=20)]
         assert sum(passed) == 3 + rank
         distributed.wait()
         gc.collect()
@@ -198,8 +201,8 @@ def test_processes_may_have_unequal_work(folder, tmp_path, monkeypatch):
     tokens = tokens_of(whole, data)
     losses = mean_losses(whole, tokens)
     gradients = torch.zeros(6, whole.space.size, dtype=torch.float64)
-    for rows, part, _ in stream_gradients(whole, tokens):
-        gradients[torch.from_numpy(rows)] = part
+    for places, part, _ in stream_gradients(whole, tokens):
+        gradients[torch.from_numpy(places)] = part
 
     def near(model, batches, tape_is_apart: bool = False) -> None:
         if tape_is_apart:
@@ -211,8 +214,8 @@ def test_processes_may_have_unequal_work(folder, tmp_path, monkeypatch):
                 self.apart = True
 
             monkeypatch.setattr(influence.gradients.Tape, "__init__", begin)
-        for rows, part, _ in stream_gradients(model, tokens, batches=map(np.array, batches)):
-            torch.testing.assert_close(part, gradients[torch.from_numpy(rows)])
+        for places, part, _ in stream_gradients(model, tokens, batches=map(np.array, batches)):
+            torch.testing.assert_close(part, gradients[torch.from_numpy(places)])
 
     def work(rank: int) -> None:
         model = loaded(folder, shard=True)
@@ -328,3 +331,51 @@ def test_what_a_base_computes_in_is_that_of_its_device():
         found = [sharding.compute_on("cuda", *each) for each in asked]
     assert real is sharding.resolve_device
     assert found == ["auto", "own", "auto", "own"]
+
+
+@pytest.mark.slow
+def test_commands_in_two_processes_that_share_the_base(folder, tmp_path):
+    """A fit, scores and removed rows under torchrun, with a bound on memory."""
+    data = rows(N_ROWS)
+    write_rows(folder / "train.jsonl", data)
+    write_rows(folder / "queries.jsonl", rows(3, seed=9))
+    run = fit(folder, tmp_path / "one", reduction="token")
+    queries = examples(3, seed=9)
+    effect = run.without([data[3]["id"]], queries)
+    options = ["--json", "--shard", "--memory", "4"]
+    result = call(2, *fit_line(folder, "two"), "--dtype", "float64", "--path", "0.7", *options)
+    assert result.returncode == 0, result.stderr
+    asked = ["--run-dir", folder / "two", "--device", "cpu", *options]
+    asked += ["--queries", folder / "queries.jsonl"]
+    result = call(2, "score", *asked)
+    assert result.returncode == 0, result.stderr
+    with h5py.File(folder / "two" / "scores.h5") as file:
+        scores = np.asarray(file["scores"])
+    np.testing.assert_allclose(scores, run.score(queries).values, rtol=1e-5, atol=1e-8)
+    result = call(2, "without", "--ids", data[3]["id"], *asked)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    for name in ("queries", "removed"):
+        expected = [each.predicted for each in getattr(effect, name)]
+        np.testing.assert_allclose([each["predicted"] for each in found[name]], expected, 1e-10)
+    result = call(2, *fit_line(folder, "new"), "--shard", "--curvature", "ggn")
+    assert [line[:40] for line in told(result.stderr)] == [
+        "error: a base that is sharded and the cu"
+    ]
+    assert not (folder / "new").exists()
+
+
+def test_commands_that_refuse_it(command, at):
+    """One process, and commands that have passes of single processes."""
+    for line, words in {
+        ("fit", "--adapter", at / "adapter", "--train", at / "train.jsonl", "--run", at / "new"): (
+            "start the command with torchrun"
+        ),
+        ("score", "--run", at / "run", "--queries", at / "queries.jsonl"): (
+            "start the command with torchrun"
+        ),
+        ("check", "--adapter", at / "adapter", "--train", at / "train.jsonl"): (
+            "only influence fit, score, self and without"
+        ),
+    }.items():
+        wrong(command, at, [*line, "--shard"], words)
