@@ -298,8 +298,8 @@ def trainings(
     ]
     sets = {
         "suggested": [ids[row] for row in result.remove],
-        "harms and label": [ids[row] for row in sorted(doubted)],
         "planted wrong rows": false,
+        "harms and label": [ids[row] for row in sorted(doubted)],
         "random rows": [ids[row] for row in sorted(drawn.tolist())],
     }
     before, found = (folder / ROWS).read_text(encoding="utf-8"), {}
@@ -311,9 +311,22 @@ def trainings(
             found[name] = apply(
                 folder, result.run, queries=good, holdout=heldout, seeds=seeds, overwrite=True
             )
+            _print_gains(name, found[name])
     finally:
         (folder / ROWS).write_text(before, encoding="utf-8")
     return found
+
+
+def _print_gains(name: str, part: dict[str, Any]) -> None:
+    """What was measured without a set of rows, beside what was predicted."""
+    for which, values in part["sets"].items():
+        predicted = values["predicted"]
+        said = "" if predicted is None else f", predicted {predicted['gain']:+.4f}"
+        print(
+            f"without {name} ({len(part['removed'])}), {which} {values['before']:.3f}: gain "
+            f"{values['gain']:+.4f} [{values['low']:+.4f}, {values['high']:+.4f}]{said}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -352,14 +365,6 @@ def main() -> None:
     print(f"better answers: {suggested}, of false rows {false}, known to be right {right}")
     if args.apply:
         record["applied"] = trainings(result, faults, folder, good, heldout, args.seeds)
-        for name, part in record["applied"].items():
-            for which, values in part["sets"].items():
-                predicted = values["predicted"]
-                said = "" if predicted is None else f", predicted {predicted['gain']:+.4f}"
-                print(
-                    f"without {name} ({len(part['removed'])}), {which} {values['before']:.3f}: gain "
-                    f"{values['gain']:+.4f} [{values['low']:+.4f}, {values['high']:+.4f}]{said}"
-                )
     write_json(args.work / "cleaning.json", record)
 
 

@@ -1,7 +1,7 @@
 """The explorer's picture: a page of a run, as a browser shows it.
 
-    analysis report --run run --scores detailed.h5 --out detailed.html     # docs/explorer.md
-    python docs/explorer.py detailed.html                                  # draws docs/explorer.png
+    analysis report --run run --out explorer.html     # the demo's run, as docs/explorer.md has it
+    python docs/explorer.py explorer.html             # draws docs/explorer.png
 
 Needs Chromium (LORA_INFLUENCE_CHROMIUM, or on the path) and Playwright.
 """

@@ -1,4 +1,4 @@
-"""The README's picture, of the demo's numbers: scores, an edit beside retraining, a forecast.
+"""The picture of docs/faithfulness.md, of the demo's numbers: scores, an edit beside retraining, a forecast.
 
     python docs/picture.py            # draws docs/picture.png from docs/picture.json
     python docs/picture.py demo       # computes docs/picture.json first, from what make demo left

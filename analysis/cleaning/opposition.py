@@ -34,9 +34,9 @@ MATES, STRANGERS = 50, 20
 #: 13 of 18 were planted on the demo and 6 of 8 on tofu-tiny (benchmarks/cleaning.py, 2026-11-29).
 DOUBTFUL = 0.2
 #: Good rows that a row of no group of theirs is compared with; and the share of its pull against those
-#: of its kind from which on it is listed. On all good rows the share drowns in those that have nothing
-#: to do with the row: average precision 0.11 and 0.36, of its kind 0.38 and 0.65 (30 and 20 good rows
-#: of the demo and tofu-tiny, benchmarks/cleaning.py, 2026-11-29).
+#: of its kind from which on it is listed, by its gain. On all good rows a gain drowns in those that
+#: have nothing to do with the row: average precision 0.25 and 0.32, on its kind 0.59 and 0.57 (30 and
+#: 20 good rows of the demo and tofu-tiny, rows with a group; benchmarks/cleaning.py, 2026-11-29).
 NEAREST_GOOD, HARMFUL = 5, 0.7
 #: A better answer is one on which the two rows that a row opposes most agree: each takes at least
 #: this share of its pull, and their answers' cosine is at least the other.
@@ -76,27 +76,27 @@ def harms(scores: np.ndarray, compared: Kin, query_ids: Sequence[str]) -> Found:
     """Rows that oppose the good rows of their kind.
 
     `scores` [query, train] are of mean losses, nats per token; `compared` has the good rows that each
-    row is compared with. Score: the share of the row's pull on these that is against them. Gain: the
-    predicted fall of their mean loss if the row alone goes.
+    row is compared with. Score, and gain: the predicted fall of their mean loss if the row alone goes.
     """
     values = scores.astype(np.float64)
-    against, findings = np.zeros(len(compared)), []
+    gains, findings = np.zeros(len(compared)), []
     for row, own in enumerate(compared):
         effects = values[own, row]
-        against[row], gain = share_against(effects), float(-effects.mean())
-        if against[row] < HARMFUL:
+        against, gains[row] = float(share_against(effects)), -effects.mean()
+        if against < HARMFUL:
             continue
         worst = int(own[effects.argmin()])
         evidence = (
-            f"{against[row]:.0%} of its pull on {len(own)} good rows of its kind is against them; "
+            f"{against:.0%} of its pull on {len(own)} good rows of its kind is against them; "
             f"most against {query_ids[worst]!r}, which would gain {-effects.min():.3g} nats a token"
         )
-        findings.append(Finding(row, "harms", float(against[row]), evidence, gain, None, REMOVE))
+        gain = float(gains[row])
+        findings.append(Finding(row, "harms", gain, evidence, gain, None, REMOVE))
     rule = (
         f"at least {HARMFUL:.0%} of its pull on the good rows of its group, or on the "
         f"{NEAREST_GOOD} that say most alike, is against them"
     )
-    return Found("harms", rule, against, ranked(findings))
+    return Found("harms", rule, gains, ranked(findings))
 
 
 def mates(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from analysis.cleaning.files import unescaped
 from influence.errors import InputError, StoreError
 from influence.store import read_json
 
@@ -115,11 +116,6 @@ def read_table(path: Path, maker: str) -> tuple[list[str], list[dict[str, str]]]
             return list(reader.fieldnames or ()), rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}") from error
-
-
-def unescaped(cell: str) -> str:
-    """A cell of a cleaning list without the apostrophe that keeps a spreadsheet from running it."""
-    return cell[1:] if cell.startswith("'") else cell
 
 
 def number(text: str, *, infinite: bool = False) -> float | None:

@@ -128,7 +128,7 @@ def rows_map(explored: Explored) -> list[Block]:
         if place is None or value is None:
             continue
         unreached += bool(np.isinf(value))
-        steps[place] = value if np.isfinite(value) else np.nan
+        steps[place] = value
     found: list[Block] = []
     scatter: dict[str, Any] = {"kind": "plot", "plot": "scatter"}
     if own is not None and forecast is not None:

@@ -164,7 +164,7 @@ def test_what_is_large_is_told_from_a_piece(tmp_path, monkeypatch):
 def test_a_block_is_timed_while_others_have_it(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(probe, "CLOCK", lambda: clock[0])
-    rows = OneBlock(torch.zeros(4, 2))
+    rows = OneBlock(torch.zeros(4, 2), [])
     for number, block in enumerate(rows):
         assert block.shape == (4, 2)
         clock[0] += (5.0, 2.0, 3.0)[number]

@@ -112,7 +112,8 @@ async function arrange() {
   const sign = state.meta.rises ? 1 : -1;
   const helping = right.filter((each) => sign * each.score > 0).length;
   const harming = right.filter((each) => sign * each.score < 0).length;
-  $("right-count").textContent = `${whole(right.length)} with a score (${state.meta.unit}): ${whole(helping)} help, ${whole(harming)} harm`;
+  const verbs = state.from === "queries" ? ["help", "harm"] : ["helped", "harmed"];
+  $("right-count").textContent = `${whole(right.length)} with a score (${state.meta.unit}): ${whole(helping)} ${verbs[0]}, ${whole(harming)} ${verbs[1]}`;
   await rightList.show(right.length);
 }
 

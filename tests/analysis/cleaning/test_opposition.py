@@ -61,8 +61,8 @@ def test_rows_that_harm_the_good_rows_of_their_kind():
     found = harms(scores, compared, ["a", "b", "c"])
     assert [each.row for each in found.findings] == [1]
     (each,) = found.findings
-    assert found.scores == pytest.approx([0, 0.4 / 0.45, 0])
-    assert each.gain == pytest.approx(0.35 / 3)
+    assert found.scores == pytest.approx([-0.15, 0.35 / 3, -0.4])
+    assert each.gain == each.score == pytest.approx(0.35 / 3)
     assert each.suggested == "remove"
     assert "'a', which would gain 0.3 nats" in each.evidence
 

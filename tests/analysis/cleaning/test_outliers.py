@@ -33,5 +33,13 @@ def test_the_score_is_the_distance_to_the_nearest():
     assert [each.row for each in found.findings] == [3]
 
 
+def test_cosines_that_reach_down_to_zero():
+    """By the cosines themselves row 0 lies within the bulk, by their logarithms far outside."""
+    cosines = np.tile(np.array([0.01, *np.linspace(0.18, 0.5, 20)])[:, None], (1, 5))
+    assert modified_z(-cosines[:, 0])[0] < 3
+    found = outliers(Nearest(np.zeros((21, 5), int), cosines))
+    assert [each.row for each in found.findings] == [0]
+
+
 def test_few_rows_have_no_bulk():
     assert outliers(nearest(vectors(["one", "two", "six"]), NEIGHBOURS)).findings == ()

@@ -292,14 +292,14 @@ def same(found, expected, places: str, form: str) -> None:
 
 def test_hostile_text_is_inert(browser, tmp_path):
     """Ids, groups, texts, reasons, evidence, answers, names of files: nothing runs, nothing loads."""
-    rows = hostile_rows(24)
+    rows = hostile_rows(16)
     write_run(tmp_path / "run", rows)
     rng = np.random.default_rng(0)
     write_scores(
         tmp_path / "run",
-        rng.normal(size=(8, 24)),
+        rng.normal(size=(8, 16)),
         hostile_rows(8, "query"),
-        self_influence=np.exp(rng.normal(size=24)),
+        self_influence=np.exp(rng.normal(size=16)),
     )
     listed = [[r["id"], r["group"], 0.5, r["prompt"], r["prompt"]] for r in rows]
     write_csv(

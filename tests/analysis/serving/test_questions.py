@@ -102,7 +102,7 @@ def test_another_answer_can_be_explained(typed):
 
 @pytest.mark.parametrize(
     ("chosen", "words"),
-    [([], "no token of the answer was chosen"), ([99], "expected 0 to"), ([-1], "expected 0 to")],
+    [([], "no token of the answer was chosen"), ([999], "expected 0 to"), ([-1], "expected 0 to")],
 )
 def test_tokens_that_are_not_there_are_refused(found, chosen, words):
     with pytest.raises(InputError, match=words):
