@@ -29,6 +29,7 @@ from influence.known_digests import BaseFiles, LoadedTensors
 from influence.manifest import LoadingRecord
 
 if TYPE_CHECKING:
+    from influence.sharding import Shards
     from influence.trainer_output import Training
 
 #: What PEFT puts before a layer's own path in parameter names and safetensors keys.
@@ -139,6 +140,8 @@ class AdaptedModel:
     #: where the base came from, and its tensors then
     files: BaseFiles | None = field(default=None, compare=False, repr=False)
     loaded: LoadedTensors | None = field(default=None, compare=False, repr=False)
+    #: the base's layers, where this process holds a part of each (`influence.sharding`)
+    shards: Shards | None = field(default=None, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -253,6 +256,8 @@ class AdaptedModel:
 
         Remembered for files that have not changed since (`influence.known_digests`).
         """
+        if self.shards is not None:  # found while the base was whole
+            return self.shards.digest
         if self.files is None or self.loaded is None:
             return self.hashed_base()
         return self.files.digest(self.loaded.are(self.base_tensors()), self.hashed_base)

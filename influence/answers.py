@@ -331,6 +331,7 @@ def opened(options: WithoutOptions) -> tuple[Run, list[str], Examples | None]:
     from influence.row_files import read_examples
     from influence.row_ids import named_ids
     from influence.run import Run
+    from influence.sharding import refuse_curvature
 
     train = rows_fitted_on(options.run, read_manifest(options.run).data)
     ids = named_ids(options, train) or []
@@ -338,6 +339,8 @@ def opened(options: WithoutOptions) -> tuple[Run, list[str], Examples | None]:
     if options.queries is not None:
         queries = read_examples(options.queries, columns=options.columns)
     console.quiet_transformers()
+    if options.shard:
+        refuse_curvature(getattr(options, "curvature", None))
     run = Run.open(options.run, train=train, **keywords(LoadingOptions, options))
     return run, ids, queries
 
@@ -421,7 +424,7 @@ def _write_csv(path: Path, effect: Effect) -> None:
 def add(app: typer.Typer) -> None:
     """Register the commands."""
     command(app, Top)(top)
-    command(app, Without, shared=True)(without)
+    command(app, Without, shared=True, sharded=True)(without)
 
 
 def order(attributes: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from influence.measurements import Measurement
 from influence.memory import block_bytes, free_memory
 from influence.path import Point
 from influence.progress import track
+from influence.sharding import refuse_curvature
 from influence.store import (
     RowFile,
     open_file,
@@ -142,6 +143,8 @@ class AtPoint:
         self, curvature: str | None = None, damping: str | Damping | None = None
     ) -> Damped:
         """`C + lambda I` for a curvature of this run and a damping rule (the fit's by default)."""
+        if self.model.shards is not None:
+            refuse_curvature(curvature or self.run.fitted_name)
         fitted = self.curvature(curvature)
         if fitted.undamped:
             return Damped(fitted, torch.ones(1, dtype=torch.float64))

@@ -128,7 +128,10 @@ class FitSettings(
     def asked(self) -> dict[str, Any]:
         """The keywords of `influence.fit` and `influence.estimate` that both have, checked."""
         from influence.damping import Damping
+        from influence.sharding import refuse_curvature
 
+        if self.shard:
+            refuse_curvature(self.curvature)
         if self.damping != "time":
             Damping.parse(self.damping)
         same = ("damping", "reduction", "path", "checkpoints", "geometry", "optimizer")
@@ -156,7 +159,7 @@ class Fit(FitSettings, OutputOptions):
     )
 
 
-@command(app, Fit, shared=True)
+@command(app, Fit, shared=True, sharded=True)
 def fit(options: Fit) -> None:
     """Fit a curvature to an adapter on its training rows; a killed fit resumes, a finished one
     exits at once.
@@ -288,7 +291,7 @@ class Score(
     per_module: bool = option("Also split scores over the adapted layers.", default=False)
 
 
-@command(app, Score, shared=True)
+@command(app, Score, shared=True, sharded=True)
 def score(options: Score) -> None:
     """Score every training row for every query: the predicted change of the query's loss if the row
     is removed.
@@ -377,7 +380,7 @@ class Self(
     out: Path | None = option("HDF5 file. Default: added to scores.h5 in the run.", default=None)
 
 
-@command(app, Self, name="self", shared=True)
+@command(app, Self, name="self", shared=True, sharded=True)
 def self_(options: Self) -> None:
     """Self-influence: the predicted rise of each training row's own loss if it is removed
     (memorised rows are high).
@@ -569,7 +572,10 @@ def _open(options: Score | Self) -> Run:
     """The run, with a note on what its scores explain where it has been edited since."""
     from influence.progress import say
     from influence.run import Run
+    from influence.sharding import refuse_curvature
 
+    if options.shard:
+        refuse_curvature(options.curvature)
     console.quiet_transformers()
     run = Run.open(
         options.run,

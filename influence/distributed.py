@@ -66,6 +66,7 @@ def leave() -> None:
     """Wait for the other processes, and leave them."""
     if dist.is_initialized():
         wait()
+        duties.clear()
         dist.destroy_process_group()
         _heed(signal.SIG_DFL)
 
@@ -171,8 +172,21 @@ def rounds(items: Iterable[T]) -> Iterator[list[T]]:
 # ---- what they tell each other -------------------------------------------------------------------
 
 
+#: What a process does for the others wherever it waits for them, until all of them wait.
+duties: list[Callable[[], None]] = []
+
+
 @contextmanager
 def _exchange() -> Iterator[None]:
+    """Do what the others need, and then what all do in the block."""
+    with ends_noticed():
+        for duty in duties:
+            duty()
+        yield
+
+
+@contextmanager
+def ends_noticed() -> Iterator[None]:
     """A process that has ended is a `ProcessError`, whatever the library calls it."""
     try:
         yield

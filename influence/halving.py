@@ -106,9 +106,17 @@ def fits(model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray) -> bo
 def halve(model: AdaptedModel, tokens: TokenizedExamples, rows: np.ndarray) -> None:
     """Let later batches of a model have at most half the tokens of this one, which did not fit.
 
-    Says so, and gives back the memory that nothing holds any more.
+    Says so, and gives back the memory that nothing holds any more. Errors: ShortOfMemory where the
+    base is sharded.
     """
     size = _size(tokens, rows)
+    if model.shards is not None:
+        raise ShortOfMemory(
+            f"memory is too small for a batch of {len(rows)} rows and {size:,} tokens on "
+            f"{model.device}, and with --shard a batch is not run again in two, because memory may "
+            "have run out while all processes gathered a layer: give a lower --token-budget (what "
+            "was saved is kept)"
+        )
     _MOST[model.model] = most = max(1, size // 2)
     say(
         f"note: out of memory at a batch of {len(rows)} rows and {size:,} tokens: from here on "

@@ -11,12 +11,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from influence import sharding
 from influence.adapter import PREFIX, AdaptedModel, ParamSpace, Site
 from influence.adapter_files import (
     AdapterFiles,
@@ -46,6 +48,7 @@ def load(
     compute: str = "auto",
     device: str = "auto",
     device_map: str | None = None,
+    shard: bool = False,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     attn_implementation: str | None = None,
@@ -82,6 +85,10 @@ def load(
     device_map
         `auto` and the other maps of transformers, in place of `device`: layers are spread over the
         accelerators. A map that leaves layers on the CPU beside an accelerator is refused.
+    shard
+        Hold a part of each decoder layer in each process that torchrun started
+        (`influence.sharding`): the processes read the base in turn, on the CPU. All must call
+        this. InputError with one process, a device map or quantised weights.
     load_in_4bit, load_in_8bit
         Quantise the base while it is loaded, as QLoRA does (nf4, doubly) or to bitsandbytes' 8
         bits; it computes in `dtype`.
@@ -104,6 +111,20 @@ def load(
         _refuse_mistyped_path(place)
     if compute not in COMPUTE:
         raise InputError(f"compute {compute!r} was given; expected one of {', '.join(COMPUTE)}")
+    if shard:
+        sharding.refuse_loading(device_map, load_in_4bit or load_in_8bit)
+        whole = partial(
+            load,
+            base,
+            adapter,
+            dtype=dtype,
+            compute=sharding.compute_on(device, dtype, compute),
+            device="cpu",
+            attn_implementation=attn_implementation,
+            checkpointing=checkpointing,
+            trust_remote_code=trust_remote_code,
+        )
+        return sharding.load_in_turn(whole, device)
     how = LoadingRecord(load_in_4bit, load_in_8bit, attn_implementation)
     request = BaseRequest(str(base or ""), dtype, device, device_map, how, trust_remote_code)
     files = read_adapter(adapter)

@@ -119,11 +119,17 @@ class Command(TyperCommand):
 
 
 def command(
-    app: typer.Typer, options: type[T], *, name: str | None = None, shared: bool = False
+    app: typer.Typer,
+    options: type[T],
+    *,
+    name: str | None = None,
+    shared: bool = False,
+    sharded: bool = False,
 ) -> Callable[[Callable[[T], None]], Callable[[T], None]]:
     """Register a function of `options` as a command of `app`, its docstring the help.
 
     `shared`: processes that torchrun started do its work together; any other one runs alone.
+    `sharded`: they may also hold one base between them (`--shard`).
     """
     declared = options_of(options)
     special = {
@@ -141,6 +147,12 @@ def command(
                     "call it without torchrun"
                 )
             given = {key: value for key, value in typed.items() if value is not None}
+            if given.get("shard") and not sharded:
+                raise InputError(
+                    "--shard was given: only influence fit, score, self and without run on a base "
+                    "that is spread over processes; this command has passes of single processes, "
+                    "second derivatives or copies of the model. Leave --shard out"
+                )
             chosen = options(**{key: declared[key].read(value) for key, value in given.items()})
             bounded_by = fields(MemoryOption) if issubclass(options, MemoryOption) else ()
             names = [*(each.name for each in bounded_by), "token_budget"]
@@ -372,6 +384,16 @@ class DeviceOption:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardOption:
+    """Whether the base is spread over processes."""
+
+    shard: bool = option(
+        "Spread the base's layers over the processes of torchrun, each of which holds a part.",
+        default=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TypeOption:
     """The numbers of the base: their type, and what else changes them while it is loaded."""
 
@@ -411,12 +433,12 @@ class TrustOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadingOptions(DeviceOption, CheckpointingOption, TrustOption):
+class LoadingOptions(DeviceOption, ShardOption, CheckpointingOption, TrustOption):
     """How a run's model is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TypedLoadingOptions(DeviceOption, TypeOption, CheckpointingOption, TrustOption):
+class TypedLoadingOptions(DeviceOption, ShardOption, TypeOption, CheckpointingOption, TrustOption):
     """How a model is loaded that no run records."""
 
 

@@ -41,6 +41,7 @@ from influence.precision import compute_record
 from influence.progress import say
 from influence.row_weights import RowWeights, batch_size
 from influence.rows import Examples
+from influence.sharding import refuse_curvature
 from influence.token_budget import bounded_budget, usual_budget
 from influence.tokens import Rendering, TokenizedExamples, tokenizer_digest
 from influence.trainer_output import TrainerOutput
@@ -119,6 +120,8 @@ def prepare(
     if len(train) == 0:
         raise InputError("no training rows were given; give the rows the adapter was trained on")
     _refuse_nameless(curvature)
+    if model.shards is not None:
+        refuse_curvature(curvature.name)
     if growable and (curvature.reads_rows != ONCE or store not in (AUTO, FULL)):
         say(f"note: --growable {IDLE} but for ekfac whose rows are stored in full")
     if caution := curvature.caution(model):

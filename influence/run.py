@@ -48,6 +48,7 @@ from influence.precision import compute_record
 from influence.row_files import place_of, read_again
 from influence.row_weights import RowWeights
 from influence.rows import Examples
+from influence.sharding import refuse_curvature
 from influence.store import (
     open_file,
     read,
@@ -96,6 +97,7 @@ class Run:
         curvature: Specification | None = None,
         device: str = "auto",
         device_map: str | None = None,
+        shard: bool = False,
         checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> Run:
@@ -109,6 +111,8 @@ class Run:
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
+        if shard:
+            refuse_curvature(manifest.curvature_name)
         refuse_moved(directory, manifest, model=model is None, train=train is None)
         if model is None:
             if not manifest.adapter.path:
@@ -124,6 +128,7 @@ class Run:
                 compute=manifest.compute,
                 device=device,
                 device_map=device_map,
+                shard=shard,
                 checkpointing=checkpointing,
                 trust_remote_code=trust_remote_code,
             )
