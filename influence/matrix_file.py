@@ -6,8 +6,10 @@ not stay in the memory of the process, as a mapped file's pages would.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import socket
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
@@ -15,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import scipy.linalg as sl
 
 from influence.errors import NumericalError, StoreError
 from influence.store import RowFile, write_file
 
+#: How the names of files begin that are not whole yet; then the machine and the process.
+MAKING = "kernel-making-"
 #: Rows and columns of a tile, of which a few are held at a time: 2 MB each in float64.
 TILE = 512
 #: Bytes of whole rows that are held at a time.
@@ -181,7 +186,9 @@ def lay_out(
             f"{needed / 1e9:.2f} GB of disk are needed in {wanted} or in "
             f"{tempfile.gettempdir()}: free some space, or set TMPDIR"
         )
-    handle, name = tempfile.mkstemp(prefix="kernel-making-", suffix=".h5", dir=place)
+    _delete_left_behind(place)
+    maker = f"{MAKING}{_machine()}-{os.getpid()}-"
+    handle, name = tempfile.mkstemp(prefix=maker, suffix=".h5", dir=place)
     os.close(handle)
     try:
         write_file(Path(name), rows=rows, attrs=attrs)
@@ -189,6 +196,19 @@ def lay_out(
         Path(name).unlink(missing_ok=True)
         raise
     return Path(name)
+
+
+def _machine() -> str:
+    """This machine, in a few letters: processes of others write into the same directory."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _delete_left_behind(place: Path) -> None:
+    """Delete what killed processes of this machine left half made."""
+    for path in place.glob(f"{MAKING}{_machine()}-*.h5"):
+        maker = path.name.removeprefix(f"{MAKING}{_machine()}-").split("-")[0]
+        if maker.isdecimal() and not psutil.pid_exists(int(maker)):
+            path.unlink(missing_ok=True)
 
 
 def delete_with(owner: object, path: Path) -> None:

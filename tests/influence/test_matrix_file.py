@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -116,3 +120,16 @@ def test_a_directory_without_room_gives_way_to_that_for_temporary_files(tmp_path
     assert matrix_file.directory_for(tmp_path, 5) == tmp_path
     assert matrix_file.directory_for(tmp_path, 500) == elsewhere
     assert matrix_file.directory_for(tmp_path, 5_000) is None
+
+
+def test_what_a_killed_process_left_half_made_is_deleted_and_nothing_else(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine, other = matrix_file._machine(), "0" * 8
+    names = [f"{mine}-{ended.pid}", f"{mine}-{os.getpid()}", f"{other}-{ended.pid}", f"{mine}-x"]
+    files = [tmp_path / f"{matrix_file.MAKING}{name}-abc.h5" for name in names]
+    for file in files:
+        file.touch()
+    made = lay_out(tmp_path / "kernel.h5", {"values": ((2, 2), np.float64)}, {})
+    assert [file.exists() for file in files] == [False, True, True, True]
+    assert made.name.startswith(f"{matrix_file.MAKING}{mine}-{os.getpid()}-")
