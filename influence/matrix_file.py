@@ -199,7 +199,7 @@ def lay_out(
 
 
 def _machine() -> str:
-    """This machine, in a few letters: processes of others write into the same directory."""
+    """A few letters for this machine: processes of others write into the same directory."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 

@@ -130,6 +130,6 @@ def test_what_a_killed_process_left_half_made_is_deleted_and_nothing_else(tmp_pa
     files = [tmp_path / f"{matrix_file.MAKING}{name}-abc.h5" for name in names]
     for file in files:
         file.touch()
-    made = lay_out(tmp_path / "kernel.h5", {"values": ((2, 2), np.float64)}, {})
+    made = lay_out(tmp_path, {"values": ((2, 2), np.float64)}, {})
     assert [file.exists() for file in files] == [False, True, True, True]
     assert made.name.startswith(f"{matrix_file.MAKING}{mine}-{os.getpid()}-")
