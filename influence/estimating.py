@@ -47,6 +47,8 @@ from influence.solvers.direct import Direct
 from influence.tokens import Rendering, TokenizedExamples
 from influence.trainer_output import recipe_near
 
+#: What HDF5 takes for the arrays of a leaf's bases and eigenvalues, about eight, around their numbers.
+LEAF_FILE_BYTES = 4_000
 #: Passes over n x n numbers, 8 bytes each, that making the rows' similarities takes beside products.
 KERNEL_TOUCHES = 10
 #: Bytes that are held of similarities in files: tiles of float64, and rows of them.
@@ -349,6 +351,7 @@ class Work:
         train, after = self.prepared.train, self.speeds.after
         each = after.kept_bytes + 3 * FILE_BYTES + string_bytes(train.ids) * plan.stored
         each += len(train) * (plan.store == FULL)  # whether each row is there
+        each += LEAF_FILE_BYTES * plan.leaves * bool(after.decomposed)
         if plan.store == FEATURES:  # which coordinates are kept
             each += 16 * plan.leaves + -(-plan.parameters // 8)
         geometry = self.prepared.manifest.geometry
@@ -420,7 +423,8 @@ class Work:
         losses = self.forward_seconds(_evenly(tokens, LOSS_ROWS))
         # the pass itself gives the losses at a point, where it runs all rows
         apart = plan.apart and plan.store != FULL
-        return plan.points * (each + losses * apart) + 2 * losses
+        at_adapter = any(place.scale == 1 for place in self.prepared.places)
+        return plan.points * (each + losses * apart) + (1 if at_adapter else 2) * losses
 
     def turned(self, plan: FitPlan) -> bool:
         """Whether the similarities are those of stored rows, looked at leaf by leaf."""

@@ -389,6 +389,10 @@ class PointFit:
             if not same or self.created:
                 return done
             sums = self.sums()
+            if (
+                LOSSES not in file
+            ):  # as it was written before: they are not known of the rows so far
+                sums.pop(LOSSES).fill_(torch.nan)
             shapes = {name: getattr(file.get(name), "shape", None) for name in sums}
             if any(shapes[name] != tensor.shape for name, tensor in sums.items()):
                 return done  # of sums that are not kept, or not at this size, any more

@@ -157,7 +157,8 @@ class Run:
         tokens = manifest.objective.rendering.tokenize(train, model.tokenizer)
         refuse_other_tokens(directory, manifest, tokens)
         budget = bounded_budget(model, tokens, manifest.token_budget)
-        return cls(directory, manifest, model, train, tokens, curvature, bounded_budget=budget)
+        bounded = None if budget == manifest.token_budget else budget
+        return cls(directory, manifest, model, train, tokens, curvature, bounded_budget=bounded)
 
     @property
     def token_budget(self) -> int:

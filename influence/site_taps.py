@@ -92,12 +92,17 @@ def _hooked(site: Site) -> bool:
     )
 
 
+def _autocast(device: str) -> bool:
+    """Whether torch changes types by itself there; it has devices on which it never does."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def site_forward(site: Site, recorder: Recorder, leaf: int) -> Callable[..., Tensor]:
     """The forward of a plain site, tapped; PEFT's own where the call is another than usual."""
     usual = site.layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        other = x.dtype != site.A.weight.dtype or torch.is_autocast_enabled(x.device.type)
+        other = x.dtype != site.A.weight.dtype or _autocast(x.device.type)
         if args or kwargs or other or _hooked(site):
             return usual(x, *args, **kwargs)
         recorder.look(leaf, x)

@@ -15,7 +15,8 @@ from analysis.cli import Evaluate, Lds, Report, Tune, main, paths
 from influence.errors import InputError
 
 SLOW = {"torch", "transformers", "peft", "pandas", "scipy", "datasets", "numpy", "h5py"}
-COMMANDS = ["evaluate", "lds", "removal", "tune", "clean", "memorization", "ood", "report", "demo"]
+COMMANDS = ["evaluate", "lds", "removal", "tune", "clean", "memorization", "ood"]
+COMMANDS += ["report", "serve", "demo"]
 FOLDER = Path("no folder")
 
 

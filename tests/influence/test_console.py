@@ -53,7 +53,7 @@ def raising(error: BaseException):
         (
             MemoryError("no more"),
             1,
-            "(lower --token-budget, or load the base with --dtype bfloat16",
+            "(lower --token-budget or --memory, or load the base with --dtype bfloat16",
         ),
         (KeyboardInterrupt(), 1, "interrupted; what fit, score, train and retrain --subsets had"),
     ],

@@ -185,7 +185,7 @@ def test_few_rows_are_corrected_by_what_the_pass_knows_of_all(taught, tmp_path, 
     assert found.losses == pytest.approx(whole.losses, rel=1e-12)
     assert found.base != pytest.approx(whole.base, rel=1e-6)  # of some rows
     run.manifest = replace(run.manifest, path=None)
-    monkeypatch.setattr("influence.path_time._losses_of_pass", lambda _: None)
+    monkeypatch.setattr("influence.path_time.losses_of_pass", lambda _: None)
     monkeypatch.setattr("influence.path_time.ROWS_OF_ALL", 4)
     alone = path_record(run)
     assert alone.losses != pytest.approx(whole.losses, rel=1e-6)

@@ -517,7 +517,7 @@ def test_activation_checkpointing_changes_nothing(fitted, tmp_path, monkeypatch,
     other = Run.open(run.directory, model=model)
     calls, inside = [], []
     layer = type(model.model.get_base_model().model.layers[0])
-    real, add = layer.forward, TermBatches._add_batch
+    real, add = layer.forward, TermBatches._of_batch
 
     def counted(
         side, *arguments
@@ -531,7 +531,7 @@ def test_activation_checkpointing_changes_nothing(fitted, tmp_path, monkeypatch,
     monkeypatch.setattr(
         layer, "forward", lambda self, *a, **k: (calls.append(len(inside)), real(self, *a, **k))[1]
     )
-    monkeypatch.setattr(TermBatches, "_add_batch", counted)
+    monkeypatch.setattr(TermBatches, "_of_batch", counted)
     edit = train(other, name, until="steps=3", lr=0.01)
     again = sum(calls)
     calls.clear()
