@@ -77,7 +77,9 @@ def test_a_fault_is_seen_in_every_type(dtype, monkeypatch):
 
 # ---- the rounding of small leaves ----------------------------------------------------------------
 
-SATURATED = {"q_proj": 30, "k_proj": 30}  # attention to one position, whose derivative vanishes
+# attention to one position, whose derivative vanishes; with larger logits their own rounding, which
+# engine and loop do not share, reaches the other leaves (at 30 times 1.6e-9 in float64)
+SATURATED = {"q_proj": 12, "k_proj": 12}
 
 
 def largest(model, reference):
