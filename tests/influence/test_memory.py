@@ -75,9 +75,9 @@ def test_bounds_are_positive(wrong):
 
 def test_held_memory_grows_with_what_is_held():
     before = held_memory()
-    kept = torch.ones(4_000_000)
+    kept = torch.ones(20_000_000)  # more than malloc takes from what it holds
     grown = held_memory() - before
-    assert 14_000_000 < grown < 24_000_000
+    assert 70_000_000 < grown < 90_000_000
     del kept
 
 

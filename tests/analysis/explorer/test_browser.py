@@ -53,6 +53,7 @@ def opened(browser, path: Path, **options):
     """A page that is ready. At the end nothing was asked of a network and nothing went wrong."""
     options = {"viewport": {"width": 1200, "height": 900}} | options
     context = browser.new_context(**options)
+    context.set_default_timeout(120_000)  # milliseconds: other tests share the machine
     page = context.new_page()
     wrong: list[str] = []
     page.on("request", lambda request: wrong.append(request.url))
@@ -73,7 +74,7 @@ def until(page, condition) -> None:
 
     `wait_for_function` would need `unsafe-eval`.
     """
-    end = time.monotonic() + 20
+    end = time.monotonic() + 90
     while not (condition() if callable(condition) else page.evaluate(condition)):
         assert time.monotonic() < end, f"never came true: {condition}"
         page.wait_for_timeout(20)

@@ -44,6 +44,7 @@ def browser():
 def page(browser, running):
     """The served page, which asks nobody else for anything and fails at nothing."""
     context = browser.new_context(viewport={"width": 1100, "height": 900})
+    context.set_default_timeout(120_000)  # milliseconds: other tests share the machine
     found, trouble, asked = context.new_page(), [], []
     found.on("pageerror", lambda error: trouble.append(str(error)))
     found.on(
