@@ -367,6 +367,7 @@ class PassOver(PointFit):
     def __init__(self, run: Run, curvature: EKFAC, tokens: TokenizedExamples) -> None:
         super().__init__(run.points[0], curvature, Storage(False, "never", 0), None)
         self.tokens, self.weights = tokens, np.full(len(tokens), run.weights[0])
+        self.losses = torch.zeros(len(tokens), dtype=torch.float64)
 
 
 def errors(model: AdaptedModel, tokens: TokenizedExamples) -> list[float]:
