@@ -550,9 +550,10 @@ def report(options: Report) -> None:
 def _explore(options: Report, run: Path) -> None:
     """Write the page on a run."""
     from analysis.explorer.data import gather
-    from analysis.explorer.page import checked_out, write
+    from analysis.explorer.page import write
+    from analysis.page_file import checked_page
 
-    checked_out(options.out, options.overwrite)
+    checked_page(options.out, options.overwrite)
     console.quiet_transformers()
     explored = gather(run, **keywords(ExploredOptions, options))
     page = write(explored, options.out, detail=options.detail, overwrite=options.overwrite)

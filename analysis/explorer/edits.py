@@ -42,7 +42,9 @@ _MEASURED = (
     column("difference", "number", "", "After, less never seen."),
     column("from", "number", "", "Lower end of its interval, nine times of ten."),
     column("to", "number", "", "Upper end of its interval."),
-    column("verdict", "text", "", "By the rule of unlearn evidence; or why it was not measured."),
+    column(
+        "verdict", "text", "", "By the rule of unlearn/evidence.py; or why it was not measured."
+    ),
 )
 _ROWS = (
     column("id", "id", "", "The row."),

@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,8 @@ from analysis.explorer.data import Explored
 from analysis.explorer.options import DETAIL
 from analysis.explorer.packing import blocks, embedded_json, packed
 from analysis.explorer.sections import SECTIONS
-from influence.errors import InputError, StoreError
+from analysis.page_file import checked_page, write_page
+from influence.errors import InputError
 from influence.progress import say
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -67,34 +67,14 @@ def write(
     StoreError
         If the file cannot be written.
     """
-    out = checked_out(out, overwrite)
+    out = checked_page(out, overwrite)
     meta, data = blocks(explored, detail=detail)
     text = html(meta, SECTIONS["about"].blocks(explored), data)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(text.encode("utf-8"))
-        os.replace(partial, out)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise StoreError(f"{out} could not be written: {error}") from error
+    write_page(out, text)
     size = out.stat().st_size
     if size > LARGE:
         say(f"note: {out} has {size / 1e6:.0f} MB; analysis serve shows a large run without a file")
     return Written(out, size, tuple(name for name, _ in meta["sections"]))
-
-
-def checked_out(out: str | os.PathLike[str], overwrite: bool) -> Path:
-    """The file to write, or `InputError` where it has another ending or is there."""
-    out = Path(out)
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise InputError(
-            f"a page was asked for as {out}; expected a file name that ends in .html: rename it"
-        )
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists and would be replaced: give another --out, or --overwrite")
-    return out
 
 
 def html(

@@ -13,17 +13,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from analysis.page_file import checked_page, write_page
 from analysis.report import drawings, evidence, words
 from analysis.report.groups import Group, groups, measurements
 from analysis.report.reading import read_edit_record
 from analysis.report.verdicts import agreement, damage, tone
-from influence.errors import InputError, StoreError
 from unlearn.record.edit_record import RECORD, AgreementRecord, EditRecord
 
 #: Rows with a line of their own, at most (a choice: about what fits on a printed page).
@@ -75,26 +74,12 @@ def report(
     StoreError
         If the record is damaged, or the file cannot be written.
     """
-    out = Path(out)
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise InputError(
-            f"a page was asked for as {out}; expected a file name that ends in .html: rename it"
-        )
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists and would be replaced: give another --out, or --overwrite")
+    out = checked_page(out, overwrite)
     record = read_edit_record(folder)
     if compared is not None:
         record = replace(record, agreement=AgreementRecord.of(compared))
     html = page(record, folder, hashlib.sha256((Path(folder) / RECORD).read_bytes()).hexdigest())
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, out)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise StoreError(f"{out} could not be written: {error}") from error
+    write_page(out, html)
     about = {"remove": "removed", "change": "changed"}
     verdicts = {about[group.kind]: group.verdict for group in groups(record)}
     verdicts |= {"others": _verdict_on_others(record), "retraining": _verdict_on_retraining(record)}

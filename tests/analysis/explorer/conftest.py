@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from analysis.explorer.data import gather
-from tests.analysis.explorer.helpers import ARGUMENTS, CHROMIUM, rows_of, write_run, write_scores
+from tests.analysis.explorer.helpers import rows_of, write_run, write_scores
 
 ROWS, QUERIES, MODULES = 12, 4, 3
 
@@ -93,13 +93,3 @@ def world(tmp_path_factory):
         given=given,
         explored=gather(root / "run", **given),
     )
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield found
-        found.close()

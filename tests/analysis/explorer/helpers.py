@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +22,6 @@ from influence.manifest import (
 from influence.row_files import read_examples
 from influence.store import write_file
 from influence.strongest import Strongest
-
-CHROMIUM = os.environ.get("LORA_INFLUENCE_CHROMIUM") or shutil.which("chromium")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

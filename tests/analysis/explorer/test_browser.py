@@ -16,13 +16,11 @@ from analysis.explorer import contract, packing
 from analysis.explorer.data import gather
 from analysis.explorer.page import write
 from influence.row_ids import read_ids
+from tests.analysis.browser import needs_chromium
 from tests.analysis.explorer.conftest import write_csv
-from tests.analysis.explorer.helpers import CHROMIUM, hostile_rows, rows_of, write_run, write_scores
+from tests.analysis.explorer.helpers import hostile_rows, rows_of, write_run, write_scores
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None,
-    reason="no Chromium: install Debian's chromium, or name one in LORA_INFLUENCE_CHROMIUM",
-)
+pytestmark = needs_chromium
 #: What a page does that it must not: breaks of its policy, errors, requests.
 WATCH = """
 window.broken = [];

@@ -8,14 +8,12 @@ import pytest
 from analysis.explorer.data import gather
 from analysis.explorer.page import TEMPLATES, write
 from influence.store import write_file
+from tests.analysis.browser import needs_chromium
 from tests.analysis.explorer.conftest import write_csv
-from tests.analysis.explorer.helpers import CHROMIUM, rows_of, write_run, write_scores
+from tests.analysis.explorer.helpers import rows_of, write_run, write_scores
 from tests.analysis.explorer.test_browser import draw_everything, opened, until
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None,
-    reason="no Chromium: install Debian's chromium, or name one in LORA_INFLUENCE_CHROMIUM",
-)
+pytestmark = needs_chromium
 
 
 def click_first_point(page, selector: str) -> None:
