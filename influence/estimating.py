@@ -38,7 +38,7 @@ from influence.kernel import COPIES, EXACT_ROWS, LANDMARKS, ROWS_AT_ONCE, WHOLE_
 from influence.manifest import ROW_BYTES
 from influence.matrix_file import PANEL_BYTES, TILE
 from influence.memory import free_memory
-from influence.path_time import LOSS_ROWS, RATIO_ROWS
+from influence.path_time import RATIO_ROWS
 from influence.prepared import DISK_BUDGET, Prepared, prepare
 from influence.probe import Speeds, drawn_rows, measure, now
 from influence.progress import duration
@@ -188,6 +188,7 @@ def estimate(
             prepared.tokens,
             prepared.curvature,
             points=len(prepared.places),
+            at_adapter=any(place.scale == 1 for place in prepared.places),
             store=kind,
             disk_budget=disk_budget,
             row_bytes=row_bytes,
@@ -420,11 +421,8 @@ class Work:
         single = [np.array([row]) for row in range(len(one))]
         alone = s.batch.seconds(one, single)
         each += (s.ratios.gradients + 2 * s.ratios.forward) * alone + RATIO_ROWS * s.solve
-        losses = self.forward_seconds(_evenly(tokens, LOSS_ROWS))
-        # the pass itself gives the losses at a point, where it runs all rows
-        apart = plan.apart and plan.store != FULL
-        at_adapter = any(place.scale == 1 for place in self.prepared.places)
-        return plan.points * (each + losses * apart) + (1 if at_adapter else 2) * losses
+        losses = self.forward_seconds(_evenly(tokens, plan.loss_rows))
+        return plan.points * each + plan.loss_places * losses
 
     def turned(self, plan: FitPlan) -> bool:
         """Whether the similarities are those of stored rows, looked at leaf by leaf."""

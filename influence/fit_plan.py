@@ -25,7 +25,7 @@ from influence.gradients import max_rows
 from influence.kernel import EXACT_ROWS, LANDMARKS, WHOLE_ROWS, bytes_of_files
 from influence.manifest import ROW_BYTES, STORE_BEFORE
 from influence.memory import block_bytes
-from influence.path_time import LOSS_ROWS
+from influence.path_time import LOSS_ROWS, ROWS_OF_ALL
 from influence.row_storage import Storage, keeps_for_good, keeps_sampled
 from influence.tokens import TokenizedExamples
 
@@ -116,6 +116,8 @@ class FitPlan:
         Rows that the curvature is formed of.
     row_bytes : int
         Bytes of a row's codes as features.
+    at_adapter : bool
+        Whether the adapter itself is one of the points.
     """
 
     rows: int
@@ -134,6 +136,7 @@ class FitPlan:
     whitens: bool
     sample: int
     row_bytes: int = ROW_BYTES
+    at_adapter: bool = False
 
     @classmethod
     def of(
@@ -148,6 +151,7 @@ class FitPlan:
         row_bytes: int = ROW_BYTES,
         seed: int = 0,
         growable: bool = False,
+        at_adapter: bool = False,
     ) -> FitPlan:
         """The plan of a fit with these options, which are those of `influence.fit`."""
         space, itemsize = model.space, model.dtype.itemsize
@@ -178,6 +182,7 @@ class FitPlan:
             parameters=space.size,
             leaves=len(space.leaves),
             points=points,
+            at_adapter=at_adapter,
             draws=draws,
             itemsize=itemsize,
             store=kind,
@@ -268,10 +273,25 @@ class FitPlan:
         """All work of the fit at the model, in passes with one backward."""
         each = self.first_work * self.runs_first + self.again_work * self.runs_again
         each += self.credit_passes + (self.store == FEATURES)
-        losses = FORWARD * min(1.0, LOSS_ROWS / self.rows) if self.shares_credit else 0.0
-        # the pass itself gives the losses at a point, where it runs all rows
-        apart = self.apart and self.store != FULL
-        return self.points * (each + losses * apart) + 2 * losses
+        losses = FORWARD * self.loss_rows / self.rows * self.loss_places
+        return self.points * each + (losses if self.shares_credit else 0.0)
+
+    @property
+    def leaves_losses(self) -> bool:
+        """Whether the passes run all rows, and so leave the losses of all at the points."""
+        return not self.apart or self.store == FULL
+
+    @property
+    def loss_rows(self) -> int:
+        """Rows that are run at each place whose loss is not known (`influence.path_time`)."""
+        return min(self.rows, LOSS_ROWS if self.leaves_losses else ROWS_OF_ALL)
+
+    @property
+    def loss_places(self) -> int:
+        """Places whose loss is not known: the base, the adapter but where it is a point, and the
+        points where no pass left losses.
+        """
+        return 2 - self.at_adapter + (0 if self.leaves_losses else self.points)
 
     @property
     def to_come(self) -> float:

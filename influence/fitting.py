@@ -301,6 +301,7 @@ def fit_points(
         run.tokens,
         curvature,
         points=len(places),
+        at_adapter=any(place.scale == 1 for place in places),
         store=rule,
         disk_budget=disk_budget,
         row_bytes=run.manifest.row_bytes,

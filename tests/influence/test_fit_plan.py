@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 import influence.curvature.kfac as kfac_module
+from influence import fit_plan, path_time
 from influence.adapter import ParamSpace
 from influence.at_point import AtPoint
 from influence.errors import InputError
@@ -191,3 +192,24 @@ def test_the_whole_fit_is_told_from_the_first_tenth(tmp_path, monkeypatch, capfd
     fit(tmp_path / "run", "ekfac, two points")
     lines = [line for line in capfd.readouterr().err.splitlines() if "all passes" in line]
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "ekfac, two points", "kfac, some rows, features"])
+@pytest.mark.parametrize("path", [(0.4, 0.8), (0.5, 1.0)])
+def test_the_rows_whose_losses_are_run_are_those_of_the_plan(tmp_path, monkeypatch, kind, path):
+    """Few where a pass left the losses of all at every point, and not at the adapter twice."""
+    ran = [0]
+    losses = path_time.mean_losses
+
+    def counted(model, tokens, **options):
+        ran[0] += len(tokens)
+        return losses(model, tokens, **options)
+
+    monkeypatch.setattr(path_time, "mean_losses", counted)
+    for module in (path_time, fit_plan):
+        monkeypatch.setattr(module, "LOSS_ROWS", 3)
+        monkeypatch.setattr(module, "ROWS_OF_ALL", 5)
+    fit(tmp_path / "run", kind, path=path)
+    plan = plan_of(kind, points=2, at_adapter=path[-1] == 1.0)
+    assert plan.leaves_losses == (not kind.endswith("features"))
+    assert ran[0] == plan.loss_places * plan.loss_rows
