@@ -365,9 +365,12 @@ class PassOver(PointFit):
     """The pass of a run's fit over other rows of the same weights."""
 
     def __init__(self, run: Run, curvature: EKFAC, tokens: TokenizedExamples) -> None:
+        self.others = tokens
         super().__init__(run.points[0], curvature, Storage(False, "never", 0), None)
-        self.tokens, self.weights = tokens, np.full(len(tokens), run.weights[0])
-        self.losses = torch.zeros(len(tokens), dtype=torch.float64)
+
+    def rows(self) -> tuple[TokenizedExamples, np.ndarray]:
+        """The other rows, each weighed as the run's first."""
+        return self.others, np.full(len(self.others), self.run.weights[0])
 
 
 def errors(model: AdaptedModel, tokens: TokenizedExamples) -> list[float]:
