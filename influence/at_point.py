@@ -245,7 +245,7 @@ class AtPoint:
                 begin, count = every[leaves[0]].start, 1
                 while count < len(leaves) and every[leaves[count]].stop - begin <= most:
                     count += 1
-                block = file.read_columns(slice(begin, every[leaves[count - 1]].stop))
+                block = file.block(slice(0, len(file)), slice(begin, every[leaves[count - 1]].stop))
                 for number in leaves[:count]:
                     leaf = every[number]
                     part = torch.from_numpy(block[:, leaf.start - begin : leaf.stop - begin])

@@ -247,7 +247,7 @@ class LandmarkKernel:
                 total += values[:, rows].T @ values
             total = distributed.add_up(torch.from_numpy(total)).numpy()
             if distributed.rank() == 0:
-                target.put(range(rows.start, rows.stop), 0, total)
+                target.write(np.arange(rows.start, rows.stop), total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,8 +276,7 @@ class LandmarkInverse:
 
     def block(self, rows: np.ndarray) -> np.ndarray:
         """P between some rows, `[k, k]`."""
-        part = [self.root.read(row, row + 1) for row in rows.tolist()]
-        half = self.inner.halves(np.concatenate(part).astype(np.float64))
+        half = self.inner.halves(self.root.rows(rows).astype(np.float64))
         half *= np.sqrt(self.strength) * self.scale[rows, None]
         return np.diag(self.scale[rows]) - half @ half.T
 
@@ -394,7 +393,7 @@ def _fill(
             products = (block @ left.T).to(exact).cpu().numpy()
             products *= roots[indices, None]
             products *= roots[rows]
-            file.put(indices, part[0], products)
+            file.write(indices, products, part[0])
     distributed.wait()
 
 
@@ -412,7 +411,7 @@ def _fill_root(point: AtPoint, operator: Damped, path: Path, chosen: np.ndarray)
                 for number, row in enumerate(chosen.tolist()):
                     values = root.read(row, row + 1)
                     mean += float(values[0, number]) / m
-                    small.put(range(number, number + 1), 0, values)
+                    small.write(np.array([number]), values)
                 jitter = JITTER[kind] * mean
                 try:
                     invert_in_tiles(small, small, factor=1.0, ridge=jitter, refusal=INDEFINITE)
@@ -428,7 +427,7 @@ def _fill_root(point: AtPoint, operator: Damped, path: Path, chosen: np.ndarray)
             for rows, part in root.panels(*distributed.span(n)):
                 part = lower.halves(part)
                 squares[rows] = np.square(part).sum(1, dtype=np.float64)
-                root.put(range(rows.start, rows.stop), 0, part)
+                root.write(np.arange(rows.start, rows.stop), part)
         squares = distributed.add_up(torch.from_numpy(squares)).numpy()
         rest = np.maximum(_diagonal(point, operator) - squares, 0)
         if distributed.rank() == 0:

@@ -34,31 +34,6 @@ PANEL_BYTES = 8 << 20
 class MatrixFile(RowFile):
     """A matrix [n, m] in a file."""
 
-    def block(self, rows: slice, columns: slice) -> np.ndarray:
-        """A block `[b, c]`, in the type of the file."""
-        if (columns.start, columns.stop) == (0, self.shape[1]):
-            return self.read(rows.start, rows.stop)
-        width = columns.stop - columns.start
-        out = np.empty((rows.stop - rows.start, width), self.dtype)
-        for place, row in enumerate(range(rows.start, rows.stop)):
-            data = memoryview(out[place].data).cast("B")
-            start = self._place_of(row, columns.start)
-            while len(data):
-                count = os.preadv(self._file, [data], start)
-                if count == 0:
-                    raise StoreError("a matrix ends before its last row: its file is truncated")
-                data, start = data[count:], start + count
-        return out
-
-    def put(self, rows: np.ndarray | range, column: int, values: np.ndarray) -> None:
-        """Write `values` [b, c] into some rows [b], from a column on."""
-        values = np.ascontiguousarray(values, dtype=self.dtype)
-        for row, each in zip(rows, values, strict=True):
-            data, place = memoryview(each.data).cast("B"), self._place_of(int(row), column)
-            while len(data):
-                written = os.pwrite(self._file, data, place)
-                data, place = data[written:], place + written
-
     def panels(self, first: int = 0, end: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """`(rows, values [b, m])` of the rows from `first` to `end`, `PANEL_BYTES` at a time."""
         end = self.shape[0] if end is None else end
@@ -66,9 +41,6 @@ class MatrixFile(RowFile):
         for start in range(first, end, step):
             rows = slice(start, min(start + step, end))
             yield rows, self.read(rows.start, rows.stop)
-
-    def _place_of(self, row: int, column: int) -> int:
-        return self._offset + row * self._width + column * self.dtype.itemsize
 
 
 def tiles(n: int) -> list[slice]:
@@ -104,7 +76,7 @@ def invert_in_tiles(
                 part = sl.solve_triangular(corner, part.T, lower=True, check_finite=False).T
             if not np.isfinite(part).all():
                 raise NumericalError(refusal)
-            target.put(range(rows.start, rows.stop), columns.start, part)
+            target.write(np.arange(rows.start, rows.stop), part, columns.start)
     diagonal = np.zeros(source.shape[0])
     for i, rows in enumerate(every):
         corner = np.tril(target.block(rows, rows).astype(np.float64))
@@ -117,7 +89,7 @@ def invert_in_tiles(
                     left, right = target.block(rows, between), target.block(between, columns)
                     part -= left.astype(np.float64) @ right.astype(np.float64)
                 part = corner @ part
-            target.put(range(rows.start, rows.stop), columns.start, part)
+            target.write(np.arange(rows.start, rows.stop), part, columns.start)
             diagonal[columns] += np.einsum("ij,ij->j", part, part)
     return diagonal
 

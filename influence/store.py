@@ -170,13 +170,13 @@ class RowFile:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def write(self, indices: np.ndarray, rows: np.ndarray) -> None:
-        """Write `rows` [b, ...] at the positions `indices` [b]."""
+    def write(self, indices: np.ndarray, rows: np.ndarray, column: int = 0) -> None:
+        """Write `rows` [b, ...] at the positions `indices` [b], of a matrix from a column on."""
         for index, row in zip(
             indices.tolist(), np.ascontiguousarray(rows, dtype=self.dtype), strict=True
         ):
             data = memoryview(np.atleast_1d(row).data).cast("B")
-            place = self._offset + index * self._width
+            place = self._place_of(index, column)
             while len(data):  # one call writes at most 2 GB
                 written = os.pwrite(self._file, data, place)
                 data, place = data[written:], place + written
@@ -184,7 +184,29 @@ class RowFile:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows `[stop - start, ...]`, copied."""
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        data, place = memoryview(out.data).cast("B"), self._offset + start * self._width
+        self._fill(out, self._place_of(start))
+        return out
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Rows `[b, ...]` in any order, copied."""
+        return np.concatenate([self.read(index, index + 1) for index in indices.tolist()])
+
+    def block(self, rows: slice, columns: slice) -> np.ndarray:
+        """A block `[b, c]` of a dataset `[n, m]`, copied."""
+        if (columns.start, columns.stop) == (0, self.shape[1]):
+            return self.read(rows.start, rows.stop)
+        out = np.empty((rows.stop - rows.start, columns.stop - columns.start), self.dtype)
+        for place, row in enumerate(range(rows.start, rows.stop)):
+            self._fill(out[place], self._place_of(row, columns.start))
+        return out
+
+    def _place_of(self, row: int, column: int = 0) -> int:
+        """Where a number lies in the file, in bytes."""
+        return self._offset + row * self._width + column * self.dtype.itemsize
+
+    def _fill(self, out: np.ndarray, place: int) -> None:
+        """Read what lies from a place on, until an array is full."""
+        data = memoryview(out.data).cast("B")
         while len(data):
             count = os.preadv(self._file, [data[: 1 << 30]], place)
             if count == 0:
@@ -192,19 +214,6 @@ class RowFile:
                     "a row file ends before its last row: it is truncated; fit the run again"
                 )
             data, place = data[count:], place + count
-        return out
-
-    def read_columns(self, columns: slice) -> np.ndarray:
-        """Columns `[n, end - start]` of all rows of a dataset `[n, P]`, copied."""
-        out = np.empty((len(self), columns.stop - columns.start), self.dtype)
-        first = self._offset + columns.start * self.dtype.itemsize
-        for number, row in enumerate(out):
-            data = memoryview(row.data).cast("B")
-            if os.preadv(self._file, [data], first + number * self._width) != len(data):
-                raise StoreError(
-                    "a row file ends before its last row: it is truncated; fit the run again"
-                )
-        return out
 
     def flush(self) -> None:
         """Wait until what was written is on the disk."""

@@ -37,8 +37,8 @@ def laid_out(folder, name: str, shape, kind=np.float64) -> MatrixFile:
 
 def test_blocks_are_those_that_were_put(tmp_path):
     file, values = laid_out(tmp_path, "a", (6, 9), np.float32), np.arange(54.0).reshape(6, 9)
-    file.put(range(6), 0, values)
-    file.put(np.array([4, 1]), 3, -values[[0, 2], :2])
+    file.write(np.arange(6), values)
+    file.write(np.array([4, 1]), -values[[0, 2], :2], 3)
     values[[4, 1], 3:5] = -values[[0, 2], :2]
     for rows, columns in ((slice(0, 6), slice(0, 9)), (slice(1, 5), slice(3, 4))):
         found = file.block(rows, columns)
@@ -54,7 +54,7 @@ def test_blocks_are_those_that_were_put(tmp_path):
 def test_an_inverse_in_tiles_is_the_dense_one(tmp_path, n, in_place):
     values = positive(n)
     source = laid_out(tmp_path, "source", (n, n))
-    source.put(range(n), 0, np.tril(values) + np.triu(np.full((n, n), np.nan), 1))  # never read
+    source.write(np.arange(n), np.tril(values) + np.triu(np.full((n, n), np.nan), 1))  # never read
     target = source if in_place else laid_out(tmp_path, "target", (n, n))
     expected = np.linalg.inv(0.3 * values + 0.7 * np.eye(n))
     found = invert_in_tiles(source, target, factor=0.3, ridge=0.7, refusal="no")
@@ -73,7 +73,7 @@ def test_a_matrix_that_is_not_positive_or_finite_is_refused(tmp_path):
         values = positive(9)
         values[7, 7] = wrong
         file = laid_out(tmp_path, name, (9, 9))
-        file.put(range(9), 0, values)
+        file.write(np.arange(9), values)
         with pytest.raises(NumericalError, match="is not positive"):
             invert_in_tiles(file, file, factor=1.0, ridge=1.0, refusal="this is not positive")
 
@@ -89,7 +89,7 @@ def test_no_more_than_some_tiles_are_ever_held(tmp_path, monkeypatch):
     for start in range(0, n, 100):
         part = np.zeros((100, n))
         part[np.arange(100), np.arange(start, start + 100)] = 1.0
-        file.put(range(start, start + 100), 0, part)
+        file.write(np.arange(start, start + 100), part)
     tracemalloc.start()
     diagonal = invert_in_tiles(file, file, factor=1.0, ridge=1.0, refusal="no")
     LowerInverse(file).apply(np.ones((2, n)))

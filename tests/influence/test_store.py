@@ -47,12 +47,12 @@ def test_columns_of_all_rows_are_read_and_a_cut_file_is_named(tmp_path):
     write_file(path, attrs={"run_digest": "d"}, rows={"rows": ((5, 12), np.float64)})
     with RowFile(path, "rows", write=True) as file:
         file.write(np.arange(5), values)
-        np.testing.assert_array_equal(file.read_columns(slice(3, 8)), values[:, 3:8])
+        np.testing.assert_array_equal(file.block(slice(0, len(file)), slice(3, 8)), values[:, 3:8])
         end = path.read_bytes().index(values[4].tobytes()) + values[4].nbytes
         os.truncate(path, end - 8)
-        np.testing.assert_array_equal(file.read_columns(slice(3, 8)), values[:, 3:8])
+        np.testing.assert_array_equal(file.block(slice(0, len(file)), slice(3, 8)), values[:, 3:8])
         with pytest.raises(StoreError, match="truncated"):
-            file.read_columns(slice(3, 12))
+            file.block(slice(0, len(file)), slice(3, 12))
 
 
 def test_a_chunked_dataset_is_not_mapped(tmp_path):
