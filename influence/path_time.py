@@ -35,14 +35,15 @@ from influence import distributed
 from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, evenly_spaced, memory_chunks
 from influence.batches import collate
-from influence.curvature.base import Damped, Invertible
+from influence.curvature.base import Invertible
 from influence.fitted_point import LOSSES
 from influence.gradients import replaced_forwards
-from influence.loss import mean_losses, supervised_logits
+from influence.loss import supervised_logits
 from influence.manifest import PathRecord
 from influence.path import scaled
 from influence.progress import say
 from influence.run import Run, update_manifest
+from influence.shared_rows import by_row, shared_losses
 from influence.store import open_file, read
 from influence.tokens import TokenizedExamples
 
@@ -140,14 +141,11 @@ def path_record(run: Run) -> PathRecord:
     rows = evenly_spaced(len(run.tokens), enough)
     sample = run.tokens.select(rows)
     weights, means = run.weights * run.tokens.counts, [each / run.tokens.counts for each in told]
-    own = distributed.shard(np.arange(len(rows)))  # each process runs its share of them
-    mine = sample.select(own)
 
     def loss(theta: Tensor) -> float:
         with run.model.at(theta):
-            losses = mean_losses(run.model, mine, token_budget=run.token_budget)
-        found = distributed.assembled(torch.from_numpy(losses), own, len(rows)).numpy()
-        return mean_by_others(found, rows, weights, means)
+            losses = shared_losses(run.model, sample, token_budget=run.token_budget)
+        return mean_by_others(losses, rows, weights, means)
 
     with without_adapter(run.model):
         base = loss(scaled(run.model, 0.0))
@@ -203,33 +201,37 @@ def without_adapter(model: AdaptedModel) -> Iterator[None]:
         yield
 
 
-def gauss_newton_ratio(point: AtPoint, operator: Damped | None = None) -> float:
+def gauss_newton_ratio(point: AtPoint) -> float:
     """Gauss-Newton curvature of a training row along its own step over its squared slope there,
     `d^T G d / (grad l^T d)^2` with `d = M grad l`: the median of a few rows, 1 / nats.
 
     Measured by the outputs: where a step `e d` to either side moves a row's logits by `+u` and
     `-u`, `e^2 d^T G d` is the variance of u under the outputs, summed over its tokens; what is odd
-    in e cancels. By default M is the run's own.
+    in e cancels. M is the run's own.
     """
-    operator = operator or point.operator()
+    operator = point.operator()
     assert isinstance(operator.curvature, Invertible)
     rows = evenly_spaced(len(point.run.tokens), RATIO_ROWS)
-    found = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-    places = distributed.shard(np.arange(len(rows)))  # each process measures some
-    for part in memory_chunks(point.run, len(places)) if len(places) else []:
-        own = places[part]
-        gradients = point.gradients_of(rows[own])
-        solved = operator.curvature.solve(gradients, operator.lam)
-        slopes = (gradients * solved).sum(1, dtype=torch.float64).cpu()
-        steps = point.geometry.adjoint(solved)
-        del gradients, solved
-        for place, slope, step in zip(own.tolist(), slopes.tolist(), steps, strict=True):
-            if not slope > 0:
-                continue  # a row without a gradient says nothing
-            tokens = point.run.tokens.select(rows[place : place + 1])
-            size = STEP * float(tokens.counts[0]) / slope
-            found[place] = _variance(point, tokens, step * size) / (size * slope) ** 2
-    ratios = distributed.assembled(found[places], places, len(rows)).numpy()
+
+    def measured(places: np.ndarray) -> np.ndarray:
+        """The ratios of some of them, NaN for a row without a gradient, which says nothing."""
+        found = np.full(len(places), np.nan)
+        for part in memory_chunks(point.run, len(places)):
+            gradients = point.gradients_of(rows[places[part]])
+            solved = operator.curvature.solve(gradients, operator.lam)
+            slopes = (gradients * solved).sum(1, dtype=torch.float64).cpu()
+            steps = point.geometry.adjoint(solved)
+            del gradients, solved
+            for number, slope, step in zip(part.tolist(), slopes.tolist(), steps, strict=True):
+                if not slope > 0:
+                    continue
+                row = rows[places[number]]
+                tokens = point.run.tokens.select(np.array([row]))
+                size = STEP * float(tokens.counts[0]) / slope
+                found[number] = _variance(point, tokens, step * size) / (size * slope) ** 2
+        return found
+
+    ratios = by_row(len(rows), measured)
     ratios = ratios[~np.isnan(ratios)]
     return float(np.median(ratios)) if len(ratios) else 0.0
 

@@ -23,13 +23,13 @@ import numpy as np
 from influence.credit import credited
 from influence.damping import Damping
 from influence.errors import InputError
-from influence.loss import mean_losses
 from influence.measurements import MeanLoss
 from influence.path import scaled
 from influence.rows import Examples
 from influence.run import Run
 from influence.scores import raw_parts
 from influence.setting import SHARED
+from influence.shared_rows import shared_losses
 from influence.tokens import TokenizedExamples
 
 #: A loss is held at this many times the base's, at most: adapters were seen at 1.2 times its loss on
@@ -127,9 +127,9 @@ def _losses(run: Run, tokens: TokenizedExamples, key: Hashable) -> tuple[np.ndar
     """Mean losses of some rows under the adapter and under the base, `[k]` each."""
     if ("losses", key) not in run.kept:
         budget = run.token_budget
-        before = mean_losses(run.model, tokens, token_budget=budget)
+        before = shared_losses(run.model, tokens, token_budget=budget)
         with run.model.at(scaled(run.model, 0.0)):
-            base = mean_losses(run.model, tokens, token_budget=budget)
+            base = shared_losses(run.model, tokens, token_budget=budget)
         run.kept["losses", key] = before, base
     return run.kept["losses", key]
 

@@ -199,13 +199,13 @@ def test_the_whole_fit_is_told_from_the_first_tenth(tmp_path, monkeypatch, capfd
 def test_the_rows_whose_losses_are_run_are_those_of_the_plan(tmp_path, monkeypatch, kind, path):
     """Few where a pass left the losses of all at every point, and not at the adapter twice."""
     ran = [0]
-    losses = path_time.mean_losses
+    losses = path_time.shared_losses
 
     def counted(model, tokens, **options):
         ran[0] += len(tokens)
         return losses(model, tokens, **options)
 
-    monkeypatch.setattr(path_time, "mean_losses", counted)
+    monkeypatch.setattr(path_time, "shared_losses", counted)
     for module in (path_time, fit_plan):
         monkeypatch.setattr(module, "LOSS_ROWS", 3)
         monkeypatch.setattr(module, "ROWS_OF_ALL", 5)

@@ -146,7 +146,7 @@ def test_losses_at_the_points_are_those_of_the_pass(taught, tmp_path, monkeypatc
         seen.append(model.snapshot())
         return mean_losses(model, tokens, **options)
 
-    monkeypatch.setattr("influence.path_time.mean_losses", counted)
+    monkeypatch.setattr("influence.path_time.shared_losses", counted)
     run = influence.fit(taught, examples(8), directory=tmp_path / "run", path=(0.5, 1.0))
     assert len(seen) == 1
     assert not seen[0][taught.space.leaves[1].slice].any()
@@ -207,7 +207,7 @@ def test_the_path_is_measured_once_and_by_runs_that_lack_it(run, monkeypatch):
     known = run.manifest.path
     run.manifest = replace(run.manifest, path=None)
     assert path_record(run) == known
-    monkeypatch.setattr("influence.path_time.mean_losses", None)
+    monkeypatch.setattr("influence.path_time.shared_losses", None)
     again = influence.Run.open(run.directory, model=run.model, train=run.train)
     assert path_record(again) == known
 
