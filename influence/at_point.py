@@ -253,18 +253,17 @@ class AtPoint:
                     yield number, self.geometry.of_leaf(number, part)
                 leaves = leaves[count:]
 
-    def whitened_products(self, operator: Damped, rows: np.ndarray) -> np.ndarray:
-        """Products under the inverse of some rows' gradients with all rows', `[k, n]` float64: those
-        of `W g` with `W^T W` the inverse, leaf after leaf of the stored rows, each process some
-        leaves.
+    def whitened_products(self, operator: Damped) -> np.ndarray:
+        """Products under the inverse of all rows' gradients, `[n, n]` float64: those of `W g` with
+        `W^T W` the inverse, leaf after leaf of the stored rows, each process some leaves.
         """
-        found, curvature = np.zeros((len(rows), len(self.run.tokens))), operator.curvature
+        n, curvature = len(self.run.tokens), operator.curvature
+        found = np.zeros((n, n))
         assert isinstance(curvature, Whitening)
         leaves = range(*distributed.span(len(self.model.space.leaves)))
         for number, gradients in self.leaf_blocks(leaves):
             white: Tensor = curvature.whiten(number, gradients, operator.lam)
-            left = white if len(rows) == len(white) else white[torch.from_numpy(rows)]
-            found += (left @ white.T).double().cpu().numpy()
+            found += (white @ white.T).double().cpu().numpy()
         return distributed.add_up(torch.from_numpy(found)).numpy()
 
     @property

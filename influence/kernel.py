@@ -352,7 +352,7 @@ def _whole(point: AtPoint, operator: Damped) -> WholeKernel:
         with open_file(point.file("kernel"), run_digest=point.digest) as file:
             found = read(file, "kernel").astype(np.float64)
     if found is None:
-        found = _columns(point, operator, np.arange(len(point.run.tokens)))
+        found = _products(point, operator)
         # symmetric but for rounding, and the same now as when it is read again
         found = ((found + found.T) / 2).astype(_dtype(point)).astype(np.float64)
         if files.own:
@@ -448,8 +448,8 @@ def _diagonal(point: AtPoint, operator: Damped) -> np.ndarray:
     return distributed.add_up(torch.from_numpy(found)).numpy()
 
 
-def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
-    """K between some rows and all, `[k, n]` float64.
+def _products(point: AtPoint, operator: Damped) -> np.ndarray:
+    """K `[n, n]`, float64.
 
     Stored rows are multiplied leaf by leaf where the inverse's root is known so. Else, of several
     processes each makes some of its rows; where gradients are not stored, and each of them costs a
@@ -459,24 +459,25 @@ def _columns(point: AtPoint, operator: Damped, rows: np.ndarray) -> np.ndarray:
     run, roots = point.run, np.sqrt(point.run.weights)
     whitens = isinstance(operator.curvature, Whitening) and point.by_leaf(len(roots))
     if point.gradients_stored and whitens:
-        return point.whitened_products(operator, rows) * roots[rows, None] * roots
-    found, features = np.zeros((len(rows), len(run.tokens))), point.features(operator)
+        return point.whitened_products(operator) * roots[:, None] * roots
+    n, features = len(run.tokens), point.features(operator)
+    found = np.zeros((n, n))
     split = point.gradients_stored or features is not None
     at_once = queries_at_once(run, COPIES) if features is None else features.rows_at_once
-    first, end = distributed.span(len(rows)) if split else (0, len(rows))
+    first, end = distributed.span(n) if split else (0, n)
     places = np.arange(first, end)
     # each part reads all rows' gradients once, so that parts are as large as memory allows
     for part in np.array_split(places, max(1, -(-len(places) // at_once))):
         if not len(part):
             continue
         if features is not None:
-            found[part] = features.products(features.of_rows(rows[part]))
+            found[part] = features.products(features.of_rows(part))
         else:
-            solved = operator.curvature.solve(point.gradients_of(rows[part]), operator.lam)
+            solved = operator.curvature.solve(point.gradients_of(part), operator.lam)
             found[part] = point.row_products(solved, shared=not split)
     if split:
         found = distributed.add_up(torch.from_numpy(found)).numpy()
-    return found * roots[rows, None] * roots
+    return found * roots[:, None] * roots
 
 
 # ---- the kept ones --------------------------------------------------------------------------------
