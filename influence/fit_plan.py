@@ -279,7 +279,7 @@ class FitPlan:
     @property
     def leaves_losses(self) -> bool:
         """Whether the passes run all rows, and so leave the losses of all at the points."""
-        return not self.apart or self.store == FULL
+        return self.store == FULL or (self.draws > 0 and not self.apart)
 
     @property
     def loss_rows(self) -> int:

@@ -31,7 +31,7 @@ What adds up, and what does not:
 * **Adam's metric** that was estimated from gradients stays; one from an optimiser's state is the same.
 * **Shared credit**: the rows' similarities are formed anew from what is stored. Losses at a point
   stay where its pass left them; those that none left, of the base as a rule, and the ratio of
-  curvature to slope are measured again, on `LOSS_ROWS` and `RATIO_ROWS` rows of
+  curvature to slope are measured again, on at most `ROWS_OF_ALL` and `RATIO_ROWS` rows of
   `influence.path_time`. Where nothing is stored, all that is left to the scores.
 
 The manifest says what a run was grown from and in what it differs (`grown`). Edits and what

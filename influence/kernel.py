@@ -204,8 +204,8 @@ class LandmarkKernel:
         return float((total**2).sum() + self.rest @ weights)
 
     def inverse(self, strength: float) -> LandmarkInverse:
-        """`(I + s K)^-1` by Woodbury, `A - s A U S U^T A` with `A = (I + s diag(rest))^-1` and
-        `S = (I + s U^T A U)^-1`.
+        """`(I + s K)^-1` [n, n] by Woodbury (Hager 1989), `A - s A U S U^T A` with the diagonal
+        `A = (I + s diag(rest))^-1` [n, n] and `S = (I + s U^T A U)^-1` [m, m].
 
         All processes call it together.
         """
@@ -337,7 +337,7 @@ def bytes_of_files(n: int, itemsize: int) -> int:
 
 
 def missing_bytes(point: AtPoint, operator: Damped) -> int:
-    """Bytes of those of them that are not kept."""
+    """Bytes of the files of K and of its inverse that a point does not keep yet."""
     n, files = len(point.run.tokens), Files(point, operator)
     needed = bytes_of_files(n, point.model.dtype.itemsize)
     if files.kept("kernel"):

@@ -223,8 +223,9 @@ class Manifest:
     `gradients_stored` whether the rows' gradients are on disk, `features_stored` whether the rows in
     few bytes are, `row_bytes` in how many; `calibration` the factors by the
     setting's name; `compute` is `float32` where the base computed in that, wider than its weights'
-    `dtype`, else `own`; `precision` the error of 16-bit gradients; `path` the losses along the path; `growable` whether rows at sampled labels are kept beside the
-    gradients, `grown` what the run was grown from.
+    `dtype`, else `own`; `precision` the error of 16-bit gradients; `path` the losses along the path;
+    `growable` whether rows at sampled labels are kept beside the gradients, `grown` what the run was
+    grown from.
     `rest` has the keys that this version does not know.
     """
 

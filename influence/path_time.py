@@ -65,7 +65,10 @@ STEP = 0.05
 
 @dataclass(frozen=True)
 class PathTime:
-    """The time t of the path, the strength s, and each point's share `[points]` of the time."""
+    """The time t of the path, the strength s, and each point's share `[points]` of the time.
+
+    K has a unit of its own: t K is in nats, and s K a number.
+    """
 
     time: float
     strength: float
@@ -170,7 +173,7 @@ def mean_by_others(
     values: np.ndarray, rows: np.ndarray, weights: np.ndarray, others: Sequence[np.ndarray]
 ) -> float:
     """The weighted mean over all rows of what is known of some: the regression estimator of survey
-    sampling (Cochran 1977, chapter 7).
+    sampling (Cochran 1977, chapter 7), in the unit of the values.
 
     `values` [k] are those of `rows` [k], `weights` [n] weigh all rows, and each of `others` [n] is
     known of all of them. Exact where the values are linear in those, and where `rows` are all.
@@ -210,7 +213,8 @@ def gauss_newton_ratio(point: AtPoint) -> float:
     in e cancels. M is the run's own.
     """
     operator = point.operator()
-    assert isinstance(operator.curvature, Invertible)
+    curvature = operator.curvature
+    assert isinstance(curvature, Invertible)
     rows = evenly_spaced(len(point.run.tokens), RATIO_ROWS)
 
     def measured(places: np.ndarray) -> np.ndarray:
@@ -218,7 +222,7 @@ def gauss_newton_ratio(point: AtPoint) -> float:
         found = np.full(len(places), np.nan)
         for part in memory_chunks(point.run, len(places)):
             gradients = point.gradients_of(rows[places[part]])
-            solved = operator.curvature.solve(gradients, operator.lam)
+            solved = curvature.solve(gradients, operator.lam)
             slopes = (gradients * solved).sum(1, dtype=torch.float64).cpu()
             steps = point.geometry.adjoint(solved)
             del gradients, solved

@@ -87,10 +87,8 @@ def shared_gradient(
     places = distributed.shard(np.arange(len(tokens)))
     if cost is not None:
         cost.gradients += len(tokens)
-    losses = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
     gradient, mine = loss_sum_gradient(
         model, tokens.select(places), weights[places], token_budget=token_budget
     )
-    losses[torch.from_numpy(places).to(losses.device)] = torch.from_numpy(mine).to(losses)
-    sums = distributed.add_up({"gradient": gradient, "losses": losses})
-    return sums["gradient"], sums["losses"].cpu().numpy()
+    losses = distributed.assembled(torch.from_numpy(mine), places, len(tokens))
+    return distributed.add_up(gradient), losses.numpy()

@@ -17,7 +17,6 @@ Why a mean over trainings: two retrained models differ, and their mean is nearer
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -101,9 +100,7 @@ class ExpectedOutputs:
 
         Processes of one machine share its memory.
         """
-        return self.bytes + more > block_bytes(CACHE_BYTES) // int(
-            os.environ.get("LOCAL_WORLD_SIZE", "1")
-        )
+        return self.bytes + more > block_bytes(CACHE_BYTES) // distributed.on_this_machine()
 
     @cached_property
     def exponent(self) -> float:

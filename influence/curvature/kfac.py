@@ -217,7 +217,7 @@ class Moments(Accumulator):
             batch = self._batch_tokens(valid, relative)
             if not self.space.leaves[leaf].is_A or self.wide_of[leaf] == leaf:
                 inputs = self._input_moment(leaf)
-                inputs.put(*inputs.made(batch.rows(x)))
+                inputs.add(batch.rows(x))
             self.mass[leaf] += batch.mass
         outputs.put(*made)
 

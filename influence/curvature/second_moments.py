@@ -68,8 +68,9 @@ def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     In float32 the largest eigenvalues of a real model's inputs, 1e5 times the median, would drown
     the others: an error is a share of the largest. In float64 the wide sides of a small model take
     as long as the model itself. So the outliers are found first, in float64, and what is left is
-    decomposed in float32, where its own largest eigenvalue is the measure. A float64 matrix, and a
-    narrow one, is decomposed in float64 whole.
+    decomposed in float32, where its own largest eigenvalue is the measure. Outliers come from
+    subspace iteration (Halko, Martinsson & Tropp 2011). A float64 matrix, and a narrow one, is
+    decomposed in float64 whole.
     """
     width = len(matrix)
     if matrix.dtype == torch.float64 or width < WIDE:

@@ -410,7 +410,7 @@ def _goals_text(goals: Goals, merit: Merit, until: EditRule) -> str:
         count, loss, target = int(side.sum()), merit.losses[side].mean(), goals.targets[side].mean()
         rows = f"{count} {'row' if count == 1 else 'rows'}"
         parts.append(
-            f"the mean loss of {rows} that had not their goal {verb} to {loss:.2f} nats per token "
+            f"the mean loss of {rows} that had not reached their goal {verb} to {loss:.2f} nats per token "
             f"({target:.2f} is {source})"
         )
     return "; ".join(parts)
