@@ -34,7 +34,7 @@ from influence.features import MEMORY_SHARE
 from influence.fit_plan import FEATURES, FILE_BYTES, FULL, FitPlan, size, string_bytes
 from influence.fitted_point import CHECKPOINT_SECONDS
 from influence.gradients import max_rows
-from influence.kernel import COPIES, EXACT_ROWS, LANDMARKS, ROWS_AT_ONCE, WHOLE_ROWS
+from influence.kernel import COPIES, ROWS_AT_ONCE, WHOLE_ROWS
 from influence.manifest import ROW_BYTES
 from influence.matrix_file import PANEL_BYTES, TILE
 from influence.memory import free_memory
@@ -398,17 +398,17 @@ class Work:
             if not plan.closed or plan.points < 2 or plan.store == FEATURES:
                 return 0.0
             return plan.points * self.gradient_seconds(_evenly(tokens, SCALE_ROWS))
-        columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
+        columns = min(n, plan.landmarks) or n
         rows, few = self.rows_seconds(plan), plan.store == FEATURES
         # stored rows are read once, and turned once where a solution turns them twice
         turned = self.turned(plan)
         looks = 1.0 if turned else columns / n + self.parts(plan, columns)
         each = s.load + rows * looks
-        triangle = 0.5 if WHOLE_ROWS < n <= EXACT_ROWS else 1.0
+        triangle = 0.5 if n > WHOLE_ROWS and not plan.landmarks else 1.0
         each += triangle * columns * n * self.width(plan) / s.multiply
         each += 0.0 if few else (n / 2 if turned else columns) * s.solve
         each += plan.kernel_bytes / plan.points / s.write
-        if n > EXACT_ROWS:
+        if plan.landmarks:
             # U, U^T A U and the diagonal of the inverse, each of them half a product
             each += 1.5 * columns**2 * n / s.multiply + s.invert * 2 * (columns / 1000) ** 3
             # K's diagonal is another look at the rows; of few bytes it is in the file
@@ -472,7 +472,7 @@ class Work:
         # the sums are within what the pass took, and eigenvectors take their place
         stages = [s.after.kept_bytes + 4 * 8 * largest**2 * workers + 3 * min(block, n * width)]
         if plan.shares_credit:
-            columns = min(n, LANDMARKS) if n > EXACT_ROWS else n
+            columns = min(n, plan.landmarks) or n
             at_once = -(-columns // self.parts(plan, columns))
             at_once = min(at_once, RATIO_ROWS) if self.turned(plan) else at_once
             held = 8 * columns * n * (plan.points + 1) if n <= WHOLE_ROWS else KERNEL_HELD
@@ -517,7 +517,7 @@ class Work:
         apart = plan.shares_credit or plan.points > 1
         if plan.shares_credit:
             each += plan.kernel_bytes / plan.points / s.read
-            each += Q * n * (n if n <= EXACT_ROWS else 2 * LANDMARKS) / s.multiply
+            each += Q * n * (2 * plan.landmarks or n) / s.multiply
         if plan.shares_credit and n <= WHOLE_ROWS:
             each += KERNEL_TOUCHES * 8 * n**2 / s.read + s.invert * (n / 1000) ** 3
         ids = string_bytes(self.prepared.train.ids) + string_bytes(queries.ids)

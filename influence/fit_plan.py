@@ -22,7 +22,7 @@ from influence.curvature.base import NEVER, ONCE, Specification
 from influence.errors import InputError
 from influence.features import bytes_of_row
 from influence.gradients import max_rows
-from influence.kernel import EXACT_ROWS, LANDMARKS, WHOLE_ROWS, bytes_of_files
+from influence.kernel import WHOLE_ROWS, bytes_of_files, landmarks_for
 from influence.manifest import ROW_BYTES, STORE_BEFORE
 from influence.memory import block_bytes
 from influence.path_time import LOSS_ROWS, ROWS_OF_ALL
@@ -118,6 +118,8 @@ class FitPlan:
         Bytes of a row's codes as features.
     at_adapter : bool
         Whether the adapter itself is one of the points.
+    landmarks : int
+        Rows that stand for all in the rows' similarities; 0: none need to.
     """
 
     rows: int
@@ -137,6 +139,7 @@ class FitPlan:
     sample: int
     row_bytes: int = ROW_BYTES
     at_adapter: bool = False
+    landmarks: int = 0
 
     @classmethod
     def of(
@@ -176,9 +179,10 @@ class FitPlan:
         sample = len(curvature.sample(n, seed))
         at_once = max(1, block_bytes(PART_BYTES) // (space.size * itemsize))
         closed = not curvature.undamped and not curvature.matrix_free
+        total = int(tokens.lengths.sum())
         return cls(
             rows=n,
-            tokens=int(tokens.lengths.sum()),
+            tokens=total,
             parameters=space.size,
             leaves=len(space.leaves),
             points=points,
@@ -194,6 +198,9 @@ class FitPlan:
             whitens=curvature.whitens,
             sample=sample,
             row_bytes=row_bytes,
+            landmarks=landmarks_for(
+                model, rows=n, tokens=total, points=points, disk_budget=disk_budget
+            ),
         )
 
     def batches(
@@ -239,9 +246,8 @@ class FitPlan:
         """Passes with one backward for the rows' similarities at one point."""
         if not self.shares_credit or self.stored:
             return 0
-        if self.rows <= EXACT_ROWS:
-            return 2  # the rows themselves, and their products with all rows
-        return 2 + LANDMARKS / self.rows
+        # the rows themselves, and their products with all rows or with the landmarks
+        return 2 + self.landmarks / self.rows
 
     @property
     def passes(self) -> float:
@@ -327,7 +333,7 @@ class FitPlan:
             return 0
         if self.rows <= WHOLE_ROWS:
             return self.points * self.rows**2 * self._stored_itemsize
-        return self.points * bytes_of_files(self.rows, self._stored_itemsize)
+        return self.points * bytes_of_files(self.rows, self.landmarks, self._stored_itemsize)
 
     @property
     def kept_bytes(self) -> int:

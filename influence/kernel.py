@@ -1,21 +1,20 @@
 """How alike the training rows are under a damped inverse, `K = F M F^T`.
 
 `M = (C + lambda I)^-1` at one point of the path, `f_i = sqrt(w_i) grad l_i`. Up to `WHOLE_ROWS` rows
-K and its inverse are held in memory, `[n, n]` in float64. Up to `EXACT_ROWS` they are as exact, but
-lie in files that are made and read tile by tile (`influence.matrix_file`). Beyond, K is stood in for
-by `LANDMARKS` of its columns and its own diagonal (Nystroem with an exact diagonal:
-Quinonero-Candela & Rasmussen 2005, "FITC"), which lie in files too:
+K and its inverse are held in memory, `[n, n]` in float64. Of more rows they are as exact, but lie in
+files that are made and read tile by tile (`influence.matrix_file`): up to `EXACT_ROWS` rows always,
+and up to `MOST_ROWS` where the inverse takes no more operations than a pass over the rows, and the
+files no more disk than the run's budget. Else K is stood in for by `LANDMARKS` of its columns and its
+own diagonal (Nystroem with an exact diagonal: Quinonero-Candela & Rasmussen 2005, "FITC"):
 
     K ~ U U^T + diag(rest),     U = K_nm L^-T,   K_mm = L L^T,   rest = diag(K - U U^T)
 
-It is exact where the rows span no more directions than there are landmarks. All three numbers are
-fixed: what is answered does not hang on the memory of a machine.
+It is exact where the rows span no more directions than there are landmarks. All numbers are fixed:
+what is answered does not hang on the memory of a machine.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,27 +24,32 @@ import scipy.linalg as sl
 import torch
 
 from influence import distributed
+from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, evenly_spaced, queries_at_once
 from influence.curvature.base import Damped, Invertible, Whitening, inverse_products
-from influence.errors import NumericalError, StoreError
+from influence.errors import NumericalError
+from influence.kernel_files import Files, dtype_of, get, put
 from influence.matrix_file import (
+    LowerFile,
     LowerInverse,
     MatrixFile,
-    delete_with,
     invert_in_tiles,
     lay_out,
     tiles,
 )
 from influence.progress import track
-from influence.store import RowFile, open_file, read, write_file
+from influence.run import Run
+from influence.store import open_file, read
 
 #: Rows up to which K is held in memory: 34 MB in float64, and as much again while it is inverted.
 WHOLE_ROWS = 2_048
-#: Rows up to which no row's similarity to another is left out: 1.6 GB of disk in float32, and as
-#: much again for the inverse.
-EXACT_ROWS = 20_000
+#: Rows up to which no row's similarity to another is left out, whatever it costs: 0.8 GB of disk in
+#: float32, and as much again for the inverse; and up to which none is where it costs little: 8.7 GB.
+EXACT_ROWS, MOST_ROWS = 20_000, 65_536
 #: Columns that stand for K beyond that.
 LANDMARKS = 4_096
+#: Operations of a forward and of a backward by the inputs, for each weight and token.
+OF_A_PASS = 4
 #: Rows that are multiplied with all others at a time, at most.
 ROWS_AT_ONCE = 512
 #: Added to the diagonal of K_mm, relative to its mean, by the type of the gradients: landmarks may
@@ -132,18 +136,18 @@ class WholeInverse:
 
 @dataclass(frozen=True, eq=False)
 class TiledKernel:
-    """K in a file, `[n, n]`, of which the lower triangle counts."""
+    """The lower triangle of K in a file."""
 
-    values: MatrixFile = field(repr=False)
+    values: LowerFile = field(repr=False)
     files: Files = field(repr=False)
 
     def slope(self, weights: np.ndarray) -> float:
         """`v^T K v` for `v = sqrt(weights)`."""
         roots, found = np.sqrt(weights), 0.0
         for rows, part in self.values.panels():
-            for row, values in zip(range(rows.start, rows.stop), part, strict=True):
-                found += 2 * float(roots[row] * (values[:row].astype(np.float64) @ roots[:row]))
-                found += float(values[row] * weights[row])
+            products = np.tril(part, rows.start - 1).astype(np.float64) @ roots[: rows.stop]
+            found += 2 * float(roots[rows] @ products)
+            found += float(np.diagonal(part, rows.start) @ weights[rows])
         return found
 
     def inverse(self, strength: float) -> TiledInverse:
@@ -151,21 +155,29 @@ class TiledKernel:
 
         All processes call it together.
         """
+        n = len(self.values)
 
         def invert(path: Path) -> None:
-            with MatrixFile(path, "factor", write=True) as factor:
+            with LowerFile(path, "factor", n, write=True) as factor:
                 found = invert_in_tiles(
-                    self.values, factor, factor=strength, ridge=1.0, refusal=INDEFINITE
+                    self.values,
+                    factor,
+                    factor=strength,
+                    ridge=1.0,
+                    refusal=INDEFINITE,
+                    device=self.files.device,
                 )
-                _put(path, "diagonal", found)
+                put(path, "diagonal", found)
                 factor.flush()
 
-        n = self.values.shape[0]
-        layout = {"factor": ((n, n), self.values.dtype), "diagonal": ((n,), np.float64)}
+        layout = {
+            "factor": (LowerFile.layout(n), self.values.dtype),
+            "diagonal": ((n,), np.float64),
+        }
         path = self.files.made(
             "inverse", layout, lambda path: distributed.at_first(lambda: invert(path)), strength
         )
-        found = TiledInverse(LowerInverse(MatrixFile(path, "factor")), _read(path, "diagonal"))
+        found = TiledInverse(LowerInverse(LowerFile(path, "factor", n)), get(path, "diagonal"))
         self.files.used_by(found, "inverse", path)
         return found
 
@@ -212,11 +224,16 @@ class LandmarkKernel:
         scale = 1 / (1 + strength * self.rest)
 
         def invert(path: Path) -> None:
-            with MatrixFile(path, "factor", write=True) as factor:
+            with LowerFile(path, "factor", m, write=True) as factor:
                 self._sum(factor, scale)
                 distributed.at_first(
                     lambda: invert_in_tiles(
-                        factor, factor, factor=strength, ridge=1.0, refusal=INDEFINITE
+                        factor,
+                        factor,
+                        factor=strength,
+                        ridge=1.0,
+                        refusal=INDEFINITE,
+                        device=self.files.device,
                     )
                 )
                 inner, own = LowerInverse(factor), np.zeros(n)
@@ -224,18 +241,18 @@ class LandmarkKernel:
                     own[rows] = np.square(inner.halves(part)).sum(1, dtype=np.float64)
                 own = distributed.add_up(torch.from_numpy(own)).numpy()
                 if distributed.rank() == 0:
-                    _put(path, "diagonal", scale - strength * scale**2 * own)
+                    put(path, "diagonal", scale - strength * scale**2 * own)
                 factor.flush()
 
         n, m = self.root.shape
-        layout = {"factor": ((m, m), np.float64), "diagonal": ((n,), np.float64)}
+        layout = {"factor": (LowerFile.layout(m), np.float64), "diagonal": ((n,), np.float64)}
         path = self.files.made("inverse", layout, invert, strength)
-        inner = LowerInverse(MatrixFile(path, "factor"))
-        found = LandmarkInverse(self.root, inner, scale, _read(path, "diagonal"), strength, self)
+        inner = LowerInverse(LowerFile(path, "factor", m))
+        found = LandmarkInverse(self.root, inner, scale, get(path, "diagonal"), strength, self)
         self.files.used_by(found, "inverse", path)
         return found
 
-    def _sum(self, target: MatrixFile, scale: np.ndarray) -> None:
+    def _sum(self, target: LowerFile, scale: np.ndarray) -> None:
         """The lower triangle of `U^T A U` [m, m] into a file, some of its rows at a time."""
         first, end = distributed.span(self.root.shape[0])
         roots = np.sqrt(scale).astype(self.root.dtype)
@@ -284,65 +301,87 @@ class LandmarkInverse:
 Kernel = WholeKernel | TiledKernel | LandmarkKernel
 
 
-def row_kernel(
-    point: AtPoint,
-    operator: Damped,
-    *,
-    whole_rows: int | None = None,
-    exact_rows: int | None = None,
-    landmarks: int | None = None,
-) -> Kernel:
+def row_kernel(point: AtPoint, operator: Damped) -> Kernel:
     """K at a point. That of the fit's own setting is kept in the run (`kernel.h5`, with its inverse
     in `inverse.h5` where it is in files); that of another one lies in files until it is no more used.
 
     Every row's gradient is read once for each part of the rows (or landmarks) that are multiplied at
-    a time. By default up to `WHOLE_ROWS` rows are held in memory, up to `EXACT_ROWS` K is whole, and
-    beyond `LANDMARKS` stand for it. All processes call it together. Raises `StoreError` where files
-    have no room.
+    a time. All processes call it together. Raises `StoreError` where files have no room.
     """
-    n, files = len(point.run.tokens), Files(point, operator)
-    exact = n <= (EXACT_ROWS if exact_rows is None else exact_rows)
-    if exact and n <= (WHOLE_ROWS if whole_rows is None else whole_rows):
+    n, files, landmarks = len(point.run.tokens), Files(point, operator), landmarks_of(point.run)
+    if not landmarks and n <= WHOLE_ROWS:
         return _whole(point, operator)
-    kind = _dtype(point)
-    if exact:
+    layout = _layout(n, landmarks, dtype_of(point))
+    if not landmarks:
 
         def fill(path: Path) -> None:
-            with MatrixFile(path, "kernel", write=True) as file:
-                _fill(point, operator, file, np.arange(n), lower=True)
+            with LowerFile(path, "lower", n, write=True) as file:
+                _fill(point, operator, file, np.arange(n))
                 file.flush()
 
-        path = files.made("kernel", {"kernel": ((n, n), kind)}, fill)
-        found = TiledKernel(MatrixFile(path, "kernel"), files)
+        path = files.made("kernel", layout, fill)
+        found = TiledKernel(LowerFile(path, "lower", n), files)
     else:
-        chosen = evenly_spaced(n, LANDMARKS if landmarks is None else landmarks)
-        layout = {"root": ((n, len(chosen)), kind), "rest": ((n,), np.float64)}
+        chosen = evenly_spaced(n, landmarks)
         path = files.made("kernel", layout, lambda path: _fill_root(point, operator, path, chosen))
-        found = LandmarkKernel(MatrixFile(path, "root"), _read(path, "rest"), files)
+        found = LandmarkKernel(MatrixFile(path, "root"), get(path, "rest"), files)
     files.used_by(found, "kernel", path)
     return found
 
 
-def bytes_of_files(n: int, itemsize: int) -> int:
+def landmarks_for(
+    model: AdaptedModel, *, rows: int, tokens: int, points: int, disk_budget: float
+) -> int:
+    """How many rows stand for all of them, which hold so many tokens; 0 where none need to.
+
+    `disk_budget` is in bytes, of all points together.
+    """
+    if rows <= EXACT_ROWS:
+        return 0
+    weights = sum(parameter.numel() for parameter in model.model.parameters())
+    files = points * bytes_of_files(rows, 0, model.dtype.itemsize)
+    cheap = rows**3 <= OF_A_PASS * weights * tokens and files <= disk_budget
+    return 0 if rows <= MOST_ROWS and cheap else LANDMARKS
+
+
+def landmarks_of(run: Run) -> int:
+    """The same of a run."""
+    return landmarks_for(
+        run.model,
+        rows=len(run.tokens),
+        tokens=run.manifest.data.tokens,
+        points=len(run.manifest.points),
+        disk_budget=run.manifest.disk_budget,
+    )
+
+
+def bytes_of_files(n: int, landmarks: int, itemsize: int) -> int:
     """Bytes of the files that K of n rows and its inverse lie in, at one point; 0 in memory.
 
     `itemsize` is that of the model's numbers.
     """
     size = max(4, itemsize)
+    if landmarks:
+        return n * landmarks * size + 8 * LowerFile.layout(landmarks)[0] + 16 * n
     if n <= WHOLE_ROWS:
         return 0
-    if n <= EXACT_ROWS:
-        return 2 * n * n * size + 8 * n
-    return n * LANDMARKS * size + 8 * LANDMARKS**2 + 16 * n
+    return 2 * LowerFile.layout(n)[0] * size + 8 * n
 
 
 def missing_bytes(point: AtPoint, operator: Damped) -> int:
     """Bytes of the files of K and of its inverse that a point does not keep yet."""
-    n, files = len(point.run.tokens), Files(point, operator)
-    needed = bytes_of_files(n, point.model.dtype.itemsize)
-    if files.kept("kernel"):
+    n, files, landmarks = len(point.run.tokens), Files(point, operator), landmarks_of(point.run)
+    needed = bytes_of_files(n, landmarks, point.model.dtype.itemsize)
+    if files.kept("kernel", _layout(n, landmarks, dtype_of(point))):
         needed = 0 if files.kept("inverse") else needed // 2
     return needed
+
+
+def _layout(n: int, landmarks: int, kind: type[np.floating]) -> dict[str, Any]:
+    """The datasets of K in a file."""
+    if landmarks:
+        return {"root": ((n, min(n, landmarks)), kind), "rest": ((n,), np.float64)}
+    return {"lower": (LowerFile.layout(n), kind)}
 
 
 def _whole(point: AtPoint, operator: Damped) -> WholeKernel:
@@ -354,23 +393,23 @@ def _whole(point: AtPoint, operator: Damped) -> WholeKernel:
     if found is None:
         found = _products(point, operator)
         # symmetric but for rounding, and the same now as when it is read again
-        found = ((found + found.T) / 2).astype(_dtype(point)).astype(np.float64)
+        found = ((found + found.T) / 2).astype(dtype_of(point)).astype(np.float64)
         if files.own:
             distributed.at_first(lambda: files.keep(found))
     return WholeKernel(found)
 
 
 def _fill(
-    point: AtPoint, operator: Damped, file: MatrixFile, columns: np.ndarray, *, lower: bool = False
+    point: AtPoint, operator: Damped, file: MatrixFile | LowerFile, columns: np.ndarray
 ) -> None:
-    """K between all rows and some, `[n, k]`, into a file; if `lower`, no more than the lower
-    triangle.
+    """K between all rows and some, `[n, k]`, into a file; or of K its lower triangle.
 
     Of several processes each makes some of the columns; where gradients are not stored, and each of
     them costs a backward, each makes some of the rows instead.
     """
     assert isinstance(operator.curvature, Invertible)
     run, roots, features = point.run, np.sqrt(point.run.weights), point.features(operator)
+    lower = isinstance(file, LowerFile)
     split = point.gradients_stored or features is not None
     at_once = queries_at_once(run, COPIES) if features is None else features.rows_at_once
     count = -(-len(columns) // min(at_once, ROWS_AT_ONCE))
@@ -399,14 +438,14 @@ def _fill(
 
 def _fill_root(point: AtPoint, operator: Damped, path: Path, chosen: np.ndarray) -> None:
     """U and the rest of the diagonal into a file, of the landmarks `chosen` [m]."""
-    n, m, kind = len(point.run.tokens), len(chosen), _dtype(point)
+    n, m, kind = len(point.run.tokens), len(chosen), dtype_of(point)
     with MatrixFile(path, "root", write=True) as root:
         _fill(point, operator, root, chosen)
 
         def inverted() -> Path:
             """L^-1 in a file of its own."""
-            place = lay_out(path.parent, {"factor": ((m, m), np.float64)}, {})
-            with MatrixFile(place, "factor", write=True) as small:
+            place = lay_out(path.parent, {"factor": (LowerFile.layout(m), np.float64)}, {})
+            with LowerFile(place, "factor", m, write=True) as small:
                 mean = 0.0
                 for number, row in enumerate(chosen.tolist()):
                     values = root.read(row, row + 1)
@@ -414,7 +453,14 @@ def _fill_root(point: AtPoint, operator: Damped, path: Path, chosen: np.ndarray)
                     small.write(np.array([number]), values)
                 jitter = JITTER[kind] * mean
                 try:
-                    invert_in_tiles(small, small, factor=1.0, ridge=jitter, refusal=INDEFINITE)
+                    invert_in_tiles(
+                        small,
+                        small,
+                        factor=1.0,
+                        ridge=jitter,
+                        refusal=INDEFINITE,
+                        device=point.model.device,
+                    )
                 except NumericalError:
                     place.unlink()
                     raise
@@ -422,7 +468,7 @@ def _fill_root(point: AtPoint, operator: Damped, path: Path, chosen: np.ndarray)
 
         place = distributed.at_first(inverted)
         squares = np.zeros(n)
-        with MatrixFile(place, "factor") as small:
+        with LowerFile(place, "factor", m) as small:
             lower = LowerInverse(small)
             for rows, part in root.panels(*distributed.span(n)):
                 part = lower.halves(part)
@@ -432,7 +478,7 @@ def _fill_root(point: AtPoint, operator: Damped, path: Path, chosen: np.ndarray)
         rest = np.maximum(_diagonal(point, operator) - squares, 0)
         if distributed.rank() == 0:
             place.unlink()
-            _put(path, "rest", rest)
+            put(path, "rest", rest)
         root.flush()
 
 
@@ -478,121 +524,3 @@ def _products(point: AtPoint, operator: Damped) -> np.ndarray:
     if split:
         found = distributed.add_up(torch.from_numpy(found)).numpy()
     return found * roots[:, None] * roots
-
-
-# ---- the kept ones --------------------------------------------------------------------------------
-
-
-def _dtype(point: AtPoint) -> type[np.floating]:
-    """The type that K is kept in: the model's, at least float32."""
-    return np.float64 if point.model.dtype == torch.float64 else np.float32
-
-
-def _put(path: Path, name: str, values: np.ndarray) -> None:
-    """Write a dataset that was laid out."""
-    with RowFile(path, name, write=True) as file:
-        file.write(np.arange(len(values)), values)
-
-
-def _read(path: Path, name: str) -> np.ndarray:
-    """Read one."""
-    with open_file(path) as file:
-        return read(file, name)
-
-
-@dataclass(frozen=True, eq=False)
-class Files:
-    """The files of K at a point under an operator, and of its inverse.
-
-    Those of the fit's own operator are kept in the run.
-    """
-
-    point: AtPoint
-    operator: Damped
-
-    @property
-    def own(self) -> bool:
-        """Whether the operator is that of the fit."""
-        point = self.point
-        return point.number is not None and point.operator().label == self.operator.label
-
-    def kept(
-        self, name: str, datasets: Mapping[str, Any] | None = None, strength: float | None = None
-    ) -> bool:
-        """Whether the run keeps such a file of this operator, with these datasets; an inverse of
-        another `strength` does not count.
-        """
-        point = self.point
-        if point.number is None or not point.file(name).exists():
-            return False
-        with open_file(point.file(name), run_digest=point.digest) as file:
-            there = file.attrs
-            same = strength is None or np.isclose(np.asarray(there["strength"]), strength, 1e-9, 0)
-            return (
-                there.get("setting") == self.operator.label
-                and all(
-                    each in file and file[each].shape == shape  # pyright: ignore
-                    for each, (shape, _) in (datasets or {}).items()
-                )
-                and bool(same)
-            )
-
-    def attrs(self, strength: float | None = None) -> dict[str, Any]:
-        """What a file says of itself."""
-        said = {"run_digest": self.point.digest, "setting": self.operator.label}
-        about = "K = sqrt(w_i w_j) grad l_i^T (C + lambda I)^-1 grad l_j"
-        if strength is None:
-            return {**said, "about": f"{about}: its lower triangle, or U of K ~ U U^T + rest"}
-        return {**said, "about": f"the inverse of I + strength K, {about}", "strength": strength}
-
-    def made(
-        self,
-        name: str,
-        layout: Mapping[str, tuple[tuple[int, ...], Any]],
-        fill: Callable[[Path], None],
-        strength: float | None = None,
-    ) -> Path:
-        """The kept file, or one that all processes `fill` together."""
-        if distributed.at_first(lambda: self.kept(name, layout, strength)):
-            return self.point.file(name)
-        attrs, wanted = self.attrs(strength), self.point.run.directory
-        path = distributed.at_first(lambda: lay_out(wanted, layout, attrs))
-        try:
-            fill(path)
-            distributed.wait()  # all have written what is theirs
-            return distributed.at_first(lambda: self._sealed(name, path, layout))
-        except BaseException:
-            if distributed.rank() == 0:
-                path.unlink(missing_ok=True)
-            raise
-
-    def _sealed(self, name: str, path: Path, layout: Mapping[str, Any]) -> Path:
-        """Where a filled file lies for good.
-
-        The inverse that a run keeps is that of its first strength, the fit's: of all its points.
-        """
-        kept = self.point.file(name)
-        if self.own and path.parent == kept.parent and not self.kept(name, layout):
-            os.replace(path, kept)
-            return kept
-        return path
-
-    def used_by(self, owner: object, name: str, path: Path) -> None:
-        """Delete a file that is not kept, once its owner is no more used.
-
-        All processes have opened it by then.
-        """
-        distributed.wait()
-        if path != self.point.file(name) and distributed.rank() == 0:
-            delete_with(owner, path)
-
-    def keep(self, values: np.ndarray) -> None:
-        """Keep a K that is held in memory, in the type of the model.
-
-        A disk that is full or only read costs the time of making it again, no more.
-        """
-        arrays = {"kernel": values.astype(_dtype(self.point))}
-        try:
-            write_file(self.point.file("kernel"), arrays, attrs=self.attrs())
-        except (OSError, StoreError):
-            return

@@ -18,15 +18,19 @@ from typing import Any
 
 import numpy as np
 import psutil
-import scipy.linalg as sl
+import torch
+from torch import Tensor
 
 from influence.errors import NumericalError, StoreError
 from influence.store import RowFile, write_file
 
 #: How the names of files begin that are not whole yet; then the machine and the process.
 MAKING = "kernel-making-"
-#: Rows and columns of a tile, of which a few are held at a time: 2 MB each in float64.
-TILE = 512
+#: Rows and columns of a tile, of which a few are held at a time: 2 MB each in float64, and on a GPU
+#: 134 MB: its products are of larger ones, and less is read.
+TILE, GPU_TILE = 512, 4_096
+#: Rows of a lower triangle that are stored as wide as the last of them. Part of the file's form.
+BAND = 512
 #: Bytes of whole rows that are held at a time.
 PANEL_BYTES = 8 << 20
 
@@ -43,72 +47,154 @@ class MatrixFile(RowFile):
             yield rows, self.read(rows.start, rows.stop)
 
 
-def tiles(n: int) -> list[slice]:
-    """Positions 0 ... n - 1 in tiles."""
-    return [slice(start, min(start + TILE, n)) for start in range(0, n, TILE)]
+class LowerFile(RowFile):
+    """The lower triangle of a matrix [n, n], in a file of half its size.
+
+    `BAND` rows are as wide as the last of them, and follow each other. What lies above the diagonal
+    is not written, and read as whatever the band has there.
+    """
+
+    def __init__(self, path: Path, name: str, n: int, *, write: bool = False) -> None:
+        super().__init__(path, name, write=write)
+        if self.shape != LowerFile.layout(n):
+            raise StoreError(
+                f"{path}: {name} holds {self.shape} numbers; expected {LowerFile.layout(n)}, the "
+                f"lower triangle of {n} rows: move the file away, it is made again"
+            )
+        self.shape = (n, n)
+
+    @staticmethod
+    def layout(n: int) -> tuple[int]:
+        """The shape of the dataset."""
+        whole, rest = divmod(n, BAND)
+        return (BAND * BAND * whole * (whole + 1) // 2 + rest * n,)
+
+    def width(self, row: int) -> int:
+        """Numbers of a row that are stored."""
+        return min(len(self), BAND * (row // BAND + 1))
+
+    def panels(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """`(rows, values [b, rows.stop])` of all rows, `PANEL_BYTES` at a time, zero above the
+        diagonal.
+        """
+        start = 0
+        while start < len(self):
+            width = self.width(start)
+            step = max(1, PANEL_BYTES // (width * self.dtype.itemsize))
+            rows = slice(start, min(start + step, width))
+            values = self.block(rows, slice(0, rows.stop))
+            yield rows, np.tril(values, start)
+            start = rows.stop
+
+    def write(self, indices: np.ndarray, rows: np.ndarray, column: int = 0) -> None:
+        """Write `rows` [b, k] at the positions `indices` [b], from a column on, as far as they are
+        stored.
+        """
+        for index, row in zip(indices.tolist(), rows, strict=True):
+            kept = row[: max(0, self.width(index) - column)]
+            if len(kept):
+                super().write(np.array([index]), kept[None], column)
+
+    def block(self, rows: slice, columns: slice) -> np.ndarray:
+        """A block `[b, c]`, zero where nothing is stored, copied."""
+        out = np.zeros((rows.stop - rows.start, columns.stop - columns.start), self.dtype)
+        for place, row in enumerate(range(rows.start, rows.stop)):
+            count = min(columns.stop, self.width(row)) - columns.start
+            if count > 0:
+                self._fill(out[place, :count], self._place_of(row, columns.start))
+        return out
+
+    def _place_of(self, row: int, column: int = 0) -> int:
+        band = row // BAND
+        before = BAND * BAND * band * (band + 1) // 2 + (row - BAND * band) * self.width(row)
+        return self._offset + (before + column) * self.dtype.itemsize
+
+
+def tiles(n: int, size: int | None = None) -> list[slice]:
+    """Positions 0 ... n - 1 in tiles of so many, `TILE` by default."""
+    size = size or TILE
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+class Tiles:
+    """Tiles of a matrix in a file, as float64 on a device."""
+
+    def __init__(self, file: LowerFile, device: torch.device) -> None:
+        self.file, self.device = file, device
+
+    def read(self, rows: slice, columns: slice) -> Tensor:
+        """A tile `[b, c]`."""
+        return torch.from_numpy(self.file.block(rows, columns)).to(self.device).double()
+
+    def write(self, rows: slice, columns: slice, values: Tensor) -> None:
+        """Put a tile in its place."""
+        self.file.write(np.arange(rows.start, rows.stop), values.cpu().numpy(), columns.start)
 
 
 def invert_in_tiles(
-    source: MatrixFile, target: MatrixFile, *, factor: float, ridge: float, refusal: str
+    source: LowerFile,
+    target: LowerFile,
+    *,
+    factor: float,
+    ridge: float,
+    refusal: str,
+    device: torch.device,
 ) -> np.ndarray:
     """X = L^-1 of `L L^T = factor A + ridge I`, tile by tile, and the diagonal of the inverse
     `X^T X`, `[n]`.
 
-    Only the lower triangles count: that of A in `source`, that of X in `target`, which may be the
-    same file. Raises `NumericalError` with the words of `refusal` where the matrix is not positive.
+    A is in `source`, X comes into `target`, which may be the same file. Products are made on the
+    device, in float64. Raises `NumericalError` with the words of `refusal` where the matrix is not
+    positive.
     """
-    every = tiles(source.shape[0])
+    if device.type == "mps":  # has no float64
+        device = torch.device("cpu")
+    every = tiles(len(source), TILE if device.type == "cpu" else GPU_TILE)
+    given, made = Tiles(source, device), Tiles(target, device)
     for i, rows in enumerate(every):
         for j, columns in enumerate(every[: i + 1]):
-            part = factor * source.block(rows, columns).astype(np.float64)
+            part = factor * given.read(rows, columns)
             if i == j:
-                part[np.diag_indices_from(part)] += ridge
+                part.diagonal().add_(ridge)
             for before in every[:j]:
-                left, right = target.block(rows, before), target.block(columns, before)
-                part -= left.astype(np.float64) @ right.T.astype(np.float64)
+                part -= made.read(rows, before) @ made.read(columns, before).T
             if i == j:
-                try:
-                    part = np.linalg.cholesky(part)
-                except np.linalg.LinAlgError:
-                    raise NumericalError(refusal) from None
+                part, failed = torch.linalg.cholesky_ex(part)
+                if int(failed):
+                    raise NumericalError(refusal)
             else:
-                corner = target.block(columns, columns).astype(np.float64)
-                part = sl.solve_triangular(corner, part.T, lower=True, check_finite=False).T
-            if not np.isfinite(part).all():
+                corner = made.read(columns, columns)
+                part = torch.linalg.solve_triangular(corner.T, part, upper=True, left=False)
+            if not bool(part.isfinite().all()):
                 raise NumericalError(refusal)
-            target.write(np.arange(rows.start, rows.stop), part, columns.start)
-    diagonal = np.zeros(source.shape[0])
+            made.write(rows, columns, part)
+    diagonal = torch.zeros(len(source), dtype=torch.float64, device=device)
     for i, rows in enumerate(every):
-        corner = np.tril(target.block(rows, rows).astype(np.float64))
-        corner = sl.solve_triangular(corner, np.eye(len(corner)), lower=True, check_finite=False)
+        corner = made.read(rows, rows).tril()
+        unit = torch.eye(len(corner), dtype=torch.float64, device=device)
+        corner = torch.linalg.solve_triangular(corner, unit, upper=False)
         for j, columns in enumerate(every[: i + 1]):
             part = corner
             if j < i:  # of L's row those from j on are still there, and of X all rows above
-                part = np.zeros((len(corner), columns.stop - columns.start))
+                part = torch.zeros_like(made.read(rows, columns))
                 for between in every[j:i]:
-                    left, right = target.block(rows, between), target.block(between, columns)
-                    part -= left.astype(np.float64) @ right.astype(np.float64)
+                    part -= made.read(rows, between) @ made.read(between, columns)
                 part = corner @ part
-            target.write(np.arange(rows.start, rows.stop), part, columns.start)
-            diagonal[columns] += np.einsum("ij,ij->j", part, part)
-    return diagonal
+            made.write(rows, columns, part)
+            diagonal[columns] += part.square().sum(0)
+    return diagonal.cpu().numpy()
 
 
 class LowerInverse:
     """`P = X^T X`, of the lower triangle X [n, n] in a file."""
 
-    def __init__(self, factor: MatrixFile) -> None:
+    def __init__(self, factor: LowerFile) -> None:
         self.factor = factor
-
-    def panels(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Rows of X `[b, stop]`, as far as they are not zero."""
-        for rows, values in self.factor.panels():
-            yield rows, np.tril(values[:, : rows.stop], rows.start)
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """`values @ P`, `[K, n]`."""
         found = np.zeros(values.shape)
-        for rows, part in self.panels():
+        for rows, part in self.factor.panels():
             part = part.astype(np.float64)
             found[:, : rows.stop] += (values[:, : rows.stop] @ part.T) @ part
         return found
@@ -116,14 +202,14 @@ class LowerInverse:
     def halves(self, values: np.ndarray) -> np.ndarray:
         """`values @ X^T`, `[K, n]`, in the type of the values."""
         found = np.empty(values.shape, values.dtype)
-        for rows, part in self.panels():
+        for rows, part in self.factor.panels():
             found[:, rows] = values[:, : rows.stop] @ part.T.astype(values.dtype, copy=False)
         return found
 
     def block(self, rows: np.ndarray) -> np.ndarray:
         """P between some rows, `[k, k]`."""
         found = np.zeros((len(rows), len(rows)))
-        for there, part in self.panels():
+        for there, part in self.factor.panels():
             within = rows < there.stop
             some = np.zeros((len(part), len(rows)))
             some[:, within] = part[:, rows[within]]

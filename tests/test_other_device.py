@@ -69,6 +69,13 @@ def test_scores_are_those_of_the_cpu(kind, options, tmp_path):
     assert_same(on_both(work, tmp_path, kind))
 
 
+def test_similarities_in_files_are_inverted_there(tmp_path, monkeypatch):
+    """Tile by tile."""
+    monkeypatch.setattr("influence.kernel.WHOLE_ROWS", 2)
+    monkeypatch.setattr("influence.matrix_file.GPU_TILE", 4)
+    assert_same(on_both(scored, tmp_path))
+
+
 @pytest.mark.slow
 def test_edits_and_forecasts_are_those_of_the_cpu(tmp_path):
     data = examples(6)

@@ -282,7 +282,9 @@ def test_a_finished_fit_is_returned_without_the_rows_similarities(taught, run, m
     assert again.manifest.path == run.manifest.path
 
 
-@pytest.mark.parametrize("numbers", [{"WHOLE_ROWS": 3}, {"EXACT_ROWS": 3, "LANDMARKS": N}])
+@pytest.mark.parametrize(
+    "numbers", [{"WHOLE_ROWS": 3}, {"EXACT_ROWS": 3, "MOST_ROWS": 3, "LANDMARKS": N}]
+)
 def test_more_rows_share_from_files(taught, tmp_path, double, monkeypatch, numbers):
     """Tile by tile, and by landmarks that are all rows; and a second score makes nothing again."""
     run = influence.fit(taught, examples(N), path=PATH, directory=tmp_path / "run")

@@ -324,17 +324,22 @@ def test_float32_runs_of_several_processes(tmp_path):
     same(expected, found, 1e-5)
 
 
-@pytest.mark.parametrize("few", [{"whole_rows": 0}, {"exact_rows": 10, "landmarks": 7}])
+IN_FILES = [{"WHOLE_ROWS": 3}, {"EXACT_ROWS": 10, "MOST_ROWS": 10, "LANDMARKS": 7}]
+
+
+@pytest.mark.parametrize("numbers", IN_FILES)
 @pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored"])
-def test_similarities_in_files_are_made_by_several_processes(tmp_path, monkeypatch, few, kind):
+def test_similarities_in_files_are_made_by_several_processes(tmp_path, monkeypatch, numbers, kind):
     """Those of a damping that is not the fit's own, so that every call makes them."""
     run = fit(tmp_path / "run", kind)
     monkeypatch.setattr("influence.matrix_file.TILE", 5)
     monkeypatch.setattr(kernel_module, "ROWS_AT_ONCE", 4)
+    for name, value in numbers.items():
+        monkeypatch.setattr(kernel_module, name, value)
 
     def kernel(run: Run) -> list[np.ndarray]:
         point = run.points[0]
-        found = kernel_module.row_kernel(point, point.operator(damping="mean:3"), **few)
+        found = kernel_module.row_kernel(point, point.operator(damping="mean:3"))
         inverse = found.inverse(0.5)
         weights = run.weights
         values = np.eye(len(weights))[:3]
@@ -350,7 +355,7 @@ def test_similarities_in_files_are_made_by_several_processes(tmp_path, monkeypat
     assert not list(run.directory.glob("kernel-making-*"))
 
 
-@pytest.mark.parametrize("numbers", [{"WHOLE_ROWS": 3}, {"EXACT_ROWS": 10, "LANDMARKS": 7}])
+@pytest.mark.parametrize("numbers", IN_FILES)
 def test_many_rows_share_credit_in_several_processes(tmp_path, monkeypatch, numbers):
     """Whether files have room is the first process's to say, and nothing is exchanged meanwhile."""
     run, queries = fit(tmp_path / "run"), examples(3, seed=9)

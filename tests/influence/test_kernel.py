@@ -14,9 +14,8 @@ from influence.kernel import LandmarkKernel, WholeKernel, row_kernel
 from influence.matrix_file import MatrixFile
 from influence.store import write_file
 from tests.conftest import build_model, examples, fit_end
+from tests.influence.kernels import FORMS, N, kernel_of, like, whole_of
 from tests.oracles import close, plain_gradients
-
-N = 12
 
 
 @pytest.fixture(scope="module")
@@ -86,27 +85,6 @@ def in_file(path, **arrays):
     return [MatrixFile(path, name) for name in arrays]
 
 
-def whole_of(kernel) -> np.ndarray:
-    """What a kernel in files stands for, `[n, n]`."""
-    if isinstance(kernel, LandmarkKernel):
-        root = kernel.root.read(0, kernel.root.shape[0]).astype(float)
-        return root @ root.T + np.diag(kernel.rest)
-    lower = np.tril(kernel.values.read(0, kernel.values.shape[0])).astype(float)
-    return lower + np.tril(lower, -1).T
-
-
-def like(found, expected: np.ndarray, tolerance: float = 1e-8) -> None:
-    """An inverse that is the expected matrix, in all that is asked of it."""
-    rng, some = np.random.default_rng(5), np.array([1, len(expected) - 1])
-    values = rng.normal(size=(3, len(expected)))
-    close(found.diagonal, np.diagonal(expected), tolerance)
-    close(found.block(some), expected[np.ix_(some, some)], tolerance)
-    close(found.apply(values), values @ expected, tolerance)
-
-
-FORMS = {"tiles": {"whole_rows": 0}, "landmarks": {"exact_rows": 0, "landmarks": 5}}
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("store", ["full", "features", "none"])
 def test_a_kernel_in_files_is_the_one_in_memory_and_so_is_its_inverse(
@@ -114,6 +92,7 @@ def test_a_kernel_in_files_is_the_one_in_memory_and_so_is_its_inverse(
 ):
     """All rows' similarities, or those of landmarks with every row's own, against their formulas."""
     monkeypatch.setattr("influence.matrix_file.TILE", 5)
+    monkeypatch.setattr("influence.matrix_file.BAND", 3)
     monkeypatch.setattr("influence.matrix_file.PANEL_BYTES", 200)
     monkeypatch.setattr(kernel_module, "ROWS_AT_ONCE", 4)
     point = fit_end(model, examples(N), directory=tmp_path / "run", store=store).points[0]
@@ -126,7 +105,7 @@ def test_a_kernel_in_files_is_the_one_in_memory_and_so_is_its_inverse(
         own = np.diagonal(K) if store != "features" else point.features(operator).squares
         own = own if store != "features" else own * point.run.weights
         expected = projected + np.diag(np.maximum(own - np.diagonal(projected), 0))
-    found = row_kernel(point, operator, **FORMS[form])
+    found = kernel_of(monkeypatch, form, point, operator)
     close(whole_of(found), expected, 1e-6)
     weights = np.random.default_rng(2).random(N)
     roots = np.sqrt(weights)
@@ -136,67 +115,27 @@ def test_a_kernel_in_files_is_the_one_in_memory_and_so_is_its_inverse(
         like(found.inverse(strength), inverse)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_second_look_finds_the_fits_own_in_the_run(run, monkeypatch, form):
-    """And of another damping, or another strength, nothing is left or mistaken."""
-    point, few = run.points[0], FORMS[form]
-    operator, other = point.operator(), point.operator(damping="mean:3")
-    first = row_kernel(point, operator, **few)
-    diagonal = first.inverse(0.5).diagonal
-    names = {"kernel.h5", "inverse.h5"}
-    assert names <= {path.name for path in run.directory.iterdir()}
-    before = sorted(path.name for path in run.directory.iterdir())
-    another = row_kernel(point, other, **few)
-    assert len(list(run.directory.glob("kernel-making-*"))) == 1
-    assert not np.allclose(whole_of(another), whole_of(first))
-    another.inverse(0.5)
-    del another
-    assert sorted(path.name for path in run.directory.iterdir()) == before
-    monkeypatch.setattr(kernel_module, "_fill", None)
-    again = row_kernel(point, operator, **few)
-    np.testing.assert_array_equal(whole_of(again), whole_of(first))
-    assert not np.allclose(again.inverse(2.0).diagonal, diagonal)
-    assert sorted(path.name for path in run.directory.iterdir()) == before
-    monkeypatch.setattr(kernel_module, "invert_in_tiles", None)
-    np.testing.assert_array_equal(again.inverse(0.5).diagonal, diagonal)
+def test_rows_are_all_told_where_that_costs_less_than_a_pass(run, monkeypatch):
+    """Beyond the rows that always are, and up to the most that ever are."""
+    monkeypatch.setattr(kernel_module, "WHOLE_ROWS", 10)
+    monkeypatch.setattr(kernel_module, "EXACT_ROWS", 100)
+    monkeypatch.setattr(kernel_module, "MOST_ROWS", 300)
+    weights = sum(parameter.numel() for parameter in run.model.model.parameters())
+    enough = -(-(200**3) // (4 * weights))  # tokens of which a pass costs as much as the inverse
+    size = run.model.dtype.itemsize
+    files = 2 * (2 * size * 200 * 200 + 8 * 200)  # at two points
 
+    def landmarks(rows=200, tokens=enough, disk_budget=files):
+        return kernel_module.landmarks_for(
+            run.model, rows=rows, tokens=tokens, points=2, disk_budget=disk_budget
+        )
 
-def test_a_kept_matrix_of_a_run_before_is_read_in_tiles(run, monkeypatch):
-    """It was written whole, both triangles."""
-    point = run.points[0]
-    K = row_kernel(point, point.operator()).values.copy()
-    monkeypatch.setattr(kernel_module, "_fill", None)
-    found = row_kernel(point, point.operator(), whole_rows=0)
-    np.testing.assert_array_equal(whole_of(found), K)
-    like(found.inverse(0.4), np.linalg.inv(np.eye(N) + 0.4 * K))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_failure_on_the_way_leaves_no_file(run, monkeypatch, form):
-    point = run.points[0]
-    before = sorted(path.name for path in run.directory.iterdir())
-
-    def fail(*_, **__):
-        raise NumericalError("on the way")
-
-    monkeypatch.setattr(kernel_module, "inverse_products", fail)
-    monkeypatch.setattr(point, "gradient_blocks", fail)
-    with pytest.raises(NumericalError, match="on the way"):
-        row_kernel(point, point.operator(damping="mean:3"), **FORMS[form])
-    assert sorted(path.name for path in run.directory.iterdir()) == before
-
-
-def test_a_run_that_is_only_read_has_its_files_elsewhere(run, monkeypatch, tmp_path):
-    point, elsewhere = run.points[0], tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
-    monkeypatch.setattr("influence.matrix_file.os.access", lambda place, _: place != run.directory)
-    point.file("kernel").unlink()
-    found = row_kernel(point, point.operator(), whole_rows=0)
-    assert not point.file("kernel").exists()
-    assert len(list(elsewhere.iterdir())) == 1
-    del found
-    assert list(elsewhere.iterdir()) == []
+    assert landmarks() == 0
+    assert landmarks(tokens=enough - 1) == kernel_module.LANDMARKS
+    assert landmarks(disk_budget=files - 1) == kernel_module.LANDMARKS
+    assert landmarks(rows=100, tokens=1, disk_budget=0) == 0
+    assert landmarks(rows=300, tokens=10**9, disk_budget=10**9) == 0
+    assert landmarks(rows=301, tokens=10**9, disk_budget=10**9) == kernel_module.LANDMARKS
 
 
 def test_landmarks_are_exact_where_the_rows_span_no_more_directions(run, tmp_path):
@@ -212,7 +151,7 @@ def test_landmarks_are_exact_where_the_rows_span_no_more_directions(run, tmp_pat
     like(kernel.inverse(0.7), np.linalg.inv(np.eye(20) + 0.7 * whole))
 
 
-def test_copies_among_the_landmarks_are_no_failure(model, tmp_path):
+def test_copies_among_the_landmarks_are_no_failure(model, tmp_path, monkeypatch):
     """Rows that are copies of each other make the landmarks' own matrix singular."""
     data = influence.examples_from_rows(
         [{"prompt": "red fox", "completion": " runs over"}] * 6
@@ -221,7 +160,8 @@ def test_copies_among_the_landmarks_are_no_failure(model, tmp_path):
     point = fit_end(model, data, directory=tmp_path / "run").points[0]
     operator = point.operator()
     whole = row_kernel(point, operator).values.copy()
-    few = row_kernel(point, operator, exact_rows=5, landmarks=6)
+    monkeypatch.setitem(FORMS["landmarks"], "LANDMARKS", 6)
+    few = kernel_of(monkeypatch, "landmarks", point, operator)
     close(whole_of(few), whole, 1e-4)
 
 

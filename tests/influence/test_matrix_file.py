@@ -8,19 +8,22 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from influence import matrix_file
 from influence.errors import NumericalError, StoreError
-from influence.matrix_file import LowerInverse, MatrixFile, invert_in_tiles, lay_out
+from influence.matrix_file import LowerFile, LowerInverse, MatrixFile, invert_in_tiles, lay_out
 from influence.store import write_file
+from tests.watching import HeldBytes
 
-SIZES = [1, 4, 5, 13]
+SIZES, CPU = [1, 4, 5, 13], torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tiles of 4, and some rows at a time."""
     monkeypatch.setattr(matrix_file, "TILE", 4)
+    monkeypatch.setattr(matrix_file, "BAND", 3)
     monkeypatch.setattr(matrix_file, "PANEL_BYTES", 300)
 
 
@@ -33,6 +36,12 @@ def laid_out(folder, name: str, shape, kind=np.float64) -> MatrixFile:
     path = folder / f"{name}.h5"
     write_file(path, rows={"values": (shape, kind)})
     return MatrixFile(path, "values", write=True)
+
+
+def lower_file(folder, name: str, n: int, kind=np.float64) -> LowerFile:
+    path = folder / f"{name}.h5"
+    write_file(path, rows={"values": (LowerFile.layout(n), kind)})
+    return LowerFile(path, "values", n, write=True)
 
 
 def test_blocks_are_those_that_were_put(tmp_path):
@@ -50,14 +59,43 @@ def test_blocks_are_those_that_were_put(tmp_path):
 
 
 @pytest.mark.parametrize("n", SIZES)
+def test_a_lower_triangle_takes_half_the_file(tmp_path, n):
+    """And is read as it was put, block by block."""
+    values = np.tril(np.random.default_rng(n).normal(size=(n, n))).astype(np.float32)
+    file = lower_file(tmp_path, "lower", n, np.float32)
+    assert file.dtype == np.float32
+    assert LowerFile.layout(n)[0] <= n * (n + 3) / 2
+    for column in range(0, n, 2):  # some columns at a time, and more than is stored
+        file.write(np.arange(n)[::-1], values[::-1, column : column + 2], column)
+    whole = slice(0, n)
+    np.testing.assert_array_equal(np.tril(file.block(whole, whole)), values)
+    some = slice(n // 2, n)
+    np.testing.assert_array_equal(np.tril(file.block(some, some)), values[some, some])
+    rows, joined = 0, np.zeros((n, n), np.float32)
+    for place, part in file.panels():
+        assert place.start == rows
+        joined[place, : place.stop] = part
+        rows = place.stop
+    assert rows == n
+    np.testing.assert_array_equal(joined, values)
+
+
+def test_a_lower_triangle_of_other_rows_is_refused(tmp_path):
+    file = lower_file(tmp_path, "lower", 7)
+    assert len(file) == 7
+    with pytest.raises(StoreError, match="the lower triangle of 8 rows"):
+        LowerFile(tmp_path / "lower.h5", "values", 8)
+
+
+@pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("in_place", [True, False])
 def test_an_inverse_in_tiles_is_the_dense_one(tmp_path, n, in_place):
     values = positive(n)
-    source = laid_out(tmp_path, "source", (n, n))
+    source = lower_file(tmp_path, "source", n)
     source.write(np.arange(n), np.tril(values) + np.triu(np.full((n, n), np.nan), 1))  # never read
-    target = source if in_place else laid_out(tmp_path, "target", (n, n))
+    target = source if in_place else lower_file(tmp_path, "target", n)
     expected = np.linalg.inv(0.3 * values + 0.7 * np.eye(n))
-    found = invert_in_tiles(source, target, factor=0.3, ridge=0.7, refusal="no")
+    found = invert_in_tiles(source, target, factor=0.3, ridge=0.7, refusal="no", device=CPU)
     np.testing.assert_allclose(found, np.diagonal(expected), rtol=1e-10)
     inverse = LowerInverse(target)
     rng, some = np.random.default_rng(1), np.array([n - 1, 0])
@@ -72,31 +110,36 @@ def test_a_matrix_that_is_not_positive_or_finite_is_refused(tmp_path):
     for name, wrong in (("a", -100.0), ("b", np.nan)):
         values = positive(9)
         values[7, 7] = wrong
-        file = laid_out(tmp_path, name, (9, 9))
+        file = lower_file(tmp_path, name, 9)
         file.write(np.arange(9), values)
-        with pytest.raises(NumericalError, match="is not positive"):
-            invert_in_tiles(file, file, factor=1.0, ridge=1.0, refusal="this is not positive")
+        refusal = "this is not positive"
+        with pytest.raises(NumericalError, match=refusal):
+            invert_in_tiles(file, file, factor=1.0, ridge=1.0, refusal=refusal, device=CPU)
 
 
 def test_no_more_than_some_tiles_are_ever_held(tmp_path, monkeypatch):
-    """1 MB of tiles for matrices of 8 MB, as `tracemalloc` counts."""
+    """1 MB of tiles for matrices of 8 MB, as `tracemalloc` counts arrays, and torch's as they live."""
     import tracemalloc
 
     monkeypatch.setattr(matrix_file, "TILE", 100)
     monkeypatch.setattr(matrix_file, "PANEL_BYTES", 100_000)
     n = 1_000
-    file = laid_out(tmp_path, "large", (n, n))
+    file = lower_file(tmp_path, "large", n)
     for start in range(0, n, 100):
         part = np.zeros((100, n))
         part[np.arange(100), np.arange(start, start + 100)] = 1.0
         file.write(np.arange(start, start + 100), part)
+    target = lower_file(tmp_path, "inverse", n)
+    with HeldBytes(least=1_000) as held:
+        invert_in_tiles(file, target, factor=1.0, ridge=1.0, refusal="no", device=CPU)
     tracemalloc.start()
-    diagonal = invert_in_tiles(file, file, factor=1.0, ridge=1.0, refusal="no")
+    diagonal = invert_in_tiles(file, file, factor=1.0, ridge=1.0, refusal="no", device=CPU)
     LowerInverse(file).apply(np.ones((2, n)))
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_allclose(diagonal, 0.5)
-    assert most < 1e6 < file.shape[0] ** 2 * 8 / 4
+    assert 0 < held.most < 1e6
+    assert most < 1e6 < n**2 * 8 / 4
 
 
 def test_no_room_is_said_with_both_places(tmp_path, monkeypatch):
