@@ -10,7 +10,7 @@ logarithms, between the first and the last case of a line.
 
     rows         with rows kept in few bytes (`--store features`), the curvature of 512 of them, and
                  credit that rows share
-    parameters   of the adapter, at 64 rows: the width of the model grows
+    parameters   of the adapter, at 64 rows in few bytes: the width of the model grows and the rank
     queries      of a fitted run
     processes    under torchrun on this machine, one thread each: wall time of the fit counts
     paper        nothing is run: passes and bytes of Llama-3-8B by `influence.fit_plan`, time by the
@@ -36,16 +36,18 @@ from typing import Any
 import numpy as np
 from gpu_shapes import build_tokenizer
 
-#: Widths of the Llama whose layers are adapted, for `parameters`.
-WIDTHS = (32, 64, 128, 256, 512)
+#: Width of the Llama whose layers are adapted, and rank of the adapter, for `parameters`.
+SIZES = ((32, 4), (128, 4), (128, 32), (512, 32), (512, 256), (1_024, 512))
 ROWS = (100, 1_000, 10_000, 100_000)
 QUERIES = (10, 100, 1_000)
 PROCESSES = (1, 2, 3)
 #: Rows that the curvature is formed of where rows grow.
 CURVATURE_ROWS = 512
-#: What paper assumes of one GPU: products in 16 bits a second, and the share of them that a pass
-#: reaches. An assumption, not measured: benchmarks/gpu.py measures it on a GPU.
-PEAK, SHARE = 989e12, 0.35
+#: What paper assumes of one GPU: operations in 16 bits and in float64 a second, and the share of
+#: them that is reached. An assumption, not measured: benchmarks/gpu.py measures it on a GPU.
+PEAK, DOUBLE, SHARE = 989e12, 67e12, 0.35
+#: Operations a second in float64 of the host's cores: assumed too.
+HOST = 300e9
 #: Llama-3-8B with LoRA of rank 16 on all linear layers.
 PAPER = {"weights": 8.03e9, "parameters": 41_943_040, "leaves": 448, "tokens": 500, "r": 16}
 
@@ -53,8 +55,8 @@ PAPER = {"weights": 8.03e9, "parameters": 41_943_040, "leaves": 448, "tokens": 5
 # ---- one case, in a process of its own -----------------------------------------------------------
 
 
-def model_of(width: int) -> Any:
-    """A two-layer Llama with LoRA of rank 4 on all its linear layers, random, float32."""
+def model_of(width: int, rank: int) -> Any:
+    """A two-layer Llama with LoRA on all its linear layers, random, float32."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,7 +74,7 @@ def model_of(width: int) -> Any:
         initializer_range=0.1,
     )
     base = LlamaForCausalLM(config)
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(base, lora)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -123,7 +125,7 @@ def case(asked: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     distributed.join("cpu")
-    model, train = model_of(asked["width"]), rows_of(asked["rows"], 0)
+    model, train = model_of(asked["width"], asked["rank"]), rows_of(asked["rows"], 0)
     if asked["credit"] == "shared":
         teach(model)
     queries = rows_of(asked["queries"], 1)
@@ -187,6 +189,7 @@ def asked_of(**changes: Any) -> dict[str, Any]:
     usual = {
         "rows": 64,
         "width": 32,
+        "rank": 4,
         "queries": 20,
         "processes": 1,
         "store": "features",
@@ -202,8 +205,8 @@ def line(name: str) -> Iterable[tuple[float, dict[str, Any]]]:
         for rows in ROWS:
             yield rows, asked_of(rows=rows, curvature_rows=CURVATURE_ROWS, credit="shared")
     elif name == "parameters":
-        for width in WIDTHS:
-            yield width, asked_of(width=width)
+        for width, rank in SIZES:
+            yield width * rank, asked_of(width=width, rank=rank)
     elif name == "queries":
         for queries in QUERIES:
             yield queries, asked_of(queries=queries, rows=500)
@@ -243,6 +246,7 @@ def show(name: str, out: Path) -> None:
 def paper() -> None:
     """Llama-3-8B, rank 16: hours and bytes by what the passes compute."""
     from influence.features import bytes_of_row
+    from influence.kernel import LANDMARKS, MOST_ROWS, bytes_of_files
 
     weights, P, tokens = PAPER["weights"], PAPER["parameters"], PAPER["tokens"]
     forward = 2 * weights * tokens  # operations of a row
@@ -256,12 +260,18 @@ def paper() -> None:
                 sample = min(rows, 4_096)
                 curvature = sample * (2 * (forward + backward) + 2 * rotation)
                 features = rows * (forward + backward + 2 * rotation)
-                kernel = min(rows, 4_096) * rows * 2 * 524_288
+                landmarks = 0 if rows <= MOST_ROWS else LANDMARKS  # a pass costs more than n^3
+                kernel = rows * (2 * landmarks or rows) * 524_288
                 fit = points * (curvature + features + kernel) / (PEAK * SHARE * gpus)
+                # the inverse, in float64 on one GPU
+                fit += points * 2 / 3 * (landmarks or rows) ** 3 / (DOUBLE * SHARE)
                 fit += points * 300  # eigendecompositions: 130 of orders to 4,096 in float64
-                disk = points * rows * bytes_of_row(int(P), int(PAPER["leaves"]), 131_072)
+                disk = rows * bytes_of_row(int(P), int(PAPER["leaves"]), 131_072)
+                disk = points * (disk + bytes_of_files(rows, landmarks, 4))
                 score = 1_000 * (forward + backward + rotation) + 1_000 * rows * 2 * 524_288
-                score = points * score / (PEAK * SHARE * gpus) + points * disk / points / 2e9 / gpus
+                score = points * score / (PEAK * SHARE * gpus) + disk / 2e9 / gpus
+                # shared credit, on the host's cores
+                score += points * 1_000 * 2 * rows * (2 * landmarks or rows) / HOST
                 print(
                     f"| {rows:,} | {points} | {gpus} | {fit / 3600:.2f} | {disk / 1e9:.0f} | "
                     f"{score / 60:.1f} |"

@@ -10,7 +10,8 @@ libraries get the same token ids and labels.
 
 Model loading and imports are left out of every time. `bare` is one forward and backward of every
 training and query row by transformers and PEFT alone, in batches sorted by length: what no method
-can do without. Each contender runs in a process of its own, one after the other, `--repeat` times in
+can do without. `ours` prepares credit that rows share, which the peers do not make; `additive` is the
+same without it: the peers' own work. Each contender runs in a process of its own, one after the other, `--repeat` times in
 it; medians are printed, with the ratios that are aimed at. The peers need environments of their own
 (see `peers/README.md`); without their interpreters they are left out. `--rows` takes the first rows
 and queries only, for a trial.
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-OURS, PEERS = ("bare", "ours"), ("kronfluence", "bergson")
+OURS, PEERS = ("bare", "ours", "additive"), ("kronfluence", "bergson")
 #: The most that fit + score may take of each contender's time (of `bare`, a multiple).
 AIMS = {"bare": 2.0, "kronfluence": 0.35, "bergson": 0.3}
 BUDGET = 1024  # tokens a batch, as `fit` takes on a CPU
@@ -85,10 +86,13 @@ def since(begun: tuple[float, float]) -> list[float]:
 # ---- contenders, each in a process of its own ----------------------------------------------------
 
 
-def ours(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
+def ours(bed: Bed, args: argparse.Namespace, credit: str = "shared") -> dict[str, Any]:
     """Fit and score, and score a second query set from the stored gradients."""
     import influence
+    from influence import fitting
 
+    if credit == "additive":  # a fit prepares what scores share, whether these are asked for or not
+        fitting._prepare_credit = lambda run: None
     model = bed.load()
     train, queries = bed.rows("train", args.rows), bed.rows("query", args.rows)
     found: dict[str, Any] = {"before": peak(), "fit": [], "score": [], "second": []}
@@ -98,14 +102,19 @@ def ours(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
             run = influence.fit(model, train, directory=directory, path=(1.0,))
             found["fit"].append(since(begun))
             begun = now()
-            run.score(queries, out=Path(folder) / "scores.h5")
+            run.score(queries, credit=credit, out=Path(folder) / "scores.h5")
             found["score"].append(since(begun))
             found["peak"] = peak()
             del run
             again, begun = influence.Run.open(directory, model=model, train=train), now()
-            again.score(queries, out=Path(folder) / "second.h5")
+            again.score(queries, credit=credit, out=Path(folder) / "second.h5")
             found["second"].append(since(begun))
     return found
+
+
+def additive(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
+    """The same without the credit that rows share."""
+    return ours(bed, args, "additive")
 
 
 def bare(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +165,7 @@ def write_tokens(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
-WORKERS = {"ours": ours, "bare": bare, "tokens": write_tokens}
+WORKERS = {"ours": ours, "additive": additive, "bare": bare, "tokens": write_tokens}
 
 
 def peer(bed: Bed, name: str, python: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -220,19 +229,18 @@ def table(bed: Bed, results: dict[str, Any]) -> None:
             f"| {name} | {fit:.2f} | {score:.2f} | {wall:.2f} | {wall / floor[0]:.2f} | {cpu:.2f} | "
             f"{cpu / floor[1]:.2f} | {times['peak'] / 1e6:.0f} | {times['before'] / 1e6:.0f} |"
         )
-    if "ours" not in results:
-        return
-    mine = total(results["ours"])
-    for name, aim in AIMS.items():
-        if name not in results:
-            continue
-        wall, cpu = (a / b for a, b in zip(mine, total(results[name]), strict=True))
-        line = f"ours / {name}: {wall:.3f} (processor {cpu:.3f}), aimed at {aim:.2f} at most"
-        if name != "bare":
-            line += f"; memory {results['ours']['peak'] / results[name]['peak']:.2f}, at most 1"
-        print(line)
-    second = medians(results["ours"]["second"])
-    print(f"a second query set: {second[0]:.2f} s, processor {second[1]:.2f} s")
+    for mine in [name for name in ("ours", "additive") if name in results]:
+        for name, aim in AIMS.items():
+            if name not in results:
+                continue
+            each = zip(total(results[mine]), total(results[name]), strict=True)
+            wall, cpu = (a / b for a, b in each)
+            line = f"{mine} / {name}: {wall:.3f} (processor {cpu:.3f}), aimed at {aim:.2f} at most"
+            if name != "bare":
+                line += f"; memory {results[mine]['peak'] / results[name]['peak']:.2f}, at most 1"
+            print(line)
+        second = medians(results[mine]["second"])
+        print(f"{mine}, a second query set: {second[0]:.2f} s, processor {second[1]:.2f} s")
 
 
 def parse_args() -> argparse.Namespace:
