@@ -5,16 +5,16 @@ they read what is embedded there (`templates/file_source.js`); a server answers 
 over HTTP. Either way the answer is what these functions return, so a server needs no more than
 
     GET /api/meta                                meta(explored)
-    GET /api/search?kind=K&text=T&limit=N        search(explored, K, T, N)
+    GET /api/search?kind=K&text=T                search(explored, K, T)
     GET /api/lines?kind=K&indices=3,7,1          lines(explored, K, [3, 7, 1])
     GET /api/query/Q                             query(explored, Q)
     GET /api/row/I                               row(explored, I)
     GET /api/pair/Q/I                            pair(explored, Q, I)
     GET /api/section/NAME                        section(explored, NAME)
 
-and, in the page, a `source` with `meta()`, `search(kind, text, limit)`, `lines(kind, indices)`,
+and, in the page, a `source` with `meta()`, `search(kind, text)`, `lines(kind, indices)`,
 `query(q)`, `row(i)`, `pair(q, i)` and `section(name)`, each a promise of that JSON. `kind` is
-`queries` or `rows`; Q and I are positions. `analysis.explorer.page.html` takes the script of such a
+`queries` or `rows`; Q and I are positions. `analysis.explorer.page.built` takes the script of such a
 source in place of the file's own.
 
 Every text is as it is in the data, for `textContent` alone: it may be hostile.
@@ -67,18 +67,15 @@ def meta(explored: Explored) -> dict[str, Any]:
     }
 
 
-def search(explored: Explored, kind: str, text: str, limit: int | None = None) -> dict[str, Any]:
+def search(explored: Explored, kind: str, text: str) -> list[int]:
     """Positions of the queries or rows that contain every word of a text, in id, group or content.
 
-    `total` says how many there are, `found` has the first `limit`. No text: all.
+    No text: all.
     """
     texts, words = _texts(explored, kind), text.lower().split()
-    if words:
-        every = (texts.text(k) for k in range(len(texts)))
-        found = [k for k, said in enumerate(every) if all(word in said for word in words)]
-    else:
-        found = list(range(len(texts)))
-    return {"total": len(found), "found": found[:limit]}
+    if not words:
+        return list(range(len(texts)))
+    return [k for k, said in enumerate(texts.searched) if all(word in said for word in words)]
 
 
 def lines(explored: Explored, kind: str, indices: Iterable[int]) -> list[dict[str, Any]]:
@@ -111,8 +108,9 @@ def query(explored: Explored, index: int) -> dict[str, Any]:
 
 
 def row(explored: Explored, index: int) -> dict[str, Any]:
-    """A training row: `parts`, the `queries` by position with its `scores`, those that it helps
-    first, and `facts` about it, as `analysis.explorer.blocks` has them.
+    """A training row: `parts`, and the `queries` by position with its `scores`.
+
+    Those that it helps come first. `facts` about it are as `analysis.explorer.blocks` has them.
     """
     texts = explored.rows
     place = _place(texts, "rows", index)
@@ -128,8 +126,10 @@ def row(explored: Explored, index: int) -> dict[str, Any]:
 
 
 def pair(explored: Explored, query: int, row: int) -> dict[str, Any]:
-    """One score split: `tokens` as (text, part) pairs by position of the training row, `modules` as
-    (layer, part) pairs, null where the scores are not split so, and `why` then says how to.
+    """One score split over the tokens of the training row and over the layers of the adapter.
+
+    `tokens` are (text, part) pairs by position, `modules` (layer, part) pairs, null where the scores
+    are not split so, and `why` then says how to.
     """
     place = _place(explored.queries, "queries", query)
     other = _place(explored.rows, "rows", row)

@@ -107,8 +107,9 @@ def blocks(directory: Path) -> list[Block]:
 
 
 def record_of(entry: dict[str, Any]) -> EditRecord | None:
-    """The record of a line of the chain; None where its folder does not hold that very one, by its
-    SHA-256: it is gone, was changed, or a later edit lies there.
+    """The record of a line of the chain; None where its folder does not hold that very one.
+
+    It is known by its SHA-256. It may be gone or changed, or a later edit may lie there.
     """
     try:
         data = read_plain(Path(entry["edit"]) / RECORD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from influence.messages import one_line
 from influence.rows import Example, Examples, canonical_json
@@ -44,10 +45,13 @@ class Texts:
         """What a row says, as `[role, text]` pairs in order; none where it is not known."""
         return [] if self.examples is None else parts_of(self.examples[index])
 
-    def text(self, index: int) -> str:
-        """What is searched of a row: its id, its group and all that it says, in lower case."""
-        said = [text for _, text in self.parts(index)]
-        return "\n".join([self.ids[index], self.groups[index], *said]).lower()
+    @cached_property
+    def searched(self) -> list[str]:
+        """What is searched of every row: id, group and all that it says, in lower case. Made once."""
+        return [
+            "\n".join([self.ids[k], self.groups[k], *(text for _, text in self.parts(k))]).lower()
+            for k in range(len(self))
+        ]
 
 
 def parts_of(example: Example) -> list[list[str]]:

@@ -123,7 +123,7 @@ function drawRows(block) {
           tickable: index >= 0,
           label: [line.id, cell(row, "reason"), cell(row, "evidence")].join(", "),
           nodes: [
-            el("span", { class: "what" }, 
+            el("span", { class: "what" },
               el("span", { class: "first" }, foreign(line.id, { class: "id" }), foreign(cell(row, "reason") ?? "", { class: "chip" }),
                 score === null ? null : el("span", { class: "n", "data-tip": cellTip(score, block.columns[at.score]) }, short(score)),
                 gain === null ? null : el("span", { class: "n muted", "data-tip": cellTip(gain, block.columns[at.gain]) }, `gain ${short(gain)}`)),
@@ -142,7 +142,8 @@ function drawRows(block) {
     const more = index >= 0 && state.meta.scored
       ? el("button", { type: "button", onclick: () => go({ i: index }) }, "Show the queries that it moves")
       : null;
-    return showTraining(shown, why, [["Training row ", index], ["To compare with: ", block.other[k]]], more);
+    const said = why ? el("p", { class: "score-line" }, foreign(why)) : null;
+    return showTraining(shown, said, [["Training row ", index], ["To compare with: ", block.other[k]]], more);
   }
 
   function narrow() {
@@ -190,7 +191,7 @@ function drawAnswers(block) {
         "details",
         {},
         el("summary", {}, foreign(answer.id, { class: "id" }), " ", foreign(answer.prompt, { class: "preview" })),
-        el("div", { class: "sides" }, ...answer.said.map(([who, text]) => textCard(who, [[answer.prompt ? "" : "", text]]))),
+        el("div", { class: "sides" }, ...answer.said.map(([who, text]) => textCard(who, [["", text]]))),
       ),
     ),
   );

@@ -105,6 +105,15 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+// ---- trouble -------------------------------------------------------------------------------------
+
+// What fails after the start, as when the page's server has ended, is said. A click takes it away.
+addEventListener("unhandledrejection", (event) => {
+  $("trouble").textContent = visible(event.reason?.message ?? event.reason);
+  $("trouble").hidden = false;
+});
+$("trouble").addEventListener("click", () => ($("trouble").hidden = true));
+
 // ---- start ---------------------------------------------------------------------------------------
 
 // The first paint is not kept waiting.

@@ -229,8 +229,8 @@ def test_the_file_answers_what_the_functions_answer(browser, world, monkeypatch,
         ("queries", "kind 3"),
         ("rows", "no"),
     ):
-        expected = contract.search(explored, kind, text, 3)
-        assert ask(f"search({json.dumps(kind)}, {json.dumps(text)}, 3)") == expected
+        expected = contract.search(explored, kind, text)
+        assert ask(f"search({json.dumps(kind)}, {json.dumps(text)})") == expected
     assert ask("lines('rows', [7, 0])") == contract.lines(explored, "rows", [7, 0])
     for name, _ in meta["sections"]:
         if name != "queries":
