@@ -31,27 +31,23 @@ from analysis.explorer.sections import SECTIONS, present
 from analysis.explorer.texts import Texts
 from influence.errors import InputError
 
-FORMAT = 1
 KINDS = ("queries", "rows")
 
 
 def meta(explored: Explored) -> dict[str, Any]:
     """What the page needs first.
 
-    `title`, the `run`'s digest, how many `rows` and `queries` there are, whether rows have
-    `groups`; of the scores their `unit`, the `measurement`, whether it `rises` when the model gets
-    worse, `kept` (rows kept of either end; null: all) and `exactness`, a sentence on how exactly
-    they are given; the `sections` that are there, by name and title; what is `missing`, a sentence
-    by section on how to make it.
+    `title`, the `run`'s digest, how many `rows` and `queries` there are; of the scores their `unit`,
+    the `measurement`, whether it `rises` when the model gets worse, `kept` (rows kept of either end;
+    null: all) and `exactness`, a sentence on how exactly they are given; the `sections` that are
+    there, by name and title; what is `missing`, a sentence by section on how to make it.
     """
     table = explored.table
     return {
-        "format": FORMAT,
         "title": explored.title,
         "run": explored.manifest.digest,
         "rows": len(explored.rows),
         "queries": len(explored.queries),
-        "groups": any(explored.rows.groups),
         "scored": table is not None,
         "unit": "" if table is None else table.unit,
         "measurement": "" if table is None else table.measurement,

@@ -34,7 +34,6 @@ from analysis.serving.guard import Guard, refused
 from analysis.serving.questions import (
     FORMS,
     MOST_CHARACTERS,
-    MOST_TOKENS,
     Question,
     form_of,
 )
@@ -92,7 +91,7 @@ def application(explored: Explored, desk: Desk, *, token: str, port: int) -> ASG
 def asking(explored: Explored) -> dict[str, Any]:
     """How questions are put to the adapter.
 
-    `form`, a question as an `example`, the limits `characters` and `tokens`, and a `note` on which
+    `form`, a question as an `example`, how many `characters` it may have, and a `note` on which
     adapter answers, mostly empty.
     """
     train, edited = explored.rows.examples, explored.manifest.now
@@ -101,7 +100,7 @@ def asking(explored: Explored) -> dict[str, Any]:
         if edited is None
         else ("The adapter that this run was fitted on answers, as it was before the edits since.")
     )
-    found = {"characters": MOST_CHARACTERS, "tokens": MOST_TOKENS, "note": note}
+    found = {"characters": MOST_CHARACTERS, "note": note}
     if train is None or not len(train):
         return {**found, "form": FORMS[0], "example": ""}
     first = train[0]
