@@ -21,6 +21,13 @@ _OVERVIEW = (
     column("what", "text", "", "What was asked of the rows."),
     column("rows", "whole", "", "How many rows were asked for."),
     column("by", "text", "", "The method."),
+    column(
+        "record",
+        "text",
+        "",
+        "Whether its files are still what the record of edits says. No figure is shown of a folder "
+        "whose edit.json is not the one that was recorded.",
+    ),
     column("their loss before", "number", NATS, "Mean loss of these rows before."),
     column("after", "number", NATS, "Mean loss of these rows after."),
     column("if never seen", "number", NATS, "Expected of a model that never saw them."),
@@ -29,13 +36,6 @@ _OVERVIEW = (
     column("others' rise", "percent", "%", "Relative rise of the untouched rows' mean loss."),
     column("held-out after", "number", NATS, "Mean loss after on rows that were never seen."),
     column("cost", "number", "row gradients", "A forward and backward of one row, or 3 forwards."),
-    column(
-        "record",
-        "text",
-        "",
-        "Whether its files are still what the record of edits says. No figure is shown of a folder "
-        "whose edit.json is not the one that was recorded.",
-    ),
     column("folder", "text", "", "Where its adapter was saved."),
 )
 _MEASURED = (
@@ -121,11 +121,10 @@ def record_of(entry: dict[str, Any]) -> EditRecord | None:
 
 
 def _line(entry: dict[str, Any], record: EditRecord | None, state: str) -> list[Any]:
-    known: list[Any] = [None] * 9
+    method, known = None, [None] * 8
     if record is not None:
-        losses = record.losses
+        method, losses = record.method.name, record.losses
         known = [
-            record.method.name,
             losses.edited.before,
             losses.edited.after,
             losses.edited.target,
@@ -136,7 +135,7 @@ def _line(entry: dict[str, Any], record: EditRecord | None, state: str) -> list[
             record.cost.total,
         ]
     first = [entry["number"], entry["time"], entry["kind"], len(entry["ids"])]
-    return [*first, *known, state, str(entry["edit"])]
+    return [*first, method, state, *known, str(entry["edit"])]
 
 
 def _trade(entry: dict[str, Any], record: EditRecord) -> tuple[str, float, float] | None:

@@ -30,10 +30,12 @@ class LongList {
     return this.draw();
   }
 
-  async draw(whole = false) {
+  async draw() {
     const turn = ++this.drawn;
-    const first = whole ? 0 : Math.max(0, Math.floor(this.node.scrollTop / this.height) - 4);
-    const seen = whole ? PRINTED : Math.ceil(this.node.clientHeight / this.height) + 8;
+    if (printing && this.count > PRINTED) this.node.dataset.printed = `The first ${PRINTED} of ${this.count.toLocaleString("en")} are printed.`;
+    else delete this.node.dataset.printed;
+    const first = printing ? 0 : Math.max(0, Math.floor(this.node.scrollTop / this.height) - 4);
+    const seen = printing ? PRINTED : Math.ceil(this.node.clientHeight / this.height) + 8;
     const places = [];
     for (let k = first; k < Math.min(this.count, first + seen); k++) places.push(k);
     const lines = places.length ? await this.fill(places) : [];
@@ -112,8 +114,9 @@ class LongList {
   }
 }
 
-// Lines of every list that are printed.
+// Lines of every list that are printed, and whether lists are drawn for paper.
 const PRINTED = 15;
+let printing = false;
 const lists = [];
 
 function longList(node, options) {

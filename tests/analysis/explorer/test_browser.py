@@ -347,6 +347,11 @@ def test_heads_of_tables_and_titles_of_axes_stand_apart(full, width):
         full.wait_for_timeout(300)
         assert full.locator(".plot").evaluate_all(f"nodes => nodes.filter({OVERLAP}).length") == 0
         assert full.locator(".plot .legend").count() > 0
+        for title in full.locator(".xtitle, caption span").all():
+            title.scroll_into_view_if_needed()
+            box = title.bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= width
     finally:
         full.set_viewport_size({"width": 1200, "height": 900})
 
@@ -433,11 +438,33 @@ def test_print_shows_sections_without_controls(full, tmp_path):
     assert full.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     middle = "document.querySelector('#heatmap .plot').data[0].colorscale[1][1]"
     until(full, f"{middle} === '#fff'")
+    folded = "document.querySelectorAll('.answers details:not([open])').length"
+    assert full.evaluate(folded) == 0
     full.pdf(path=tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").stat().st_size > 10_000
     full.emulate_media(media="screen")
     full.evaluate("dispatchEvent(new Event('afterprint'))")
     until(full, f"{middle} !== '#fff'")
+    assert full.evaluate(folded) == full.locator(".answers details").count() == 1
+
+
+def test_paper_does_not_scroll(browser, tmp_path):
+    """Bars are printed to the last one, and of a long list it is said how much of it is printed."""
+    n, layers = 20, 60
+    write_run(tmp_path / "run", rows_of(n))
+    modules = np.ones((1, layers, n)) * np.arange(1, n + 1) / layers
+    write_scores(tmp_path / "run", modules.sum(1), rows_of(1, "query"), modules=modules)
+    write(gather(tmp_path / "run"), tmp_path / "page.html")
+    hidden = "(() => { const n = document.querySelector('.bars'); return n.scrollHeight - n.clientHeight })()"
+    with opened(browser, tmp_path / "page.html") as page:
+        assert page.evaluate(hidden) > 0
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        until(page, "document.querySelectorAll('#right .line').length === 15")
+        assert page.evaluate(hidden) == 0
+        said = "getComputedStyle(document.getElementById('{}'), '::after').content"
+        assert page.evaluate(said.format("right")) == '"The first 15 of 20 are printed."'
+        assert page.evaluate(said.format("left")) == "none"
 
 
 @pytest.mark.parametrize("rows", [1, 3])
