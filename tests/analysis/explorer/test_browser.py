@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.explorer import contract, packing
+from analysis.explorer import contract, packing, sections
+from analysis.explorer.blocks import axis, column, table
 from analysis.explorer.data import gather
 from analysis.explorer.page import write
 from influence.row_ids import read_ids
@@ -347,13 +348,38 @@ def test_heads_of_tables_and_titles_of_axes_stand_apart(full, width):
         full.wait_for_timeout(300)
         assert full.locator(".plot").evaluate_all(f"nodes => nodes.filter({OVERLAP}).length") == 0
         assert full.locator(".plot .legend").count() > 0
-        for title in full.locator(".xtitle, caption span").all():
-            title.scroll_into_view_if_needed()
-            box = title.bounding_box()
-            assert box["x"] >= 0
-            assert box["x"] + box["width"] <= width
     finally:
         full.set_viewport_size({"width": 1200, "height": 900})
+
+
+def test_long_titles_are_not_cut_off(browser, small, world, monkeypatch):
+    """Of an axis and of a table that is wider than the screen: they take several lines."""
+    long = "rise of the mean loss of the rows that the edit was asked to make the adapter forget"
+    series = {"name": "edits", "x": [1.0, 2.0], "y": [1.0, 2.0], "names": ["a", "b"]}
+    plot = {"kind": "plot", "plot": "scatter", "title": "a", "help": "", "series": [series]}
+    plot |= {"x": axis(long, "nats"), "y": axis(long, "nats")}
+    wide = table(long, [column(f"column {k}", "number") for k in range(12)], [[1.5] * 12])
+    section = replace(sections.SECTIONS["map"], blocks=lambda explored: [plot, wide])
+    monkeypatch.setitem(sections.SECTIONS, "map", section)  # pyright: ignore[reportArgumentType]
+    write(world.explored, world.root / "titles.html", overwrite=True)
+    with opened(
+        browser, world.root / "titles.html", viewport={"width": 360, "height": 740}
+    ) as page:
+        draw_everything(page)
+        figure = page.locator("#map .plot").bounding_box()
+        for title in (".xtitle", ".ytitle", "caption span"):
+            box = page.locator(f"#map {title}").bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 360
+            if title != "caption span":
+                assert box["y"] >= figure["y"]
+                assert box["y"] + box["height"] <= figure["y"] + figure["height"]
+
+
+def test_short_logarithmic_axes_have_ticks(full):
+    """At 1, 2 and 5, in full: the steps of the small run are 1.5 to 12.5."""
+    ticks = full.locator("#map .xtick text").all_text_contents()
+    assert ticks == ["2", "5", "10"]
 
 
 @pytest.mark.parametrize("width", [360, 768])
