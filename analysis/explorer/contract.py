@@ -42,7 +42,7 @@ def meta(explored: Explored) -> dict[str, Any]:
     null: all) and `exactness`, a sentence on how exactly they are given; the `sections` that are
     there, by name and title; what is `missing`, a sentence by section on how to make it.
     """
-    table = explored.table
+    table, there = explored.table, present(explored)
     return {
         "title": explored.title,
         "run": explored.manifest.digest,
@@ -54,11 +54,11 @@ def meta(explored: Explored) -> dict[str, Any]:
         "rises": table is None or table.rises,
         "kept": None if table is None else table.kept,
         "exactness": "" if table is None else "Scores are as in the file.",
-        "sections": [[name, SECTIONS[name].title] for name in present(explored)],
+        "sections": [[name, SECTIONS[name].title] for name in there],
         "missing": {
             name: each.missing
             for name, each in SECTIONS.items()
-            if each.missing and name not in present(explored)
+            if each.missing and name not in there
         },
     }
 
@@ -147,10 +147,8 @@ def pair(explored: Explored, query: int, row: int) -> dict[str, Any]:
 
 def section(explored: Explored, name: str) -> dict[str, Any]:
     """A section's `title` and its `blocks` (`analysis.explorer.blocks`)."""
-    if name not in present(explored):
-        raise InputError(
-            f"section {name!r} was asked for; there are {', '.join(present(explored)) or 'none'}"
-        )
+    if name not in (there := present(explored)):
+        raise InputError(f"section {name!r} was asked for; there are {', '.join(there)}")
     each = SECTIONS[name]
     return {"title": each.title, "blocks": each.blocks(explored)}
 

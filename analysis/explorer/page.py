@@ -116,14 +116,18 @@ def built(
     script = '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
     style = _template_text("explorer.css")
     library, library_hash, styled = _plotly()
-    if "</script" in script.lower():
-        raise InputError("a script of the page holds </script, which would end it: write it apart")
+    for mark in (
+        "</script",
+        "<!--",
+    ):  # the second one begins a text in which the first ends nothing
+        if mark in script.lower():
+            raise InputError(f"a script of the page holds {mark}, as HTML reads it: write it apart")
     policy = "; ".join(
         [
             "default-src 'none'",
             f"script-src '{_hash(script)}' '{library_hash}'",
             f"style-src '{_hash(style)}' 'unsafe-hashes' '{_hash(EMPTY)}'",
-            "img-src data: blob:",
+            "img-src data:",
             f"connect-src {connect}",
             "base-uri 'none'",
             "form-action 'none'",

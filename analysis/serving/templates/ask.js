@@ -34,8 +34,7 @@
   $("main").prepend(section);
   document.querySelector("nav ul").prepend(el("li", {}, el("a", { href: "#ask" }, "Ask the adapter")));
 
-  document.querySelector("footer p").firstChild.textContent =
-    "This page is served from this machine by analysis serve. plotly.js is by Plotly, Inc., under the MIT licence. Keys: ";
+  $("where").textContent = "This page is served from this machine by analysis serve.";
 
   const sleep = (time) => new Promise((resolve) => setTimeout(resolve, time));
 

@@ -76,8 +76,9 @@ def test_a_server_brings_its_own_source(world, html):
     ]
     assert "rows" in held[0]
     assert held[1] == ["plotly"]
-    with pytest.raises(InputError, match="</script"):
-        page.built(meta, about, {}, source="'</script>'")
+    for mark in ("</script", "<!--"):
+        with pytest.raises(InputError, match=f"holds {mark}"):
+            page.built(meta, about, {}, source=f"'{mark}>'")
 
 
 def test_hostile_names_are_escaped(tmp_path):
