@@ -510,8 +510,10 @@ def ood(options: Ood) -> None:
 
 @command(app, Report)
 def report(options: Report) -> None:
-    """One page, for people: on one edit, from its edit.json (--edit), or on a whole run, to search
-    its queries and rows, tick rows, and see every edit (--run).
+    """One page, for people, on one edit (--edit) or on a whole run (--run).
+
+    Of an edit it says what its edit.json records. Of a run it shows queries and rows to search and
+    tick, and every edit.
     """
     from analysis.report.page import report as write_report
     from analysis.report.reading import read_record

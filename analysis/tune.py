@@ -41,6 +41,7 @@ from analysis.metrics.lds import LDS, Truth, lds
 from analysis.stats import spearman
 from analysis.truth import check_belongs
 from influence import distributed
+from influence.answers import scored_queries
 from influence.at_point import AtPoint
 from influence.calibration import (
     EDITED_ROWS,
@@ -62,7 +63,7 @@ from influence.path import DEFAULT_PATH, check_path
 from influence.progress import say, track
 from influence.rows import Examples
 from influence.run import Run, update_manifest
-from influence.scorefile import Scores, scored_queries
+from influence.scorefile import Scores
 from influence.scores import queries_at_once, raw_parts
 from influence.setting import ADDITIVE, SHARED, Setting
 from influence.solvers import CG, Direct

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import typer
 
 from influence import console
-from influence.errors import AdapterError, DataError, InputError, MismatchError
+from influence.errors import DataError, InputError, MismatchError, ToolkitError
 from influence.options import (
     BudgetOptions,
     ColumnsOption,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # a command's help does not wait for torch
     import numpy as np
     from rich.text import Text
 
-    from influence.manifest import DataSource
+    from influence.manifest import DataSource, Manifest
     from influence.row_table import RowTable
     from influence.rows import Example, Examples
     from influence.run import Run
@@ -94,9 +95,7 @@ def top(options: Top) -> None:
     if options.by not in RANKINGS:
         raise InputError(f"--by {options.by} was given; expected {', '.join(RANKINGS)}")
     manifest = read_manifest(options.run)
-    path = options.scores or options.run / "scores.h5"
-    if options.scores is None and not path.exists() and (options.run / STRONGEST).exists():
-        path = options.run / STRONGEST
+    path = options.scores or scores_of(options.run) or options.run / "scores.h5"
     if not path.exists():
         raise InputError(
             f"{path} does not exist: "
@@ -109,7 +108,8 @@ def top(options: Top) -> None:
         )
     position = scores.query_index(options.query)
     train = rows_fitted_on(options.run, manifest.data)
-    query = _scored_query(options, scores, position)
+    queries = rows_scored(scores.attributes, options.queries, options.columns)
+    query = None if queries is None else queries[position]
     if options.by != "effect" and not isinstance(scores, Scores):
         raise InputError(
             f"--by {options.by} ranks all rows, and {path} keeps the strongest alone: score without "
@@ -154,27 +154,6 @@ def _similarity(similar: np.ndarray | None, entry: Entry) -> dict[str, float]:
     return {} if similar is None else {"text": float(similar[entry.index])}
 
 
-def _scored_query(options: Top, scores: Scores | Strongest, position: int) -> Example | None:
-    """The query's row, read again; None where it is one of several or cannot be found."""
-    from influence.row_files import place_of, read_examples
-    from influence.scorefile import scored_queries
-
-    attributes, source = scores.attributes, options.queries
-    if "aggregate" in attributes:
-        return None
-    if source is not None:
-        rows = read_examples(source, columns=options.columns)
-        if rows.digest != attributes.get("query_digest"):
-            raise MismatchError(f"{source} is not what was scored: give the file of the queries")
-        return rows[position]
-    kept = str(attributes.get("queries") or "")
-    place = place_of(kept) if kept else None
-    if place is None or not place.exists():  # a hub is not asked for a preview
-        return None
-    rows = scored_queries(attributes)
-    return None if rows is None else rows[position]
-
-
 def _similarities(options: Top, query: Example | None, train: Examples | None) -> np.ndarray:
     """BM25 of the query with every training row, `[n]`."""
     from influence.text_search import bm25, text_of
@@ -202,6 +181,8 @@ def _show_top(
     """Show the tables of a ranking, and what the scores were made with."""
     from rich.text import Text
 
+    from influence.manifest import read_manifest
+
     attributes = scores.attributes
     shared = _shared_words(query, train)
     name = console.printable(scores.query_ids[position])
@@ -218,7 +199,7 @@ def _show_top(
     grouped = train is not None and any(train[e.index].group for es in found.values() for e in es)
     columns = [f"score ({attributes.get('unit', '')})"]
     columns += ["BM25"] * (similar is not None)
-    tokenizer = None if tokens is None else _tokenizer_of(options.run)
+    tokenizer = None if tokens is None else tokenizer_of(read_manifest(options.run))
     for kind, entries in found.items():
         rows = []
         for each in entries:
@@ -252,21 +233,67 @@ def _strongest_tokens(tokenizer: Any, ids: np.ndarray, values: np.ndarray) -> st
     return f"\n[at {', '.join(shown)}]"
 
 
-def _tokenizer_of(run: Path) -> Any:
+def tokenizer_of(manifest: Manifest) -> Any:
     """The tokenizer of a run, without its model; None where it cannot be read."""
     from influence.adapter_files import read_adapter
-    from influence.manifest import read_manifest
     from influence.tokenizer_files import load_tokenizer
 
-    manifest = read_manifest(run)
     if manifest.adapter.path is None or manifest.base.path is None:
         return None
     console.quiet_transformers()
     try:
         return load_tokenizer(read_adapter(manifest.adapter.path).folder, manifest.base.path)
-    except AdapterError as error:
+    except (ToolkitError, OSError) as error:
         say(f"note: tokens are not shown: {error}")
         return None
+
+
+def scores_of(run: Path) -> Path | None:
+    """The file in a run that holds scores of queries: all, or else the strongest. None: neither."""
+    from influence.store import open_file
+
+    for name in ("scores.h5", STRONGEST):
+        path = run / name
+        if path.exists():
+            with open_file(path) as file:
+                if "query_ids" in file:
+                    return path
+    return None
+
+
+def scored_queries(attributes: Mapping[str, Any]) -> Examples | None:
+    """The rows that were scored, read again from where a score file says that they lay; None where
+    those have changed.
+    """
+    from influence.row_files import read_again
+
+    columns = attributes.get("query_columns")
+    rows = read_again(str(attributes["queries"]), json.loads(str(columns)) if columns else None)
+    return rows if rows.digest == attributes["query_digest"] else None
+
+
+def rows_scored(
+    attributes: Mapping[str, Any],
+    source: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Examples | None:
+    """The rows of a score file's queries, from `source` or from where they lay.
+
+    None where several rows make up a query, and where they are gone, have changed, or lie on a hub,
+    which is not asked for texts. Raises `MismatchError` where `source` holds others, and `DataError`
+    where what lies there cannot be read.
+    """
+    from influence.row_files import place_of, read_examples
+
+    if source is not None:
+        rows = read_examples(source, columns=columns)
+        if rows.digest != attributes.get("query_digest"):
+            raise MismatchError(f"{source} is not what was scored: give the file of the queries")
+    else:
+        kept = str(attributes.get("queries") or "")
+        place = place_of(kept) if kept else None
+        rows = scored_queries(attributes) if place is not None and place.exists() else None
+    return None if "aggregate" in attributes else rows
 
 
 def rows_fitted_on(run: Path, data: DataSource) -> Examples | None:

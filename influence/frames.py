@@ -124,16 +124,9 @@ def query_rows(scores: Scores) -> Examples | None:
     """The queries that were scored: those held, or read again from where they lay. None where they
     are not found or have changed.
     """
-    from influence.row_files import place_of
-    from influence.scorefile import scored_queries
+    from influence.answers import rows_scored
 
-    if scores.query_rows is not None:
-        return scores.query_rows
-    source = str(scores.attributes.get("queries") or "")
-    place = place_of(source) if source else None
-    if place is None or not place.exists():  # a hub is not asked for texts
-        return None
-    return scored_queries(scores.attributes)
+    return rows_scored(scores.attributes) if scores.query_rows is None else scores.query_rows
 
 
 def _check(rows: Examples | None, ids: Sequence[str], what: str, keyword: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ import numpy as np
 from influence import cards
 from influence.errors import InputError, MismatchError, StoreError
 from influence.progress import say
-from influence.row_files import read_again
 from influence.rows import Examples
 from influence.run import Run
 from influence.setting import ADDITIVE, Setting
@@ -195,15 +193,6 @@ def tokens_of_query(path: Path, query: int) -> Tokenwise | None:
         if not isinstance(values, h5py.Dataset):
             return None
         return Tokenwise(values[query : query + 1], *(read(file, name) for name in TOKEN_NAMES[1:]))
-
-
-def scored_queries(attributes: Mapping[str, Any]) -> Examples | None:
-    """The rows that were scored, read again from where a score file says that they lay; None where
-    those have changed.
-    """
-    columns = attributes.get("query_columns")
-    rows = read_again(str(attributes["queries"]), json.loads(str(columns)) if columns else None)
-    return rows if rows.digest == attributes["query_digest"] else None
 
 
 def different_attributes(stored: Mapping[str, Any], attributes: dict[str, Any]) -> list[str]:

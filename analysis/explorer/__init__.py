@@ -6,18 +6,19 @@ from influence.front_door import on_first_use
 
 if TYPE_CHECKING:
     from analysis.explorer.data import Explored, gather
-    from analysis.explorer.page import Written, html, write
+    from analysis.explorer.page import Page, Written, built, write
 
 _HOMES = {
     "data": ("Explored", "gather"),
-    "page": ("Written", "html", "write"),
+    "page": ("Page", "Written", "built", "write"),
 }
 
 __all__ = [
     "Explored",
+    "Page",
     "Written",
+    "built",
     "gather",
-    "html",
     "write",
 ]
 

@@ -30,8 +30,8 @@ Block = dict[str, Any]
 
 
 def finite(value: Any) -> float | int | None:
-    """A number for JSON: None where it is none, or not finite."""
-    if value is None or isinstance(value, str | bool):
+    """A number for JSON: None where it is none, whatever else it is, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         return None
     if isinstance(value, int | np.integer):
         return int(value)

@@ -5,16 +5,16 @@ they read what is embedded there (`templates/file_source.js`); a server answers 
 over HTTP. Either way the answer is what these functions return, so a server needs no more than
 
     GET /api/meta                                meta(explored)
-    GET /api/search?kind=K&text=T&limit=N        search(explored, K, T, N)
+    GET /api/search?kind=K&text=T                search(explored, K, T)
     GET /api/lines?kind=K&indices=3,7,1          lines(explored, K, [3, 7, 1])
     GET /api/query/Q                             query(explored, Q)
     GET /api/row/I                               row(explored, I)
     GET /api/pair/Q/I                            pair(explored, Q, I)
     GET /api/section/NAME                        section(explored, NAME)
 
-and, in the page, a `source` with `meta()`, `search(kind, text, limit)`, `lines(kind, indices)`,
+and, in the page, a `source` with `meta()`, `search(kind, text)`, `lines(kind, indices)`,
 `query(q)`, `row(i)`, `pair(q, i)` and `section(name)`, each a promise of that JSON. `kind` is
-`queries` or `rows`; Q and I are positions. `analysis.explorer.page.html` takes the script of such a
+`queries` or `rows`; Q and I are positions. `analysis.explorer.page.built` takes the script of such a
 source in place of the file's own.
 
 Every text is as it is in the data, for `textContent` alone: it may be hostile.
@@ -31,54 +31,47 @@ from analysis.explorer.sections import SECTIONS, present
 from analysis.explorer.texts import Texts
 from influence.errors import InputError
 
-FORMAT = 1
 KINDS = ("queries", "rows")
 
 
 def meta(explored: Explored) -> dict[str, Any]:
     """What the page needs first.
 
-    `title`, the `run`'s digest, how many `rows` and `queries` there are, whether rows have
-    `groups`; of the scores their `unit`, the `measurement`, whether it `rises` when the model gets
-    worse, `kept` (rows kept of either end; null: all) and `exactness`, a sentence on how exactly
-    they are given; the `sections` that are there, by name and title; what is `missing`, a sentence
-    by section on how to make it.
+    `title`, the `run`'s digest, how many `rows` and `queries` there are; of the scores their `unit`,
+    the `measurement`, whether it `rises` when the model gets worse, `kept` (rows kept of either end;
+    null: all) and `exactness`, a sentence on how exactly they are given; the `sections` that are
+    there, by name and title; what is `missing`, a sentence by section on how to make it.
     """
-    table = explored.table
+    table, there = explored.table, present(explored)
     return {
-        "format": FORMAT,
         "title": explored.title,
         "run": explored.manifest.digest,
         "rows": len(explored.rows),
         "queries": len(explored.queries),
-        "groups": any(explored.rows.groups),
         "scored": table is not None,
         "unit": "" if table is None else table.unit,
         "measurement": "" if table is None else table.measurement,
         "rises": table is None or table.rises,
         "kept": None if table is None else table.kept,
         "exactness": "" if table is None else "Scores are as in the file.",
-        "sections": [[name, SECTIONS[name].title] for name in present(explored)],
+        "sections": [[name, SECTIONS[name].title] for name in there],
         "missing": {
             name: each.missing
             for name, each in SECTIONS.items()
-            if each.missing and name not in present(explored)
+            if each.missing and name not in there
         },
     }
 
 
-def search(explored: Explored, kind: str, text: str, limit: int | None = None) -> dict[str, Any]:
+def search(explored: Explored, kind: str, text: str) -> list[int]:
     """Positions of the queries or rows that contain every word of a text, in id, group or content.
 
-    `total` says how many there are, `found` has the first `limit`. No text: all.
+    No text: all.
     """
     texts, words = _texts(explored, kind), text.lower().split()
-    if words:
-        every = (texts.text(k) for k in range(len(texts)))
-        found = [k for k, said in enumerate(every) if all(word in said for word in words)]
-    else:
-        found = list(range(len(texts)))
-    return {"total": len(found), "found": found[:limit]}
+    if not words:
+        return list(range(len(texts)))
+    return [k for k, said in enumerate(texts.searched) if all(word in said for word in words)]
 
 
 def lines(explored: Explored, kind: str, indices: Iterable[int]) -> list[dict[str, Any]]:
@@ -111,8 +104,9 @@ def query(explored: Explored, index: int) -> dict[str, Any]:
 
 
 def row(explored: Explored, index: int) -> dict[str, Any]:
-    """A training row: `parts`, the `queries` by position with its `scores`, those that it helps
-    first, and `facts` about it, as `analysis.explorer.blocks` has them.
+    """A training row: `parts`, and the `queries` by position with its `scores`.
+
+    Those that it helps come first. `facts` about it are as `analysis.explorer.blocks` has them.
     """
     texts = explored.rows
     place = _place(texts, "rows", index)
@@ -128,8 +122,10 @@ def row(explored: Explored, index: int) -> dict[str, Any]:
 
 
 def pair(explored: Explored, query: int, row: int) -> dict[str, Any]:
-    """One score split: `tokens` as (text, part) pairs by position of the training row, `modules` as
-    (layer, part) pairs, null where the scores are not split so, and `why` then says how to.
+    """One score split over the tokens of the training row and over the layers of the adapter.
+
+    `tokens` are (text, part) pairs by position, `modules` (layer, part) pairs, null where the scores
+    are not split so, and `why` then says how to.
     """
     place = _place(explored.queries, "queries", query)
     other = _place(explored.rows, "rows", row)
@@ -151,10 +147,8 @@ def pair(explored: Explored, query: int, row: int) -> dict[str, Any]:
 
 def section(explored: Explored, name: str) -> dict[str, Any]:
     """A section's `title` and its `blocks` (`analysis.explorer.blocks`)."""
-    if name not in present(explored):
-        raise InputError(
-            f"section {name!r} was asked for; there are {', '.join(present(explored)) or 'none'}"
-        )
+    if name not in (there := present(explored)):
+        raise InputError(f"section {name!r} was asked for; there are {', '.join(there)}")
     each = SECTIONS[name]
     return {"title": each.title, "blocks": each.blocks(explored)}
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ import numpy as np
 from analysis.explorer.inputs import CleaningRow, read_cleaning, read_difficulty, read_record
 from analysis.explorer.score_tables import ScoreTable, open_scores, self_influences
 from analysis.explorer.texts import Texts
-from influence.answers import STRONGEST, rows_fitted_on
-from influence.errors import DataError, MismatchError, ToolkitError
+from influence.answers import rows_fitted_on, rows_scored, scores_of, tokenizer_of
+from influence.errors import DataError
 from influence.manifest import Manifest, read_manifest
 from influence.progress import say
-from influence.row_files import place_of, read_again, read_examples
-from influence.rows import Examples
 
 #: What an evaluation and a linear datamodeling score must have.
 _EVALUATION, _LDS = ("sets", "rows"), ("lds", "low", "high", "per_query")
@@ -163,7 +160,7 @@ def gather(
     listed = None if cleaning is None else read_cleaning(cleaning)
     forecast = None if difficulty is None else read_difficulty(difficulty)
     examples = rows_fitted_on(directory, manifest.data)
-    path = scores or _scores_of(directory)
+    path = scores or scores_of(directory)
     table, train_ids = None, None if examples is None else examples.ids
     if path is not None:
         table = open_scores(path, manifest.digest, train_ids)
@@ -197,74 +194,30 @@ def gather(
     )
 
 
-def _scores_of(directory: Path) -> Path | None:
-    """The file of scores in a run: one that holds more than self-influences."""
-    import h5py
-
-    for name in ("scores.h5", STRONGEST):
-        path = directory / name
-        if path.exists():
-            with h5py.File(path) as file:
-                if "query_ids" in file:
-                    return path
-    return None
-
-
 def _scored(table: ScoreTable, queries: str | None) -> Texts:
     """The queries of scores, with their texts where these are still what was scored."""
-    digest = table.attributes.get("query_digest")
-    if queries is not None:
-        rows = read_examples(queries)
-        if rows.digest != digest:
-            raise MismatchError(f"{queries} is not what was scored: give the file of the queries")
-    else:
-        kept = str(table.attributes.get("queries") or "")
-        place, rows = place_of(kept) if kept else None, None
-        if place is not None and place.exists():  # a hub is not asked for
-            columns = table.attributes.get("query_columns")
-            try:
-                rows = read_again(kept, json.loads(str(columns)) if columns else None)
-            except DataError as error:
-                say(f"note: the queries' texts are not shown: {error}")
-                kept = ""
-        if "aggregate" not in table.attributes and kept and not _is_scored(rows, table):
-            say(
-                f"note: the queries are not where they were, or not what they were ({kept}): only "
-                "their ids are shown (--queries FILE says where they are)"
-            )
-    if rows is None or not _is_scored(rows, table) or "aggregate" in table.attributes:
-        return Texts.named(table.query_ids)
-    return Texts.of(rows)
-
-
-def _is_scored(rows: Examples | None, table: ScoreTable) -> bool:
-    """Whether rows are those that were scored."""
-    if rows is None or rows.digest != table.attributes.get("query_digest"):
-        return False
-    return rows.ids == table.query_ids
+    kept, rows = str(table.attributes.get("queries") or ""), None
+    why = f"they are not where they were, or not what they were ({kept})"
+    try:
+        rows = rows_scored(table.attributes, queries)
+    except DataError as error:
+        if queries is not None:
+            raise
+        why = str(error)
+    if rows is not None and rows.ids == table.query_ids:
+        return Texts.of(rows)
+    if kept and "aggregate" not in table.attributes:
+        say(
+            f"note: of the queries only the ids are shown: {why} (--queries FILE says where they "
+            "are)"
+        )
+    return Texts.named(table.query_ids)
 
 
 def _token_texts(manifest: Manifest) -> Callable[[int], str] | None:
     """The text of a token by its id, of the run's tokenizer; None where that is not there."""
-    if manifest.adapter.path is None or manifest.base.path is None:
-        return None
-    from influence.adapter_files import read_adapter
-    from influence.tokenizer_files import load_tokenizer
-
-    try:
-        folder = read_adapter(manifest.adapter.path).folder
-        tokenizer = load_tokenizer(folder, manifest.base.path)
-    except (ToolkitError, OSError) as error:
-        say(f"note: scores are not shown by token: {error}")
-        return None
-    known: dict[int, str] = {}
-
-    def text(id: int) -> str:
-        if id not in known:
-            known[id] = _token_text(tokenizer, id)
-        return known[id]
-
-    return text
+    tokenizer = tokenizer_of(manifest)
+    return None if tokenizer is None else cache(lambda id: _token_text(tokenizer, id))
 
 
 def _token_text(tokenizer: Any, id: int) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from analysis.explorer.blocks import Block, axis, column, finite, table, text
 from influence.errors import StoreError
-from influence.manifest import Manifest
 from unlearn.record.edit_record import RECORD, EditRecord
 from unlearn.record.plain import parse_object, read_plain
 
@@ -21,6 +21,13 @@ _OVERVIEW = (
     column("what", "text", "", "What was asked of the rows."),
     column("rows", "whole", "", "How many rows were asked for."),
     column("by", "text", "", "The method."),
+    column(
+        "record",
+        "text",
+        "",
+        "Whether its files are still what the record of edits says. No figure is shown of a folder "
+        "whose edit.json is not the one that was recorded.",
+    ),
     column("their loss before", "number", NATS, "Mean loss of these rows before."),
     column("after", "number", NATS, "Mean loss of these rows after."),
     column("if never seen", "number", NATS, "Expected of a model that never saw them."),
@@ -29,7 +36,6 @@ _OVERVIEW = (
     column("others' rise", "percent", "%", "Relative rise of the untouched rows' mean loss."),
     column("held-out after", "number", NATS, "Mean loss after on rows that were never seen."),
     column("cost", "number", "row gradients", "A forward and backward of one row, or 3 forwards."),
-    column("record", "text", "", "Whether its files are still what the record says."),
     column("folder", "text", "", "Where its adapter was saved."),
 )
 _MEASURED = (
@@ -61,52 +67,64 @@ _ROWS = (
 )
 
 
-def blocks(directory: Path, manifest: Manifest) -> list[Block]:
+def blocks(directory: Path) -> list[Block]:
     """What the run's record of edits says; no blocks where there is none."""
-    from unlearn.record.chain import read_chain
+    from unlearn.record.chain import checked_manifest, read_chain
     from unlearn.record.verify import verify
 
-    chain = read_chain(directory, manifest)
-    if not chain.lines and not chain.problems:
-        return []
+    chain = read_chain(directory, checked_manifest(directory))
     verified = verify(directory)
+    if not chain.lines and verified.passed:
+        return []
     said = (
         "The record of edits and the files of every edit are as they were saved (unlearn verify)."
     )
+    if verified.replaced:
+        said += " Folders that a later edit replaced hold that one's files."
     if not verified.passed:
         said = f"The record of edits does not hold: {'; '.join(verified.problems[:5])}."
     found = [text(said, "good" if verified.passed else "bad")]
-    entries = [(entry, record_of(Path(entry["edit"]))) for _, entry in chain.lines]
-    rows = [_line(entry, record, verified.problems) for entry, record in entries]
+    if not chain.lines:
+        return found
+    entries = [(place, entry, record_of(entry)) for place, entry in chain.lines]
+    rows = []
+    for place, entry, record in entries:
+        state = "verified" if not chain.problems else "its files hold, the record of edits does not"
+        if place in verified.replaced:
+            state = f"replaced by no. {verified.replaced[place]}"
+        elif place in verified.damaged:
+            gone = not Path(entry["edit"]).is_dir()
+            state = "its files are gone" if gone else "NOT verified"
+        rows.append(_line(entry, record, state))
     found.append(table("Edits and trainings", _OVERVIEW, rows))
-    trade = [point for pair in entries if (point := _trade(*pair)) is not None]
+    known = [(entry, record) for _, entry, record in entries if record is not None]
+    trade = [point for pair in known if (point := _trade(*pair)) is not None]
     if len(trade) > 1:
         found.append(_trade_off(trade))
-    for entry, record in entries[-EDITS:]:
-        if record is not None:
-            found += _details(entry, record)
+    for pair in known[-EDITS:]:
+        found += _details(*pair)
     return found
 
 
-def record_of(folder: Path) -> EditRecord | None:
-    """What can be read of the record of an edit; None where there is none any more."""
+def record_of(entry: dict[str, Any]) -> EditRecord | None:
+    """The record of a line of the chain; None where its folder does not hold that very one.
+
+    It is known by its SHA-256. It may be gone or changed, or a later edit may lie there.
+    """
     try:
-        return EditRecord.salvaged(parse_object(read_plain(folder / RECORD)))
+        data = read_plain(Path(entry["edit"]) / RECORD)
+        if hashlib.sha256(data).hexdigest() != entry["record"]:
+            return None
+        return EditRecord.salvaged(parse_object(data))
     except (OSError, ValueError, RecursionError, StoreError):
         return None
 
 
-def _line(entry: dict[str, Any], record: EditRecord | None, problems: list[str]) -> list[Any]:
-    folder = str(entry["edit"])
-    sound = not any(folder in each or f"line {entry['number']}:" in each for each in problems)
-    state = "verified" if sound else "NOT verified"
-    known: list[Any] = [None] * 9
-    if record is None:
-        state = "its files are gone" if not Path(folder).is_dir() else state
-    else:
-        losses = record.losses
+def _line(entry: dict[str, Any], record: EditRecord | None, state: str) -> list[Any]:
+    method, known = None, [None] * 8
+    if record is not None:
+        method, losses = record.method.name, record.losses
         known = [
-            record.method.name,
             losses.edited.before,
             losses.edited.after,
             losses.edited.target,
@@ -117,13 +135,11 @@ def _line(entry: dict[str, Any], record: EditRecord | None, problems: list[str])
             record.cost.total,
         ]
     first = [entry["number"], entry["time"], entry["kind"], len(entry["ids"])]
-    return [*first, *known, state, folder]
+    return [*first, method, state, *known, str(entry["edit"])]
 
 
-def _trade(entry: dict[str, Any], record: EditRecord | None) -> tuple[str, float, float] | None:
+def _trade(entry: dict[str, Any], record: EditRecord) -> tuple[str, float, float] | None:
     """An edit as (name, rise of its rows' loss, relative rise of the others'), if both are known."""
-    if record is None:
-        return None
     edited, change = record.losses.edited, finite(record.losses.retained.change)
     before, after = finite(edited.before), finite(edited.after)
     if change is None or before is None or after is None:

@@ -82,8 +82,7 @@ def _answers(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _scalars(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, float]]:
     """Numbers of a nested object with where they stand."""
-    number = finite(value) if not isinstance(value, dict | list) else None
-    if number is not None:
+    if (number := finite(value)) is not None:
         yield path, number
     elif isinstance(value, Mapping) and depth < 4:
         for key, inner in value.items():
@@ -108,8 +107,10 @@ def faithfulness(
         found.append(facts(f"{Path(name).name}: agreement with retraining", entries))
         values = record.get("per_query")
         if isinstance(values, list) and values:
-            ids = record.get("query_ids") or [str(k) for k in range(len(values))]
-            pairs = sorted(zip(ids, map(finite, values), strict=False), key=_highest_first)
+            ids = record.get("query_ids")
+            if not isinstance(ids, list) or len(ids) != len(values):
+                ids = list(range(len(values)))
+            pairs = sorted(zip(ids, map(finite, values), strict=True), key=_highest_first)
             found.append(
                 {
                     "kind": "plot",

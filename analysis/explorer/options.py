@@ -19,20 +19,20 @@ class ExploredOptions:
     """What a page on a run shows beside what the run's directory holds."""
 
     scores: Path | None = option(
-        "With --run: which scores to show. Default: scores.h5 in RUN, or else strongest.h5 there.",
+        "Which scores of the run to show. Default: scores.h5 in RUN, or else strongest.h5 there.",
         default=None,
     )
     queries: str | None = option(
-        "With --run: the file of the scored queries, where it has been moved.", default=None
+        "The file of the run's scored queries, where it has been moved.", default=None
     )
     cleaning: Path | None = option(
-        "With --run: directory that analysis clean made, to tick its rows.", default=None
+        "Directory that analysis clean made of the run, to tick its rows.", default=None
     )
     difficulty: Path | None = option(
-        "With --run: table that unlearn difficulty made (.csv).", default=None
+        "Table that unlearn difficulty made of the run (.csv).", default=None
     )
     evaluations: tuple[Path, ...] = option(
-        "With --run: records of analysis evaluate (one or more).",
+        "Records that analysis evaluate made of the run's adapters (one or more).",
         default=(),
         flag="--evaluation",
         typed=list[Path] | None,
@@ -40,7 +40,7 @@ class ExploredOptions:
         several=True,
     )
     lds: tuple[Path, ...] = option(
-        "With --run: what analysis lds --json printed (one or more files).",
+        "What analysis lds --json printed of the run (one or more files).",
         default=(),
         typed=list[Path] | None,
         read=tuple,

@@ -19,6 +19,7 @@ from analysis.explorer.data import Explored
 from analysis.explorer.options import DETAIL
 from analysis.explorer.sections import present
 from analysis.explorer.texts import Texts
+from influence.store import open_file
 
 #: Scores that are kept as they are, and as bytes, at most; of more only the strongest are.
 EXACT, BYTES = 1_000_000, 12_000_000
@@ -131,12 +132,6 @@ def as_bytes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes.astype(np.int8), largest
 
 
-def from_bytes(codes: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """The scores that `as_bytes` kept, float64 [Q, n]."""
-    shares = np.abs(codes.astype(np.float64)) / STEPS
-    return np.sign(codes) * shares**POWER * largest[:, None]
-
-
 def _ends(rows: np.ndarray, count: int) -> np.ndarray:
     """The first and last `count` places of a ranking."""
     return rows if len(rows) <= 2 * count else np.concatenate([rows[:count], rows[-count:]])
@@ -154,27 +149,29 @@ def _strongest(explored: Explored, count: int) -> tuple[list[list[int]], list[li
 
 
 def _pairs(explored: Explored, detail: int) -> dict[str, Any]:
-    """Split scores of each query's strongest rows: `words` are token texts, `tokens` of a row their
-    places among these, and `queries` have for each row the parts as shares, in thousandths, of the
-    largest.
+    """Split scores of each query's strongest rows.
+
+    `words` are token texts, `tokens` of a row their places among these, and `queries` have for each
+    row the parts as shares, in thousandths, of the largest.
     """
     table, words = explored.table, {}
     assert table is not None
     tokens: dict[int, list[int]] = {}
     queries: dict[int, dict[int, Any]] = {}
-    for query in range(len(explored.queries) if table.splits else 0):
-        own: dict[int, Any] = {}
-        for row in _ends(table.query(query)[0], detail).tolist():
-            split = table.detail(query, row)
-            entry: list[Any] = [None, None]
-            if split.tokens is not None and explored.tokens is not None:
-                texts = [explored.tokens(id) for id, _ in split.tokens]
-                tokens[row] = [words.setdefault(text, len(words)) for text in texts]
-                entry[0] = _shares([value for _, value in split.tokens])
-            if split.modules is not None:
-                entry[1] = _shares([value for _, value in split.modules])
-            own[row] = entry
-        queries[query] = own
+    with open_file(table.path):  # held: each pair below opens it again, which then costs little
+        for query in range(len(explored.queries) if table.splits else 0):
+            own: dict[int, Any] = {}
+            for row in _ends(table.query(query)[0], detail).tolist():
+                split = table.detail(query, row)
+                entry: list[Any] = [None, None]
+                if split.tokens is not None and explored.tokens is not None:
+                    texts = [explored.tokens(id) for id, _ in split.tokens]
+                    tokens[row] = [words.setdefault(text, len(words)) for text in texts]
+                    entry[0] = _shares([value for _, value in split.tokens])
+                if split.modules is not None:
+                    entry[1] = _shares([value for _, value in split.modules])
+                own[row] = entry
+            queries[query] = own
     modules = table.module_names if "modules" in table.splits else []
     return {"words": list(words), "modules": modules, "tokens": tokens, "queries": queries}
 

@@ -32,6 +32,14 @@ EMPTY = ""
 
 
 @dataclass(frozen=True)
+class Page:
+    """A page: its `text`, HTML, and the security `policy` that it states."""
+
+    text: str
+    policy: str
+
+
+@dataclass(frozen=True)
 class Written:
     """A page that was written: where, its size in bytes, and the sections that it has."""
 
@@ -69,15 +77,14 @@ def write(
     """
     out = checked_page(out, overwrite)
     meta, data = blocks(explored, detail=detail)
-    text = html(meta, SECTIONS["about"].blocks(explored), data)
-    write_page(out, text)
+    write_page(out, built(meta, SECTIONS["about"].blocks(explored), data).text)
     size = out.stat().st_size
     if size > LARGE:
         say(f"note: {out} has {size / 1e6:.0f} MB; analysis serve shows a large run without a file")
     return Written(out, size, tuple(name for name, _ in meta["sections"]))
 
 
-def html(
+def built(
     meta: Mapping[str, Any],
     about: Sequence[Mapping[str, Any]],
     data: Mapping[str, str],
@@ -85,7 +92,7 @@ def html(
     source: str | None = None,
     connect: str = "'none'",
     scripts: Sequence[str] = (),
-) -> str:
+) -> Page:
     """The page.
 
     Parameters
@@ -109,20 +116,24 @@ def html(
     script = '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
     style = _template_text("explorer.css")
     library, library_hash, styled = _plotly()
-    if "</script" in script.lower():
-        raise InputError("a script of the page holds </script, which would end it: write it apart")
+    for mark in (
+        "</script",
+        "<!--",
+    ):  # the second one begins a text in which the first ends nothing
+        if mark in script.lower():
+            raise InputError(f"a script of the page holds {mark}, as HTML reads it: write it apart")
     policy = "; ".join(
         [
             "default-src 'none'",
             f"script-src '{_hash(script)}' '{library_hash}'",
             f"style-src '{_hash(style)}' 'unsafe-hashes' '{_hash(EMPTY)}'",
-            "img-src data: blob:",
+            "img-src data:",
             f"connect-src {connect}",
             "base-uri 'none'",
             "form-action 'none'",
         ]
     )
-    return _template().render(
+    text = _template().render(
         policy=policy,
         meta=meta,
         about=about,
@@ -132,6 +143,7 @@ def html(
         data={**data, "plotly": library},
         styled=styled,
     )
+    return Page(text, policy)
 
 
 def _hash(text: str) -> str:

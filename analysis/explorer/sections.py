@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -252,9 +251,10 @@ def _group_table(explored: Explored, own: np.ndarray | None, steps: np.ndarray) 
     return table("By group", columns, rows[:1000])
 
 
-def _has_edits(directory: Path) -> bool:
-    path = directory / AUDIT
-    return path.exists() and path.stat().st_size > 0
+def _has_edits(explored: Explored) -> bool:
+    """Whether there is a record of edits, or the run's manifest counts some."""
+    path = explored.directory / AUDIT
+    return explored.manifest.audit is not None or (path.exists() and path.stat().st_size > 0)
 
 
 def _none(explored: Explored) -> list[Block]:
@@ -291,8 +291,8 @@ SECTIONS: Mapping[str, Section] = {
     ),
     "edits": Section(
         "Edits and trainings",
-        lambda e: _has_edits(e.directory),
-        lambda e: edits.blocks(e.directory, e.manifest),
+        _has_edits,
+        lambda e: edits.blocks(e.directory),
     ),
     "evaluations": Section(
         "Evaluations",

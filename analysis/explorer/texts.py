@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from influence.messages import one_line
 from influence.rows import Example, Examples, canonical_json
@@ -44,10 +46,13 @@ class Texts:
         """What a row says, as `[role, text]` pairs in order; none where it is not known."""
         return [] if self.examples is None else parts_of(self.examples[index])
 
-    def text(self, index: int) -> str:
-        """What is searched of a row: its id, its group and all that it says, in lower case."""
-        said = [text for _, text in self.parts(index)]
-        return "\n".join([self.ids[index], self.groups[index], *said]).lower()
+    @cached_property
+    def searched(self) -> list[str]:
+        """What is searched of every row: id, group and all that it says, in lower case. Made once."""
+        return [
+            "\n".join([self.ids[k], self.groups[k], *(text for _, text in self.parts(k))]).lower()
+            for k in range(len(self))
+        ]
 
 
 def parts_of(example: Example) -> list[list[str]]:
@@ -63,11 +68,9 @@ def parts_of(example: Example) -> list[list[str]]:
     return [["prompt", example.prompt or ""], ["completion", example.completion or ""]]
 
 
-def _said(turn: object) -> str:
+def _said(turn: Mapping[str, Any]) -> str:
     """What a turn of a conversation says, or the tools that it calls."""
-    assert hasattr(turn, "get")
-    content = turn.get("content")  # pyright: ignore[reportAttributeAccessIssue]
+    content = turn.get("content")
     if isinstance(content, str) and content:
         return content
-    calls = turn.get("tool_calls")  # pyright: ignore[reportAttributeAccessIssue]
-    return canonical_json(content or calls or "")
+    return canonical_json(content or turn.get("tool_calls") or "")

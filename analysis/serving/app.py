@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from analysis.serving.guard import Guard, refused
 from analysis.serving.questions import (
     FORMS,
     MOST_CHARACTERS,
-    MOST_TOKENS,
     Question,
     form_of,
 )
@@ -64,7 +62,6 @@ def application(explored: Explored, desk: Desk, *, token: str, port: int) -> ASG
             explored,
             r.query_params.get("kind", ""),
             r.query_params.get("text", "")[:MOST_CHARACTERS],
-            _whole(r, "limit") if "limit" in r.query_params else None,
         ),
         "/api/lines": lambda r: contract.lines(
             explored, r.query_params.get("kind", ""), _indices(r)
@@ -92,8 +89,10 @@ def application(explored: Explored, desk: Desk, *, token: str, port: int) -> ASG
 
 
 def asking(explored: Explored) -> dict[str, Any]:
-    """How questions are put to the adapter: the `form`, a question as an `example`, the limits, and
-    a `note` on which adapter answers, mostly empty.
+    """How questions are put to the adapter.
+
+    `form`, a question as an `example`, how many `characters` it may have, and a `note` on which
+    adapter answers, mostly empty.
     """
     train, edited = explored.rows.examples, explored.manifest.now
     note = (
@@ -101,7 +100,7 @@ def asking(explored: Explored) -> dict[str, Any]:
         if edited is None
         else ("The adapter that this run was fitted on answers, as it was before the edits since.")
     )
-    found = {"characters": MOST_CHARACTERS, "tokens": MOST_TOKENS, "note": note}
+    found = {"characters": MOST_CHARACTERS, "note": note}
     if train is None or not len(train):
         return {**found, "form": FORMS[0], "example": ""}
     first = train[0]
@@ -113,7 +112,7 @@ def asking(explored: Explored) -> dict[str, Any]:
 def _page(explored: Explored) -> Callable[[Request], Response]:
     """The page with a source that asks this server, made once."""
     scripts = [(TEMPLATES / name).read_text(encoding="utf-8") for name in ("source.js", "ask.js")]
-    text = page.html(
+    found = page.built(
         contract.meta(explored),
         SECTIONS["about"].blocks(explored),
         {},
@@ -121,10 +120,8 @@ def _page(explored: Explored) -> Callable[[Request], Response]:
         connect="'self'",
         scripts=scripts[1:],
     )
-    found = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
-    assert found is not None
-    headers = {"Content-Security-Policy": f"{unescape(found[1])}; frame-ancestors 'none'"}
-    return lambda request: HTMLResponse(text, headers=headers)
+    headers = {"Content-Security-Policy": f"{found.policy}; frame-ancestors 'none'"}
+    return lambda request: HTMLResponse(found.text, headers=headers)
 
 
 def _answered(answer: Callable[[Request], Any]) -> Callable[[Request], Response]:
@@ -187,13 +184,6 @@ def _explanation(given: dict[str, Any]) -> tuple[int, list[int]]:
     if type(job) is not int or not whole or set(given) != {"job", "tokens"}:
         raise InputError('expected {"job": number, "tokens": [numbers]}')
     return job, tokens  # pyright: ignore[reportReturnType]
-
-
-def _whole(request: Request, name: str) -> int:
-    text = request.query_params.get(name, "")
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise InputError(f"{name} {text[:20]!r} was given; expected a whole number")
-    return int(text)
 
 
 def _indices(request: Request) -> list[int]:

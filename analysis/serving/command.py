@@ -28,8 +28,10 @@ class Serve(RunOption, ExploredOptions, LoadingOptions, JsonOption):
 
 
 def serve(options: Serve) -> None:
-    """Serve the page of a run on this machine alone, for runs too large for one file, and answer
-    questions that you type: what the adapter says, and which rows are behind it.
+    """Serve the page of a run on this machine, and answer questions that you type.
+
+    It is for runs too large for one file, and for asking what the adapter says, and which rows are
+    behind it. Nothing outside this machine reaches it.
 
     Open the printed address; it holds a token, without which nothing is answered. Ctrl-C ends it.
     """

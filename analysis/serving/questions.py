@@ -169,8 +169,10 @@ def query_of(found: Answered, chosen: Sequence[int]) -> Example:
 
 
 def ranking(scores: Scores) -> dict[str, Any]:
-    """The rows behind an answer as the page shows them: `rows` by position with their `scores`,
-    proponents first, and in words what the scores were made with.
+    """The rows behind an answer as the page shows them.
+
+    `rows` by position with their `scores`, proponents first, how many are `left_out` in the middle,
+    and in words what the scores were made with.
     """
     values = scores.values[0]
     rises = bool(scores.attributes.get("rises", True))

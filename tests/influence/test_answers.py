@@ -9,7 +9,8 @@ import h5py
 import numpy as np
 import pytest
 
-from influence.answers import describe
+from influence.answers import describe, rows_scored, scores_of
+from influence.errors import MismatchError
 from influence.scorefile import Scores
 from influence.text_search import bm25
 from tests.conftest import rows
@@ -113,6 +114,35 @@ def test_a_run_with_self_influence_only_has_no_scores_to_show(influence, at):
         "it lacks scores",
         status=1,
     )
+
+
+def test_the_strongest_are_shown_where_the_other_file_has_self_influences_alone(influence, at):
+    scored = at / "run" / "scores.h5"
+    queries = ("--queries", at / "queries.jsonl")
+    assert influence("score", "--run", at / "run", *queries, "--top", 2).status == 0
+    assert scores_of(at / "run") == scored
+    with h5py.File(scored, "r+") as file:
+        del file["scores"], file["query_ids"]
+    assert scores_of(at / "run") == at / "run" / "strongest.h5"
+    found = influence("top", "--run", at / "run", "--query", 0, "-k", 1, "--json")
+    assert found.status == 0, found.err
+    assert len(found.json()["proponents"]) == 1
+    (at / "run" / "strongest.h5").unlink()
+    assert scores_of(at / "run") is None
+
+
+def test_rows_that_were_scored_are_known_by_their_digest(made, tmp_path):
+    attributes = Scores.load(made / "run" / "scores.h5").attributes
+    found = rows_scored(attributes)
+    assert found is not None
+    assert found.digest == attributes["query_digest"]
+    assert rows_scored(attributes | {"aggregate": "sum"}) is None
+    assert rows_scored(attributes | {"queries": str(tmp_path / "gone.jsonl")}) is None
+    assert rows_scored(attributes | {"query_digest": "other"}) is None
+    assert rows_scored({}) is None
+    other = write_rows(tmp_path / "other.jsonl", rows(1))
+    with pytest.raises(MismatchError, match="is not what was scored"):
+        rows_scored(attributes, str(other))
 
 
 # ---- by text, whole rows, tokens -----------------------------------------------------------------

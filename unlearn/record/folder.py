@@ -57,11 +57,17 @@ class Verification:
     ----------
     checked, problems, notes : list of str
         One sentence each.
+    damaged : set of int
+        Lines of the chain, from 1, whose adapter directory is not as it was recorded.
+    replaced : mapping of int to int
+        Lines whose directory a later edit replaced, each with the line of that edit.
     """
 
     checked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    damaged: set[int] = field(default_factory=set)
+    replaced: dict[int, int] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

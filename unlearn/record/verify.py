@@ -53,7 +53,8 @@ def verify(
             "nothing was given to verify: give a run (--run), an edited adapter (--adapter) or both"
         )
     parts = (result.checked, result.problems, result.notes)
-    return Verification(*([printable(text).replace("\n", " ") for text in part] for part in parts))
+    sentences = ([printable(text).replace("\n", " ") for text in part] for part in parts)
+    return Verification(*sentences, damaged=result.damaged, replaced=result.replaced)
 
 
 def render(verification: Verification) -> str:
@@ -82,14 +83,16 @@ def _verify_run(result: Verification, run_directory: Path, apply: bool) -> None:
         )
     last = {entry["edit"]: place for place, entry in chain.lines}
     for place, entry in chain.lines:
-        name = f"line {place}"
-        if last[entry["edit"]] != place:
+        name, later, before = f"line {place}", last[entry["edit"]], len(result.problems)
+        if later != place:
+            result.replaced[place] = later
             result.notes.append(
-                f"{name}: the edit of line {last[entry['edit']]} replaced its directory "
-                f"{entry['edit']}"
+                f"{name}: the edit of line {later} replaced its directory {entry['edit']}"
             )
         else:
             check_folder(result, Path(entry["edit"]), entry, name, apply)
+        if len(result.problems) > before:
+            result.damaged.add(place)
 
 
 def _verify_adapter(

@@ -81,7 +81,7 @@ function drawTable(block) {
   }
 
   fill();
-  const table = el("table", {}, el("caption", {}, visible(block.title)), el("thead", {}, el("tr", {}, ...heads)), body);
+  const table = el("table", {}, el("caption", {}, el("span", {}, visible(block.title))), el("thead", {}, el("tr", {}, ...heads)), body);
   return el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": block.title }, table, more);
 }
 
@@ -123,10 +123,10 @@ function drawRows(block) {
           tickable: index >= 0,
           label: [line.id, cell(row, "reason"), cell(row, "evidence")].join(", "),
           nodes: [
-            el("span", { class: "what" }, 
+            el("span", { class: "what" },
               el("span", { class: "first" }, foreign(line.id, { class: "id" }), foreign(cell(row, "reason") ?? "", { class: "chip" }),
                 score === null ? null : el("span", { class: "n", "data-tip": cellTip(score, block.columns[at.score]) }, short(score)),
-                gain === null ? null : el("span", { class: "n muted", "data-tip": cellTip(gain, block.columns[at.gain]) }, `gain ${short(gain)}`)),
+                gain === null ? null : el("span", { class: "n muted gain", "data-tip": cellTip(gain, block.columns[at.gain]) }, `gain ${short(gain)}`)),
               foreign([cell(row, "evidence"), also].filter(Boolean).join(" · "), { class: "evidence", "data-tip": visible(cell(row, "evidence") ?? "") }),
               foreign(line.preview || "(text not known)", { class: "preview" })),
           ],
@@ -138,11 +138,15 @@ function drawRows(block) {
   // What was seen of the chosen entry, in full, with the row and the one to compare it with.
   function showEntry(k) {
     const index = block.index[k];
-    const why = [cell(block.rows[k], "reason"), cell(block.rows[k], "evidence")].filter(Boolean).join(": ");
+    const gain = cell(block.rows[k], "gain");
+    const gained = gain === null ? "" : `gain ${short(gain)} ${block.columns[at.gain].unit}`;
+    const seen = [cell(block.rows[k], "evidence"), gained].filter(Boolean).join(" · ");
+    const why = [cell(block.rows[k], "reason"), seen].filter(Boolean).join(": ");
     const more = index >= 0 && state.meta.scored
       ? el("button", { type: "button", onclick: () => go({ i: index }) }, "Show the queries that it moves")
       : null;
-    return showTraining(shown, why, [["Training row ", index], ["To compare with: ", block.other[k]]], more);
+    const said = why ? el("p", { class: "score-line" }, foreign(why)) : null;
+    return showTraining(shown, said, [["Training row ", index], ["To compare with: ", block.other[k]]], more);
   }
 
   function narrow() {
@@ -190,7 +194,7 @@ function drawAnswers(block) {
         "details",
         {},
         el("summary", {}, foreign(answer.id, { class: "id" }), " ", foreign(answer.prompt, { class: "preview" })),
-        el("div", { class: "sides" }, ...answer.said.map(([who, text]) => textCard(who, [[answer.prompt ? "" : "", text]]))),
+        el("div", { class: "sides" }, ...answer.said.map(([who, text]) => textCard(who, [["", text]]))),
       ),
     ),
   );

@@ -1,24 +1,11 @@
 // The query explorer: from a query to the rows behind it, or from a row to the queries it moves.
 
-const state = { meta: null, from: "queries", q: null, i: null, left: [], right: [], all: [] };
+const state = { meta: null, from: "queries", q: null, i: null, left: [], right: [], all: [], largest: 1 };
 
 const other = () => (state.from === "queries" ? "rows" : "queries");
 const whole = (number) => number.toLocaleString("en");
 let leftList = null;
 let rightList = null;
-
-function scoreNodes(score, exact, largest) {
-  const harm = state.meta.rises ? score : -score;
-  const fill = el("span", { class: "fill " + (harm < 0 ? "neg" : "pos") });
-  fill.style.width = Math.max(2, (100 * Math.abs(score)) / largest) + "%";
-  const shown = (exact ? "" : "≈ ") + signed(score);
-  return el(
-    "span",
-    { class: "score " + (harm < 0 ? "neg" : "pos"), "data-tip": `${exact ? "" : "about "}${score} ${state.meta.unit}, if the row alone were removed` },
-    el("span", { class: "n" }, shown),
-    el("span", { class: "meter", "aria-hidden": "true" }, fill),
-  );
-}
 
 function makeLists() {
   leftList = longList($("left"), {
@@ -37,23 +24,18 @@ function makeLists() {
       }));
     },
   });
-  rightList = longList($("right"), {
-    height: 50,
+  rightList = scoredList($("right"), {
     label: "Rows behind the query",
     empty: "No scores to show.",
     chosen: (place) => pick(state.right[place].index),
-    fill: async (places) => {
-      const kind = other();
-      const shown = places.map((place) => state.right[place]);
-      const largest = largestOf(state.all.map((each) => each.score));
-      const lines = await source.lines(kind, shown.map((each) => each.index));
-      return lines.map((line, k) => ({
-        index: line.index,
-        tickable: kind === "rows",
-        label: `${line.id} ${line.group}: ${signed(shown[k].score)} ${state.meta.unit}; ${line.preview}`,
-        nodes: [scoreNodes(shown[k].score, shown[k].exact, largest), rowText(line)],
-      }));
-    },
+    of: () => ({
+      kind: other(),
+      scored: state.right,
+      largest: state.largest,
+      unit: state.meta.unit,
+      rises: state.meta.rises,
+      what: ", if the row alone were removed",
+    }),
   });
 }
 
@@ -62,11 +44,10 @@ async function search() {
   const kind = state.from;
   const found = await source.search(kind, text);
   if (kind !== state.from || text !== $("search").value) return;
-  state.left = found.found;
-  const one = found.total === 1;
+  state.left = found;
+  const one = found.length === 1;
   const noun = kind === "queries" ? (one ? "query" : "queries") : one ? "training row" : "training rows";
-  const shown = found.found.length < found.total ? `, the first ${whole(found.found.length)} shown` : "";
-  $("left-count").textContent = `${whole(found.total)} ${noun}${shown}`;
+  $("left-count").textContent = `${whole(found.length)} ${noun}`;
   const current = state.from === "queries" ? state.q : state.i;
   await leftList.show(state.left.length, state.left.indexOf(current));
 }
@@ -80,6 +61,7 @@ async function choose(index, kept = null) {
   if (from !== state.from || index !== (from === "queries" ? state.q : state.i)) return;
   const places = from === "queries" ? found.rows : found.queries;
   state.all = places.map((place, k) => ({ index: place, score: found.scores[k], exact: found.exact ? found.exact[k] : true }));
+  state.largest = largestOf(found.scores);
   const title = $("right-title");
   title.replaceChildren(from === "queries" ? "Rows behind " : "Queries moved by ", foreign(found.id));
   await arrange();
@@ -104,14 +86,14 @@ async function arrange() {
   if (order === "size") right.sort((a, b) => Math.abs(b.score) - Math.abs(a.score));
   const words = $("filter").value;
   if (words.trim()) {
-    const found = new Set((await source.search(other(), words)).found);
+    const found = new Set(await source.search(other(), words));
     if (words !== $("filter").value) return;
     right = right.filter((each) => found.has(each.index));
   }
   state.right = right;
-  const sign = state.meta.rises ? 1 : -1;
-  const helping = right.filter((each) => sign * each.score > 0).length;
-  const harming = right.filter((each) => sign * each.score < 0).length;
+  const signs = right.map((each) => Math.sign(helps(each.score, state.meta.rises)));
+  const helping = signs.filter((sign) => sign > 0).length;
+  const harming = signs.filter((sign) => sign < 0).length;
   const verbs = state.from === "queries" ? ["help", "harm"] : ["helped", "harmed"];
   $("right-count").textContent = `${whole(right.length)} with a score (${state.meta.unit}): ${whole(helping)} ${verbs[0]}, ${whole(harming)} ${verbs[1]}`;
   await rightList.show(right.length);

@@ -70,23 +70,21 @@ const source = (() => {
 
   const said = new Map(); // what is searched of each row, in lower case
 
-  async function search(kind, text, limit) {
+  async function search(kind, text) {
     const rows = await json(kind);
     const words = text.toLowerCase().split(/\s+/).filter((word) => word);
-    let found = rows.map((_, k) => k);
-    if (words.length) {
-      if (!said.has(kind)) {
-        said.set(
-          kind,
-          rows.map(([id, group, , parts]) =>
-            [id, group, ...parts.map((part) => part[1])].join("\n").toLowerCase(),
-          ),
-        );
-      }
-      const lower = said.get(kind);
-      found = found.filter((k) => words.every((word) => lower[k].includes(word)));
+    const every = rows.map((_, k) => k);
+    if (!words.length) return every;
+    if (!said.has(kind)) {
+      said.set(
+        kind,
+        rows.map(([id, group, , parts]) =>
+          [id, group, ...parts.map((part) => part[1])].join("\n").toLowerCase(),
+        ),
+      );
     }
-    return { total: found.length, found: limit == null ? found : found.slice(0, limit) };
+    const lower = said.get(kind);
+    return every.filter((k) => words.every((word) => lower[k].includes(word)));
   }
 
   async function lines(kind, indices) {

@@ -30,10 +30,12 @@ class LongList {
     return this.draw();
   }
 
-  async draw(whole = false) {
+  async draw() {
     const turn = ++this.drawn;
-    const first = whole ? 0 : Math.max(0, Math.floor(this.node.scrollTop / this.height) - 4);
-    const seen = whole ? PRINTED : Math.ceil(this.node.clientHeight / this.height) + 8;
+    if (printing && this.count > PRINTED) this.node.dataset.printed = `The first ${PRINTED} of ${this.count.toLocaleString("en")} are printed.`;
+    else delete this.node.dataset.printed;
+    const first = printing ? 0 : Math.max(0, Math.floor(this.node.scrollTop / this.height) - 4);
+    const seen = printing ? PRINTED : Math.ceil(this.node.clientHeight / this.height) + 8;
     const places = [];
     for (let k = first; k < Math.min(this.count, first + seen); k++) places.push(k);
     const lines = places.length ? await this.fill(places) : [];
@@ -94,7 +96,7 @@ class LongList {
       const wanted = Math.max(this.active, event.key === "ArrowUp" ? 1 : -1) + moves[event.key];
       this.choose(Math.min(Math.max(0, wanted), this.count - 1));
     } else if (event.key === "Enter" && this.active >= 0) {
-      this.chosen(this.active, true);
+      this.chosen(this.active);
     } else if (event.key === " ") {
       const current = this.space.querySelector("[aria-selected=true].tickable");
       if (current) tick(Number(current.dataset.index));
@@ -112,8 +114,9 @@ class LongList {
   }
 }
 
-// Lines of every list that are printed.
+// Lines of every list that are printed, and whether lists are drawn for paper.
 const PRINTED = 15;
+let printing = false;
 const lists = [];
 
 function longList(node, options) {
@@ -122,8 +125,41 @@ function longList(node, options) {
   return list;
 }
 
+// A number from a score, above 0 where the row helps.
+const helps = (score, rises) => (rises ? score : -score);
+const toned = (score, rises) => (helps(score, rises) < 0 ? "neg" : "pos");
+
+// A list of rows or queries by their scores. `of()` says what is listed now: its `kind`, the
+// `scored`, `{ index, score, exact }` each, the `largest` size of a score, the `unit`, whether the
+// measurement `rises`, and `what` a score is, for its hover text.
+function scoredList(node, { of, ...options }) {
+  async function fill(places) {
+    const { kind, scored, largest, unit, rises, what } = of();
+    const shown = places.map((place) => scored[place]);
+    const lines = await source.lines(kind, shown.map((each) => each.index));
+    return lines.map((line, k) => {
+      const { score, exact } = shown[k];
+      const bar = el("span", { class: "fill " + toned(score, rises) });
+      bar.style.width = Math.max(2, (100 * Math.abs(score)) / largest) + "%";
+      const number = el(
+        "span",
+        { class: "score " + toned(score, rises), "data-tip": `${exact ? "" : "about "}${score} ${unit}${what}` },
+        el("span", { class: "n" }, (exact ? "" : "≈ ") + signed(score)),
+        el("span", { class: "meter", "aria-hidden": "true" }, bar),
+      );
+      return {
+        index: line.index,
+        tickable: kind === "rows",
+        label: `${line.id} ${line.group}: ${signed(score)} ${unit}; ${line.preview}`,
+        nodes: [number, rowText(line)],
+      };
+    });
+  }
+  return longList(node, { height: 50, fill, ...options });
+}
+
 // The two lines of text of a row or query: id and group, and how it begins.
-function rowText(line, ...more) {
+function rowText(line) {
   return el(
     "span",
     { class: "what" },
@@ -132,7 +168,6 @@ function rowText(line, ...more) {
       { class: "first" },
       foreign(line.id, { class: "id" }),
       line.group ? foreign(line.group, { class: "group" }) : null,
-      ...more,
     ),
     foreign(line.preview || "(text not known)", { class: "preview" }),
   );

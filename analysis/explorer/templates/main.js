@@ -75,22 +75,38 @@ $("untick").addEventListener("click", () => {
 // ---- printing ------------------------------------------------------------------------------------
 
 let printedFrom = "system";
+const opened = []; // what is folded on the screen and not on paper
+
+function drawLists(onPaper) {
+  printing = onPaper;
+  return Promise.all(lists.map((list) => list.draw()));
+}
 
 $("print").addEventListener("click", async () => {
   await Promise.all([...document.querySelectorAll(".blocks")].map(fillSection));
   await drawAll();
-  await Promise.all(lists.map((list) => list.draw(true)));
-  window.print();
+  try {
+    await drawLists(true);
+    window.print();
+  } catch (error) {
+    drawLists(false);
+    throw error;
+  }
 });
 addEventListener("beforeprint", () => {
   printedFrom = document.documentElement.dataset.theme ?? "system";
+  for (const closed of document.querySelectorAll(".answers details:not([open])")) {
+    closed.open = true;
+    opened.push(closed);
+  }
   document.documentElement.dataset.theme = "light"; // what figures take their colours from
   drawAgain();
-  lists.forEach((list) => list.draw(true));
+  drawLists(true);
 });
 addEventListener("afterprint", () => {
+  for (const closed of opened.splice(0)) closed.open = false;
   setTheme(printedFrom);
-  lists.forEach((list) => list.draw());
+  drawLists(false);
 });
 
 // ---- keys ----------------------------------------------------------------------------------------
@@ -104,6 +120,15 @@ document.addEventListener("keydown", (event) => {
     $("search").select();
   }
 });
+
+// ---- trouble -------------------------------------------------------------------------------------
+
+// What fails after the start, as when the page's server has ended, is said. A click takes it away.
+addEventListener("unhandledrejection", (event) => {
+  $("trouble").textContent = visible(event.reason?.message ?? event.reason);
+  $("trouble").hidden = false;
+});
+$("trouble").addEventListener("click", () => ($("trouble").hidden = true));
 
 // ---- start ---------------------------------------------------------------------------------------
 

@@ -40,9 +40,7 @@ async function showPair(q, i) {
     };
     label();
     tickers.set(button, label);
-    cards.push(
-      textCard(["Training row ", foreign(row.id)], row.parts, ...notKnown(row), row.facts.length ? factList(row.facts) : null, button),
-    );
+    cards.push(rowCard(row, undefined, button));
   }
   const parts = [el("div", { class: "sides" }, ...cards)];
   if (query && row) {
@@ -70,33 +68,48 @@ ticksChanged.push(() => tickers.forEach((label) => label()));
 
 const notKnown = (line) => (line.parts.length ? [] : [el("p", { class: "muted" }, "(its text is not known here)")]);
 
-// One sentence on the score of a pair.
+// One sentence on a score: what it is the change `of`, the `number` as it is shown, whom the row
+// helps or harms, and what else is known of the score.
+function scoreSentence(score, { of, number, rises, whom, more = "", tip = null }) {
+  const help = helps(score, rises);
+  const words = help > 0 ? `it helps ${whom}: a proponent` : help < 0 ? `it harms ${whom}: an opponent` : `it does nothing to ${whom}`;
+  const shown = el("strong", { class: toned(score, rises), tabindex: tip ? "0" : null, "data-tip": tip }, number);
+  return el("p", { class: "score-line" }, `Without this row alone, ${of} would change by `, shown, `${more}; ${words}.`);
+}
+
+// The sentence on the score of a pair.
 function scoreLine(query, place) {
-  const unit = state.meta.unit;
   if (place < 0) return el("p", { class: "score-line" }, "This file keeps no score of this row for this query.");
+  const { unit, rises, measurement } = state.meta;
   const value = query.scores[place];
   const about = query.exact && !query.exact[place] ? "about " : "";
-  const harm = state.meta.rises ? value : -value;
-  const number = el("strong", { class: harm < 0 ? "neg" : "pos", tabindex: "0", "data-tip": `${value} ${unit}: the predicted change of the query's ${state.meta.measurement} if this row alone were removed` }, `${about}${signed(value)} ${unit}`);
-  const words = harm > 0 ? "it helps the query: a proponent" : harm < 0 ? "it harms the query: an opponent" : "it does nothing to the query";
-  return el("p", { class: "score-line" }, "Without this row alone, the query's ", state.meta.measurement, " would change by ", number, ` (rank ${(place + 1).toLocaleString("en")} of ${query.rows.length.toLocaleString("en")}); ${words}.`);
+  return scoreSentence(value, {
+    of: `the query's ${measurement}`,
+    number: `${about}${signed(value)} ${unit}`,
+    rises,
+    whom: "the query",
+    more: ` (rank ${(place + 1).toLocaleString("en")} of ${query.rows.length.toLocaleString("en")})`,
+    tip: `${value} ${unit}: the predicted change of the query's ${measurement} if this row alone were removed`,
+  });
+}
+
+// A training row with what is known of it.
+function rowCard(row, title = "Training row ", ...more) {
+  return textCard([title, foreign(row.id)], row.parts, ...notKnown(row), row.facts.length ? factList(row.facts) : null, ...more);
 }
 
 const rowsTurns = new WeakMap(); // nodes with what was asked of them last
 
-// Show training rows by position, each with a title before its id, and why, in a node of the page.
-// Positions below 0 are left out.
-async function showTraining(node, why, wanted, ...more) {
+// Show training rows by position, each with a title before its id, below a node or null, in a node of
+// the page. Positions below 0 are left out.
+async function showTraining(node, above, wanted, ...more) {
   const turn = {};
   rowsTurns.set(node, turn);
   const there = wanted.filter(([, index]) => index >= 0);
   const rows = await Promise.all(there.map(([, index]) => source.row(index)));
   if (rowsTurns.get(node) !== turn) return;
-  const cards = rows.map((row, k) =>
-    textCard([there[k][0], foreign(row.id)], row.parts, ...notKnown(row), row.facts.length ? factList(row.facts) : null),
-  );
-  const parts = [why ? el("p", { class: "score-line" }, foreign(why)) : null, el("div", { class: "sides" }, ...cards), ...more];
-  node.replaceChildren(...parts.filter((part) => part !== null));
+  const cards = rows.map((row, k) => rowCard(row, there[k][0]));
+  node.replaceChildren(...[above, el("div", { class: "sides" }, ...cards), ...more].filter((part) => part !== null));
 }
 
 // The queries that a row moves most, to go to.
@@ -111,7 +124,7 @@ async function drives(row, current) {
       el(
         "button",
         { type: "button", "aria-current": line.index === current ? "true" : null, onclick: () => go({ q: line.index, i: row.index }) },
-        el("span", { class: "n " + (value * (state.meta.rises ? 1 : -1) < 0 ? "neg" : "pos"), "data-tip": `${value} ${state.meta.unit}` }, signed(value)),
+        el("span", { class: "n " + toned(value, state.meta.rises), "data-tip": `${value} ${state.meta.unit}` }, signed(value)),
         rowText(line),
       ),
     );

@@ -21,11 +21,10 @@ function el(tag, attributes = {}, ...children) {
 // direction of what follows.
 function visible(text) {
   return String(text).replace(
-    /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/g,
+    /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u202a-\u202e\u2060-\u2069\ufeff]/g,
     (character) => {
       const code = character.charCodeAt(0);
       if (character === "\r") return "";
-      if (code === 0x200c || code === 0x200d || code === 0x200e || code === 0x200f) return character;
       if (code < 0x20) return String.fromCharCode(0x2400 + code);
       return "⟨U+" + code.toString(16).toUpperCase().padStart(4, "0") + "⟩";
     },

@@ -27,14 +27,39 @@ function plain(text, width = 60) {
   return cut.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
 
-const axisTitle = (axis) => plain(axis.label + (axis.unit ? ` (${axis.unit})` : ""), 80);
+// The title of an axis, on as many lines as it takes in so many pixels.
+function axisTitle(axis, pixels) {
+  const most = Math.max(12, pixels / 7);
+  const lines = [""];
+  for (const word of (axis.label + (axis.unit ? ` (${axis.unit})` : "")).split(" ")) {
+    const longer = `${lines.at(-1)} ${word}`.trim();
+    if (longer.length <= most || !lines.at(-1)) lines[lines.length - 1] = longer;
+    else lines.push(word);
+  }
+  return lines.map((line) => plain(line, 80)).join("<br>");
+}
+
+// Ticks of a logarithmic axis whose values are less than 100 times apart: at 1, 2 and 5, not at
+// powers of ten alone.
+function logTicks(axis, values) {
+  const known = values.filter((value) => value > 0);
+  const low = known.reduce((least, value) => Math.min(least, value), Infinity);
+  const high = largestOf(known);
+  if (!known.length || high >= 100 * low) return;
+  axis.tickvals = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+    axis.tickvals.push(...[1, 2, 5].map((digit) => digit * 10 ** power));
+  }
+  axis.ticktext = axis.tickvals.map(short);
+}
+
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-function layoutOf(block) {
+function layoutOf(block, width) {
   const ink = colour("--ink");
   const grid = colour("--line");
-  const part = (axis) => ({
-    title: { text: axisTitle(axis), font: { size: 12 }, standoff: 10 },
+  const part = (axis, pixels) => ({
+    title: { text: axisTitle(axis, pixels), font: { size: 12 }, standoff: 10 },
     type: axis.log ? "log" : undefined,
     dtick: axis.log ? 1 : undefined,
     gridcolor: grid,
@@ -47,8 +72,8 @@ function layoutOf(block) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 50, r: 10, t: 10, b: 40 },
-    xaxis: part(block.x),
-    yaxis: part(block.y),
+    xaxis: part(block.x, width - 90),
+    yaxis: part(block.y, 220),
     hoverlabel: { align: "left", bgcolor: colour("--page"), font: { color: ink } },
     dragmode: false,
   };
@@ -60,6 +85,8 @@ function scatterOf(block, layout, width) {
   layout.hovermode = "closest";
   layout.showlegend = block.series.length > 1;
   layout.legend = { orientation: "h", y: 1.02, yanchor: "bottom", font: { size: 11 } };
+  if (block.x.log) logTicks(layout.xaxis, block.series.flatMap((series) => series.x));
+  if (block.y.log) logTicks(layout.yaxis, block.series.flatMap((series) => series.y));
   const unit = (axis) => (axis.unit ? " " + plain(axis.unit) : "");
   return block.series.map((series) => {
     const k = series.other ? -1 : named++ % COLOURS.length;
@@ -74,7 +101,7 @@ function scatterOf(block, layout, width) {
       hovertemplate:
         "%{text}<br>%{x:.3g}" + unit(block.x) + "<br>%{y:.3g}" + unit(block.y) + "<extra></extra>",
       marker: {
-        color: k < 0 ? OTHERS : COLOURS[k],
+        color: k < 0 ? OTHERS : block.series.length > 1 ? COLOURS[k] : colour("--pos-strong"),
         symbol: k < 0 ? "circle-open" : SYMBOLS[k],
         size: block.series.length > 1 || series.x.length > 50 ? 7 : 11,
         opacity: 0.8,
@@ -106,7 +133,7 @@ function barsOf(block, layout) {
 function heatmapOf(block, layout, width) {
   const lines = block.lines.length;
   const few = lines <= 60;
-  layout.height = Math.min(820, Math.max(220, 130 + lines * (lines <= 12 ? 24 : few ? 14 : 2)));
+  layout.height = Math.min(few ? 980 : 820, Math.max(220, 130 + lines * (lines <= 12 ? 24 : few ? 14 : 2)));
   for (const [axis, names, all] of [
     [layout.xaxis, block.columns, block.columns.length <= 40],
     [layout.yaxis, block.lines, few],
@@ -146,7 +173,7 @@ const KINDS = { scatter: scatterOf, bars: barsOf, heatmap: heatmapOf };
 
 async function draw(node, block) {
   const Plotly = await plotly();
-  const layout = layoutOf(block);
+  const layout = layoutOf(block, node.clientWidth);
   const traces = KINDS[block.plot](block, layout, node.clientWidth);
   await Plotly.react(node, traces, layout, { displayModeBar: false, responsive: true });
   if (!drawn.has(node)) {

@@ -44,8 +44,7 @@ const source = (() => {
 
   return {
     meta: () => once("meta"),
-    search: (kind, text, limit) =>
-      answerOf(`search?kind=${kind}&text=${encodeURIComponent(text)}` + (limit == null ? "" : `&limit=${limit}`)),
+    search: (kind, text) => answerOf(`search?kind=${kind}&text=${encodeURIComponent(text)}`),
     lines,
     query: (q) => once(`query/${q}`),
     row: (i) => once(`row/${i}`),

@@ -9,7 +9,7 @@ from analysis.explorer.blocks import axis, column, facts, finite, rounded, table
 
 
 def test_numbers_that_are_not_finite_are_null():
-    assert [finite(each) for each in (math.nan, math.inf, None, "3", True)] == [None] * 5
+    assert [finite(each) for each in (math.nan, math.inf, None, "3", True, [], {})] == [None] * 7
     assert (finite(np.float32(0.5)), finite(np.int64(3)), finite(2)) == (0.5, 3, 2)
     assert isinstance(finite(np.int64(3)), int)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.explorer import contract, packing
+from analysis.explorer import contract, packing, sections
+from analysis.explorer.blocks import axis, column, table
 from analysis.explorer.data import gather
 from analysis.explorer.page import write
 from influence.row_ids import read_ids
@@ -229,8 +230,8 @@ def test_the_file_answers_what_the_functions_answer(browser, world, monkeypatch,
         ("queries", "kind 3"),
         ("rows", "no"),
     ):
-        expected = contract.search(explored, kind, text, 3)
-        assert ask(f"search({json.dumps(kind)}, {json.dumps(text)}, 3)") == expected
+        expected = contract.search(explored, kind, text)
+        assert ask(f"search({json.dumps(kind)}, {json.dumps(text)})") == expected
     assert ask("lines('rows', [7, 0])") == contract.lines(explored, "rows", [7, 0])
     for name, _ in meta["sections"]:
         if name != "queries":
@@ -351,6 +352,36 @@ def test_heads_of_tables_and_titles_of_axes_stand_apart(full, width):
         full.set_viewport_size({"width": 1200, "height": 900})
 
 
+def test_long_titles_are_not_cut_off(browser, small, world, monkeypatch):
+    """Of an axis and of a table that is wider than the screen: they take several lines."""
+    long = "rise of the mean loss of the rows that the edit was asked to make the adapter forget"
+    series = {"name": "edits", "x": [1.0, 2.0], "y": [1.0, 2.0], "names": ["a", "b"]}
+    plot = {"kind": "plot", "plot": "scatter", "title": "a", "help": "", "series": [series]}
+    plot |= {"x": axis(long, "nats"), "y": axis(long, "nats")}
+    wide = table(long, [column(f"column {k}", "number") for k in range(12)], [[1.5] * 12])
+    section = replace(sections.SECTIONS["map"], blocks=lambda explored: [plot, wide])
+    monkeypatch.setitem(sections.SECTIONS, "map", section)  # pyright: ignore[reportArgumentType]
+    write(world.explored, world.root / "titles.html", overwrite=True)
+    with opened(
+        browser, world.root / "titles.html", viewport={"width": 360, "height": 740}
+    ) as page:
+        draw_everything(page)
+        figure = page.locator("#map .plot").bounding_box()
+        for title in (".xtitle", ".ytitle", "caption span"):
+            box = page.locator(f"#map {title}").bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 360
+            if title != "caption span":
+                assert box["y"] >= figure["y"]
+                assert box["y"] + box["height"] <= figure["y"] + figure["height"]
+
+
+def test_short_logarithmic_axes_have_ticks(full):
+    """At 1, 2 and 5, in full: the steps of the small run are 1.5 to 12.5."""
+    ticks = full.locator("#map .xtick text").all_text_contents()
+    assert ticks == ["2", "5", "10"]
+
+
 @pytest.mark.parametrize("width", [360, 768])
 def test_narrow_screens_need_no_scrolling_sideways(full, width):
     full.set_viewport_size({"width": width, "height": 740})
@@ -433,11 +464,33 @@ def test_print_shows_sections_without_controls(full, tmp_path):
     assert full.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     middle = "document.querySelector('#heatmap .plot').data[0].colorscale[1][1]"
     until(full, f"{middle} === '#fff'")
+    folded = "document.querySelectorAll('.answers details:not([open])').length"
+    assert full.evaluate(folded) == 0
     full.pdf(path=tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").stat().st_size > 10_000
     full.emulate_media(media="screen")
     full.evaluate("dispatchEvent(new Event('afterprint'))")
     until(full, f"{middle} !== '#fff'")
+    assert full.evaluate(folded) == full.locator(".answers details").count() == 1
+
+
+def test_paper_does_not_scroll(browser, tmp_path):
+    """Bars are printed to the last one, and of a long list it is said how much of it is printed."""
+    n, layers = 20, 60
+    write_run(tmp_path / "run", rows_of(n))
+    modules = np.ones((1, layers, n)) * np.arange(1, n + 1) / layers
+    write_scores(tmp_path / "run", modules.sum(1), rows_of(1, "query"), modules=modules)
+    write(gather(tmp_path / "run"), tmp_path / "page.html")
+    hidden = "(() => { const n = document.querySelector('.bars'); return n.scrollHeight - n.clientHeight })()"
+    with opened(browser, tmp_path / "page.html") as page:
+        assert page.evaluate(hidden) > 0
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        until(page, "document.querySelectorAll('#right .line').length === 15")
+        assert page.evaluate(hidden) == 0
+        said = "getComputedStyle(document.getElementById('{}'), '::after').content"
+        assert page.evaluate(said.format("right")) == '"The first 15 of 20 are printed."'
+        assert page.evaluate(said.format("left")) == "none"
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -37,16 +37,15 @@ def test_what_is_missing_says_how_to_make_it(tmp_path):
 
 
 def test_search_finds_every_word_in_any_place(world):
-    def find(kind, text, limit=None):
-        return contract.search(world.explored, kind, text, limit)
+    def find(kind, text):
+        return contract.search(world.explored, kind, text)
 
-    assert find("rows", "") == {"total": 12, "found": list(range(12))}
-    assert find("rows", "", 2) == {"total": 12, "found": [0, 1]}
-    assert find("rows", "ROW-3")["found"] == [3]
-    assert find("rows", "group kind NUMBER")["total"] == 12
-    assert find("queries", "group 1 NUMBER")["found"] == [1]
-    assert find("rows", "kind 4.")["found"] == [4, 9]
-    assert find("rows", "nothing like it") == {"total": 0, "found": []}
+    assert find("rows", "") == list(range(12))
+    assert find("rows", "ROW-3") == [3]
+    assert find("rows", "group kind NUMBER") == list(range(12))
+    assert find("queries", "group 1 NUMBER") == [1]
+    assert find("rows", "kind 4.") == [4, 9]
+    assert find("rows", "nothing like it") == []
 
 
 def test_a_query_names_its_rows_proponents_first(world):

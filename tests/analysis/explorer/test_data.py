@@ -68,7 +68,7 @@ def test_rows_and_queries_that_are_gone_leave_their_ids(tmp_path, capsys):
     assert (found.queries.ids, found.queries.preview(0)) == (["query-0"], "")
     said = capsys.readouterr().err
     assert "the training rows are not where they were" in said
-    assert "the queries are not where they were" in said
+    assert "of the queries only the ids are shown: they are not where they were" in said
     again = gather(
         tmp_path / "run", queries=str(write_rows(tmp_path / "q.jsonl", rows_of(1, "query")))
     )

@@ -5,6 +5,9 @@ import json
 import pytest
 
 from analysis.explorer import edits
+from analysis.explorer.data import Explored
+from analysis.explorer.sections import present
+from analysis.explorer.texts import Texts
 from influence.manifest import read_manifest
 from tests.analysis.report.helpers import measured, with_evidence
 from tests.unlearn.record.conftest import place  # noqa: F401 (a fixture)
@@ -21,7 +24,21 @@ METHOD = {"name": "re-linearised"}
 
 
 def blocks(place):  # noqa: F811
-    return edits.blocks(place.run, read_manifest(place.run))
+    return edits.blocks(place.run)
+
+
+def states(place):  # noqa: F811
+    table = blocks(place)[1]
+    at = [each["label"] for each in table["columns"]].index("record")
+    return [row[at] for row in table["rows"]]
+
+
+def save(place, name: str, seed: int, before=None, **record):  # noqa: F811
+    """An edit that is saved and appended."""
+    kept = {"losses": LOSSES, "method": METHOD} | record
+    folder = edit(place, name, seed=seed, before=before, **kept)
+    append(place.run, folder)
+    return folder
 
 
 @pytest.fixture
@@ -48,11 +65,11 @@ def test_what_each_edit_did(edited):
     said, table, plot, measured_, rows = blocks(edited)
     assert said["tone"] == "good"
     labels = [each["label"] for each in table["columns"]]
-    first = dict(zip(labels[:6], table["rows"][0][:6], strict=True))
+    first = dict(zip(labels[:7], table["rows"][0][:7], strict=True))
     assert first["no."] == 1
     assert first["by"] == "re-linearised"
     assert first["their loss before"] == 0.2
-    assert [row[labels.index("record")] for row in table["rows"]] == ["verified"] * 2
+    assert states(edited) == ["verified"] * 2
     assert plot["series"][0]["x"] == pytest.approx([2.3, 2.3])
     assert plot["series"][0]["y"] == pytest.approx([10, 10])
     assert measured_["rows"][0][:3] == ["generations", "ROUGE-L recall", 3]
@@ -66,15 +83,76 @@ def test_a_changed_adapter_is_not_verified(edited):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     said, table, *_ = blocks(edited)
     assert said["tone"] == "bad"
-    states = [row[-2] for row in table["rows"]]
-    assert states == ["verified", "NOT verified"]
+    assert states(edited) == ["verified", "NOT verified"]
+    assert table["rows"][1][4] == "re-linearised"  # its record is the one that was saved
+
+
+def test_folders_are_told_apart_whose_names_begin_alike(place):  # noqa: F811
+    """A damaged /e/edit10 says nothing of /e/edit1, and line 10 nothing of line 1."""
+    folder, seed = save(place, "edit1", 1), 1
+    for seed in range(2, 11):
+        folder = save(place, f"edit{seed}", seed, before=(folder, digest(seed - 1)))
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert folder.name == "edit10"
+    assert states(place) == ["verified"] * 9 + ["NOT verified"]
+
+
+def test_a_replaced_folder_shows_nothing_of_the_edit_that_replaced_it(place):  # noqa: F811
+    """Its line says so, without that one's figures, and none of its sentences say that all holds."""
+    save(place, "one", 1, rows=[ROW | {"id": "of the first"}])
+    save(place, "one", 2, rows=[ROW | {"id": "of the second"}])
+    said, table, *more = blocks(place)
+    assert (said["tone"], "replaced" in said["text"]) == ("good", True)
+    assert states(place) == ["replaced by no. 2", "verified"]
+    labels = [each["label"] for each in table["columns"]]
+    losses = [row[labels.index("their loss before")] for row in table["rows"]]
+    assert losses == [None, 0.2]
+    assert [block["title"] for block in more] == ["Edit 2: remove, re-linearised. Its rows"]
+
+
+def test_a_record_that_was_changed_shows_no_figure(edited):
+    path = edited.root / "two" / "edit.json"
+    path.write_text(path.read_text().replace("2.5", "9.5"))
+    said, table, *_ = blocks(edited)
+    assert said["tone"] == "bad"
+    assert states(edited) == ["verified", "NOT verified"]
+    labels = [each["label"] for each in table["columns"]]
+    known = {
+        label for label, value in zip(labels, table["rows"][1], strict=True) if value is not None
+    }
+    assert known == {"no.", "time", "what", "rows", "record", "folder"}
+
+
+def test_no_line_of_a_broken_chain_is_called_verified(edited):
+    lines = (edited.run / "audit.jsonl").read_bytes().splitlines(keepends=True)
+    (edited.run / "audit.jsonl").write_bytes(lines[0])
+    said, table, *_ = blocks(edited)
+    assert (said["tone"], len(table["rows"])) == ("bad", 1)
+    assert states(edited) == ["its files hold, the record of edits does not"]
+
+
+@pytest.mark.parametrize("left", [b"", b'{"number": 1'])
+def test_a_record_that_is_lost_is_said(edited, left):
+    """With all its lines, or before the first one was whole: the page has a section on it."""
+    (edited.run / "audit.jsonl").write_bytes(left)
+    explored = Explored(edited.run, read_manifest(edited.run), Texts.named([]), Texts.named([]))
+    assert "edits" in present(explored)
+    (said,) = blocks(edited)
+    assert said["tone"] == "bad"
+
+
+def test_edits_that_are_saved_later_are_shown(edited):
+    """The run's files are read when they are asked for."""
+    one = edited.root / "two"
+    for seed in (3, 4):
+        one = save(edited, f"later {seed}", seed, before=(one, digest(seed - 1)))
+    assert states(edited) == ["verified"] * 4
 
 
 def test_an_edit_whose_folder_is_gone_still_has_its_line(edited):
     (edited.root / "two").rename(edited.root / "elsewhere")
-    table = blocks(edited)[1]
-    assert [row[-2] for row in table["rows"]] == ["verified", "its files are gone"]
-    assert edits.record_of(edited.root / "two") is None
+    assert states(edited) == ["verified", "its files are gone"]
 
 
 def test_a_damaged_record_is_said(edited):
@@ -82,8 +160,6 @@ def test_a_damaged_record_is_said(edited):
     said, *_ = blocks(edited)
     assert said["tone"] == "bad"
     assert "does not hold" in said["text"]
-    (edited.root / "one" / "edit.json").write_text("[")
-    assert edits.record_of(edited.root / "one") is None
 
 
 def test_many_rows_are_cut_and_said_so(place, monkeypatch):  # noqa: F811

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from analysis.explorer import evaluations
 from influence.manifest import CalibrationRecord, TunedRecord
 
@@ -77,3 +79,12 @@ def test_what_was_tuned_and_calibrated(world):
     assert [fact["value"] for fact in tuned["facts"]] == ["kfac", "end", "the local checks"]
     assert size["facts"][0]["value"] == "1.25 times"
     assert "analysis lds" in said["text"]
+
+
+@pytest.mark.parametrize("ids", [None, 3, "ab", ["a"], {"a": 1, "b": 2}])
+def test_queries_without_ids_of_their_own_are_numbered(world, ids):
+    """Whatever a file has in their place."""
+    record = {"lds": [], "per_query": [0.25, 0.5], "query_ids": ids}
+    facts, plot, *_ = evaluations.faithfulness(world.explored.manifest, [("f.json", record)])
+    assert facts["facts"][0]["value"] == "not defined"
+    assert (plot["names"], plot["values"]) == (["1", "0"], [0.5, 0.25])

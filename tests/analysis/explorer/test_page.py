@@ -36,7 +36,7 @@ def test_the_policy_lets_nothing_in_but_what_is_on_the_page(html):
     found = policy(html)
     assert found["default-src"] == found["connect-src"] == found["base-uri"] == ["'none'"]
     assert found["form-action"] == ["'none'"]
-    assert "unsafe-inline" not in html.split("</head>")[0].replace("'unsafe-hashes'", "")
+    assert "unsafe-inline" not in str(found)
     scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     styles = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
     assert len(scripts) == len(styles) == 1
@@ -57,20 +57,28 @@ def test_what_the_run_is_stands_there_without_a_script(html):
     assert "mean:0.1" in html.split("<script")[0]
 
 
-def test_a_server_brings_its_own_source(world):
+def test_a_server_brings_its_own_source(world, html):
     meta, _ = blocks(world.explored)
     about = SECTIONS["about"].blocks(world.explored)
-    text = page.html(
+    built = page.built(
         meta, about, {}, source="const source = {};", connect="'self'", scripts=["more();"]
     )
+    text = built.text
     assert policy(text)["connect-src"] == ["'self'"]
+    assert policy(text) == policy(f'Content-Security-Policy" content="{built.policy}"')
     script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
     assert "const source = {};" in script
     assert script.rstrip().endswith("more();\n})();")
-    assert "stands at the end" not in text
-    assert "data-rows" not in text
-    with pytest.raises(InputError, match="</script"):
-        page.html(meta, about, {}, source="'</script>'")
+    of_file = (page.TEMPLATES / page.FILE_SOURCE).read_text(encoding="utf-8")
+    assert (of_file in html, of_file in text) == (True, False)
+    held = [
+        re.findall(r'<script type="text/plain" id="data-([\w-]+)"', each) for each in (html, text)
+    ]
+    assert "rows" in held[0]
+    assert held[1] == ["plotly"]
+    for mark in ("</script", "<!--"):
+        with pytest.raises(InputError, match=f"holds {mark}"):
+            page.built(meta, about, {}, source=f"'{mark}>'")
 
 
 def test_hostile_names_are_escaped(tmp_path):
@@ -81,7 +89,8 @@ def test_hostile_names_are_escaped(tmp_path):
     about = [
         {"title": "<b>", "facts": [{"label": "<i>", "value": "</dd><script>", "help": '"><x>'}]}
     ]
-    text = page.html(meta, about, data)
+    text = page.built(meta, about, data).text
+    assert "&lt;img" in text
     assert "<img" not in text
     assert "<x>" not in text
     assert text.count("<script>") == 1

@@ -35,9 +35,18 @@ def test_what_a_row_says_by_role(texts):
 
 
 def test_what_is_searched_is_lower_case_and_holds_id_group_and_content(texts):
-    said = texts.text(0)
+    said = texts.searched[0]
     assert said == said.lower()
     assert all(word in said for word in ("a", "people", "who?", "ann."))
+    assert [each.split("\n")[0] for each in texts.searched] == ["a", "b", "c", "d"]
+
+
+def test_what_is_searched_is_made_once(monkeypatch):
+    """Not again for each letter that is typed."""
+    texts = Texts.of(examples_from_rows(ROWS))
+    assert texts.searched[0] == "a\npeople\nwho?\n ann."
+    monkeypatch.setattr(Texts, "parts", None)
+    assert len(texts.searched) == len(ROWS)
 
 
 def test_a_preview_is_one_short_line():
@@ -48,4 +57,9 @@ def test_a_preview_is_one_short_line():
 
 def test_rows_that_are_not_known_have_ids_alone():
     texts = Texts.named(["a", "b"])
-    assert (len(texts), texts.preview(1), texts.parts(1), texts.text(1)) == (2, "", [], "b\n")
+    assert (len(texts), texts.preview(1), texts.parts(1), texts.searched) == (
+        2,
+        "",
+        [],
+        ["a\n", "b\n"],
+    )

@@ -72,6 +72,7 @@ def test_ticked_tokens_alone_are_explained(page, served):
     page.keyboard.press("Space")
     assert page.locator("#ask-tokens [aria-checked=true]").count() == 2
     assert page.text_content("#ask-explain") == "Explain 2 tokens"
+    assert page.locator("#ask-explain").is_enabled()
     page.click("#ask-explain")
     page.wait_for_selector("#ask-row .score-line")
 
@@ -90,6 +91,17 @@ def test_ticked_tokens_alone_are_explained(page, served):
     assert "null" not in page.text_content("#ask")
     first.locator(".tick").click()
     assert page.text_content("#export") == "Export 1 id"
+    worst = served.run.train.ids[int(np.argmin(scores))]
+    page.select_option("#ask-rows select", "opponents first")
+    page.locator("#ask-list [role=option]", has_text=worst).first.click()
+    page.locator("#ask-row h4", has_text=worst).wait_for()
+    page.click("#ask-none")
+    page.locator("#ask-list [role=option]").nth(1).click()
+    assert page.locator("#ask-explain").is_disabled()  # whatever else was looked at meanwhile
+    page.click("text=All tokens")
+    page.click("#ask-explain")
+    page.locator("#ask-rows h3", has_text="the whole answer").wait_for()
+    assert page.locator("#ask-list").count() == 1
 
 
 def test_hostile_text_is_inert_and_shown(page):
@@ -162,4 +174,9 @@ def test_a_page_whose_server_has_ended_says_so(browser, served):
     found.click("#ask-go")
     found.wait_for_selector("#ask-status.bad")
     assert "is analysis serve still running?" in found.text_content("#ask-status")
+    assert not found.locator("#trouble").is_visible()
+    found.locator("#left [role=option]").nth(1).click()
+    found.locator("#trouble", has_text="is analysis serve still running?").wait_for()
+    found.click("#trouble")
+    assert not found.locator("#trouble").is_visible()
     found.close()

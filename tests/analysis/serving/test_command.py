@@ -55,3 +55,10 @@ def test_there_is_no_option_for_another_host(analysis, served):
     found = analysis("serve", "--run", served.folder / "run", "--host", "0.0.0.0")
     assert found.status == 2
     assert "No such option: --host" in found.err
+
+
+def test_its_help_speaks_of_no_other_option_that_it_needs(analysis):
+    """The same options go with --run in `analysis report`, where there is --edit too."""
+    found = analysis("serve", "--help")
+    assert "--cleaning" in found.out
+    assert "With --run" not in found.out

@@ -120,6 +120,15 @@ def test_a_directory_that_a_later_edit_replaced(place):
     assert result.notes == [
         f"line 1: the edit of line 2 replaced its directory {place.root / 'same'}"
     ]
+    assert (result.replaced, result.damaged) == ({1: 2}, set())
+
+
+def test_the_lines_are_told_whose_directories_do_not_hold(three):
+    """By their places, whatever their directories are called."""
+    folders = [Path(entry["edit"]) for entry in entries(three.run)]
+    (folders[0] / checks.WEIGHTS).write_bytes(b"x")
+    shutil.rmtree(folders[2])
+    assert verify(three.run).damaged == {1, 3}
 
 
 def test_wrong_calls(place):
