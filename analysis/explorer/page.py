@@ -116,10 +116,8 @@ def built(
     script = '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
     style = _template_text("explorer.css")
     library, library_hash, styled = _plotly()
-    for mark in (
-        "</script",
-        "<!--",
-    ):  # the second one begins a text in which the first ends nothing
+    # `<!--` begins a text in which `</script` ends nothing
+    for mark in ("</script", "<!--"):
         if mark in script.lower():
             raise InputError(f"a script of the page holds {mark}, as HTML reads it: write it apart")
     policy = "; ".join(
