@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from influence.memory import block_bytes
 from influence.rows import Example
 
 #: Characters of a text that its vector is made of, the first ones: a choice, for memory.
@@ -21,8 +22,9 @@ MOST = 4_000
 #: among each text's `CANDIDATES` nearest: 50,000 questions take 2 minutes on one core so, and 13
 #: by all pairs (2026-11-29).
 ALL_PAIRS, DIRECTIONS, CANDIDATES = 4_096, 128, 40
-#: Texts whose cosines with all others are held at once.
-AT_ONCE = 512
+#: Texts whose cosines with all others are held at once, at most; and bytes that each cosine takes
+#: then, with its negative and its place in their order.
+AT_ONCE, COSINE_BYTES = 512, 16
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,9 @@ def nearest(texts: Any, k: int, *, all_pairs: int = ALL_PAIRS) -> Nearest:
         whole = np.asarray(made, dtype=np.float32)
     else:
         turned = texts.T.tocsr()
-    for start in range(0, n, AT_ONCE):
-        part = np.arange(start, min(start + AT_ONCE, n))
+    step = rows_at_once(n)
+    for start in range(0, n, step):
+        part = np.arange(start, min(start + step, n))
         if whole is None:
             near = np.asarray((texts[part] @ turned).todense())
             near[np.arange(len(part)), part] = -np.inf
@@ -112,6 +115,12 @@ def nearest(texts: Any, k: int, *, all_pairs: int = ALL_PAIRS) -> Nearest:
         rows[part] = np.take_along_axis(chosen, order, axis=1)
         cosines[part] = np.take_along_axis(values, order, axis=1)
     return Nearest(rows, cosines)
+
+
+def rows_at_once(n: int) -> int:
+    """Texts whose cosines with `n` others are held at once: `AT_ONCE`, or fewer within a bound."""
+    each = COSINE_BYTES * max(n, 1)
+    return max(1, block_bytes(AT_ONCE * each) // each)
 
 
 def pairwise(texts: Any, first: np.ndarray, second: np.ndarray) -> np.ndarray:
