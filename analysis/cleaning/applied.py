@@ -245,7 +245,7 @@ def _reference(run: Run, folder: Path, recipe: Recipe) -> Tensor:
 
 
 def _losses(run: Run, model: AdaptedModel, tokens: TokenizedExamples) -> np.ndarray:
-    return mean_losses(model, tokens, token_budget=run.manifest.token_budget)
+    return mean_losses(model, tokens, token_budget=run.token_budget)
 
 
 def _save(

@@ -200,7 +200,7 @@ def clean(
         compared_good = kin(run.train, queries, texts, good)
         found["harms"] = harms(run.score(queries).values, compared_good, queries.ids)
 
-    budget = run.manifest.token_budget
+    budget = run.token_budget
     losses = mean_losses(run.model, run.tokens, token_budget=budget)
     with run.model.at(scaled(run.model, 0.0)):
         base = mean_losses(run.model, run.tokens, token_budget=budget)
@@ -253,7 +253,7 @@ def _personal(run: Run, texts: Sequence[Said], losses: np.ndarray, base: np.ndar
     rows = np.array(sorted(held), dtype=np.int64)
     if not len(rows):
         return personal(held, np.zeros(len(texts)), losses, base, {})
-    given = outputs(run.model, run.tokens.select(rows), token_budget=run.manifest.token_budget)
+    given = outputs(run.model, run.tokens.select(rows), token_budget=run.token_budget)
     right = exact_memorization(given.right)
     self_influence = run.self_influence().values.astype(np.float64)
     shares = dict(zip(rows.tolist(), right.tolist(), strict=True))

@@ -10,11 +10,26 @@ from typing import ClassVar
 from analysis.options import RecipeOption, ResamplesOption
 from influence.console import at_least
 from influence.errors import InputError
-from influence.options import ColumnsOption, DeviceOption, OutputOptions, TrustOption, option
+from influence.options import (
+    BudgetOptions,
+    ColumnsOption,
+    DeviceOption,
+    OutputOptions,
+    TrustOption,
+    option,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clean(ColumnsOption, RecipeOption, ResamplesOption, DeviceOption, TrustOption, OutputOptions):
+class Clean(
+    ColumnsOption,
+    RecipeOption,
+    ResamplesOption,
+    BudgetOptions,
+    DeviceOption,
+    TrustOption,
+    OutputOptions,
+):
     """Makes a list (`run`, `out`), or applies one that was decided (`apply`).
 
     Raises `InputError` for a call that does both or neither, for options that go with the other one,
