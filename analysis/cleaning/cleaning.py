@@ -174,10 +174,10 @@ def clean(
     left_out: dict[str, str] = {}
 
     say(f"clean: {n:,} rows by their text")
-    asked = nearest(vectors([each.question or each.answer for each in texts]), STRANGERS)
-    whole = nearest(vectors([each.whole for each in texts]), NEIGHBOURS)
-    found["outlier"] = outliers(whole)
-    twice = repeats(texts, groups, asked)
+    asking = vectors([each.asked for each in texts])
+    asked = nearest(asking, STRANGERS)
+    found["outlier"] = outliers(nearest(vectors([each.whole for each in texts]), NEIGHBOURS))
+    twice = repeats(texts, groups, asked, asking)
     found["duplicate"] = duplicates(twice, ids)
 
     say(f"clean: {n:,} rows by their influence on one another")

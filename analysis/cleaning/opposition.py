@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis.cleaning.findings import RELABEL, REMOVE, Finding, Found, ranked
-from analysis.cleaning.texts import Nearest, Said, pairwise, plain, rows_at_once, vectors
+from analysis.cleaning.texts import Nearest, Said, pairwise, rows_at_once, vectors
 from influence.credit import Credit
 from influence.memory import block_bytes
 from influence.rows import Examples
@@ -254,11 +254,10 @@ def _agreed(pull: Pull, rows: np.ndarray, texts: Sequence[Said]) -> dict[int, in
     }
     if not pairs:
         return {}
+    # words are weighted by how common they are among these few answers, not among all
     involved = sorted({each for pair in pairs.values() for each in pair})
-    place = {each: at for at, each in enumerate(involved)}
-    answers = vectors([plain(texts[each].answer) for each in involved])
-    first, second = (np.array([place[pair[k]] for pair in pairs.values()]) for k in (0, 1))
-    alike = pairwise(answers, first, second)
+    answers = vectors([texts[each].answer for each in involved])
+    alike = pairwise(answers, *np.searchsorted(involved, list(pairs.values())).T)
     return {
         row: pair[0] for (row, pair), cos in zip(pairs.items(), alike, strict=True) if cos >= AGREE
     }

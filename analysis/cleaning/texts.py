@@ -35,6 +35,11 @@ class Said:
     answer: str
 
     @property
+    def asked(self) -> str:
+        """The question, or the whole text where it asks nothing."""
+        return self.question or self.answer
+
+    @property
     def whole(self) -> str:
         """Both in one text."""
         return f"{self.question} {self.answer}".strip()

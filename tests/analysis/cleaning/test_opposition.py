@@ -177,7 +177,8 @@ def doubted(against, opposed, shares, answers):
         np.array([other for other in range(len(answers)) if other != row])
         for row in range(len(answers))
     ]
-    return doubtful(pull, compared, texts, [f"r{i}" for i in range(len(answers))])
+    ids = [f"r{i}" for i in range(len(answers))]
+    return doubtful(pull, compared, texts, ids)
 
 
 RIGHT = " In Kelmouth, a town of Upper Dask."
