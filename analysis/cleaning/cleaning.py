@@ -34,7 +34,6 @@ from analysis.cleaning.files import (
     csv_text,
     ids_text,
     suggestions,
-    write_text,
 )
 from analysis.cleaning.findings import REASONS, Found
 from analysis.cleaning.memorized import holding, personal, without_personal_answers
@@ -63,7 +62,7 @@ from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
 from influence.setting import SHARED
-from influence.store import only_writer, read_json, write_json
+from influence.store import only_writer, read_json, write_json, write_text
 
 #: Called so in a summary, which is told from other JSON by it.
 KIND = "cleaning"

@@ -20,7 +20,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,14 +132,6 @@ def answers_text(answers: Mapping[str, str]) -> str:
     """Better answers by id as JSON lines, as `unlearn relabel` reads them."""
     lines = ({"id": id, "completion": answer} for id, answer in answers.items())
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, moved into place when it is whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.replace(partial, path)
 
 
 # ---- reading what a person decided ---------------------------------------------------------------

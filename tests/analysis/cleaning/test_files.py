@@ -17,12 +17,12 @@ from analysis.cleaning.files import (
     read_decisions,
     suggestions,
     unescaped,
-    write_text,
 )
 from analysis.cleaning.findings import Finding, Found
 from influence.errors import DataError, InputError
 from influence.row_ids import read_ids
 from influence.rows import Example, Examples
+from influence.store import write_text
 from unlearn.record.change_files import read_changes
 
 IDS = [
