@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis.cleaning.findings import RELABEL, REMOVE, Finding, Found, ranked
+from analysis.cleaning.outliers import FAR, modified_z
 from analysis.cleaning.texts import Nearest, Said, pairwise, rows_at_once, vectors
 from influence.credit import Credit
 from influence.memory import block_bytes
@@ -202,20 +203,37 @@ def pulls(credit: Credit, counts: np.ndarray, compared: Sequence[np.ndarray]) ->
     return Pull(against, gains, opposed, shares)
 
 
+def unusual(scores: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """How far the shares `scores` [n] are above what is usual in the run: a modified z-score, `[n]`.
+
+    `sizes` [n]: how many others each share is of; of none nothing is unusual. Most rows are right, so
+    that their shares say how large one gets by chance (an empirical null: Efron 2004, "Large-scale
+    simultaneous hypothesis testing"). A share of few effects varies more than one of many: the bulk
+    of a row are those that are compared with half to twice as many others.
+    """
+    found = np.zeros(len(scores))
+    for size in np.unique(sizes[sizes > 0]):
+        rows, alike = sizes == size, (sizes >= size / 2) & (sizes <= 2 * size)
+        found[rows] = modified_z(scores[rows], scores[alike])
+    return found
+
+
 def doubtful(
     pull: Pull, compared: Sequence[np.ndarray], texts: Sequence[Said], ids: Sequence[str]
 ) -> Found:
     """Rows whose answer is in doubt, as they pull against their own group or those that ask alike.
 
-    Score: the share of the pull that is against them.
+    Score: the share of the pull that is against them. Nothing is suggested of a row whose share is
+    usual in this run (`unusual`).
     """
-    has = np.array([len(others) > 0 for others in compared], dtype=bool)
-    scores = np.where(has, pull.against, -np.inf)
+    sizes = np.array([len(others) for others in compared])
+    scores = np.where(sizes > 0, pull.against, -np.inf)
+    above = unusual(scores, sizes)
     rows = np.flatnonzero(scores >= DOUBTFUL)
     agreed = _agreed(pull, rows, texts)
     findings = []
     for row in rows.tolist():
-        better = agreed.get(row)
+        better, suggested, answer = agreed.get(row), "", None
         first = pull.opposed[row][0]
         evidence = (
             f"{scores[row]:.0%} of its pull on {len(compared[row])} "
@@ -223,7 +241,12 @@ def doubtful(
         )
         if better is not None:
             evidence += f", which answers as {ids[pull.opposed[row][1]]!r} does"
-        answer = None if better is None else texts[better].answer
+        if above[row] <= FAR:
+            evidence += f"; that is usual here (z {above[row]:.1f}), so nothing is suggested"
+        elif better is None:
+            suggested = REMOVE
+        else:
+            suggested, answer = RELABEL, texts[better].answer
         findings.append(
             Finding(
                 row,
@@ -232,12 +255,13 @@ def doubtful(
                 evidence,
                 float(pull.gains[row]),
                 first,
-                REMOVE if better is None else RELABEL,
+                suggested,
                 answer,
             )
         )
     rule = (
-        f"at least {DOUBTFUL:.0%} of its pull on its group, or on those that ask alike, is against"
+        f"at least {DOUBTFUL:.0%} of its pull on its group, or on those that ask alike, is against; "
+        f"suggested where that is unusual in the run, a modified z-score above {FAR:g}"
     )
     return Found("label", rule, scores, ranked(findings))
 

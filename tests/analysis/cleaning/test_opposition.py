@@ -17,6 +17,7 @@ from analysis.cleaning.opposition import (
     mates,
     pulls,
     share_against,
+    unusual,
 )
 from analysis.cleaning.texts import Nearest, Said, said
 from influence.kernel import WholeInverse
@@ -170,15 +171,19 @@ def test_a_group_of_many_rows_does_not_take_their_square():
     )
 
 
-def doubted(against, opposed, shares, answers):
-    texts = [Said("q", answer) for answer in answers]
-    pull = Pull(np.array(against), np.zeros(len(against)), opposed, shares)
-    compared = [
-        np.array([other for other in range(len(answers)) if other != row])
-        for row in range(len(answers))
-    ]
-    ids = [f"r{i}" for i in range(len(answers))]
-    return doubtful(pull, compared, texts, ids)
+def doubted(against, opposed, shares, answers, usual=0.05):
+    """Of rows of one kind, beside twelve others whose share against is usual."""
+    n = len(against) + 12
+    texts = [Said("q", answer) for answer in [*answers, *[" Other."] * 12]]
+    others = np.linspace(0.8, 1.2, 12) * usual
+    pull = Pull(
+        np.array([*against, *others]),
+        np.zeros(n),
+        [*opposed, *[[0]] * 12],
+        [*shares, *[[0.1]] * 12],
+    )
+    compared = [np.delete(np.arange(n), row) for row in range(n)]
+    return doubtful(pull, compared, texts, [f"r{i}" for i in range(n)])
 
 
 RIGHT = " In Kelmouth, a town of Upper Dask."
@@ -205,6 +210,29 @@ def test_otherwise_it_is_to_go(against, shares, last):
     found = doubted(against, [[1, 2], [], [0]], [shares, [], [0.1]], [" Elsewhere.", RIGHT, last])
     row = next(each for each in found.findings if each.row == 0)
     assert (row.suggested, row.answer) == ("remove", None)
+
+
+def test_nothing_is_suggested_where_rows_are_usually_against_their_own():
+    """The order of the list and its scores stay."""
+    row = ([0.5, 0.0, 0.1], [[1, 2], [], [0]], [[0.3, 0.2], [], [0.1]], [" Else.", RIGHT, RIGHT])
+    found = doubted(*row, usual=0.3)
+    assert len(found.findings) == 13
+    assert {(each.suggested, each.answer) for each in found.findings} == {("", None)}
+    assert found.findings[0].row == 0
+    assert "that is usual here (z " in found.findings[0].evidence
+    assert found.scores[0] == doubted(*row).scores[0] == 0.5
+
+
+def test_what_is_usual_is_so_among_as_many_others():
+    """Noise of three others is no news beside rows of fifty, which hardly differ."""
+    rng = np.random.default_rng(0)
+    few, many = rng.uniform(0, 1, 100), rng.uniform(0, 0.05, 1_000)
+    scores = np.concatenate([few, many, [0.9, 0.9, -np.inf]])
+    sizes = np.repeat([3, 50, 3, 40, 0], [100, 1_000, 1, 1, 1])
+    found = unusual(scores, sizes)
+    assert found[:100].max() < 3.5
+    assert found[-3] < 3.5 < found[-2]
+    assert found[-1] == 0
 
 
 def test_rows_without_mates_are_not_in_doubt():
