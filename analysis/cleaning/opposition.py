@@ -29,9 +29,6 @@ from influence.credit import Credit
 from influence.memory import block_bytes
 from influence.rows import Examples
 
-#: Of each training row the positions of the good rows that it is compared with, `[k]`.
-Kin = list[np.ndarray]
-
 #: Rows of its own group that a row is compared with, the nearest by their questions; and, of a row
 #: without a group, the nearest of all. A choice.
 MATES, STRANGERS = 50, 20
@@ -58,10 +55,12 @@ def share_against(effects: np.ndarray) -> np.ndarray:
     return np.divide(negative, total, out=np.zeros(total.shape), where=total > 0)
 
 
-def kin(rows: Examples, queries: Examples, texts: Sequence[Said], asked: Sequence[Said]) -> Kin:
+def kin(
+    rows: Examples, queries: Examples, texts: Sequence[Said], asked: Sequence[Said]
+) -> list[np.ndarray]:
     """The good rows that each training row is compared with: of its group, else the nearest by text.
 
-    `texts` and `asked` are what both say.
+    `texts` and `asked` are what both say. Positions among the good rows, [k] for each row.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for place, query in enumerate(queries):
@@ -79,11 +78,11 @@ def kin(rows: Examples, queries: Examples, texts: Sequence[Said], asked: Sequenc
             part = lonely[start : start + step]
             near = np.asarray((words[part] @ turned).todense())
             for row, each in zip(part, np.argsort(-near, axis=1, kind="stable"), strict=True):
-                own[row] = each[:count]
+                own[row] = each[:count].copy()  # not a view that keeps all of them
     return [each for each in own if each is not None]
 
 
-def harms(scores: np.ndarray, compared: Kin, query_ids: Sequence[str]) -> Found:
+def harms(scores: np.ndarray, compared: Sequence[np.ndarray], query_ids: Sequence[str]) -> Found:
     """Rows that oppose the good rows of their kind.
 
     `scores` [query, train] are of mean losses, nats per token; `compared` has the good rows that each

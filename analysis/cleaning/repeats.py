@@ -86,7 +86,10 @@ def repeats(
 
 
 def duplicates(found: Repeats, ids: Sequence[str]) -> Found:
-    """Copies of earlier rows. Score: the smaller cosine of their questions and their answers."""
+    """Copies of earlier rows, of which `ids` [n] are the names.
+
+    Score: the smaller cosine of their questions and their answers, at most 1; -inf of no copy.
+    """
     scores, first = np.full(len(ids), -np.inf), {}
     each = zip(found.pairs.tolist(), found.questions, found.answers, found.same, strict=True)
     for (a, b), question, answer, same in each:
@@ -115,7 +118,8 @@ def contradictions(
 ) -> Found:
     """Rows that answer otherwise than another row that asks the same, both of them.
 
-    Score: the questions' cosine times what the answers do not share. Where most rows that ask the
+    Score: the questions' cosine times what the answers do not share, 1 less their cosine; -inf of a
+    row that no other contradicts. `ids` [n] are the rows' names. Where most rows that ask the
     same give one answer, it is suggested to the others. Else the one is suggested for removal whose
     pull `against` [n] its own group is larger, and at least `least`.
     """

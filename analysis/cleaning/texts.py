@@ -1,7 +1,7 @@
 """Questions and answers of rows as text, their vectors, and each row's nearest others.
 
-Vectors are TF-IDF of runs of three to five characters within words (scikit-learn), each of length
-one, so that their product is a cosine. They see a changed comma as little and a name as much.
+Vectors are TF-IDF (Salton and Buckley 1988, with 1 + log of a count, as scikit-learn has it) of runs
+of three to five characters within words, each of length one, so that their product is a cosine. They see a changed comma as little and a name as much.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class Nearest:
 def nearest(texts: Any, k: int, *, all_pairs: int = ALL_PAIRS) -> Nearest:
     """The `k` nearest others of each of n vectors, fewer where there are fewer.
 
-    Up to `all_pairs` vectors it is exact. Beyond, candidates come from the vectors' largest
-    directions (`TruncatedSVD`), and the cosines are exact.
+    `texts` [n, features] are of length one or zero. Up to `all_pairs` of them it is exact. Beyond,
+    candidates come from the vectors' largest directions (randomized SVD: Halko, Martinsson and Tropp
+    2011), and the cosines are exact.
     """
     n = texts.shape[0]
     k = max(0, min(k, n - 1))

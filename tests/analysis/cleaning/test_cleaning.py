@@ -41,7 +41,7 @@ def test_every_reason_is_looked_at(result):
     assert rows_of(result, "duplicate") == ["copy"]
     assert set(rows_of(result, "contradiction")) == {"first", "other"}
     assert rows_of(result, "personal") == ["leak"]
-    assert [found.reason for found in result.listed] == list(REASONS)
+    assert [found.reason for found in result.found.values()] == list(REASONS)
 
 
 def test_vectors_of_questions_answers_and_both_are_fitted_once(run, good, monkeypatch):
@@ -117,7 +117,7 @@ def test_the_folder(made, run, result):
     folder = made / "list"
     lines = list(csv.DictReader((folder / "rows.csv").open(encoding="utf-8", newline="")))
     assert [line["reason"] for line in lines] == [
-        found.reason for found in result.listed for _ in found.findings
+        found.reason for found in result.found.values() for _ in found.findings
     ]
     assert EMAIL not in (folder / "rows.csv").read_text(encoding="utf-8")
     ids = run.train.ids
