@@ -22,6 +22,7 @@ from analysis.drawing import (
     checked_target,
     drawn,
 )
+from analysis.group_sums import group_sums
 from influence.errors import InputError
 from influence.messages import one_line
 
@@ -158,10 +159,8 @@ def groups_plot(
     if not names:
         raise InputError("no training row has a group: there is nothing to draw")
     place = {name: k for k, name in enumerate(names)}
-    sums = np.zeros((len(scores.values), len(names)))
-    for i, group in enumerate(groups):
-        if group is not None:
-            sums[:, place[group]] += scores.values[:, i]
+    members = np.array([-1 if group is None else place[group] for group in groups])
+    sums = group_sums(scores.values, members, len(names))
     shown = np.sort(np.argsort(-np.abs(sums).max(0), kind="stable")[:LINES])
     values = sums[:LINES, shown]
     largest = float(np.abs(values).max()) or 1.0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from influence.errors import InputError, StoreError
+from influence.store import write_text
 
 
 def checked_page(out: str | os.PathLike[str], overwrite: bool) -> Path:
@@ -22,16 +22,8 @@ def checked_page(out: str | os.PathLike[str], overwrite: bool) -> Path:
 
 
 def write_page(out: Path, html: str) -> None:
-    """Write a page, its folder too where it is missing; what was there stays until the page is whole.
-
-    Raises `StoreError` where the file cannot be written.
-    """
-    partial = out.with_name(out.name + ".partial")
+    """Write a page as `influence.store.write_text` does, with a `StoreError` where that fails."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(html.encode("utf-8"))
-        os.replace(partial, out)
+        write_text(out, html)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise StoreError(f"{out} could not be written: {error}") from error

@@ -41,9 +41,10 @@ from tasks import average_precision
 
 import influence
 from analysis.cleaning import Cleaning, apply, clean
-from analysis.cleaning.files import ROWS, escaped
+from analysis.cleaning.files import ROWS
 from analysis.cleaning.texts import vectors
 from analysis.demo.corpus import fact_of
+from analysis.spreadsheets import escaped
 from analysis.stats import bootstrap_interval
 from influence.batches import collate, plan_batches
 from influence.loss import mean_losses, supervised_logits

@@ -19,23 +19,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+from analysis.drawing import INK, MUTED, NEGATIVE, POSITIVE, STYLE
+
 DOCS = Path(__file__).resolve().parent
-INK, MUTED = "#1f2933", "#5f6b7a"
-BLUE, RED, GREY = "#0b6e99", "#c8553d", "#b8c1cb"
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+#: What is neither one thing nor the other, beside the colours of `analysis.drawing`.
+GREY = "#b8c1cb"
 #: Left edge and width of the three panels, in shares of the picture.
 PANELS = ((0.03, 0.31), (0.41, 0.24), (0.72, 0.25))
 #: The person whose rows are taken out, and how many rows are unlearned one by one.
-PERSON, MEASURED_ROWS = "p07", 40
+PERSON, MEASUNEGATIVE_ROWS = "p07", 40
 
 
 def collect(demo: Path) -> dict[str, Any]:
@@ -89,7 +81,7 @@ def forecast_and_measured_steps(run: Any) -> list[list[float]]:
     """Steps of gradient ascent on single rows: the forecast, and what it took."""
     from unlearn import difficulty
 
-    drawn = np.random.default_rng(0).choice(len(run.train), MEASURED_ROWS, replace=False)
+    drawn = np.random.default_rng(0).choice(len(run.train), MEASUNEGATIVE_ROWS, replace=False)
     ids = [run.train.ids[place] for place in sorted(drawn)]
     forecast = difficulty.predict(run, ids=ids).table["steps"].to_numpy()
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +99,7 @@ def short(text: str, width: int) -> str:
 def draw_scores(axes: Any, question: str, rows: list[tuple[str, float]]) -> None:
     """The strongest proponents and opponents of a question, as bars."""
     for place, (text, value) in enumerate(reversed(rows)):
-        axes.barh(place, value, color=BLUE if value > 0 else RED, height=0.4)
+        axes.barh(place, value, color=POSITIVE if value > 0 else NEGATIVE, height=0.4)
         axes.text(0.06, place + 0.26, short(text, 42), va="bottom", size=7.5)
     axes.axvline(0, color=MUTED, linewidth=0.8)
     axes.set_yticks([])
@@ -119,15 +111,15 @@ def draw_scores(axes: Any, question: str, rows: list[tuple[str, float]]) -> None
     helping = [place for place, (_, value) in enumerate(reversed(rows)) if value > 0]
     hurting = [place for place, (_, value) in enumerate(reversed(rows)) if value < 0]
     style: dict[str, Any] = {"rotation": 90, "va": "center", "weight": "bold", "size": 8.5}
-    axes.text(-0.15, middle(helping), "proponents", ha="right", color=BLUE, **style)
-    axes.text(ends[1], middle(hurting), "opponents", ha="right", color=RED, **style)
+    axes.text(-0.15, middle(helping), "proponents", ha="right", color=POSITIVE, **style)
+    axes.text(ends[1], middle(hurting), "opponents", ha="right", color=NEGATIVE, **style)
 
 
 def draw_edit(axes: Any, numbers: dict[str, Any]) -> None:
     """Losses of the removed rows and of the others: before, edited, trained again without."""
     ways = (
         ("before", "before", GREY),
-        ("edited", "unlearn remove", BLUE),
+        ("edited", "unlearn remove", POSITIVE),
         ("retrained", "trained again without", INK),
     )
     for number, (key, label, color) in enumerate(ways):
@@ -148,7 +140,7 @@ def draw_forecast(axes: Any, steps: np.ndarray) -> None:
     """Steps of gradient ascent that rows took, against the forecast."""
     ends = [0.8 * steps.min(), 1.25 * steps.max()]
     axes.plot(ends, ends, color=MUTED, linewidth=0.8)
-    axes.scatter(steps[:, 0], steps[:, 1], s=18, color=BLUE, alpha=0.8, linewidths=0)
+    axes.scatter(steps[:, 0], steps[:, 1], s=18, color=POSITIVE, alpha=0.8, linewidths=0)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(matplotlib.ticker.FixedLocator([5, 10, 20, 50]))
@@ -200,7 +192,7 @@ def draw_flow(axes: Any) -> None:
 
 def draw(numbers: dict[str, Any], picture: Path) -> None:
     """Draw the picture of what `collect` returned."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context({**STYLE, "font.size": 9}):
         figure = Figure(figsize=(11, 5.6), dpi=150, facecolor="white")
         draw_flow(figure.add_axes((0, 0.75, 1, 0.25)))
         scores, edit, forecast = (

@@ -23,7 +23,7 @@ from analysis.cleaning.cleaning import KIND, gain_without
 from analysis.cleaning.files import APPLIED, SUMMARY, Decided, read_decisions
 from analysis.stats import bootstrap_interval
 from influence.adapter import AdaptedModel
-from influence.console import finite
+from influence.console import at_least, finite
 from influence.errors import InputError, MismatchError
 from influence.loss import mean_losses
 from influence.path import read_parameters
@@ -154,14 +154,16 @@ def apply(
     summary = read_summary(folder)
     run = run or Run.open(summary["run"])
     if run.digest != summary["run_digest"]:
-        raise MismatchError(f"{run.directory} is not the run that the list in {folder} is of")
+        raise MismatchError(
+            f"{run.directory} is not the run that the list in {folder} is of: give that one, which was "
+            f"in {summary['run']}, or make a list of this one"
+        )
     for name, number, least in (
         ("seeds", seeds, 1),
         ("seed", seed, 0),
         ("resamples", resamples, 1),
     ):
-        if number < least:
-            raise InputError(f"{name} {number} was given; expected at least {least}")
+        at_least(name, number, least)
     queries = queries or good_rows(summary)
     sets = {"good": queries, "heldout": holdout}
     measured = {name: rows for name, rows in sets.items() if rows is not None and len(rows)}
@@ -232,8 +234,10 @@ def apply(
 def _reference(run: Run, folder: Path, recipe: Recipe) -> Tensor:
     """The parameters [P] trained on all rows by this recipe, kept in the folder and used again."""
     place = folder / f"{REFERENCE}-{recipe.seed}"
-    wanted = {"recipe": recipe.as_json(), "removed": [], "rows": len(run.train)}
-    wanted |= {
+    wanted = {
+        "recipe": recipe.as_json(),
+        "removed": [],
+        "rows": len(run.train),
         "base_digest": run.manifest.base.digest,
         "data_digest": run.manifest.data.digest,
     }
@@ -245,7 +249,7 @@ def _reference(run: Run, folder: Path, recipe: Recipe) -> Tensor:
 
 
 def _losses(run: Run, model: AdaptedModel, tokens: TokenizedExamples) -> np.ndarray:
-    return mean_losses(model, tokens, token_budget=run.manifest.token_budget)
+    return mean_losses(model, tokens, token_budget=run.token_budget)
 
 
 def _save(

@@ -34,7 +34,6 @@ from analysis.cleaning.files import (
     csv_text,
     ids_text,
     suggestions,
-    write_text,
 )
 from analysis.cleaning.findings import REASONS, Found
 from analysis.cleaning.memorized import holding, personal, without_personal_answers
@@ -54,7 +53,7 @@ from analysis.cleaning.texts import Said, nearest, said, vectors
 from analysis.cleaning.unlearnt import unlearnt
 from analysis.metrics.extraction import exact_memorization
 from analysis.metrics.outputs import outputs
-from influence.console import finite
+from influence.console import at_least, finite
 from influence.credit import credited
 from influence.errors import InputError
 from influence.loss import mean_losses
@@ -63,7 +62,7 @@ from influence.progress import say
 from influence.rows import Examples
 from influence.run import Run
 from influence.setting import SHARED
-from influence.store import only_writer, read_json, write_json
+from influence.store import only_writer, read_json, write_json, write_text
 
 #: Called so in a summary, which is told from other JSON by it.
 KIND = "cleaning"
@@ -75,8 +74,13 @@ class Cleaning:
 
     Attributes
     ----------
+    run : Run
+        The run whose rows were looked at.
+    texts : list of Said
+        What its rows say, in their order.
     found : dict
-        What each reason says, by its name. `found["label"].scores` [n] has the score of every row.
+        What each reason says, by its name, in the order of the list. `found["label"].scores` [n] has
+        the score of every row.
     left_out : dict
         Reasons that were not looked at, and why.
     remove : list of int
@@ -95,11 +99,6 @@ class Cleaning:
     relabel: dict[int, str]
     summary: dict[str, Any] = field(repr=False)
 
-    @property
-    def listed(self) -> list[Found]:
-        """What each reason lists, in the order of the list."""
-        return [self.found[reason] for reason in REASONS if reason in self.found]
-
     def write(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the list into a folder; one that is there is replaced with `overwrite` only."""
         out = Path(out)
@@ -109,7 +108,7 @@ class Cleaning:
             out.mkdir(parents=True, exist_ok=True)
             (out / APPLIED).unlink(missing_ok=True)  # it was of another list
             previews = [each.whole for each in self.texts]
-            write_text(out / ROWS, csv_text(self.listed, self.run.train, previews))
+            write_text(out / ROWS, csv_text(list(self.found.values()), self.run.train, previews))
             write_text(out / REMOVED, ids_text([ids[row] for row in self.remove]))
             better = {ids[row]: answer for row, answer in self.relabel.items()}
             write_text(out / RELABELLED, answers_text(better))
@@ -161,23 +160,26 @@ def clean(
         Before anything is computed: for a `most` below 1, a folder that holds something, good rows
         that the model cannot take.
     """
-    if most < 1:
-        raise InputError(f"--most {most} was given; expected at least 1")
+    at_least("--most", most, 1)
     if out is not None:
         refuse_folder(Path(out), overwrite)
-    if queries is not None and len(queries):
-        run.query_tokens(queries)  # rows that the model cannot take are refused here
+    good = queries if queries is not None and len(queries) else None
+    if good is not None:
+        run.query_tokens(good)  # rows that the model cannot take are refused here
     n, groups, ids = len(run.train), [row.group for row in run.train], run.train.ids
-    decode = run.model.tokenizer.decode
-    texts = [said(row, lambda tokens: str(decode(tokens))) for row in run.train]
+
+    def decode(tokens: list[int]) -> str:
+        return str(run.model.tokenizer.decode(tokens))
+
+    texts = [said(row, decode) for row in run.train]
     found: dict[str, Found] = {}
     left_out: dict[str, str] = {}
 
     say(f"clean: {n:,} rows by their text")
-    asked = nearest(vectors([each.question or each.answer for each in texts]), STRANGERS)
-    whole = nearest(vectors([each.whole for each in texts]), NEIGHBOURS)
-    found["outlier"] = outliers(whole)
-    twice = repeats(texts, groups, asked)
+    asking = vectors([each.asked for each in texts])
+    asked = nearest(asking, STRANGERS)
+    found["outlier"] = outliers(nearest(vectors([each.whole for each in texts]), NEIGHBOURS))
+    twice = repeats(texts, groups, asked, asking)
     found["duplicate"] = duplicates(twice, ids)
 
     say(f"clean: {n:,} rows by their influence on one another")
@@ -193,29 +195,27 @@ def clean(
         found["label"] = doubtful(pull, compared, texts, ids)
     found["contradiction"] = contradictions(twice, texts, ids, against, DOUBTFUL)
 
-    if queries is None or not len(queries):
+    if good is None:
         left_out["harms"] = "no good rows were given (--queries FILE)"
     else:
-        good = [said(row, lambda tokens: str(decode(tokens))) for row in queries]
-        compared_good = kin(run.train, queries, texts, good)
-        found["harms"] = harms(run.score(queries).values, compared_good, queries.ids)
+        compared_good = kin(run.train, good, texts, [said(row, decode) for row in good])
+        found["harms"] = harms(run.score(good).values, compared_good, good.ids)
 
-    budget = run.manifest.token_budget
+    budget = run.token_budget
     losses = mean_losses(run.model, run.tokens, token_budget=budget)
     with run.model.at(scaled(run.model, 0.0)):
         base = mean_losses(run.model, run.tokens, token_budget=budget)
     found["unlearnt"] = unlearnt(losses, base, texts, run.tokens.cut)
     found["personal"] = _personal(run, texts, losses, base)
 
-    found = {reason: without_personal_answers(each) for reason, each in found.items()}
-    every = {reason: len(each.findings) for reason, each in found.items()}
-    found = {reason: each.most(most) for reason, each in found.items()}
-    remove, relabel = suggestions([found[reason] for reason in REASONS if reason in found])
+    whole = {name: without_personal_answers(found[name]) for name in REASONS if name in found}
+    found = {name: each.most(most) for name, each in whole.items()}
+    remove, relabel = suggestions(list(found.values()))
     lists = {"suggested": sorted({*remove, *relabel})}
     if "harms" in found:
         lists["harms"] = [each.row for each in found["harms"].findings]
     predicted = {
-        name: _together(run, [ids[row] for row in rows], queries) for name, rows in lists.items()
+        name: _together(run, [ids[row] for row in rows], good) for name, rows in lists.items()
     }
     summary = {
         "kind": KIND,
@@ -227,13 +227,12 @@ def clean(
         "queries": _source(queries),
         "most": most,
         "reasons": {
-            reason: {
-                "listed": len(found[reason].findings),
-                "found": every[reason],
-                "rule": found[reason].rule,
+            name: {
+                "listed": len(each.findings),
+                "found": len(whole[name].findings),
+                "rule": each.rule,
             }
-            for reason in REASONS
-            if reason in found
+            for name, each in found.items()
         },
         "left_out": left_out,
         "remove": len(remove),
@@ -253,7 +252,7 @@ def _personal(run: Run, texts: Sequence[Said], losses: np.ndarray, base: np.ndar
     rows = np.array(sorted(held), dtype=np.int64)
     if not len(rows):
         return personal(held, np.zeros(len(texts)), losses, base, {})
-    given = outputs(run.model, run.tokens.select(rows), token_budget=run.manifest.token_budget)
+    given = outputs(run.model, run.tokens.select(rows), token_budget=run.token_budget)
     right = exact_memorization(given.right)
     self_influence = run.self_influence().values.astype(np.float64)
     shares = dict(zip(rows.tolist(), right.tolist(), strict=True))
@@ -267,8 +266,7 @@ def _together(run: Run, ids: Sequence[str], queries: Examples | None) -> dict[st
     where nothing can be predicted, and `reason` says why.
     """
     record: dict[str, Any] = {"rows": len(ids)}
-    reason = None
-    if queries is None or not len(queries):
+    if queries is None:
         reason = "no good rows were given"
     elif not ids:
         reason = "no rows are listed"

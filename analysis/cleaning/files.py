@@ -6,13 +6,8 @@
     DIR/summary.json    what was asked, what was found, what is predicted
     DIR/applied.json    what was decided, and what it changed (`analysis.cleaning.applied`)
 
-**rows.csv** is RFC 4180: CRLF, quotes where they must be, UTF-8. A spreadsheet runs a cell that
-begins with `=`, `+`, `-` or `@`, and changes one that looks like a number, a date or a truth value:
-such texts get an apostrophe before them, as does a text that begins with one, and `unescaped` takes
-exactly one away again. Where the system's list separator is a semicolon, a spreadsheet splits lines
-there, within quotes too: what follows one gets its apostrophe as a cell of its own would. So ids come
-back as they were. What a spreadsheet saves, with semicolons or tabs and a byte order mark, is read
-too.
+**rows.csv** is RFC 4180: CRLF, quotes where they must be, UTF-8; its texts are such that a spreadsheet
+leaves them as they are (`analysis.spreadsheets`), and ids come back as they were.
 """
 
 from __future__ import annotations
@@ -20,16 +15,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.cleaning.findings import DECISIONS, RELABEL, REMOVE, Finding, Found
 from analysis.cleaning.personal import without_secrets
+from analysis.spreadsheets import escaped, read_table, unescaped
 from influence.errors import DataError, InputError
-from influence.messages import listed, one_line
+from influence.messages import one_line
 from influence.rows import Examples
 
 ROWS, REMOVED, RELABELLED = "rows.csv", "remove.txt", "relabel.jsonl"
@@ -47,33 +41,10 @@ COLUMNS = (
     "answer",
     "text",
 )
-#: Columns that must be there when a list is read back.
-NEEDED = ("id", "decision")
+#: Columns that must be there when a list is read back, and the command that writes them.
+NEEDED, MAKER = ("id", "decision"), "analysis clean --out"
 #: Characters of a row's text, and of a better answer, that are shown.
 SHOWN, SHOWN_ANSWER = 160, 80
-#: What a spreadsheet takes for a formula, a number, an amount, a date or a truth value; and the
-#: apostrophe.
-_TAKEN = re.compile(
-    r"[=+\-@\t\r\n'＝＋－＠]|[.($€£¥]*\d|(?:true|false)$"
-    r"|(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?"
-    r"|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)[ ./-]*\d",
-    re.IGNORECASE,
-)
-#: Formulas after what some spreadsheets split a line at; with and without the apostrophe.
-_FORMULA = r"(?=[=+\-@＝＋－＠])"
-_WITHIN = re.compile(rf"([;\t\r\n][ ]*'*){_FORMULA}")
-_WITHIN_ESCAPED = re.compile(rf"([;\t\r\n][ ]*'*)'{_FORMULA}")
-
-
-def escaped(text: str) -> str:
-    """A text as a cell that a spreadsheet leaves as it is."""
-    within = _WITHIN.sub(r"\1'", text)
-    return f"'{within}" if _TAKEN.match(text) else within
-
-
-def unescaped(cell: str) -> str:
-    """The text of an `escaped` cell."""
-    return _WITHIN_ESCAPED.sub(r"\1", cell[1:] if cell.startswith("'") else cell)
 
 
 def csv_text(found: Sequence[Found], rows: Examples, previews: Sequence[str]) -> str:
@@ -135,14 +106,6 @@ def answers_text(answers: Mapping[str, str]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, moved into place when it is whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.replace(partial, path)
-
-
 # ---- reading what a person decided ---------------------------------------------------------------
 
 
@@ -165,11 +128,11 @@ def read_decisions(folder: Path, rows: Examples, *, suggested: bool = False) -> 
     contradict one another, or a relabelling without an answer; `InputError` where nothing is decided.
     """
     path = folder / ROWS
-    lines = _lines(path)
+    table = read_table(path, NEEDED, MAKER)
     problems: list[str] = []
     decided: dict[str, tuple[str, str, int]] = {}
     advised: dict[str, str] = {}
-    for number, line in lines:
+    for number, line in zip(table.lines, table.rows, strict=True):
         id = unescaped(line["id"])
         if id not in rows and line["id"] in rows:
             id = line["id"]
@@ -197,7 +160,7 @@ def read_decisions(folder: Path, rows: Examples, *, suggested: bool = False) -> 
     if suggested:
         leaking = {
             unescaped(line["id"])
-            for _, line in lines
+            for line in table.rows
             if line.get("reason") == "personal" and line.get("suggested") == REMOVE
         }
         for id in advised:
@@ -224,25 +187,6 @@ def read_decisions(folder: Path, rows: Examples, *, suggested: bool = False) -> 
         )
     kept = tuple(id for id, (word, _, _) in decided.items() if word not in (REMOVE, RELABEL, ""))
     return Decided(gone, relabelled, kept)
-
-
-def _lines(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """The lines of a list as it was written, or as a spreadsheet saved it, with their numbers."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    head = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=head.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
-    names = reader.fieldnames or []
-    missing = [name for name in NEEDED if name not in names]
-    if missing:
-        raise InputError(f"{path} lacks the columns {listed(missing)}; it has {listed(names)}")
-    try:
-        return [(reader.line_num, line) for line in reader if any(line.values())]
-    except csv.Error as error:
-        raise InputError(f"{path} is no CSV: line {reader.line_num}: {error}") from error
 
 
 def _answers(path: Path) -> dict[str, str]:

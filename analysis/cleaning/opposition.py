@@ -23,12 +23,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from analysis.cleaning.findings import RELABEL, REMOVE, Finding, Found, ranked
-from analysis.cleaning.texts import AT_ONCE, Nearest, Said, pairwise, plain, vectors
+from analysis.cleaning.outliers import FAR, modified_z
+from analysis.cleaning.texts import Nearest, Said, pairwise, rows_at_once, vectors
 from influence.credit import Credit
+from influence.memory import block_bytes
 from influence.rows import Examples
-
-#: Of each training row the positions of the good rows that it is compared with, `[k]`.
-Kin = list[np.ndarray]
 
 #: Rows of its own group that a row is compared with, the nearest by their questions; and, of a row
 #: without a group, the nearest of all. A choice.
@@ -42,6 +41,8 @@ DOUBTFUL = 0.2
 #: have nothing to do with the row: average precision 0.25 and 0.32, on its kind 0.59 and 0.57 (30 and
 #: 20 good rows of the demo and tofu-tiny, rows with a group; benchmarks/cleaning.py, 2026-11-29).
 NEAREST_GOOD, HARMFUL = 5, 0.7
+#: Bytes of the effects of some rows on all others that are held at a time, three arrays of them.
+BLOCK_BYTES = 256 << 20
 #: A better answer is one on which the two rows that a row opposes most agree: each takes at least
 #: this share of its pull, and their answers' cosine is at least the other.
 MUCH, AGREE = 0.1, 0.8
@@ -54,38 +55,42 @@ def share_against(effects: np.ndarray) -> np.ndarray:
     return np.divide(negative, total, out=np.zeros(total.shape), where=total > 0)
 
 
-def kin(rows: Examples, queries: Examples, texts: Sequence[Said], asked: Sequence[Said]) -> Kin:
+def kin(
+    rows: Examples, queries: Examples, texts: Sequence[Said], asked: Sequence[Said]
+) -> list[np.ndarray]:
     """The good rows that each training row is compared with: of its group, else the nearest by text.
 
-    `texts` and `asked` are what both say.
+    `texts` and `asked` are what both say. Positions among the good rows, [k] for each row.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for place, query in enumerate(queries):
         if query.group is not None:
             members[query.group].append(place)
-    own = [members.get(row.group or "", []) if row.group is not None else [] for row in rows]
-    lonely = [row for row, each in enumerate(own) if not each]
+    # rows of a group hold one and the same array
+    shared = {group: np.array(each, dtype=np.int64) for group, each in members.items()}
+    own = [shared.get(row.group) if row.group is not None else None for row in rows]
+    lonely = [row for row, each in enumerate(own) if each is None]
     if lonely:
         words = vectors([each.whole for each in [*texts, *asked]])
         turned, count = words[len(texts) :].T.tocsr(), min(NEAREST_GOOD, len(asked))
-        for start in range(0, len(lonely), AT_ONCE):
-            part = lonely[start : start + AT_ONCE]
+        step = rows_at_once(len(asked))
+        for start in range(0, len(lonely), step):
+            part = lonely[start : start + step]
             near = np.asarray((words[part] @ turned).todense())
             for row, each in zip(part, np.argsort(-near, axis=1, kind="stable"), strict=True):
-                own[row] = each[:count].tolist()
-    return [np.array(each, dtype=np.int64) for each in own]
+                own[row] = each[:count].copy()  # not a view that keeps all of them
+    return [each for each in own if each is not None]
 
 
-def harms(scores: np.ndarray, compared: Kin, query_ids: Sequence[str]) -> Found:
+def harms(scores: np.ndarray, compared: Sequence[np.ndarray], query_ids: Sequence[str]) -> Found:
     """Rows that oppose the good rows of their kind.
 
     `scores` [query, train] are of mean losses, nats per token; `compared` has the good rows that each
     row is compared with. Score, and gain: the predicted fall of their mean loss if the row alone goes.
     """
-    values = scores.astype(np.float64)
     gains, findings = np.zeros(len(compared)), []
     for row, own in enumerate(compared):
-        effects = values[own, row]
+        effects = scores[own, row].astype(np.float64)
         against, gains[row] = float(share_against(effects)), -effects.mean()
         if against < HARMFUL:
             continue
@@ -115,20 +120,28 @@ def mates(
     for row, group in enumerate(groups):
         if group is not None:
             members[group].append(row)
-    chosen = []
-    for row, group in enumerate(groups):
-        own = members.get(group or "", []) if group is not None else []
-        if len(own) < 2:
-            chosen.append(np.sort(near.rows[row, :strangers]))
-            continue
-        if len(own) <= most + 1:
-            chosen.append(np.array([each for each in own if each != row]))
-            continue
-        nearest = [int(each) for each in near.rows[row] if groups[each] == group]
-        rest = np.array([each for each in own if each != row and each not in nearest])
-        rest = rest[np.argsort(np.abs(rest - row), kind="stable")]
-        chosen.append(np.sort(np.array([*nearest, *rest.tolist()][:most])))
+    chosen = [np.sort(nearest[:strangers]) for nearest in near.rows]
+    for group, rows in members.items():
+        own = np.array(rows)
+        for place, row in enumerate(rows if len(rows) > 1 else ()):
+            if len(own) <= most + 1:
+                chosen[row] = np.delete(own, place)
+            else:
+                nearest = [int(each) for each in near.rows[row] if groups[each] == group]
+                chosen[row] = _filled_up(nearest[:most], own, place, most)
     return chosen
+
+
+def _filled_up(nearest: list[int], own: np.ndarray, place: int, most: int) -> np.ndarray:
+    """The `nearest` and those of a group's rows `own` that stand next to the one at `place`, [most].
+
+    Looked at are no more of them than may be needed on either side, as groups may be large.
+    """
+    aside = most + len(nearest)
+    around = own[max(0, place - aside) : place + aside + 1]
+    rest = np.setdiff1d(around, [own[place], *nearest])
+    rest = rest[np.argsort(np.abs(rest - own[place]), kind="stable")]
+    return np.sort([*nearest, *rest[: most - len(nearest)].tolist()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,38 +159,62 @@ class Pull:
     shares: list[list[float]] = field(repr=False)
 
 
-def effects_on(credit: Credit, counts: np.ndarray, row: int, others: np.ndarray) -> np.ndarray:
-    """Predicted changes of the mean losses of `others` [k] if `row` alone goes, nats per token.
+def effects_of(credit: Credit, counts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Predicted changes of all rows' mean losses `[k, n]` if each of `rows` [k] alone goes, nats per
+    token.
 
-    `counts` [n] are the rows' supervised tokens.
+    `counts` [n] are the rows' supervised tokens. What a row does to itself is not among it: its own
+    entry means nothing.
     """
-    weights, rows = credit.weights, np.array([row, *others.tolist()])
-    ratio = np.divide(
-        weights[row], weights[others], out=np.zeros(len(others)), where=weights[others] > 0
-    )
-    found = np.zeros(len(others))
+    weights, chosen = credit.weights, np.zeros((len(rows), len(counts)))
+    chosen[np.arange(len(rows)), rows] = 1
+    found = np.zeros(chosen.shape)
     for factor, inverse in zip(credit.factors, credit.inverses, strict=True):
-        block = inverse.block(rows)
-        found -= factor * block[1:, 0] / block[0, 0]
-    return found * np.sqrt(ratio) / (credit.path.strength * counts[others])
+        part = inverse.apply(chosen)
+        part *= (factor / inverse.diagonal[rows])[:, None]
+        found -= part
+    roots = np.sqrt(np.divide(1, weights, out=np.zeros(len(weights)), where=weights > 0))
+    found *= np.sqrt(weights[rows])[:, None]
+    found *= roots / (credit.path.strength * counts)
+    return found
 
 
 def pulls(credit: Credit, counts: np.ndarray, compared: Sequence[np.ndarray]) -> Pull:
-    """What every row does to those that it is `compared` with."""
+    """What every row does to those that it is `compared` with; `counts` as in `effects_of`.
+
+    So many rows are looked at together as a block holds, as inverses may lie in files.
+    """
     n = len(compared)
     against, gains = np.zeros(n), np.zeros(n)
     opposed: list[list[int]] = [[] for _ in range(n)]
     shares: list[list[float]] = [[] for _ in range(n)]
-    for row, others in enumerate(compared):
-        if not len(others):
-            continue
-        effects = effects_on(credit, counts, row, others)
-        total = np.abs(effects).sum()
-        against[row], gains[row] = share_against(effects), -effects.mean()
-        worst = [at for at in np.argsort(effects, kind="stable")[:2] if effects[at] < 0]
-        opposed[row] = [int(others[at]) for at in worst]
-        shares[row] = [float(-effects[at] / total) for at in worst]
+    having = np.flatnonzero([len(others) > 0 for others in compared])
+    step = max(1, block_bytes(BLOCK_BYTES) // (3 * 8 * max(n, 1)))
+    for start in range(0, len(having), step):
+        rows = having[start : start + step]
+        for row, every in zip(rows.tolist(), effects_of(credit, counts, rows), strict=True):
+            others, effects = compared[row], every[compared[row]]
+            total = np.abs(effects).sum()
+            against[row], gains[row] = share_against(effects), -effects.mean()
+            worst = [at for at in np.argsort(effects, kind="stable")[:2] if effects[at] < 0]
+            opposed[row] = [int(others[at]) for at in worst]
+            shares[row] = [float(-effects[at] / total) for at in worst]
     return Pull(against, gains, opposed, shares)
+
+
+def unusual(scores: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """How far the shares `scores` [n] are above what is usual in the run: a modified z-score, `[n]`.
+
+    `sizes` [n]: how many others each share is of; of none nothing is unusual. Most rows are right, so
+    that their shares say how large one gets by chance (an empirical null: Efron 2004, "Large-scale
+    simultaneous hypothesis testing"). A share of few effects varies more than one of many: the bulk
+    of a row are those that are compared with half to twice as many others.
+    """
+    found = np.zeros(len(scores))
+    for size in np.unique(sizes[sizes > 0]):
+        rows, alike = sizes == size, (sizes >= size / 2) & (sizes <= 2 * size)
+        found[rows] = modified_z(scores[rows], scores[alike])
+    return found
 
 
 def doubtful(
@@ -185,15 +222,17 @@ def doubtful(
 ) -> Found:
     """Rows whose answer is in doubt, as they pull against their own group or those that ask alike.
 
-    Score: the share of the pull that is against them.
+    Score: the share of the pull that is against them. Nothing is suggested of a row whose share is
+    usual in this run (`unusual`).
     """
-    has = np.array([len(others) > 0 for others in compared], dtype=bool)
-    scores = np.where(has, pull.against, -np.inf)
+    sizes = np.array([len(others) for others in compared])
+    scores = np.where(sizes > 0, pull.against, -np.inf)
+    above = unusual(scores, sizes)
     rows = np.flatnonzero(scores >= DOUBTFUL)
     agreed = _agreed(pull, rows, texts)
     findings = []
     for row in rows.tolist():
-        better = agreed.get(row)
+        better, suggested, answer = agreed.get(row), "", None
         first = pull.opposed[row][0]
         evidence = (
             f"{scores[row]:.0%} of its pull on {len(compared[row])} "
@@ -201,7 +240,12 @@ def doubtful(
         )
         if better is not None:
             evidence += f", which answers as {ids[pull.opposed[row][1]]!r} does"
-        answer = None if better is None else texts[better].answer
+        if above[row] <= FAR:
+            evidence += f"; that is usual here (z {above[row]:.1f}), so nothing is suggested"
+        elif better is None:
+            suggested = REMOVE
+        else:
+            suggested, answer = RELABEL, texts[better].answer
         findings.append(
             Finding(
                 row,
@@ -210,12 +254,13 @@ def doubtful(
                 evidence,
                 float(pull.gains[row]),
                 first,
-                REMOVE if better is None else RELABEL,
+                suggested,
                 answer,
             )
         )
     rule = (
-        f"at least {DOUBTFUL:.0%} of its pull on its group, or on those that ask alike, is against"
+        f"at least {DOUBTFUL:.0%} of its pull on its group, or on those that ask alike, is against; "
+        f"suggested where that is unusual in the run, a modified z-score above {FAR:g}"
     )
     return Found("label", rule, scores, ranked(findings))
 
@@ -232,11 +277,10 @@ def _agreed(pull: Pull, rows: np.ndarray, texts: Sequence[Said]) -> dict[int, in
     }
     if not pairs:
         return {}
+    # words are weighted by how common they are among these few answers, not among all
     involved = sorted({each for pair in pairs.values() for each in pair})
-    place = {each: at for at, each in enumerate(involved)}
-    answers = vectors([plain(texts[each].answer) for each in involved])
-    first, second = (np.array([place[pair[k]] for pair in pairs.values()]) for k in (0, 1))
-    alike = pairwise(answers, first, second)
+    answers = vectors([texts[each].answer for each in involved])
+    alike = pairwise(answers, *np.searchsorted(involved, list(pairs.values())).T)
     return {
         row: pair[0] for (row, pair), cos in zip(pairs.items(), alike, strict=True) if cos >= AGREE
     }

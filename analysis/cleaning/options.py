@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
 from analysis.options import RecipeOption, ResamplesOption
 from influence.console import at_least
 from influence.errors import InputError
-from influence.options import ColumnsOption, DeviceOption, OutputOptions, TrustOption, option
+from influence.options import (
+    BudgetOptions,
+    ColumnsOption,
+    DeviceOption,
+    OutputOptions,
+    TrustOption,
+    option,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clean(ColumnsOption, RecipeOption, ResamplesOption, DeviceOption, TrustOption, OutputOptions):
+class Clean(
+    ColumnsOption,
+    RecipeOption,
+    ResamplesOption,
+    BudgetOptions,
+    DeviceOption,
+    TrustOption,
+    OutputOptions,
+):
     """Makes a list (`run`, `out`), or applies one that was decided (`apply`).
 
     Raises `InputError` for a call that does both or neither, for options that go with the other one,
@@ -63,17 +78,15 @@ class Clean(ColumnsOption, RecipeOption, ResamplesOption, DeviceOption, TrustOpt
                 "give either --run RUN --out DIR (make a list) or --apply DIR (train again without "
                 "the rows that were decided)"
             )
-        of_list = {"--queries": self.queries, "--out": self.out}
-        of_training = {
-            "--recipe": self.recipe,
-            "--holdout": self.holdout,
-            "--adapter-out": self.adapter_out,
-            "--take-suggested": self.take_suggested or None,
-        }
+        of_list = ("queries", "out", "most")
+        of_training = ("recipe", "holdout", "adapter_out", "take_suggested")
+        of_training += ("seeds", "seed", "resamples")
         other, mode = (of_training, "--apply") if self.run is not None else (of_list, "--run")
-        given = [name for name, value in other.items() if value is not None]
+        usual = {each.name: each.default for each in fields(self)}
+        given = [name for name in other if getattr(self, name) != usual[name]]
         if given:
-            raise InputError(f"{', '.join(given)} goes with {mode} only: leave it out")
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{flags} goes with {mode} only: leave it out")
         if self.run is not None and self.out is None:
             raise InputError("--run needs --out DIR, the folder to write the list into")
         for flag, value in (("--most", self.most), ("--seeds", self.seeds)):

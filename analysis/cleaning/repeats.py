@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -39,13 +40,17 @@ class Repeats:
     same: np.ndarray = field(repr=False)
 
 
-def repeats(texts: Sequence[Said], groups: Sequence[str | None], near: Nearest) -> Repeats:
-    """Compare rows that ask the same: the very same question, or one of the nearest (`near`)."""
+def repeats(
+    texts: Sequence[Said], groups: Sequence[str | None], near: Nearest, asking: Any
+) -> Repeats:
+    """Compare rows that ask the same: the very same question, or one of the nearest (`near`).
+
+    `asking` [n, features] are the vectors of what is `asked`, by which the nearest were found. Texts
+    that ask nothing are compared with one another alone.
+    """
     n = len(texts)
-    questions, answers = (
-        [plain(each.question) for each in texts],
-        [plain(each.answer) for each in texts],
-    )
+    questions = [plain(each.question) for each in texts]
+    answers = [plain(each.answer) for each in texts]
     keys = [q or f"\0{a}" for q, a in zip(questions, answers, strict=True)]
     asked: dict[str, list[int]] = defaultdict(list)
     whole: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -64,26 +69,27 @@ def repeats(texts: Sequence[Said], groups: Sequence[str | None], near: Nearest) 
         a, b = min(row, other), max(row, other)
         crowded = len(asked[keys[a]]) > TEMPLATE or len(asked[keys[b]]) > TEMPLATE
         apart = None not in (groups[a], groups[b]) and groups[a] != groups[b]
-        if not (crowded or apart) and numbers[a] == numbers[b]:
+        asks_as_well = bool(questions[a]) == bool(questions[b])
+        if asks_as_well and numbers[a] == numbers[b] and not (crowded or apart):
             pairs.add((a, b))
     chosen = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
-    asking, answering = (vectors(part) for part in (questions, answers))
-    alike = pairwise(answering, *chosen.T)
+    alike = pairwise(vectors(answers), *chosen.T)
     exact = np.array([answers[a] == answers[b] for a, b in chosen.tolist()], dtype=bool)
     digits = [re.findall(r"\d+", answer) for answer in answers]
     equal = np.array([digits[a] == digits[b] for a, b in chosen.tolist()], dtype=bool)
-    # a text that asks nothing is compared as a whole, by its answer
-    asks = np.array([bool(questions[a]) for a, _ in chosen.tolist()], dtype=bool)
     return Repeats(
         chosen,
-        np.where(asks, pairwise(asking, *chosen.T), alike),
+        pairwise(asking, *chosen.T),
         np.where(exact, 1.0, alike),
         exact | (equal & (alike >= SAME_ANSWER)),
     )
 
 
 def duplicates(found: Repeats, ids: Sequence[str]) -> Found:
-    """Copies of earlier rows. Score: the smaller cosine of their questions and their answers."""
+    """Copies of earlier rows, of which `ids` [n] are the names.
+
+    Score: the smaller cosine of their questions and their answers, at most 1; -inf of no copy.
+    """
     scores, first = np.full(len(ids), -np.inf), {}
     each = zip(found.pairs.tolist(), found.questions, found.answers, found.same, strict=True)
     for (a, b), question, answer, same in each:
@@ -112,7 +118,8 @@ def contradictions(
 ) -> Found:
     """Rows that answer otherwise than another row that asks the same, both of them.
 
-    Score: the questions' cosine times what the answers do not share. Where most rows that ask the
+    Score: the questions' cosine times what the answers do not share, 1 less their cosine; -inf of a
+    row that no other contradicts. `ids` [n] are the rows' names. Where most rows that ask the
     same give one answer, it is suggested to the others. Else the one is suggested for removal whose
     pull `against` [n] its own group is larger, and at least `least`.
     """

@@ -30,7 +30,7 @@ def table(result: Cleaning) -> Table:
     made.add_column("gain", justify="right", no_wrap=True)
     made.add_column("what was seen", overflow="fold")
     ids = result.run.train.ids
-    for found in result.listed:
+    for found in result.found.values():
         for each in found.findings[:SHOWN]:
             made.add_row(
                 Text(found.reason),
@@ -96,14 +96,14 @@ def applied_table(record: Mapping[str, Any]) -> Table:
     names = {"good": "good rows", "heldout": "held-out rows"}
     for name, part in record["sets"].items():
         interval = "" if part["low"] is None else f"{part['low']:+.4f} to {part['high']:+.4f}"
-        predicted = "" if part["predicted"] is None else f"{part['predicted']['gain']:+.4f}"
+        forecast = "" if part["predicted"] is None else f"{part['predicted']['gain']:+.4f}"
         made.add_row(
             f"{names[name]} ({part['rows']})",
             f"{part['before']:.4f}",
             f"{part['after']:.4f}",
             f"{part['gain']:+.4f}",
             interval,
-            predicted,
+            forecast,
         )
     return made
 

@@ -1,7 +1,7 @@
 """Questions and answers of rows as text, their vectors, and each row's nearest others.
 
-Vectors are TF-IDF of runs of three to five characters within words (scikit-learn), each of length
-one, so that their product is a cosine. They see a changed comma as little and a name as much.
+Vectors are TF-IDF (Salton and Buckley 1988, with 1 + log of a count, as scikit-learn has it) of runs
+of three to five characters within words, each of length one, so that their product is a cosine. They see a changed comma as little and a name as much.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from influence.memory import block_bytes
 from influence.rows import Example
 
 #: Characters of a text that its vector is made of, the first ones: a choice, for memory.
@@ -21,8 +22,9 @@ MOST = 4_000
 #: among each text's `CANDIDATES` nearest: 50,000 questions take 2 minutes on one core so, and 13
 #: by all pairs (2026-11-29).
 ALL_PAIRS, DIRECTIONS, CANDIDATES = 4_096, 128, 40
-#: Texts whose cosines with all others are held at once.
-AT_ONCE = 512
+#: Texts whose cosines with all others are held at once, at most; and bytes that each cosine takes
+#: then, with its negative and its place in their order.
+AT_ONCE, COSINE_BYTES = 512, 16
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Said:
 
     question: str
     answer: str
+
+    @property
+    def asked(self) -> str:
+        """The question, or the whole text where it asks nothing."""
+        return self.question or self.answer
 
     @property
     def whole(self) -> str:
@@ -79,8 +86,9 @@ class Nearest:
 def nearest(texts: Any, k: int, *, all_pairs: int = ALL_PAIRS) -> Nearest:
     """The `k` nearest others of each of n vectors, fewer where there are fewer.
 
-    Up to `all_pairs` vectors it is exact. Beyond, candidates come from the vectors' largest
-    directions (`TruncatedSVD`), and the cosines are exact.
+    `texts` [n, features] are of length one or zero. Up to `all_pairs` of them it is exact. Beyond,
+    candidates come from the vectors' largest directions (randomized SVD: Halko, Martinsson and Tropp
+    2011), and the cosines are exact.
     """
     n = texts.shape[0]
     k = max(0, min(k, n - 1))
@@ -95,8 +103,9 @@ def nearest(texts: Any, k: int, *, all_pairs: int = ALL_PAIRS) -> Nearest:
         whole = np.asarray(made, dtype=np.float32)
     else:
         turned = texts.T.tocsr()
-    for start in range(0, n, AT_ONCE):
-        part = np.arange(start, min(start + AT_ONCE, n))
+    step = rows_at_once(n)
+    for start in range(0, n, step):
+        part = np.arange(start, min(start + step, n))
         if whole is None:
             near = np.asarray((texts[part] @ turned).todense())
             near[np.arange(len(part)), part] = -np.inf
@@ -112,6 +121,12 @@ def nearest(texts: Any, k: int, *, all_pairs: int = ALL_PAIRS) -> Nearest:
         rows[part] = np.take_along_axis(chosen, order, axis=1)
         cosines[part] = np.take_along_axis(values, order, axis=1)
     return Nearest(rows, cosines)
+
+
+def rows_at_once(n: int) -> int:
+    """Texts whose cosines with `n` others are held at once: `AT_ONCE`, or fewer within a bound."""
+    each = COSINE_BYTES * max(n, 1)
+    return max(1, block_bytes(AT_ONCE * each) // each)
 
 
 def pairwise(texts: Any, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.cleaning.files import unescaped
+from analysis.spreadsheets import read_table, unescaped
 from influence.errors import InputError, StoreError
 from influence.store import read_json
 
@@ -45,13 +43,8 @@ class CleaningRow:
 def read_cleaning(folder: Path) -> list[CleaningRow]:
     """The list that `analysis clean --out` made, in its order, as it was or as it was filled in."""
     path = folder if folder.suffix == ".csv" else folder / CLEANING
-    columns, rows = read_table(path, "analysis clean --out")
-    if missing := [name for name in CLEANING_COLUMNS if name not in columns]:
-        raise InputError(
-            f"{path} lacks the columns {', '.join(missing)}; expected the list that analysis clean "
-            "wrote"
-        )
-    others = [name for name in columns if name not in (*CLEANING_COLUMNS, *NOT_SHOWN, "gain")]
+    table = read_table(path, CLEANING_COLUMNS, "analysis clean --out")
+    others = [name for name in table.columns if name not in (*CLEANING_COLUMNS, *NOT_SHOWN, "gain")]
     return [
         CleaningRow(
             unescaped(row["id"]),
@@ -61,7 +54,7 @@ def read_cleaning(folder: Path) -> list[CleaningRow]:
             number(row.get("gain", "")),
             {name: unescaped(row[name]) for name in others if row[name]},
         )
-        for row in rows
+        for row in table.rows
     ]
 
 
@@ -71,15 +64,10 @@ def read_difficulty(path: Path) -> dict[str, dict[str, Any]]:
         raise InputError(
             f"{path} is a Parquet table; expected a .csv: give one to unlearn difficulty --out"
         )
-    columns, rows = read_table(path, "unlearn difficulty --out")
-    if missing := [name for name in ("id", "steps", "damage") if name not in columns]:
-        raise InputError(
-            f"{path} lacks the columns {', '.join(missing)}; expected the table that unlearn "
-            "difficulty wrote"
-        )
-    known = [name for name in DIFFICULTY_NUMBERS if name in columns]
+    table = read_table(path, ("id", "steps", "damage"), "unlearn difficulty --out")
+    known = [name for name in DIFFICULTY_NUMBERS if name in table.columns]
     found = {}
-    for row in rows:
+    for row in table.rows:
         values: dict[str, Any] = {name: number(row[name], infinite=True) for name in known}
         values |= {name: row.get(name, "") for name in ("recommended", "reason", "how")}
         found[row["id"]] = values
@@ -99,23 +87,6 @@ def read_record(path: Path, needed: Sequence[str], maker: str) -> dict[str, Any]
             f"{path} lacks {', '.join(missing)}; expected the record that {maker} writes"
         )
     return record
-
-
-def read_table(path: Path, maker: str) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns and the rows of a CSV file, as text; `maker` is the command that makes it."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: make it with {maker}")
-    csv.field_size_limit(sys.maxsize)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            head = file.readline()  # a spreadsheet may have saved it with another delimiter
-            file.seek(0)
-            delimiter = max(",;\t", key=head.count)
-            reader = csv.DictReader(file, restval="", delimiter=delimiter)
-            rows = [{key: value for key, value in row.items() if key} for row in reader]
-            return list(reader.fieldnames or ()), rows
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV: {error}") from error
 
 
 def number(text: str, *, infinite: bool = False) -> float | None:

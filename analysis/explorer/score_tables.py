@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import h5py
 import numpy as np
 
+from analysis.group_sums import group_sums
 from influence.errors import InputError, MismatchError, StoreError
 from influence.store import open_file, read, read_strings
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:  # a page on scores alone does not wait for torch
 
 #: How a score file names its scores by token, and what they are of (`influence.scorefile`).
 TOKEN_NAMES = ("per_token", "token_offsets", "token_ids")
-#: Numbers of a matrix that are read at a time.
-AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -86,17 +85,8 @@ class ScoreTable:
         """Sums of the scores over the rows of each group, float64 [query, groups], for the group
         number of every row, `members` [train] (-1: none).
         """
-        chosen = np.flatnonzero(members >= 0)
-        place = np.zeros((len(self.train_ids), groups))
-        place[chosen, members[chosen]] = 1
-        sums = np.zeros((len(self.query_ids), groups))
-        step = max(1, AT_ONCE // max(1, len(self.train_ids)))
         with open_file(self.path) as file:
-            values = cast("h5py.Dataset", file["scores"])
-            for start in range(0, len(sums), step):
-                some = slice(start, start + step)
-                sums[some] = values[some].astype(np.float64) @ place
-        return sums
+            return group_sums(file["scores"], members, groups)
 
     def detail(self, query: int, row: int) -> Detail:
         """One score by token and module, as far as the file splits it."""
@@ -170,8 +160,7 @@ class StrongestTable(ScoreTable):
         sums = np.zeros((len(self.query_ids), groups))
         for query in range(len(sums)):
             places, scores = self.query(query)
-            own = members[places]
-            np.add.at(sums[query], own[own >= 0], scores[own >= 0])
+            sums[query] = group_sums(scores[None], members[places], groups)[0]
         return sums
 
     @cached_property

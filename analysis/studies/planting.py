@@ -14,7 +14,6 @@ many copies.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ import numpy as np
 
 from influence.errors import InputError
 from influence.rows import Example, Examples, examples_from_rows
+from influence.store import write_text
 from influence.tokens import tokenize
 
 if TYPE_CHECKING:
@@ -371,8 +371,4 @@ def write_rows(rows: Examples, path: Path) -> None:
     lines = [
         {key: getattr(row, key) for key in keys if getattr(row, key) is not None} for row in rows
     ]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-    )
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -28,8 +28,8 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("analysis.page_file.os.replace", full)
-    with pytest.raises(StoreError, match="no space left"):
+    monkeypatch.setattr("influence.store.os.replace", full)
+    with pytest.raises(StoreError, match=r"page\.html could not be written: no space left"):
         write_page(out, "other")
     assert out.read_bytes() == "é\n".encode()
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]

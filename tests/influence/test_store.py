@@ -17,6 +17,8 @@ from influence.store import (
     open_rows,
     read_mapped,
     write_file,
+    write_json,
+    write_text,
 )
 from tests.helpers import contents
 
@@ -75,6 +77,24 @@ def test_a_failed_write_leaves_no_partial_file_and_the_old_one(tmp_path, monkeyp
     with pytest.raises(StoreError, match=r"x.h5 could not be written: .*No space left on device"):
         write_file(tmp_path / "x.h5", {"a": np.arange(4)})
     assert contents(tmp_path) == before
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    out = tmp_path / "new" / "list.csv"
+    write_text(out, "é\r\n")
+    assert out.read_bytes() == "é\r\n".encode()
+    with pytest.raises(UnicodeEncodeError):
+        write_text(out, "\ud800")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("influence.store.os.replace", full)
+    for write, other in ((write_text, "other"), (write_json, {"a": "é"})):
+        with pytest.raises(OSError, match="no space left"):
+            write(out, other)
+    assert out.read_bytes() == "é\r\n".encode()
+    assert [path.name for path in out.parent.iterdir()] == ["list.csv"]
 
 
 def test_large_arrays_are_mapped_and_outlive_their_file(tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import influence
-from analysis.cleaning import clean, cleaning
+from analysis.cleaning import clean, cleaning, opposition, repeats
 from analysis.cleaning.files import read_decisions
 from analysis.cleaning.findings import REASONS, Finding, Found
 from analysis.cleaning.opposition import kin
-from analysis.cleaning.texts import said
+from analysis.cleaning.texts import plain, said, vectors
 from influence.errors import InputError
 from influence.row_ids import read_ids
 from tests.analysis.cleaning.conftest import EMAIL
@@ -41,7 +41,29 @@ def test_every_reason_is_looked_at(result):
     assert rows_of(result, "duplicate") == ["copy"]
     assert set(rows_of(result, "contradiction")) == {"first", "other"}
     assert rows_of(result, "personal") == ["leak"]
-    assert [found.reason for found in result.listed] == list(REASONS)
+    assert [found.reason for found in result.found.values()] == list(REASONS)
+
+
+def test_vectors_of_questions_answers_and_both_are_fitted_once(run, good, monkeypatch):
+    """Once more with the good rows, where some row has none of its group."""
+    fitted = []
+
+    def told(texts):
+        fitted.append(list(texts))
+        return vectors(texts)
+
+    for module in (cleaning, opposition, repeats):
+        monkeypatch.setattr(module, "vectors", told, raising=False)
+    clean(run, good)
+    texts = [said(row, str) for row in run.train]
+    whole = [each.whole for each in texts]
+    of_all = [
+        [each.asked for each in texts],
+        [plain(each.answer) for each in texts],
+        whole,
+        [*whole, *(said(row, str).whole for row in good)],
+    ]
+    assert sorted(each for each in fitted if len(each) >= len(texts)) == sorted(of_all)
 
 
 def test_harms_is_what_the_scores_say(result, run, good):
@@ -95,7 +117,7 @@ def test_the_folder(made, run, result):
     folder = made / "list"
     lines = list(csv.DictReader((folder / "rows.csv").open(encoding="utf-8", newline="")))
     assert [line["reason"] for line in lines] == [
-        found.reason for found in result.listed for _ in found.findings
+        found.reason for found in result.found.values() for _ in found.findings
     ]
     assert EMAIL not in (folder / "rows.csv").read_text(encoding="utf-8")
     ids = run.train.ids

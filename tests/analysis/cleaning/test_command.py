@@ -5,7 +5,35 @@ from __future__ import annotations
 import csv
 import json
 
+from analysis.cleaning import applied, cleaning
 from analysis.cli import main
+
+
+def test_batches_hold_what_the_user_allows(run_main, made, world, monkeypatch):
+    """Of a list and of what is applied, in place of what the fit recorded."""
+    asked = []
+    for module, name in (
+        (cleaning, "mean_losses"),
+        (cleaning, "outputs"),
+        (applied, "mean_losses"),
+    ):
+        plain = getattr(module, name)
+
+        def told(*a, token_budget, plain=plain):
+            asked.append(token_budget)
+            return plain(*a, token_budget=token_budget)
+
+        monkeypatch.setattr(module, name, told)
+    bounds = ["--token-budget", 48, "--memory", 64]
+    listed = ["--run", made / "run", "--out", world / "list", "--overwrite"]
+    assert run_main(main, "analysis", "clean", *listed, *bounds).status == 0
+    assert asked == [48, 48, 48]
+    (world / "list" / "rows.csv").write_text("id,decision\ncopy,remove\n")
+    typed = ["--apply", world / "list", "--recipe", made / "recipe.json"]
+    typed += ["--holdout", made / "heldout.jsonl", "--resamples", 5]
+    done = run_main(main, "analysis", "clean", *typed, *bounds)
+    assert done.status == 0, done.err
+    assert asked == [48] * 5
 
 
 def test_a_list_is_made_decided_and_applied(run_main, made, tmp_path):

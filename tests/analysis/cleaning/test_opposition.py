@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from analysis.cleaning.opposition import (
     Pull,
     doubtful,
-    effects_on,
+    effects_of,
     harms,
     kin,
     mates,
     pulls,
     share_against,
+    unusual,
 )
 from analysis.cleaning.texts import Nearest, Said, said
+from influence.kernel import WholeInverse
+from influence.memory import bounded
 from influence.rows import Example, Examples
 from tests.influence.test_credit import Ridge
 
@@ -28,7 +34,9 @@ def test_an_effect_on_another_row_is_the_change_when_it_is_left_out():
         move = bed.refitted([row]) - bed.theta
         slopes = (bed.x[others] @ bed.theta - bed.y[others])[:, None] * bed.x[others]
         np.testing.assert_allclose(
-            effects_on(bed.credit, counts, row, others), slopes @ move / counts[others], rtol=1e-10
+            effects_of(bed.credit, counts, np.array([row]))[0, others],
+            slopes @ move / counts[others],
+            rtol=1e-10,
         )
 
 
@@ -38,13 +46,37 @@ def test_pulls_name_the_mates_that_are_opposed_most():
     compared[3] = np.array([], int)
     pull = pulls(bed.credit, counts, compared)
     for row in (0, 7):
-        effects = effects_on(bed.credit, counts, row, compared[row])
+        effects = effects_of(bed.credit, counts, np.array([row]))[0, compared[row]]
         assert pull.against[row] == pytest.approx(-effects[effects < 0].sum() / abs(effects).sum())
         assert pull.gains[row] == pytest.approx(-effects.mean())
         assert pull.opposed[row][0] == compared[row][effects.argmin()]
         assert pull.shares[row][0] == pytest.approx(-effects.min() / abs(effects).sum())
     assert pull.against[3] == 0
     assert pull.opposed[3] == []
+
+
+class Asked(WholeInverse):
+    """An inverse that counts how often it is multiplied with, as each time costs a whole file."""
+
+    times = 0
+
+    def apply(self, values):
+        Asked.times += 1
+        return super().apply(values)
+
+
+def test_rows_are_looked_at_together_as_far_as_memory_goes():
+    bed, counts = Ridge(n=40), np.ones(40)
+    credit = replace(bed.credit, kernels=[Asked(bed.credit.inverses[0].values)])
+    compared = [np.setdiff1d(np.arange(40), [row]) for row in range(40)]
+    whole, Asked.times = pulls(credit, counts, compared), 0
+    assert pulls(credit, counts, compared).opposed == whole.opposed
+    assert Asked.times == 1
+    with bounded(memory=16 * 3 * 8 * 40 * 7 / 1e9):  # a block of seven rows
+        parts = pulls(credit, counts, compared)
+    assert Asked.times == 1 + 6
+    assert parts.opposed == whole.opposed
+    np.testing.assert_allclose(parts.against, whole.against, rtol=1e-12)
 
 
 def test_the_share_that_is_against_by_hand():
@@ -72,6 +104,7 @@ def test_good_rows_of_a_row_s_group_else_the_nearest():
         [
             Example("r0", group="g", prompt="far away", completion="x"),
             Example("r1", prompt="the red fox runs over a lazy dog", completion="yes"),
+            Example("r3", group="g", prompt="farther", completion="x"),
             Example("r2", group="lonely", prompt="birds sing loud songs at dawn", completion="no"),
         ]
     )
@@ -83,8 +116,9 @@ def test_good_rows_of_a_row_s_group_else_the_nearest():
         ]
     )
     texts, asked = ([said(row, str) for row in part] for part in (rows, queries))
-    first, second, third = kin(rows, queries, texts, asked)
+    first, second, same, third = kin(rows, queries, texts, asked)
     assert first.tolist() == [5]
+    assert first is same  # so that n rows of a group do not hold n arrays
     assert second[0] == 6
     assert len(second) == len(third) == 5
 
@@ -105,14 +139,51 @@ def test_of_a_large_group_the_nearest():
     assert all(len(each) == 4 for each in compared)
 
 
-def doubted(against, opposed, shares, answers):
-    texts = [Said("q", answer) for answer in answers]
-    pull = Pull(np.array(against), np.zeros(len(against)), opposed, shares)
-    compared = [
-        np.array([other for other in range(len(answers)) if other != row])
-        for row in range(len(answers))
-    ]
-    return doubtful(pull, compared, texts, [f"r{i}" for i in range(len(answers))])
+def all_mates(groups, near, most):
+    """The mates of rows of large groups by a look at all rows of the group."""
+    for row, group in enumerate(groups):
+        nearest = [int(each) for each in near.rows[row] if groups[each] == group]
+        others = [at for at in range(len(groups)) if groups[at] == group and at != row]
+        rest = sorted((at for at in others if at not in nearest), key=lambda at: abs(at - row))
+        yield sorted([*nearest, *rest][:most])
+
+
+@pytest.mark.parametrize("most", [3, 8, 12])
+def test_mates_of_large_groups_are_those_of_all_its_rows(most):
+    rng = np.random.default_rng(most)
+    groups = [f"g{each}" for each in rng.integers(3, size=150)]
+    near = Nearest(
+        np.array([rng.choice(np.delete(np.arange(150), i), 9, False) for i in range(150)]), None
+    )
+    compared = mates(groups, near, most=most)
+    assert [each.tolist() for each in compared] == list(all_mates(groups, near, most))
+
+
+def test_a_group_of_many_rows_does_not_take_their_square():
+    """Looked at pair by pair, 40,000 rows take minutes."""
+    n, began = 40_000, time.process_time()
+    rows = np.add.outer(np.arange(n), np.arange(1, 21) * 1_000) % n
+    compared = mates(["all"] * n, Nearest(rows, None))
+    assert time.process_time() - began < 30
+    assert {len(each) for each in compared} == {50}
+    assert compared[20_000].tolist() == sorted(
+        [*rows[20_000], *range(19_985, 20_000), *range(20_001, 20_016)]
+    )
+
+
+def doubted(against, opposed, shares, answers, usual=0.05):
+    """Of rows of one kind, beside twelve others whose share against is usual."""
+    n = len(against) + 12
+    texts = [Said("q", answer) for answer in [*answers, *[" Other."] * 12]]
+    others = np.linspace(0.8, 1.2, 12) * usual
+    pull = Pull(
+        np.array([*against, *others]),
+        np.zeros(n),
+        [*opposed, *[[0]] * 12],
+        [*shares, *[[0.1]] * 12],
+    )
+    compared = [np.delete(np.arange(n), row) for row in range(n)]
+    return doubtful(pull, compared, texts, [f"r{i}" for i in range(n)])
 
 
 RIGHT = " In Kelmouth, a town of Upper Dask."
@@ -139,6 +210,29 @@ def test_otherwise_it_is_to_go(against, shares, last):
     found = doubted(against, [[1, 2], [], [0]], [shares, [], [0.1]], [" Elsewhere.", RIGHT, last])
     row = next(each for each in found.findings if each.row == 0)
     assert (row.suggested, row.answer) == ("remove", None)
+
+
+def test_nothing_is_suggested_where_rows_are_usually_against_their_own():
+    """The order of the list and its scores stay."""
+    row = ([0.5, 0.0, 0.1], [[1, 2], [], [0]], [[0.3, 0.2], [], [0.1]], [" Else.", RIGHT, RIGHT])
+    found = doubted(*row, usual=0.3)
+    assert len(found.findings) == 13
+    assert {(each.suggested, each.answer) for each in found.findings} == {("", None)}
+    assert found.findings[0].row == 0
+    assert "that is usual here (z " in found.findings[0].evidence
+    assert found.scores[0] == doubted(*row).scores[0] == 0.5
+
+
+def test_what_is_usual_is_so_among_as_many_others():
+    """Noise of three others is no news beside rows of fifty, which hardly differ."""
+    rng = np.random.default_rng(0)
+    few, many = rng.uniform(0, 1, 100), rng.uniform(0, 0.05, 1_000)
+    scores = np.concatenate([few, many, [0.9, 0.9, -np.inf]])
+    sizes = np.repeat([3, 50, 3, 40, 0], [100, 1_000, 1, 1, 1])
+    found = unusual(scores, sizes)
+    assert found[:100].max() < 3.5
+    assert found[-3] < 3.5 < found[-2]
+    assert found[-1] == 0
 
 
 def test_rows_without_mates_are_not_in_doubt():

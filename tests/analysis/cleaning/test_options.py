@@ -26,6 +26,8 @@ LIST = {"run": Path("run"), "out": Path("out")}
             "--queries goes with --run only: leave it out",
         ),
         ({"apply": Path("d"), "out": Path("o")}, "--out goes with --run only"),
+        (LIST | {"seeds": 3, "resamples": 5}, "--seeds, --resamples goes with --apply only"),
+        ({"apply": Path("d"), "most": 5}, "--most goes with --run only: leave it out"),
         (LIST | {"most": 0}, "--most 0 was given; expected at least 1"),
         ({"apply": Path("d"), "seeds": 0}, "--seeds 0 was given; expected at least 1"),
         ({"apply": Path("d"), "seed": -1}, "--seed -1 was given; expected at least 0"),

@@ -14,8 +14,8 @@ ANSWER = " In Kelmouth, a town of Upper Dask, where bells are founded and maps e
 
 
 def look(texts, groups=None):
-    near = nearest(vectors([each.question or each.answer for each in texts]), 20)
-    return repeats(texts, groups or [None] * len(texts), near)
+    asking = vectors([each.asked for each in texts])
+    return repeats(texts, groups or [None] * len(texts), nearest(asking, 20), asking)
 
 
 def copies(texts, **options):
@@ -46,6 +46,9 @@ def test_texts_that_ask_nothing_are_compared_as_a_whole():
     assert copies([Said("", long), Said("", "Another one"), Said("", long)]) == {2: 0}
     texts = [Said("", long), Said("", long.replace("wooden", "iron"))]
     assert len(against(texts).findings) == 0
+    mixed = [Said(long, " Yes."), Said("", long), Said("", long)]
+    assert copies(mixed) == {2: 1}
+    assert len(against(mixed).findings) == 0
 
 
 @pytest.mark.parametrize(

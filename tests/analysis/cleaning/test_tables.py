@@ -28,7 +28,7 @@ def text_of(part, width=120):
 def test_the_first_rows_of_each_reason(run):
     result = clean(run)
     text = text_of(table(result))
-    for found in result.listed:
+    for found in result.found.values():
         assert text.count(found.reason + " ") >= min(SHOWN, len(found.findings))
     said = lines(result, Path("out"))
     assert "harms is left out: no good rows were given (--queries FILE)" in said

@@ -7,6 +7,7 @@ import pytest
 
 from analysis.cleaning import texts as module
 from analysis.cleaning.texts import Said, nearest, pairwise, plain, said, vectors
+from influence.memory import bounded
 from influence.rows import Example
 
 WORDS = [
@@ -92,6 +93,12 @@ def test_few_directions_find_the_near_copies(monkeypatch):
     assert (exact.rows[copies, 0] == copies - 300).all()
     assert (rough.rows[copies, 0] == copies - 300).mean() > 0.9
     assert np.allclose(rough.cosines[copies, 0], pairwise(found, copies, rough.rows[copies, 0]))
+
+
+def test_a_bound_of_memory_holds_fewer_cosines_at_once():
+    assert module.rows_at_once(1_000) == module.rows_at_once(10**9) == module.AT_ONCE
+    with bounded(memory=16 * 16 * 1_000 * 3 / 1e9):
+        assert [module.rows_at_once(n) for n in (1_000, 3_000, 10**6)] == [3, 1, 1]
 
 
 def test_few_rows_have_few_others():
