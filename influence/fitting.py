@@ -188,7 +188,9 @@ def _fit_prepared(
         begun = distributed.at_first(lambda: begun_manifest(directory))
         refuse_other_tokens(directory, begun, tokens)
         manifest = existing or replace(manifest, created=begun.created)
-        run = Run(directory, manifest, model, train, tokens, curvature)
+        asked = prepared.manifest.token_budget  # a finished run may have had more memory
+        bounded = asked if asked < manifest.token_budget else None
+        run = Run(directory, manifest, model, train, tokens, curvature, bounded_budget=bounded)
         run.manifest = distributed.at_first(lambda: _kept(run, training, begun))
         if existing is None:
             if growth is None:

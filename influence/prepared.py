@@ -132,9 +132,10 @@ def prepare(
     rendering = Rendering.of_trainer(train, max_length, supervise)
     tokens = rendering.tokenize(train, model.tokenizer)
     check_rows(model, tokens)
-    enforce(model.device)
     if token_budget is None:
         token_budget = bounded_budget(model, tokens, usual_budget(model.device))
+    else:
+        enforce(model.device)
     manifest = _manifest(
         model,
         train,

@@ -150,8 +150,7 @@ class Run:
         different = differences(manifest.identity, given)
         if different:
             raise MismatchError(
-                f"{directory} was made from something else: {'; '.join(different)}. Restore what "
-                "it "
+                f"{directory} was made from something else: {'; '.join(different)}. Restore what it "
                 "was made from (paths in manifest.json), or fit a new run"
             )
         tokens = manifest.objective.rendering.tokenize(train, model.tokenizer)

@@ -52,6 +52,17 @@ def test_a_finished_fit_computes_nothing_again(model, run, tmp_path, monkeypatch
     assert influence.fit(model, run.train, **options).manifest == expected
 
 
+def test_a_finished_fit_keeps_within_what_is_given_now(model, run):
+    """It was made with more memory; what is asked of it now is not."""
+    assert run.token_budget == run.manifest.token_budget > 16
+    options = {"path": PATH, "directory": run.directory}
+    assert influence.fit(model, run.train, token_budget=16, **options).token_budget == 16
+    with influence.bounded(token_budget=32):
+        assert influence.fit(model, run.train, **options).token_budget == 32
+    again = influence.fit(model, run.train, token_budget=10**6, **options)
+    assert again.token_budget == run.manifest.token_budget == again.manifest.token_budget
+
+
 @pytest.mark.slow
 def test_commands_killed_at_ten_random_moments_change_nothing(tmp_path):
     base, adapter = save(tmp_path, "llama")
