@@ -213,9 +213,14 @@ function textCard(title, parts, ...more) {
   );
 }
 
-async function fillSection(node) {
-  if (node.dataset.filled) return;
-  node.dataset.filled = "yes";
+const filling = new Map(); // sections that are filled or being filled, by their nodes
+
+function fillSection(node) {
+  if (!filling.has(node)) filling.set(node, fill(node));
+  return filling.get(node);
+}
+
+async function fill(node) {
   try {
     const { blocks } = await source.section(node.dataset.section);
     const cards = blocks.filter((block) => block.kind === "facts");
@@ -226,4 +231,5 @@ async function fillSection(node) {
   } catch (error) {
     node.replaceChildren(el("p", { class: "note bad" }, `This section could not be read: ${error.message}`));
   }
+  node.dataset.filled = "yes";
 }

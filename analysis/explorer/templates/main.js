@@ -114,6 +114,10 @@ addEventListener("afterprint", () => {
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest("input, select, textarea");
   if (event.key === "Escape") hideTip();
+  if ((event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey && event.key.toLowerCase() === "p") {
+    event.preventDefault(); // a browser that prints by itself does not wait for what is not drawn yet
+    $("print").click();
+  }
   if (event.key === "/" && !typing && $("search")) {
     event.preventDefault();
     $("search").focus();

@@ -191,6 +191,7 @@ async function draw(node, block) {
 }
 
 const waiting = new Map(); // nodes of figures that were not seen yet
+const drawing = new Set(); // figures that are being drawn
 
 const seen = new IntersectionObserver(
   (entries) => {
@@ -205,9 +206,13 @@ function start(node) {
   const block = waiting.get(node);
   waiting.delete(node);
   seen.unobserve(node);
-  return draw(node, block).catch((error) => {
-    node.textContent = `This figure could not be drawn: ${error.message}`;
-  });
+  const work = draw(node, block)
+    .catch((error) => {
+      node.textContent = `This figure could not be drawn: ${error.message}`;
+    })
+    .finally(() => drawing.delete(work));
+  drawing.add(work);
+  return work;
 }
 
 // A figure, drawn when it is seen.
@@ -224,5 +229,9 @@ function plot(block) {
   );
 }
 
-const drawAll = () => Promise.all([...waiting.keys()].map(start));
+async function drawAll() {
+  for (const node of [...waiting.keys()]) start(node);
+  await Promise.all(drawing);
+}
+
 const drawAgain = () => Promise.all([...drawn].map(([node, block]) => draw(node, block)));

@@ -451,6 +451,24 @@ def test_tables_are_sorted_by_their_heads(full):
     )
 
 
+def test_all_is_drawn_before_it_is_printed(browser, small):
+    """By the keys as by the button; where a browser prints by itself, what is missing is said."""
+    missing = ".blocks:not([data-filled])"
+    with opened(browser, small, viewport={"width": 1200, "height": 300}) as page:
+        assert page.locator(missing).count() > 0
+        page.emulate_media(media="print")
+        said = f"getComputedStyle(document.querySelector('{missing}'), '::after').content"
+        assert "Not drawn yet" in page.evaluate(said)
+        page.emulate_media(media="screen")
+        count = "document.querySelectorAll('{}').length"
+        counts = ", ".join(count.format(each) for each in (missing, ".plot.waiting", ".plot"))
+        page.evaluate(f"window.print = () => {{ window.printed = [{counts}]; }}")
+        page.keyboard.press("Control+p")
+        until(page, "window.printed !== undefined")
+        assert page.evaluate("window.printed.slice(0, 2)") == [0, 0]
+        assert page.evaluate("window.printed[2]") > 0
+
+
 def test_print_shows_sections_without_controls(full, tmp_path):
     full.emulate_media(media="print")
     full.evaluate("dispatchEvent(new Event('beforeprint'))")
