@@ -3,8 +3,8 @@
 A spreadsheet runs a cell that begins with `=`, `+`, `-` or `@`, and changes one that looks like a
 number, a date or a truth value: such texts get an apostrophe before them, as does a text that begins
 with one, and `unescaped` takes exactly one away again. Where the system's list separator is a
-semicolon, a spreadsheet splits lines there, within quotes too: what follows one gets its apostrophe
-as a cell of its own would. So texts come back as they were. What a spreadsheet saves, with semicolons
+semicolon, a spreadsheet splits lines there, within quotes too, and takes blanks and quotes before a
+formula for none: what follows one gets its apostrophe as a cell of its own would. So texts come back as they were. What a spreadsheet saves, with semicolons
 or tabs and a byte order mark, is read too.
 """
 
@@ -22,15 +22,15 @@ from influence.messages import listed
 #: What a spreadsheet takes for a formula, a number, an amount, a date or a truth value; and the
 #: apostrophe.
 _TAKEN = re.compile(
-    r"[=+\-@\t\r\n'＝＋－＠]|[.($€£¥]*\d|(?:true|false)$"
+    r"[ \"]*(?:[=+\-@\t\r\n'＝＋－＠]|[.($€£¥]*\d|(?:true|false)$"
     r"|(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?"
-    r"|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)[ ./-]*\d",
+    r"|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)[ ./-]*\d)",
     re.IGNORECASE,
 )
 #: Formulas after what some spreadsheets split a line at; with and without the apostrophe.
 _FORMULA = r"(?=[=+\-@＝＋－＠])"
-_WITHIN = re.compile(rf"([;\t\r\n][ ]*'*){_FORMULA}")
-_WITHIN_ESCAPED = re.compile(rf"([;\t\r\n][ ]*'*)'{_FORMULA}")
+_WITHIN = re.compile(rf"([;\t\r\n][ \"]*'*){_FORMULA}")
+_WITHIN_ESCAPED = re.compile(rf"([;\t\r\n][ \"]*'*)'{_FORMULA}")
 #: Characters of a cell that are read, at most; csv's own limit is 131,072.
 _LONGEST = 2**31 - 1
 

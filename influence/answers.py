@@ -289,11 +289,10 @@ def rows_scored(
         rows = read_examples(source, columns=columns)
         if rows.digest != attributes.get("query_digest"):
             raise MismatchError(f"{source} is not what was scored: give the file of the queries")
-    else:
-        kept = str(attributes.get("queries") or "")
-        place = place_of(kept) if kept else None
-        rows = scored_queries(attributes) if place is not None and place.exists() else None
-    return None if "aggregate" in attributes else rows
+        return None if "aggregate" in attributes else rows
+    kept = str(attributes.get("queries") or "")
+    place = place_of(kept) if kept and "aggregate" not in attributes else None
+    return scored_queries(attributes) if place is not None and place.exists() else None
 
 
 def rows_fitted_on(run: Path, data: DataSource) -> Examples | None:

@@ -36,7 +36,7 @@ from influence.fitted_point import CHECKPOINT_SECONDS
 from influence.gradients import max_rows
 from influence.kernel import COPIES, ROWS_AT_ONCE, WHOLE_ROWS
 from influence.manifest import ROW_BYTES
-from influence.matrix_file import PANEL_BYTES, TILE
+from influence.matrix_file import GPU_TILE, PANEL_BYTES, TILE
 from influence.memory import free_memory
 from influence.path_time import RATIO_ROWS
 from influence.prepared import DISK_BUDGET, Prepared, prepare
@@ -52,7 +52,7 @@ LEAF_FILE_BYTES = 4_000
 #: Passes over n x n numbers, 8 bytes each, that making the rows' similarities takes beside products.
 KERNEL_TOUCHES = 10
 #: Bytes that are held of similarities in files: tiles of float64, and rows of them.
-KERNEL_HELD = 6 * 8 * TILE**2 + 4 * PANEL_BYTES
+KERNEL_TILES, KERNEL_ROWS = 6 * 8, 4 * PANEL_BYTES
 
 
 @dataclass(frozen=True)
@@ -453,6 +453,12 @@ class Work:
         return max(1, int(QUERY_SHARE * free / each))
 
     @property
+    def kernel_held(self) -> int:
+        """Bytes that are held of similarities in files."""
+        tile = TILE if self.prepared.model.device.type == "cpu" else GPU_TILE
+        return KERNEL_TILES * tile**2 + KERNEL_ROWS
+
+    @property
     def decoded_bytes(self) -> int:
         """Bytes of a row that was kept in few of them, as it is multiplied."""
         each = 4 if self.prepared.model.device.type == "cpu" else 2
@@ -475,7 +481,7 @@ class Work:
             columns = min(n, plan.landmarks) or n
             at_once = -(-columns // self.parts(plan, columns))
             at_once = min(at_once, RATIO_ROWS) if self.turned(plan) else at_once
-            held = 8 * columns * n * (plan.points + 1) if n <= WHOLE_ROWS else KERNEL_HELD
+            held = 8 * columns * n * (plan.points + 1) if n <= WHOLE_ROWS else self.kernel_held
             stages.append(self.solving_memory(plan, at_once) + held)
         return s.memory + self.together(max(stages))
 
@@ -525,7 +531,7 @@ class Work:
         at_once = -(-Q // chunks)
         memory = self.solving_memory(plan, at_once) + at_once * width * (plan.store != FEATURES)
         if plan.shares_credit:
-            memory += 8 * n * n * (plan.points + 1) if n <= WHOLE_ROWS else KERNEL_HELD
+            memory += 8 * n * n * (plan.points + 1) if n <= WHOLE_ROWS else self.kernel_held
         return Cost(
             seconds=plan.points * each,
             memory_bytes=s.memory + self.together(memory),

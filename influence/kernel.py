@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import scipy.linalg as sl
@@ -28,7 +28,7 @@ from influence.adapter import AdaptedModel
 from influence.at_point import AtPoint, evenly_spaced, queries_at_once
 from influence.curvature.base import Damped, Invertible, Whitening, inverse_products
 from influence.errors import NumericalError
-from influence.kernel_files import Files, dtype_of, get, put
+from influence.kernel_files import Files, bytes_of, dtype_of, get, layouts, put
 from influence.matrix_file import (
     LowerFile,
     LowerInverse,
@@ -170,10 +170,7 @@ class TiledKernel:
                 put(path, "diagonal", found)
                 factor.flush()
 
-        layout = {
-            "factor": (LowerFile.layout(n), self.values.dtype),
-            "diagonal": ((n,), np.float64),
-        }
+        layout = layouts(n, 0, self.values.dtype)["inverse"]
         path = self.files.made(
             "inverse", layout, lambda path: distributed.at_first(lambda: invert(path)), strength
         )
@@ -245,7 +242,7 @@ class LandmarkKernel:
                 factor.flush()
 
         n, m = self.root.shape
-        layout = {"factor": (LowerFile.layout(m), np.float64), "diagonal": ((n,), np.float64)}
+        layout = layouts(n, m, self.root.dtype)["inverse"]
         path = self.files.made("inverse", layout, invert, strength)
         inner = LowerInverse(LowerFile(path, "factor", m))
         found = LandmarkInverse(self.root, inner, scale, get(path, "diagonal"), strength, self)
@@ -311,7 +308,7 @@ def row_kernel(point: AtPoint, operator: Damped) -> Kernel:
     n, files, landmarks = len(point.run.tokens), Files(point, operator), landmarks_of(point.run)
     if not landmarks and n <= WHOLE_ROWS:
         return _whole(point, operator)
-    layout = _layout(n, landmarks, dtype_of(point))
+    layout = layouts(n, landmarks, dtype_of(point))["kernel"]
     if not landmarks:
 
         def fill(path: Path) -> None:
@@ -360,28 +357,19 @@ def bytes_of_files(n: int, landmarks: int, itemsize: int) -> int:
 
     `itemsize` is that of the model's numbers.
     """
-    size = max(4, itemsize)
-    if landmarks:
-        return n * landmarks * size + 8 * LowerFile.layout(landmarks)[0] + 16 * n
-    if n <= WHOLE_ROWS:
+    if not landmarks and n <= WHOLE_ROWS:
         return 0
-    return 2 * LowerFile.layout(n)[0] * size + 8 * n
+    kind = np.float64 if itemsize > 4 else np.float32
+    return sum(bytes_of(layout) for layout in layouts(n, landmarks, kind).values())
 
 
 def missing_bytes(point: AtPoint, operator: Damped) -> int:
     """Bytes of the files of K and of its inverse that a point does not keep yet."""
     n, files, landmarks = len(point.run.tokens), Files(point, operator), landmarks_of(point.run)
-    needed = bytes_of_files(n, landmarks, point.model.dtype.itemsize)
-    if files.kept("kernel", _layout(n, landmarks, dtype_of(point))):
-        needed = 0 if files.kept("inverse") else needed // 2
-    return needed
-
-
-def _layout(n: int, landmarks: int, kind: type[np.floating]) -> dict[str, Any]:
-    """The datasets of K in a file."""
-    if landmarks:
-        return {"root": ((n, min(n, landmarks)), kind), "rest": ((n,), np.float64)}
-    return {"lower": (LowerFile.layout(n), kind)}
+    if not landmarks and n <= WHOLE_ROWS:
+        return 0
+    every = layouts(n, landmarks, dtype_of(point)).items()
+    return sum(bytes_of(layout) for name, layout in every if not files.kept(name, layout))
 
 
 def _whole(point: AtPoint, operator: Damped) -> WholeKernel:

@@ -6,6 +6,7 @@ no more used.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from influence import distributed
 from influence.at_point import AtPoint
 from influence.curvature.base import Damped
 from influence.errors import StoreError
-from influence.matrix_file import delete_with, lay_out
+from influence.matrix_file import LowerFile, delete_with, lay_out
 from influence.store import RowFile, open_file, read, write_file
 
 
@@ -38,6 +39,29 @@ def get(path: Path, name: str) -> np.ndarray:
     """Read one."""
     with open_file(path) as file:
         return read(file, name)
+
+
+Layout = dict[str, tuple[tuple[int, ...], Any]]
+
+
+def layouts(n: int, landmarks: int, kind: Any) -> dict[str, Layout]:
+    """The datasets of K of n rows, in numbers of a kind, and of its inverse, by the names of their
+    files.
+
+    `landmarks`: how many rows stand for all; 0: none.
+    """
+    own: Layout = {"diagonal": ((n,), np.float64)}
+    if landmarks:
+        m = min(n, landmarks)
+        kernel: Layout = {"root": ((n, m), kind), "rest": ((n,), np.float64)}
+        return {"kernel": kernel, "inverse": {"factor": (LowerFile.layout(m), np.float64), **own}}
+    lower = (LowerFile.layout(n), kind)
+    return {"kernel": {"lower": lower}, "inverse": {"factor": lower, **own}}
+
+
+def bytes_of(layout: Layout) -> int:
+    """What datasets take in a file."""
+    return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in layout.values())
 
 
 @dataclass(frozen=True, eq=False)

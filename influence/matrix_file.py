@@ -95,6 +95,10 @@ class LowerFile(RowFile):
             if len(kept):
                 super().write(np.array([index]), kept[None], column)
 
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `[stop - start, n]`, zero where nothing is stored, copied."""
+        return self.block(slice(start, stop), slice(0, len(self)))
+
     def block(self, rows: slice, columns: slice) -> np.ndarray:
         """A block `[b, c]`, zero where nothing is stored, copied."""
         out = np.zeros((rows.stop - rows.start, columns.stop - columns.start), self.dtype)
@@ -176,7 +180,7 @@ def invert_in_tiles(
         for j, columns in enumerate(every[: i + 1]):
             part = corner
             if j < i:  # of L's row those from j on are still there, and of X all rows above
-                part = torch.zeros_like(made.read(rows, columns))
+                part = torch.zeros(len(corner), columns.stop - columns.start).to(corner)
                 for between in every[j:i]:
                     part -= made.read(rows, between) @ made.read(between, columns)
                 part = corner @ part

@@ -38,7 +38,6 @@ from analysis.cleaning.files import (
 from analysis.cleaning.findings import REASONS, Found
 from analysis.cleaning.memorized import holding, personal, without_personal_answers
 from analysis.cleaning.opposition import (
-    DOUBTFUL,
     STRANGERS,
     Pull,
     doubtful,
@@ -46,6 +45,7 @@ from analysis.cleaning.opposition import (
     kin,
     mates,
     pulls,
+    telling,
 )
 from analysis.cleaning.outliers import NEIGHBOURS, outliers
 from analysis.cleaning.repeats import contradictions, duplicates, repeats
@@ -191,9 +191,9 @@ def clean(
     except InputError as error:
         left_out["label"], pull = str(error), None
     if pull is not None:
-        against = pull.against
+        against = telling(pull, compared)
         found["label"] = doubtful(pull, compared, texts, ids)
-    found["contradiction"] = contradictions(twice, texts, ids, against, DOUBTFUL)
+    found["contradiction"] = contradictions(twice, texts, ids, against)
 
     if good is None:
         left_out["harms"] = "no good rows were given (--queries FILE)"

@@ -202,19 +202,33 @@ def pulls(credit: Credit, counts: np.ndarray, compared: Sequence[np.ndarray]) ->
     return Pull(against, gains, opposed, shares)
 
 
-def unusual(scores: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """How far the shares `scores` [n] are above what is usual in the run: a modified z-score, `[n]`.
+#: Rows whose shares tell what is usual, at least: one of fewer cannot stand out by 3.5.
+BULK = 5
+
+
+def unusual(scores: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far the shares `scores` [n] are above what is usual in the run: a modified z-score, `[n]`;
+    and how many rows told what is usual, `[n]`.
 
     `sizes` [n]: how many others each share is of; of none nothing is unusual. Most rows are right, so
     that their shares say how large one gets by chance (an empirical null: Efron 2004, "Large-scale
     simultaneous hypothesis testing"). A share of few effects varies more than one of many: the bulk
     of a row are those that are compared with half to twice as many others.
     """
-    found = np.zeros(len(scores))
+    found, counts = np.zeros(len(scores)), np.zeros(len(scores), dtype=np.int64)
     for size in np.unique(sizes[sizes > 0]):
         rows, alike = sizes == size, (sizes >= size / 2) & (sizes <= 2 * size)
         found[rows] = modified_z(scores[rows], scores[alike])
-    return found
+        counts[rows] = alike.sum()
+    return found, counts
+
+
+def telling(pull: Pull, compared: Sequence[np.ndarray]) -> np.ndarray:
+    """The shares of the pull that are against a row's own kind where they are at least `DOUBTFUL` and
+    unusual, else 0, `[n]`.
+    """
+    above, _ = unusual(pull.against, np.array([len(others) for others in compared]))
+    return np.where((above > FAR) & (pull.against >= DOUBTFUL), pull.against, 0.0)
 
 
 def doubtful(
@@ -227,7 +241,7 @@ def doubtful(
     """
     sizes = np.array([len(others) for others in compared])
     scores = np.where(sizes > 0, pull.against, -np.inf)
-    above = unusual(scores, sizes)
+    above, told = unusual(scores, sizes)
     rows = np.flatnonzero(scores >= DOUBTFUL)
     agreed = _agreed(pull, rows, texts)
     findings = []
@@ -240,7 +254,11 @@ def doubtful(
         )
         if better is not None:
             evidence += f", which answers as {ids[pull.opposed[row][1]]!r} does"
-        if above[row] <= FAR:
+        if told[row] < BULK:
+            evidence += (
+                f"; nothing is suggested, as {told[row]} rows do not tell what is usual here"
+            )
+        elif above[row] <= FAR:
             evidence += f"; that is usual here (z {above[row]:.1f}), so nothing is suggested"
         elif better is None:
             suggested = REMOVE

@@ -114,14 +114,13 @@ def contradictions(
     texts: Sequence[Said],
     ids: Sequence[str],
     against: np.ndarray,
-    least: float,
 ) -> Found:
     """Rows that answer otherwise than another row that asks the same, both of them.
 
     Score: the questions' cosine times what the answers do not share, 1 less their cosine; -inf of a
     row that no other contradicts. `ids` [n] are the rows' names. Where most rows that ask the
     same give one answer, it is suggested to the others. Else the one is suggested for removal whose
-    pull `against` [n] its own group is larger, and at least `least`.
+    share of the pull `against` [n] its own group is larger, which is 0 where it is none to speak of.
     """
     scores, other = np.full(len(ids), -np.inf), {}
     asks_same: dict[int, set[int]] = defaultdict(set)
@@ -146,7 +145,7 @@ def contradictions(
             times = 1 + len(says_same[better])
             evidence += f"; {times} rows that ask the same answer as {ids[better]!r}"
             suggested, answer, opposite = RELABEL, texts[better].answer, better
-        elif not says_same[row] and against[row] >= max(least, against[opposite]):
+        elif not says_same[row] and against[row] > against[opposite]:
             evidence += f"; it pulls against its own group ({against[row]:.0%}), that one less"
             suggested = REMOVE
         findings.append(

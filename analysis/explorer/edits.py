@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from analysis.explorer.blocks import Block, axis, column, finite, table, text
 from influence.errors import StoreError
 from unlearn.record.edit_record import RECORD, EditRecord
 from unlearn.record.plain import parse_object, read_plain
+
+if TYPE_CHECKING:
+    from unlearn.record.folder import Verification
 
 NATS = "nats per token"
 #: Rows of an edit that are shown one by one, and edits whose rows are.
@@ -87,15 +91,11 @@ def blocks(directory: Path) -> list[Block]:
     if not chain.lines:
         return found
     entries = [(place, entry, record_of(entry)) for place, entry in chain.lines]
-    rows = []
-    for place, entry, record in entries:
-        state = "verified" if not chain.problems else "its files hold, the record of edits does not"
-        if place in verified.replaced:
-            state = f"replaced by no. {verified.replaced[place]}"
-        elif place in verified.damaged:
-            gone = not Path(entry["edit"]).is_dir()
-            state = "its files are gone" if gone else "NOT verified"
-        rows.append(_line(entry, record, state))
+    numbers = {place: entry["number"] for place, entry in chain.lines}
+    rows = [
+        _line(entry, record, _state(place, entry, numbers, verified))
+        for place, entry, record in entries
+    ]
     found.append(table("Edits and trainings", _OVERVIEW, rows))
     known = [(entry, record) for _, entry, record in entries if record is not None]
     trade = [point for pair in known if (point := _trade(*pair)) is not None]
@@ -118,6 +118,20 @@ def record_of(entry: dict[str, Any]) -> EditRecord | None:
         return EditRecord.salvaged(parse_object(data))
     except (OSError, ValueError, RecursionError, StoreError):
         return None
+
+
+def _state(
+    place: int, entry: dict[str, Any], numbers: dict[int, int], verified: Verification
+) -> str:
+    """What the verification says of a line; `numbers` are those of all lines, by their place."""
+    if place in verified.damaged:
+        # a folder that cannot be reached is gone too
+        return "NOT verified" if os.path.isdir(entry["edit"]) else "its files are gone"
+    later = verified.replaced.get(place)
+    if verified.of_record:
+        held = "its files hold" if later is None else "replaced later"
+        return f"{held}, the record of edits does not hold"
+    return "verified" if later is None else f"replaced by no. {numbers[later]}"
 
 
 def _line(entry: dict[str, Any], record: EditRecord | None, state: str) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import random
 
 import pytest
 
@@ -14,6 +15,21 @@ from influence.errors import InputError
 def test_what_a_spreadsheet_would_change_has_an_apostrophe(text):
     assert escaped(text) == f"'{text}"
     assert unescaped(escaped(text)) == text
+
+
+def test_no_program_that_splits_at_semicolons_finds_a_formula(tmp_path):
+    """Whatever stands before it; and the text comes back as it was."""
+    rng, pieces = random.Random(0), [";", '"', "'", " ", "=", "+1", "@", "\n", "a", ","]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 8))) for _ in range(20_000)]
+    texts += ["a;\"=cmd|' /C calc'!A0;b", " =1+1", '"=1', '; "=1']
+    for text in texts:
+        assert unescaped(escaped(text)) == text
+    path = tmp_path / "t.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([text_cell] for text_cell in map(escaped, texts))
+    with path.open(newline="") as file:
+        cells = [cell for row in csv.reader(file, delimiter=";") for cell in row]
+    assert [cell for cell in cells if cell.strip(' "')[:1] in tuple("=+-@")] == []
 
 
 def test_words_are_left_as_they_are():

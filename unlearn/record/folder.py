@@ -57,6 +57,8 @@ class Verification:
     ----------
     checked, problems, notes : list of str
         One sentence each.
+    of_record : list of str
+        Those of the problems that are of the record itself, whatever lies in its directories.
     damaged : set of int
         Lines of the chain, from 1, whose adapter directory is not as it was recorded.
     replaced : mapping of int to int
@@ -66,6 +68,7 @@ class Verification:
     checked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    of_record: list[str] = field(default_factory=list)
     damaged: set[int] = field(default_factory=set)
     replaced: dict[int, int] = field(default_factory=dict)
 

@@ -52,7 +52,7 @@ def verify(
         raise InputError(
             "nothing was given to verify: give a run (--run), an edited adapter (--adapter) or both"
         )
-    parts = (result.checked, result.problems, result.notes)
+    parts = (result.checked, result.problems, result.notes, result.of_record)
     sentences = ([printable(text).replace("\n", " ") for text in part] for part in parts)
     return Verification(*sentences, damaged=result.damaged, replaced=result.replaced)
 
@@ -72,6 +72,7 @@ def render(verification: Verification) -> str:
 def _verify_run(result: Verification, run_directory: Path, apply: bool) -> None:
     """Check the chain, and the directory of every line that no later one replaced."""
     chain = _checked_chain(result, run_directory)
+    result.of_record.extend(result.problems)
     if chain is None:
         return
     if not chain.lines and not chain.problems and chain.torn is None:

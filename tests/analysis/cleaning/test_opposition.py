@@ -17,6 +17,7 @@ from analysis.cleaning.opposition import (
     mates,
     pulls,
     share_against,
+    telling,
     unusual,
 )
 from analysis.cleaning.texts import Nearest, Said, said
@@ -229,10 +230,33 @@ def test_what_is_usual_is_so_among_as_many_others():
     few, many = rng.uniform(0, 1, 100), rng.uniform(0, 0.05, 1_000)
     scores = np.concatenate([few, many, [0.9, 0.9, -np.inf]])
     sizes = np.repeat([3, 50, 3, 40, 0], [100, 1_000, 1, 1, 1])
-    found = unusual(scores, sizes)
+    found, told = unusual(scores, sizes)
     assert found[:100].max() < 3.5
     assert found[-3] < 3.5 < found[-2]
     assert found[-1] == 0
+    assert told.tolist() == [101] * 100 + [1_001] * 1_000 + [101, 1_001, 0]
+    pull = Pull(np.where(sizes > 0, scores, 0), np.zeros(1_103), [], [])
+    shares = telling(pull, [np.arange(size) for size in sizes])
+    assert np.flatnonzero(shares).tolist() == [1_101]
+    assert shares[1_101] == 0.9
+
+
+def test_of_four_rows_nothing_is_usual():
+    """The largest share beside zeros is far from them, and tells nothing all the same."""
+    for others, suggested in ((3, ""), (4, "remove")):
+        pull = Pull(
+            np.array([0.95, *[0.0] * others]),
+            np.zeros(others + 1),
+            [[1]] + [[]] * others,
+            [[0.95]] + [[]] * others,
+        )
+        compared = [np.array([1, 2])] * (others + 1)
+        texts = [Said(f"q{row}", f"a{row}") for row in range(others + 1)]
+        (found,) = doubtful(
+            pull, compared, texts, [f"r{row}" for row in range(others + 1)]
+        ).findings
+        assert found.suggested == suggested
+        assert ("do not tell what is usual" in found.evidence) == (suggested == "")
 
 
 def test_rows_without_mates_are_not_in_doubt():

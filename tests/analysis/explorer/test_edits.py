@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -111,6 +112,40 @@ def test_a_replaced_folder_shows_nothing_of_the_edit_that_replaced_it(place):  #
     assert [block["title"] for block in more] == ["Edit 2: remove, re-linearised. Its rows"]
 
 
+def test_nothing_is_verified_where_the_run_says_something_else_of_its_adapter(edited):
+    """Every line and folder is as it was; the manifest names another adapter as the newest."""
+    path = edited.run / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["now"]["adapter"]["path"] += "-elsewhere"
+    path.write_text(json.dumps(manifest))
+    said, *_ = blocks(edited)
+    assert said["tone"] == "bad"
+    assert states(edited) == ["its files hold, the record of edits does not hold"] * 2
+
+
+def test_a_later_edit_is_named_by_its_number(place):  # noqa: F811
+    """Where the first line is gone it is not the place of its line; and no state vouches for it."""
+    save(place, "first", 1)
+    save(place, "one", 2)
+    save(place, "one", 3)
+    assert states(place) == ["verified", "replaced by no. 3", "verified"]
+    lines = (place.run / "audit.jsonl").read_text().splitlines(keepends=True)
+    (place.run / "audit.jsonl").write_text("".join(lines[1:]))
+    assert all("the record of edits does not hold" in each for each in states(place))
+
+
+def test_a_folder_that_cannot_be_reached_is_gone(edited, monkeypatch):
+    real = os.stat
+
+    def stat(path, **options):
+        if str(path) == str(edited.root / "two"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert states(edited) == ["verified", "its files are gone"]
+
+
 def test_a_record_that_was_changed_shows_no_figure(edited):
     path = edited.root / "two" / "edit.json"
     path.write_text(path.read_text().replace("2.5", "9.5"))
@@ -129,7 +164,7 @@ def test_no_line_of_a_broken_chain_is_called_verified(edited):
     (edited.run / "audit.jsonl").write_bytes(lines[0])
     said, table, *_ = blocks(edited)
     assert (said["tone"], len(table["rows"])) == ("bad", 1)
-    assert states(edited) == ["its files hold, the record of edits does not"]
+    assert states(edited) == ["its files hold, the record of edits does not hold"]
 
 
 @pytest.mark.parametrize("left", [b"", b'{"number": 1'])
