@@ -6,7 +6,7 @@ Each case runs in a process of its own, on random weights and rows, and its reco
 killed call goes on. Time is that of the processor, summed over threads and processes, so that other
 work on the machine counts little (`wall` is beside it); memory is the most that the process held
 beyond what it held before the fit; disk is what the run directory takes. The slope is that of the
-logarithms, between the first and the last case of a line.
+logarithms, between the second and the last case of a line.
 
     rows         with rows kept in few bytes (`--store features`), the curvature of 512 of them, and
                  credit that rows share

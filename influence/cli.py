@@ -112,7 +112,8 @@ class FitSettings(
         default="auto",
     )
     disk_budget: float = option(
-        "Most gigabytes of gradients or features that --store auto keeps.",
+        "Most gigabytes of gradients or features that --store auto keeps, and as many again of the "
+        "similarities of more than 20,000 rows.",
         default=50.0,
         also=["--disk"],
     )

@@ -28,6 +28,7 @@ from influence.gradient_check import measure_precision, precision_note
 from influence.growing import Growth, grow, say_growth
 from influence.grown_point import GrownFit
 from influence.kept import keep_adapter, keep_recipe, keep_rows
+from influence.kernel import EXACT_ROWS, WHOLE_ROWS
 from influence.logged_loss import check_losses
 from influence.manifest import (
     ROW_BYTES,
@@ -36,6 +37,7 @@ from influence.manifest import (
     begun_manifest,
     write_manifest,
 )
+from influence.matrix_file import directory_for
 from influence.memory import bounded
 from influence.optimizer_state import OptimizerState
 from influence.path import Point
@@ -124,7 +126,8 @@ def fit(
         Store the rows' gradients: `full` (n x P floats a point); as `features`, at most
         `row_bytes` a row and point (`influence.features`), from which scores of the fit's own setting come without a
         training pass too; `none`: every scoring is a pass. `auto`: the first of them that takes at
-        most `disk_budget` bytes.
+        most `disk_budget` bytes; similarities of more than 20,000 rows are exact where they take no
+        more than as much again (`influence.kernel`).
     seed
         Keys the sampled labels.
     trainer_output
@@ -315,6 +318,7 @@ def fit_points(
     kind, wanted = plan.store, plan.gradient_bytes
     left = disk_budget - point_bytes * (len(places) - 1) if kind == FULL else disk_budget
     distributed.at_first(lambda: _refuse_small_disk(run, kind, wanted))
+    distributed.at_first(lambda: _say_small_disk(run, plan))
     for number, place in enumerate(places):
         fitted = distributed.at_first(lambda number=number: _fitted(run, number, kind))
         if fitted and kind != FEATURES:
@@ -371,6 +375,21 @@ def _fitted(run: Run, number: int, kind: str) -> bool:
                 pass
     complete = all(path.exists() for path in paths)
     return complete and (kind != FULL or bool(open_rows(paths[1], "done").all()))
+
+
+def _say_small_disk(run: Run, plan: FitPlan) -> None:
+    """Say before the work where the rows' similarities will have no room beside what is kept of
+    them.
+    """
+    needed = plan.kernel_bytes if plan.rows > WHOLE_ROWS else 0
+    if not needed or directory_for(run.directory, needed + plan.gradient_bytes) is not None:
+        return
+    fewer = "" if plan.landmarks or plan.rows <= EXACT_ROWS else ", or give a smaller --disk"
+    say(
+        f"note: the similarities of the rows need {needed / 1e9:.1f} GB beside what is kept of them, "
+        f"and {shutil.disk_usage(run.directory).free / 1e9:.1f} GB are free in {run.directory}: credit "
+        f"will be additive; free some space{fewer}"
+    )
 
 
 def _refuse_small_disk(run: Run, kind: str, needed: int) -> None:

@@ -19,6 +19,7 @@ from influence.damping import Damping
 from influence.errors import InputError
 from influence.fit_plan import AUTO, FEATURES, FULL, STORE
 from influence.geometry import GEOMETRIES
+from influence.kernel import EXACT_ROWS
 from influence.loss import check_rows
 from influence.manifest import (
     AS_BEFORE,
@@ -99,7 +100,7 @@ def prepare(
         raise InputError(f"token budget {token_budget} was given; expected at least 1")
     store = STORE_BEFORE.get(store, store)
     output = None if trainer_output is None else TrainerOutput.find(trainer_output)
-    say_idle(geometry, damping, optimizer, store, disk_budget)
+    say_idle(geometry, damping, optimizer, store, disk_budget, len(train))
     if output is not None:
         if max_length is None and supervise is None:
             max_length, supervise = output.rendering(train)
@@ -252,11 +253,13 @@ def say_idle(
     optimizer: str | Path | None,
     store: str,
     disk_budget: float,
+    rows: int,
 ) -> None:
     """Say of options that were given and change nothing as they were given."""
     if optimizer is not None and geometry != "adam" and damping != "time":
         say(f"note: --optimizer {IDLE} without --geometry adam or --damping time")
-    if store not in (AUTO, FEATURES) and disk_budget != DISK_BUDGET:
+    idle = store not in (AUTO, FEATURES) and rows <= EXACT_ROWS  # else it bounds similarities too
+    if idle and disk_budget != DISK_BUDGET:
         say(f"note: --disk-budget {IDLE} with --store {store}, only with auto")
 
 

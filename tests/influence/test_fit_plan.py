@@ -8,6 +8,7 @@ import pytest
 
 import influence.curvature.kfac as kfac_module
 from influence import fit_plan, path_time
+from influence import kernel as kernel_module
 from influence.adapter import ParamSpace
 from influence.at_point import AtPoint
 from influence.errors import InputError
@@ -70,6 +71,22 @@ def test_passes_and_bytes_are_those_of_the_fit(tmp_path, monkeypatch, kind, opti
     passing = max((s for name, s in sizes.items() if name == "rows.h5"), default=0)
     if not plan.keeps_rows:
         assert 0 <= passing - plan.passing_bytes <= 10_000
+
+
+@pytest.mark.parametrize(("disk_budget", "landmarks"), [(10_000, 0), (3_000, 4)])
+def test_the_plan_and_the_run_agree_on_landmarks(tmp_path, monkeypatch, disk_budget, landmarks):
+    """A pass over the rows takes more than n^3; their files are larger than the smaller budget."""
+    monkeypatch.setattr(kernel_module, "WHOLE_ROWS", 3)
+    monkeypatch.setattr(kernel_module, "EXACT_ROWS", 3)
+    monkeypatch.setattr(kernel_module, "LANDMARKS", 4)
+    monkeypatch.setattr(fit_plan, "WHOLE_ROWS", 3)
+    options = {"disk_budget": disk_budget}
+    run = fit(tmp_path / "run", "ekfac, two points", **options)
+    plan = plan_of("ekfac, two points", **options)
+    assert plan.landmarks == kernel_module.landmarks_of(run) == landmarks
+    files = sum(path.stat().st_size for path in run.directory.glob("kernel*.h5"))
+    files += sum(path.stat().st_size for path in run.directory.glob("inverse*.h5"))
+    assert 0 < files - plan.kernel_bytes <= 4 * 10_000
 
 
 @pytest.mark.parametrize("kind", KINDS)

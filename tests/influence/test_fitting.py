@@ -162,6 +162,24 @@ def test_a_disk_that_is_too_small_is_told_before_the_pass(tmp_path, monkeypatch)
     fit(tmp_path / "full")  # goes on once there is room
 
 
+def test_too_little_disk_for_similarities_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+    """Where landmarks would take less, the option that gives them is named."""
+    for module in ("fitting", "kernel", "fit_plan"):
+        monkeypatch.setattr(f"influence.{module}.WHOLE_ROWS", 3)
+    monkeypatch.setattr("influence.fitting.directory_for", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("influence.fitting.PointFit", None)  # no point is begun
+        with pytest.raises(TypeError):
+            fit(tmp_path / "few")
+    said = capsys.readouterr().err
+    assert "note: the similarities of the rows need 0.0 GB beside what is kept of them" in said
+    assert "credit will be additive; free some space\n" in said
+    for module in ("fitting", "kernel"):
+        monkeypatch.setattr(f"influence.{module}.EXACT_ROWS", 3)
+    fit(tmp_path / "many")
+    assert "free some space, or give a smaller --disk\n" in capsys.readouterr().err
+
+
 def test_the_disk_budget_decides_what_auto_stores(tmp_path):
     stored, streamed = (fit(tmp_path / str(b), store="auto", disk_budget=b) for b in (1e9, 10.0))
     assert (stored.gradients_stored, streamed.gradients_stored) == (True, False)

@@ -87,12 +87,13 @@ def test_what_a_run_is_told_by_has_later_options_only_where_they_were_given():
         ({"disk_budget": 1, "store": "full"}, "--disk-budget changes nothing with --store full"),
         ({"disk_budget": 1, "store": "none"}, "--disk-budget changes nothing with --store none"),
         ({"disk_budget": 1, "store": "features"}, ""),
+        ({"disk_budget": 1, "store": "full", "rows": 20_001}, ""),
         ({"disk_budget": 1}, ""),
     ],
 )
 def test_an_option_that_changes_nothing_is_told(capsys, changes, words):
     options = {"geometry": "raw", "damping": "mean:0.1", "optimizer": None, "store": "auto"}
-    say_idle(**({**options, "disk_budget": DISK_BUDGET} | changes))
+    say_idle(**({**options, "disk_budget": DISK_BUDGET, "rows": 20_000} | changes))
     said = capsys.readouterr().err
     assert words in said
     assert bool(said) == bool(words)
