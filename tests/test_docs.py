@@ -38,7 +38,16 @@ TEXTS = [
 PACKAGES = ("influence", "unlearn", "analysis")
 
 #: Pages whose commands take longest: followed after the default suite.
-LONG = {"edits.md", "difficulty.md", "faithfulness.md", "compare-methods.md", "cleaning.md"}
+LONG = {
+    "choosing.md",
+    "cleaning.md",
+    "compare-methods.md",
+    "difficulty.md",
+    "edits.md",
+    "faithfulness.md",
+    "methods.md",
+    "scores.md",
+}
 #: Commands that are not executed, by how they begin, and why.
 SKIPPED = {
     "make demo": "trains a base model for minutes; tests/analysis/demo runs it smaller",

@@ -58,7 +58,7 @@ def scored(model, folder, **options):
         ("llama", {"store": "always", "geometry": "function"}),
         ("llama", {"store": "never", "curvature": SKETCHED, "geometry": "adam"}),
         ("llama", {"store": "never", "curvature": Fisher()}),
-        ("experts", {"store": "never"}),
+        pytest.param("experts", {"store": "never"}, marks=pytest.mark.slow),
     ],
     ids=["stored", "sketched", "fisher", "experts"],
 )

@@ -132,6 +132,7 @@ def test_the_setting_that_is_the_truth_is_chosen_kept_and_obeyed(run, wanted):
     assert (only["curvature"], only["damping"]) == (best["curvature"], "mean:10")
 
 
+@pytest.mark.slow
 def test_queries_in_chunks_give_the_same_table(run, monkeypatch):
     queries = examples(5, seed=9)
     truth = linear_truth(run, queries)

@@ -133,6 +133,7 @@ def test_a_scaled_copy_is_the_point_of_the_path(bed):
 # ---- the parts, on the toy -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lds_and_retrieval_share_the_scores_of_every_method(bed, monkeypatch):
     found = benchmark.lds_part(bed, ARGS)
     names = ["ours", "ours, additive", "ours, additive, at 1.0", "ours and BM25", "gradient dot"]
@@ -190,6 +191,7 @@ def test_a_removal_that_was_measured_is_not_measured_again(bed, monkeypatch):
     assert benchmark.removal_part(bed, ARGS) == found
 
 
+@pytest.mark.slow
 def test_difficulty_is_forecast_and_measured(bed):
     found = benchmark.difficulty_part(bed, ARGS)
     assert found["rows"] == 4

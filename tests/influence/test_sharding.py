@@ -154,7 +154,8 @@ def held_bytes() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
 def test_each_process_holds_its_part_of_the_layers(folder, tmp_path, monkeypatch, count):
     whole = loaded(folder)
     own = {id(parameter) for parameter in whole.parameters}

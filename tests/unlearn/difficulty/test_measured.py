@@ -163,7 +163,9 @@ def test_without_heldout_rows_there_is_no_heldout_damage(run, tmp_path):
         assert np.isfinite(result.damage).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_half_precision_adapters_move_at_the_default_rate(tmp_path, dtype):
     """Steps of 1e-4 are lost in the parameters' own type.
 

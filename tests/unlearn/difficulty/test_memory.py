@@ -78,6 +78,7 @@ def test_several_at_a_time_hold_no_more_than_their_budget(large, vector):
     assert units.sample_gradients.in_memory
 
 
+@pytest.mark.slow
 def test_the_budget_changes_no_result(large, vector):
     options = {"sample_rows": SAMPLED}
     many = predict(large, protocol=ADAM, **options, memory=1000 * vector)
