@@ -553,6 +553,7 @@ def _explore(options: Report, run: Path) -> None:
     """Write the page on a run."""
     from analysis.explorer.data import gather
     from analysis.explorer.page import write
+    from analysis.explorer.sections import SECTIONS
     from analysis.page_file import checked_page
 
     checked_page(options.out, options.overwrite)
@@ -560,7 +561,8 @@ def _explore(options: Report, run: Path) -> None:
     explored = gather(run, **keywords(ExploredOptions, options))
     page = write(explored, options.out, detail=options.detail, overwrite=options.overwrite)
     result = {"out": str(page.path), "bytes": page.size, "sections": list(page.sections)}
-    text = f"{page.path}: {page.size / 1e6:.1f} MB; {', '.join(page.sections)}"
+    titles = ", ".join(SECTIONS[name].title for name in page.sections)
+    text = f"{page.path}: {page.size / 1e6:.1f} MB; {titles}"
     console.emit(result, text, options.json)
 
 

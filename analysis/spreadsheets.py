@@ -21,10 +21,14 @@ from influence.messages import listed
 
 #: What a spreadsheet takes for a formula, a number, an amount, a date or a truth value; and the
 #: apostrophe.
+_MONTH = (
+    "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?"
+    "|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?"
+)
 _TAKEN = re.compile(
-    r"[ \"]*(?:[=+\-@\t\r\n'＝＋－＠]|[.($€£¥]*\d|(?:true|false)$"
-    r"|(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?"
-    r"|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)[ ./-]*\d)",
+    r"[ \"]*(?:[=+\-@\t\r\n'＝＋－＠]|[.($€£¥]*\d[\d\s.,:/()$€£¥%+\-]*(?:e[+\-]?\d+)?(?:[ap]\.?m\.?)?[\s)%$€£¥]*$|(?:true|false)$"
+    rf"|\d{{1,2}}[\s./-]*(?:{_MONTH})"
+    rf"|(?:{_MONTH})[ ./-]*\d)",
     re.IGNORECASE,
 )
 #: Formulas after what some spreadsheets split a line at; with and without the apostrophe.

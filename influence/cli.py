@@ -347,7 +347,7 @@ def score(options: Score) -> None:
     text = (
         f"{out}: scores [{len(scores.query_ids)} queries, {kept}]; "
         f"{describe(scores.attributes)}; worst residual {worst:.1e}; {explained} of {seen} query "
-        f"tokens explained; {seconds:.1f} s"
+        f"tokens supervised; {seconds:.1f} s"
     )
     result = {
         "out": str(out),

@@ -82,7 +82,7 @@ def enforce(device: torch.device) -> None:
     if (held := held_memory(device)) >= limit:
         raise InputError(
             f"memory {limit / 1e9:g} GB was given, and the process with its model takes "
-            f"{held / 1e9:.2f} GB of {device}: give more, or load the base in fewer bits (--dtype "
+            f"{held / 1e9:.2f} GB of memory ({device}): give more, or load the base in fewer bits (--dtype "
             "bfloat16, --load-in-4bit)"
         )
     if device.type == "cuda":

@@ -327,7 +327,9 @@ def _check_options(
     if row_bytes < 64:
         raise InputError(f"row bytes {row_bytes} was given; expected at least 64")
     if not disk_budget >= 0:
-        raise InputError(f"disk budget {disk_budget} was given; expected 0 or more")
+        raise InputError(
+            f"disk budget {disk_budget / 1e9:g} GB was given (--disk); expected 0 or more"
+        )
 
 
 def _training_time(damping: str | Damping, state: OptimizerState | None) -> Damping:

@@ -144,8 +144,8 @@ def chosen_rows(train: Examples, ids: Sequence[str], group: str | None) -> np.nd
     if unknown:
         shown = ", ".join(unknown[:5])
         raise InputError(
-            f"{len(unknown)} ids were given that are no training rows' ({shown}): give ids of the "
-            "rows that the run was fitted on"
+            f"ids were given of which {len(unknown)} are no training row's ({shown}): give ids of "
+            "the rows that the run was fitted on"
         )
     in_group = [group is not None and row.group == group for row in train]
     if group is not None and not any(in_group):

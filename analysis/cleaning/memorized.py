@@ -64,8 +64,8 @@ def personal(
         known = bool(losses[row] <= MEMORIZED * base[row])
         evidence = (
             f"{shown}: {' '.join(match.masked for match in found[:5])}; "
-            f"{'memorized' if known else 'not memorized'}: loss {losses[row]:.2f}, under the base "
-            f"{base[row]:.2f} nats a token, {right[row]:.0%} of its tokens are put first"
+            f"{'memorized' if known else 'not memorized'}: loss {losses[row]:.2f}, "
+            f"{base[row]:.2f} with the base alone, nats a token; {right[row]:.0%} of its tokens are put first"
         )
         findings.append(
             Finding(row, "personal", scores[row], evidence, suggested=REMOVE if known else "")

@@ -27,7 +27,8 @@ def table(result: Cleaning) -> Table:
     made.add_column("reason", no_wrap=True)
     made.add_column("row", overflow="fold", max_width=ID)
     made.add_column("score", justify="right", no_wrap=True)
-    made.add_column("gain", justify="right", no_wrap=True)
+    made.add_column("gain, nats a token", justify="right")
+    made.add_column("suggested", no_wrap=True)
     made.add_column("what was seen", overflow="fold")
     ids = result.run.train.ids
     for found in result.found.values():
@@ -35,8 +36,9 @@ def table(result: Cleaning) -> Table:
             made.add_row(
                 Text(found.reason),
                 Text(one_line(ids[each.row], ID)),
-                f"{each.score:.2f}",
-                "" if each.gain is None else f"{each.gain:.4f}",
+                f"{each.score:.3g}",
+                "" if each.gain is None else f"{each.gain:.2g}",
+                each.suggested,
                 Text(one_line(each.evidence, 200)),
             )
     return made
@@ -48,7 +50,8 @@ def lines(result: Cleaning, out: Path) -> list[str]:
     said = []
     for reason, part in summary["reasons"].items():
         of = f" of {part['found']}" if part["found"] > part["listed"] else ""
-        said.append(f"{reason}: {part['listed']}{of} rows ({part['rule']})")
+        shown = f", the first {SHOWN} above" if part["listed"] > SHOWN else ""
+        said.append(f"{reason}: {part['listed']}{of} rows{shown} ({part['rule']})")
     said += [f"{reason} is left out: {why}" for reason, why in result.left_out.items()]
     for name, part in summary["predicted"].items():
         if part["gain"] is not None:

@@ -30,10 +30,12 @@ def unlearnt(
             reasons.append("its answer is empty")
         if cut[row]:
             reasons.append("its answer is truncated")
-        if share >= LEFT:
+        if share > 1:
+            reasons.append("its loss is larger than the base's")
+        elif share >= LEFT:
             reasons.append("nearly nothing was learnt")
         if reasons:
-            loss = f"loss {losses[row]:.2f}, under the base {base[row]:.2f} nats a token"
+            loss = f"loss {losses[row]:.2f}, {base[row]:.2f} with the base alone, nats a token"
             evidence = f"{', '.join(reasons)}: {loss}"
             findings.append(Finding(row, "unlearnt", float(share), evidence))
     rule = f"at least {LEFT:.0%} of the base's loss is left, or the answer is empty or truncated"

@@ -105,7 +105,7 @@ def _scores(explored: Explored) -> tuple[dict[str, Any], dict[str, str], str]:
     values = np.ascontiguousarray(table.matrix(), "<f4")
     if count <= EXACT:
         form = {"name": "float32", "kept": None}
-        return form, {"scores": packed(values.tobytes())}, "Scores are shown to 5 digits."
+        return form, {"scores": packed(values.tobytes())}, "Scores are kept to 5 digits."
     codes, largest = as_bytes(values)
     rows, scores = _strongest(explored, STRONGEST)
     form = {

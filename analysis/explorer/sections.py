@@ -77,6 +77,12 @@ def in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isascii() and part.isdigit() else -1, part) for part in parts]
 
 
+NO_VERDICT = (
+    "Rows to look at, no verdict. A gain is a forecast that is not to be relied on, and all rows that are "
+    "suggested may cost more together than they gain: analysis clean --apply measures."
+)
+
+
 def cleaning(explored: Explored) -> list[Block]:
     """The list of rows to look at, which can be ticked."""
     listed = explored.cleaning or ()
@@ -111,7 +117,7 @@ def cleaning(explored: Explored) -> list[Block]:
     found["reasons"] = reasons
     counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
     unknown = sum(index < 0 for index in found["index"])
-    said = [text(f"{len(listed):,} entries: {counted}.")]
+    said = [text(f"{len(listed):,} entries: {counted}. {NO_VERDICT}")]
     if unknown:
         said.append(text(f"{unknown:,} of them name rows that this run does not have.", "warn"))
     return [*said, found]
@@ -280,7 +286,8 @@ SECTIONS: Mapping[str, Section] = {
         "Rows to look at",
         lambda e: e.cleaning is not None,
         cleaning,
-        "No cleaning list. Make one with: analysis clean --run RUN --out DIR; then --cleaning DIR",
+        "No cleaning list. Make one with analysis clean --run RUN --queries GOOD --out DIR, and show it "
+        "with analysis report --cleaning DIR",
     ),
     "map": Section(
         "Remembered and hard rows",

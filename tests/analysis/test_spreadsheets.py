@@ -11,7 +11,24 @@ from analysis.spreadsheets import escaped, read_table, unescaped
 from influence.errors import InputError
 
 
-@pytest.mark.parametrize("text", ["007", "MAR1", "sep-2", "$5", "(3)", "true", "€1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "007",
+        "MAR1",
+        "sep-2",
+        "$5",
+        "(3)",
+        "true",
+        "€1",
+        "1e5",
+        "75 %",
+        "1/2",
+        "2 May",
+        "3:30 pm",
+        " 5",
+    ],
+)
 def test_what_a_spreadsheet_would_change_has_an_apostrophe(text):
     assert escaped(text) == f"'{text}"
     assert unescaped(escaped(text)) == text
@@ -33,7 +50,19 @@ def test_no_program_that_splits_at_semicolons_finds_a_formula(tmp_path):
 
 
 def test_words_are_left_as_they_are():
-    for text in ("plain 7", "marble 7", "decade", "mayor", "a;b", "a; b-c", "(see)"):
+    for text in (
+        "plain 7",
+        "marble 7",
+        "decade",
+        "mayor",
+        "a;b",
+        "a; b-c",
+        "(see)",
+        "75% of it",
+        "7 dogs",
+        "3 pm or so",
+        "12 monkeys",
+    ):
         assert escaped(text) == text
 
 

@@ -61,7 +61,9 @@ def test_a_bound_below_what_the_model_takes_is_refused(monkeypatch):
         enforce(CPU)
     with (
         bounded(memory=0.3),
-        pytest.raises(InputError, match=r"memory 0.3 GB was given, .* takes 0.30 GB of cpu"),
+        pytest.raises(
+            InputError, match=r"memory 0.3 GB was given, .* takes 0.30 GB of memory .cpu."
+        ),
     ):
         enforce(CPU)
 

@@ -46,7 +46,7 @@ def test_wrong_arguments_leave_no_directory(tmp_path):
         ),
         ({"token_budget": 0}, "token budget 0 was given; expected at least 1"),
         ({"row_bytes": 63}, "row bytes 63 was given; expected at least 64"),
-        ({"disk_budget": -1}, "disk budget -1 was given; expected 0 or more"),
+        ({"disk_budget": -1e9}, "disk budget -1 GB was given .--disk.; expected 0 or more"),
         ({"damping": "mean:0"}, "lambda must be positive"),
         ({"damping": "time"}, "no trainer checkpoint that records them"),
         ({"reduction": "row"}, "reduction 'row' was given"),

@@ -45,7 +45,7 @@ def test_rows_are_named_by_id_group_or_both():
     assert chosen_rows(train, [], "g1").tolist() == [2, 3]
     assert chosen_rows(train, [ids[2], ids[0]], "g1").tolist() == [0, 2, 3]
     for names, group, said in (
-        (["nobody"], None, "no training rows' .nobody."),
+        (["nobody"], None, "1 are no training row's .nobody."),
         ([], "g9", "no training row has it"),
         ([], None, "no rows were named"),
         (ids, None, "every training row was named"),

@@ -103,7 +103,7 @@ def test_the_model_is_afterwards_what_it_was(plain):
 
 def test_rows_that_cannot_be_asked_about_are_refused(plain):
     for ids, sentence in (
-        (["nobody"], "no training rows' .nobody."),
+        (["nobody"], "1 are no training row's .nobody."),
         ([], "no rows were named"),
         (plain.train.ids, "every training row was named"),
     ):

@@ -52,7 +52,9 @@ def test_names_with_numbers_are_in_their_order():
 
 def test_the_cleaning_list_can_be_ticked(world):
     counted, unknown, found = sections.cleaning(world.explored)
-    assert counted["text"] == "4 entries: 2 duplicate, 2 outlier."
+    assert counted["text"].startswith(
+        "4 entries: 2 duplicate, 2 outlier. Rows to look at, no verdict."
+    )
     assert unknown["text"].startswith("1 of them name")
     assert found["kind"] == "rows"
     assert found["index"] == [3, 3, 9, -1]
