@@ -27,7 +27,7 @@ def table(result: Cleaning) -> Table:
     made.add_column("reason", no_wrap=True)
     made.add_column("row", overflow="fold", max_width=ID)
     made.add_column("score", justify="right", no_wrap=True)
-    made.add_column("gain, nats a token", justify="right")
+    made.add_column("gain, nats", justify="right", no_wrap=True)
     made.add_column("suggested", no_wrap=True)
     made.add_column("what was seen", overflow="fold")
     ids = result.run.train.ids
