@@ -389,9 +389,7 @@ class PointFit:
             if not same or self.created:
                 return done
             sums = self.sums()
-            if (
-                LOSSES not in file
-            ):  # as it was written before: they are not known of the rows so far
+            if LOSSES not in file:  # written before: those of the rows so far are not known
                 sums.pop(LOSSES).fill_(torch.nan)
             shapes = {name: getattr(file.get(name), "shape", None) for name in sums}
             if any(shapes[name] != tensor.shape for name, tensor in sums.items()):

@@ -382,7 +382,8 @@ def _say_small_disk(run: Run, plan: FitPlan) -> None:
     them.
     """
     needed = plan.kernel_bytes if plan.rows > WHOLE_ROWS else 0
-    if not needed or directory_for(run.directory, needed + plan.gradient_bytes) is not None:
+    rows = plan.gradient_bytes - _bytes_there(run, plan.store)
+    if not needed or directory_for(run.directory, needed + rows) is not None:
         return
     fewer = "" if plan.landmarks or plan.rows <= EXACT_ROWS else ", or give a smaller --disk"
     say(
@@ -392,12 +393,17 @@ def _say_small_disk(run: Run, plan: FitPlan) -> None:
     )
 
 
+def _bytes_there(run: Run, kind: str) -> int:
+    """What an interrupted fit has laid out of the rows that are kept."""
+    names = {NONE: "", FULL: "gradients*.h5", FEATURES: f"{NAME}*.h5"}[kind]
+    return sum(path.stat().st_size for path in run.directory.glob(names)) if names else 0
+
+
 def _refuse_small_disk(run: Run, kind: str, needed: int) -> None:
     """What is kept of the rows at all points must fit before the first point is begun."""
     if kind == NONE:
         return
-    names = "gradients*.h5" if kind == FULL else f"{NAME}*.h5"
-    there = sum(path.stat().st_size for path in run.directory.glob(names))
+    there = _bytes_there(run, kind)
     free = shutil.disk_usage(run.directory).free
     if needed - there > free:
         less = "--store features or none" if kind == FULL else "--store none"
