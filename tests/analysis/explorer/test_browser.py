@@ -462,7 +462,8 @@ def test_all_is_drawn_before_it_is_printed(browser, small):
         page.emulate_media(media="screen")
         count = "document.querySelectorAll('{}').length"
         counts = ", ".join(count.format(each) for each in (missing, ".plot.waiting", ".plot"))
-        page.evaluate(f"window.print = () => {{ window.printed = [{counts}]; }}")
+        # A value that is a function would be called at once.
+        page.evaluate(f"() => {{ window.print = () => {{ window.printed = [{counts}]; }}; }}")
         page.keyboard.press("Control+p")
         until(page, "window.printed !== undefined")
         assert page.evaluate("window.printed.slice(0, 2)") == [0, 0]
