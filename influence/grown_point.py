@@ -69,8 +69,7 @@ class GrownFit(PointFit):
         if self.growth.keeps_curvature:
             self.draws = 0
         run, before, removed = self.run, self.growth.before, self.growth.removed
-        gone = before.tokens.select(removed)
-        tokens = TokenizedExamples([*run.tokens, *gone], [*run.tokens.ids, *gone.ids])
+        tokens = TokenizedExamples.joined([run.tokens, before.tokens.select(removed)])
         return tokens, np.concatenate([run.weights, self.growth.factor * before.weights[removed]])
 
     def stores_rows(self, storage: Storage) -> bool:

@@ -114,11 +114,11 @@ class Way:
 
 
 def _tell_all(way: Way, start: float, passes: float) -> bool:
-    """Say what is left of all passes, once enough of this one is done. Whether that is over."""
+    """Say what is left in all, once enough of this one is done. Whether that is over."""
     if way.share < TOLD_AFTER:
         return False
     if way.share < 1 and (seconds := way.seconds_left(time.monotonic() - start, passes)) > INTERVAL:
-        say(f"all passes: about {duration(seconds)} left")
+        say(f"in all about {duration(seconds)} left")
     return True
 
 

@@ -19,9 +19,12 @@ import hashlib
 import json
 import operator
 import warnings
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast, overload
 
 import numpy as np
@@ -106,42 +109,71 @@ class TokenizedExamples(Sequence[Tokens]):
     `lengths` int64 [n]: tokens of each; `counts` int64 [n]: supervised tokens of each (the T_i of
     the convention, at least 1); `ids`: the examples' ids; `truncated`: how many lost supervised
     tokens to `max_length`.
+
+    Rows lie one after the other in flat arrays, five bytes a token: an array object for each row
+    takes several times that where rows are short. A row that is asked for is made from them.
+
+    Errors: DataError for a token id that does not fit into 32 bits.
     """
 
     def __init__(
         self, tokens: Iterable[Tokens], ids: Iterable[str], cut: Iterable[bool] = ()
     ) -> None:
-        self._tokens = tuple(tokens)
+        flat, targets = array("i"), bytearray()
+        lengths, counts = array("q"), array("q")
+        #: positions of the rows that hold several documents
+        self._positions: dict[int, np.ndarray] = {}
+        for number, row in enumerate(tokens):
+            largest = int(row.input_ids.max(initial=0))
+            if largest >= 2**31:
+                raise DataError(f"token id {largest} was given; token ids are below 2^31")
+            flat.frombytes(row.input_ids.astype(np.intc).tobytes())
+            targets += row.supervised.astype(bool).tobytes()
+            lengths.append(len(row))
+            counts.append(np.count_nonzero(row.supervised))
+            if row.position_ids is not None:
+                self._positions[number] = row.position_ids
+        self._input_ids = np.frombuffer(flat, dtype=np.intc)
+        self._supervised = np.frombuffer(targets, dtype=bool)
         self.ids = list(ids)
-        self._cut = list(cut) or [False] * len(self._tokens)
-        self.lengths = np.array([len(row.input_ids) for row in self._tokens], dtype=np.int64)
-        self.counts = np.array(
-            [np.count_nonzero(row.supervised) for row in self._tokens], dtype=np.int64
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self.counts = np.array(counts, dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._cut = np.array([*cut] or [False] * len(lengths), dtype=bool)
+
+    @classmethod
+    def joined(cls, parts: Iterable[TokenizedExamples]) -> TokenizedExamples:
+        """The rows of all parts, one part after the other."""
+        parts = list(parts)
+        return cls(
+            tokens=chain.from_iterable(parts),
+            ids=chain.from_iterable(part.ids for part in parts),
+            cut=chain.from_iterable(part.cut for part in parts),
         )
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over every row's tokens, targets and positions, in order."""
         found = hashlib.sha256()
-        for row in self._tokens:
+        for row in self:
             found.update(f"{len(row)} {row.position_ids is not None} ".encode())
-            for array in (row.input_ids, row.supervised, row.position_ids):
-                if array is not None:
-                    found.update(np.ascontiguousarray(array).tobytes())
+            for values in (row.input_ids, row.supervised, row.position_ids):
+                if values is not None:
+                    found.update(np.ascontiguousarray(values).tobytes())
         return found.hexdigest()
 
     @property
     def cut(self) -> list[bool]:
         """Which examples lost some, not all, of their supervised tokens to `max_length`, [n]."""
-        return list(self._cut)
+        return self._cut.tolist()
 
     @property
     def truncated(self) -> int:
         """How many examples lost some, not all, of their supervised tokens to `max_length`."""
-        return sum(self._cut)
+        return int(self._cut.sum())
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self.lengths)
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Tokens: ...
@@ -152,18 +184,22 @@ class TokenizedExamples(Sequence[Tokens]):
     def __getitem__(self, index: SupportsIndex | slice) -> Tokens | TokenizedExamples:
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
-        return self._tokens[operator.index(index)]
-
-    def __iter__(self) -> Iterator[Tokens]:
-        return iter(self._tokens)
+        place = range(len(self))[operator.index(index)]
+        end = self._ends[place]
+        span = slice(end - self.lengths[place], end)
+        return Tokens(
+            self._input_ids[span].astype(np.int64),
+            self._supervised[span],
+            self._positions.get(place),
+        )
 
     def select(self, indices: Iterable[SupportsIndex]) -> TokenizedExamples:
         """Return the examples at these positions, in this order. A position may repeat."""
         at = [operator.index(i) for i in indices]
         return TokenizedExamples(
-            tokens=[self._tokens[i] for i in at],
+            tokens=(self[i] for i in at),
             ids=[self.ids[i] for i in at],
-            cut=[self._cut[i] for i in at],
+            cut=self._cut[at],
         )
 
 
@@ -201,32 +237,51 @@ def tokenize(
             f"max_length is {max_length}; it must be at least 2, because a first token is never a "
             "target"
         )
-    whole = _encode(examples, _render(examples, tokenizer, supervise), tokenizer)
-    _warn_of_ends(examples, whole, tokenizer)
-    tokens: list[Tokens] = []
-    cut: list[bool] = []
+    _check_template(examples, tokenizer)
+    strays: Counter[str] = Counter()
+    parts: list[TokenizedExamples] = []
+    refused: list[BadRow] = []  # by the template
     bad: list[BadRow] = []
     longest, cut_off = 0, False
-    for number, (example, row) in enumerate(zip(examples, whole, strict=True), start=1):
-        targets = np.flatnonzero(row.supervised)
-        if not len(targets) or (max_length is not None and targets[0] >= max_length):
-            bad.append(BadRow(number, example.id, _unsupervised(row, example, max_length)))
-            cut_off |= bool(len(targets))
-            continue
-        needed = int(targets[-1]) + 1
-        longest = max(longest, needed)
-        cut.append(max_length is not None and needed > max_length)
-        tokens.append(_beginning(row, max_length))
+    # a part at a time: what a tokenizer answers takes many times the memory of its token ids
+    for start in range(0, len(examples), _ROWS_PER_CALL):
+        part = examples[start : start + _ROWS_PER_CALL]
+        rendered = _render(part, tokenizer, supervise, start, refused)
+        if refused:
+            continue  # all that the template refuses are listed
+        whole = _encode(part, rendered, tokenizer)
+        strays += _stray_ends(part, whole, tokenizer)
+        tokens: list[Tokens] = []
+        cut: list[bool] = []
+        for number, (example, row) in enumerate(zip(part, whole, strict=True), start=start + 1):
+            targets = np.flatnonzero(row.supervised)
+            if not len(targets) or (max_length is not None and targets[0] >= max_length):
+                bad.append(BadRow(number, example.id, _unsupervised(row, example, max_length)))
+                cut_off |= bool(len(targets))
+                continue
+            needed = int(targets[-1]) + 1
+            longest = max(longest, needed)
+            cut.append(max_length is not None and needed > max_length)
+            tokens.append(_beginning(row, max_length))
+        if not bad:
+            parts.append(TokenizedExamples(tokens, part.ids, cut))
+    if refused:
+        raise DataError(
+            f"{len(refused)} of {len(examples)} rows cannot be rendered by the chat template:",
+            refused,
+        )
+    _warn_of_ends(len(examples), strays, tokenizer)
     if bad:
         trl = " (TRL drops rows that are cut so: leave them out here too)" * cut_off
         raise DataError(f"{len(bad)} of {len(examples)} rows have no supervised token{trl}:", bad)
-    if any(cut):
+    found = TokenizedExamples.joined(parts)
+    if found.truncated:
         warnings.warn(
-            f"{sum(cut)} of {len(examples)} rows are longer than max_length={max_length} and lose "
-            f"supervised tokens at their end; max_length={longest} keeps them all",
+            f"{found.truncated} of {len(examples)} rows are longer than max_length={max_length} "
+            f"and lose supervised tokens at their end; max_length={longest} keeps them all",
             stacklevel=2,
         )
-    return TokenizedExamples(tokens, examples.ids, cut)
+    return found
 
 
 def _beginning(row: Tokens, max_length: int | None) -> Tokens:
@@ -256,50 +311,49 @@ def _unsupervised(row: Tokens, example: Example, max_length: int | None) -> str:
     return f"none of its {length} tokens lies after its prompt"
 
 
-def _warn_of_ends(
+def _stray_ends(
     examples: Examples, tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Warn of strings without an end, and of strings with two ends, as trainers have them."""
-    strings = [
-        ((example.prompt or "") + (example.completion or example.text or ""), row.input_ids)
-        for example, row in zip(examples, tokens, strict=True)
-        if example.messages is None and example.input_ids is None
-    ]
+) -> Counter[str]:
+    """How many rows are strings, how many of them begin twice, and how many end twice."""
+    found: Counter[str] = Counter()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if strings and eos is None:
+    begin, end = str(tokenizer.bos_token), str(tokenizer.eos_token)
+    for example, row in zip(examples, tokens, strict=True):
+        if example.messages is None and example.input_ids is None:
+            text = (example.prompt or "") + (example.completion or example.text or "")
+            begins, ends = row.input_ids[:2].tolist(), row.input_ids[-2:].tolist()
+            found["strings"] += 1
+            found["begin twice"] += text.startswith(begin) and begins == [bos, bos]
+            found["end twice"] += not text.endswith(end + end) and ends == [eos, eos]
+    return found
+
+
+def _warn_of_ends(rows: int, strays: Counter[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn of strings without an end, and of strings with two ends, as trainers have them."""
+    if strays["strings"] and tokenizer.eos_token_id is None:
         warnings.warn(
             "the tokenizer has no end-of-sequence token, so none is appended; "
             "set tokenizer.eos_token if the adapter was trained with one",
             stacklevel=3,
         )
-    begin, end = str(tokenizer.bos_token), str(tokenizer.eos_token)
-    twice = sum(
-        bos is not None and text.startswith(begin) and ids[:2].tolist() == [bos, bos]
-        for text, ids in strings
-    )
-    if twice:
+    if strays["begin twice"]:
         warnings.warn(
-            f"{twice} of {len(examples)} rows begin with {begin}, which the tokenizer adds too, so "
-            "they begin with two, as TRL trains on them; take it out of the rows if your trainer "
-            "did",
+            f"{strays['begin twice']} of {rows} rows begin with {tokenizer.bos_token}, which the "
+            "tokenizer adds too, so they begin with two, as TRL trains on them; take it out of the "
+            "rows if your trainer did",
             stacklevel=3,
         )
-    twice = sum(
-        eos is not None and not text.endswith(end + end) and ids[-2:].tolist() == [eos, eos]
-        for text, ids in strings
-    )
-    if twice:
+    if strays["end twice"]:
         warnings.warn(
-            f"the tokenizer itself adds {end}, so {twice} of {len(examples)} rows end with two, as "
-            "TRL trains on them; switch that off in the tokenizer if your trainer did",
+            f"the tokenizer itself adds {tokenizer.eos_token}, so {strays['end twice']} of {rows} "
+            "rows end with two, as TRL trains on them; switch that off in the tokenizer if your "
+            "trainer did",
             stacklevel=3,
         )
 
 
-def _render(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase, supervise: str
-) -> list[Rendered | None]:
-    """Write every example as one string, but those that are token ids."""
+def _check_template(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse rows with messages where no chat template writes them."""
     conversations = sum(example.messages is not None for example in examples)
     if conversations:
         try:
@@ -312,32 +366,39 @@ def _render(
                 "tokenizer.chat_template, load a tokenizer saved with one, or give the rows as "
                 "prompt and completion"
             ) from error
+
+
+def _render(
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    supervise: str,
+    before: int,
+    refused: list[BadRow],
+) -> list[Rendered | None]:
+    """Write every example as one string, but those that are token ids.
+
+    Rows that the template refuses are added to `refused`; `before` rows were written earlier.
+    """
     rendered: list[Rendered | None] = []
-    bad: list[BadRow] = []
-    for number, example in enumerate(examples, start=1):
+    for number, example in enumerate(examples, start=before + 1):
         try:
             is_ids = example.input_ids is not None
             rendered.append(None if is_ids else render(example, tokenizer, supervise))
         except UnusableRow as error:
-            bad.append(BadRow(number, example.id, str(error)))
-    if bad:
-        raise DataError(
-            f"{len(bad)} of {len(examples)} rows cannot be rendered by the chat template:", bad
-        )
+            refused.append(BadRow(number, example.id, str(error)))
     return rendered
 
 
 def _encode(
     examples: Examples, rendered: Sequence[Rendered | None], tokenizer: PreTrainedTokenizerBase
 ) -> list[Tokens]:
-    """The tokens of every row, uncut. Strings are tokenised in large calls."""
+    """The tokens of every row, uncut. Strings of one kind are tokenised in one call."""
     encoded = [_as_given(example) for example in examples]
     for chat in (False, True):
         rows = [i for i, row in enumerate(rendered) if row is not None and row.chat is chat]
-        for start in range(0, len(rows), _ROWS_PER_CALL):
-            part = rows[start : start + _ROWS_PER_CALL]
-            strings = [cast(Rendered, rendered[i]) for i in part]
-            for i, tokens in zip(part, _encode_part(strings, tokenizer), strict=True):
+        if rows:
+            strings = [cast(Rendered, rendered[i]) for i in rows]
+            for i, tokens in zip(rows, _encode_part(strings, tokenizer), strict=True):
                 encoded[i] = tokens
     return encoded
 

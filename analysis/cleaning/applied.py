@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from analysis.cleaning.cleaning import KIND, gain_without
 from analysis.cleaning.files import APPLIED, SUMMARY, Decided, read_decisions
@@ -187,13 +186,22 @@ def apply(
     recipe = recipe or recipe_of(run)
     with only_writer(folder):
         losses = {name: np.zeros((seeds, 2, len(part))) for name, part in tokens.items()}
-        for number in range(seeds):
-            seeded = replace(recipe, seed=recipe.seed + number)
-            reference = _reference(run, folder, seeded)
+        seeded_recipes = [replace(recipe, seed=recipe.seed + number) for number in range(seeds)]
+        missing = [not _has_reference(run, folder, seeded) for seeded in seeded_recipes]
+        _say_cost(recipe, len(run.train), len(rows), references=sum(missing), seeds=seeds)
+        to_come = seeds + sum(missing)
+        for number, seeded in enumerate(seeded_recipes):
+            place = _reference_folder(folder, seeded)
+            if missing[number]:
+                to_come -= 1
+                say(f"training on all {len(run.train)} rows, to compare with")
+                retrain(run, out=place, recipe=seeded, overwrite=True, to_come=to_come)
+            reference = read_parameters(run.model, place)
+            to_come -= 1
             say(f"training on {len(rows)} rows, {len(run.train) - len(rows)} fewer")
             with own_randomness(run.model):
                 cleaned = fresh_adapter(run.model, seeded.seed)
-                train(cleaned, new_tokens, seeded)
+                train(cleaned, new_tokens, seeded, to_come=to_come)
             for name, part in tokens.items():
                 with run.model.at(reference):
                     losses[name][number, 0] = _losses(run, run.model, part)
@@ -231,9 +239,25 @@ def apply(
     return record
 
 
-def _reference(run: Run, folder: Path, recipe: Recipe) -> Tensor:
-    """The parameters [P] trained on all rows by this recipe, kept in the folder and used again."""
-    place = folder / f"{REFERENCE}-{recipe.seed}"
+def _say_cost(recipe: Recipe, all_rows: int, rows: int, *, references: int, seeds: int) -> None:
+    """Say how much is trained, before any of it."""
+    steps = references * recipe.steps(all_rows) + seeds * recipe.steps(rows)
+    read = references * recipe.rows_read(all_rows) + seeds * recipe.rows_read(rows)
+    kept = f" ({seeds - references} on all rows are there already)" * (references < seeds)
+    say(
+        f"cost: {references + seeds} trainings{kept}, {steps} steps, {read} row-gradients in all; "
+        "the time is said after a tenth of the first"
+    )
+
+
+def _reference_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where the adapter that is trained on all rows by this recipe is kept, to be used again."""
+    return folder / f"{REFERENCE}-{recipe.seed}"
+
+
+def _has_reference(run: Run, folder: Path, recipe: Recipe) -> bool:
+    """Whether the adapter of all rows that lies there was trained so."""
+    place = _reference_folder(folder, recipe)
     wanted = {
         "recipe": recipe.as_json(),
         "removed": [],
@@ -242,10 +266,7 @@ def _reference(run: Run, folder: Path, recipe: Recipe) -> Tensor:
         "data_digest": run.manifest.data.digest,
     }
     kept = read_json(place / "retrain.json") if (place / "retrain.json").is_file() else {}
-    if any(kept.get(key) != json.loads(json.dumps(value)) for key, value in wanted.items()):
-        say(f"training on all {len(run.train)} rows, to compare with")
-        retrain(run, out=place, recipe=recipe, overwrite=True)
-    return read_parameters(run.model, place)
+    return all(kept.get(key) == json.loads(json.dumps(value)) for key, value in wanted.items())
 
 
 def _losses(run: Run, model: AdaptedModel, tokens: TokenizedExamples) -> np.ndarray:

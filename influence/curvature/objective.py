@@ -170,11 +170,9 @@ class SecondDerivative(Curvature):
         """
         objective = self.objective
         stay = np.setdiff1d(np.arange(objective.count), gone.positions)
-        rows = [objective.tokens[i] for i in stay] + list(come.tokens)
-        ids = [objective.tokens.ids[i] for i in stay] + list(come.tokens.ids)
         after = replace(
             objective,
-            tokens=TokenizedExamples(rows, ids),
+            tokens=TokenizedExamples.joined([objective.tokens.select(stay), come.tokens]),
             weights=np.concatenate([objective.weights[stay], come.weights]),
             ran=come.ran,
             shared=True,

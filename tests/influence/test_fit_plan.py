@@ -207,7 +207,7 @@ def test_the_whole_fit_is_told_from_the_first_tenth(tmp_path, monkeypatch, capfd
     """The passes that are still to come are the plan's, and are told at the first point only."""
     monkeypatch.setattr("influence.progress.INTERVAL", -1.0)
     fit(tmp_path / "run", "ekfac, two points")
-    lines = [line for line in capfd.readouterr().err.splitlines() if "all passes" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "in all about" in line]
     assert len(lines) == 1
 
 

@@ -6,17 +6,19 @@ import json
 import os
 import re
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from influence import tokens as tokens_module
 from influence.batches import collate, plan_batches
 from influence.errors import DataError
 from influence.row_files import read_examples
 from influence.rows import Examples, examples_from_rows
-from influence.tokens import Tokens, tokenize, tokenizer_digest
+from influence.tokens import TokenizedExamples, Tokens, tokenize, tokenizer_digest
 from tests.influence.toy_tokenizers import (
     BACKEND,
     CHAT,
@@ -306,6 +308,24 @@ def test_kinds_of_rows_may_be_mixed():
         assert alone.supervised.tolist() == tokens.supervised.tolist()
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_rows_are_tokenised_in_parts_as_in_one(at_once, monkeypatch):
+    """Tokens, numbers of rows in errors, and counts in warnings, whatever a part holds."""
+    tokenizer = make_tokenizer(template=CHAT, added="<bos> $A")
+    rows = [pair(id="a"), chat("Hello", "yes"), {"text": "Paris"}, pair("<bos>Q", " Rome", id="d")]
+    rows.append({"input_ids": [5, 6, 7, 8], "seq_lengths": [2, 2]})
+    whole = tokenize(examples_from_rows(rows[:3] + rows[4:]), tokenizer)
+    monkeypatch.setattr(tokens_module, "_ROWS_PER_CALL", at_once)
+    parts = tokenize(examples_from_rows(rows[:3] + rows[4:]), tokenizer)
+    assert (parts.digest, parts.ids, parts.cut) == (whole.digest, whole.ids, whole.cut)
+    with pytest.warns(UserWarning, match="^1 of 5 rows begin with <bos>"):
+        tokenize(examples_from_rows(rows), tokenizer)
+    bad = [pair("Q:", " yes", id="a"), {"input_ids": [4], "id": "b"}, {"input_ids": [5], "id": "c"}]
+    with pytest.raises(DataError, match="2 of 3 rows have no supervised token") as error:
+        tokenize(examples_from_rows(bad), make_tokenizer())
+    assert [row.number for row in error.value.rows] == [2, 3]
+
+
 def test_rows_are_data_and_never_evaluated():
     tokenizer = make_tokenizer(template=CHAT)
     tokens = tokens_of(chat("{{ 7 * 7 }}", "{% if true %}yes{% endif %}"), tokenizer)
@@ -450,6 +470,33 @@ def test_the_tokenizer_digest_ignores_class_and_state(tokenizer, tmp_path):
     assert tokenizer_digest(make_tokenizer(cls=Counting)) == digest
     tokenizer.save_pretrained(tmp_path)
     assert tokenizer_digest(PreTrainedTokenizerFast.from_pretrained(tmp_path)) == digest
+
+
+def test_tokens_lie_in_flat_arrays():
+    """They come back as they were given, and take five bytes each beside 50 bytes a row."""
+    rng, given = np.random.default_rng(0), []
+    for length in rng.integers(2, 30, 2000).tolist():
+        documents = np.arange(length) % 5 if length % 7 == 0 else None
+        given.append(Tokens(rng.integers(0, 2**31, length), rng.random(length) < 0.5, documents))
+    plain = [Tokens(row.input_ids, row.supervised) for row in given]
+    tracemalloc.start()
+    tokens = TokenizedExamples(plain, ids := [""] * len(plain))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 1.2 * 5 * tokens.lengths.sum() + 50 * len(given)
+    joined = TokenizedExamples.joined([tokens[:0], TokenizedExamples(given, ids), tokens[:10]])
+    assert len(joined) == 2010
+    for found, row in zip(joined, [*given, *plain[:10]], strict=True):
+        for name in ("input_ids", "supervised", "position_ids"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(row, name))
+    assert joined[-1].input_ids.tolist() == plain[9].input_ids.tolist()
+    with pytest.raises(IndexError):
+        joined[2010]
+    large = Tokens(np.array([1, 2**32 + 1]), np.array([False, True]))
+    with pytest.raises(
+        DataError, match=r"token id 4294967297 was given; token ids are below 2\^31"
+    ):
+        TokenizedExamples([large], ["a"])
 
 
 def test_tokenized_examples_are_a_sliceable_sequence():

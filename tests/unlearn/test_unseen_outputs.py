@@ -12,10 +12,11 @@ from scipy.special import logsumexp
 import influence
 import unlearn
 from influence.cost import Cost
+from influence.tokens import TokenizedExamples
 from tests.conftest import build_model, examples
 from tests.oracles import logits_fn
 from unlearn import unseen_outputs
-from unlearn.record.change import concatenated, plan
+from unlearn.record.change import plan
 from unlearn.record.version import version
 from unlearn.retraining.local import LocalRetraining
 from unlearn.unseen_outputs import EXPONENTS, ExpectedOutputs
@@ -37,7 +38,7 @@ class World:
         change = plan(
             self.start, remove=["r0-1", "r0-4"], relabel={"r0-2": " warm songs at dawn and sleep"}
         )
-        self.tokens = concatenated(change.old, change.new)
+        self.tokens = TokenizedExamples.joined([change.old, change.new])
         generator = torch.Generator().manual_seed(1)
         theta = self.start.theta
         before, *after = (

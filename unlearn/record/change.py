@@ -103,12 +103,12 @@ class Change:
     @property
     def contents(self) -> TokenizedExamples:
         """The tokens of S, then those of S'."""
-        return concatenated(self.old, self.new)
+        return TokenizedExamples.joined([self.old, self.new])
 
     @property
     def edited(self) -> TokenizedExamples:
         """The tokens that an edit is judged by: of the rows that go, then of the new contents."""
-        return concatenated(self.old.select(np.flatnonzero(~self.replaced)), self.new)
+        return TokenizedExamples.joined([self.old.select(np.flatnonzero(~self.replaced)), self.new])
 
     @property
     def rest(self) -> np.ndarray:
@@ -245,11 +245,6 @@ def refuse_text(ids: Sequence[str] | str) -> None:
     """Refuse ids that were given as one string, whose letters would be taken for ids."""
     if isinstance(ids, str):
         raise InputError(f"ids {ids!r} were given as one string; expected a list, as in [{ids!r}]")
-
-
-def concatenated(first: TokenizedExamples, second: TokenizedExamples) -> TokenizedExamples:
-    """The rows of both, one set after the other."""
-    return TokenizedExamples([*first, *second], [*first.ids, *second.ids])
 
 
 def _first(ids: Sequence[str]) -> str:

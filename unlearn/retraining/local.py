@@ -37,7 +37,7 @@ from influence.adapter import AdaptedModel
 from influence.cost import Cost
 from influence.errors import InputError
 from influence.tokens import TokenizedExamples
-from unlearn.record.change import Change, concatenated
+from unlearn.record.change import Change
 from unlearn.record.version import scaled_to
 from unlearn.retraining.recipe import Recipe
 from unlearn.retraining.retrain import (
@@ -137,14 +137,14 @@ class Plan:
     def _before(self) -> TokenizedExamples:
         """The rows as they were: N + O + S, which do not depend on the order of the requests."""
         change = self.change
-        return concatenated(self.kept, change.old.select(np.argsort(change.rows)))
+        return TokenizedExamples.joined([self.kept, change.old.select(np.argsort(change.rows))])
 
     @cached_property
     def _after(self) -> TokenizedExamples:
         """The rows as they are after the change: N + O + S'."""
         change = self.change
         order = np.argsort(change.rows[change.replaced])
-        return concatenated(self.kept, change.new.select(order))
+        return TokenizedExamples.joined([self.kept, change.new.select(order)])
 
     def _recipe(self, tokens: TokenizedExamples, rows: int, repeat: int = 0) -> Recipe:
         """The recipe of one training on some of `rows` rows."""

@@ -60,6 +60,7 @@ def retrain(
     stop_after: int | None = None,
     edit: str | Path | None = None,
     overwrite: bool = False,
+    to_come: int = 0,
 ) -> Path:
     """Train a fresh adapter of the run's configuration on its rows, without those in `remove`.
 
@@ -86,6 +87,8 @@ def retrain(
     edit
         Train on the rows as they are after this edit (its folder): what a removal, relabelling or
         correction stands in for. `remove` may be empty then.
+    to_come
+        Trainings like this one that the caller makes after it: the time of all is said.
     """
     out = Path(out)
     start = None if edit is None else version(run, edit)
@@ -114,7 +117,14 @@ def retrain(
 
     with own_randomness(run.model):
         model = fresh_adapter(run.model, recipe.seed)
-        train(model, tokens.select(kept), recipe, stop_after=last, after_epoch=save)
+        train(
+            model,
+            tokens.select(kept),
+            recipe,
+            stop_after=last,
+            after_epoch=save,
+            to_come=to_come,
+        )
     if out.exists():
         shutil.rmtree(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -248,11 +258,13 @@ def train(
     stop_after: int | None = None,
     after_epoch: Callable[[TrainingState], None] | None = None,
     label: str = "training steps",
+    to_come: int = 0,
 ) -> float:
     """Train the adapter in place, and return the last batch's loss, nats per token.
 
     `after_epoch` is called with the state after each epoch; `stop_after` ends after that epoch, the
-    rates being those of the whole recipe; `label` names the training on its bar. Raises
+    rates being those of the whole recipe; `label` names the training on its bar. After a tenth of it
+    the time left is said of this training and of the `to_come` others like it. Raises
     `NumericalError` if a loss is not finite.
     """
     parameters: list[Any] = model.parameters
@@ -276,7 +288,7 @@ def train(
         for _ in range(last)
         for rows in torch.randperm(len(tokens), generator=order).split(recipe.batch_size)
     )
-    for step, rows in enumerate(track(islice(batches, taken), label, total=taken)):
+    for step, rows in enumerate(track(islice(batches, taken), label, total=taken, passes=to_come)):
         lr = recipe.rate(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -74,11 +74,15 @@ def test_the_gain_is_that_of_trainings_made_by_hand(run, world, tmp_path):
     assert record == json.loads((world / "list" / "applied.json").read_text())
 
 
-def test_the_adapter_loads_and_a_reference_is_trained_once(run, world, monkeypatch):
+def test_the_adapter_loads_and_a_reference_is_trained_once(run, world, monkeypatch, capfd):
     from analysis.cleaning import applied
 
     decide(world, "copy,remove,")
     apply(world / "list", run, recipe=RECIPE, adapter_out=world / "cleaned")
+    told = capfd.readouterr().err
+    n, steps = len(run.train), RECIPE.steps(len(run.train)) + RECIPE.steps(len(run.train) - 1)
+    read = RECIPE.epochs * (2 * n - 1)
+    assert f"cost: 2 trainings, {steps} steps, {read} row-gradients in all" in told
     kept = json.loads((world / "cleaned" / "retrain.json").read_text())
     assert kept["removed"] == ["copy"]
     influence.load(run.manifest.base.path, str(world / "cleaned"), device="cpu")
@@ -89,6 +93,7 @@ def test_the_adapter_loads_and_a_reference_is_trained_once(run, world, monkeypat
         apply(world / "list", run, recipe=RECIPE, adapter_out=world / "cleaned")
     apply(world / "list", run, recipe=RECIPE, adapter_out=world / "cleaned", overwrite=True)
     assert trained == []
+    assert "cost: 1 trainings (1 on all rows are there already)" in capfd.readouterr().err
     with pytest.raises(InputError, match=r"applied.json says what was applied before"):
         apply(world / "list", run, recipe=RECIPE, adapter_out=world / "another")
     apply(world / "list", run, recipe=unlearn.Recipe(epochs=1, batch_size=4), overwrite=True)

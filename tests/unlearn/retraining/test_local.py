@@ -21,7 +21,7 @@ from influence.errors import InputError
 from influence.tokens import TokenizedExamples, Tokens
 from tests.conftest import build_base, build_model, examples, tokens_of
 from tests.oracles import plain_log_probs, plain_mean
-from unlearn.record.change import Change, concatenated, plan
+from unlearn.record.change import Change, plan
 from unlearn.record.version import version
 from unlearn.retraining import local, retrain
 from unlearn.retraining.local import (
@@ -443,11 +443,11 @@ def test_trainings_are_of_the_rows_before_and_after(start):
     change = plan(start, remove=ids(3, 9), relabel=answers(start, [17]))
     made = planned(change, replace(RECIPE, batch_size=12))
     (before, first), *after = made.trainings()
-    assert before.digest == concatenated(made.kept, change.old).digest
+    assert before.digest == TokenizedExamples.joined([made.kept, change.old]).digest
     assert before.ids == [*made.kept.ids, *ids(3, 9, 17)]
     assert len(after) == local.REPEATS == 2
     for tokens, _ in after:
-        assert tokens.digest == concatenated(made.kept, change.new).digest
+        assert tokens.digest == TokenizedExamples.joined([made.kept, change.new]).digest
     assert (len(before), len(after[0][0])) == (39, 37)
     # 39 of 60 and 37 of 58 rows: batches of 12 sqrt(0.65) and of 12 sqrt(0.64)
     assert first == replace(RECIPE, batch_size=10)
