@@ -83,15 +83,16 @@ class Credit:
         """`P u` [K, n] at a point, of raw scores `raw` [K, n]."""
         roots = self._roots
         unweighted = np.divide(raw, roots, out=np.zeros(raw.shape), where=roots > 0)
-        return self.inverses[point].apply(unweighted)
+        return self.inverses[point].apply(unweighted, overwrite=True)
 
     def singles(self, parts: np.ndarray) -> np.ndarray:
         """Scores `[K, n]` of raw ones `[points, K, n]`."""
-        found = np.zeros(parts.shape[1:])
+        found: np.ndarray | None = None
         for point, factors in enumerate(self.row_factors):
             pulls = self.pulls(parts[point], point)
             pulls *= factors * self._roots
-            found += pulls
+            found = pulls if found is None else np.add(found, pulls, out=found)
+        assert found is not None, "a run has a point"
         return found
 
     @property

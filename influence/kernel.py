@@ -74,8 +74,8 @@ class RowInverse(Protocol):
         """P's diagonal, `[n]`, in (0, 1]."""
         ...
 
-    def apply(self, values: np.ndarray) -> np.ndarray:
-        """`values @ P`, for `values` [K, n]."""
+    def apply(self, values: np.ndarray, *, overwrite: bool = False) -> np.ndarray:
+        """`values @ P`, for `values` [K, n], which may be used up if `overwrite`."""
         ...
 
     def block(self, rows: np.ndarray) -> np.ndarray:
@@ -125,7 +125,7 @@ class WholeInverse:
         """P's diagonal, `[n]`."""
         return np.diagonal(self.values)
 
-    def apply(self, values: np.ndarray) -> np.ndarray:
+    def apply(self, values: np.ndarray, *, overwrite: bool = False) -> np.ndarray:
         """`values @ P`."""
         return values @ self.values
 
@@ -186,7 +186,7 @@ class TiledInverse:
     root: LowerInverse = field(repr=False)
     diagonal: np.ndarray = field(repr=False)
 
-    def apply(self, values: np.ndarray) -> np.ndarray:
+    def apply(self, values: np.ndarray, *, overwrite: bool = False) -> np.ndarray:
         """`values @ P`."""
         return self.root.apply(values)
 
@@ -277,9 +277,9 @@ class LandmarkInverse:
     strength: float
     kernel: LandmarkKernel = field(repr=False)  # whose file is deleted with it
 
-    def apply(self, values: np.ndarray) -> np.ndarray:
-        """`values @ P`."""
-        found = values * self.scale
+    def apply(self, values: np.ndarray, *, overwrite: bool = False) -> np.ndarray:
+        """`values @ P`, in their place if `overwrite`."""
+        found = np.multiply(values, self.scale, out=values if overwrite else None)
         inside = np.zeros((len(values), self.root.shape[1]))
         for rows, part in self.root.panels():
             inside += found[:, rows] @ part

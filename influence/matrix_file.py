@@ -83,7 +83,8 @@ class LowerFile(RowFile):
             step = max(1, PANEL_BYTES // (width * self.dtype.itemsize))
             rows = slice(start, min(start + step, width))
             values = self.block(rows, slice(0, rows.stop))
-            yield rows, np.tril(values, start)
+            values[:, start:] = np.tril(values[:, start:])
+            yield rows, values
             start = rows.stop
 
     def write(self, indices: np.ndarray, rows: np.ndarray, column: int = 0) -> None:

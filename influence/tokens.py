@@ -130,7 +130,7 @@ class TokenizedExamples(Sequence[Tokens]):
             flat.frombytes(row.input_ids.astype(np.intc).tobytes())
             targets += row.supervised.astype(bool).tobytes()
             lengths.append(len(row))
-            counts.append(np.count_nonzero(row.supervised))
+            counts.append(int(np.count_nonzero(row.supervised)))
             if row.position_ids is not None:
                 self._positions[number] = row.position_ids
         self._input_ids = np.frombuffer(flat, dtype=np.intc)
