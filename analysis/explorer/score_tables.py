@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # a page on scores alone does not wait for torch
 
 #: How a score file names its scores by token, and what they are of (`influence.scorefile`).
 TOKEN_NAMES = ("per_token", "token_offsets", "token_ids")
+#: Scores that are looked at for a query to begin with: more would keep a large run waiting.
+LOOKED_AT = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,19 @@ class ScoreTable:
                 values = cast("h5py.Dataset", file["per_module"])[query, :, row]
                 modules = list(zip(self.module_names, values.tolist(), strict=True))
         return Detail(tokens, modules)
+
+    @cached_property
+    def first_shown(self) -> int:
+        """The query to begin with: the one that a single row helps most, of the first ones."""
+        count = max(1, LOOKED_AT // max(1, len(self.train_ids)))
+        found, most = 0, -np.inf
+        with open_file(self.path):  # held: each query below opens it again, which then costs little
+            for query in range(min(count, len(self.query_ids))):
+                _, values = self.query(query)
+                helped = (values[0] if self.rises else -values[0]) if len(values) else -np.inf
+                if helped > most:
+                    found, most = query, helped
+        return found
 
     @cached_property
     def module_names(self) -> list[str]:

@@ -31,8 +31,12 @@
     form,
     out,
   );
-  $("main").prepend(section);
-  document.querySelector("nav ul").prepend(el("li", {}, el("a", { href: "#ask" }, "Ask the adapter")));
+  // Below what is there already, of which the first is in sight when the page opens.
+  ($("queries") ?? $("start")).after(section);
+  const link = () => el("a", { href: "#ask" }, "Ask the adapter");
+  document.querySelector("nav ul").prepend(el("li", {}, link()));
+  const way = el("small", { class: "muted" }, "Type a question of your own: its answer, and the rows behind it.");
+  document.querySelector(".ways").prepend(el("li", {}, link(), " ", way));
 
   $("where").textContent = "This page is served from this machine by analysis serve.";
 

@@ -25,7 +25,12 @@ METHOD = {"name": "re-linearised"}
 
 
 def blocks(place):  # noqa: F811
-    return edits.blocks(place.run)
+    """Those of the section but for the answers in words."""
+    return [each for each in edits.blocks(place.run) if each not in answers(place)]
+
+
+def answers(place):  # noqa: F811
+    return [each for each in edits.blocks(place.run) if each.get("text", "").startswith("Edit ")]
 
 
 def states(place):  # noqa: F811
