@@ -42,7 +42,8 @@ def meta(explored: Explored) -> dict[str, Any]:
     the `measurement`, whether it `rises` when the model gets worse, `kept` (rows kept of either end;
     null: all), `exactness`, a sentence on how exactly they are given, and `first`, the query to begin
     with; the `sections` that are there, by name and title; the `ways` into the page
-    (`analysis.explorer.start`); what is `missing` beside these, by section how to make it.
+    and the `next` command when ids were saved (`analysis.explorer.start`); what is `missing` beside
+    the ways, by section how to make it.
     """
     table, there = explored.table, present(explored)
     return {
@@ -59,6 +60,7 @@ def meta(explored: Explored) -> dict[str, Any]:
         "first": 0 if table is None else table.first_shown,
         "sections": [[name, SECTIONS[name].title] for name in there],
         "ways": start.ways(explored, there),
+        "next": start.after_export(explored),
         "missing": {
             name: start.how(explored, name)
             for name, each in SECTIONS.items()

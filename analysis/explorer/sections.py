@@ -292,14 +292,15 @@ SECTIONS: Mapping[str, Section] = {
         "Which rows to look at?",
         lambda e: e.cleaning is not None,
         cleaning,
-        "No list yet. Make one with `analysis clean --run RUN --queries GOOD --out DIR`, and this page "
-        "again with `--cleaning DIR`",
+        "No list yet. Make one with `analysis clean --run RUN --queries GOOD --out DIR`, where GOOD has "
+        "right answers, and this page again with `--cleaning DIR`",
     ),
     "edits": Section(
         "Did the edit work?",
         _has_edits,
         lambda e: edits.blocks(e.directory),
-        "No edit yet. Take rows out with `unlearn remove --run RUN --ids-file IDS --out ADAPTER`",
+        "No edit yet. Take ticked rows out with `unlearn remove --run RUN --ids-file ids.txt --out "
+        "ADAPTER`",
     ),
     "heatmap": Section(
         "Groups and queries",
@@ -325,7 +326,7 @@ SECTIONS: Mapping[str, Section] = {
         "Scores not checked yet. `analysis lds --run RUN --scores F --queries Q --json > F.json` "
         "compares them with retraining; then `--lds F.json`",
     ),
-    "about": Section("How this run was made", lambda e: True, about.blocks),
+    "about": Section("How it was made", lambda e: True, about.blocks),
 }
 
 

@@ -38,6 +38,12 @@ def how(explored: Explored, name: str) -> list[str]:
     return [part.replace("--run RUN", run) for part in SECTIONS[name].missing.split("`")]
 
 
+def after_export(explored: Explored) -> str:
+    """The command that says what removing the rows would do whose ids were saved."""
+    run = shlex.quote(str(explored.directory.resolve()))  # a browser saves elsewhere
+    return f"unlearn remove --run {run} --ids-file ids.txt --dry-run"
+
+
 def _listed(entries: int) -> str:
     if not entries:
         return "The list is empty: no row needs a look."

@@ -57,10 +57,14 @@ async function exportIds() {
   link.remove();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
   say(`${lines.length} ids saved`);
+  const command = el("code", {}, ...state.meta.next.split(" ").flatMap((word) => [el("span", {}, word), " "]));
+  $("next").replaceChildren("Saved as ids.txt. In its folder, ", command, "says what taking these rows out would do.");
+  $("next").hidden = false;
 }
 
 ticksChanged.push(() => {
   const count = ticked.size;
+  $("next").hidden = true;
   for (const id of ["export", "untick"]) $(id).disabled = $(id).hidden = count === 0;
   $("export").textContent = count ? `Export ${count.toLocaleString("en")} id${count > 1 ? "s" : ""}` : "Export ids";
   if (state.meta) memory.set("ticks " + state.meta.run, JSON.stringify([...ticked]));

@@ -84,6 +84,19 @@ def test_what_each_edit_did(edited):
     json.dumps(blocks(edited), allow_nan=False)
 
 
+def test_the_newest_edits_are_answered_in_words_first(edited):
+    """As the page on one edit does. A record that does not hold is said before them."""
+    found = edits.blocks(edited.run)
+    assert found[: len(answers(edited))] == answers(edited)
+    newest, first = answers(edited)
+    assert newest["text"].startswith("Edit 2: remove. ")
+    assert "loss 2.50 against 2.60 expected" in first["text"]
+    assert "was not measured" in first["text"]
+    (edited.root / "two" / "adapter_model.safetensors").write_bytes(b"x")
+    assert edits.blocks(edited.run)[0]["tone"] == "bad"
+    assert len(answers(edited)) == 2
+
+
 def test_a_changed_adapter_is_not_verified(edited):
     path = edited.root / "two" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
