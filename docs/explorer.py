@@ -1,7 +1,7 @@
 """The explorer's picture: a page of a run, as a browser shows it.
 
-    analysis report --run run --out explorer.html     # the demo's run, as docs/explorer.md has it
-    python docs/explorer.py explorer.html             # draws docs/explorer.png
+    analysis report --run run --cleaning cleaning --out explorer.html  # the demo's, see explorer.md
+    python docs/explorer.py explorer.html                              # draws docs/explorer.png
 
 Needs Chromium (LORA_INFLUENCE_CHROMIUM, or on the path) and Playwright.
 """
@@ -25,7 +25,7 @@ SEARCHED = "birthplace"
 
 
 def draw(page_file: Path, out: Path) -> None:
-    """Search, choose the first query that is found, and save the section."""
+    """Search, choose the first query that is found, and save the page as far as its rows."""
     chromium = os.environ.get("LORA_INFLUENCE_CHROMIUM") or shutil.which("chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -38,8 +38,14 @@ def draw(page_file: Path, out: Path) -> None:
         page.wait_for_timeout(500)
         page.evaluate("document.activeElement.blur()")
         page.evaluate("document.querySelector('header').style.position = 'static'")
+        page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(500)
-        page.locator("#queries").screenshot(path=out)
+        first, last = (page.locator(each).bounding_box() for each in ("#start", "#queries"))
+        assert first is not None
+        assert last is not None
+        height = last["y"] + last["height"] - first["y"]
+        clip = {**first, "height": height}
+        page.screenshot(path=out, full_page=True, clip=clip)  # pyright: ignore[reportArgumentType]
         browser.close()
     Image.open(out).convert("RGB").quantize(COLOURS).save(out, optimize=True)
 

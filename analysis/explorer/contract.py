@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from analysis.explorer import start
 from analysis.explorer.blocks import finite, rounded
 from analysis.explorer.data import Explored
 from analysis.explorer.sections import SECTIONS, present
@@ -39,8 +40,10 @@ def meta(explored: Explored) -> dict[str, Any]:
 
     `title`, the `run`'s digest, how many `rows` and `queries` there are; of the scores their `unit`,
     the `measurement`, whether it `rises` when the model gets worse, `kept` (rows kept of either end;
-    null: all) and `exactness`, a sentence on how exactly they are given; the `sections` that are
-    there, by name and title; what is `missing`, a sentence by section on how to make it.
+    null: all), `exactness`, a sentence on how exactly they are given, and `first`, the query to begin
+    with; the `sections` that are there, by name and title; the `ways` into the page
+    and the `next` command when ids were saved (`analysis.explorer.start`); what is `missing` beside
+    the ways, by section how to make it.
     """
     table, there = explored.table, present(explored)
     return {
@@ -54,11 +57,14 @@ def meta(explored: Explored) -> dict[str, Any]:
         "rises": table is None or table.rises,
         "kept": None if table is None else table.kept,
         "exactness": "" if table is None else "Scores are as in the file.",
+        "first": 0 if table is None else table.first_shown,
         "sections": [[name, SECTIONS[name].title] for name in there],
+        "ways": start.ways(explored, there),
+        "next": start.after_export(explored),
         "missing": {
-            name: each.missing
+            name: start.how(explored, name)
             for name, each in SECTIONS.items()
-            if each.missing and name not in there
+            if each.missing and name not in (*there, *start.WAYS)
         },
     }
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.explorer.blocks import Block, axis, column, finite, table, text
+from analysis.report import words
+from analysis.report.groups import groups
+from analysis.report.verdicts import tone
 from influence.errors import StoreError
 from unlearn.record.edit_record import RECORD, EditRecord
 from unlearn.record.plain import parse_object, read_plain
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 NATS = "nats per token"
 #: Rows of an edit that are shown one by one, and edits whose rows are.
 ROWS, EDITS = 200, 20
+#: Edits whose answer is said in words, the newest ones.
+ANSWERS = 3
 _OVERVIEW = (
     column("no.", "whole", "", "Its place in the run's record of edits."),
     column("time", "text", "UTC", "When it was saved."),
@@ -87,17 +92,20 @@ def blocks(directory: Path) -> list[Block]:
         said += " Folders that a later edit replaced hold that one's files."
     if not verified.passed:
         said = f"The record of edits does not hold: {'; '.join(verified.problems[:5])}."
-    found = [text(said, "good" if verified.passed else "bad")]
+    state = text(said, "good" if verified.passed else "bad")
     if not chain.lines:
-        return found
+        return [state]
     entries = [(place, entry, record_of(entry)) for place, entry in chain.lines]
     numbers = {place: entry["number"] for place, entry in chain.lines}
     rows = [
         _line(entry, record, _state(place, entry, numbers, verified))
         for place, entry, record in entries
     ]
-    found.append(table("Edits and trainings", _OVERVIEW, rows))
     known = [(entry, record) for _, entry, record in entries if record is not None]
+    answers = [each for pair in known[: -ANSWERS - 1 : -1] for each in _answers(*pair)]
+    # a record that does not hold is said before what it says
+    found = [*answers, state] if verified.passed else [state, *answers]
+    found.append(table("Edits and trainings", _OVERVIEW, rows))
     trade = [point for pair in known if (point := _trade(*pair)) is not None]
     if len(trade) > 1:
         found.append(_trade_off(trade))
@@ -150,6 +158,14 @@ def _line(entry: dict[str, Any], record: EditRecord | None, state: str) -> list[
         ]
     first = [entry["number"], entry["time"], entry["kind"], len(entry["ids"])]
     return [*first, method, state, *known, str(entry["edit"])]
+
+
+def _answers(entry: dict[str, Any], record: EditRecord) -> Iterator[Block]:
+    """What an edit did to its rows and to the others, in words (`analysis.report.words`)."""
+    name = f"Edit {entry['number']}: {entry['kind']}"
+    for group in groups(record):
+        said = f"{name}. {words.headline(group, record)} {words.others(record)}"
+        yield text(said, tone(group.verdict))
 
 
 def _trade(entry: dict[str, Any], record: EditRecord) -> tuple[str, float, float] | None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # a page on scores alone does not wait for torch
 
 #: How a score file names its scores by token, and what they are of (`influence.scorefile`).
 TOKEN_NAMES = ("per_token", "token_offsets", "token_ids")
+#: Scores that are looked at for a query to begin with: more would keep a large run waiting.
+LOOKED_AT = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,7 @@ class ScoreTable:
 
     def query(self, query: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows kept of a query and their scores, `[k]` each: proponents first."""
-        with open_file(self.path) as file:
-            values = cast("h5py.Dataset", file["scores"])[query]
-        return self._ordered(np.arange(len(values)), values)
+        return self._ordered(*self._known(query))
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """The queries that a row has a score for, and the scores, `[k]` each: highest first."""
@@ -105,6 +105,19 @@ class ScoreTable:
         return Detail(tokens, modules)
 
     @cached_property
+    def first_shown(self) -> int:
+        """The query to begin with: the one that a single row helps most, of the first ones."""
+        count = max(1, LOOKED_AT // max(1, len(self.train_ids)))
+        found, most = 0, -np.inf
+        with open_file(self.path):  # held: each query below opens it again, which then costs little
+            for query in range(min(count, len(self.query_ids))):
+                _, values = self._known(query)
+                helped = (values if self.rises else -values).max(initial=-np.inf)
+                if helped > most:
+                    found, most = query, helped
+        return found
+
+    @cached_property
     def module_names(self) -> list[str]:
         """The layers that scores are split over."""
         with open_file(self.path) as file:
@@ -114,6 +127,13 @@ class ScoreTable:
     def _offsets(self) -> np.ndarray:
         with open_file(self.path) as file:
             return read(file, TOKEN_NAMES[1])
+
+    def _known(self, query: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a query that have a score, in no order, and their scores."""
+        with open_file(self.path) as file:
+            values = cast("h5py.Dataset", file["scores"])[query]
+        places = np.flatnonzero(np.isfinite(values))
+        return places, values[places]
 
     def _ordered(self, places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The places with a score, by what removing the row would harm: proponents first."""
@@ -129,13 +149,14 @@ class StrongestTable(ScoreTable):
 
     strongest: Strongest = field(default=None, repr=False)  # pyright: ignore[reportAssignmentType]
 
-    def query(self, query: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `ScoreTable.query`, of the rows that were kept."""
+    def _known(self, query: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `ScoreTable`'s, of the rows that were kept."""
         found = self.strongest
         places = np.concatenate([found.highest[query], found.lowest[query]])
         values = np.concatenate([found.highest_scores[query], found.lowest_scores[query]])
         places, first = np.unique(places, return_index=True)
-        return self._ordered(places, values[first])
+        known = np.isfinite(values[first])
+        return places[known], values[first][known]
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """As `ScoreTable.row`, of the queries that kept the row."""

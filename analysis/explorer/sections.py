@@ -25,7 +25,8 @@ NATS = "nats per token"
 class Section:
     """A section: its title, whether a run has it, its blocks, and how to get it where it has not.
 
-    `queries` is drawn by the page's own script and has no blocks.
+    How to get it has commands in backticks. `queries` is drawn by the page's own script and has no
+    blocks.
     """
 
     title: str
@@ -77,6 +78,16 @@ def in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isascii() and part.isdigit() else -1, part) for part in parts]
 
 
+#: What the reasons of analysis clean mean, in few words.
+MEANINGS = {
+    "harms": "works against good rows",
+    "label": "perhaps a wrong answer",
+    "contradiction": "another row answers the same otherwise",
+    "duplicate": "says the same as another row",
+    "outlier": "unlike all other rows",
+    "unlearnt": "hardly learnt",
+    "personal": "may hold personal data",
+}
 NO_VERDICT = (
     "Rows to look at, no verdict. A gain is a forecast that is not to be relied on, and all rows that are "
     "suggested may cost more together than they gain: analysis clean --apply measures."
@@ -115,6 +126,7 @@ def cleaning(explored: Explored) -> list[Block]:
     found["index"] = [explored.position.get(each.id, -1) for each in listed]
     found["other"] = [explored.position.get(each.others.get("other", ""), -1) for each in listed]
     found["reasons"] = reasons
+    found["meanings"] = {name: MEANINGS[name] for name in reasons if name in MEANINGS}
     counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
     unknown = sum(index < 0 for index in found["index"])
     said = [text(f"{len(listed):,} entries: {counted}. {NO_VERDICT}")]
@@ -268,38 +280,39 @@ def _none(explored: Explored) -> list[Block]:
     return []
 
 
-#: The sections by name, in the page's order.
+#: The sections by name, in the page's order: the questions that a page is opened with come first.
 SECTIONS: Mapping[str, Section] = {
-    "about": Section("What this run is", lambda e: True, about.blocks),
     "queries": Section(
-        "Queries and rows",
+        "Why did it say this?",
         lambda e: e.table is not None,
         _none,
-        "No scores yet. Make them with: influence score --run RUN --queries QUERIES",
+        "No scores yet. Make them with `influence score --run RUN --queries QUERIES`",
+    ),
+    "cleaning": Section(
+        "Which rows to look at?",
+        lambda e: e.cleaning is not None,
+        cleaning,
+        "No list yet. Make one with `analysis clean --run RUN --queries GOOD --out DIR`, where GOOD has "
+        "right answers, and this page again with `--cleaning DIR`",
+    ),
+    "edits": Section(
+        "Did the edit work?",
+        _has_edits,
+        lambda e: edits.blocks(e.directory),
+        "No edit yet. Take ticked rows out with `unlearn remove --run RUN --ids-file ids.txt --out "
+        "ADAPTER`",
     ),
     "heatmap": Section(
         "Groups and queries",
         lambda e: e.table is not None and any(e.rows.groups),
         heatmap,
     ),
-    "cleaning": Section(
-        "Rows to look at",
-        lambda e: e.cleaning is not None,
-        cleaning,
-        "No cleaning list. Make one with analysis clean --run RUN --queries GOOD --out DIR, and show it "
-        "with analysis report --cleaning DIR",
-    ),
     "map": Section(
         "Remembered and hard rows",
         lambda e: len(e.rows) > 0 and (e.self_influence is not None or e.difficulty is not None),
         rows_map,
-        "No self-influence yet. Make it with: influence self --run RUN; forecasts of difficulty "
-        "with: unlearn difficulty --run RUN --out F.csv; then --difficulty F.csv",
-    ),
-    "edits": Section(
-        "Edits and trainings",
-        _has_edits,
-        lambda e: edits.blocks(e.directory),
+        "No self-influence yet. Make it with `influence self --run RUN`; forecasts of difficulty "
+        "with `unlearn difficulty --run RUN --out F.csv`, then `--difficulty F.csv`",
     ),
     "evaluations": Section(
         "Evaluations",
@@ -310,9 +323,10 @@ SECTIONS: Mapping[str, Section] = {
         "Faithfulness",
         lambda e: bool(e.lds or e.manifest.tuned or e.manifest.calibration),
         lambda e: evaluations.faithfulness(e.manifest, e.lds),
-        "Not checked yet. analysis lds --run RUN --scores F --queries Q --json > F.json compares "
-        "with retraining; then --lds F.json",
+        "Scores not checked yet. `analysis lds --run RUN --scores F --queries Q --json > F.json` "
+        "compares them with retraining; then `--lds F.json`",
     ),
+    "about": Section("How it was made", lambda e: True, about.blocks),
 }
 
 

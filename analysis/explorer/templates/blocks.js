@@ -90,6 +90,7 @@ function drawRows(block) {
   const at = Object.fromEntries(block.columns.map((column, k) => [column.label, k]));
   const rest = block.columns.map((column, k) => [column, k]).filter(([column]) => !["id", "reason", "score", "evidence", "gain"].includes(column.label));
   const cell = (row, name) => (name in at ? row[at[name]] : null);
+  const means = (name) => (Object.hasOwn(block.meanings, name) ? block.meanings[name] : null);
   let places = block.rows.map((_, k) => k);
   const node = el("div", { class: "list tall", id: "cleaning-list" });
   const count = el("p", { class: "muted small" });
@@ -99,7 +100,7 @@ function drawRows(block) {
     { id: "reason", onchange: () => narrow() },
     el("option", { value: "" }, `every reason (${block.rows.length.toLocaleString("en")})`),
     ...Object.entries(block.reasons).map(([name, number]) =>
-      el("option", { value: name }, `${visible(name)} (${number.toLocaleString("en")})`),
+      el("option", { value: name }, `${visible(name)}${means(name) ? ": " + means(name) : ""} (${number.toLocaleString("en")})`),
     ),
   );
   const indices = () => new Set(places.map((k) => block.index[k]).filter((index) => index >= 0));
@@ -124,7 +125,7 @@ function drawRows(block) {
           label: [line.id, cell(row, "reason"), cell(row, "evidence")].join(", "),
           nodes: [
             el("span", { class: "what" },
-              el("span", { class: "first" }, foreign(line.id, { class: "id" }), foreign(cell(row, "reason") ?? "", { class: "chip" }),
+              el("span", { class: "first" }, foreign(line.id, { class: "id" }), foreign(cell(row, "reason") ?? "", { class: "chip", "data-tip": means(cell(row, "reason") ?? "") }),
                 score === null ? null : el("span", { class: "n", "data-tip": cellTip(score, block.columns[at.score]) }, short(score)),
                 gain === null ? null : el("span", { class: "n muted gain", "data-tip": cellTip(gain, block.columns[at.gain]) }, `gain ${short(gain)}`)),
               foreign([cell(row, "evidence"), also].filter(Boolean).join(" · "), { class: "evidence", "data-tip": visible(cell(row, "evidence") ?? "") }),

@@ -47,8 +47,9 @@ async function search() {
   state.left = found;
   const one = found.length === 1;
   const noun = kind === "queries" ? (one ? "query" : "queries") : one ? "training row" : "training rows";
-  $("left-count").textContent = `${whole(found.length)} ${noun}`;
   const current = state.from === "queries" ? state.q : state.i;
+  const why = kind === "queries" && !text && !one && current === state.meta.first ? "; chosen first: the one that a row helps most" : "";
+  $("left-count").textContent = `${whole(found.length)} ${noun}${why}`;
   await leftList.show(state.left.length, state.left.indexOf(current));
 }
 
@@ -64,6 +65,7 @@ async function choose(index, kept = null) {
   state.largest = largestOf(found.scores);
   const title = $("right-title");
   title.replaceChildren(from === "queries" ? "Rows behind " : "Queries moved by ", foreign(found.id));
+  $("right-of").replaceChildren(foreign(found.preview));
   await arrange();
   const there = state.right.findIndex((each) => each.index === kept);
   if (there >= 0) {
@@ -172,5 +174,5 @@ function startExplorer() {
   };
   const q = number("q", state.meta.queries);
   const i = number("r", state.meta.rows);
-  return q === null && i !== null ? startFrom("rows", i) : startFrom("queries", q, i);
+  return q === null && i !== null ? startFrom("rows", i) : startFrom("queries", q ?? state.meta.first, i);
 }

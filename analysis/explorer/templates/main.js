@@ -57,11 +57,15 @@ async function exportIds() {
   link.remove();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
   say(`${lines.length} ids saved`);
+  const command = el("code", {}, ...state.meta.next.split(" ").flatMap((word) => [el("span", {}, word), " "]));
+  $("next").replaceChildren("Saved as ids.txt. In its folder, ", command, "says what taking these rows out would do.");
+  $("next").hidden = false;
 }
 
 ticksChanged.push(() => {
   const count = ticked.size;
-  $("export").disabled = $("untick").disabled = count === 0;
+  $("next").hidden = true;
+  for (const id of ["export", "untick"]) $(id).disabled = $(id).hidden = count === 0;
   $("export").textContent = count ? `Export ${count.toLocaleString("en")} id${count > 1 ? "s" : ""}` : "Export ids";
   if (state.meta) memory.set("ticks " + state.meta.run, JSON.stringify([...ticked]));
 });
@@ -125,6 +129,27 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+// ---- jumps ---------------------------------------------------------------------------------------
+
+// What stands above the goal of a jump is filled while it comes near, and would push the goal away:
+// it is held in its place until the reader moves on, for as long as filling takes.
+const HELD = 2000; // milliseconds
+let goal = null;
+
+function hold(address) {
+  const held = (goal = $(address.slice(1)));
+  setTimeout(() => held === goal && (goal = null), HELD);
+}
+
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("a[href^='#']");
+  if (link) hold(link.hash);
+});
+for (const moved of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+  addEventListener(moved, () => (goal = null), { passive: true, capture: true });
+}
+new ResizeObserver(() => goal?.scrollIntoView()).observe($("main"));
+
 // ---- trouble -------------------------------------------------------------------------------------
 
 // What fails after the start, as when the page's server has ended, is said. A click takes it away.
@@ -140,6 +165,7 @@ $("trouble").addEventListener("click", () => ($("trouble").hidden = true));
 const painted = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 0)));
 
 async function begin() {
+  hold(location.hash); // before the explorer writes what it shows there
   await painted();
   state.meta = await source.meta();
   try {

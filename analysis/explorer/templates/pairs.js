@@ -87,7 +87,7 @@ function scoreLine(query, place) {
     of: `the query's ${measurement}`,
     number: `${about}${signed(value)} ${unit}`,
     rises,
-    whom: "the query",
+    whom: "the answer",
     more: ` (rank ${(place + 1).toLocaleString("en")} of ${query.rows.length.toLocaleString("en")})`,
     tip: `${value} ${unit}: the predicted change of the query's ${measurement} if this row alone were removed`,
   });

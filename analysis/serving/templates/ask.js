@@ -31,8 +31,13 @@
     form,
     out,
   );
-  $("main").prepend(section);
-  document.querySelector("nav ul").prepend(el("li", {}, el("a", { href: "#ask" }, "Ask the adapter")));
+  // After what explains the queries that are there, which is in sight when the page opens.
+  ($("queries") ?? $("start")).after(section);
+  const link = (...more) => el("li", {}, el("a", { href: "#ask" }, "Ask the adapter"), ...more);
+  const queries = document.querySelector("nav [href='#queries']");
+  if (queries) queries.parentNode.after(link());
+  else document.querySelector("nav ul").prepend(link());
+  document.querySelector(".ways li").after(link(" ", el("small", { class: "muted" }, "Type a question of your own: its answer, and the rows behind it.")));
 
   $("where").textContent = "This page is served from this machine by analysis serve.";
 

@@ -16,13 +16,13 @@ def test_meta(world):
     assert (meta["rows"], meta["queries"], meta["unit"]) == (12, 4, "nats per token")
     names = [name for name, _ in meta["sections"]]
     assert names == [
-        "about",
         "queries",
-        "heatmap",
         "cleaning",
+        "heatmap",
         "map",
         "evaluations",
         "faithfulness",
+        "about",
     ]
     assert meta["missing"] == {}
     json.dumps(meta, allow_nan=False)
@@ -32,8 +32,8 @@ def test_what_is_missing_says_how_to_make_it(tmp_path):
     write_run(tmp_path / "run", rows_of(2))
     meta = contract.meta(gather(tmp_path / "run"))
     assert [name for name, _ in meta["sections"]] == ["about"]
-    assert set(meta["missing"]) == {"queries", "cleaning", "map", "faithfulness"}
-    assert "influence score" in meta["missing"]["queries"]
+    assert set(meta["missing"]) == {"map", "faithfulness"}
+    assert "influence self --run" in meta["missing"]["map"][1]
 
 
 def test_search_finds_every_word_in_any_place(world):
@@ -107,7 +107,7 @@ def test_without_scores_rows_are_there_all_the_same(tmp_path):
         (lambda e: contract.pair(e, 0, 12), "there are 12"),
         (lambda e: contract.lines(e, "rows", [12]), "there are 12"),
         (lambda e: contract.search(e, "people", "x"), "expected queries or rows"),
-        (lambda e: contract.section(e, "edits"), "there are about"),
+        (lambda e: contract.section(e, "edits"), "there are queries"),
     ],
 )
 def test_wrong_questions_are_refused(world, call, says):

@@ -25,7 +25,12 @@ METHOD = {"name": "re-linearised"}
 
 
 def blocks(place):  # noqa: F811
-    return edits.blocks(place.run)
+    """Those of the section but for the answers in words."""
+    return [each for each in edits.blocks(place.run) if each not in answers(place)]
+
+
+def answers(place):  # noqa: F811
+    return [each for each in edits.blocks(place.run) if each.get("text", "").startswith("Edit ")]
 
 
 def states(place):  # noqa: F811
@@ -77,6 +82,19 @@ def test_what_each_edit_did(edited):
     assert measured_["rows"][1][-1] == "not compared (too few rows)"
     assert rows["rows"] == [["row 1 äé東", "remove", 0.2, 2.5, 2.6, 2.7, 0.9, 0.1, 0.15]]
     json.dumps(blocks(edited), allow_nan=False)
+
+
+def test_the_newest_edits_are_answered_in_words_first(edited):
+    """As the page on one edit does. A record that does not hold is said before them."""
+    found = edits.blocks(edited.run)
+    assert found[: len(answers(edited))] == answers(edited)
+    newest, first = answers(edited)
+    assert newest["text"].startswith("Edit 2: remove. ")
+    assert "loss 2.50 against 2.60 expected" in first["text"]
+    assert "was not measured" in first["text"]
+    (edited.root / "two" / "adapter_model.safetensors").write_bytes(b"x")
+    assert edits.blocks(edited.run)[0]["tone"] == "bad"
+    assert len(answers(edited)) == 2
 
 
 def test_a_changed_adapter_is_not_verified(edited):

@@ -131,7 +131,7 @@ def test_the_command_writes_the_page(world, tmp_path, run_main):
     done = run_main(main, *line)
     assert done.status == 0, done.err
     assert done.json()["sections"] == [
-        *("about", "queries", "heatmap", "cleaning", "map", "faithfulness"),
+        *("queries", "cleaning", "heatmap", "map", "faithfulness", "about"),
     ]
     assert done.json()["bytes"] == out.stat().st_size
     again = run_main(main, *line)

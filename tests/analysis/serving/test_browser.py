@@ -123,6 +123,19 @@ def test_a_question_that_is_refused_says_why(page):
     page.locator("#ask-status", has_text="8,001 characters").wait_for()
 
 
+def test_a_question_of_ones_own_is_a_way_in_beside_the_queries(page):
+    """It is below the queries that are there, which are in sight at once."""
+    assert page.locator(".ways a").all_inner_texts()[:2] == [
+        "Why did it say this?",
+        "Ask the adapter",
+    ]
+    assert page.evaluate("document.querySelector('#queries + section').id") == "ask"
+    assert page.locator("#right .line").first.bounding_box()["y"] < 900
+    page.click(".ways a[href='#ask']")
+    page.wait_for_timeout(300)
+    assert page.locator("#ask-prompt").bounding_box()["y"] < 900
+
+
 def test_the_explorer_reads_from_the_server(page, served):
     first = page.locator("#left [role=option]").first
     assert served.explored.queries.ids[0] in first.inner_text()

@@ -1,0 +1,51 @@
+"""The ways into the page: the questions that it is opened with, and where each is answered."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from analysis.explorer.data import Explored
+from analysis.explorer.sections import SECTIONS
+
+#: By section, what is done there.
+WAYS: Mapping[str, Callable[[Explored], str]] = {
+    "queries": lambda e: "Choose a query: the rows behind its answer stand beside it.",
+    "cleaning": lambda e: _listed(len(e.cleaning or ())),
+    "edits": lambda e: "What the adapter no longer knows, and what that cost the other rows.",
+}
+
+
+def ways(explored: Explored, there: Collection[str]) -> list[dict[str, Any]]:
+    """The `question` of each way, its `section`, null where the run has none, and what it `says`.
+
+    Where there is no section that is how to make it (`how`).
+    """
+    return [
+        {
+            "question": SECTIONS[name].title,
+            "section": name if name in there else None,
+            "says": [says(explored)] if name in there else how(explored, name),
+        }
+        for name, says in WAYS.items()
+    ]
+
+
+def how(explored: Explored, name: str) -> list[str]:
+    """How to make a section: texts, and between them commands, which name the run for a shell."""
+    run = f"--run {shlex.quote(str(explored.directory))}"
+    return [part.replace("--run RUN", run) for part in SECTIONS[name].missing.split("`")]
+
+
+def after_export(explored: Explored) -> str:
+    """The command that says what removing the rows would do whose ids were saved."""
+    run = shlex.quote(str(explored.directory.resolve()))  # a browser saves elsewhere
+    return f"unlearn remove --run {run} --ids-file ids.txt --dry-run"
+
+
+def _listed(entries: int) -> str:
+    if not entries:
+        return "The list is empty: no row needs a look."
+    counted = "1 entry" if entries == 1 else f"{entries:,} entries"
+    return f"{counted}, with reasons. Tick rows to fix or remove, and save their ids."
