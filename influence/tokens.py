@@ -113,7 +113,7 @@ class TokenizedExamples(Sequence[Tokens]):
     Rows lie one after the other in flat arrays, five bytes a token: an array object for each row
     takes several times that where rows are short. A row that is asked for is made from them.
 
-    Errors: DataError for a token id that does not fit into 32 bits.
+    Errors: DataError for a token id below 0 or from 2^31 on, and for other targets than tokens.
     """
 
     def __init__(
@@ -124,9 +124,13 @@ class TokenizedExamples(Sequence[Tokens]):
         #: positions of the rows that hold several documents
         self._positions: dict[int, np.ndarray] = {}
         for number, row in enumerate(tokens):
-            largest = int(row.input_ids.max(initial=0))
-            if largest >= 2**31:
-                raise DataError(f"token id {largest} was given; token ids are below 2^31")
+            least, most = row.input_ids.min(initial=0), row.input_ids.max(initial=0)
+            if least < 0 or most >= 2**31 or row.supervised.shape != row.input_ids.shape:
+                raise DataError(
+                    f"tokens number {number + 1} hold ids from {least} to {most} and targets of the "
+                    f"shape {row.supervised.shape}; expected ids of at least 0 and below 2^31, and "
+                    f"the targets' shape to be theirs, {row.input_ids.shape}"
+                )
             flat.frombytes(row.input_ids.astype(np.intc).tobytes())
             targets += row.supervised.astype(bool).tobytes()
             lengths.append(len(row))

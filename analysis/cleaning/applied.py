@@ -243,10 +243,12 @@ def _say_cost(recipe: Recipe, all_rows: int, rows: int, *, references: int, seed
     """Say how much is trained, before any of it."""
     steps = references * recipe.steps(all_rows) + seeds * recipe.steps(rows)
     read = references * recipe.rows_read(all_rows) + seeds * recipe.rows_read(rows)
-    kept = f" ({seeds - references} on all rows are there already)" * (references < seeds)
+    count, there = references + seeds, seeds - references
+    kept = f" ({there} on all rows {'is' if there == 1 else 'are'} there already)" * (there > 0)
+    later = "; their time is said after a tenth of the first" * (count > 1)
     say(
-        f"cost: {references + seeds} trainings{kept}, {steps} steps, {read} row-gradients in all; "
-        "the time is said after a tenth of the first"
+        f"cost: {count} training{'s' * (count > 1)}{kept}, {steps} steps, {read} row-gradients in "
+        f"all{later}"
     )
 
 

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 #: The reasons, in the order of the list.
-REASONS = (
-    "harms",
-    "label",
-    "contradiction",
-    "duplicate",
-    "outlier",
-    "unlearnt",
-    "personal",
-)
+#: Reasons, and what they mean in few words.
+MEANINGS = {
+    "harms": "works against good rows",
+    "label": "perhaps a wrong answer",
+    "contradiction": "another row answers the same otherwise",
+    "duplicate": "says the same as another row",
+    "outlier": "unlike all other rows",
+    "unlearnt": "hardly learnt",
+    "personal": "may hold personal data",
+}
+REASONS = tuple(MEANINGS)
 #: What may be decided of a row, and what may be suggested.
 REMOVE, KEEP, RELABEL = "remove", "keep", "relabel"
 DECISIONS = (REMOVE, KEEP, RELABEL)

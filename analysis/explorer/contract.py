@@ -41,7 +41,7 @@ def meta(explored: Explored) -> dict[str, Any]:
     `title`, the `run`'s digest, how many `rows` and `queries` there are; of the scores their `unit`,
     the `measurement`, whether it `rises` when the model gets worse, `kept` (rows kept of either end;
     null: all), `exactness`, a sentence on how exactly they are given, and `first`, the query to begin
-    with; the `sections` that are there, by name and title; the `ways` into the page
+    with, and of how many it is the one that a row helps most (`first_of`, 0: no row helps); the `sections` that are there, by name and title; the `ways` into the page
     and the `next` command when ids were saved (`analysis.explorer.start`); what is `missing` beside
     the ways, by section how to make it.
     """
@@ -57,7 +57,8 @@ def meta(explored: Explored) -> dict[str, Any]:
         "rises": table is None or table.rises,
         "kept": None if table is None else table.kept,
         "exactness": "" if table is None else "Scores are as in the file.",
-        "first": 0 if table is None else table.first_shown,
+        "first": 0 if table is None else table.first_shown or 0,
+        "first_of": 0 if table is None or table.first_shown is None else table.looked_at,
         "sections": [[name, SECTIONS[name].title] for name in there],
         "ways": start.ways(explored, there),
         "next": start.after_export(explored),

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # a page on scores alone does not wait for torch
 TOKEN_NAMES = ("per_token", "token_offsets", "token_ids")
 #: Scores that are looked at for a query to begin with: more would keep a large run waiting.
 LOOKED_AT = 5_000_000
+#: Of these, how many are read at once.
+AT_ONCE = 500_000
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class ScoreTable:
 
     def query(self, query: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows kept of a query and their scores, `[k]` each: proponents first."""
-        return self._ordered(*self._known(query))
+        with open_file(self.path) as file:
+            values = cast("h5py.Dataset", file["scores"])[query]
+        return self._ordered(np.arange(len(values)), values)
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """The queries that a row has a score for, and the scores, `[k]` each: highest first."""
@@ -105,17 +109,23 @@ class ScoreTable:
         return Detail(tokens, modules)
 
     @cached_property
-    def first_shown(self) -> int:
-        """The query to begin with: the one that a single row helps most, of the first ones."""
-        count = max(1, LOOKED_AT // max(1, len(self.train_ids)))
-        found, most = 0, -np.inf
-        with open_file(self.path):  # held: each query below opens it again, which then costs little
-            for query in range(min(count, len(self.query_ids))):
-                _, values = self._known(query)
-                helped = (values if self.rises else -values).max(initial=-np.inf)
-                if helped > most:
-                    found, most = query, helped
-        return found
+    def looked_at(self) -> int:
+        """Of how many queries, the first ones, the one to begin with is chosen."""
+        return min(max(1, LOOKED_AT // max(1, len(self.train_ids))), len(self.query_ids))
+
+    @cached_property
+    def first_shown(self) -> int | None:
+        """The query to begin with: the one that a single row helps most, of those `looked_at`; None
+        where no row helps.
+        """
+        helped = np.zeros(self.looked_at)
+        with open_file(self.path) as file:
+            scores = cast("h5py.Dataset", file["scores"])
+            step = max(1, AT_ONCE // max(1, len(self.train_ids)))
+            for start in range(0, self.looked_at, step):
+                some = slice(start, min(start + step, self.looked_at))
+                helped[some] = self._most_helped(scores[some])
+        return self._first_of(helped)
 
     @cached_property
     def module_names(self) -> list[str]:
@@ -128,12 +138,15 @@ class ScoreTable:
         with open_file(self.path) as file:
             return read(file, TOKEN_NAMES[1])
 
-    def _known(self, query: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a query that have a score, in no order, and their scores."""
-        with open_file(self.path) as file:
-            values = cast("h5py.Dataset", file["scores"])[query]
-        places = np.flatnonzero(np.isfinite(values))
-        return places, values[places]
+    def _most_helped(self, scores: np.ndarray) -> np.ndarray:
+        """How much the best row helps each query, of scores [k, rows]; 0 where none does."""
+        known = np.isfinite(scores)
+        helped = scores if self.rises else -scores
+        return helped.max(1, initial=0, where=known)
+
+    def _first_of(self, helped: np.ndarray) -> int | None:
+        """The query that is helped most, if any is."""
+        return int(helped.argmax()) if len(helped) and helped.max() > 0 else None
 
     def _ordered(self, places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The places with a score, by what removing the row would harm: proponents first."""
@@ -149,14 +162,25 @@ class StrongestTable(ScoreTable):
 
     strongest: Strongest = field(default=None, repr=False)  # pyright: ignore[reportAssignmentType]
 
-    def _known(self, query: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `ScoreTable`'s, of the rows that were kept."""
+    @cached_property
+    def looked_at(self) -> int:
+        """As `ScoreTable`'s: all queries, whose kept rows are in memory."""
+        return len(self.query_ids)
+
+    @cached_property
+    def first_shown(self) -> int | None:
+        """As `ScoreTable`'s."""
+        found = self.strongest
+        kept = found.highest_scores if self.rises else found.lowest_scores
+        return self._first_of(self._most_helped(np.asarray(kept)))
+
+    def query(self, query: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `ScoreTable.query`, of the rows that were kept."""
         found = self.strongest
         places = np.concatenate([found.highest[query], found.lowest[query]])
         values = np.concatenate([found.highest_scores[query], found.lowest_scores[query]])
         places, first = np.unique(places, return_index=True)
-        known = np.isfinite(values[first])
-        return places[known], values[first][known]
+        return self._ordered(places, values[first])
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """As `ScoreTable.row`, of the queries that kept the row."""

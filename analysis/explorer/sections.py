@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.cleaning.findings import MEANINGS
 from analysis.explorer import about, edits, evaluations
 from analysis.explorer.blocks import Block, axis, column, rounded, table, text
 from analysis.explorer.data import SELF_HELP, Explored
@@ -78,16 +79,6 @@ def in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isascii() and part.isdigit() else -1, part) for part in parts]
 
 
-#: What the reasons of analysis clean mean, in few words.
-MEANINGS = {
-    "harms": "works against good rows",
-    "label": "perhaps a wrong answer",
-    "contradiction": "another row answers the same otherwise",
-    "duplicate": "says the same as another row",
-    "outlier": "unlike all other rows",
-    "unlearnt": "hardly learnt",
-    "personal": "may hold personal data",
-}
 NO_VERDICT = (
     "Rows to look at, no verdict. A gain is a forecast that is not to be relied on, and all rows that are "
     "suggested may cost more together than they gain: analysis clean --apply measures."

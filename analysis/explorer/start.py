@@ -13,7 +13,7 @@ from analysis.explorer.sections import SECTIONS
 WAYS: Mapping[str, Callable[[Explored], str]] = {
     "queries": lambda e: "Choose a query: the rows behind its answer stand beside it.",
     "cleaning": lambda e: _listed(len(e.cleaning or ())),
-    "edits": lambda e: "What the adapter no longer knows, and what that cost the other rows.",
+    "edits": lambda e: "What each edit did to its rows, and what that cost the others.",
 }
 
 
@@ -34,14 +34,21 @@ def ways(explored: Explored, there: Collection[str]) -> list[dict[str, Any]]:
 
 def how(explored: Explored, name: str) -> list[str]:
     """How to make a section: texts, and between them commands, which name the run for a shell."""
-    run = f"--run {shlex.quote(str(explored.directory))}"
-    return [part.replace("--run RUN", run) for part in SECTIONS[name].missing.split("`")]
+    return [part.replace("RUN", _named(explored)) for part in SECTIONS[name].missing.split("`")]
 
 
 def after_export(explored: Explored) -> str:
     """The command that says what removing the rows would do whose ids were saved."""
-    run = shlex.quote(str(explored.directory.resolve()))  # a browser saves elsewhere
-    return f"unlearn remove --run {run} --ids-file ids.txt --dry-run"
+    return f"unlearn remove --run {_named(explored)} --ids-file ids.txt --dry-run"
+
+
+def _named(explored: Explored) -> str:
+    """The run for a shell, from anywhere: a browser saves elsewhere.
+
+    A name that does not look like what it is (line ends, letters that turn a line around) stays RUN.
+    """
+    path = str(explored.directory.resolve())
+    return shlex.quote(path) if path.isprintable() else "RUN"
 
 
 def _listed(entries: int) -> str:

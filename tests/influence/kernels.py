@@ -27,7 +27,10 @@ def like(found, expected: np.ndarray, tolerance: float = 1e-8) -> None:
     values = rng.normal(size=(3, len(expected)))
     close(found.diagonal, np.diagonal(expected), tolerance)
     close(found.block(some), expected[np.ix_(some, some)], tolerance)
-    close(found.apply(values), values @ expected, tolerance)
+    given = values.copy()
+    close(found.apply(given), values @ expected, tolerance)
+    np.testing.assert_array_equal(given, values)  # who asks twice gives the same again
+    close(found.apply(given, overwrite=True), values @ expected, tolerance)
 
 
 FORMS = {"tiles": {"WHOLE_ROWS": 0}, "landmarks": {"EXACT_ROWS": 0, "MOST_ROWS": 0, "LANDMARKS": 5}}

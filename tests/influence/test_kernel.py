@@ -68,10 +68,7 @@ def test_the_inverse_is_the_dense_one_and_takes_the_kernels_place():
         close(found.values, expected)
         rows = np.array([0, n - 1])
         close(found.block(rows), expected[np.ix_(rows, rows)])
-        given = np.ascontiguousarray(root.T)
-        close(found.apply(given), root.T @ expected)
-        np.testing.assert_array_equal(given, root.T)  # who asks twice gives the same again
-        close(found.apply(given, overwrite=True), root.T @ expected)
+        close(found.apply(root.T), root.T @ expected)
         close(found.diagonal, np.diagonal(expected))
 
 

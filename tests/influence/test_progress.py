@@ -107,7 +107,7 @@ def test_the_whole_is_told_once_after_a_tenth_of_the_first_pass(capfd, clock):
     """Ten batches of 5 s and three passes more: after the first, 45 + 150 s are left."""
     for _ in progress.track(range(10), "rows", passes=3):
         clock.seconds += 5
-    lines = [line for line in capfd.readouterr().err.splitlines() if "passes" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "in all" in line]
     assert lines == ["in all about 3 min left"]
     for _ in progress.track(range(10), "rows", passes=3):
         clock.seconds += 0.2  # 7.8 s are left: nobody waits for that

@@ -317,7 +317,18 @@ def test_rows_are_tokenised_in_parts_as_in_one(at_once, monkeypatch):
     whole = tokenize(examples_from_rows(rows[:3] + rows[4:]), tokenizer)
     monkeypatch.setattr(tokens_module, "_ROWS_PER_CALL", at_once)
     parts = tokenize(examples_from_rows(rows[:3] + rows[4:]), tokenizer)
-    assert (parts.digest, parts.ids, parts.cut) == (whole.digest, whole.ids, whole.cut)
+    assert (parts.digest, parts.ids) == (whole.digest, whole.ids)
+    long = [pair("Q:", " yes", id="a"), pair("Q:", " The capital of France", id="b")] * 2
+    long = examples_from_rows({**row, "id": str(number)} for number, row in enumerate(long))
+    needed = int(tokenize(long, tokenizer).lengths.max())
+    with pytest.warns(UserWarning, match=f"^2 of 4 rows are longer .* max_length={needed} keeps"):
+        assert tokenize(long, tokenizer, max_length=needed - 1).cut == [False, True, False, True]
+    refused = [pair(id="a"), chat("Hello", "yes", id="b"), chat("", "no", id="c"), pair(id="d")]
+    refused += [chat("", "no", id="e")]
+    template = "{% if not messages[0]['content'] %}{{ raise_exception('empty') }}{% endif %}" + CHAT
+    with pytest.raises(DataError, match="2 of 5 rows cannot be rendered") as error:
+        tokenize(examples_from_rows(refused), make_tokenizer(template=template))
+    assert [(row.number, row.id) for row in error.value.rows] == [(3, "c"), (5, "e")]
     with pytest.warns(UserWarning, match="^1 of 5 rows begin with <bos>"):
         tokenize(examples_from_rows(rows), tokenizer)
     bad = [pair("Q:", " yes", id="a"), {"input_ids": [4], "id": "b"}, {"input_ids": [5], "id": "c"}]
@@ -492,11 +503,15 @@ def test_tokens_lie_in_flat_arrays():
     assert joined[-1].input_ids.tolist() == plain[9].input_ids.tolist()
     with pytest.raises(IndexError):
         joined[2010]
-    large = Tokens(np.array([1, 2**32 + 1]), np.array([False, True]))
-    with pytest.raises(
-        DataError, match=r"token id 4294967297 was given; token ids are below 2\^31"
-    ):
-        TokenizedExamples([large], ["a"])
+    for ids, targets in (([1, 2**32 + 1], [0, 1]), ([1, -5], [0, 1]), ([1, 2], [0, 1, 1])):
+        wrong = Tokens(np.array(ids), np.array(targets, dtype=bool))
+        with pytest.raises(DataError, match="tokens number 2 hold ids from"):
+            TokenizedExamples([plain[0], wrong], ["a", "b"])
+    with pytest.raises(DataError, match="1 of 1 rows") as error:
+        examples_from_rows([{"input_ids": [1, 2**31], "id": "big"}])
+    assert "row 1 (id 'big'): 'input_ids' holds 2147483648; token ids are below 2^31" in str(
+        error.value
+    )
 
 
 def test_tokenized_examples_are_a_sliceable_sequence():

@@ -48,7 +48,10 @@ async function search() {
   const one = found.length === 1;
   const noun = kind === "queries" ? (one ? "query" : "queries") : one ? "training row" : "training rows";
   const current = state.from === "queries" ? state.q : state.i;
-  const why = kind === "queries" && !text && !one && current === state.meta.first ? "; chosen first: the one that a row helps most" : "";
+  const { first, first_of: of, queries } = state.meta;
+  const looked = of < queries ? ` of the first ${whole(of)}` : "";
+  const chosen = kind === "queries" && !text && !one && of > 1 && current === first;
+  const why = chosen ? `; chosen first: the one${looked} that a row helps most` : "";
   $("left-count").textContent = `${whole(found.length)} ${noun}${why}`;
   await leftList.show(state.left.length, state.left.indexOf(current));
 }

@@ -47,18 +47,29 @@ function idLine(id) {
     : JSON.stringify(id);
 }
 
+// Four digits that differ between texts, mostly.
+function digits(text) {
+  let found = 0;
+  for (const letter of text) found = (31 * found + letter.codePointAt(0)) % 10000;
+  return String(found).padStart(4, "0");
+}
+
 async function exportIds() {
   const lines = await source.lines("rows", [...ticked].sort((a, b) => a - b));
   const text = lines.map((line) => idLine(line.id) + "\n").join("");
   const url = URL.createObjectURL(new Blob([text], { type: "text/plain;charset=utf-8" }));
-  const link = el("a", { href: url, download: "ids.txt" });
+  // A name of its own: a browser that finds the name taken adds a number, and a command that is copied
+  // would read an earlier choice.
+  const name = `ids-${state.meta.run.slice(0, 4)}-${digits(text)}.txt`;
+  const link = el("a", { href: url, download: name });
   document.body.append(link);
   link.click();
   link.remove();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
   say(`${lines.length} ids saved`);
-  const command = el("code", {}, ...state.meta.next.split(" ").flatMap((word) => [el("span", {}, word), " "]));
-  $("next").replaceChildren("Saved as ids.txt. In its folder, ", command, "says what taking these rows out would do.");
+  const words = state.meta.next.replace("ids.txt", name).split(" ");
+  const command = el("code", {}, ...words.flatMap((word) => [el("span", {}, word), " "]));
+  $("next").replaceChildren(`Saved as ${name}. In its folder, `, command, "says what taking these rows out would do.");
   $("next").hidden = false;
 }
 
@@ -71,6 +82,7 @@ ticksChanged.push(() => {
 });
 $("export").addEventListener("click", exportIds);
 $("untick").addEventListener("click", () => {
+  $("theme").focus(); // the button goes, and its focus would go to nothing
   ticked.clear();
   changedTicks();
   say("No row is ticked");
@@ -137,18 +149,18 @@ const HELD = 2000; // milliseconds
 let goal = null;
 
 function hold(address) {
-  const held = (goal = $(address.slice(1)));
+  const held = (goal = { node: $(address.slice(1)) });
   setTimeout(() => held === goal && (goal = null), HELD);
 }
 
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a[href^='#']");
-  if (link) hold(link.hash);
+  if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) hold(link.hash); // else it opens elsewhere
 });
-for (const moved of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+for (const moved of ["wheel", "touchmove", "pointerdown", "mousedown", "keydown"]) {
   addEventListener(moved, () => (goal = null), { passive: true, capture: true });
 }
-new ResizeObserver(() => goal?.scrollIntoView()).observe($("main"));
+new ResizeObserver(() => goal?.node?.scrollIntoView()).observe($("main"));
 
 // ---- trouble -------------------------------------------------------------------------------------
 

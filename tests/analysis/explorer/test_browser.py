@@ -166,7 +166,7 @@ def test_ticked_ids_are_exported_as_unlearn_reads_them(browser, tmp_path):
         assert page.inner_text("#export") == "Export 7 ids"
         with page.expect_download() as download:
             page.click("#export")
-        assert download.value.suggested_filename == "ids.txt"
+        assert re.fullmatch(r"ids-[0-9a-f]{4}-\d{4}\.txt", download.value.suggested_filename)
         download.value.save_as(tmp_path / "ids.txt")
         from influence.row_files import read_examples
 

@@ -35,11 +35,12 @@ def bare(tmp_path_factory):
     return explored, root / "page.html"
 
 
-def first_shown(folder, values, **options) -> int:
-    """The query that a page of these scores begins with."""
+def first_shown(folder, values, **options) -> tuple[int, int]:
+    """The query that a page of these scores begins with, and of how many it was chosen."""
     write_run(folder / "run", rows_of(values.shape[1]))
     write_scores(folder / "run", values, rows_of(len(values), "query"), **options)
-    return contract.meta(gather(folder / "run"))["first"]
+    meta = contract.meta(gather(folder / "run"))
+    return meta["first"], meta["first_of"]
 
 
 VALUES = np.array([[0.1, -9, 0.2], [0.3, 0.2, np.nan], [0.0, -0.4, 0.1], [np.nan] * 3])
@@ -56,15 +57,49 @@ VALUES = np.array([[0.1, -9, 0.2], [0.3, 0.2, np.nan], [0.0, -0.4, 0.1], [np.nan
 )
 def test_the_query_that_a_row_helps_most_is_shown_first(tmp_path, options, query):
     values = VALUES if "kept" not in options else np.nan_to_num(VALUES)
-    assert first_shown(tmp_path, values, **options) == query
+    assert first_shown(tmp_path, values, **options) == (query, 4)
 
 
 def test_a_query_to_begin_with_where_there_is_little_to_choose(tmp_path, monkeypatch):
-    assert first_shown(tmp_path / "a", np.full((2, 2), np.nan)) == 0
-    monkeypatch.setattr(score_tables, "LOOKED_AT", 3)  # one query of three rows
-    assert first_shown(tmp_path / "b", VALUES) == 0
+    assert first_shown(tmp_path / "a", np.full((2, 2), np.nan)) == (0, 0)
+    harmed = np.array([[-1.0, -2.0], [-0.5, -2.0]])
+    assert first_shown(tmp_path / "harmed", harmed) == (0, 0)
+    assert first_shown(tmp_path / "kept", harmed, kept=1, name="strongest.h5") == (0, 0)
+    monkeypatch.setattr(score_tables, "AT_ONCE", 4)  # a query of three rows
+    assert first_shown(tmp_path / "parts", VALUES) == (1, 4)
+    monkeypatch.setattr(score_tables, "LOOKED_AT", 3)
+    assert first_shown(tmp_path / "b", VALUES) == (0, 1)
     monkeypatch.setattr(score_tables, "LOOKED_AT", 2)
-    assert first_shown(tmp_path / "c", VALUES) == 0
+    assert first_shown(tmp_path / "c", VALUES) == (0, 1)
+    strongest = np.nan_to_num(VALUES)
+    assert first_shown(tmp_path / "d", strongest, kept=1, name="strongest.h5") == (1, 4)
+
+
+@needs_chromium
+def test_of_how_many_the_first_query_was_chosen_is_said(browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(score_tables, "LOOKED_AT", 6)
+    write_run(tmp_path / "run", rows_of(3))
+    write_scores(tmp_path / "run", np.nan_to_num(VALUES), rows_of(4, "query"))
+    write(gather(tmp_path / "run"), tmp_path / "page.html")
+    with opened(browser, tmp_path / "page.html") as page:
+        said = "4 queries; chosen first: the one of the first 2 that a row helps most"
+        assert page.inner_text("#left-count") == said
+    monkeypatch.undo()
+    write_run(tmp_path / "harmed", rows_of(2))
+    write_scores(tmp_path / "harmed", np.array([[-1.0, -2.0]] * 2), rows_of(2, "query"))
+    write(gather(tmp_path / "harmed"), tmp_path / "harmed.html")
+    with opened(browser, tmp_path / "harmed.html") as page:
+        assert page.inner_text("#left-count") == "2 queries"
+
+
+@pytest.mark.parametrize("name", ["line\nend", "turned\u202eround", "-x y"])
+def test_a_command_names_the_run_or_leaves_it_to_the_reader(tmp_path, name):
+    """A name that cannot be seen as it is would be copied as another one."""
+    write_run(tmp_path / name, rows_of(2))
+    explored = gather(tmp_path / name)
+    shown = f"--run '{tmp_path / name}'" if name.isprintable() else "--run RUN"
+    assert f"unlearn remove {shown} --ids-file" in start.after_export(explored)
+    assert shown in "".join(start.how(explored, "queries"))
 
 
 def test_three_ways_in(world, bare):
@@ -212,15 +247,21 @@ def test_after_ids_are_saved_the_next_command_is_said(browser, small, world):
         page.locator("#right .tick").first.click()
         assert page.is_visible("#export")
         assert not page.is_visible("#next")
-        with page.expect_download():
-            page.click("#export")
-        until(page, "!document.getElementById('next').hidden")
-        run = str(world.directory.resolve())
-        assert f"unlearn remove --run {run} --ids-file ids.txt --dry-run" in page.inner_text(
-            "#next"
-        )
-        page.locator("#right .tick").first.click()
+        names = []
+        for number in (0, 1):  # another choice has another name
+            if number:
+                page.locator("#right .tick").nth(number).click()
+            with page.expect_download() as download:
+                page.click("#export")
+            names.append(download.value.suggested_filename)
+            until(page, "!document.getElementById('next').hidden")
+            run = str(world.directory.resolve())
+            command = f"unlearn remove --run {run} --ids-file {names[-1]} --dry-run"
+            assert command in page.inner_text("#next")
+        assert names[0] != names[1]
+        page.click("#untick")
         assert not page.is_visible("#next")
+        assert page.evaluate("document.activeElement.id") == "theme"
 
 
 @needs_chromium
