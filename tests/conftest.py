@@ -53,6 +53,16 @@ def no_cache():
     os.environ["LORA_INFLUENCE_CACHE"] = ""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_waits_for_the_disk():
+    """What `os.fsync` keeps is safe when a machine loses its power, which no test does; a process
+    that is killed leaves what it wrote all the same. A tenth of a fit here was waiting for it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def imports_are_no_garbage():
     """What libraries left on being imported is half a million objects that live to the end: a full
