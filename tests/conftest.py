@@ -72,6 +72,16 @@ def imports_are_no_garbage():
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def credit_when_asked_for():
+    """What scores need beside a run's points is made when they ask for it, and not by the fit, where
+    it takes as long as the points: for tests that want rows and points, or additive scores.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("influence.fitting._prepare_credit", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer()
