@@ -24,6 +24,7 @@ from tests.conftest import examples
 from tests.helpers import contents, untouched
 from tests.influence.toy_runs import (
     BUDGET,
+    EVERY_KIND,
     KINDS,
     N_ROWS,
     Interruption,
@@ -35,22 +36,8 @@ from tests.influence.toy_runs import (
     solver_of,
 )
 
-#: Every curvature, and every way to store or to go on, once; the other combinations are slow tests.
-QUICK = [
-    "ekfac, two draws",
-    "ekfac, nothing stored",
-    "kfac",
-    "fisher of the data's labels",
-    "ggn",
-    "identity",
-    "ekfac, features",
-    "ekfac, some rows",
-    "fisher, two points",
-]
-MAYBE_SLOW = [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS]
 
-
-@pytest.mark.parametrize("kind", MAYBE_SLOW)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_a_fit_interrupted_between_batches_and_resumed_equals_an_uninterrupted_one(
     tmp_path, monkeypatch, kind
 ):
