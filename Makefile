@@ -7,6 +7,10 @@ DEMO ?= demo
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadfile
 
+# Byte code is kept, also where the environment says otherwise: every process that tests start would
+# compile the packages again, and the slow tests all that the others have compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test lint types slow docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt

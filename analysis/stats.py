@@ -39,9 +39,10 @@ class Interval:
 
 
 def bootstrap_interval(
-    statistic: Callable[[NDArray[np.intp]], float],
+    statistic: Callable[[NDArray[np.intp]], ArrayLike],
     n: int,
     *,
+    together: int = 0,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -60,6 +61,9 @@ def bootstrap_interval(
         is undefined on that resample; it is counted and left out.
     n : int
         Number of units that were sampled independently.
+    together : int
+        How many resamples the statistic takes at once, where it can: its indices are then [k, n]
+        with k at most this, and it returns k numbers. The same resamples are drawn.
     resamples : int
         Number of resamples.
     level : float
@@ -83,9 +87,14 @@ def bootstrap_interval(
             "1: write 95 % as 0.95."
         )
     rng = np.random.default_rng(seed)
-    values = np.array(
-        [statistic(rng.integers(n, size=n)) for _ in range(resamples)], dtype=np.float64
-    )
+    if together:
+        counts = [min(together, resamples - k) for k in range(0, resamples, together)]
+        values = np.concatenate([statistic(rng.integers(n, size=(k, n))) for k in counts])
+        values = values.astype(np.float64)
+    else:
+        values = np.array(
+            [statistic(rng.integers(n, size=n)) for _ in range(resamples)], dtype=np.float64
+        )
     defined = values[~np.isnan(values)]
     low = high = float("nan")
     if defined.size:

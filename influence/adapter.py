@@ -235,9 +235,11 @@ class AdaptedModel:
         Afterwards every module and flag is as it was.
         """
         modes = [(module, module.training) for module in self.model.modules()]
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        own = (each for module, _ in modes for each in module._parameters.values())
+        flags = [(parameter, parameter.requires_grad) for parameter in own if parameter is not None]
         wanted = {id(parameter) for parameter in trainable}
-        self.model.eval()
+        if any(mode for _, mode in modes):
+            self.model.eval()
         for parameter, flag in flags:
             if flag != (id(parameter) in wanted):
                 parameter.requires_grad_(id(parameter) in wanted)
@@ -245,7 +247,8 @@ class AdaptedModel:
             yield self
         finally:
             for module, mode in modes:
-                module.training = mode
+                if module.training != mode:
+                    module.training = mode
             for parameter, flag in flags:
                 if parameter.requires_grad != flag:
                     parameter.requires_grad_(flag)

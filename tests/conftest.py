@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -50,6 +51,35 @@ WORDS = [
 def no_cache():
     """Nothing is remembered from one test to another, nor in the user's own cache."""
     os.environ["LORA_INFLUENCE_CACHE"] = ""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_waits_for_the_disk():
+    """What `os.fsync` keeps is safe when a machine loses its power, which no test does; a process
+    that is killed leaves what it wrote all the same. A tenth of a fit here was waiting for it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    """What libraries left on being imported is half a million objects that live to the end: a full
+    collection, which trainers and what runs short of memory ask for, need not walk them each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def credit_when_asked_for():
+    """What scores need beside a run's points is made when they ask for it, and not by the fit, where
+    it takes as long as the points: for tests that want rows and points, or additive scores.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("influence.fitting._prepare_credit", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,7 @@ PACKAGES = ("influence", "unlearn", "analysis")
 
 #: Pages whose commands take longest: followed after the default suite.
 LONG = {
+    "README.md",
     "choosing.md",
     "cleaning.md",
     "compare-methods.md",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -17,6 +18,13 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.fixture(scope="module", params=FILES, ids=name)
+def path(request) -> Path:
+    """A file of the packages. All tests of one follow one another, and it is parsed once for them."""
+    return request.param
+
+
+@functools.lru_cache(maxsize=1)
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -38,14 +46,12 @@ def test_there_is_something_to_look_at():
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(PACKAGES)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
 def test_imports_go_one_way(path):
     package = path.relative_to(ROOT).parts[0]
     later = {*PACKAGES[PACKAGES.index(package) + 1 :], "notebooks", "benchmarks", "tests"}
     assert {module for module in imported(parse(path)) if module.split(".")[0] in later} == set()
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_public_name_has_a_docstring(path):
     tree = parse(path)
     missing = [] if ast.get_docstring(tree) or not tree.body else ["the module"]
@@ -69,7 +75,6 @@ def test_every_public_name_has_a_docstring(path):
     assert missing == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
 def test_nothing_read_is_ever_run(path):
     tree = parse(path)
     modules = {module.split(".")[0] for module in imported(tree)}
@@ -154,7 +159,6 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
 def test_edits_methods_and_difficulty_are_apart(path):
     room = next((room for room in APART if module_of(path).startswith(room)), None)
     others = tuple(f"{other}." for other in APART if other != room)
@@ -162,7 +166,6 @@ def test_edits_methods_and_difficulty_are_apart(path):
     assert room is None or [module for module in reached if module.startswith(others)] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
 def test_no_curvature_is_named_outside_its_room(path):
     """Neither imported nor compared with: what differs between curvatures, they say themselves."""
     if name(path).startswith(NAMING):
@@ -181,13 +184,11 @@ def test_no_curvature_is_named_outside_its_room(path):
     assert (names & CONCRETE, compared) == (set(), [])
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
 def test_the_manifest_is_indexed_in_its_own_file_alone(path):
     text = path.read_text(encoding="utf-8")
     assert path.name == "manifest.py" or "manifest[" not in text
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
 def test_no_private_name_crosses_a_file(path):
     """Neither `from m import _x` nor `m._x` of an imported module."""
     tree = parse(path)
@@ -216,7 +217,6 @@ def is_private(text: str) -> bool:
     return text.startswith("_") and not text.startswith("__")
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_module_has_its_test_file(path):
     if path.name in ("__init__.py", "__main__.py"):
         return
@@ -224,7 +224,6 @@ def test_every_module_has_its_test_file(path):
     assert ROOT.joinpath("tests", *parts[:-1], f"test_{path.name}").exists()
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
 def test_no_file_is_longer_than_one_sitting(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
 

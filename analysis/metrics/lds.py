@@ -46,6 +46,9 @@ from numpy.typing import ArrayLike, NDArray
 from analysis.stats import Interval, bootstrap_interval, spearman
 from influence.errors import InputError
 
+#: Values that are ranked at once, of several resamples: calls take longer than few values.
+AT_ONCE = 1 << 18
+
 
 @dataclass(frozen=True, eq=False)
 class LDS:
@@ -190,20 +193,25 @@ def _summary(
     level: float,
     seed: int,
 ) -> tuple[NDArray[np.float64], float, Interval, int, int, int]:
-    """Give the fields of a result, in order, from per-query values on a selection of subsets."""
+    """Give the fields of a result, in order, from per-query values on selections of subsets:
+    `per_query` gives [Q, ...] of indices [..., S].
+    """
 
-    def mean_of_defined(selection: NDArray[np.intp]) -> float:
-        values = per_query(selection)
+    def mean_of_defined(values: NDArray[np.float64]) -> float:
         defined = values[~np.isnan(values)]
         return float(defined.mean()) if defined.size else float("nan")
 
-    everything = np.arange(subsets)
-    values = per_query(everything)
+    values = per_query(np.arange(subsets))
     interval = bootstrap_interval(
-        mean_of_defined, subsets, resamples=resamples, level=level, seed=seed
+        lambda selections: [mean_of_defined(each) for each in per_query(selections).T],
+        subsets,
+        together=max(1, AT_ONCE // values.size // subsets),
+        resamples=resamples,
+        level=level,
+        seed=seed,
     )
     undefined = int(np.isnan(values).sum())
-    return values, mean_of_defined(everything), interval, subsets, len(values), undefined
+    return values, mean_of_defined(values), interval, subsets, len(values), undefined
 
 
 def _predictions(

@@ -86,7 +86,7 @@ def test_bootstrap_covers_the_mean_of_a_normal_sample():
     for trial in range(400):
         sample = rng.normal(3.0, 2.0, size=40)
         interval = bootstrap_interval(
-            lambda i, x=sample: x[i].mean(), 40, resamples=400, seed=trial
+            lambda i, x=sample: x[i].mean(-1), 40, together=400, resamples=400, seed=trial
         )
         covered += interval.low <= 3.0 <= interval.high
     assert 0.90 <= covered / 400 <= 0.975
@@ -107,6 +107,16 @@ def test_same_seed_same_interval():
 
     assert bootstrap_interval(mean, 30, seed=5) == bootstrap_interval(mean, 30, seed=5)
     assert bootstrap_interval(mean, 30, seed=5) != bootstrap_interval(mean, 30, seed=6)
+
+
+@pytest.mark.parametrize("n", [2, 7, 40, 1000])
+@pytest.mark.parametrize("together", [1, 3, 50, 1000])
+def test_resamples_taken_together_are_those_taken_one_by_one(n, together):
+    values = np.random.default_rng(4).integers(9, size=n)  # whose sums are exact
+    one_by_one = bootstrap_interval(lambda i: values[i].sum(), n, resamples=101, seed=5)
+    assert one_by_one == bootstrap_interval(
+        lambda i: values[i].sum(-1), n, together=together, resamples=101, seed=5
+    )
 
 
 def test_undefined_resamples_are_counted_and_left_out():

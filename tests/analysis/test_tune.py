@@ -41,9 +41,18 @@ def model():
     return build_model("gpt2", layers=1, target_modules=["attn.c_attn", "mlp.c_proj"])
 
 
+@pytest.fixture(scope="module")
+def fitted(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tune") / "run"
+    influence.fit(model, examples(14), directory=directory, path=PATH)
+    return directory
+
+
 @pytest.fixture
-def run(model, tmp_path):
-    return influence.fit(model, examples(14), directory=tmp_path / "run", path=PATH)
+def run(fitted, model, tmp_path):
+    """A copy of that run, to keep settings in."""
+    shutil.copytree(fitted, tmp_path / "run")
+    return influence.Run.open(tmp_path / "run", model=model, train=examples(14))
 
 
 def linear_truth(run, queries, subsets=24, noise=0.0, **setting) -> Truth:

@@ -106,11 +106,28 @@ def test_the_geometry_of_the_end_is_that_of_the_end(model, tmp_path, double, geo
         close(scores, expected.score(queries, curvature="identity").values, 1e-8)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Puts a copy of a finished fit into a directory; each is made once."""
+    made = {}
+
+    def copied(directory, kind, **options):
+        key = (kind, *options.items())
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("finished") / "run"
+            fit(made[key], kind, **options)
+        shutil.copytree(made[key], directory, dirs_exist_ok=True)
+
+    return copied
+
+
 @pytest.mark.parametrize("kind", ["ekfac", "kfac", "fisher", "ggn"])
 @pytest.mark.parametrize("name", ["factors.h5", "gradients.h5", "rows.h5"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.98])
-def test_a_truncated_file_is_named_and_nothing_is_overwritten(tmp_path, kind, name, share):
-    fit(tmp_path, kind)
+def test_a_truncated_file_is_named_and_nothing_is_overwritten(
+    tmp_path, finished, kind, name, share
+):
+    finished(tmp_path, kind)
     path = tmp_path / name
     if not path.exists():
         pytest.skip(f"{kind} runs keep no {name}")
@@ -126,10 +143,12 @@ def test_a_truncated_file_is_named_and_nothing_is_overwritten(tmp_path, kind, na
 
 @pytest.mark.parametrize("kind", ["ekfac", "fisher", "ggn"])
 @pytest.mark.parametrize("name", ["factors.h5", "gradients.h5", "rows.h5"])
-def test_a_file_of_another_run_is_refused_and_nothing_is_overwritten(tmp_path, kind, name):
+def test_a_file_of_another_run_is_refused_and_nothing_is_overwritten(
+    tmp_path, finished, kind, name
+):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    fit(ours, kind)
-    fit(theirs, kind, seed=1)
+    finished(ours, kind)
+    finished(theirs, kind, seed=1)
     if not (ours / name).exists():
         pytest.skip(f"{kind} runs keep no {name}")
     shutil.copy(theirs / name, ours / name)

@@ -333,8 +333,15 @@ def test_float32_runs_of_several_processes(tmp_path):
 IN_FILES = [{"WHOLE_ROWS": 3}, {"EXACT_ROWS": 10, "MOST_ROWS": 10, "LANDMARKS": 7}]
 
 
-@pytest.mark.parametrize("numbers", IN_FILES)
-@pytest.mark.parametrize("kind", ["ekfac", "ekfac, nothing stored"])
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        ("ekfac", IN_FILES[1]),
+        ("ekfac, nothing stored", IN_FILES[0]),
+        pytest.param("ekfac", IN_FILES[0], marks=pytest.mark.slow),
+        pytest.param("ekfac, nothing stored", IN_FILES[1], marks=pytest.mark.slow),
+    ],
+)
 def test_similarities_in_files_are_made_by_several_processes(tmp_path, monkeypatch, numbers, kind):
     """Those of a damping that is not the fit's own, so that every call makes them."""
     run = fit(tmp_path / "run", kind)

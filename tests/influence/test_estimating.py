@@ -61,7 +61,7 @@ class Clock:
 CASES = [
     (EKFAC(), "always", (1.0,), "raw"),
     (EKFAC(), "never", (0.4, 0.8), "raw"),
-    (EKFAC(samples=3), "auto", (0.5, 0.9), "raw"),
+    pytest.param(EKFAC(samples=3), "auto", (0.5, 0.9), "raw", marks=pytest.mark.slow),
     (KFAC(), "never", (0.7,), "raw"),
     (Fisher(), "always", (0.8,), "raw"),
     (GGN(), "always", (0.8,), "raw"),
@@ -69,8 +69,8 @@ CASES = [
     (EKFAC(), "always", (0.6,), "function"),
     (EKFAC(), "always", (0.6,), "adam"),
     (EKFAC(), "features", (0.4, 0.8), "raw"),
-    (EKFAC(), "features", (0.6,), "function"),
-    (EKFAC(rows=20), "full", (0.6,), "raw"),
+    pytest.param(EKFAC(), "features", (0.6,), "function", marks=pytest.mark.slow),
+    pytest.param(EKFAC(rows=20), "full", (0.6,), "raw", marks=pytest.mark.slow),
     (EKFAC(rows=20, samples=2), "none", (0.6,), "raw"),
     (KFAC(rows=20), "features", (0.6,), "raw"),
 ]

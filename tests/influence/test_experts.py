@@ -29,6 +29,8 @@ from tests.conftest import (
 from tests.oracles import differentiable, plain_log_probs, plain_loss
 from tests.watching import HostReads
 
+pytestmark = pytest.mark.usefixtures("credit_when_asked_for")
+
 FUSED = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

@@ -15,7 +15,7 @@ from influence.errors import InputError
 from influence.fit_plan import FitPlan, chosen_store, size, store_bytes
 from influence.gradients import Tape
 from tests.conftest import examples, tokens_of
-from tests.influence.toy_runs import KINDS, N_ROWS, fit, small_model
+from tests.influence.toy_runs import EVERY_KIND, KINDS, N_ROWS, fit, small_model
 
 
 def plan_of(kind: str, **changes) -> FitPlan:
@@ -89,7 +89,7 @@ def test_the_plan_and_the_run_agree_on_landmarks(tmp_path, monkeypatch, disk_bud
     assert 0 < files - plan.kernel_bytes <= 4 * 10_000
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_what_follows_the_pass_is_what_finish_did(tmp_path, kind, monkeypatch):
     """Bytes to the byte; orders of decompositions as LAPACK was called with."""
     import torch

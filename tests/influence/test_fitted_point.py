@@ -24,6 +24,7 @@ from tests.conftest import examples
 from tests.helpers import contents, untouched
 from tests.influence.toy_runs import (
     BUDGET,
+    EVERY_KIND,
     KINDS,
     N_ROWS,
     Interruption,
@@ -36,7 +37,7 @@ from tests.influence.toy_runs import (
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_a_fit_interrupted_between_batches_and_resumed_equals_an_uninterrupted_one(
     tmp_path, monkeypatch, kind
 ):

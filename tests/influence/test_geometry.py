@@ -41,6 +41,8 @@ from tests.oracles import (
     sampled_gradients,
 )
 
+pytestmark = pytest.mark.usefixtures("credit_when_asked_for")
+
 N, Q = 8, 3
 ONE = {"layers": 1, "target_modules": ["attn.c_attn"]}
 F64 = torch.float64
@@ -394,7 +396,10 @@ def test_fisher_in_every_geometry_is_the_dense_formula(tmp_path, double, source,
     close(fitted.score(queries, curvature="identity").values, (q @ T.T @ T @ g.T).numpy() * w, 1e-8)
 
 
-@pytest.mark.parametrize("geometry", ["raw", "function", "adam"])
+@pytest.mark.parametrize(
+    "geometry",  # test_scores.py has the GGN without one
+    [pytest.param("raw", marks=pytest.mark.slow), "function", "adam"],
+)
 def test_ggn_in_every_geometry_is_the_dense_formula(model, tmp_path, double, geometry):
     """And so it is at another point of the path, where T is another."""
     data, queries = examples(3), examples(2, seed=1)

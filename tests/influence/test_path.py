@@ -21,6 +21,8 @@ from tests.conftest import build_model, examples, fit_end, rows
 from tests.helpers import edit_config, save, write_rows
 from tests.oracles import averaged, close, kappa, singles
 
+pytestmark = pytest.mark.usefixtures("credit_when_asked_for")
+
 SITES = {"layers": 1, "target_modules": ["attn.c_attn"]}
 
 

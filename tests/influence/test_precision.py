@@ -23,6 +23,8 @@ from tests.conftest import add_lora, build_base, build_tokenizer, examples, rows
 from tests.helpers import save
 from tests.influence.test_loading import quantised
 
+pytestmark = pytest.mark.usefixtures("credit_when_asked_for")
+
 KINDS = ["llama", "gpt2", "gemma", "phi", "mistral"]
 
 

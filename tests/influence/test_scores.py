@@ -13,6 +13,8 @@ from influence.gradients import stream_gradients
 from influence.loss import mean_losses
 from tests.conftest import build_model, examples, fit_end, rows, tokens_of
 
+pytestmark = pytest.mark.usefixtures("credit_when_asked_for")
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -34,8 +36,20 @@ def gradients(model, data, measurement=None):
     return out, tokens
 
 
-@pytest.mark.parametrize("reduction", ["token", "example", "batch:1"])
-@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "ggn", "identity"])
+#: Every reduction of one curvature, and every curvature; the other combinations are slow tests.
+QUICK = [("kfac", "token"), ("ggn", "batch:1"), ("identity", "example")]
+CASES = [
+    pytest.param(
+        curvature,
+        reduction,
+        marks=[pytest.mark.slow] * (curvature != "ekfac" and (curvature, reduction) not in QUICK),
+    )
+    for curvature in ("ekfac", "kfac", "ggn", "identity")
+    for reduction in ("token", "example", "batch:1")
+]
+
+
+@pytest.mark.parametrize(("curvature", "reduction"), CASES)
 def test_scores_are_the_formula_of_the_convention(model, tmp_path, curvature, reduction):
     data, queries = examples(8), examples(3, seed=1)
     fitted = fit_end(model, data, directory=tmp_path / "run", reduction=reduction, token_budget=30)

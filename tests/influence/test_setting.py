@@ -15,6 +15,8 @@ from influence.setting import CREDITS, Setting
 from tests.conftest import build_model, examples, fit_end, teach, tokens_of
 from tests.oracles import averaged, b_times, close, kappa, plain_gradients, plain_mean, singles
 
+pytestmark = pytest.mark.usefixtures("credit_when_asked_for")
+
 N, PATH = 9, (0.4, 0.8)
 
 

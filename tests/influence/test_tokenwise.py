@@ -24,6 +24,8 @@ from tests.oracles import (
     plain_mean,
 )
 
+pytestmark = pytest.mark.usefixtures("credit_when_asked_for")
+
 N, Q = 7, 3
 
 

@@ -38,6 +38,21 @@ KINDS = {
 }
 
 
+#: Every curvature, and every way to store or to look again, once; the other kinds are slow tests.
+QUICK = [
+    "ekfac, two draws",
+    "ekfac, nothing stored",
+    "kfac",
+    "fisher of the data's labels",
+    "ggn",
+    "identity",
+    "ekfac, features",
+    "ekfac, some rows",
+    "fisher, two points",
+]
+EVERY_KIND = [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS]
+
+
 class Interruption(Exception):
     """Stands for a kill between two batches."""
 

@@ -22,6 +22,11 @@ from unlearn.retraining.local import LocalRetraining
 from unlearn.retraining.recipe import Recipe
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_credit_is_prepared(credit_when_asked_for):
+    """Few tests here ask for scores."""
+
+
 class Folder(NamedTuple):
     """A folder with base, adapter, train.jsonl and run, as a user has them, and the model."""
 
@@ -78,7 +83,7 @@ def runs(small, tmp_path_factory):
                 curvature=SPECS[name],
                 damping=DAMPING.get(name, "mean:0.5"),
                 reduction=reduction,
-                token_budget=30,
+                token_budget=40,
                 directory=folder / f"{name}-{reduction}",
             )
         return fitted[name, reduction]

@@ -26,6 +26,17 @@ LORA = {
 #: One row, a group of rows of different lengths, a row that another copy has too, a pair, the same
 #: row again.
 MEMBERS = [np.array(rows) for rows in ([0], [1, 2, 3], [2], [4, 5], [0])]
+#: Every architecture with a plain adapter, and every adapter on two architectures; the other
+#: combinations are slow tests.
+PAIRS = [
+    pytest.param(
+        kind,
+        option,
+        marks=[pytest.mark.slow] * (option != "plain" and kind not in ("llama", "gpt2")),
+    )
+    for option in LORA
+    for kind in ARCHITECTURES
+]
 F64 = torch.float64
 
 
@@ -67,8 +78,7 @@ def several(model, count: int, size: float = 0.1, seed: int = 0) -> Tensor:
     return model.snapshot() + (size * noise).to(model.dtype)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("option", LORA)
+@pytest.mark.parametrize(("kind", "option"), PAIRS)
 def test_copies_equal_loops_with_their_parameters_set_one_at_a_time(kind, option):
     model = build_model(kind, tie=option != "head", **targets(kind, option))
     tokens = tokens_of(model, examples(7))
@@ -93,8 +103,7 @@ def test_copies_equal_loops_with_their_parameters_set_one_at_a_time(kind, option
         ), (budget, most)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("option", LORA)
+@pytest.mark.parametrize(("kind", "option"), PAIRS)
 def test_one_copy_alone_equals_the_loop_too(kind, option):
     model = build_model(kind, tie=option != "head", **targets(kind, option))
     tokens = tokens_of(model, examples(7))

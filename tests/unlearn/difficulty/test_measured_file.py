@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -114,6 +115,22 @@ def test_a_finished_file_is_read_and_nothing_climbs(run, tmp_path, measured):
 RECIPE = Recipe(lr=1e-2, epochs=2, batch_size=4)
 
 
+REQUEST = {
+    "ids": ["r0-3", "r0-1"],
+    "protocol": SHORT_ADAM,
+    "sample_rows": 2,
+    "holdout": HOLDOUT,
+}
+
+
+@pytest.fixture(scope="module")
+def measured_before(run, tmp_path_factory):
+    """The file of a request."""
+    out = tmp_path_factory.mktemp("measured") / "m.h5"
+    measure(run, out=out, **REQUEST)
+    return out
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -129,18 +146,11 @@ RECIPE = Recipe(lr=1e-2, epochs=2, batch_size=4)
         {"holdout": influence.examples_from_rows(rows(3, seed=5))},
     ],
 )
-def test_another_request_is_refused_and_the_file_untouched(run, tmp_path, other):
+def test_another_request_is_refused_and_the_file_untouched(run, measured_before, tmp_path, other):
     out = tmp_path / "m.h5"
-    request = {
-        "ids": ["r0-3", "r0-1"],
-        "protocol": SHORT_ADAM,
-        "sample_rows": 2,
-        "holdout": HOLDOUT,
-        "out": out,
-    }
-    measure(run, **request)
+    shutil.copy(measured_before, out)
     content = out.read_bytes()
-    changed = request | other | ({"ids": None} if "groups" in other else {})
+    changed = REQUEST | {"out": out} | other | ({"ids": None} if "groups" in other else {})
     with pytest.raises(
         MismatchError,
         match=r"m\.h5 has measurements of another request .*give --overwrite to replace",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -14,19 +15,24 @@ from tests.helpers import save, write_rows
 from unlearn.cli import main as unlearn
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with base, adapter, rows and a run of 10 rows."""
+    folder = tmp_path_factory.mktemp("commands")
+    save(folder, layers=1, target_modules=["q_proj", "v_proj"])
+    write_rows(folder / "train.jsonl", rows(10))
+    model = influence.load(folder / "base", folder / "adapter")
+    train = influence.read_examples(folder / "train.jsonl")
+    influence.fit(model, train, directory=folder / "run", path=(0.6,))
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path):
-    """A run on disk, of 10 rows."""
-    save(tmp_path, layers=1, target_modules=["q_proj", "v_proj"])
-    data = rows(10)
-    write_rows(tmp_path / "train.jsonl", data)
-    model = influence.load(tmp_path / "base", tmp_path / "adapter")
-    influence.fit(
-        model,
-        influence.read_examples(tmp_path / "train.jsonl"),
-        directory=tmp_path / "run",
-        path=(0.6,),
-    )
+def run(made, tmp_path):
+    """The run of a copy of that folder, as if it had been made there."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(made), str(tmp_path)))
     return tmp_path / "run"
 
 

@@ -34,8 +34,20 @@ from unlearn.edits.steps import walk
 # ---- one-shot ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", SPECS)
+#: Curvatures whose matrix is made of a product for each parameter: two tasks cover what goes, what
+#: comes and both reductions, the other two are slow tests.
+PAIRS = [
+    pytest.param(
+        name,
+        task,
+        marks=[pytest.mark.slow] * (name in ("ggn", "hessian") and task in ("remove", "correct")),
+    )
+    for name in SPECS
+    for task in TASKS
+]
+
+
+@pytest.mark.parametrize(("name", "task"), PAIRS)
 def test_the_one_shot_edit_is_the_dense_one(runs, name, task):
     run = runs(name, "token" if task in ("remove", "relabel") else "example")
     edit = unlearn.edit(run, steps=1, **TASKS[task])

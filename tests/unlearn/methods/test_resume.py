@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import influence
 from influence.errors import InputError, MismatchError, StoreError
 from tests.conftest import rows
 from tests.helpers import untouched
-from tests.unlearn.methods.helpers import RECIPE, some_slow, train
+from tests.unlearn.methods.helpers import RECIPE, opened, some_slow, train
 from unlearn.methods import loop, resume
 
 RESUMED = [
@@ -164,13 +165,21 @@ def test_killed_in_a_save_it_goes_on_from_the_one_before(single, tmp_path, where
     assert stripped(again.log) == stripped(whole.log)
 
 
-@pytest.fixture
-def halfway(single, tmp_path):
+@pytest.fixture(scope="module")
+def state(fitted, tmp_path_factory):
     """A folder with the state of four steps of eight, and the call that made it."""
-    options = {"until": "steps=8", "lr": 0.01, "save_every": 4, "checkpoint": tmp_path / "state"}
-    train(single, **options)
-    assert (tmp_path / "state" / "state.pt").exists()
+    folder = tmp_path_factory.mktemp("halfway")
+    options = {"until": "steps=8", "lr": 0.01, "save_every": 4, "checkpoint": folder / "state"}
+    train(opened(fitted, folder, "float32"), **options)
+    assert (folder / "state" / "state.pt").exists()
     return options
+
+
+@pytest.fixture
+def halfway(state, tmp_path):
+    """The same with a copy of that folder."""
+    shutil.copytree(state["checkpoint"], tmp_path / "state")
+    return state | {"checkpoint": tmp_path / "state"}
 
 
 OTHER = [

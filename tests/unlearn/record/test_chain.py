@@ -126,9 +126,24 @@ def test_a_missing_chain_is_a_problem(three):
     assert "has 0 lines, and" in problems(three.run)
 
 
-def test_a_cut_tail_is_found_at_every_byte(three):
+def places(start, stop, ends, stride):
+    """Every so many of the sizes from `start` to `stop`, and all near to where a line ends."""
+    return [
+        size
+        for size in range(start, stop)
+        if (size - start) % stride == 0 or min(abs(size - end) for end in ends) < 4
+    ]
+
+
+#: Every byte is a slow test.
+STRIDES = [7, pytest.param(1, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_a_cut_tail_is_found_at_every_byte(three, stride):
     data, cut = three.chain.read_bytes(), len(lines(three)[0])
-    for size in range(cut, len(data)):
+    ends = [cut, cut + len(lines(three)[1]), len(data)]
+    for size in places(cut, len(data), ends, stride):
         three.chain.write_bytes(data[:size])
         assert str(three.chain) in problems(three.run)
     three.chain.write_bytes(data[:-1])
@@ -225,18 +240,20 @@ def test_append_refuses_an_edit_that_is_not_as_sealed(place):
 # ---- kills and company ---------------------------------------------------------------------------
 
 
-def test_a_kill_at_every_byte_of_an_append(place):
+@pytest.mark.parametrize("stride", STRIDES)
+def test_a_kill_at_every_byte_of_an_append(place, stride):
     append(place.run, edit(place, "first", seed=1))
     second, third = edit(place, "second", seed=2), edit(place, "third", seed=3)
     before, manifest = place.chain.read_bytes(), (place.run / "manifest.json").read_bytes()
     append(place.run, second)
     whole = place.chain.read_bytes()
-    for size in range(len(before) + 1, len(whole)):
+    ends = [len(before), len(whole)]
+    for size in places(len(before) + 1, len(whole), ends, stride):
         place.chain.write_bytes(whole[:size])
         (place.run / "manifest.json").write_bytes(manifest)
         assert problems(place.run).startswith(f"{place.chain} line 2 is unfinished")
         assert len(entries(place.run)) == 1
-        if size % 50 == 0 or size == len(whole) - 1:
+        if (size - len(before) - 1) % 49 == 0 or size == len(whole) - 1:
             append(place.run, third)
             assert [entry["edit"] for entry in entries(place.run)] == [
                 str(place.root / "first"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import warnings
 from dataclasses import replace
@@ -24,10 +25,30 @@ from tests.conftest import rows
 from tests.helpers import contents, untouched, write_rows
 from tests.influence.toy_loading import resized, saved_with_head
 from tests.unlearn.edits.helpers import ANSWERS, edit_of
+from tests.unlearn.record.helpers import RECIPE
 from unlearn.record import chain
 from unlearn.record import save as saving
 from unlearn.record.verify import verify
 from unlearn.record.version import version
+
+
+@pytest.fixture(scope="module")
+def made(fitted_folder, tmp_path_factory):
+    """The edit of two removed rows as one of a test's own copy of the run.
+
+    It is made once: what is tested with it is how edits are saved.
+    """
+    directory = tmp_path_factory.mktemp("edited") / "run"
+    shutil.copytree(fitted_folder.path / "run", directory)
+    (directory / "recipe.json").write_text(json.dumps(RECIPE.as_json()))
+    edit = edit_of(Run.open(directory, model=fitted_folder.model))
+
+    def of(run):
+        place = replace(edit.record.run, path=str(run.directory))
+        change = replace(edit.change, version=version(run))
+        return replace(edit, change=change, record=replace(edit.record, run=place))
+
+    return of
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -241,8 +262,10 @@ def fail(*_arguments, **_options):
 
 
 @pytest.mark.parametrize("broken", ["save_file", "seal", "replace"])
-def test_a_failed_save_leaves_nothing_and_the_next_one_works(run, tmp_path, monkeypatch, broken):
-    edit, out, real = edit_of(run), tmp_path / "out", os.replace
+def test_a_failed_save_leaves_nothing_and_the_next_one_works(
+    run, made, tmp_path, monkeypatch, broken
+):
+    edit, out, real = made(run), tmp_path / "out", os.replace
     places = {"save_file": (saving, "save_file", fail), "seal": (saving, "seal", fail)}
     move = lambda a, b: fail() if Path(b) == out else real(a, b)  # noqa: E731
     with monkeypatch.context() as patch:
@@ -258,8 +281,8 @@ def test_a_failed_save_leaves_nothing_and_the_next_one_works(run, tmp_path, monk
 
 
 @pytest.mark.parametrize("moment", ["seal", "replace"])
-def test_a_killed_save_leaves_no_directory_and_the_next_one_works(run, tmp_path, moment):
-    edit, out, real = edit_of(run), tmp_path / "out", os.replace
+def test_a_killed_save_leaves_no_directory_and_the_next_one_works(run, made, tmp_path, moment):
+    edit, out, real = made(run), tmp_path / "out", os.replace
     child = os.fork()
     if child == 0:  # dies before pytest could see anything of it
         die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
@@ -277,8 +300,10 @@ def test_a_killed_save_leaves_no_directory_and_the_next_one_works(run, tmp_path,
     assert unlearn.verify(run.directory).passed
 
 
-def test_a_save_whose_audit_line_could_not_be_written_can_be_done_again(run, tmp_path, monkeypatch):
-    edit, out = edit_of(run), tmp_path / "out"
+def test_a_save_whose_audit_line_could_not_be_written_can_be_done_again(
+    run, made, tmp_path, monkeypatch
+):
+    edit, out = made(run), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(saving, "append", fail)
         with pytest.raises(OSError, match="the disk is full"):
@@ -287,8 +312,8 @@ def test_a_save_whose_audit_line_could_not_be_written_can_be_done_again(run, tmp
     assert unlearn.verify(run.directory).passed
 
 
-def test_what_is_there_is_overwritten_only_when_asked(run, tmp_path):
-    first = edit_of(run).save(tmp_path / "out")
+def test_what_is_there_is_overwritten_only_when_asked(run, made, tmp_path):
+    first = made(run).save(tmp_path / "out")
     again = edit_of(run, remove=["r0-5"], start="original")
     with (
         untouched(tmp_path),
@@ -311,8 +336,8 @@ def test_what_is_there_is_overwritten_only_when_asked(run, tmp_path):
     assert version(run).removed == {"r0-5"}
 
 
-def test_sources_are_never_written_over(run, fitted_folder):
-    edit = edit_of(run)
+def test_sources_are_never_written_over(run, made, fitted_folder):
+    edit = made(run)
     at = fitted_folder.path
     for place in (run.directory, at / "adapter", at / "base", at, run.directory.parent):
         with (
@@ -325,19 +350,19 @@ def test_sources_are_never_written_over(run, fitted_folder):
 
 
 @pytest.mark.parametrize("inside", ["run", "base", "adapter"])
-def test_nothing_is_written_inside_a_source(run, tmp_path, monkeypatch, inside):
+def test_nothing_is_written_inside_a_source(run, made, tmp_path, monkeypatch, inside):
     place = run.directory if inside == "run" else tmp_path / inside
     place.mkdir(exist_ok=True)
     if inside != "run":
         source = replace(getattr(run.manifest, inside), path=str(place))
         run.manifest = replace(run.manifest, **{inside: source})
-    edit = edit_of(run)
+    edit = made(run)
     with pytest.raises(InputError, match="the edit is made from"):
         edit.save(place / "out")
 
 
-def test_a_place_through_a_link_or_dots_is_the_same_place(run, fitted_folder, tmp_path):
-    edit = edit_of(run)
+def test_a_place_through_a_link_or_dots_is_the_same_place(run, made, fitted_folder, tmp_path):
+    edit = made(run)
     (tmp_path / "link").symlink_to(fitted_folder.path / "adapter")
     for place in (tmp_path / "link", fitted_folder.path / "base" / ".." / "adapter"):
         with (
@@ -364,9 +389,9 @@ def test_the_manifest_knows_the_chain_and_where_the_run_now_stands(run, tmp_path
     )  # the run is still of the adapter it was fitted on
 
 
-def test_what_others_wrote_to_the_manifest_since_stays(run, tmp_path):
+def test_what_others_wrote_to_the_manifest_since_stays(run, made, tmp_path):
     """A calibration by another process, and a key that this version does not know."""
-    edit = edit_of(run)
+    edit = made(run)
     path = run.directory / "manifest.json"
     calibration = {"raw ekfac mean:0.1 at 0.6": {"factor": 2.0, "source": "another process"}}
     others = {"calibration": calibration, "unknown": {"of": "another version"}}

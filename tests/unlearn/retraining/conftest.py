@@ -11,8 +11,13 @@ from tests.conftest import build_model, examples
 
 @pytest.fixture
 def run(tmp_path):
+    """It fits next to nothing: only its rows, its adapter and its path are asked for."""
     return influence.fit(
-        build_model("llama", layers=1), examples(8), directory=tmp_path / "run", store="never"
+        build_model("llama", layers=1),
+        examples(8),
+        curvature=influence.Identity(),
+        directory=tmp_path / "run",
+        store="never",
     )
 
 

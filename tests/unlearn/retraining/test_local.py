@@ -527,7 +527,7 @@ def test_what_is_made_are_the_fresh_trainings(start, monkeypatch):
 
 def test_a_training_that_learnt_too_much_is_made_again_with_fewer_steps(start, monkeypatch):
     """Until it knows S at most `MOST_LEARNT` times as well as the adapter does."""
-    made = planned(plan(start, remove=ids(3, 9)), replace(RECIPE, epochs=12), seed=1)
+    made = planned(plan(start, remove=ids(3, 9)), replace(RECIPE, epochs=6), seed=1)
     old, (tokens, recipe) = made.change.old, made.trainings()[0]
     weak = fresh(start.model, tokens, replace(recipe, epochs=1, lr=1e-2))
     version_of_it = replace(made.change.version, theta=weak)
