@@ -100,6 +100,46 @@ def test_peers_are_not_measured_in_several_processes(tmp_path):
         scale.main(["processes", "--out", str(tmp_path), "--bergson", "python"])
 
 
+def test_the_command_line_hands_on_the_interpreters_and_how_many_cases(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(scale, "show", lambda *given: asked.append(given))
+    monkeypatch.setattr(scale, "show_beside", lambda *given: asked.append(given))
+    scale.main(["queries", "--out", str(tmp_path)])
+    scale.main(["rows", "--out", str(tmp_path), "--cases", "3", "--dattri", "a python"])
+    interpreters = NOBODY | {"dattri": "a python"}
+    assert asked == [("queries", tmp_path, None), ("rows", tmp_path, 3, interpreters)]
+
+
+# ---- a peer's program ----------------------------------------------------------------------------
+
+
+PROGRAM = """
+import sys, numpy as np
+assert sys.argv[-1] == "--quickly", sys.argv
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert options["--train"].endswith("train.jsonl") and options["--model"] == "the base"
+ones = np.arange(int(options["--repeat"]))
+times = {f"{part}{clock}_seconds": ones + i for i, part in enumerate(("fit", "score"))
+         for clock in ("", "_cpu")}
+np.savez(options["--out"], peak_rss_bytes=9, rss_before_bytes=7, disk_bytes=5, **times)
+"""
+
+
+def test_what_a_peers_program_measures_is_read(tmp_path, monkeypatch):
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "kronfluence_ekfac.py").write_text(PROGRAM)
+    monkeypatch.setattr(beside, "HERE", tmp_path)
+    given = {"base": Path("the base"), "adapter": Path("an adapter"), "tokens": tmp_path}
+    found = beside.peer("kronfluence", sys.executable, **given, repeat=2, options=["--quickly"])
+    times = {"fit": [[0, 0], [1, 1]], "score": [[1, 1], [2, 2]]}
+    assert found == times | {"peak": 9, "before": 7, "disk": 5}
+
+
+def test_what_went_wrong_in_a_process_is_told(capsys):
+    with pytest.raises(SystemExit, match="no such thing"):
+        beside.run_command([sys.executable, "-c", "raise ValueError('no such thing')"])
+
+
 # ---- what every library reads, and the smallest case ---------------------------------------------
 
 
