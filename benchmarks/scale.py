@@ -51,8 +51,16 @@ PROCESSES = (1, 2, 3)
 #: Rows that the curvature is formed of where rows grow.
 CURVATURE_ROWS = 512
 PARTS = ("fit", "score")
-#: Batches of the peers that are best here.
-BATCHES: dict[str, tuple[str, ...]] = {"kronfluence": (), "bergson": (), "dattri": ()}
+#: Batches of the peers that take the fewest processor seconds: at width 32, and from 128 on. Found on
+#: 1,000 rows at width 32 and 64 at width 512, 2026-11-29 (benchmarks/README.md, "Growth").
+BATCHES: dict[str, tuple[str, str]] = {
+    "kronfluence": (
+        "--fit-batch 64 --score-batch 64 --query-batch 8",
+        "--fit-batch 16 --score-batch 16 --query-batch 20",
+    ),
+    "bergson": ("--token-batch 4096", "--token-batch 512"),
+    "dattri": ("--batch 256", "--batch 16"),
+}
 #: Most processor seconds that a case may be expected to take beside the peers.
 PATIENCE = 900
 #: What paper assumes of one GPU: operations in 16 bits and in float64 a second, and the share of
@@ -207,15 +215,16 @@ def case(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {} if rank else found
 
 
-def of_peer(name: str, python: str, folder: Path) -> dict[str, Any]:
+def of_peer(asked: Mapping[str, Any], python: str, folder: Path) -> dict[str, Any]:
     """A peer's record, in the form of our own."""
+    name = asked["library"]
     made = peer(
         name,
         python,
         base=folder / "base",
         adapter=folder / "adapter",
         tokens=folder,
-        options=BATCHES[name],
+        options=BATCHES[name][asked["width"] >= 128].split(),
     )
     each = {part: dict(zip(("wall", "cpu"), made[part][0], strict=True)) for part in PARTS}
     return made | each
@@ -231,7 +240,7 @@ def in_process(asked: Mapping[str, Any], out: Path, python: str | None = None) -
             run_command([sys.executable, *given, "world"])
             if asked["library"] in PEERS:
                 assert python
-                made = of_peer(asked["library"], python, Path(folder))
+                made = of_peer(asked, python, Path(folder))
             else:
                 command = [sys.executable]
                 if asked["processes"] > 1:

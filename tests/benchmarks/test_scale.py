@@ -202,8 +202,9 @@ def test_a_peer_scores_what_ours_scores(tmp_path, name):
     if not PYTHONS[name]:
         pytest.skip(f"set LORA_INFLUENCE_{name.upper()} to the python of an environment with it")
     folder = tmp_path
-    scale.world(scale.asked_of(rows=200, queries=2, width=8), folder)
-    found = scale.of_peer(name, PYTHONS[name], folder)
+    asked = scale.asked_of(rows=200, queries=2, width=8, library=name)
+    scale.world(asked, folder)
+    found = scale.of_peer(asked, PYTHONS[name], folder)
     assert found["peak"] > found["before"] > 0
     assert found["fit"]["cpu"] > 0
     assert found["disk"] > 0
