@@ -366,7 +366,7 @@ def show_beside(name: str, out: Path, cases: int | None, pythons: Mapping[str, s
                 continue
             found.append((size, in_process(asked | change, out, pythons.get(library))))
             print(f"| {size:,} | {library} | {cells(found[-1], records['additive'])} |", flush=True)
-    print("\n| slopes | fit | score | sum | peak | disk |\n|---|---|---|---|---|---|")
+    print("\n| slopes | fit | score | sum | memory | disk |\n|---|---|---|---|---|---|")
     for library, found in records.items():
         print(f"| {library} | {slopes(found[1:] if len(found) > 2 else found)} |")
 
@@ -384,13 +384,14 @@ def cells(found: tuple[float, Mapping[str, Any]], additive: Sequence[tuple[float
 
 
 def slopes(found: Sequence[tuple[float, Mapping[str, Any]]]) -> str:
-    """Of fit, score, their sum, peak and disk, between the first and the last size."""
+    """Of fit, score, their sum, memory beyond that before, and disk, from the first to the last."""
     if len(found) < 2:
         return " | ".join(["-"] * 5)
     sizes = [size for size, _ in found]
     lines = [[record[part]["cpu"] for _, record in found] for part in PARTS]
     lines.append([seconds_of(record) for _, record in found])
-    lines += [[record[key] for _, record in found] for key in ("peak", "disk")]
+    lines.append([memory_of(record) for _, record in found])
+    lines.append([record["disk"] for _, record in found])
     return " | ".join(f"{slope(sizes, values):.2f}" for values in lines)
 
 

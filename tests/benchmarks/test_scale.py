@@ -52,7 +52,7 @@ def test_cells_and_slopes_are_of_processor_seconds():
     found = scale.cells((100, record(3.0, 1.0)), [(100, record(1.5, 0.5))])
     assert found == "3.00 | 1.00 | 4.00 | 2.00 | 500 (400) | 2.0"
     assert scale.cells((100, record(3.0, 1.0)), []).split(" | ")[3] == ""
-    two = [(10, record(1.0, 1.0)), (100, record(10.0, 1.0, peak=5_000_000_000, disk=20_000))]
+    two = [(10, record(1.0, 1.0)), (100, record(10.0, 1.0, peak=1_400_000_000, disk=20_000))]
     assert scale.slopes(two) == "1.00 | 0.00 | 0.74 | 1.00 | -2.00"
     assert scale.slopes(two[:1]) == "- | - | - | - | -"
 
