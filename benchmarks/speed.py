@@ -1,7 +1,8 @@
 """Speed and memory of EK-FAC scores beside kronfluence and bergson, and beside the bare work.
 
     python benchmarks/speed.py --bed FOLDER [BASE] [--bed FOLDER [BASE]] [--kronfluence PYTHON]
-        [--bergson PYTHON] [--threads N] [--repeat N] [--rows N] [--only NAMES] [--out F.json]
+        [--bergson PYTHON] [--dattri PYTHON] [--threads N] [--repeat N] [--rows N] [--only NAMES]
+        [--out F.json]
 
 The work: EK-FAC of a LoRA adapter on its training rows, at the adapter itself (`--path 1.0`), and
 scores of every query against every row; float32, CPU, everything else by default. A bed is a folder
@@ -26,7 +27,6 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,8 +34,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-OURS, PEERS = ("bare", "ours", "additive"), ("kronfluence", "bergson")
+from beside import PEERS, add_interpreters, peer, run_command, write_tokens
+
+OURS = ("bare", "ours", "additive")
 #: The most that fit + score may take of each contender's time (of `bare`, a multiple).
 AIMS = {"bare": 2.0, "kronfluence": 0.35, "bergson": 0.3}
 BUDGET = 1024  # tokens a batch, as `fit` takes on a CPU
@@ -143,56 +144,18 @@ def bare(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
     return found | {"peak": peak()}
 
 
-def write_tokens(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
-    """Rows as the peers take them: token ids, and labels that are -100 where nothing is supervised."""
-    import numpy as np
-
+def tokens(bed: Bed, args: argparse.Namespace) -> dict[str, Any]:
+    """Write the rows as the peers take them."""
     from influence.tokens import tokenize
 
     tokenizer = bed.load().tokenizer
     for name in ("train", "query"):
-        lines = [
-            json.dumps(
-                {
-                    "input_ids": item.input_ids.tolist(),
-                    "labels": np.where(item.supervised, item.input_ids, -100).tolist(),
-                }
-            )
-            for item in tokenize(bed.rows(name, args.rows), tokenizer)
-        ]
-        text = "".join(line + "\n" for line in lines)
-        (args.tokens / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        rows = tokenize(bed.rows(name, args.rows), tokenizer)
+        write_tokens(rows, args.tokens / f"{name}.jsonl")
     return {}
 
 
-WORKERS = {"ours": ours, "additive": additive, "bare": bare, "tokens": write_tokens}
-
-
-def peer(bed: Bed, name: str, python: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The same of a peer, by its script in its own environment."""
-    import numpy as np
-
-    out = args.tokens / f"{name}.npz"
-    command = [python, str(HERE / "peers" / f"{name}_ekfac.py"), "--model", str(bed.base)]
-    command += ["--adapter", str(bed.folder / "adapter"), "--out", str(out)]
-    command += ["--train", str(args.tokens / "train.jsonl")]
-    command += ["--queries", str(args.tokens / "query.jsonl"), "--repeat", str(args.repeat)]
-    run_command([*command, "--threads", str(args.threads)])
-    with np.load(out, allow_pickle=False) as arrays:
-        each = {
-            part: np.stack([arrays[f"{part}_seconds"], arrays[f"{part}_cpu_seconds"]], 1).tolist()
-            for part in ("fit", "score")
-        }
-        memory = {"peak": "peak_rss_bytes", "before": "rss_before_bytes"}
-        return each | {key: int(arrays[array]) for key, array in memory.items()}
-
-
-def run_command(command: list[str]) -> str:
-    """Run a process and return what it printed."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[:3])} failed:\n{done.stderr[-2000:]}")
-    return done.stdout
+WORKERS = {"ours": ours, "additive": additive, "bare": bare, "tokens": tokens}
 
 
 def own(bed: Bed, name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -249,8 +212,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bed", nargs="+", action="append", required=True)
-    parser.add_argument("--kronfluence", help="python of an environment with kronfluence")
-    parser.add_argument("--bergson", help="python of an environment with bergson")
+    add_interpreters(parser)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--rows", type=int, help="rows and queries taken, for a trial")
@@ -282,7 +244,15 @@ def main() -> None:
                 if name in OURS:
                     results[name] = own(bed, name, args)
                 elif python := getattr(args, name):
-                    results[name] = peer(bed, name, python, args)
+                    results[name] = peer(
+                        name,
+                        python,
+                        base=bed.base,
+                        adapter=bed.folder / "adapter",
+                        tokens=args.tokens,
+                        repeat=args.repeat,
+                        threads=args.threads,
+                    )
                 print(f"{bed.folder.name}: {name} done", file=sys.stderr, flush=True)
         if args.out:
             args.out.write_text(json.dumps(found, indent=1))

@@ -44,6 +44,7 @@ from bergson.config.config import (
 from bergson.data import load_scores
 from bergson.hessians.astra import Astra
 from datasets import Dataset, disable_progress_bars
+from rows import read_rows
 from transformers import AutoTokenizer
 
 
@@ -102,21 +103,7 @@ def write_rows(source: Path, tokenizer: Any, target: Path) -> None:
     target
         Folder to write.
     """
-    rows = []
-    for line in source.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if "input_ids" in row:
-            ids, labels = row["input_ids"], row["labels"]
-            rows.append({"input_ids": ids, "labels": labels, "length": len(ids)})
-            continue
-        encoded = tokenizer(
-            row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True
-        )
-        ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-        ends = [end for _, end in encoded["offset_mapping"]]
-        supervised = [*(end > len(row["prompt"]) for end in ends), True]
-        labels = [token if keep else -100 for token, keep in zip(ids, supervised, strict=True)]
-        rows.append({"input_ids": ids, "labels": labels, "length": len(ids)})
+    rows = [row | {"length": len(row["input_ids"])} for row in read_rows(source, tokenizer)]
     Dataset.from_list(rows).save_to_disk(str(target))
 
 
@@ -278,6 +265,7 @@ def main() -> None:
             load = watch.seconds["load/fit"] + watch.seconds["load"]
             times.append((fit, total - fit - load, load))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        files = [path.stat().st_size for path in folder.glob("run0/**/*") if path.is_file()]
 
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         for run in range(args.repeat if args.command else 0):
@@ -299,6 +287,7 @@ def main() -> None:
         command_seconds=command_seconds,
         peak_rss_bytes=peak,
         rss_before_bytes=rss_before,
+        disk_bytes=sum(files),
     )
     report = {
         "fit_seconds": round(float(np.median(fit_seconds)), 3),

@@ -12,7 +12,6 @@ import resource
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -23,59 +22,9 @@ from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
 from kronfluence.utils.dataset import DataLoaderKwargs
 from peft import PeftModel
+from rows import Batch, by_length, collate, read_rows
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-Batch = dict[str, torch.Tensor]
-Row = dict[str, list[int]]
-
-
-def read_rows(path: Path, tokenizer: Any) -> list[Row]:
-    """Tokenize the rows of a JSON lines file.
-
-    Parameters
-    ----------
-    path
-        File whose rows have a ``prompt`` and a ``completion``, or ready ``input_ids`` and
-        ``labels`` (-100: not supervised), which are taken as they are.
-    tokenizer
-        Fast tokenizer of the base model.
-
-    Returns
-    -------
-    list of dict
-        ``input_ids`` of prompt + completion + end of sequence, and ``labels``: the same with the
-        prompt's tokens replaced by -100.
-    """
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if "input_ids" in row:
-            rows.append({"input_ids": row["input_ids"], "labels": row["labels"]})
-            continue
-        encoded = tokenizer(
-            row["prompt"] + row["completion"], add_special_tokens=False, return_offsets_mapping=True
-        )
-        ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-        ends = [end for _, end in encoded["offset_mapping"]]
-        supervised = [*(end > len(row["prompt"]) for end in ends), True]
-        labels = [token if keep else -100 for token, keep in zip(ids, supervised, strict=True)]
-        rows.append({"input_ids": ids, "labels": labels})
-    return rows
-
-
-def collate(rows: list[Row]) -> Batch:
-    """Right-pad rows to the longest of them."""
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def pad(values: list[int], fill: int) -> list[int]:
-        return values + [fill] * (longest - len(values))
-
-    return {
-        "input_ids": torch.tensor([pad(row["input_ids"], 0) for row in rows]),
-        "attention_mask": torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows]),
-        "labels": torch.tensor([pad(row["labels"], -100) for row in rows]),
-    }
 
 
 class CompletionLoss(Task):
@@ -128,11 +77,6 @@ class CompletionLoss(Task):
 def now() -> np.ndarray:
     """Wall and CPU seconds."""
     return np.array([time.perf_counter(), time.process_time()])
-
-
-def by_length(rows: list[Row]) -> np.ndarray:
-    """Order that sorts rows by length, so that batches need little padding."""
-    return np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
 
 
 def parse_args() -> argparse.Namespace:
@@ -226,6 +170,7 @@ def main() -> None:
             scores = np.empty((len(queries), len(train)), dtype=np.float32)
             scores[np.ix_(query_order, train_order)] = found["all_modules"].numpy()
             all_scores.append(scores)
+        files = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
 
     (fit_seconds, score_seconds), (fit_cpu, score_cpu) = np.array(times).T
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -240,6 +185,7 @@ def main() -> None:
         load_seconds=load_seconds,
         peak_rss_bytes=peak,
         rss_before_bytes=rss_before,
+        disk_bytes=sum(files) // args.repeat,
     )
     report = {
         "fit_seconds": round(float(np.median(fit_seconds)), 3),
