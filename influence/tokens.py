@@ -110,34 +110,33 @@ class TokenizedExamples(Sequence[Tokens]):
     the convention, at least 1); `ids`: the examples' ids; `truncated`: how many lost supervised
     tokens to `max_length`.
 
-    Rows lie one after the other in flat arrays, five bytes a token: an array object for each row
-    takes several times that where rows are short. A row that is asked for is made from them.
+    Rows lie one after the other in flat arrays, nine bytes a token, of which a row that is asked for
+    is a view: an array object for each row takes several times that where rows are short.
 
-    Errors: DataError for a token id below 0 or from 2^31 on, and for other targets than tokens.
+    Errors: DataError for a row whose targets are not as many as its tokens.
     """
 
     def __init__(
         self, tokens: Iterable[Tokens], ids: Iterable[str], cut: Iterable[bool] = ()
     ) -> None:
-        flat, targets = array("i"), bytearray()
+        flat, targets = array("q"), bytearray()
         lengths, counts = array("q"), array("q")
         #: positions of the rows that hold several documents
         self._positions: dict[int, np.ndarray] = {}
         for number, row in enumerate(tokens):
-            least, most = row.input_ids.min(initial=0), row.input_ids.max(initial=0)
-            if least < 0 or most >= 2**31 or row.supervised.shape != row.input_ids.shape:
+            if row.supervised.shape != row.input_ids.shape:
                 raise DataError(
-                    f"tokens number {number + 1} hold ids from {least} to {most} and targets of the "
-                    f"shape {row.supervised.shape}; expected ids of at least 0 and below 2^31, and "
-                    f"the targets' shape to be theirs, {row.input_ids.shape}"
+                    f"tokens number {number + 1} are of the shape {row.input_ids.shape}, and their "
+                    f"targets {row.supervised.shape}; expected the same, as each says of a token "
+                    "whether it is one"
                 )
-            flat.frombytes(row.input_ids.astype(np.intc).tobytes())
+            flat.frombytes(row.input_ids.astype(np.int64).tobytes())
             targets += row.supervised.astype(bool).tobytes()
             lengths.append(len(row))
             counts.append(int(np.count_nonzero(row.supervised)))
             if row.position_ids is not None:
                 self._positions[number] = row.position_ids
-        self._input_ids = np.frombuffer(flat, dtype=np.intc)
+        self._input_ids = np.frombuffer(flat, dtype=np.int64)
         self._supervised = np.frombuffer(targets, dtype=bool)
         self.ids = list(ids)
         self.lengths = np.array(lengths, dtype=np.int64)
@@ -191,11 +190,7 @@ class TokenizedExamples(Sequence[Tokens]):
         place = range(len(self))[operator.index(index)]
         end = self._ends[place]
         span = slice(end - self.lengths[place], end)
-        return Tokens(
-            self._input_ids[span].astype(np.int64),
-            self._supervised[span],
-            self._positions.get(place),
-        )
+        return Tokens(self._input_ids[span], self._supervised[span], self._positions.get(place))
 
     def select(self, indices: Iterable[SupportsIndex]) -> TokenizedExamples:
         """Return the examples at these positions, in this order. A position may repeat."""

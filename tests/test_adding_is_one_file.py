@@ -182,6 +182,7 @@ def test_a_run_of_it_is_opened_with_it_or_refused_by_name(run):
         Run.open(run.directory, curvature=DiagonalFisher(samples=2), **options).curvature()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["always", "never"])
 def test_killed_after_any_batch_and_resumed_it_is_the_same_bit_for_bit(
     tmp_path, monkeypatch, store

@@ -37,18 +37,6 @@ TEXTS = [
 ]
 PACKAGES = ("influence", "unlearn", "analysis")
 
-#: Pages whose commands take longest: followed after the default suite.
-LONG = {
-    "README.md",
-    "choosing.md",
-    "cleaning.md",
-    "compare-methods.md",
-    "difficulty.md",
-    "edits.md",
-    "faithfulness.md",
-    "methods.md",
-    "scores.md",
-}
 #: Commands that are not executed, by how they begin, and why.
 SKIPPED = {
     "make demo": "trains a base model for minutes; tests/analysis/demo runs it smaller",
@@ -289,10 +277,8 @@ def here(world, tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(p, marks=[pytest.mark.slow] * (p.name in LONG), id=p.name) for p in PAGES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_a_page_can_be_followed_from_top_to_bottom(page, here, run_main):
     if page.name == "README.md":
         shutil.rmtree(here / "run")

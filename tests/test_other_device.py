@@ -52,6 +52,7 @@ def scored(model, folder, **options):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -69,6 +70,7 @@ def test_scores_are_those_of_the_cpu(kind, options, tmp_path):
     assert_same(on_both(work, tmp_path, kind))
 
 
+@pytest.mark.slow
 def test_similarities_in_files_are_inverted_there(tmp_path, monkeypatch):
     """Tile by tile."""
     monkeypatch.setattr("influence.kernel.WHOLE_ROWS", 2)
@@ -95,6 +97,7 @@ def test_edits_and_forecasts_are_those_of_the_cpu(tmp_path):
     assert_same(on_both(work, tmp_path))
 
 
+@pytest.mark.slow
 def test_gradients_of_measurements_are_those_of_the_cpu(tmp_path):
     def work(model, folder):
         run = fit_end(model, examples(3), directory=folder)

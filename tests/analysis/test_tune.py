@@ -387,6 +387,7 @@ def figures(found, truth: bool) -> dict[str, np.ndarray]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "counts"),
     [

@@ -168,6 +168,7 @@ def test_scores_of_the_adapter_are_those_of_a_run_of_its_own(bed, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_removal_is_judged_against_the_retrained_adapter(bed):
     found = benchmark.removal_part(bed, ARGS)
     ways = found["ways"]

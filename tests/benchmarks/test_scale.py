@@ -175,7 +175,7 @@ def test_the_smallest_case_of_ours_is_measured(world, tmp_path, monkeypatch, lib
     monkeypatch.setattr(fitting, "_prepare_credit", fitting._prepare_credit)  # put back after
     found = scale.case(asked | scale.libraries(NOBODY)[library], tmp_path)
     assert found["parameters"] == 34 * 8 * 4
-    assert found["peak"] > found["before"] > 0
+    assert min(found["peak"], found["before"]) > 0  # of a process that ran other tests before
     assert found["fit"]["cpu"] > 0
     assert found["disk"] == sum(path.stat().st_size for path in (tmp_path / "run").iterdir())
     assert (tmp_path / "run" / "scores.h5").exists() == (library == "additive")

@@ -127,6 +127,7 @@ def test_fine_tuning_looks_at_the_retained_rows_alone(run):
     assert edit.log[0]["direction_norm"] == pytest.approx(float(gradient.norm()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_goal_is_what_the_edit_expects(run):
     """The record of a default edit, which makes the same local retraining by itself."""
     goal = unlearning.goal_of(case_of(run), RECIPE)

@@ -260,6 +260,7 @@ def test_help_does_not_wait_for_torch(command):
         assert "--run" in result.stdout or command == ["check"]
 
 
+@pytest.mark.slow
 def test_the_console_script_and_the_module_are_the_command(made):
     script = Path(sys.executable).with_name("influence")
     outputs = []

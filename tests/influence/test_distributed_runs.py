@@ -124,6 +124,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(distributed, "ROUND_SECONDS", 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "ekfac")) for kind in KINDS]
 )
@@ -194,6 +195,7 @@ def every_batch(monkeypatch):
     monkeypatch.setattr(distributed, "ROUND_SECONDS", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "kind"),
     [
@@ -253,6 +255,7 @@ def fitting_plan(run: Run) -> list[np.ndarray]:
         return fitting.PointFit(point, run.specification, storage, None).batches
 
 
+@pytest.mark.slow
 def test_a_scoring_killed_and_resumed_by_another_number_of_processes(tmp_path, monkeypatch):
     """What the first process had gathered is not made again."""
     monkeypatch.setattr(distributed, "ROUND_SECONDS", 0)
@@ -313,6 +316,7 @@ def test_what_one_process_finds_wrong_all_raise(tmp_path):
         assert statuses(work, tmp_path, 2) == [0, 0]
 
 
+@pytest.mark.slow
 def test_float32_runs_of_several_processes(tmp_path):
     """Sums in another order, in the last bits of float32."""
     kind = "ekfac"
@@ -333,6 +337,7 @@ def test_float32_runs_of_several_processes(tmp_path):
 IN_FILES = [{"WHOLE_ROWS": 3}, {"EXACT_ROWS": 10, "MOST_ROWS": 10, "LANDMARKS": 7}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "numbers"),
     [
@@ -368,6 +373,7 @@ def test_similarities_in_files_are_made_by_several_processes(tmp_path, monkeypat
     assert not list(run.directory.glob("kernel-making-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", IN_FILES)
 def test_many_rows_share_credit_in_several_processes(tmp_path, monkeypatch, numbers):
     """Whether files have room is the first process's to say, and nothing is exchanged meanwhile."""

@@ -76,6 +76,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("curvature", "store", "path", "geometry"), CASES)
 def test_time_and_disk_are_those_of_the_fit(
     tmp_path, monkeypatch, model, curvature, store, path, geometry
@@ -104,6 +105,7 @@ def test_time_and_disk_are_those_of_the_fit(
     assert (beside > 0) == told.plan.runs_again  # a checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["always", "features", "never"])
 def test_scores_take_what_was_told(tmp_path, monkeypatch, model, store):
     clock, queries = Clock(monkeypatch, model), examples(9, seed=9)

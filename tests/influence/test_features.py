@@ -186,6 +186,7 @@ def cut_short(monkeypatch, after: int):
     monkeypatch.setattr(features, "collate", collate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_new_damping_that_was_killed_on_the_way_goes_on(taught, tmp_path, monkeypatch, finished):
     """Features of a point are of one damping, whenever the call before was killed."""

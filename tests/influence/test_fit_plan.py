@@ -89,6 +89,7 @@ def test_the_plan_and_the_run_agree_on_landmarks(tmp_path, monkeypatch, disk_bud
     assert 0 < files - plan.kernel_bytes <= 4 * 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_what_follows_the_pass_is_what_finish_did(tmp_path, kind, monkeypatch):
     """Bytes to the byte; orders of decompositions as LAPACK was called with."""

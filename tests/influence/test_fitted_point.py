@@ -107,6 +107,7 @@ def in_child(work, kill_after: float | None) -> bool:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize(
     "kind",

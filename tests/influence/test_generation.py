@@ -115,6 +115,7 @@ def test_generation_answers_the_last_turn_of_a_completion_too():
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_generation_ends_at_the_last_position():
     """2,048 learned positions: a prompt of 2,046 tokens has two more, whatever the others may
     say.

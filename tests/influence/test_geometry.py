@@ -396,6 +396,7 @@ def test_fisher_in_every_geometry_is_the_dense_formula(tmp_path, double, source,
     close(fitted.score(queries, curvature="identity").values, (q @ T.T @ T @ g.T).numpy() * w, 1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "geometry",  # test_scores.py has the GGN without one
     [pytest.param("raw", marks=pytest.mark.slow), "function", "adam"],

@@ -100,6 +100,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "place"), [*QUICK, *SLOW])
 def test_a_fit_and_its_answers_do_not_depend_on_memory(tmp_path, scarce, capfd, kind, place):
     options = {"model": model(), "token_budget": 30}
@@ -142,6 +143,7 @@ def test_what_is_asked_of_a_run_does_not_depend_on_memory(tmp_path, scarce, plac
         close(one, other)
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_may_be_short_of_memory(tmp_path, scarce):
     """It halves its own batches; the other waits for it, and both have what one process has."""
     options = {"model": model(), "token_budget": 30}

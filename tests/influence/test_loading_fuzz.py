@@ -234,6 +234,7 @@ def run(seeds: range, whole: Path, place: Path, capfd) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 def test_spoiled_folders_are_refused_or_right(whole, tmp_path, capfd):
     counts = run(range(FEW), whole, tmp_path, capfd)
     assert min(counts.values()) > FEW // 8, counts  # both are looked at

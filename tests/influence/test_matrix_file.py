@@ -117,6 +117,7 @@ def test_a_matrix_that_is_not_positive_or_finite_is_refused(tmp_path):
             invert_in_tiles(file, file, factor=1.0, ridge=1.0, refusal=refusal, device=CPU)
 
 
+@pytest.mark.slow
 def test_no_more_than_some_tiles_are_ever_held(tmp_path, monkeypatch):
     """1 MB of tiles for matrices of 8 MB, as `tracemalloc` counts arrays, and torch's as they live."""
     import tracemalloc

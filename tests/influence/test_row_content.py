@@ -90,7 +90,7 @@ def test_token_ids_win_over_the_text_that_they_were_made_from():
     assert found.preview() == "3 token ids: 4 5 6"
 
 
-@pytest.mark.parametrize("large", [6, 2**16, 2**31 - 1])
+@pytest.mark.parametrize("large", [6, 2**31, 2**63 - 1])
 def test_token_ids_are_held_as_an_array_that_is_as_the_tuple_of_them(large):
     given = np.array([4, 5, large])
     found = example({"id": "a", "input_ids": given, "labels": [-100, 5, large]})
@@ -179,7 +179,6 @@ BAD = [
     ({"input_ids": [1, 2**63]}, f"'input_ids' holds {2**63}; expected less than 2^63"),
     ({"input_ids": np.array([2**63], np.uint64)}, f"'input_ids' holds {2**63}; expected less"),
     ({"input_ids": [1, -1]}, "'input_ids' holds -1; token ids are at least 0"),
-    ({"input_ids": [1, 2**31]}, "'input_ids' holds 2147483648; token ids are below 2^31"),
     ({"input_ids": [1, 2], "labels": [1, -(2**70)]}, f"'labels' holds {-(2**70)}; expected less"),
     ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 entries for 2 of 'input_ids'"),
     ({"input_ids": [1, 2], "labels": [2, -100]}, "'labels' has 2 at position 0"),

@@ -123,6 +123,7 @@ def same(one: dict[str, np.ndarray], path: Path) -> None:
         assert np.abs(values - other[name]).max() <= least * np.abs(values).max(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "count"),
     [
@@ -248,6 +249,7 @@ def test_processes_may_have_unequal_work(folder, tmp_path, monkeypatch):
     assert statuses(work, tmp_path, 2) == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_is_killed_and_the_run_goes_on(folder, tmp_path, monkeypatch, whole, after):
     """Whole in one process, or in parts in three."""

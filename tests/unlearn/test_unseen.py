@@ -178,6 +178,7 @@ def test_a_row_whose_copies_stay_keeps_its_loss_and_one_whose_copies_go_loses_it
     assert both.expected[0] > 3 > 0.3 > both.expected[1]
 
 
+@pytest.mark.slow
 def test_the_order_of_rows_and_requests_does_not_matter(kin, tmp_path):
     turned = trained(kin_rows()[::-1], tmp_path)
     ids = ["copy-1", "r0-2", "r0-5"]

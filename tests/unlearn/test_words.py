@@ -409,6 +409,7 @@ def test_without_unseen_models_the_text_says_how_to_have_one():
     assert "did not aim at" not in edit_text(record([row("a")]))
 
 
+@pytest.mark.slow
 def test_an_edit_says_which_one_it_went_on_from(run, tmp_path):
     """A removal from a removal: an experiment must not be taken along without a word."""
     first = edit_of(run, remove=["r0-1"])

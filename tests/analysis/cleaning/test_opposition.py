@@ -160,6 +160,7 @@ def test_mates_of_large_groups_are_those_of_all_its_rows(most):
     assert [each.tolist() for each in compared] == list(all_mates(groups, near, most))
 
 
+@pytest.mark.slow
 def test_a_group_of_many_rows_does_not_take_their_square():
     """Looked at pair by pair, 40,000 rows take minutes."""
     n, began = 40_000, time.process_time()

@@ -9,6 +9,7 @@ import pytest
 from analysis.cli import main as analysis
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_record_and_prints_one_table(evaluated, run_main, tmp_path):
     folder, _, record = evaluated
     call = [

@@ -21,7 +21,7 @@ from tests.analysis.browser import needs_chromium
 from tests.analysis.explorer.conftest import write_csv
 from tests.analysis.explorer.helpers import hostile_rows, rows_of, write_run, write_scores
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 #: What a page does that it must not: breaks of its policy, errors, requests.
 WATCH = """
 window.broken = [];

@@ -14,7 +14,7 @@ from influence.generation import generate
 from tests.analysis.browser import needs_chromium
 from tests.analysis.explorer.helpers import hostile_rows, write_run, write_scores
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 HOSTILE = "<img src=x onerror=\"document.title='run'\"> the red fox"
 
 

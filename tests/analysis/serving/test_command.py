@@ -19,6 +19,7 @@ def analysis(run_main):
     return lambda *arguments: run_main(main, "analysis", *arguments)
 
 
+@pytest.mark.slow
 def test_it_prints_its_address_and_ends_by_ctrl_c(served):
     command = [sys.executable, "-m", "analysis", "serve", "--run", served.folder / "run", "--json"]
     process = subprocess.Popen(

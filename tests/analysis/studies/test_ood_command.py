@@ -41,6 +41,7 @@ def test_the_command_as_json_files_and_overwriting(ood_folder, ood_command, tmp_
     assert (out / "thesis.txt").exists(), "what is not of a study stays"
 
 
+@pytest.mark.slow
 def test_the_command_for_people(ood_folder, studied, ood_command):
     out, _ = studied
     result = ood_command("--out", out)

@@ -27,6 +27,7 @@ def model():
     return build_model("gpt2", **ONE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", [None, "ggn"])
 @pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "datainf"])
 def test_every_solver_by_name(model, tmp_path, double, solver, curvature):

@@ -103,6 +103,7 @@ def test_copies_equal_loops_with_their_parameters_set_one_at_a_time(kind, option
         ), (budget, most)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "option"), PAIRS)
 def test_one_copy_alone_equals_the_loop_too(kind, option):
     model = build_model(kind, tie=option != "head", **targets(kind, option))

@@ -268,6 +268,7 @@ def test_a_calibrated_forecast_beyond_the_protocol_is_infinite():
     assert (corrected.table["recommended"][beyond] == "edit").all()
 
 
+@pytest.mark.slow
 def test_a_real_forecast_can_be_calibrated(tmp_path):
     train = examples(26)
     run = influence.fit(

@@ -163,6 +163,7 @@ def test_without_heldout_rows_there_is_no_heldout_damage(run, tmp_path):
         assert np.isfinite(result.damage).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 )

@@ -272,6 +272,7 @@ def test_targets_of_another_recipe_are_another_request(run, tmp_path):
     assert measure(run, protocol=other, overwrite=True, **request).target != first.target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
 def test_a_measurement_killed_and_resumed_by_another_number_of_processes(
     run, tmp_path, before, after

@@ -180,6 +180,7 @@ def test_the_unseen_target_is_what_local_retrainings_expect_of_each_unit(plain):
     check(group, plain, [[6, 1]], protocol, None, [target])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("together", "near_each", "sizes"), [(10, 4, {1, 2, 3}), (10, 1, {1, 4, 5}), (2, 1, {2})]
 )

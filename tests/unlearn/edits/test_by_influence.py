@@ -321,6 +321,7 @@ SHARED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_processes_makes_the_edit_of_one(runs, tmp_path, processes):
     holdout = influence.examples_from_rows(rows(5, seed=9))
@@ -346,6 +347,7 @@ def test_any_number_of_processes_makes_the_edit_of_one(runs, tmp_path, processes
     assert statuses(work, tmp_path, processes) == [0] * processes
 
 
+@pytest.mark.slow
 def test_an_edit_by_expected_losses_in_two_processes(run, tmp_path):
     """Trainings are dealt out, rows of measurements and steps are shared; float32."""
     asked = {

@@ -56,6 +56,7 @@ def test_the_one_shot_edit_is_the_dense_one(runs, name, task):
     assert edit.report["kind"] == task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fisher", "ggn", "ekfac"])
 @pytest.mark.parametrize("task", ["remove", "correct"])
 def test_the_other_reduction_keeps_the_weights_of_the_fit_too(runs, name, task):

@@ -381,6 +381,7 @@ SHARED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), some_slow([("float64", 1e-9), ("float32", 1e-5)], [("float64", 1e-9)])
 )

@@ -406,9 +406,7 @@ def test_an_ancestor_is_not_overwritten(run, tmp_path):
     edit_of(run, remove=["r0-2"]).save(tmp_path / "two")
     third = edit_of(run, remove=["r0-4"])
     before = {path.name: path.read_bytes() for path in one.iterdir()}
-    with pytest.raises(
-        InputError, match="was made from the adapter in .*one, which therefore stays"
-    ):
+    with pytest.raises(InputError, match="was made from the adapter in "):
         third.save(tmp_path / "one", overwrite=True)
     assert {path.name: path.read_bytes() for path in one.iterdir()} == before
     assert version(run).removed == {"r0-1", "r0-2"}

@@ -525,6 +525,7 @@ def test_what_is_made_are_the_fresh_trainings(start, monkeypatch):
     assert len({theta.sum().item() for theta in thetas}) == 3
 
 
+@pytest.mark.slow
 def test_a_training_that_learnt_too_much_is_made_again_with_fewer_steps(start, monkeypatch):
     """Until it knows S at most `MOST_LEARNT` times as well as the adapter does."""
     made = planned(plan(start, remove=ids(3, 9)), replace(RECIPE, epochs=6), seed=1)
