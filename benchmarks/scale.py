@@ -435,14 +435,19 @@ def paper() -> None:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Run a line of cases, or one case."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    lines = ("rows", "parameters", "queries", "processes")
-    parser.add_argument("part", choices=(*lines, "paper", "world", "case"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("rows", "parameters", "queries", "processes", "paper")
+    inner = ("world", "case")  # what a line calls for each of its cases
+    parser.add_argument("part", choices=(*parts, *inner), metavar=f"{{{','.join(parts)}}}")
+    parser.add_argument("--out", type=Path, required=True, help="where records are kept")
     parser.add_argument("--asked", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--cases", type=int, help="take the first so many cases of a line")
     add_interpreters(parser)
     args = parser.parse_args(given)
+    if args.part in inner and args.asked is None:
+        parser.error(f"{args.part} is called by the others: take one of {', '.join(parts)}")
     pythons = {name: getattr(args, name) for name in PEERS}
     if args.part == "processes" and any(pythons.values()):
         parser.error("the peers are measured in one process: take rows, parameters or queries")

@@ -244,11 +244,11 @@ def _say_cost(recipe: Recipe, all_rows: int, rows: int, *, references: int, seed
     steps = references * recipe.steps(all_rows) + seeds * recipe.steps(rows)
     read = references * recipe.rows_read(all_rows) + seeds * recipe.rows_read(rows)
     count, there = references + seeds, seeds - references
-    kept = f" ({there} on all rows {'is' if there == 1 else 'are'} there already)" * (there > 0)
+    kept = f"; {there} more on all rows {'is' if there == 1 else 'are'} there already" * (there > 0)
     later = "; their time is said after a tenth of the first" * (count > 1)
     say(
-        f"cost: {count} training{'s' * (count > 1)}{kept}, {steps} steps, {read} row-gradients in "
-        f"all{later}"
+        f"cost: {count} training{'s' * (count > 1)}, {steps} steps, {read} row-gradients in all"
+        f"{kept}{later}"
     )
 
 

@@ -17,6 +17,8 @@ from influence.messages import one_line
 
 #: What stands beside every prediction; why is in docs/cleaning.md, "Measured".
 FORECAST = "not to be relied on: measured gains were several times as large, or of the other sign"
+#: Sets of rows that a gain is measured on, for people.
+NAMES = {"good": "good rows", "heldout": "held-out rows"}
 #: Rows of a reason that are shown on a terminal, and characters of a row's id.
 SHOWN, ID = 3, 28
 
@@ -61,7 +63,8 @@ def lines(result: Cleaning, out: Path) -> list[str]:
         said.append(f"a prediction is {FORECAST}; --apply measures")
     said.append(
         f"{out / ROWS}: write remove, keep or relabel into the column decision, then "
-        "analysis clean --apply"
+        f"analysis clean --apply {out} --holdout FILE (--take-suggested: what is suggested, where "
+        "nothing is written)"
     )
     said.append(
         f"{out / REMOVED}: {summary['remove']} ids suggested for removal; {out / RELABELLED}: "
@@ -96,12 +99,11 @@ def applied_table(record: Mapping[str, Any]) -> Table:
     made.add_column("rows", no_wrap=True)
     for head in ("all rows", "cleaned", "gain", f"{record['level']:.0%} interval", "predicted"):
         made.add_column(head, justify="right", no_wrap=True)
-    names = {"good": "good rows", "heldout": "held-out rows"}
     for name, part in record["sets"].items():
         interval = "" if part["low"] is None else f"{part['low']:+.4f} to {part['high']:+.4f}"
         forecast = "" if part["predicted"] is None else f"{part['predicted']['gain']:+.4f}"
         made.add_row(
-            f"{names[name]} ({part['rows']})",
+            f"{NAMES[name]} ({part['rows']})",
             f"{part['before']:.4f}",
             f"{part['after']:.4f}",
             f"{part['gain']:+.4f}",
@@ -117,8 +119,13 @@ def applied_lines(record: Mapping[str, Any]) -> list[str]:
     seeds = record["seeds"]
     said = [
         f"{removed} rows removed, {relabelled} relabelled, {record['rows']} trained on; "
-        f"{seeds} seed{'s' * (seeds > 1)} of both trainings"
+        f"{seeds} seed{'s' * (seeds > 1)}, each a training on all rows and one on these"
     ]
+    for name, part in record["sets"].items():
+        if part["low"] is not None and part["low"] <= 0 <= part["high"]:
+            said.append(f"{NAMES[name]}: the interval holds 0, so that no difference is shown")
+    if "good" in record["sets"]:
+        said.append("the good rows made the list: what they gain says less than held-out rows do")
     if any(part["predicted"] is not None for part in record["sets"].values()):
         said.append(f"predicted is {FORECAST}; gain is what was measured")
     if relabelled:

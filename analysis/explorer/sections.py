@@ -81,7 +81,8 @@ def in_order(name: str) -> list[tuple[int, str]]:
 
 NO_VERDICT = (
     "Rows to look at, no verdict. A gain is a forecast that is not to be relied on, and all rows that are "
-    "suggested may cost more together than they gain: analysis clean --apply measures."
+    "suggested may cost more together than they gain: analysis clean --apply DIR measures, by the column "
+    "decision of the list's rows.csv. Ticks on this page are for unlearn remove."
 )
 
 
@@ -290,8 +291,8 @@ SECTIONS: Mapping[str, Section] = {
         "Did the edit work?",
         _has_edits,
         lambda e: edits.blocks(e.directory),
-        "No edit yet. Take ticked rows out with `unlearn remove --run RUN --ids-file ids.txt --out "
-        "ADAPTER`",
+        "No edit yet. Tick rows, export their ids, and take them out with `unlearn remove --run RUN "
+        "--ids-file FILE --out ADAPTER`",
     ),
     "heatmap": Section(
         "Groups and queries",

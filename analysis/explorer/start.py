@@ -37,9 +37,11 @@ def how(explored: Explored, name: str) -> list[str]:
     return [part.replace("RUN", _named(explored)) for part in SECTIONS[name].missing.split("`")]
 
 
-def after_export(explored: Explored) -> str:
-    """The command that says what removing the rows would do whose ids were saved."""
-    return f"unlearn remove --run {_named(explored)} --ids-file ids.txt --dry-run"
+def after_export(explored: Explored) -> tuple[str, str]:
+    """The command that says what removing the rows would do whose ids were saved: what stands before
+    the name of the file, and after it.
+    """
+    return f"unlearn remove --run {_named(explored)} --ids-file ", " --dry-run"
 
 
 def _named(explored: Explored) -> str:

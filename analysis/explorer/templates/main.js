@@ -67,7 +67,7 @@ async function exportIds() {
   link.remove();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
   say(`${lines.length} ids saved`);
-  const words = state.meta.next.replace("ids.txt", name).split(" ");
+  const words = state.meta.next.join(name).split(" ");
   const command = el("code", {}, ...words.flatMap((word) => [el("span", {}, word), " "]));
   $("next").replaceChildren(`Saved as ${name}. In its folder, `, command, "says what taking these rows out would do.");
   $("next").hidden = false;

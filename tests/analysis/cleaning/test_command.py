@@ -63,7 +63,7 @@ def test_a_list_is_made_decided_and_applied(run_main, made, tmp_path):
     assert applied.status == 0, applied.err
     assert "good rows (4)" in applied.out
     assert "held-out rows (3)" in applied.out
-    assert "1 rows removed, 0 relabelled, 12 trained on; 1 seed of both" in applied.out
+    assert "1 rows removed, 0 relabelled, 12 trained on; 1 seed, each" in applied.out
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     shown = run_main(main, "analysis", "clean", *typed, "--overwrite", "--json").json()
     assert shown == json.loads((out / "applied.json").read_text())

@@ -71,10 +71,17 @@ def test_a_gain_without_interval_or_prediction():
     assert "+0.2500" in text
     assert "None" not in text
     assert applied_lines(record) == [
-        "2 rows removed, 1 relabelled, 7 trained on; 2 seeds of both trainings",
+        "2 rows removed, 1 relabelled, 7 trained on; 2 seeds, each a training on all rows and one on "
+        "these",
+        "the good rows made the list: what they gain says less than held-out rows do",
         "predicted is what influence says if the relabelled rows went too",
         "place: the cleaned adapter",
     ]
     record["sets"]["good"]["predicted"] = {"gain": 0.01}
     warned = f"predicted is {FORECAST}; gain is what was measured"
-    assert applied_lines(record)[1] == warned
+    assert applied_lines(record)[2] == warned
+    record["sets"]["heldout"] = {**part, "predicted": None, "low": -0.1, "high": 0.0}
+    said = "held-out rows: the interval holds 0, so that no difference is shown"
+    assert applied_lines(record)[1] == said
+    record["sets"]["heldout"]["low"] = record["sets"]["heldout"]["high"] = 0.1
+    assert said not in applied_lines(record)

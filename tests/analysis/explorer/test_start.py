@@ -92,13 +92,13 @@ def test_of_how_many_the_first_query_was_chosen_is_said(browser, tmp_path, monke
         assert page.inner_text("#left-count") == "2 queries"
 
 
-@pytest.mark.parametrize("name", ["line\nend", "turned\u202eround", "-x y"])
+@pytest.mark.parametrize("name", ["line\nend", "turned\u202eround", "-x y", "old ids.txt"])
 def test_a_command_names_the_run_or_leaves_it_to_the_reader(tmp_path, name):
     """A name that cannot be seen as it is would be copied as another one."""
     write_run(tmp_path / name, rows_of(2))
     explored = gather(tmp_path / name)
     shown = f"--run '{tmp_path / name}'" if name.isprintable() else "--run RUN"
-    assert f"unlearn remove {shown} --ids-file" in start.after_export(explored)
+    assert start.after_export(explored) == (f"unlearn remove {shown} --ids-file ", " --dry-run")
     assert shown in "".join(start.how(explored, "queries"))
 
 
@@ -222,7 +222,7 @@ def test_what_a_run_lacks_is_said_with_its_command(browser, bare):
         assert commands == [
             f"influence score --run '{quoted}' --queries QUERIES",
             f"analysis clean --run '{quoted}' --queries GOOD --out DIR",
-            f"unlearn remove --run '{quoted}' --ids-file ids.txt --out ADAPTER",
+            f"unlearn remove --run '{quoted}' --ids-file FILE --out ADAPTER",
         ]
         assert "2 rows. This page tells what each of them did. Nothing" in page.inner_text(".lead")
         assert page.locator("#about code").count() > 2
@@ -262,6 +262,20 @@ def test_after_ids_are_saved_the_next_command_is_said(browser, small, world):
         page.click("#untick")
         assert not page.is_visible("#next")
         assert page.evaluate("document.activeElement.id") == "theme"
+
+
+@needs_chromium
+def test_on_a_narrow_screen_ids_are_exported_from_where_rows_are_ticked(browser, small):
+    with opened(browser, small, viewport={"width": 360, "height": 640}) as page:
+        page.locator("#right .tick").first.click()
+        assert page.evaluate("scrollY") > 0  # the head is above
+        for part in ("#export", "#next"):
+            box = page.locator(part).bounding_box()
+            assert box["y"] > 0
+            assert box["y"] + box["height"] <= 640
+            with page.expect_download():
+                page.click("#export")
+            until(page, "!document.getElementById('next').hidden")
 
 
 @needs_chromium
