@@ -66,7 +66,7 @@ def test_a_finished_fit_keeps_within_what_is_given_now(model, run):
 @pytest.mark.slow
 def test_commands_killed_at_ten_random_moments_change_nothing(tmp_path):
     base, adapter = save(tmp_path, "llama")
-    for name, count, seed in (("train", 600, 0), ("queries", 30, 9)):
+    for name, count, seed in (("train", 300, 0), ("queries", 30, 9)):
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows(count, seed))
         )
@@ -106,8 +106,10 @@ def test_commands_killed_at_ten_random_moments_change_nothing(tmp_path):
             process = subprocess.Popen(
                 command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
             )
+            start = time.monotonic()
             try:
                 assert process.wait(generator.uniform(0.4, 1) * lasted[number]) == 0
+                lasted[number] = time.monotonic() - start  # other work slowed the first one down
                 made_it = tmp_path / made  # it came to its end: start over
                 shutil.rmtree(made_it) if made_it.is_dir() else made_it.unlink()
             except subprocess.TimeoutExpired:
