@@ -44,13 +44,8 @@ from bergson.config.config import (
 from bergson.data import load_scores
 from bergson.hessians.astra import Astra
 from datasets import Dataset, disable_progress_bars
-from rows import read_rows
+from rows import now, parser_of, read_rows
 from transformers import AutoTokenizer
-
-
-def now() -> np.ndarray:
-    """Wall and CPU seconds."""
-    return np.array([time.perf_counter(), time.process_time()])
 
 
 class Stopwatch:
@@ -200,16 +195,8 @@ def read_scores(path: Path) -> np.ndarray:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
-    parser.add_argument(
-        "--adapter", type=Path, required=True, help="folder of the PEFT LoRA adapter"
-    )
-    parser.add_argument("--train", type=Path, required=True, help="training rows, JSON lines")
-    parser.add_argument("--queries", type=Path, required=True, help="query rows, JSON lines")
-    parser.add_argument("--out", type=Path, required=True, help="NumPy .npz file to write")
+    parser = parser_of(__doc__)
     parser.add_argument("--repeat", type=int, default=1, help="runs; run r has seed SEED + r")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--token-batch", type=int, default=512, help="tokens per batch, padding included"

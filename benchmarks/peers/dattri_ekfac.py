@@ -27,7 +27,7 @@ from dattri_llm import (
     HookManagerConfig,
 )
 from peft import PeftModel
-from rows import Batch, Row, by_length, collate, read_rows
+from rows import Batch, Row, by_length, collate, now, parser_of, read_rows
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,23 +60,10 @@ def summed_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets[:, first:].flatten(), reduction="sum")
 
 
-def now() -> np.ndarray:
-    """Wall and CPU seconds."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
-    parser.add_argument(
-        "--adapter", type=Path, required=True, help="folder of the PEFT LoRA adapter"
-    )
-    parser.add_argument("--train", type=Path, required=True, help="training rows, JSON lines")
-    parser.add_argument("--queries", type=Path, required=True, help="query rows, JSON lines")
-    parser.add_argument("--out", type=Path, required=True, help="NumPy .npz file to write")
+    parser = parser_of(__doc__)
     parser.add_argument("--repeat", type=int, default=1, help="runs, all alike")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     parser.add_argument("--batch", type=int, default=16, help="rows per batch")
     parser.add_argument("--damping", type=float, default=0.1, help="of the mean eigenvalue")
     parser.add_argument(

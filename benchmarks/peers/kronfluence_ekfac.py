@@ -22,7 +22,7 @@ from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
 from kronfluence.utils.dataset import DataLoaderKwargs
 from peft import PeftModel
-from rows import Batch, by_length, collate, read_rows
+from rows import Batch, by_length, collate, now, parser_of, read_rows
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,23 +74,10 @@ class CompletionLoss(Task):
         return batch["attention_mask"]
 
 
-def now() -> np.ndarray:
-    """Wall and CPU seconds."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
-    parser.add_argument(
-        "--adapter", type=Path, required=True, help="folder of the PEFT LoRA adapter"
-    )
-    parser.add_argument("--train", type=Path, required=True, help="training rows, JSON lines")
-    parser.add_argument("--queries", type=Path, required=True, help="query rows, JSON lines")
-    parser.add_argument("--out", type=Path, required=True, help="NumPy .npz file to write")
+    parser = parser_of(__doc__)
     parser.add_argument("--repeat", type=int, default=1, help="runs; run r has seed SEED + r")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit-batch", type=int, default=16, help="rows per batch while fitting")
     parser.add_argument(

@@ -1,6 +1,11 @@
-"""Rows as every peer's program reads and sorts them. Imports nothing of this project."""
+"""What the peers' programs share: rows as they read and sort them, arguments, and the clock.
 
+Imports nothing of this project.
+"""
+
+import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +67,22 @@ def collate(rows: list[Row]) -> Batch:
 def by_length(rows: list[Row]) -> np.ndarray:
     """Order that sorts rows by length, so that batches need little padding."""
     return np.argsort([len(row["input_ids"]) for row in rows], kind="stable")
+
+
+def parser_of(described: str) -> argparse.ArgumentParser:
+    """The arguments that every program takes. The first line of `described` says what it does."""
+    parser = argparse.ArgumentParser(description=described.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
+    parser.add_argument(
+        "--adapter", type=Path, required=True, help="folder of the PEFT LoRA adapter"
+    )
+    parser.add_argument("--train", type=Path, required=True, help="training rows, JSON lines")
+    parser.add_argument("--queries", type=Path, required=True, help="query rows, JSON lines")
+    parser.add_argument("--out", type=Path, required=True, help="NumPy .npz file to write")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    return parser
+
+
+def now() -> np.ndarray:
+    """Wall and CPU seconds."""
+    return np.array([time.perf_counter(), time.process_time()])

@@ -72,17 +72,22 @@ def streamed(model, tokens, **options) -> torch.Tensor:
     return out
 
 
-#: Every architecture with a plain adapter, and every adapter on two architectures; the other
-#: combinations are slow tests.
-PAIRS = [
-    pytest.param(
-        kind,
-        option,
-        marks=[pytest.mark.slow] * (option != "plain" and kind not in ("llama", "gpt2")),
-    )
-    for option in LORA
-    for kind in ARCHITECTURES
-]
+def pairs(lora):
+    """Every architecture with a plain adapter, and every adapter on two architectures; the other
+    combinations are slow tests.
+    """
+    return [
+        pytest.param(
+            kind,
+            option,
+            marks=[pytest.mark.slow] * (option != "plain" and kind not in ("llama", "gpt2")),
+        )
+        for option in lora
+        for kind in ARCHITECTURES
+    ]
+
+
+PAIRS = pairs(LORA)
 
 
 @pytest.mark.parametrize(("kind", "option"), PAIRS)

@@ -13,10 +13,10 @@ from influence.gradients import stream_gradients
 from influence.loss import mean_losses
 from tests.conftest import add_lora, build_base, build_model, build_tokenizer, examples, tokens_of
 from tests.influence.test_experts import fused
+from tests.influence.test_gradients import pairs
 from tests.unlearn.difficulty.helpers import plain_loss, weights_of
 from unlearn.difficulty.copies import copy_gradients, copy_losses
 
-ARCHITECTURES = ["llama", "qwen2", "gpt2", "mistral", "gemma", "phi"]
 LORA = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -26,17 +26,7 @@ LORA = {
 #: One row, a group of rows of different lengths, a row that another copy has too, a pair, the same
 #: row again.
 MEMBERS = [np.array(rows) for rows in ([0], [1, 2, 3], [2], [4, 5], [0])]
-#: Every architecture with a plain adapter, and every adapter on two architectures; the other
-#: combinations are slow tests.
-PAIRS = [
-    pytest.param(
-        kind,
-        option,
-        marks=[pytest.mark.slow] * (option != "plain" and kind not in ("llama", "gpt2")),
-    )
-    for option in LORA
-    for kind in ARCHITECTURES
-]
+PAIRS = pairs(LORA)
 F64 = torch.float64
 
 
