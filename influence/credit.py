@@ -21,7 +21,9 @@ other, so that two of them together do more than both alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import starmap
+from operator import iadd
 from typing import Any
 
 import numpy as np
@@ -87,13 +89,13 @@ class Credit:
 
     def singles(self, parts: np.ndarray) -> np.ndarray:
         """Scores `[K, n]` of raw ones `[points, K, n]`."""
-        found: np.ndarray | None = None
-        for point, factors in enumerate(self.row_factors):
+
+        def single(point: int, factors: np.ndarray) -> np.ndarray:
             pulls = self.pulls(parts[point], point)
             pulls *= factors * self._roots
-            found = pulls if found is None else np.add(found, pulls, out=found)
-        assert found is not None, "a run has a point"
-        return found
+            return pulls
+
+        return reduce(iadd, starmap(single, enumerate(self.row_factors)))
 
     @property
     def row_factors(self) -> list[np.ndarray]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-#: The reasons, in the order of the list.
-#: Reasons, and what they mean in few words.
+#: The reasons, in the order of the list, and what they mean in few words.
 MEANINGS = {
     "harms": "works against good rows",
     "label": "perhaps a wrong answer",

@@ -41,10 +41,10 @@ def meta(explored: Explored) -> dict[str, Any]:
     `title`, the `run`'s digest, how many `rows` and `queries` there are; of the scores their `unit`,
     the `measurement`, whether it `rises` when the model gets worse, `kept` (rows kept of either end;
     null: all), `exactness`, a sentence on how exactly they are given, and `first`, the query to begin
-    with, and of how many it is the one that a row helps most (`first_of`, 0: no row helps); the `sections` that are there, by name and title; the `ways` into the page
-    and the `next` command when ids were saved, before and after the name of their file
-    (`analysis.explorer.start`); what is `missing` beside
-    the ways, by section how to make it.
+    with, and of how many it is the one that a row helps most (`first_of`, 0: no row helps); the
+    `sections` that are there, by name and title; the `ways` into the page and the `next` command when
+    ids were saved, before and after the name of their file (`analysis.explorer.start`); what is
+    `missing` beside the ways, by section how to make it.
     """
     table, there = explored.table, present(explored)
     return {

@@ -44,7 +44,7 @@ from bergson.config.config import (
 from bergson.data import load_scores
 from bergson.hessians.astra import Astra
 from datasets import Dataset, disable_progress_bars
-from rows import now, parser_of, read_rows
+from shared import now, parser_of, read_rows, write_record
 from transformers import AutoTokenizer
 
 
@@ -261,34 +261,16 @@ def main() -> None:
             subprocess.run(line, check=True, stdout=sys.stderr, env=environment)
             command_seconds.append(time.perf_counter() - started)
 
-    (fit_seconds, score_seconds, load_seconds), (fit_cpu, score_cpu, _) = np.array(times).T
-    np.savez(
+    write_record(
         args.out,
-        scores=all_scores[0],
-        scores_per_run=np.stack(all_scores),
-        fit_seconds=fit_seconds,
-        score_seconds=score_seconds,
-        fit_cpu_seconds=fit_cpu,
-        score_cpu_seconds=score_cpu,
-        load_seconds=load_seconds,
+        all_scores,
+        [(fit, score) for fit, score, _ in times],
+        load_seconds=[load[0] for _, _, load in times],
+        peak=peak,
+        before=rss_before,
+        disk=sum(files),
         command_seconds=command_seconds,
-        peak_rss_bytes=peak,
-        rss_before_bytes=rss_before,
-        disk_bytes=sum(files),
     )
-    report = {
-        "fit_seconds": round(float(np.median(fit_seconds)), 3),
-        "score_seconds": round(float(np.median(score_seconds)), 3),
-        "fit_cpu_seconds": round(float(np.median(fit_cpu)), 3),
-        "score_cpu_seconds": round(float(np.median(score_cpu)), 3),
-        "load_seconds": round(float(np.median(load_seconds)), 3),
-        "peak_rss_bytes": peak,
-        "rss_before_bytes": rss_before,
-        "threads": torch.get_num_threads(),
-    }
-    if args.command:
-        report["command_seconds"] = round(float(np.median(command_seconds)), 3)
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":

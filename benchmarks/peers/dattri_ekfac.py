@@ -7,7 +7,6 @@ imports nothing of this project.
 
 import argparse
 import contextlib
-import json
 import resource
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from dattri_llm import (
     HookManagerConfig,
 )
 from peft import PeftModel
-from rows import Batch, Row, by_length, collate, now, parser_of, read_rows
+from shared import Batch, Row, by_length, collate, now, parser_of, read_rows, write_record
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -132,33 +131,15 @@ def main() -> None:
             for store in stores:
                 store.close()
 
-    (fit_seconds, score_seconds), (fit_cpu, score_cpu) = np.array(times).T
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    np.savez(
+    write_record(
         args.out,
-        scores=all_scores[0],
-        scores_per_run=np.stack(all_scores),
-        fit_seconds=fit_seconds,
-        score_seconds=score_seconds,
-        fit_cpu_seconds=fit_cpu,
-        score_cpu_seconds=score_cpu,
+        all_scores,
+        times,
         load_seconds=load_seconds,
-        peak_rss_bytes=peak,
-        rss_before_bytes=rss_before,
-        disk_bytes=disk[0],
+        peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        before=rss_before,
+        disk=disk[0],
     )
-    report = {
-        "fit_seconds": round(float(np.median(fit_seconds)), 3),
-        "score_seconds": round(float(np.median(score_seconds)), 3),
-        "fit_cpu_seconds": round(float(np.median(fit_cpu)), 3),
-        "score_cpu_seconds": round(float(np.median(score_cpu)), 3),
-        "load_seconds": round(load_seconds, 3),
-        "peak_rss_bytes": peak,
-        "rss_before_bytes": rss_before,
-        "disk_bytes": disk[0],
-        "threads": torch.get_num_threads(),
-    }
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ project.
 """
 
 import argparse
-import json
 import logging
 import math
 import resource
@@ -22,7 +21,7 @@ from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
 from kronfluence.utils.dataset import DataLoaderKwargs
 from peft import PeftModel
-from rows import Batch, by_length, collate, now, parser_of, read_rows
+from shared import Batch, by_length, collate, now, parser_of, read_rows, write_record
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -159,32 +158,15 @@ def main() -> None:
             all_scores.append(scores)
         files = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
 
-    (fit_seconds, score_seconds), (fit_cpu, score_cpu) = np.array(times).T
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    np.savez(
+    write_record(
         args.out,
-        scores=all_scores[0],
-        scores_per_run=np.stack(all_scores),
-        fit_seconds=fit_seconds,
-        score_seconds=score_seconds,
-        fit_cpu_seconds=fit_cpu,
-        score_cpu_seconds=score_cpu,
+        all_scores,
+        times,
         load_seconds=load_seconds,
-        peak_rss_bytes=peak,
-        rss_before_bytes=rss_before,
-        disk_bytes=sum(files) // args.repeat,
+        peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        before=rss_before,
+        disk=sum(files) // args.repeat,
     )
-    report = {
-        "fit_seconds": round(float(np.median(fit_seconds)), 3),
-        "score_seconds": round(float(np.median(score_seconds)), 3),
-        "fit_cpu_seconds": round(float(np.median(fit_cpu)), 3),
-        "score_cpu_seconds": round(float(np.median(score_cpu)), 3),
-        "load_seconds": round(load_seconds, 3),
-        "peak_rss_bytes": peak,
-        "rss_before_bytes": rss_before,
-        "threads": torch.get_num_threads(),
-    }
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the peers' programs share: rows as they read and sort them, arguments, and the clock.
+"""What the peers' programs share: rows as they read and sort them, arguments, the clock, the record.
 
 Imports nothing of this project.
 """
@@ -6,6 +6,7 @@ Imports nothing of this project.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,45 @@ def parser_of(described: str) -> argparse.ArgumentParser:
 def now() -> np.ndarray:
     """Wall and CPU seconds."""
     return np.array([time.perf_counter(), time.process_time()])
+
+
+def write_record(
+    out: Path,
+    scores: Sequence[np.ndarray],
+    seconds: Sequence[Sequence[np.ndarray]],
+    *,
+    load_seconds: Any,
+    peak: int,
+    before: int,
+    disk: int,
+    command_seconds: Sequence[float] = (),
+) -> None:
+    """Write what was measured to `out`, and print its medians.
+
+    Parameters
+    ----------
+    scores
+        Of every run, [query, train].
+    seconds
+        Of every run: those of the fit and of the scores, each the clock's and the processor's.
+    load_seconds
+        Of loading the model, once or of every run.
+    peak, before, disk
+        Bytes held at most, bytes held before the work, and bytes that one run left in files.
+    command_seconds
+        Of the command line, where it was timed too.
+    """
+    (fit, score), (fit_cpu, score_cpu) = np.array(seconds).T
+    timed = {
+        "fit_seconds": fit,
+        "score_seconds": score,
+        "fit_cpu_seconds": fit_cpu,
+        "score_cpu_seconds": score_cpu,
+        "load_seconds": load_seconds,
+    }
+    if len(command_seconds):
+        timed["command_seconds"] = command_seconds
+    sizes = {"peak_rss_bytes": peak, "rss_before_bytes": before, "disk_bytes": disk}
+    np.savez(out, scores=scores[0], scores_per_run=np.stack(scores), **timed, **sizes)
+    medians = {name: round(float(np.median(each)), 3) for name, each in timed.items()}
+    print(json.dumps({**medians, **sizes, "threads": torch.get_num_threads()}))
